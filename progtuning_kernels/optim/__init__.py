@@ -1,0 +1,6 @@
+"""Optimizers that read `p.requires_grad` and leave frozen tensors alone."""
+
+from .masked_adamw import MaskedAdamW
+from .masked_optimizer import MaskedOptimizer, release_frozen_state, state_bytes
+
+__all__ = ["MaskedAdamW", "MaskedOptimizer", "release_frozen_state", "state_bytes"]

@@ -1,0 +1,173 @@
+"""The `progtuning` command. Heavy imports happen inside the commands, so `--help` is quick."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import click
+
+from .. import __version__
+from .errors import UserError
+
+_PATH = click.Path(path_type=Path)
+_MINILM = 'Folder or hub id; "minilm" is the one that the demo extra brings.'
+
+
+def _positive(default: int | None = None) -> dict[str, Any]:
+    return {"type": click.IntRange(min=1), "default": default}
+
+
+def _not_negative(default: float) -> dict[str, Any]:
+    return {"type": click.FloatRange(min=0), "default": default}
+
+
+def _choice(*values: str) -> dict[str, Any]:
+    return {"type": click.Choice(values), "default": values[0]}
+
+
+@click.group(context_settings={"show_default": True, "max_content_width": 100})
+@click.version_option(__version__)
+def app() -> None:
+    """Progressive fine-tuning of Transformers; frozen blocks cost nothing."""
+
+
+@app.command(
+    epilog="Example: progtuning train --train-file train.jsonl --validation-file dev.jsonl "
+    "--model bert-base-uncased --output runs/mine"
+)
+@click.option("--train-file", type=_PATH, help="Training rows: .jsonl, .json, .csv or .tsv.")
+@click.option("--validation-file", type=_PATH, help="Validation rows.")
+@click.option(
+    "--dataset", help='Instead of files: a hub data set "owner/name:config", or "docstrings".'
+)
+@click.option("--model", default="minilm", help=_MINILM)
+@click.option("--task", **_choice("classification", "causal-lm"), help="What to train for.")
+@click.option(
+    "--method", **_choice("progressive", "full", "lora"), help="Or what to compare it with."
+)
+@click.option("--stages", **_positive(3), help="Stages of the schedule.")
+@click.option(
+    "--embeddings",
+    **_choice("first_stage", "always", "never"),
+    help="When the embeddings train; under always, backward is never truncated.",
+)
+@click.option(
+    "--frozen-mode", **_choice("eval", "train"), help="Mode of frozen blocks: eval has no dropout."
+)
+@click.option(
+    "--tied",
+    **_choice("frozen", "head_only"),
+    help="What a weight shared by embeddings and LM head does once the embeddings are frozen.",
+)
+@click.option("--blocks", help="Path of the block list where it cannot be found.")
+@click.option("--lora-rank", **_positive(8), help="Rank of --method lora.")
+@click.option("--text-column", help="Found if named text, text_a, sentence, sentence1, ...")
+@click.option("--pair-column", help="Second text of a pair; found if named text_b, ...")
+@click.option("--label-column", help="Found if named label or labels.")
+@click.option("--epochs", **_positive(3))
+@click.option("--max-steps", **_positive(), help="Optimizer steps, instead of epochs.")
+@click.option("--batch-size", **_positive(32), help="Rows per micro-batch.")
+@click.option("--accumulate", **_positive(1), help="Micro-batches per optimizer step.")
+@click.option("--max-length", type=click.IntRange(min=2), default=128, help="Tokens per row.")
+@click.option("--lr", **_not_negative(5e-5), help="Peak learning rate.")
+@click.option("--weight-decay", **_not_negative(0.01), help="Decay of matrices.")
+@click.option(
+    "--warmup", type=click.FloatRange(0, 1), default=0.06, help="Share of the steps that warm up."
+)
+@click.option("--max-grad-norm", **_not_negative(1.0), help="0: no clipping.")
+@click.option(
+    "--precision", **_choice("auto", "fp32", "bf16"), help="auto: bf16 autocast on GPUs that do it."
+)
+@click.option(
+    "--metric",
+    type=click.Choice(["accuracy", "f1", "matthews", "pearson", "spearman", "perplexity"]),
+    help="The figure to show; all that fit are written down.",
+)
+@click.option("--seed", type=click.IntRange(min=0), default=0)
+@click.option("--max-train-rows", **_positive(), help="Use the first rows only.")
+@click.option("--max-validation-rows", **_positive(), help="Use the first rows only.")
+@click.option("--device", default="auto", help="auto, cpu, cuda, cuda:1, ...")
+@click.option(
+    "--output",
+    type=_PATH,
+    default=Path("runs/train"),
+    help="Gets model/, metrics.json and, while it runs, checkpoints/.",
+)
+@click.option(
+    "--checkpoint-every", type=click.IntRange(min=0), default=200, help="Steps; 0: never."
+)
+@click.option("--keep-checkpoints", **_positive(2), help="How many of the newest stay.")
+@click.option("--resume", is_flag=True, help="Go on from the newest checkpoint, to the same bits.")
+@click.option("--overwrite", is_flag=True, help="Empty --output first.")
+@click.option("--dry-run", is_flag=True, help="Print the plan, train nothing.")
+def train(dry_run: bool, **options: Any) -> None:
+    """Fine-tune a model on rows of text."""
+    from . import train as command
+
+    command.run(options, dry_run=dry_run)
+
+
+@app.command(epilog="Example: progtuning demo --seeds 3")
+@click.option("--model", default="minilm", help=_MINILM)
+@click.option(
+    "--dataset",
+    default="docstrings",
+    help='"docstrings" of the installed packages, or a hub data set "owner/name:config".',
+)
+@click.option("--seeds", **_positive(1), help="Repeat both methods with so many seeds.")
+@click.option("--stages", **_positive(3), help="Stages of the schedule.")
+@click.option("--epochs", **_positive(3))
+@click.option("--batch-size", **_positive(32))
+@click.option("--lr", **_not_negative(1e-4), help="Peak learning rate.")
+@click.option("--train-rows", **_positive(3200), help="Training rows at most.")
+@click.option("--validation-rows", **_positive(800), help="Validation rows at most.")
+@click.option("--device", default="auto", help="auto, cpu, cuda, ...")
+@click.option(
+    "--output", type=_PATH, default=Path("runs/demo"), help="Emptied; gets runs and report."
+)
+def demo(**options: Any) -> None:
+    """Fine-tune a pretrained model twice, fully and progressively, and compare."""
+    from . import demo as command
+
+    command.run(**options)
+
+
+@app.command(epilog="Example: progtuning report runs/demo/* --output runs/demo/report")
+@click.argument("runs", nargs=-1, required=True, type=_PATH)
+@click.option(
+    "--output", type=_PATH, default=Path("runs/report"), help="Gets report.html and the PNGs."
+)
+@click.option("--markdown", is_flag=True, help="Print the comparison as a Markdown table as well.")
+def report(runs: Sequence[Path], output: Path, markdown: bool) -> None:
+    """Compare finished runs (their folders): tables, plots, one HTML file."""
+    from . import report_command
+
+    report_command.run(runs, output, markdown=markdown)
+
+
+@app.command(epilog="Example: progtuning doctor")
+def doctor() -> None:
+    """Show which implementation each op uses here, and why not the others."""
+    from . import doctor as command
+
+    command.run()
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Entry point: an error that the user can mend is one line, exit status 2."""
+    try:
+        app.main(args=arguments, prog_name="progtuning", standalone_mode=False)
+    except click.exceptions.NoArgsIsHelpError as error:
+        print(error.format_message())
+    except click.ClickException as error:  # an unknown option, a value out of range
+        print(f"error: {error.format_message()}", file=sys.stderr)
+        raise SystemExit(2) from None
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        raise SystemExit(2) from None
+    except (KeyboardInterrupt, click.Abort):
+        print("stopped", file=sys.stderr)
+        raise SystemExit(130) from None

@@ -1,0 +1,68 @@
+"""`progtuning demo`: a pretrained model, real text, fully and progressively."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+from rich.console import Console
+
+from .. import report
+from .engine import Run
+from .progress import TrainProgress
+from .settings import TrainSettings
+from .train import load_data
+
+
+def run(
+    *,
+    model: str,
+    dataset: str,
+    seeds: int,
+    stages: int,
+    epochs: int,
+    batch_size: int,
+    lr: float,
+    train_rows: int,
+    validation_rows: int,
+    device: str,
+    output: Path,
+) -> None:
+    """Train with both methods and every seed, then compare.
+
+    Both methods see the same rows in the same order, the same initial head and the same learning
+    rates; the full run uses torch's fused AdamW and nothing of this library.
+    """
+    console = Console()
+    console.print(f"Fine-tuning {model} on {dataset}, fully and progressively ({stages} stages).")
+    shutil.rmtree(output, ignore_errors=True)
+    folders = []
+    for seed in range(seeds):
+        for method in ("full", "progressive"):
+            folder = output / f"{method}-seed{seed}"
+            settings = TrainSettings(
+                model=model,
+                dataset=dataset,
+                method=method,
+                stages=stages,
+                epochs=epochs,
+                batch_size=batch_size,
+                max_length=64,
+                lr=lr,
+                seed=seed,
+                max_train_rows=train_rows,
+                max_validation_rows=validation_rows,
+                device=device,
+                output=folder,
+                checkpoint_every=0,
+            )
+            data = load_data(settings)
+            if not folders:
+                console.print(data.description)
+            Run(settings, data, name=folder.name).train(TrainProgress(console))
+            folders.append(folder)
+    runs = [report.load_run(folder) for folder in folders]
+    console.print()
+    console.print(report.stage_table(runs[:2]))
+    console.print(report.comparison_table(runs))
+    console.print(f"report: {report.write_report(runs, output / 'report').html}")

@@ -1,0 +1,469 @@
+"""One training run: data in, metrics.json, checkpoints and a model folder out.
+
+A run is a function of its settings: order of the rows, dropout and initial head come from the seed,
+plan and learning rate from the step. A checkpoint holds the rest, so that a run killed at any
+moment goes on from its newest checkpoint to the same bits (on CPU).
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import shutil
+import statistics
+import time
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import nn
+
+from ..boundary import measure_forward
+from ..families import Layout, find_layout
+from ..optim import MaskedAdamW, state_bytes
+from ..patch import PatchHandle, patch_model
+from ..schedules import FreezePlan, ProgressiveSchedule
+from . import metrics, models
+from .batches import (
+    Batch,
+    Collator,
+    EncodedData,
+    Order,
+    encode_causal_lm,
+    encode_classification,
+)
+from .checkpoints import check_same_run, load_newest_checkpoint, save_checkpoint
+from .datasets import TextData
+from .errors import UserError, as_user_error
+from .progress import TrainProgress
+from .provenance import provenance
+from .settings import TrainSettings
+
+
+@dataclass
+class Trained:
+    """What trains and how: the difference between the methods, and nothing else.
+
+    Attributes:
+        model: what is called for a loss.
+        optimizer: holds every parameter that will ever train.
+        finish_step: clips where the optimizer does not, updates, zeroes and advances.
+        handle: the schedule's grip; None where nothing is scheduled.
+        base: the Hugging Face model inside, which is saved.
+    """
+
+    model: nn.Module
+    optimizer: torch.optim.Optimizer
+    finish_step: Callable[[], None]
+    handle: PatchHandle | None
+    base: nn.Module
+
+    def plan(self, num_blocks: int) -> FreezePlan:
+        if self.handle is not None:
+            return self.handle.plan
+        return FreezePlan.from_boundary(0, num_blocks, embeddings=True)
+
+    def active_params(self) -> int:
+        return sum(p.numel() for p in self.model.parameters() if p.requires_grad)
+
+
+def _groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
+    parameters = [p for p in model.parameters() if p.requires_grad]
+    return [
+        {"params": [p for p in parameters if p.ndim >= 2], "weight_decay": weight_decay},
+        {"params": [p for p in parameters if p.ndim < 2], "weight_decay": 0.0},
+    ]
+
+
+def _progressive(model: nn.Module, s: TrainSettings, schedule: ProgressiveSchedule) -> Trained:
+    with as_user_error():
+        handle = patch_model(
+            model, schedule, frozen_mode=s.frozen_mode, tied=s.tied, blocks=s.blocks
+        )
+        optimizer = MaskedAdamW(
+            handle.param_groups(weight_decay=s.weight_decay),
+            lr=s.lr,
+            max_grad_norm=s.max_grad_norm or None,
+        )
+
+    def finish_step() -> None:
+        optimizer.step()
+        optimizer.zero_grad()
+        handle.advance()
+
+    return Trained(model, optimizer, finish_step, handle, model)
+
+
+def _plain(model: nn.Module, s: TrainSettings, base: nn.Module) -> Trained:
+    """What a user has without this library: torch's fused AdamW and its clipping."""
+    device = next(model.parameters()).device
+    optimizer = torch.optim.AdamW(
+        _groups(model, s.weight_decay), lr=s.lr, fused=device.type in ("cpu", "cuda")
+    )
+    parameters = [p for group in optimizer.param_groups for p in group["params"]]
+
+    def finish_step() -> None:
+        if s.max_grad_norm:
+            nn.utils.clip_grad_norm_(parameters, s.max_grad_norm)
+        optimizer.step()
+        optimizer.zero_grad()
+
+    return Trained(model, optimizer, finish_step, None, base)
+
+
+@dataclass
+class Records:
+    """What a run writes down; saved with every checkpoint."""
+
+    steps: list[dict[str, Any]] = field(default_factory=list)
+    evaluations: list[dict[str, Any]] = field(default_factory=list)
+    stages: list[dict[str, Any]] = field(default_factory=list)
+    updates: int = 0
+    other_seconds: float = 0.0  # evaluation, measuring, saving
+
+    @property
+    def train_seconds(self) -> float:
+        return sum(record["step_ms"] for record in self.steps) / 1e3
+
+
+class Run:
+    """One run, from settings and data to files.
+
+    Args:
+        settings: the options.
+        data: examples of both splits.
+        name: shown in tables and plots.
+    """
+
+    def __init__(self, settings: TrainSettings, data: TextData, *, name: str) -> None:
+        self.settings = s = settings
+        self.name = name
+        self.data = data
+        self.device = models.choose_device(s.device)
+        self.autocast_dtype = models.autocast_dtype(s.precision, self.device)
+        self.causal_lm = s.task == "causal-lm"
+        torch.manual_seed(s.seed)
+        random.seed(s.seed)
+        base, self.tokenizer = models.load_model_and_tokenizer(s.model, s.task, data.label_names)
+        self.collate = Collator(self.tokenizer, causal_lm=self.causal_lm)
+        encode = encode_causal_lm if self.causal_lm else encode_classification
+        self.encoded: EncodedData = encode(data, self.tokenizer, s.max_length)
+        self.order = Order(len(self.encoded.train), s.batch_size, s.accumulate, s.seed)
+        self.total_steps = s.max_steps or s.epochs * self.order.steps_per_epoch
+        with as_user_error():
+            self.schedule = ProgressiveSchedule(
+                s.stages, self.total_steps, embeddings=s.embeddings
+            )
+            self.layout: Layout = find_layout(base, s.blocks)
+            self.schedule.plan(0, self.layout.num_blocks)
+        self.num_params = sum(p.numel() for p in base.parameters())
+        self._use_cache = getattr(base.config, "use_cache", None)
+        if self._use_cache:
+            base.config.use_cache = False  # keys and values of every block would stay in the output
+        base.to(self.device).train()
+        if s.method == "progressive":
+            self.trained = _progressive(base, s, self.schedule)
+        elif s.method == "lora":
+            self.trained = _plain(models.wrap_lora(base, s.task, s.lora_rank), s, base)
+            self.layout = find_layout(self.trained.model, None)
+        else:
+            self.trained = _plain(base, s, base)
+        self.initial_active_params = self.trained.active_params()
+        from transformers import get_linear_schedule_with_warmup
+
+        self.scheduler = get_linear_schedule_with_warmup(
+            self.trained.optimizer, round(s.warmup * self.total_steps), self.total_steps
+        )
+        self.records = Records()
+        self.step = 0
+
+    def train(self, progress: TrainProgress) -> dict[str, Any]:
+        """Run to the end (from the newest checkpoint with `resume`), write everything.
+
+        Returns:
+            The content of metrics.json.
+        """
+        started = time.perf_counter()
+        self._prepare_output()
+        if self.settings.resume:
+            self._resume()
+        trained_before = self.records.train_seconds
+        stage_steps: list[dict[str, Any]] = [
+            r for r in self.records.steps if r["stage"] == self.schedule.stage(self.step)
+        ]
+        progress.start(self.name, self.step, self.total_steps, self.settings.stages)
+        for window in self.order.windows(self.step, self.total_steps):
+            stage = self.schedule.stage(self.step)
+            first_of_stage = len(self.records.stages) <= stage
+            if first_of_stage:
+                stage_steps = []
+                self.records.stages.append(self._describe_stage(stage))
+            record = self._train_step(window, stage, measure=first_of_stage)
+            stage_steps.append(record)
+            progress.update(stage, record, self._tokens_per_second(stage_steps))
+            last_of_stage = (
+                self.step == self.total_steps or self.schedule.stage(self.step) != stage
+            )
+            if last_of_stage:
+                self._finish_stage(stage, stage_steps)
+                progress.evaluated(stage, self.records.evaluations[-1])
+            every = self.settings.checkpoint_every
+            if every and self.step % every == 0 and self.step < self.total_steps:
+                self._save_checkpoint()
+        progress.stop()
+        self._save_model()
+        trained = self.records.train_seconds - trained_before
+        self.records.other_seconds += time.perf_counter() - started - trained
+        result = self.metrics()
+        write_json(self.settings.output / "metrics.json", result)
+        shutil.rmtree(self.settings.output / "checkpoints", ignore_errors=True)
+        return result
+
+    def _autocast(self) -> AbstractContextManager:
+        if self.autocast_dtype is None:
+            return nullcontext()
+        return torch.autocast(self.device.type, dtype=self.autocast_dtype)
+
+    def _batch(self, rows: Sequence[dict[str, Any]]) -> Batch:
+        return {k: v.to(self.device) for k, v in self.collate(rows).items()}
+
+    def _weights(self, window: list[list[int]]) -> list[float]:
+        """Share of each micro-batch in the window's loss: by rows, or by predicted tokens."""
+        if self.causal_lm:
+            counts = [
+                sum(len(self.encoded.train[i]["input_ids"]) - 1 for i in rows) for rows in window
+            ]
+        else:
+            counts = [len(rows) for rows in window]
+        return [count / sum(counts) for count in counts]
+
+    def _train_step(self, window: list[list[int]], stage: int, *, measure: bool) -> dict[str, Any]:
+        """One optimizer step over a window of micro-batches."""
+        started = time.perf_counter()
+        active = self.trained.active_params()
+        loss_sum = torch.zeros((), device=self.device)
+        tokens = 0
+        for rows, weight in zip(window, self._weights(window), strict=True):
+            batch = self._batch([self.encoded.train[i] for i in rows])
+            tokens += sum(len(self.encoded.train[i]["input_ids"]) for i in rows)
+            with self._autocast():
+                loss = self.trained.model(**batch).loss * weight
+            loss.backward()
+            loss_sum += loss.detach()
+        lr = self.scheduler.get_last_lr()[0]
+        paused = time.perf_counter()
+        if measure:
+            grads = [p.grad for p in self.trained.model.parameters() if p.grad is not None]
+            self.records.stages[-1]["gradient_bytes"] = sum(g.nbytes for g in grads)
+        pause = time.perf_counter() - paused
+        self.trained.finish_step()
+        self.scheduler.step()
+        self.step += 1
+        value = float(loss_sum)  # the one wait for the device in a step
+        if measure:
+            self.records.stages[-1]["state_bytes"] = state_bytes(self.trained.optimizer)
+        self.records.updates += active
+        record = {
+            "step": self.step,
+            "stage": stage,
+            "loss": value,
+            "lr": lr,
+            "tokens": tokens,
+            "step_ms": (time.perf_counter() - started - pause) * 1e3,
+        }
+        self.records.steps.append(record)
+        return record
+
+    def _describe_stage(self, stage: int) -> dict[str, Any]:
+        """What is known when a stage begins; its widest batch shows what a forward saves."""
+        plan = self.trained.plan(self.layout.num_blocks)
+        longest = sorted(self.encoded.train, key=lambda row: len(row["input_ids"]))
+        batch = self._batch(longest[-self.settings.batch_size :])
+        with self._autocast():
+            uses = measure_forward(self.trained.model, self.layout, (), batch).values()
+        handle = self.trained.handle
+        return {
+            "stage": stage,
+            "boundary": plan.boundary if handle is None else handle.boundary,
+            "embeddings": plan.embeddings,
+            "first_step": self.step + 1,
+            "active_params": self.trained.active_params(),
+            "saved_bytes": sum(use.saved_bytes for use in uses),
+            "activation_bytes": sum(use.activation_bytes for use in uses),
+        }
+
+    def _tokens_per_second(self, steps: list[dict[str, Any]]) -> float:
+        recent = steps[-20:]
+        return sum(r["tokens"] for r in recent) / (sum(r["step_ms"] for r in recent) / 1e3)
+
+    def _finish_stage(self, stage: int, steps: list[dict[str, Any]]) -> None:
+        evaluation = {
+            "step": self.step,
+            "stage": stage,
+            **self._evaluate(),
+            "train_seconds": self.records.train_seconds,
+        }
+        self.records.evaluations.append(evaluation)
+        seconds = sum(r["step_ms"] for r in steps) / 1e3
+        self.records.stages[-1] |= {
+            "last_step": self.step,
+            "train_seconds": seconds,
+            "step_ms_median": statistics.median(r["step_ms"] for r in steps),
+            "tokens_per_second": sum(r["tokens"] for r in steps) / seconds,
+            "metric": evaluation["metric"],
+            "loss": evaluation["loss"],
+        }
+
+    @torch.no_grad()
+    def _evaluate(self) -> dict[str, float]:
+        """Mean loss and figures over the validation rows; rows of similar length go together."""
+        model = self.trained.model.eval()
+        rows = sorted(self.encoded.validation, key=lambda row: len(row["input_ids"]))
+        size = 2 * self.settings.batch_size
+        loss_sum, weight_sum, logits, labels = 0.0, 0, [], []
+        for i in range(0, len(rows), size):
+            batch = self._batch(rows[i : i + size])
+            with self._autocast():
+                output = model(**batch)
+            if self.causal_lm:
+                weight = int((batch["labels"][:, 1:] != -100).sum())
+            else:
+                weight = len(batch["labels"])
+                logits.append(output.logits.float().cpu())
+                labels.append(batch["labels"].cpu())
+            loss_sum += float(output.loss) * weight
+            weight_sum += weight
+        model.train()
+        loss = loss_sum / weight_sum
+        if self.causal_lm:
+            figures = metrics.language_model_figures(loss)
+        elif self.data.label_names is None:
+            figures = metrics.regression_figures(torch.cat(logits).squeeze(-1), torch.cat(labels))
+        else:
+            figures = metrics.classification_figures(torch.cat(logits), torch.cat(labels))
+        name = self.settings.metric or metrics.default_metric(figures)
+        if name not in figures:
+            raise UserError(f"metric {name!r} does not fit; there are {', '.join(figures)}")
+        self.metric_name = name
+        return {"metric": figures[name], "loss": loss, **figures}
+
+    def metrics(self) -> dict[str, Any]:
+        """The content of metrics.json."""
+        records, s = self.records, self.settings
+        updates_full = self.num_params * self.step
+        return {
+            "format": 1,
+            "name": self.name,
+            "method": s.method,
+            "seed": s.seed,
+            "config": s.flat(),
+            "meta": provenance(self.device),
+            "data": {
+                "train_rows": len(self.encoded.train),
+                "validation_rows": len(self.encoded.validation),
+                "label_names": None if self.data.label_names is None else [*self.data.label_names],
+                "description": self.data.description,
+            },
+            "model": {
+                "name": s.model,
+                "num_blocks": self.layout.num_blocks,
+                "num_params": self.num_params,
+                "active_params": self.initial_active_params,
+            },
+            "metric_name": self.metric_name,
+            "steps": records.steps,
+            "evaluations": records.evaluations,
+            "stages": records.stages,
+            "summary": {
+                "metric": records.evaluations[-1]["metric"],
+                "metric_name": self.metric_name,
+                "train_seconds": records.train_seconds,
+                "total_seconds": records.train_seconds + records.other_seconds,
+                "steps": self.step,
+                "updates": records.updates,
+                "updates_full": updates_full,
+                "updates_saved_share": 1 - records.updates / updates_full,
+                "peak_state_bytes": max(stage["state_bytes"] for stage in records.stages),
+                "peak_activation_bytes": max(stage["activation_bytes"] for stage in records.stages),
+                "mean_tokens_per_second": sum(r["tokens"] for r in records.steps)
+                / records.train_seconds,
+            },
+        }
+
+    def _prepare_output(self) -> None:
+        output = self.settings.output
+        if output.exists() and not output.is_dir():
+            raise UserError(f"{output} is a file")
+        if self.settings.overwrite:
+            shutil.rmtree(output, ignore_errors=True)
+        elif not self.settings.resume and output.exists() and any(output.iterdir()):
+            raise UserError(f"{output} is not empty; give --resume, --overwrite or another --output")
+        output.mkdir(parents=True, exist_ok=True)
+
+    def _parameters(self) -> list[list[Any]]:
+        return [[name, list(p.shape)] for name, p in self.trained.model.named_parameters()]
+
+    def _save_checkpoint(self) -> None:
+        state = {
+            "parameters": self._parameters(),
+            "settings": self.settings.identity(),
+            "rows": [len(self.encoded.train), len(self.encoded.validation)],
+            "model": self.trained.model.state_dict(),
+            "optimizer": self.trained.optimizer.state_dict(),
+            "scheduler": self.scheduler.state_dict(),
+            "handle": None if self.trained.handle is None else self.trained.handle.state_dict(),
+            "records": vars(self.records),
+            "metric_name": getattr(self, "metric_name", None),
+            "torch_rng": torch.get_rng_state(),
+            "cuda_rng": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [],
+        }
+        folder = self.settings.output / "checkpoints"
+        save_checkpoint(folder, self.step, state, keep=self.settings.keep_checkpoints)
+
+    def _resume(self) -> None:
+        state = load_newest_checkpoint(self.settings.output / "checkpoints")
+        if state is None:
+            if (self.settings.output / "metrics.json").exists():
+                raise UserError(f"the run in {self.settings.output} is finished")
+            return
+        current = {"parameters": self._parameters(), "settings": self.settings.identity()}
+        check_same_run(state, current)
+        rows = [len(self.encoded.train), len(self.encoded.validation)]
+        if state["rows"] != rows:
+            raise UserError(f"the data has changed: {state['rows']} rows then, {rows} now")
+        self.trained.model.load_state_dict(state["model"])
+        if self.trained.handle is not None:
+            self.trained.handle.load_state_dict(state["handle"])
+        self.trained.optimizer.load_state_dict(state["optimizer"])
+        self.scheduler.load_state_dict(state["scheduler"])
+        self.records = Records(**state["records"])
+        if state["metric_name"]:
+            self.metric_name = state["metric_name"]
+        self.step = state["step"]
+        torch.set_rng_state(state["torch_rng"])
+        if state["cuda_rng"]:
+            torch.cuda.set_rng_state_all(state["cuda_rng"])
+
+    def _save_model(self) -> None:
+        """A plain Hugging Face folder; LoRA is merged into it, its adapter saved beside."""
+        if self.trained.handle is not None:
+            self.trained.handle.unpatch()
+        model, output = self.trained.base, self.settings.output
+        if self.settings.method == "lora":
+            self.trained.model.save_pretrained(output / "adapter")
+            model = self.trained.model.merge_and_unload()
+        if self._use_cache:
+            model.config.use_cache = self._use_cache
+        model.save_pretrained(output / "model")
+        self.tokenizer.save_pretrained(output / "model")
+
+
+def write_json(path: os.PathLike, content: Any) -> None:
+    """Whole or not at all, like a checkpoint."""
+    partial = f"{os.fspath(path)}.partial"
+    with open(partial, "w", encoding="utf-8") as file:
+        json.dump(content, file, indent=1)
+    os.replace(partial, path)

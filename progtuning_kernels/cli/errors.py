@@ -1,0 +1,19 @@
+"""Errors that the user can mend: shown as one line, exit status 2."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+
+class UserError(Exception):
+    """The message is all there is to say."""
+
+
+@contextmanager
+def as_user_error() -> Iterator[None]:
+    """Turn the `ValueError` of a bad setting into a `UserError`."""
+    try:
+        yield
+    except ValueError as error:
+        raise UserError(str(error)) from error

@@ -1,0 +1,131 @@
+"""`progtuning train`."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from .datasets import Columns, TextData, build_data, read_hub, read_rows
+from .errors import UserError, as_user_error
+from .settings import TrainSettings
+
+
+def load_data(s: TrainSettings) -> TextData:
+    """The examples that the settings ask for.
+
+    Raises:
+        UserError: no data named, or data that cannot be used.
+    """
+    if s.dataset is None and s.train_file is None:
+        raise UserError("no data: give --train-file and --validation-file, or --dataset")
+    if s.dataset is not None and s.train_file is not None:
+        raise UserError("--dataset and --train-file exclude each other")
+    if s.dataset == "docstrings":
+        data = docstring_data(s.seed, s.max_train_rows or 3200, s.max_validation_rows or 800)
+        if s.task == "causal-lm":
+            raise UserError("--dataset docstrings is a classification; use files for causal-lm")
+        return data
+    if s.dataset is not None:
+        train, validation = read_hub(s.dataset)
+        description = f"hub data set {s.dataset}"
+    else:
+        if s.validation_file is None:
+            raise UserError("--train-file needs --validation-file")
+        train, validation = read_rows(s.train_file), read_rows(s.validation_file)
+        description = f"{s.train_file.name} and {s.validation_file.name}"
+    return build_data(
+        train[: s.max_train_rows],
+        validation[: s.max_validation_rows],
+        columns=Columns(s.text_column, s.pair_column, s.label_column),
+        labelled=s.task == "classification",
+        description=description,
+    )
+
+
+def docstring_data(seed: int, train_rows: int, validation_rows: int) -> TextData:
+    from .datasets import Example
+    from .docstrings import load_docstrings
+
+    with as_user_error():
+        data = load_docstrings(seed=seed, train_rows=train_rows, validation_rows=validation_rows)
+    return TextData(
+        [Example(text, None, label) for text, label in data.train],
+        [Example(text, None, label) for text, label in data.validation],
+        tuple(data.label_names),
+        data.description,
+    )
+
+
+def plan_table(s: TrainSettings, data: TextData) -> Table:
+    """What a run would do, stage by stage, without loading weights."""
+    from ..patch import patch_model
+    from ..schedules import MilestoneSchedule, ProgressiveSchedule
+    from .batches import Order
+    from .models import load_model_and_tokenizer
+
+    if s.task == "causal-lm" and s.max_steps is None:
+        raise UserError("--dry-run of causal-lm needs --max-steps: rows are cut while training")
+    model, _ = load_model_and_tokenizer(s.model, s.task, data.label_names, weights=False)
+    order = Order(len(data.train), s.batch_size, s.accumulate, s.seed)
+    total_steps = s.max_steps or s.epochs * order.steps_per_epoch
+    with as_user_error():
+        schedule = ProgressiveSchedule(s.stages, total_steps, embeddings=s.embeddings)
+        used = MilestoneSchedule({}, embeddings="always") if s.method == "full" else schedule
+        handle = patch_model(model, used, tied=s.tied, blocks=s.blocks)
+    table = Table(title=f"{s.method}, {total_steps:,} steps, {handle.num_blocks} blocks")
+    columns = ("stage", "steps", "trains", "active parameters", "expected step cost")
+    for i, name in enumerate(columns):
+        table.add_column(name, justify="left" if i == 2 else "right")
+    updates = 0
+    firsts = [-(-t * total_steps // s.stages) for t in range(s.stages)]
+    for stage, (first, end) in enumerate(zip(firsts, [*firsts[1:], total_steps], strict=True)):
+        handle.seek(first)
+        updates += handle.active_params * (end - first)
+        trained = f"blocks {handle.plan.boundary}-{handle.num_blocks - 1}, head"
+        if handle.plan.embeddings:
+            trained = f"embeddings, {trained}"
+        frozen = handle.boundary / handle.num_blocks
+        table.add_row(
+            str(stage + 1),
+            f"{first + 1:,}-{end:,}",
+            trained,
+            f"{handle.active_params:,}",
+            f"{1 - 2 * frozen / 3:.3f}",
+        )
+    saved = 1 - updates / (handle.trainable_params * total_steps)
+    table.caption = (
+        f"{saved:.1%} of parameter updates saved. Expected step cost: 1 - 2f/3 of the full step, "
+        "f the frozen share of the blocks; embeddings and head left out."
+    )
+    return table
+
+
+def run(options: Mapping[str, Any], *, dry_run: bool) -> None:
+    s = TrainSettings(**options)
+    console = Console()
+    if dry_run:
+        if s.method == "lora":
+            raise UserError("--dry-run plans full and progressive")
+        console.print(plan_table(s, load_data(s)))
+        return
+    from .engine import Run
+    from .progress import TrainProgress
+
+    result = Run(s, load_data(s), name=s.output.name).train(TrainProgress(console))
+    summary = result["summary"]
+    console.print(_summary_lines(result, summary), highlight=False)
+    console.print(f"model: {s.output / 'model'}   figures: {s.output / 'metrics.json'}")
+
+
+def _summary_lines(result: Mapping[str, Any], summary: Mapping[str, Any]) -> str:
+    figures: Sequence[tuple[str, str]] = (
+        (result["metric_name"], f"{summary['metric']:.4f}"),
+        ("training", f"{summary['train_seconds']:.1f} s"),
+        ("parameter updates saved", f"{summary['updates_saved_share']:.1%}"),
+        ("peak optimizer state", f"{summary['peak_state_bytes'] / 1e6:.1f} MB"),
+        ("peak saved activations", f"{summary['peak_activation_bytes'] / 1e6:.1f} MB"),
+    )
+    return "\n".join(f"{name}: {value}" for name, value in figures)

@@ -1,0 +1,357 @@
+"""`patch_model`: makes one model instance train what its schedule says, reversibly.
+
+`p.requires_grad` is the single source of truth for "trainable": the handle sets it, optimizers read
+it. Nothing here touches a class or a module of another library.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextlib import nullcontext
+from typing import Any, Literal, get_args
+
+import torch
+from torch import nn
+
+from . import freeze_events
+from .boundary import (
+    Boundary,
+    FrozenMode,
+    TruncationReport,
+    UnitReport,
+    measure_forward,
+)
+from .families import EMBEDDINGS, Layout, ParameterSlot, find_layout, parameter_slots
+from .schedules import FreezePlan, Schedule
+
+TiedPolicy = Literal["frozen", "head_only"]
+
+_HANDLE = "_progtuning_handle"
+
+
+class _LastForward:
+    """The inputs of the last training forward, so that a report can repeat it."""
+
+    def __init__(self) -> None:
+        self.inputs: tuple[tuple, dict] | None = None
+        self._autocast: tuple[str, torch.dtype] | None = None
+
+    def remember(self, module: nn.Module, args: tuple, kwargs: dict) -> None:
+        if torch.compiler.is_compiling() or not torch.is_grad_enabled():
+            return
+        self.inputs = (args, kwargs)
+        device_type = next(module.parameters()).device.type
+        self._autocast = None
+        if torch.is_autocast_enabled(device_type):
+            self._autocast = (device_type, torch.get_autocast_dtype(device_type))
+
+    def autocast(self) -> Any:
+        if self._autocast is None:
+            return nullcontext()
+        device_type, dtype = self._autocast
+        return torch.autocast(device_type, dtype=dtype)
+
+
+class PatchHandle:
+    """What `patch_model` returns: the schedule's grip on one model. Also a context manager.
+
+    Attributes:
+        model: the patched model.
+        schedule: the schedule that plans its steps.
+        layout: how the model is cut into units.
+        step: optimizer steps done; `plan` is the plan of the next one.
+        plan: the plan in force.
+        boundary: the effective boundary: lowest block that really holds an active tensor (0 if the
+            embeddings do, `num_blocks` if only the head does). It lies above `plan.boundary` where
+            the user had frozen more than the plan does.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        schedule: Schedule,
+        layout: Layout,
+        *,
+        frozen_mode: FrozenMode,
+        tied: TiedPolicy,
+    ) -> None:
+        self.model = model
+        self.schedule = schedule
+        self.layout = layout
+        self.step = 0
+        self.boundary = 0
+        self._tied = tied
+        self._boundary = Boundary(model, layout, frozen_mode)
+        self._slots: list[ParameterSlot] = []
+        self._flags: list[bool] = []
+        self._user_trainable: dict[str, bool] = {}
+        self._listeners: list[Callable[[PatchHandle], None]] = []
+        self._last_forward = _LastForward()
+
+        self.plan = schedule.plan(0, layout.num_blocks)
+        self._scan()
+        for plan in self._first_and_last_plans():
+            self._check_trains_something(plan)
+        self._hook = model.register_forward_pre_hook(self._last_forward.remember, with_kwargs=True)
+        model.__dict__[_HANDLE] = self
+        self._apply()
+
+    def __repr__(self) -> str:
+        return (
+            f"PatchHandle({type(self.model).__name__}, step={self.step}, "
+            f"boundary={self.boundary} of {self.num_blocks}, {self.schedule!r})"
+        )
+
+    def __reduce__(self) -> tuple:
+        # a copy of the model is an ordinary model: it carries None where the handle was
+        return (type(None), ())
+
+    def __enter__(self) -> PatchHandle:
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self.unpatch()
+
+    @property
+    def num_blocks(self) -> int:
+        return self.layout.num_blocks
+
+    @property
+    def stage(self) -> int:
+        """Index of the stage that the next step belongs to."""
+        return self.schedule.stage(self.step)
+
+    @property
+    def active_params(self) -> int:
+        """Number of parameters that the next step updates."""
+        return sum(s.parameter.numel() for s, on in zip(self._slots, self._flags, strict=True) if on)
+
+    @property
+    def trainable_params(self) -> int:
+        """Number of parameters that were trainable when the model was patched."""
+        return sum(s.parameter.numel() for s in self._slots if self._user_trainable[s.name])
+
+    def advance(self) -> bool:
+        """Count one optimizer step; move to its successor's plan.
+
+        Call it once per optimizer step, after `optimizer.step()`. Flags that something else
+        switched in the meantime (PEFT does, on leaving `disable_adapter()`) are put right again.
+
+        Returns:
+            True when the plan changed.
+        """
+        return self.seek(self.step + 1)
+
+    def seek(self, step: int) -> bool:
+        """Jump to the plan of optimizer step `step`, as after a resume; True when it changed."""
+        plan = self.schedule.plan(step, self.num_blocks)
+        changed = plan != self.plan
+        if changed:
+            self._check_trains_something(plan)
+        self.step, self.plan = step, plan
+        if changed:
+            self._apply()
+        else:
+            self._reassert()
+        return changed
+
+    def on_change(self, listener: Callable[[PatchHandle], None]) -> None:
+        """Call `listener(handle)` after every change of plan."""
+        self._listeners.append(listener)
+
+    def param_groups(
+        self, lr: float | None = None, weight_decay: float = 0.0
+    ) -> list[dict[str, Any]]:
+        """Two groups over all parameters, frozen ones included: they never change afterwards.
+
+        Args:
+            lr: learning rate to write into the groups; None leaves it to the optimizer.
+            weight_decay: decay of the first group, which holds matrices; biases and norm weights
+                (one dimension or none) are in the second, without decay.
+        """
+        parameters = [slot.parameter for slot in parameter_slots(self.model, self.layout)]
+        groups: list[dict[str, Any]] = [
+            {"params": [p for p in parameters if p.ndim >= 2], "weight_decay": weight_decay},
+            {"params": [p for p in parameters if p.ndim < 2], "weight_decay": 0.0},
+        ]
+        groups = [group for group in groups if group["params"]]
+        if lr is not None:
+            for group in groups:
+                group["lr"] = lr
+        return groups
+
+    def truncation_report(self) -> TruncationReport:
+        """Per unit: parameters, active ones, autograd nodes and bytes saved by the last forward.
+
+        The last training forward is run once more, on the same inputs and random numbers, with
+        counters attached: training itself is never slowed down by counting.
+        """
+        uses = {}
+        if self._last_forward.inputs is not None:
+            args, kwargs = self._last_forward.inputs
+            with self._last_forward.autocast():
+                uses = measure_forward(self.model, self.layout, args, kwargs)
+        params = dict.fromkeys(range(EMBEDDINGS, self.layout.head + 1), 0)
+        active = dict(params)
+        tied = []
+        for slot in parameter_slots(self.model, self.layout):
+            # a tied parameter is counted once, in the last unit that trains it
+            unit = slot.units[-1]
+            params[unit] += slot.parameter.numel()
+            active[unit] += slot.parameter.numel() * slot.parameter.requires_grad
+            if len(slot.units) > 1:
+                users = " and ".join(map(self.layout.unit_label, slot.units))
+                state = "trains" if slot.parameter.requires_grad else "is frozen"
+                tied.append(f"tied: {slot.name} is used by {users}; it {state} ({self._tied})")
+        return TruncationReport(
+            units=tuple(
+                UnitReport(self.layout.unit_label(u), params[u], active[u], uses.get(u))
+                for u in params
+            ),
+            boundary=self.boundary,
+            tied=tuple(tied),
+        )
+
+    def state_dict(self) -> dict[str, Any]:
+        """Everything a resumed run needs: the plan is a function of the step."""
+        return {
+            "format": 1,
+            "step": self.step,
+            "num_blocks": self.num_blocks,
+            "schedule": repr(self.schedule),
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go to the step of a saved run.
+
+        Raises:
+            ValueError: the state belongs to a model or a schedule other than this one.
+        """
+        if state.get("format") != 1:
+            raise ValueError(f"not the state of a PatchHandle: format {state.get('format')!r}")
+        if state["num_blocks"] != self.num_blocks:
+            raise ValueError(
+                f"saved for a model of {state['num_blocks']} blocks, this one has {self.num_blocks}"
+            )
+        if state["schedule"] != repr(self.schedule):
+            raise ValueError(f"saved under {state['schedule']}, this run has {self.schedule!r}")
+        self.seek(state["step"])
+
+    def unpatch(self) -> None:
+        """Put the model back as it was found. Calling it again does nothing."""
+        if self.model.__dict__.get(_HANDLE) is not self:
+            return
+        del self.model.__dict__[_HANDLE]
+        self._hook.remove()
+        self._boundary.restore()
+        for slot in self._slots:
+            slot.parameter.requires_grad_(self._user_trainable[slot.name])
+        self._listeners.clear()
+        self._last_forward.inputs = None
+        freeze_events.announce()
+
+    def _first_and_last_plans(self) -> list[FreezePlan]:
+        plans = [self.plan]
+        if self.schedule.total_steps:
+            plans.append(self.schedule.plan(self.schedule.total_steps - 1, self.num_blocks))
+        return plans
+
+    def _scan(self) -> None:
+        """List the parameters; those that appeared since (LoRA added later) keep their own flag."""
+        self._slots = list(parameter_slots(self.model, self.layout))
+        for slot in self._slots:
+            self._user_trainable.setdefault(slot.name, slot.parameter.requires_grad)
+
+    def _trains(self, unit: int, plan: FreezePlan) -> bool:
+        if unit == EMBEDDINGS:
+            return plan.embeddings
+        return plan.head if unit == self.layout.head else plan.trainable[unit]
+
+    def _active_units(self, slot: ParameterSlot, plan: FreezePlan) -> tuple[int, ...]:
+        """Units in which the parameter is active under `plan`; () when it is frozen."""
+        if not self._user_trainable[slot.name]:
+            return ()
+        trained = tuple(unit for unit in slot.units if self._trains(unit, plan))
+        if trained == slot.units:
+            return trained
+        return trained if self._tied == "head_only" and trained == (self.layout.head,) else ()
+
+    def _check_trains_something(self, plan: FreezePlan) -> None:
+        if not any(self._active_units(slot, plan) for slot in self._slots):
+            raise ValueError(
+                f"the plan with boundary {plan.boundary} of {self.num_blocks} blocks freezes "
+                "everything that was trainable when the model was patched"
+            )
+
+    def _apply(self) -> None:
+        self._scan()
+        units = [self._active_units(slot, self.plan) for slot in self._slots]
+        active_units = {unit for used in units for unit in used}
+        self._flags = [bool(used) for used in units]
+        blocks = range(self.num_blocks)
+        self.boundary = 0
+        if EMBEDDINGS not in active_units:
+            self.boundary = next((i for i in blocks if i in active_units), self.num_blocks)
+        self._reassert()
+        self._boundary.move(
+            [i not in active_units for i in blocks],
+            self.boundary,
+            embeddings_frozen=EMBEDDINGS not in active_units,
+        )
+        freeze_events.announce()
+        for listener in self._listeners:
+            listener(self)
+
+    def _reassert(self) -> None:
+        for slot, on in zip(self._slots, self._flags, strict=True):
+            parameter = slot.parameter
+            if parameter.requires_grad != on:
+                parameter.requires_grad_(on)
+            if not on and parameter.grad is not None:
+                # a frozen tensor with a gradient would still be updated, and counted by clipping
+                parameter.grad = None
+
+
+def patch_model(
+    model: nn.Module,
+    schedule: Schedule,
+    *,
+    frozen_mode: FrozenMode = "eval",
+    tied: TiedPolicy = "frozen",
+    blocks: str | None = None,
+) -> PatchHandle:
+    """Patch `model` in place so that it trains only what `schedule` says.
+
+    Embeddings and blocks below the boundary run without autograd; gradients and optimizer state of
+    frozen tensors are released when the plan changes.
+
+    Args:
+        model: a Hugging Face model, or any module with one list of blocks.
+        schedule: plans every optimizer step, e.g. `ProgressiveSchedule(3, total_steps)`.
+        frozen_mode: "eval" makes a frozen unit a fixed function (no dropout); "train" leaves its
+            mode alone.
+        tied: what happens to a weight shared by embeddings and LM head once the embeddings are
+            frozen: "frozen" freezes it, "head_only" goes on training it with the gradient of its
+            use in the head (the lookup is then not differentiated).
+        blocks: qualified name of the block list, where discovery cannot choose.
+
+    Returns:
+        The handle; call `handle.advance()` once per optimizer step.
+
+    Raises:
+        UnsupportedModelError: no block list can be found, or the blocks share weights.
+        ValueError: the model is patched already, or the schedule does not fit it.
+    """
+    if frozen_mode not in get_args(FrozenMode):
+        raise ValueError(f"frozen_mode must be 'eval' or 'train', got {frozen_mode!r}")
+    if tied not in get_args(TiedPolicy):
+        raise ValueError(f"tied must be 'frozen' or 'head_only', got {tied!r}")
+    if handle_of(model) is not None:
+        raise ValueError("the model is patched already: call handle.unpatch() first")
+    layout = find_layout(model, blocks)
+    return PatchHandle(model, schedule, layout, frozen_mode=frozen_mode, tied=tied)
+
+
+def handle_of(model: nn.Module) -> PatchHandle | None:
+    """The handle of a patched model, None if it is not patched."""
+    return model.__dict__.get(_HANDLE)

@@ -1,0 +1,94 @@
+"""Tiny random models of the families, each with inputs that give it a loss."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import transformers as hf
+from torch import nn
+
+BATCH, TOKENS, VOCABULARY = 3, 11, 97
+
+_SIZES = dict(
+    hidden_size=32,
+    num_hidden_layers=4,
+    num_attention_heads=4,
+    intermediate_size=48,
+    vocab_size=VOCABULARY,
+    max_position_embeddings=32,
+)
+_BERT = hf.BertConfig(**_SIZES, num_labels=3)
+_ROBERTA = hf.RobertaConfig(**_SIZES, num_labels=3, pad_token_id=1)
+_DISTILBERT = hf.DistilBertConfig(
+    dim=32, n_layers=4, n_heads=4, hidden_dim=48, vocab_size=VOCABULARY, num_labels=3
+)
+_ELECTRA = hf.ElectraConfig(**_SIZES, embedding_size=16, num_labels=3)
+_GPT2 = hf.GPT2Config(
+    n_embd=32,
+    n_layer=4,
+    n_head=4,
+    vocab_size=VOCABULARY,
+    n_positions=32,
+    bos_token_id=2,
+    eos_token_id=2,
+    pad_token_id=0,
+    num_labels=3,
+)
+_LLAMA = hf.LlamaConfig(
+    **_SIZES, num_key_value_heads=2, bos_token_id=2, eos_token_id=2, pad_token_id=0, num_labels=3
+)
+
+MODELS: dict[str, Callable[[], nn.Module]] = {
+    "bert-sequence": lambda: hf.BertForSequenceClassification(_BERT),
+    "bert-token": lambda: hf.BertForTokenClassification(_BERT),
+    "bert-qa": lambda: hf.BertForQuestionAnswering(_BERT),
+    "bert-masked-lm": lambda: hf.BertForMaskedLM(_BERT),
+    "roberta-sequence": lambda: hf.RobertaForSequenceClassification(_ROBERTA),
+    "roberta-token": lambda: hf.RobertaForTokenClassification(_ROBERTA),
+    "distilbert-sequence": lambda: hf.DistilBertForSequenceClassification(_DISTILBERT),
+    "distilbert-qa": lambda: hf.DistilBertForQuestionAnswering(_DISTILBERT),
+    "electra-sequence": lambda: hf.ElectraForSequenceClassification(_ELECTRA),
+    "electra-token": lambda: hf.ElectraForTokenClassification(_ELECTRA),
+    "gpt2-causal-lm": lambda: hf.GPT2LMHeadModel(_GPT2),
+    "gpt2-sequence": lambda: hf.GPT2ForSequenceClassification(_GPT2),
+    "llama-causal-lm": lambda: hf.LlamaForCausalLM(_LLAMA),
+    "llama-sequence": lambda: hf.LlamaForSequenceClassification(_LLAMA),
+    "llama-token": lambda: hf.LlamaForTokenClassification(_LLAMA),
+    "llama-qa": lambda: hf.LlamaForQuestionAnswering(_LLAMA),
+}
+
+
+def tiny_model(name: str, *, seed: int = 0, dropout: bool = False) -> nn.Module:
+    """A model in train mode, without dropout unless asked for."""
+    torch.manual_seed(seed)
+    model = MODELS[name]().train()
+    if not dropout:
+        for module in model.modules():
+            if isinstance(module, nn.Dropout):
+                module.p = 0.0
+            for attribute in ("attention_dropout", "dropout_prob"):  # functional dropout in SDPA
+                if isinstance(getattr(module, attribute, None), float):
+                    setattr(module, attribute, 0.0)
+    return model
+
+
+def tiny_inputs(name: str, *, seed: int = 1) -> dict[str, Any]:
+    """Ids (BATCH, TOKENS) with real right padding, and labels of the head's kind."""
+    generator = torch.Generator().manual_seed(seed)
+    ids = torch.randint(3, VOCABULARY, (BATCH, TOKENS), generator=generator)
+    mask = torch.ones_like(ids)
+    for row in range(1, BATCH):
+        mask[row, TOKENS - 2 * row :] = 0
+    ids = ids.masked_fill(mask == 0, 1 if name.startswith("roberta") else 0)
+    inputs: dict[str, Any] = {"input_ids": ids, "attention_mask": mask}
+    if name.endswith("lm"):
+        return inputs | {"labels": ids.masked_fill(mask == 0, -100)}
+    if name.endswith("token"):
+        labels = torch.randint(3, ids.shape, generator=generator)
+        return inputs | {"labels": labels.masked_fill(mask == 0, -100)}
+    if name.endswith("qa"):
+        starts = torch.randint(0, 3, (BATCH,), generator=generator)
+        return inputs | {"start_positions": starts, "end_positions": starts + 2}
+    return inputs | {"labels": torch.arange(BATCH) % 3}
