@@ -296,21 +296,21 @@ def _count_nodes(
     outputs: Any, clock: _UnitClock, units_by_parameter: Mapping[int, int]
 ) -> dict[int, int]:
     tensors = [t for t in pytree.tree_leaves(outputs) if isinstance(t, torch.Tensor)]
-    pending = [t.grad_fn for t in tensors if t.grad_fn is not None]
-    seen = set(pending)
+    pending = [(t.grad_fn, EMBEDDINGS) for t in tensors if t.grad_fn is not None]
+    seen = {node for node, _ in pending}
     nodes: dict[int, int] = defaultdict(int)
     while pending:
-        node = pending.pop()
+        node, user = pending.pop()
         leaf = getattr(node, "variable", None)
         if leaf is None:
             unit = clock.unit_at(node._sequence_nr())
-        else:
-            unit = units_by_parameter.get(id(leaf), EMBEDDINGS)
+        else:  # a leaf that is no parameter of the model counts where it is used
+            unit = units_by_parameter.get(id(leaf), user)
         nodes[unit] += 1
         for following, _ in node.next_functions:
             if following is not None and following not in seen:
                 seen.add(following)
-                pending.append(following)
+                pending.append((following, unit))
     return nodes
 
 

@@ -124,7 +124,9 @@ class PatchHandle:
     @property
     def active_params(self) -> int:
         """Number of parameters that the next step updates."""
-        return sum(s.parameter.numel() for s, on in zip(self._slots, self._flags, strict=True) if on)
+        return sum(
+            s.parameter.numel() for s, on in zip(self._slots, self._flags, strict=True) if on
+        )
 
     @property
     def trainable_params(self) -> int:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
 from typing import Any
 
@@ -40,15 +41,23 @@ _LLAMA = hf.LlamaConfig(
     **_SIZES, num_key_value_heads=2, bos_token_id=2, eos_token_id=2, pad_token_id=0, num_labels=3
 )
 
+
+def _two_labels(config: hf.PreTrainedConfig) -> hf.PreTrainedConfig:
+    """Question answering marks a start and an end."""
+    config = copy.deepcopy(config)
+    config.num_labels = 2
+    return config
+
+
 MODELS: dict[str, Callable[[], nn.Module]] = {
     "bert-sequence": lambda: hf.BertForSequenceClassification(_BERT),
     "bert-token": lambda: hf.BertForTokenClassification(_BERT),
-    "bert-qa": lambda: hf.BertForQuestionAnswering(_BERT),
+    "bert-qa": lambda: hf.BertForQuestionAnswering(_two_labels(_BERT)),
     "bert-masked-lm": lambda: hf.BertForMaskedLM(_BERT),
     "roberta-sequence": lambda: hf.RobertaForSequenceClassification(_ROBERTA),
     "roberta-token": lambda: hf.RobertaForTokenClassification(_ROBERTA),
     "distilbert-sequence": lambda: hf.DistilBertForSequenceClassification(_DISTILBERT),
-    "distilbert-qa": lambda: hf.DistilBertForQuestionAnswering(_DISTILBERT),
+    "distilbert-qa": lambda: hf.DistilBertForQuestionAnswering(_two_labels(_DISTILBERT)),
     "electra-sequence": lambda: hf.ElectraForSequenceClassification(_ELECTRA),
     "electra-token": lambda: hf.ElectraForTokenClassification(_ELECTRA),
     "gpt2-causal-lm": lambda: hf.GPT2LMHeadModel(_GPT2),
@@ -56,7 +65,7 @@ MODELS: dict[str, Callable[[], nn.Module]] = {
     "llama-causal-lm": lambda: hf.LlamaForCausalLM(_LLAMA),
     "llama-sequence": lambda: hf.LlamaForSequenceClassification(_LLAMA),
     "llama-token": lambda: hf.LlamaForTokenClassification(_LLAMA),
-    "llama-qa": lambda: hf.LlamaForQuestionAnswering(_LLAMA),
+    "llama-qa": lambda: hf.LlamaForQuestionAnswering(_two_labels(_LLAMA)),
 }
 
 

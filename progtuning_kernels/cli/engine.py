@@ -154,9 +154,7 @@ class Run:
         self.order = Order(len(self.encoded.train), s.batch_size, s.accumulate, s.seed)
         self.total_steps = s.max_steps or s.epochs * self.order.steps_per_epoch
         with as_user_error():
-            self.schedule = ProgressiveSchedule(
-                s.stages, self.total_steps, embeddings=s.embeddings
-            )
+            self.schedule = ProgressiveSchedule(s.stages, self.total_steps, embeddings=s.embeddings)
             self.layout: Layout = find_layout(base, s.blocks)
             self.schedule.plan(0, self.layout.num_blocks)
         self.num_params = sum(p.numel() for p in base.parameters())
@@ -204,9 +202,7 @@ class Run:
             record = self._train_step(window, stage, measure=first_of_stage)
             stage_steps.append(record)
             progress.update(stage, record, self._tokens_per_second(stage_steps))
-            last_of_stage = (
-                self.step == self.total_steps or self.schedule.stage(self.step) != stage
-            )
+            last_of_stage = self.step == self.total_steps or self.schedule.stage(self.step) != stage
             if last_of_stage:
                 self._finish_stage(stage, stage_steps)
                 progress.evaluated(stage, self.records.evaluations[-1])
@@ -400,7 +396,9 @@ class Run:
         if self.settings.overwrite:
             shutil.rmtree(output, ignore_errors=True)
         elif not self.settings.resume and output.exists() and any(output.iterdir()):
-            raise UserError(f"{output} is not empty; give --resume, --overwrite or another --output")
+            raise UserError(
+                f"{output} is not empty; give --resume, --overwrite or another --output"
+            )
         output.mkdir(parents=True, exist_ok=True)
 
     def _parameters(self) -> list[list[Any]]:

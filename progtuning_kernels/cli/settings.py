@@ -11,7 +11,15 @@ Method = Literal["full", "progressive", "lora"]
 Precision = Literal["auto", "fp32", "bf16"]
 
 # Options that may differ between a checkpoint and the call that resumes it.
-_FREE = {"output", "checkpoint_every", "keep_checkpoints", "resume", "overwrite", "device", "metric"}
+_FREE = {
+    "output",
+    "checkpoint_every",
+    "keep_checkpoints",
+    "resume",
+    "overwrite",
+    "device",
+    "metric",
+}
 
 
 @dataclass(frozen=True)

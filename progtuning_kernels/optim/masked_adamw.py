@@ -126,6 +126,8 @@ class MaskedAdamW(MaskedOptimizer):
         own = (p for group in self.param_groups for p in group["params"])
         for i, p in zip(saved, own, strict=True):
             for key, value in state_dict["state"].get(i, {}).items():
-                dtype = value.dtype if key == "step" else torch.promote_types(p.dtype, torch.float32)
+                dtype = (
+                    value.dtype if key == "step" else torch.promote_types(p.dtype, torch.float32)
+                )
                 self.state[p][key] = value.detach().to(p.device, dtype, copy=True)
         self.on_flags_changed()

@@ -1,0 +1,203 @@
+import json
+import subprocess
+import sys
+
+import pytest
+import torch
+
+import progtuning_kernels
+from progtuning_kernels import _backend, ops
+from progtuning_kernels._backend import Implementation, Op, backend_report, select
+from progtuning_kernels.cli import doctor
+from progtuning_kernels.ops.masked_norm import DTYPES
+
+CPU = torch.device("cpu")
+TENSORS = [torch.zeros(3)]
+
+
+def implementation(name, reason=None):
+    return Implementation(name, lambda: name, lambda tensors: reason)
+
+
+@pytest.fixture
+def op(monkeypatch):
+    monkeypatch.delenv("PROGTUNING_BACKEND", raising=False)
+    return Op(
+        "example",
+        (implementation("native", "it is Monday"), implementation("reference")),
+    )
+
+
+def test_the_first_without_a_reason_runs(op):
+    assert select(op, TENSORS).name == "reference"
+    everything = Op("example", tuple(map(implementation, _backend.PREFERENCE)))
+    assert select(everything, TENSORS).name == "native"
+    assert select(everything, TENSORS, "auto").name == "native"
+
+
+def test_the_reasons_are_about_the_tensors_at_hand(op):
+    def reason(tensors):
+        return None if tensors[0].dtype == torch.float32 else "float32 only"
+
+    picky = Op("picky", (Implementation("native", print, reason), implementation("reference")))
+    assert select(picky, TENSORS).name == "native"
+    assert select(picky, [torch.zeros(3).double()]).name == "reference"
+
+
+def test_a_forced_implementation_that_can_run_does(op, monkeypatch):
+    everything = Op("example", tuple(map(implementation, _backend.PREFERENCE)))
+    assert select(everything, TENSORS, "triton").name == "triton"
+    monkeypatch.setenv("PROGTUNING_BACKEND", "reference")
+    assert select(everything, TENSORS).name == "reference"
+    assert select(everything, TENSORS, "auto").name == "reference"
+    assert select(everything, TENSORS, "triton").name == "triton"
+
+
+def test_a_forced_implementation_that_cannot_run_raises_its_reason(op, monkeypatch):
+    with pytest.raises(
+        RuntimeError, match="example: implementation=native cannot run: it is Monday"
+    ):
+        select(op, TENSORS, "native")
+    with pytest.raises(RuntimeError, match="example has no triton implementation"):
+        select(op, TENSORS, "triton")
+    monkeypatch.setenv("PROGTUNING_BACKEND", "native")
+    with pytest.raises(RuntimeError, match="PROGTUNING_BACKEND=native cannot run: it is Monday"):
+        select(op, TENSORS)
+
+
+def test_an_unknown_implementation_is_named_with_the_choices(op, monkeypatch):
+    with pytest.raises(ValueError, match="implementation=cuda: choose one of auto, native"):
+        select(op, TENSORS, "cuda")
+    monkeypatch.setenv("PROGTUNING_BACKEND", "gpu")
+    with pytest.raises(ValueError, match="PROGTUNING_BACKEND=gpu"):
+        select(op, TENSORS)
+
+
+def test_nothing_can_run(op):
+    hopeless = Op("hopeless", (implementation("native", "a"), implementation("reference", "b")))
+    with pytest.raises(RuntimeError, match="no implementation can run: native: a; reference: b"):
+        select(hopeless, TENSORS)
+
+
+def test_registration_refuses_a_second_op_of_a_name_and_a_wrong_order():
+    with pytest.raises(ValueError, match="registered twice"):
+        _backend.register(_backend.OPS["masked_norm"])
+    with pytest.raises(ValueError, match="not in order"):
+        Op("example", (implementation("reference"), implementation("native")))
+
+
+def test_the_report_has_every_row_and_a_reason_for_every_no():
+    report = backend_report()
+    rows = {(row.op, row.device, row.implementation): row for row in report.rows}
+    assert len(rows) == len(report.rows) == len(_backend.OPS) * 2 * len(_backend.PREFERENCE)
+    assert {row.op for row in report.rows} == set(ops.__all__)
+    for row in report.rows:
+        assert (row.ok and row.reason is None) or (not row.ok and row.reason)
+        assert rows[row.op, "cpu", "reference"].ok
+    text = str(report).splitlines()
+    assert len(text) == len(rows) + 1
+    for line, row in zip(text[1:], report.rows, strict=True):
+        assert row.op in line and line.endswith("yes" if row.ok else row.reason)
+
+
+def test_the_report_survives_an_op_whose_probe_fails(monkeypatch):
+    def probe(device):
+        raise RuntimeError("out of memory\nlong trace")
+
+    broken = Op("broken", (implementation("reference"),), probe)
+    monkeypatch.setitem(_backend.OPS, "broken", broken)
+    reasons = [r.reason for r in backend_report().rows if r.op == "broken" and r.device == "cpu"]
+    assert reasons == ["out of memory"] * 3
+
+
+@pytest.fixture
+def no_extension(monkeypatch):
+    """As if `_C` did not import."""
+    monkeypatch.setitem(sys.modules, "progtuning_kernels._C", None)
+    monkeypatch.delattr(progtuning_kernels, "_C", raising=False)
+    _backend._load_native.cache_clear()
+    yield
+    _backend._load_native.cache_clear()
+
+
+@pytest.mark.parametrize(
+    ("record", "reason"),
+    [
+        ({}, "was not built: run `pip install"),
+        ({"native": False, "reason": "no C++ compiler"}, "was not built: no C++ compiler"),
+        ({"native": True, "reason": ""}, "does not load: import of progtuning_kernels._C halted"),
+    ],
+)
+def test_without_the_extension_the_reason_is_kept(no_extension, monkeypatch, record, reason):
+    monkeypatch.setattr(_backend, "build_record", lambda: record)
+    monkeypatch.delenv("PROGTUNING_BACKEND", raising=False)
+    assert _backend.native_extension() is None
+    assert reason in _backend.native_reason(CPU)
+    assert ops.masked_norm([torch.full((4,), 2.0)]).item() == 4.0
+    with pytest.raises(RuntimeError, match="implementation=native cannot run: the extension"):
+        ops.masked_norm(TENSORS, implementation="native")
+
+
+def test_the_build_record_is_read_from_the_package(tmp_path, monkeypatch):
+    monkeypatch.setattr(_backend, "__file__", str(tmp_path / "_backend.py"))
+    assert _backend.build_record() == {}
+    (tmp_path / "_build.json").write_text("not json")
+    assert _backend.build_record() == {}
+    (tmp_path / "_build.json").write_text(json.dumps({"native": False, "reason": "why"}))
+    assert _backend.build_record() == {"native": False, "reason": "why"}
+
+
+def test_triton_needs_the_interpreter_on_the_cpu(monkeypatch):
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    assert "TRITON_INTERPRET=1" in _backend.triton_reason(CPU)
+    assert "meta" in _backend.triton_reason(torch.device("meta"))
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    monkeypatch.setattr(_backend, "_triton_import_reason", lambda: "Triton does not load: why")
+    assert _backend.triton_reason(CPU) == "Triton does not load: why"
+
+
+@pytest.mark.skipif(_backend.native_extension() is None, reason="the extension was not built")
+def test_dtype_codes_and_devices_without_kernels():
+    assert len({_backend.dtype_code(dtype) for dtype in DTYPES}) == len(DTYPES)
+    with pytest.raises(KeyError):
+        _backend.dtype_code(torch.int64)
+    assert _backend.native_reason(torch.device("meta")) == "no native kernels for meta tensors"
+
+
+@pytest.mark.parametrize("module", ["progtuning_kernels", "progtuning_kernels.ops"])
+def test_import_prints_nothing(module):
+    done = subprocess.run([sys.executable, "-c", f"import {module}"], capture_output=True)
+    assert (done.returncode, done.stdout, done.stderr) == (0, b"", b"")
+
+
+MAPS = """\
+7f00-7f10 r-xp 00000000 08:01 1 /opt/torch/lib/libgomp.so.1
+7f10-7f20 r--p 00010000 08:01 1 /opt/torch/lib/libgomp.so.1
+7f20-7f30 r-xp 00000000 08:01 2 /opt/my env/sklearn/libgomp-a1b2.so.1.0.0
+7f30-7f40 rw-p 00000000 00:00 0
+7f40-7f50 r-xp 00000000 08:01 3 /usr/lib/libm.so.6
+"""
+
+
+def test_doctor_tells_openmp_pools_apart():
+    assert doctor.openmp_pools(MAPS) == [
+        "/opt/my env/sklearn/libgomp-a1b2.so.1.0.0",
+        "/opt/torch/lib/libgomp.so.1",
+    ]
+
+
+def test_doctor_prints_everything(capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "200")
+    doctor.run()
+    printed = capsys.readouterr().out
+    assert torch.__version__ in printed
+    for row in backend_report().rows:
+        assert row.op in printed and (row.reason or "") in printed
+
+
+def test_doctor_prints_without_the_extension(no_extension, capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "200")
+    record = {"native": False, "reason": "no compiler [g++] here"}
+    monkeypatch.setattr(_backend, "build_record", lambda: record)
+    doctor.run()
+    assert "the extension was not built: no compiler [g++] here" in capsys.readouterr().out

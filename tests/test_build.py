@@ -1,0 +1,246 @@
+"""Builds copies of the tree as pip does, with and without compilers; checks the rules of csrc."""
+
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+import zipfile
+from pathlib import Path
+
+import pytest
+import torch
+
+ROOT = Path(__file__).parent.parent
+CSRC = ROOT / "csrc"
+KERNELS = sorted(CSRC.glob("*.cu"))
+NVCC = shutil.which("nvcc")
+CXX = shutil.which("g++")
+TOOLS = ("gcc", "g++", "cc", "c++", "as", "ld")
+PIP_WHEEL = "wheel -v --no-build-isolation --no-deps --no-index -w dist ."
+
+needs_cxx = pytest.mark.skipif(CXX is None, reason="no g++")
+needs_nvcc = pytest.mark.skipif(NVCC is None or CXX is None, reason="no nvcc")
+
+
+def copy_tree(to: Path) -> Path:
+    to.mkdir()
+    for name in ("setup.py", "pyproject.toml", "MANIFEST.in", "LICENSE"):
+        shutil.copy(ROOT / name, to)
+    ignored = shutil.ignore_patterns("*.so", "_build.json", "__pycache__")
+    for folder in ("csrc", "progtuning_kernels"):
+        shutil.copytree(ROOT / folder, to / folder, ignore=ignored)
+    (to / "README.md").touch()
+    return to
+
+
+def environment(path: str, **changes: str) -> dict[str, str]:
+    ours = ("CC", "CXX", "CUDA_HOME", "PROGTUNING_BUILD")
+    kept = {name: value for name, value in os.environ.items() if name not in ours}
+    return {**kept, "PATH": path, **changes}
+
+
+class Wheel:
+    """A wheel under construction; the properties wait for it."""
+
+    def __init__(self, tree: Path, env: dict[str, str]) -> None:
+        self.tree, self._log = tree, (tree / "log").open("w+")
+        command = [sys.executable, "-m", "pip", *PIP_WHEEL.split()]
+        self._process = subprocess.Popen(
+            command, cwd=tree, env=env, stdout=self._log, stderr=subprocess.STDOUT
+        )
+
+    @property
+    def log(self) -> str:
+        self._process.wait()
+        return (self.tree / "log").read_text()
+
+    @property
+    def package(self) -> Path:
+        """The unpacked wheel's package."""
+        assert self._process.wait() == 0, self.log
+        (wheel,) = (self.tree / "dist").glob("*.whl")
+        zipfile.ZipFile(wheel).extractall(self.tree / "unpacked")
+        return self.tree / "unpacked" / "progtuning_kernels"
+
+    @property
+    def record(self) -> dict:
+        return json.loads((self.package / "_build.json").read_text())
+
+    @property
+    def extensions(self) -> list[Path]:
+        return list(self.package.glob("_C.*"))
+
+    def run(self, code: str) -> str:
+        """Output of `code` in a fresh process that finds `_C` in the wheel, and not torch."""
+        code = f"import sys; sys.path.insert(0, {str(self.package)!r}); import _C; {code}"
+        command = [sys.executable, "-c", code]
+        done = subprocess.run(command, capture_output=True, text=True, cwd=self.tree)
+        assert done.returncode == 0, done.stderr
+        return done.stdout.strip()
+
+
+@pytest.fixture(scope="module")
+def wheels(tmp_path_factory):
+    """All wheels, built side by side: most of a build is one compiler on one core."""
+    folder = tmp_path_factory.mktemp("build")
+    compilers = folder / "compilers"
+    compilers.mkdir()
+    for tool in TOOLS:
+        if found := shutil.which(tool):
+            (compilers / tool).symlink_to(found)
+    empty = folder / "empty"
+    empty.mkdir()
+    nothing = environment(str(empty), CC="/nonexistent/cc", CXX="/nonexistent/c++")
+    started = {"no compiler": Wheel(copy_tree(folder / "none"), nothing)}
+    if CXX:
+        cpu = environment(str(compilers))
+        started["no nvcc"] = Wheel(copy_tree(folder / "cpu"), cpu)
+    if CXX and NVCC:
+        cuda = environment(os.environ["PATH"])
+        started["nvcc"] = Wheel(copy_tree(folder / "cuda"), cuda)
+    return started
+
+
+def test_without_a_compiler_the_wheel_says_why(wheels):
+    wheel = wheels["no compiler"]
+    assert wheel.extensions == []
+    assert wheel.record["native"] is False and wheel.record["cuda"] is False
+    assert "/nonexistent/c++" in wheel.record["reason"]
+    assert wheel.record["cuda_reason"] == "nvcc not found"
+    told = [line for line in wheel.log.splitlines() if "without the native extension" in line]
+    assert len(told) == 1 and wheel.record["reason"] in told[0]
+
+
+@needs_cxx
+def test_without_nvcc_the_extension_is_for_the_cpu(wheels):
+    wheel = wheels["no nvcc"]
+    assert len(wheel.extensions) == 1
+    assert wheel.record["native"] is True and wheel.record["reason"] == ""
+    assert wheel.record["cuda"] is False and wheel.record["cuda_reason"] == "nvcc not found"
+    code = "print(_C.cuda_built, _C.cuda_device_count(), hasattr(_C, 'masked_norm_cuda'))"
+    assert wheel.run(code) == "False 0 False"
+    assert wheel.run("print(_C.openmp)") == str(wheel.record["openmp"])
+
+
+@needs_nvcc
+def test_with_nvcc_the_kernels_are_in_and_import_needs_no_driver(wheels):
+    wheel = wheels["nvcc"]
+    assert wheel.record["native"] is True and wheel.record["cuda"] is True
+    archs = wheel.record["cuda_archs"].split()
+    assert {"sm_80", "sm_90"} <= set(archs) and "compute_80" in archs
+    assert wheel.run("print(_C.cuda_built, _C.cuda_archs)") == f"True {' '.join(archs)}"
+    (library,) = wheel.extensions
+    needed = subprocess.run(["ldd", library], capture_output=True, text=True).stdout
+    assert "cudart" not in needed and "libcuda.so" not in needed
+    if not torch.cuda.is_available():
+        code = "\ntry: _C.cuda_device_count()\nexcept RuntimeError as error: print(error)"
+        assert wheel.run(code).startswith("cuda_device_count: ")
+
+
+def build_hook(tree: Path, hook: str, **env: str) -> subprocess.CompletedProcess:
+    code = f"from setuptools import build_meta; build_meta.{hook}('dist')"
+    return subprocess.run(
+        [sys.executable, "-c", code],
+        cwd=tree,
+        env=environment(os.environ["PATH"], **env),
+        capture_output=True,
+        text=True,
+    )
+
+
+def test_an_editable_build_replaces_what_an_earlier_one_left(tmp_path):
+    tree = copy_tree(tmp_path / "tree")
+    package = tree / "progtuning_kernels"
+    (package / "_C.stale.so").touch()
+    (package / "_build.json").write_text('{"native": true}')
+    done = build_hook(tree, "build_editable", PROGTUNING_BUILD="off")
+    assert done.returncode == 0, done.stderr
+    assert list(package.glob("_C.*")) == []
+    record = json.loads((package / "_build.json").read_text())
+    assert record["native"] is False and record["reason"] == "PROGTUNING_BUILD=off"
+    assert "building without the native extension: PROGTUNING_BUILD=off" in done.stdout
+
+
+def test_the_source_archive_has_the_sources_and_no_build(tmp_path):
+    tree = copy_tree(tmp_path / "tree")
+    (tree / "progtuning_kernels" / "_C.stale.so").touch()
+    (tree / "progtuning_kernels" / "_build.json").write_text("{}")
+    assert build_hook(tree, "build_sdist").returncode == 0
+    (archive,) = (tree / "dist").glob("*.tar.gz")
+    shutil.unpack_archive(archive, tmp_path / "unpacked")
+    (unpacked,) = (tmp_path / "unpacked").iterdir()
+    sources = {path.name for path in (unpacked / "csrc").iterdir()}
+    assert sources == {path.name for path in CSRC.iterdir()}
+    assert not list(unpacked.rglob("*.so")) and not list(unpacked.rglob("_build.json"))
+
+
+def test_a_misspelt_build_mode_is_an_error(tmp_path):
+    done = build_hook(copy_tree(tmp_path / "tree"), "build_wheel", PROGTUNING_BUILD="gpu")
+    assert done.returncode != 0
+    assert "PROGTUNING_BUILD must be auto, cpu or off, not 'gpu'" in done.stderr
+
+
+def test_nvcc_named_by_cuda_home_must_exist(tmp_path):
+    done = build_hook(
+        copy_tree(tmp_path / "tree"),
+        "build_wheel",
+        CUDA_HOME="/nonexistent",
+        CXX="/nonexistent/c++",
+        CC="/nonexistent/cc",
+    )
+    assert done.returncode == 0, done.stderr
+    assert "building for the CPU only: no nvcc in CUDA_HOME=/nonexistent" in done.stdout
+
+
+def launches(source: str) -> list[list[str]]:
+    """The launch arguments of every `<<<...>>>`, split at top-level commas."""
+    code = re.sub(r"//[^\n]*", "", source)
+    found = []
+    for inside in re.findall(r"<<<(.*?)>>>", code, re.DOTALL):
+        depth, arguments = 0, [""]
+        for character in inside:
+            depth += (character in "([{") - (character in ")]}")
+            if character == "," and depth == 0:
+                arguments.append("")
+            else:
+                arguments[-1] += character
+        found.append([argument.strip() for argument in arguments])
+    return found
+
+
+def test_every_launch_names_its_stream():
+    assert launches("k<<<dim3(a, b), 2>>>(x); // j<<<1>>>") == [["dim3(a, b)", "2"]]
+    found = [arguments for path in KERNELS for arguments in launches(path.read_text())]
+    assert len(found) >= 2
+    for arguments in found:
+        assert len(arguments) == 4 and arguments[3] == "stream", arguments
+
+
+def test_every_cuda_launcher_takes_its_stream_last_and_has_no_default():
+    declarations = re.findall(r"int (\w+_cuda)\(([^)]*)\)", (CSRC / "launchers.h").read_text())
+    assert declarations
+    for name, parameters in declarations:
+        assert parameters.split(",")[-1].split() == ["void*", "stream"], name
+        assert "=" not in parameters
+
+
+@needs_nvcc
+@pytest.mark.parametrize("source", KERNELS, ids=lambda path: path.name)
+def test_kernels_keep_everything_in_registers(source, tmp_path):
+    known = subprocess.run([NVCC, "--list-gpu-arch"], capture_output=True, text=True).stdout
+    archs = [arch for arch in (80, 90, 100, 120) if f"compute_{arch}\n" in known]
+    targets = [word for a in archs for word in ("-gencode", f"arch=compute_{a},code=sm_{a}")]
+    flags = ["-O3", "-std=c++17", "-t", "0", "-Xptxas", "-v", *targets]
+    done = subprocess.run(
+        [NVCC, *flags, "-c", source, "-o", tmp_path / "kernels.o"], capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
+    used = re.findall(
+        r"(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) bytes spill loads", done.stderr
+    )
+    compiled = re.findall(r"Compiling entry function '(\w+)' for '(\w+)'", done.stderr)
+    assert len(used) >= len(compiled) >= source.read_text().count("__global__") * len(archs)
+    assert all(numbers == ("0", "0", "0") for numbers in used), done.stderr
+    assert " lmem" not in done.stderr

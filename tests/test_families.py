@@ -1,0 +1,133 @@
+"""Discovery: the block list, and what lies before and after it, proved by execution order."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import transformers as hf
+from tiny_models import MODELS, tiny_inputs, tiny_model
+from torch import nn
+
+from progtuning_kernels import UnsupportedModelError
+from progtuning_kernels.families import EMBEDDINGS, find_layout, parameter_slots
+
+
+class _Plain(nn.Module):
+    """A user's own model: no config, experts inside the blocks, a bare parameter in front."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.position = nn.Parameter(torch.zeros(8))
+        self.embed = nn.Linear(8, 8)
+        self.layers = nn.ModuleList(self._block() for _ in range(3))
+        self.out = nn.Linear(8, 2)
+
+    @staticmethod
+    def _block() -> nn.Module:
+        block = nn.Linear(8, 8)
+        block.experts = nn.ModuleList(nn.Linear(8, 8) for _ in range(5))
+        return block
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_units_follow_the_order_of_execution(name):
+    model = tiny_model(name)
+    layout = find_layout(model)
+    assert layout.num_blocks == 4
+    blocks = [model.get_submodule(path) for path in layout.block_paths]
+    done = []  # how many blocks had finished when a module with parameters of its own first ran
+    ran: dict[str, int] = {}
+    for block in blocks:
+        block.register_forward_hook(lambda *_: done.append(1))
+
+    def note(path: str) -> None:
+        ran.setdefault(path, len(done))
+
+    for path, module in model.named_modules():
+        if module._parameters:
+            module.register_forward_pre_hook(lambda *_, path=path: note(path))
+    model(**tiny_inputs(name))
+    checked = 0
+    for slot in parameter_slots(model, layout):
+        path = slot.name.rpartition(".")[0]
+        if path not in ran:
+            continue
+        unit = layout.unit_of(slot.name)
+        if unit == EMBEDDINGS:
+            assert ran[path] == 0, slot.name
+        elif unit == layout.head:
+            assert ran[path] == 4, slot.name
+        else:
+            assert ran[path] == unit, slot.name
+        checked += 1
+    assert checked >= 4 * 8
+
+
+def test_tied_weights_have_every_unit_that_uses_them():
+    for name, tied in (("gpt2-causal-lm", True), ("bert-masked-lm", True), ("bert-qa", False)):
+        model = tiny_model(name)
+        layout = find_layout(model)
+        shared = [s for s in parameter_slots(model, layout) if len(s.units) > 1]
+        expected = [(EMBEDDINGS, layout.head)] if tied else []
+        assert [s.units for s in shared] == expected
+        total = sum(s.parameter.numel() for s in parameter_slots(model, layout))
+        assert total == sum(p.numel() for p in model.parameters())
+
+
+def test_a_model_that_nobody_listed():
+    layout = find_layout(_Plain())
+    assert layout.blocks_path == "layers" and layout.num_blocks == 3
+    assert layout.unit_of("position") == EMBEDDINGS
+    assert layout.unit_of("embed.weight") == EMBEDDINGS
+    assert layout.unit_of("layers.1.experts.4.bias") == 1
+    assert layout.unit_of("out.bias") == layout.head
+
+
+def test_block_10_is_not_block_1():
+    model = hf.BertModel(hf.BertConfig(hidden_size=8, num_hidden_layers=12, num_attention_heads=2))
+    layout = find_layout(model)
+    assert layout.unit_of("encoder.layer.10.output.dense.weight") == 10
+
+
+def test_opt_registers_its_final_norm_before_the_blocks():
+    config = hf.OPTConfig(
+        hidden_size=16,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        ffn_dim=16,
+        vocab_size=50,
+        word_embed_proj_dim=8,
+    )
+    layout = find_layout(hf.OPTForCausalLM(config))
+    assert layout.unit_of("model.decoder.final_layer_norm.weight") == layout.head
+    assert layout.unit_of("model.decoder.project_out.weight") == layout.head
+    assert layout.unit_of("model.decoder.project_in.weight") == EMBEDDINGS
+    assert "model.decoder.final_layer_norm" not in layout.upstream_paths
+
+
+def test_refusals_are_one_clear_line():
+    albert = hf.AlbertForSequenceClassification(
+        hf.AlbertConfig(
+            hidden_size=16,
+            num_hidden_layers=4,
+            num_attention_heads=2,
+            intermediate_size=16,
+            embedding_size=8,
+            vocab_size=50,
+        )
+    )
+    shared = _Plain()
+    shared.layers[2] = shared.layers[0]
+    two = nn.ModuleDict({"a": _Plain(), "b": _Plain()})
+    for model, blocks, message in (
+        (albert, None, "share weights"),
+        (shared, None, r"share weights \(blocks \[0, 2\]"),
+        (nn.Linear(3, 3), None, "no list of blocks found"),
+        (two, None, r"cannot tell which list holds the blocks among a.layers \(3\), b.layers"),
+        (two, "b.layer", "has no module at 'b.layer'"),
+        (two, "b.out", "is a Linear, not a list of blocks"),
+    ):
+        with pytest.raises(UnsupportedModelError, match=message) as caught:
+            find_layout(model, blocks)
+        assert "\n" not in str(caught.value)
+    assert find_layout(two, "b.layers").num_blocks == 3

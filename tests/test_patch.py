@@ -1,0 +1,328 @@
+"""Invariants 1 and 3: gradients as without patching, nothing below the boundary, nothing left."""
+
+from __future__ import annotations
+
+import copy
+import pickle
+
+import pytest
+import torch
+from tiny_models import MODELS, tiny_inputs, tiny_model
+from torch import nn
+
+from progtuning_kernels import (
+    FreezePlan,
+    MilestoneSchedule,
+    ProgressiveSchedule,
+    TruncationError,
+    patch_model,
+)
+from progtuning_kernels.families import EMBEDDINGS, find_layout, parameter_slots
+from progtuning_kernels.patch import handle_of
+
+
+class _Fixed:
+    """A schedule of one given plan."""
+
+    total_steps = None
+
+    def __init__(self, plan: FreezePlan) -> None:
+        self._plan = plan
+
+    def plan(self, step: int, num_blocks: int) -> FreezePlan:
+        return self._plan
+
+    def stage(self, step: int) -> int:
+        return 0
+
+    def bind(self, total_steps: int) -> _Fixed:
+        return self
+
+
+def _gradients(model: nn.Module, inputs: dict) -> dict[str, torch.Tensor]:
+    model.zero_grad()
+    model(**inputs).loss.backward()
+    return {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
+
+
+def _frozen_by_hand(name: str, plan: FreezePlan) -> dict[str, torch.Tensor]:
+    """Gradients of the unpatched model with the plan's parameters frozen the plain way."""
+    model = tiny_model(name)
+    layout = find_layout(model)
+    on = {EMBEDDINGS: plan.embeddings, layout.head: plan.head, **dict(enumerate(plan.trainable))}
+    for slot in parameter_slots(model, layout):
+        slot.parameter.requires_grad_(all(on[unit] for unit in slot.units))
+    return _gradients(model, tiny_inputs(name))
+
+
+def _saved_bytes(call) -> int:
+    total = 0
+
+    def pack(tensor: torch.Tensor) -> torch.Tensor:
+        nonlocal total
+        total += tensor.numel() * tensor.element_size()
+        return tensor.detach()
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
+        call()
+    return total
+
+
+@pytest.mark.parametrize("boundary", range(5))
+@pytest.mark.parametrize("name", MODELS)
+def test_suffix_gradients_are_those_of_plain_freezing_and_nothing_is_below(name, boundary):
+    plan = FreezePlan.from_boundary(boundary, 4, embeddings=boundary == 0)
+    expected = _frozen_by_hand(name, plan)
+    model, inputs = tiny_model(name), tiny_inputs(name)
+    handle = patch_model(model, _Fixed(plan))
+    found = _gradients(model, inputs)
+    assert found.keys() == expected.keys() and found
+    for key, gradient in expected.items():
+        assert torch.equal(found[key], gradient), key
+
+    inputs_seen = {}
+    blocks = [model.get_submodule(path) for path in handle.layout.block_paths]
+    hooks = [
+        block.register_forward_pre_hook(lambda m, args, i=i: inputs_seen.update({i: args[0]}))
+        for i, block in enumerate(blocks)
+    ]
+    saved = _saved_bytes(lambda: model(**inputs))
+    for hook in hooks:
+        hook.remove()
+    for i in range(min(boundary + 1, 4)):
+        if boundary:
+            assert inputs_seen[i].grad_fn is None and not inputs_seen[i].requires_grad
+
+    report = handle.truncation_report()
+    report.assert_truncated()
+    assert report.saved_bytes == saved
+    assert report.boundary == handle.boundary == boundary
+    for unit in report.prefix:
+        assert (unit.nodes, unit.saved_bytes, unit.activation_bytes) == (0, 0, 0)
+    suffix = report.units[boundary + 1 :]
+    assert all(unit.nodes and unit.saved_bytes for unit in suffix)
+
+
+@pytest.mark.parametrize("name", ["bert-sequence", "gpt2-sequence", "llama-causal-lm"])
+@pytest.mark.parametrize("trainable", [(0, 1, 0, 1), (1, 0, 0, 0), (0, 1, 0, 0)])
+def test_frozen_blocks_inside_the_suffix_pass_gradients_on(name, trainable):
+    plan = FreezePlan(tuple(map(bool, trainable)))
+    expected = _frozen_by_hand(name, plan)
+    model = tiny_model(name)
+    handle = patch_model(model, _Fixed(plan))
+    found = _gradients(model, tiny_inputs(name))
+    assert found.keys() == expected.keys()
+    assert all(torch.equal(found[key], expected[key]) for key in expected)
+    assert handle.boundary == trainable.index(1)
+
+
+@pytest.mark.parametrize("name", ["bert-sequence", "gpt2-causal-lm", "llama-qa"])
+def test_unpatch_leaves_every_module_as_found(name):
+    def snapshot(model: nn.Module) -> dict:
+        return {
+            path: (type(module), {k: copy.copy(v) for k, v in vars(module).items()})
+            for path, module in model.named_modules()
+        }
+
+    model = tiny_model(name)
+    next(model.parameters()).requires_grad_(False)
+    before = snapshot(model)
+    flags = {n: p.requires_grad for n, p in model.named_parameters()}
+    with patch_model(model, ProgressiveSchedule(4, 8)) as handle:
+        for _ in range(7):
+            _gradients(model, tiny_inputs(name))
+            handle.advance()
+        assert handle_of(model) is handle
+        assert snapshot(model) != before
+    assert snapshot(model) == before
+    assert {n: p.requires_grad for n, p in model.named_parameters()} == flags
+    handle.unpatch()
+    assert snapshot(model) == before
+
+
+def test_mode_asked_for_while_frozen_is_what_the_model_has_after_unpatch():
+    model = tiny_model("bert-sequence", dropout=True).eval()
+    handle = patch_model(model, MilestoneSchedule({0: 2}))
+    model.train()
+    blocks = list(model.bert.encoder.layer)
+    modes = [{m.training for m in block.modules()} for block in blocks]
+    assert modes == [{False}, {False}, {True}, {True}]
+    assert not model.bert.embeddings.dropout.training
+    handle.unpatch()
+    assert all(module.training for module in model.modules())
+
+
+def test_frozen_prefix_is_a_fixed_function_unless_asked_otherwise():
+    inputs = tiny_inputs("bert-sequence")
+    for mode, fixed in (("eval", True), ("train", False)):
+        model = tiny_model("bert-sequence", dropout=True)
+        patch_model(model, MilestoneSchedule({0: 3}), frozen_mode=mode)
+        outputs = []
+        model.bert.encoder.layer[2].register_forward_hook(lambda m, a, out: outputs.append(out))
+        model.train()
+        for _ in range(2):
+            model(**inputs)
+        assert torch.equal(*outputs) == fixed
+
+
+def test_two_models_do_not_know_of_each_other():
+    first, second = tiny_model("bert-sequence"), tiny_model("bert-sequence")
+    patch_model(first, MilestoneSchedule({0: 3}))
+    assert type(second.bert.encoder.layer[0]) is type(second.bert.encoder.layer[3])
+    handle = patch_model(second, MilestoneSchedule({0: 1}))
+    assert handle.boundary == 1 and handle_of(first).boundary == 3
+    handle.unpatch()
+    assert not next(first.bert.encoder.layer[2].parameters()).requires_grad
+
+
+@pytest.mark.parametrize("copied", [copy.deepcopy, lambda m: pickle.loads(pickle.dumps(m))])
+def test_copies_are_ordinary_models(copied):
+    model, inputs = tiny_model("bert-sequence"), tiny_inputs("bert-sequence")
+    patch_model(model, MilestoneSchedule({0: 2}))
+    twin = copied(model)
+    assert handle_of(twin) is None
+    assert {type(block) for block in twin.bert.encoder.layer} == {type(model.bert.encoder.layer[3])}
+    with torch.no_grad():
+        for parameter in twin.parameters():
+            parameter.zero_()
+        assert twin(**inputs).logits.abs().max() == 0
+        assert model(**inputs).logits.abs().max() > 0
+    patch_model(twin, MilestoneSchedule({0: 1}))
+
+
+def test_what_the_user_froze_stays_frozen_and_moves_the_effective_boundary():
+    model = tiny_model("bert-sequence")
+    for parameter in model.bert.embeddings.parameters():
+        parameter.requires_grad_(False)
+    for parameter in model.bert.encoder.layer[:2].parameters():
+        parameter.requires_grad_(False)
+    handle = patch_model(model, MilestoneSchedule({1: 3, 2: 0}))
+    boundaries = [handle.boundary]
+    for _ in range(2):
+        handle.advance()
+        boundaries.append(handle.boundary)
+    assert boundaries == [2, 3, 2] and handle.plan.boundary == 0
+    handle.unpatch()
+    assert not any(p.requires_grad for p in model.bert.encoder.layer[0].parameters())
+    assert all(p.requires_grad for p in model.bert.encoder.layer[2].parameters())
+
+
+def test_tied_head_only_trains_with_the_gradient_of_an_untied_head():
+    model, inputs = tiny_model("gpt2-causal-lm"), tiny_inputs("gpt2-causal-lm")
+    untied = copy.deepcopy(model)
+    untied.lm_head.weight = nn.Parameter(untied.lm_head.weight.detach().clone())
+    expected = _gradients(untied, inputs)["lm_head.weight"]
+
+    handle = patch_model(model, MilestoneSchedule({0: 2}), tied="head_only")
+    assert torch.equal(_gradients(model, inputs)["transformer.wte.weight"], expected)
+    report = handle.truncation_report()
+    report.assert_truncated()
+    assert "it trains (head_only)" in str(report)
+    handle.unpatch()
+
+    handle = patch_model(model, MilestoneSchedule({0: 2}))
+    assert "transformer.wte.weight" not in _gradients(model, inputs)
+    assert "it is frozen (frozen)" in str(handle.truncation_report())
+
+
+def test_advance_drops_gradients_and_puts_flags_right_again():
+    model, inputs = tiny_model("bert-sequence"), tiny_inputs("bert-sequence")
+    handle = patch_model(model, MilestoneSchedule({1: 2}))
+    model(**inputs).loss.backward()
+    assert handle.advance() is True
+    below = [*model.bert.embeddings.parameters(), *model.bert.encoder.layer[:2].parameters()]
+    assert all(p.grad is None and not p.requires_grad for p in below)
+    assert model.classifier.weight.grad is not None
+    for parameter in below:
+        parameter.requires_grad_(True)
+    with pytest.raises(TruncationError, match="embeddings.*call handle.advance"):
+        handle.truncation_report().assert_truncated()
+    assert handle.advance() is False
+    assert not any(p.requires_grad for p in below)
+    handle.truncation_report().assert_truncated()
+
+
+def test_a_replaced_forward_is_caught():
+    model, inputs = tiny_model("bert-sequence"), tiny_inputs("bert-sequence")
+    handle = patch_model(model, MilestoneSchedule({0: 2}), tied="head_only")
+    block = model.bert.encoder.layer[0]
+    bias = torch.zeros(32, requires_grad=True)
+    for i in (0, 1):
+        block = model.bert.encoder.layer[i]
+        base = type(block)._progtuning_base
+        block.forward = lambda *a, base=base, b=block, **k: base.forward(b, *a, **k) + bias
+    model(**inputs)
+    with pytest.raises(TruncationError, match="block 0.*patch the model last"):
+        handle.truncation_report().assert_truncated()
+
+
+def test_state_dict_resumes_and_refuses_another_run():
+    handle = patch_model(tiny_model("bert-sequence"), ProgressiveSchedule(4, 8))
+    for _ in range(5):
+        handle.advance()
+    saved = handle.state_dict()
+    other = patch_model(tiny_model("bert-sequence"), ProgressiveSchedule(4, 8))
+    other.load_state_dict(saved)
+    assert (other.step, other.boundary, other.plan) == (5, handle.boundary, handle.plan)
+    shorter = patch_model(tiny_model("bert-sequence"), ProgressiveSchedule(2, 8))
+    with pytest.raises(ValueError, match="saved under ProgressiveSchedule"):
+        shorter.load_state_dict(saved)
+    with pytest.raises(ValueError, match="model of 12 blocks"):
+        other.load_state_dict(saved | {"num_blocks": 12})
+
+
+def test_bad_calls_are_named():
+    model = tiny_model("bert-sequence")
+    with pytest.raises(ValueError, match="more than the 4 blocks"):
+        patch_model(model, ProgressiveSchedule(5, 50))
+    with pytest.raises(ValueError, match="frozen_mode must be"):
+        patch_model(model, ProgressiveSchedule(2, 4), frozen_mode="off")
+    with pytest.raises(ValueError, match="tied must be"):
+        patch_model(model, ProgressiveSchedule(2, 4), tied="cut")
+    assert handle_of(model) is None
+    patch_model(model, ProgressiveSchedule(2, 4))
+    with pytest.raises(ValueError, match="patched already"):
+        patch_model(model, ProgressiveSchedule(2, 4))
+
+
+def test_a_plan_that_freezes_everything_is_refused_before_training():
+    model = tiny_model("bert-sequence")
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_("layer.0." in name)
+    before = {n: p.requires_grad for n, p in model.named_parameters()}
+    with pytest.raises(ValueError, match="freezes everything"):
+        patch_model(model, ProgressiveSchedule(2, 4))
+    assert {n: p.requires_grad for n, p in model.named_parameters()} == before
+    assert handle_of(model) is None
+
+
+def test_param_groups_hold_every_parameter_once_whatever_the_stage():
+    model = tiny_model("gpt2-causal-lm")
+    handle = patch_model(model, ProgressiveSchedule(4, 4))
+    first = handle.param_groups(lr=0.1, weight_decay=0.2)
+    handle.seek(3)
+    assert handle.param_groups(lr=0.1, weight_decay=0.2) == first
+    ids = [id(p) for group in first for p in group["params"]]
+    assert sorted(ids) == sorted(id(p) for p in model.parameters())
+    assert [g["weight_decay"] for g in first] == [0.2, 0.0]
+    assert {p.ndim for p in first[1]["params"]} == {1} and first[0]["lr"] == 0.1
+
+
+def test_report_before_a_forward_has_no_measurements():
+    handle = patch_model(tiny_model("bert-sequence"), MilestoneSchedule({0: 2}))
+    report = handle.truncation_report()
+    assert report.saved_bytes is None and report.nodes is None
+    assert sum(u.params for u in report.units) == sum(p.numel() for p in handle.model.parameters())
+    assert sum(u.active for u in report.units) == handle.active_params
+    report.assert_truncated()
+
+
+def test_measuring_changes_neither_random_numbers_nor_gradients():
+    model, inputs = tiny_model("bert-sequence", dropout=True), tiny_inputs("bert-sequence")
+    handle = patch_model(model, MilestoneSchedule({0: 1}))
+    model(**inputs).loss.backward()
+    gradients = {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
+    state = torch.get_rng_state()
+    handle.truncation_report()
+    assert torch.equal(torch.get_rng_state(), state)
+    assert all(torch.equal(model.get_parameter(n).grad, g) for n, g in gradients.items())
