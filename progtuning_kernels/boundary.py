@@ -1,11 +1,12 @@
 """Runs the prefix without autograd, and proves it.
 
 A block below the boundary is switched, per instance, to one fixed subclass of its own class whose
-`forward` runs under `torch.no_grad()`. Block k then receives a tensor without `grad_fn`, so autograd
-has nothing below it whatever the caller did above or before. Of the ways to install this, flipping
-`block.__class__` is the one that survives deepcopy, `torch.compile` per block (three graphs for any
-number of stages, where a flag on the instance recompiles until the limit and then runs eagerly),
-FSDP2 and gradient checkpointing; nothing is written into any `__dict__` but `training`.
+`forward` runs under `torch.no_grad()`. Block k then receives a tensor without `grad_fn`, so that
+autograd has nothing below it whatever the caller did above or before. Of the ways to install this,
+flipping `block.__class__` is the one that survives deepcopy, `torch.compile` per block (three
+graphs for any number of stages, where a flag on the instance recompiles until the limit and then
+runs eagerly), FSDP2 and gradient checkpointing; nothing is written into any `__dict__` but
+`training`.
 """
 
 from __future__ import annotations

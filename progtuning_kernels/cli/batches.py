@@ -30,7 +30,8 @@ def encode_classification(data: TextData, tokenizer: Any, max_length: int) -> En
         columns = tokenizer(
             [e.text for e in examples], pairs, truncation=True, max_length=max_length
         )
-        rows = [dict(zip(columns, values, strict=True)) for values in zip(*columns.values())]
+        tokens = zip(*columns.values(), strict=True)
+        rows = [dict(zip(columns, values, strict=True)) for values in tokens]
         return [row | {"labels": e.label} for row, e in zip(rows, examples, strict=True)]
 
     return EncodedData(encode(data.train), encode(data.validation))

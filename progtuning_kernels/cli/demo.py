@@ -5,9 +5,10 @@ from __future__ import annotations
 import shutil
 from pathlib import Path
 
+import torch
 from rich.console import Console
 
-from .. import report
+from .. import _backend, report
 from .engine import Run
 from .progress import TrainProgress
 from .settings import TrainSettings
@@ -35,6 +36,9 @@ def run(
     """
     console = Console()
     console.print(f"Fine-tuning {model} on {dataset}, fully and progressively ({stages} stages).")
+    missing = _backend.native_reason(torch.device("cpu"))
+    if missing is not None:
+        console.print(f"Without the native extension ({missing}): slower, same numbers.")
     shutil.rmtree(output, ignore_errors=True)
     folders = []
     for seed in range(seeds):

@@ -19,7 +19,7 @@ METRICS = {
 
 
 def classification_figures(logits: torch.Tensor, labels: torch.Tensor) -> dict[str, float]:
-    """logits (N, classes), labels (N,). f1 is the binary one for two classes, else the macro mean."""
+    """logits (N, classes), labels (N,). f1 is binary for two classes, else the macro mean."""
     from sklearn import metrics
 
     predicted, truth = logits.argmax(-1).numpy(), labels.numpy()

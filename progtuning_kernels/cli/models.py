@@ -1,4 +1,4 @@
-"""Loads what is to be trained: model and tokenizer, from a folder, a hub id or the demo's package."""
+"""Loads what is to be trained: model and tokenizer, by folder, hub id or the demo's package."""
 
 from __future__ import annotations
 

@@ -4,11 +4,11 @@
     m  = beta1*m + (1-beta1)*g                 v = beta2*v + (1-beta2)*g*g
     p -= lr*weight_decay*p + lr/(1-beta1^t) * m / (sqrt(v/(1-beta2^t)) + eps)      t = step + 1
 
-(Loshchilov and Hutter, arXiv 1711.05101; decay acts on the old p.) Lists are parallel, one entry per
-tensor, all of one device and one parameter dtype; sizes are free, including zero. Stored: p and grad
-in their dtype, m and v in fp32 or in p's dtype, step as a 0-dim fp32 tensor. Computed: fp32, or fp64
-for fp64 parameters. Mutated: params, exp_avgs, exp_avg_sqs, steps; grads may come back divided. Every
-element is its own, so the result does not depend on threads.
+(Loshchilov and Hutter, arXiv 1711.05101; decay acts on the old p.) Lists are parallel, one entry
+per tensor, all of one device and one parameter dtype; sizes are free, including zero. Stored: p and
+grad in their dtype, m and v in fp32 or in p's dtype, step as a 0-dim fp32 tensor. Computed: fp32,
+or fp64 for fp64 parameters. Mutated: params, exp_avgs, exp_avg_sqs, steps; grads may come back
+divided. Every element is its own, so the result does not depend on threads.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ def _is_dense(t: Tensor) -> bool:
 def _fits_torch_fused(p: Tensor, grad: Tensor, exp_avg: Tensor, exp_avg_sq: Tensor) -> bool:
     """Whether torch's fused kernel may be called for this tensor.
 
-    It walks every tensor as one flat run of memory: a view with gaps is written outside itself, and
+    It walks every tensor as one flat run of memory: a view with gaps is written outside itself and
     a gradient of other strides is read in the wrong order (both seen in torch 2.13, silently).
     """
     return (

@@ -1,0 +1,287 @@
+"""`progtuning train`: from file to saved model, killed and resumed, and every bad call one line."""
+
+from __future__ import annotations
+
+import csv
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+import transformers
+
+from progtuning_kernels.cli.app import main
+from progtuning_kernels.cli.batches import Order
+
+
+@pytest.fixture
+def call(model_folders, text_files, tmp_path):
+    """Arguments of a small run on the tiny BERT, and the function that adds to them."""
+
+    def build(*extra: object, model: str = "bert", output: str = "run") -> list[str]:
+        fixed = {
+            "--train-file": text_files[0],
+            "--validation-file": text_files[1],
+            "--model": model_folders[model],
+            "--output": tmp_path / output,
+            "--batch-size": 8,
+            "--lr": 3e-3,
+            "--max-length": 16,
+        }
+        return ["train", *(str(x) for pair in fixed.items() for x in pair), *map(str, extra)]
+
+    return build
+
+
+def _metrics(folder: Path) -> dict:
+    return json.loads((folder / "metrics.json").read_text())
+
+
+def _weights(folder: Path) -> dict[str, torch.Tensor]:
+    auto = transformers.AutoModelForSequenceClassification
+    return auto.from_pretrained(folder / "model").state_dict()
+
+
+def _one_line_error(capsys, arguments: list[str]) -> str:
+    with pytest.raises(SystemExit) as exit_:
+        main(arguments)
+    assert exit_.value.code == 2
+    captured = capsys.readouterr()
+    lines = captured.err.strip().splitlines()
+    assert len(lines) == 1 and lines[0].startswith("error: "), captured.err
+    return lines[0]
+
+
+def test_progressive_run_from_file_to_saved_model(call, tmp_path, capsys):
+    main(call("--epochs", 6))
+    run = _metrics(tmp_path / "run")
+    summary, stages = run["summary"], run["stages"]
+    assert [s["boundary"] for s in stages] == [0, 1, 2]
+    assert [(s["first_step"], s["last_step"]) for s in stages] == [(1, 24), (25, 48), (49, 72)]
+    for key in ("state_bytes", "gradient_bytes", "saved_bytes", "activation_bytes"):
+        values = [s[key] for s in stages]
+        assert values == sorted(set(values), reverse=True), key
+    assert stages[0]["active_params"] == run["model"]["num_params"]
+    assert stages[0]["gradient_bytes"] == 4 * stages[0]["active_params"]
+    assert stages[2]["gradient_bytes"] == 4 * stages[2]["active_params"]
+    assert summary["updates"] == sum(24 * s["active_params"] for s in stages)
+    assert summary["updates_saved_share"] == 1 - summary["updates"] / summary["updates_full"] > 0.25
+    assert len(run["steps"]) == 72 and len(run["evaluations"]) == 3
+    assert run["steps"][-1]["loss"] < run["steps"][0]["loss"]
+    assert summary["metric"] > 0.6
+    assert not (tmp_path / "run" / "checkpoints").exists()
+    assert "parameter updates saved" in capsys.readouterr().out
+
+    model = transformers.AutoModelForSequenceClassification.from_pretrained(tmp_path / "run/model")
+    tokenizer = transformers.AutoTokenizer.from_pretrained(tmp_path / "run/model")
+    assert model.config.id2label == {0: "high", 1: "low"}
+    hits = [
+        model(**tokenizer(f"w{i} w3 w50 w7", return_tensors="pt")).logits.argmax() == (i < 45)
+        for i in range(90)
+    ]
+    assert sum(hits) > 54
+
+
+def test_full_and_progressive_start_alike_and_differ_after_the_first_stage(call, tmp_path):
+    for method in ("full", "progressive"):
+        main(call("--method", method, "--max-steps", 9, output=method))
+    full, ours = (_metrics(tmp_path / m) for m in ("full", "progressive"))
+    assert [s["boundary"] for s in full["stages"]] == [0, 0, 0]
+    assert full["summary"]["updates_saved_share"] == 0
+    assert full["stages"][0]["state_bytes"] == full["stages"][2]["state_bytes"]
+    losses = [[s["loss"] for s in run["steps"]] for run in (full, ours)]
+    assert losses[0][:3] == pytest.approx(losses[1][:3], rel=1e-4)
+    assert losses[0][-1] != losses[1][-1]
+
+
+def test_lora_trains_adapters_and_saves_them_and_a_merged_model(call, tmp_path):
+    main(call("--method", "lora", "--max-steps", 6))
+    run = _metrics(tmp_path / "run")
+    assert run["model"]["active_params"] < 0.5 * run["model"]["num_params"]
+    assert (tmp_path / "run" / "adapter" / "adapter_config.json").exists()
+    assert not any("lora" in name for name in _weights(tmp_path / "run"))
+
+
+def test_causal_lm(call, tmp_path):
+    main(call("--task", "causal-lm", "--epochs", 4, "--batch-size", 4, model="gpt2"))
+    run = _metrics(tmp_path / "run")
+    values = [e["perplexity"] for e in run["evaluations"]]
+    assert run["metric_name"] == "perplexity" and values[-1] < 97
+    model = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "run/model")
+    assert model.config.use_cache
+
+
+def test_regression_and_tab_separated_pairs(call, tmp_path):
+    paths = []
+    for split in ("train", "validation"):
+        paths.append(tmp_path / f"{split}.tsv")
+        with paths[-1].open("w", newline="") as file:
+            writer = csv.writer(file, delimiter="\t")
+            writer.writerow(["text_a", "text_b", "label"])
+            writer.writerows([f"w{i} w{i}", f"w{i + 1}", i / 9 + 0.5] for i in range(24))
+    files = ["--train-file", paths[0], "--validation-file", paths[1]]
+    main(call(*files, "--epochs", 60, "--lr", 1e-3))
+    run = _metrics(tmp_path / "run")
+    assert run["metric_name"] == "pearson" and run["data"]["label_names"] is None
+    assert run["evaluations"][-1]["pearson"] > 0.5
+    assert run["evaluations"][-1]["loss"] < run["evaluations"][0]["loss"]
+
+
+def test_order_is_a_function_of_seed_and_step():
+    order = Order(num_rows=20, batch_size=3, accumulate=3, seed=4)
+    windows = list(order.windows(0, 6))
+    assert [[len(rows) for rows in window] for window in windows] == [[3] * 3, [3] * 3, [2]] * 2
+    for epoch in (windows[:3], windows[3:]):
+        assert sorted(i for window in epoch for rows in window for i in rows) == list(range(20))
+    assert windows[:3] != windows[3:]
+    assert list(order.windows(4, 6)) == windows[4:]
+    assert list(Order(20, 3, 3, seed=5).windows(0, 3)) != windows[:3]
+
+
+def test_accumulated_window_is_the_mean_over_its_rows(call, tmp_path):
+    # 96 rows: the last window of an epoch has 6, in micro-batches of 5 and 1
+    model, common = "bert-without-dropout", ("--max-steps", 20, "--lr", 1e-3)
+    main(call(*common, "--batch-size", 10, output="one", model=model))
+    main(call(*common, "--batch-size", 5, "--accumulate", 2, output="two", model=model))
+    one, two = (_metrics(tmp_path / name)["steps"] for name in ("one", "two"))
+    assert [s["loss"] for s in one] == pytest.approx([s["loss"] for s in two], rel=1e-4)
+    assert [s["tokens"] for s in one] == [s["tokens"] for s in two]
+
+
+@pytest.mark.parametrize("method", ["progressive", "full"])
+def test_killed_run_goes_on_to_the_same_bits(call, tmp_path, method):
+    common = ["--method", method, "--epochs", 25, "--checkpoint-every", 20]
+    main(call(*common, output="straight"))
+    arguments = call(*common, output="killed")
+    process = subprocess.Popen(
+        [sys.executable, "-m", "progtuning_kernels", *arguments],
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
+        stdout=subprocess.DEVNULL,
+    )
+    checkpoint = tmp_path / "killed" / "checkpoints" / "step-00000120.pt"
+    deadline = time.monotonic() + 120
+    while not checkpoint.exists():
+        assert process.poll() is None and time.monotonic() < deadline
+        time.sleep(0.002)
+    process.send_signal(signal.SIGKILL)
+    assert process.wait() == -signal.SIGKILL
+    assert not (tmp_path / "killed" / "metrics.json").exists()
+
+    main([*arguments, "--resume"])
+    straight, killed = (_metrics(tmp_path / name) for name in ("straight", "killed"))
+    assert [s["loss"] for s in straight["steps"]] == [s["loss"] for s in killed["steps"]]
+    assert [e["metric"] for e in straight["evaluations"]] == [
+        e["metric"] for e in killed["evaluations"]
+    ]
+    expected = _weights(tmp_path / "straight")
+    assert all(torch.equal(w, expected[n]) for n, w in _weights(tmp_path / "killed").items())
+
+
+def _stopped_run(call, *extra: object) -> None:
+    """A run with a checkpoint of step 6, stopped as a kill would."""
+    from progtuning_kernels.cli import engine
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(engine.Run, "_save_model", lambda self: (_ for _ in ()).throw(SystemError))
+        with pytest.raises(SystemError):
+            main(call("--max-steps", 9, "--checkpoint-every", 6, *extra))
+
+
+def test_a_checkpoint_of_another_run_is_refused(call, tmp_path, capsys):
+    _stopped_run(call)
+    again = ["--max-steps", 9, "--resume"]
+    other = _one_line_error(capsys, call(*again, model="gpt2"))
+    assert "the checkpoint is of another model" in other
+    assert "written with lr=0.003, this call has lr=0.5" in _one_line_error(
+        capsys, call(*again, "--lr", 0.5)
+    )
+    longer = _one_line_error(capsys, call("--max-steps", 12, "--resume"))
+    assert "written with max_steps=9, this call has max_steps=12" in longer
+    assert "is not empty; give --resume" in _one_line_error(capsys, call("--max-steps", 9))
+    checkpoint = tmp_path / "run" / "checkpoints" / "step-00000006.pt"
+    whole = checkpoint.read_bytes()
+    checkpoint.write_bytes(whole[: len(whole) // 2])
+    assert "cannot be read" in _one_line_error(capsys, call(*again))
+    checkpoint.write_bytes(whole)
+    main(call(*again))
+    assert "is finished" in _one_line_error(capsys, call(*again))
+    main(call("--max-steps", 3, "--overwrite"))
+    assert len(_metrics(tmp_path / "run")["steps"]) == 3
+
+
+def test_only_the_newest_checkpoints_are_kept(call, tmp_path):
+    _stopped_run(call, "--max-steps", 12, "--checkpoint-every", 2, "--keep-checkpoints", 3)
+    kept = sorted(p.name for p in (tmp_path / "run" / "checkpoints").iterdir())
+    assert kept == ["step-00000006.pt", "step-00000008.pt", "step-00000010.pt"]
+
+
+def test_dry_run_prints_the_plan_and_writes_nothing(call, tmp_path, capsys):
+    main(call("--dry-run", "--epochs", 3, "--stages", 4))
+    out = capsys.readouterr().out
+    assert "36 steps, 4 blocks" in out and "blocks 3-3, head" in out
+    assert "0.500" in out and "% of parameter updates saved" in out
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
+    ("extra", "message"),
+    [
+        (["--train-file", "missing.jsonl"], "no such file: missing.jsonl"),
+        (["--validation-file", "pyproject.toml"], "unknown suffix '.toml'"),
+        (["--text-column", "sentense"], "no column 'sentense'; the file has text, label"),
+        (["--label-column", "class"], "no column 'class'; the file has text, label"),
+        (["--stages", 5], "stages=5 is more than the 4 blocks there are"),
+        (["--stages", 3, "--max-steps", 2], "total_steps=2 is fewer than stages=3"),
+        (["--blocks", "bert.layers"], "has no module at 'bert.layers'"),
+        (["--model", "nowhere/at-all"], "cannot load model 'nowhere/at-all'"),
+        (["--dataset", "docstrings"], "--dataset and --train-file exclude each other"),
+        (["--metric", "pearson", "--max-steps", 3], "metric 'pearson' does not fit"),
+        (["--device", "cuda:77"], "device 'cuda:77' cannot be used"),
+        (["--batch-size", 0], "--batch-size"),
+        (["--no-such-option"], "--no-such-option"),
+        (["--task", "causal-lm", "--max-length", 4000], "shorter than one row of 4000 tokens"),
+    ],
+)
+def test_bad_calls_get_one_line(call, capsys, extra, message):
+    model = "gpt2" if "causal-lm" in extra else "bert"
+    assert message in _one_line_error(capsys, call(*extra, model=model))
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ('{"text": "w1", "label": "lo"}\n', "validation row 1: label 'lo' is outside the set"),
+        ('{"text": "w1", "label": "low"}\n{"text": \n', "line 2: not JSON"),
+        ('{"text": "", "label": "low"}\n', "validation row 1 has no value for column 'text'"),
+        ('{"text": "w1"}\n', "validation row 1 has no value for column 'label'"),
+        ("[1]\n", "line 1: not an object"),
+        ("", "has no rows"),
+    ],
+)
+def test_bad_rows_get_one_line(call, capsys, tmp_path, content, message):
+    path = tmp_path / "bad.jsonl"
+    path.write_text(content)
+    assert message in _one_line_error(capsys, call("--validation-file", path))
+
+
+def test_a_model_with_shared_blocks_gets_one_line(call, capsys, tmp_path, word_tokenizer):
+    config = transformers.AlbertConfig(
+        hidden_size=16,
+        num_hidden_layers=4,
+        num_attention_heads=2,
+        intermediate_size=16,
+        embedding_size=8,
+        vocab_size=97,
+    )
+    transformers.AlbertModel(config).save_pretrained(tmp_path / "albert")
+    word_tokenizer.save_pretrained(tmp_path / "albert")
+    assert "share weights" in _one_line_error(capsys, call("--model", tmp_path / "albert"))
+    config = transformers.ResNetConfig(embedding_size=8, hidden_sizes=[8, 8], depths=[1, 1])
+    transformers.ResNetModel(config).save_pretrained(tmp_path / "resnet")
+    word_tokenizer.save_pretrained(tmp_path / "resnet")
+    assert "cannot load model" in _one_line_error(capsys, call("--model", tmp_path / "resnet"))

@@ -1,0 +1,149 @@
+"""ProgtuningCallback: one more argument to a Trainer that already works."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+
+import pytest
+import torch
+from tiny_models import BATCH, tiny_inputs, tiny_model
+from transformers import Trainer, TrainerCallback, TrainingArguments
+
+from progtuning_kernels import MaskedAdamW, ProgressiveSchedule
+from progtuning_kernels.integrations.hf_trainer import ProgtuningCallback
+from progtuning_kernels.optim import state_bytes
+from progtuning_kernels.patch import handle_of
+
+STEPS = 8
+
+
+class _Recorder(TrainerCallback):
+    """What a step looks like from outside."""
+
+    def __init__(self) -> None:
+        self.steps: list[SimpleNamespace] = []
+
+    def on_optimizer_step(self, args, state, control, model=None, optimizer=None, **kwargs):
+        self.steps.append(
+            SimpleNamespace(
+                boundary=handle_of(model).boundary,
+                state_bytes=state_bytes(optimizer),
+                gradients={n for n, p in model.named_parameters() if p.grad is not None},
+                weights={n: p.detach().clone() for n, p in model.named_parameters()},
+            )
+        )
+
+
+def _trainer(folder, *, callbacks=(), steps: int = STEPS, optimizer=None, **arguments) -> Trainer:
+    rows = []
+    for seed in range(6):
+        inputs = tiny_inputs("bert-sequence", seed=seed)
+        rows += [{k: v[i] for k, v in inputs.items()} for i in range(BATCH)]
+    return Trainer(
+        tiny_model("bert-sequence", dropout=True),
+        TrainingArguments(
+            output_dir=str(folder),
+            max_steps=steps,
+            per_device_train_batch_size=4,
+            learning_rate=1e-2,
+            weight_decay=0.1,
+            lr_scheduler_type="linear",
+            logging_steps=1,
+            report_to="none",
+            disable_tqdm=True,
+            use_cpu=True,
+            seed=7,
+            **{"save_strategy": "no", **arguments},
+        ),
+        train_dataset=rows,
+        callbacks=list(callbacks),
+        optimizer_cls_and_kwargs=optimizer,
+    )
+
+
+def _weights(trainer: Trainer) -> dict[str, torch.Tensor]:
+    return {n: p.detach().clone() for n, p in trainer.model.named_parameters()}
+
+
+@pytest.mark.parametrize("accumulate", [1, 2])
+def test_stages_follow_global_steps_and_state_is_released(tmp_path, accumulate, capsys):
+    recorder = _Recorder()
+    schedule = ProgressiveSchedule(4)
+    trainer = _trainer(
+        tmp_path,
+        callbacks=[ProgtuningCallback(schedule), recorder],
+        gradient_accumulation_steps=accumulate,
+    )
+    trainer.train()
+    assert schedule.total_steps == STEPS
+    steps = recorder.steps
+    assert [s.boundary for s in steps] == [0, 0, 1, 1, 2, 2, 3, 3]
+    sizes = [s.state_bytes for s in steps]
+    assert sizes[0] == sizes[1] > sizes[2] == sizes[3] > sizes[4] == sizes[5] > sizes[6]
+    for before, after in zip(steps, steps[1:], strict=False):
+        for name, weight in after.weights.items():
+            changed = not torch.equal(weight, before.weights[name])
+            assert changed == (name in after.gradients), name
+    assert "'stage': 3" in capsys.readouterr().out
+    assert handle_of(trainer.model) is None
+    assert all(p.requires_grad for p in trainer.model.parameters())
+    assert all(module.training for module in trainer.model.modules())
+
+
+@pytest.mark.parametrize("saved_at", [3, 4, 5])
+def test_resumed_run_is_the_uninterrupted_one(tmp_path, saved_at):
+    straight = _trainer(tmp_path / "a", callbacks=[ProgtuningCallback(ProgressiveSchedule(4))])
+    straight.train()
+    arguments = dict(save_strategy="steps", save_steps=saved_at)
+    _trainer(
+        tmp_path / "b", callbacks=[ProgtuningCallback(ProgressiveSchedule(4))], **arguments
+    ).train()
+    resumed = _trainer(
+        tmp_path / "b", callbacks=[ProgtuningCallback(ProgressiveSchedule(4))], **arguments
+    )
+    with torch.no_grad():
+        for parameter in resumed.model.parameters():
+            parameter.zero_()
+    resumed.train(resume_from_checkpoint=str(tmp_path / "b" / f"checkpoint-{saved_at}"))
+    expected = _weights(straight)
+    assert all(torch.equal(w, expected[n]) for n, w in _weights(resumed).items())
+
+
+def test_masked_adamw_clips_once_and_ends_where_torch_does(tmp_path):
+    runs = []
+    for optimizer in (None, (MaskedAdamW, {"lr": 1e-2})):
+        trainer = _trainer(
+            tmp_path,
+            callbacks=[ProgtuningCallback(ProgressiveSchedule(4))],
+            optimizer=optimizer,
+            max_grad_norm=0.05,
+        )
+        trainer.train()
+        assert trainer.args.max_grad_norm == 0.05
+        runs.append(_weights(trainer))
+    unclipped = _trainer(
+        tmp_path, callbacks=[ProgtuningCallback(ProgressiveSchedule(4))], max_grad_norm=0.0
+    )
+    unclipped.train()
+    theirs, ours = runs
+    for name in theirs:
+        torch.testing.assert_close(ours[name], theirs[name], rtol=1e-4, atol=2e-5)
+    assert any((w - theirs[n]).abs().max() > 1e-3 for n, w in _weights(unclipped).items())
+
+
+def test_training_twice_starts_over(tmp_path):
+    recorder = _Recorder()
+    trainer = _trainer(
+        tmp_path, callbacks=[ProgtuningCallback(ProgressiveSchedule(2)), recorder], steps=4
+    )
+    trainer.train()
+    trainer.train()
+    assert [s.boundary for s in recorder.steps] == [0, 0, 2, 2] * 2
+
+
+def test_several_processes_are_refused():
+    callback = ProgtuningCallback(ProgressiveSchedule(2))
+    with pytest.raises(RuntimeError, match="2 processes"):
+        callback.on_train_begin(
+            SimpleNamespace(world_size=2), None, None, model=tiny_model("bert-qa"), optimizer=None
+        )
