@@ -38,7 +38,7 @@ def run(
     console.print(f"Fine-tuning {model} on {dataset}, fully and progressively ({stages} stages).")
     missing = _backend.native_reason(torch.device("cpu"))
     if missing is not None:
-        console.print(f"Without the native extension ({missing}): slower, same numbers.")
+        console.print(f"Without the native extension ({missing}): slower, same numbers.", soft_wrap=True)
     shutil.rmtree(output, ignore_errors=True)
     folders = []
     for seed in range(seeds):
@@ -62,11 +62,12 @@ def run(
             )
             data = load_data(settings)
             if not folders:
-                console.print(data.description)
+                console.print(data.description, soft_wrap=True)
             Run(settings, data, name=folder.name).train(TrainProgress(console))
             folders.append(folder)
     runs = [report.load_run(folder) for folder in folders]
     console.print()
     console.print(report.stage_table(runs[:2]))
     console.print(report.comparison_table(runs))
-    console.print(f"report: {report.write_report(runs, output / 'report').html}")
+    paths = report.write_report(runs, output / "report")
+    console.print(f"report: {paths.html}", soft_wrap=True)

@@ -55,13 +55,15 @@ class TrainProgress:
             self._next_line = record["step"] + max(1, self._total // 10)
             self._console.print(
                 f"{self._name}: step {record['step']}/{self._total}, stage {stage_text}, "
-                f"loss {loss}, {speed} tokens/s"
+                f"loss {loss}, {speed} tokens/s",
+                soft_wrap=True,
             )
 
     def evaluated(self, stage: int, evaluation: dict[str, Any]) -> None:
         self._console.print(
             f"{self._name}: stage {stage + 1}/{self._stages} done after step {evaluation['step']}, "
-            f"validation {evaluation['metric']:.4f}, loss {evaluation['loss']:.4f}"
+            f"validation {evaluation['metric']:.4f}, loss {evaluation['loss']:.4f}",
+            soft_wrap=True,
         )
 
     def stop(self) -> None:

@@ -23,4 +23,4 @@ def run(paths: Sequence[Path], output: Path, *, markdown: bool) -> None:
     console.print(report.comparison_table(runs))
     if markdown:
         print(report.markdown_table(runs))
-    console.print(f"report: {report.write_report(runs, output).html}")
+    console.print(f"report: {report.write_report(runs, output).html}", soft_wrap=True)

@@ -117,7 +117,8 @@ def run(options: Mapping[str, Any], *, dry_run: bool) -> None:
     result = Run(s, load_data(s), name=s.output.name).train(TrainProgress(console))
     summary = result["summary"]
     console.print(_summary_lines(result, summary), highlight=False)
-    console.print(f"model: {s.output / 'model'}   figures: {s.output / 'metrics.json'}")
+    for name, path in (("model", s.output / "model"), ("figures", s.output / "metrics.json")):
+        console.print(f"{name}: {path}", soft_wrap=True)
 
 
 def _summary_lines(result: Mapping[str, Any], summary: Mapping[str, Any]) -> str:
