@@ -38,14 +38,13 @@ def make_metrics(
 ) -> dict[str, Any]:
     """A run of 150 steps as `progtuning train` stores it, with made-up but plausible figures."""
     rng = random.Random(f"{method} {seed}")
-    stages = stages if method == "progressive" else 1
     steps_per_stage, full_ms = 150 // stages, 310.0
     head_params = NUM_PARAMS - EMBEDDING_PARAMS - ALL_BLOCKS_PARAMS
     steps, evaluations, stage_rows, seconds, updates = [], [], [], 0.0, 0
     for stage in range(stages):
-        boundary = stage * (num_blocks // stages)
+        boundary = stage * (num_blocks // stages) if method == "progressive" else 0
         active = head_params + ALL_BLOCKS_PARAMS * (num_blocks - boundary) // num_blocks
-        active += EMBEDDING_PARAMS if stage == 0 else 0
+        active += 0 if boundary else EMBEDDING_PARAMS
         cost = 1.06 - 2 * boundary / num_blocks / 3
         if method == "lora":
             active, cost = 310_000, 0.74
@@ -87,7 +86,7 @@ def make_metrics(
             "dirty": False,
             "date": "2025-11-03T10:22:05+00:00",
             "device": "CPU, 2 cores",
-            "versions": {"python": "3.11.7", "torch": "2.13.0", "progtuning_kernels": "0.1.0"},
+            "versions": {"python": "3.11.7", "torch": "2.13.0", "peft": None},
         },
         "data": {
             "train_rows": 800,
@@ -259,6 +258,18 @@ def test_names_without_the_seed_tell_rows_of_one_method_apart(
     ]
 
 
+def test_same_names_in_two_folders_are_two_rows(tmp_path: Path) -> None:
+    runs = []
+    for folder in ("before", "after"):
+        for seed in (0, 1):
+            path = tmp_path / folder / f"full-seed{seed}"
+            path.mkdir(parents=True)
+            (path / "metrics.json").write_text(json.dumps(make_metrics("full", seed)))
+            runs.append(load_run(path))
+    rows = cells(comparison_table(runs))[1:]
+    assert [row[:2] for row in rows] == [["full", "2"], ["after/full", "2"]]
+
+
 def test_figures_that_were_not_stored_are_shown_as_missing(
     store: Callable[[dict[str, Any]], Run], tmp_path: Path
 ) -> None:
@@ -278,7 +289,7 @@ def test_figures_that_were_not_stored_are_shown_as_missing(
     assert row[2:5] == [f"{mean_and_error(values[::2], 4)} (2 of 3)", "–", "–"]
     assert row[6] == "–"
     stage = cells(stage_table(runs))[2]
-    assert (stage[5], stage[6], stage[8]) == ("–", "–", "–")
+    assert stage[1] == "1" and stage[4:8] == ["–", "–", "0.778", "–"]
     assert "nan" not in write_report(runs, tmp_path / "out").html.read_text().split("<h2>Plots")[0]
 
 
@@ -291,8 +302,8 @@ def test_runs_that_cannot_be_compared_are_one_clear_error(
     run, other = store(make_metrics()), store(make_metrics("full") | {"metric_name": "perplexity"})
     with pytest.raises(ValueError, match=r"different metrics \(accuracy, perplexity\)"):
         call([run, other])
-    with pytest.raises(ValueError, match="two runs 'progressive-seed0', seed 0: .*run0.*run2"):
-        call([run, store(make_metrics())])
+    with pytest.raises(ValueError, match="run0: this run, or one like it, is given twice"):
+        call([run, run, run])
 
 
 def test_stage_rows_show_expected_beside_measured_step_cost(
@@ -302,23 +313,24 @@ def test_stage_rows_show_expected_beside_measured_step_cost(
     header, *rows = cells(stage_table([store(metrics) for metrics in stored]))
     expected = header.index("Step / full, expected from block FLOPs")
     measured = header.index("Step / full, measured")
-    assert [row[expected] for row in rows] == ["1.000", "1.000", "0.778", "0.556", "–"]
-    full_ms = stored[0]["stages"][0]["step_ms_median"]
+    assert [row[expected] for row in rows] == [
+        *("1.000", "1.000", "1.000"),
+        *("1.000", "0.778", "0.556"),
+        *("–", "–", "–"),
+    ]
+    full_ms = statistics.median(step["step_ms"] for step in stored[0]["steps"])
     stages = [stage for metrics in stored for stage in metrics["stages"]]
     for row, stage in zip(rows, stages, strict=True):
         assert row[measured] == f"{stage['step_ms_median'] / full_ms:.3f}"
-        assert row[1:6] == [
+        assert row[1:5] == [
             str(stage["stage"]),
             str(stage["boundary"]),
-            f"{stage['first_step']}-{stage['last_step']}",
             f"{stage['active_params'] / 1e6:.2f}",
             f"{stage['step_ms_median']:.1f}",
         ]
-        assert row[8:] == [
-            *(
-                f"{stage[key] / 1024**2:.1f}"
-                for key in ("state_bytes", "gradient_bytes", "activation_bytes")
-            ),
+        assert row[7:] == [
+            f"{stage['state_bytes'] / 1024**2:.1f}",
+            f"{stage['activation_bytes'] / 1024**2:.1f}",
             f"{stage['metric']:.4f}",
         ]
 
@@ -349,15 +361,35 @@ def test_expected_step_cost_follows_the_plan(
     assert row[header.index("Step / full, expected from block FLOPs")] == f"{expected:.3f}"
 
 
-def test_full_step_without_stages_is_the_median_of_its_steps(
+def test_full_step_is_the_median_over_all_full_runs(
     store: Callable[[dict[str, Any]], Run],
 ) -> None:
-    full, progressive = make_metrics("full"), make_metrics()
-    full["stages"] = []
-    header, row, *_ = cells(stage_table([store(full), store(progressive)]))
-    median = statistics.median(step["step_ms"] for step in full["steps"])
-    ratio = progressive["stages"][0]["step_ms_median"] / median
-    assert row[header.index("Step / full, measured")] == f"{ratio:.3f}"
+    full = [make_metrics("full", seed) for seed in (0, 1)]
+    progressive = store(make_metrics())
+
+    def measured() -> str:
+        header, *rows = cells(stage_table([progressive, *map(store, full)]))
+        return rows[-1][header.index("Step / full, measured")]
+
+    step_ms = progressive.stages[-1]["step_ms_median"]
+    steps = [step["step_ms"] for metrics in full for step in metrics["steps"]]
+    assert measured() == f"{step_ms / statistics.median(steps):.3f}"
+    for metrics in full:
+        metrics["steps"] = []
+        metrics["stages"][0]["step_ms_median"] = 99_999.0
+    stages = [stage["step_ms_median"] for metrics in full for stage in metrics["stages"]]
+    assert measured() == f"{step_ms / statistics.median(stages):.3f}"
+
+
+def test_tables_fit_into_a_narrow_terminal(store: Callable[[dict[str, Any]], Run]) -> None:
+    runs = [store(make_metrics(method, seed)) for method in ("full", "lora") for seed in range(3)]
+    for table in (comparison_table(runs), stage_table([*runs, store(make_metrics())])):
+        console = Console(width=80, record=True, file=io.StringIO())
+        console.print(table)
+        shown = console.export_text()
+        assert "…" not in shown
+        for row in cells(table)[1:]:
+            assert all(cell in shown for cell in row[1:])
 
 
 class References(HTMLParser):
@@ -413,11 +445,14 @@ def test_report_is_one_file_that_holds_its_plots(
     assert page.images == images
     assert page.loaded == []
     assert not page.tags & {"script", "link", "iframe", "object"}
-    for table in (comparison_table(runs), stage_table(runs)):
-        for row in cells(table):
-            assert all(cell in page.text for cell in row)
+    for header, *rows in (cells(comparison_table(runs)), cells(stage_table(runs))):
+        assert all(cell in page.text for row in (header, *rows) for cell in row)
+    for stage in stored[-1]["stages"]:
+        assert f"{stage['gradient_bytes'] / 1024**2:.1f}" in page.text
+        assert f"{stage['first_step']}-{stage['last_step']}" in page.text
     share = 100 * stored[-1]["summary"]["updates_saved_share"]
     assert f"with {share:.0f} % fewer parameter updates" in page.text
+    assert "peft" not in page.text
     for stored_text in ("1f0c2a9d7e5b", "torch 2.13.0", "all-minilm-l6-v2", "batch_size = 16"):
         assert stored_text in page.text
 
@@ -426,7 +461,7 @@ def test_report_is_one_file_that_holds_its_plots(
     ("chosen", "plots"),
     [
         ([make_metrics("progressive")], ALL_PLOTS),
-        ([make_metrics("full")], ALL_PLOTS),
+        ([make_metrics("full", stages=1)], ALL_PLOTS),
         ([make_metrics("full") | {"stages": [], "summary": {}}], ALL_PLOTS[:3]),
         ([make_metrics() | {"steps": [], "evaluations": []}], ALL_PLOTS[3:]),
         ([make_metrics() | {"steps": [], "evaluations": [], "stages": []}], []),
@@ -445,17 +480,17 @@ def test_plots_without_figures_are_left_out(
 
 
 def test_text_of_a_run_stays_text(store: Callable[[dict[str, Any]], Run], tmp_path: Path) -> None:
-    evil = "<script>alert(1)</script> $\\frac{ [bold red]x[/] | y"
-    metrics = make_metrics() | {"name": evil, "metric_name": "a<b>&$_{"}
+    evil = "<script>alert(1)</script> $\\frac{$ [bold red]x[/] | y"
+    metrics = make_metrics() | {"name": evil, "metric_name": "a<b>&$_{$"}
     metrics["data"]["description"] = metrics["model"]["name"] = evil
     metrics["meta"]["device"] = metrics["config"]["note"] = "<img src=x onerror=alert(1)>"
-    other = make_metrics() | {"metric_name": "a<b>&$_{"}  # a second name, so that names are labels
+    other = make_metrics() | {"metric_name": "a<b>&$_{$"}  # a second name, so that names are labels
     runs = [store(metrics), store(other)]
     source = write_report(runs, tmp_path / "out").html.read_text(encoding="utf-8")
     page = References(source)
     assert "<script" not in source and "<img src=x" not in source
     assert "script" not in page.tags and page.loaded == []
-    assert evil in page.text and "a<b>&$_{" in page.text
+    assert evil in page.text and "a<b>&$_{$" in page.text
     assert evil in [row[0] for row in cells(comparison_table(runs))]
     assert evil.replace("|", "\\|") in markdown_table(runs)
     console = Console(width=200, record=True, file=io.StringIO())
@@ -483,7 +518,7 @@ def test_plots_show_the_stored_figures(
     keys = ("step_ms_median", "state_bytes", "gradient_bytes", "activation_bytes")
     for key, shown in zip(keys, heights, strict=True):
         scale = 1 if key == "step_ms_median" else 1024**2
-        pairs = [(stored[0], stored[1], 0), *((stored[2], stored[3], i) for i in range(3))]
+        pairs = [(stored[first], stored[first + 1], i) for first in (0, 2) for i in range(3)]
         means = [(a["stages"][i][key] + b["stages"][i][key]) / 2 / scale for a, b, i in pairs]
         assert shown == pytest.approx(means)
     segments = [
@@ -492,8 +527,8 @@ def test_plots_show_the_stored_figures(
         for segment in lines.get_segments()
         if segment[0][1] == segment[-1][1]  # error bars are vertical
     ]
-    full_ms = statistics.fmean(metrics["stages"][0]["step_ms_median"] for metrics in stored[:2])
-    shares = (1, 1, 1 - 4 / 18, 1 - 8 / 18)
+    full_ms = statistics.median(x["step_ms"] for metrics in stored[:2] for x in metrics["steps"])
+    shares = (1, 1, 1, 1, 1 - 4 / 18, 1 - 8 / 18)
     assert [segment[0][1] for segment in segments] == pytest.approx([full_ms * x for x in shares])
 
     loss = drawn["loss"].axes[0]
@@ -539,7 +574,7 @@ def test_a_method_has_one_colour_in_every_plot_and_report(
     assert len(set.union(*named.values())) == 4
 
 
-@pytest.mark.parametrize(("stages", "num_blocks"), [(3, 6), (12, 24), (30, 60)])
+@pytest.mark.parametrize(("stages", "num_blocks"), [(3, 6), (12, 24), (50, 100)])
 def test_labels_do_not_overlap(
     store: Callable[[dict[str, Any]], Run],
     tmp_path: Path,
@@ -594,6 +629,30 @@ def test_what_makes_runs_hard_to_compare_is_said(
     assert "lr = 2e-05" in same and "lr = 2e-05" not in page and "5e-05" in page
     alone = References(write_report([store(make_metrics())], tmp_path / "one").html.read_text())
     assert "No run of the method full" in alone.text
+
+
+@pytest.mark.parametrize(
+    ("seed", "changed", "warned"),
+    [
+        (1, {"description": "other rows"}, False),  # a seed may choose its own rows
+        (0, {"description": "other rows"}, True),
+        (1, {"label_names": ["a", "b"]}, True),
+    ],
+)
+def test_methods_that_saw_different_data_are_told_apart_from_seeds_that_did(
+    store: Callable[[dict[str, Any]], Run],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    seed: int,
+    changed: dict[str, Any],
+    warned: bool,
+) -> None:
+    monkeypatch.setattr(report, "_PLOTS", ())
+    other = make_metrics("progressive", seed)
+    other["data"] |= changed
+    runs = [store(make_metrics("full")), store(other)]
+    text = References(write_report(runs, tmp_path / "out").html.read_text()).text
+    assert ("The runs differ in their data" in text) is warned
 
 
 @pytest.mark.parametrize("module", ["matplotlib", "jinja2"])
