@@ -1,6 +1,7 @@
 import json
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -156,6 +157,36 @@ def test_triton_needs_the_interpreter_on_the_cpu(monkeypatch):
     assert _backend.triton_reason(CPU) == "Triton does not load: why"
 
 
+@pytest.mark.parametrize(
+    ("cuda_built", "driver_error", "capability", "reason"),
+    [
+        (False, None, (9, 0), "the extension was built without CUDA: nvcc not found"),
+        (True, "driver version is insufficient", (9, 0), "driver version is insufficient"),
+        (True, None, (7, 5), "the kernels need sm_80, this GPU is sm_75"),
+        (True, None, (12, 0), None),
+    ],
+)
+def test_why_native_cannot_run_on_a_gpu(monkeypatch, cuda_built, driver_error, capability, reason):
+    def cuda_device_count():
+        if driver_error:
+            raise RuntimeError(driver_error)
+        return 1
+
+    fake = SimpleNamespace(
+        cuda_built=cuda_built,
+        cuda_archs="sm_80 sm_120 compute_80",
+        cuda_device_count=cuda_device_count,
+    )
+    monkeypatch.setattr(_backend, "_load_native", lambda: (fake, None))
+    monkeypatch.setattr(_backend, "build_record", lambda: {"cuda_reason": "nvcc not found"})
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda index: capability)
+    _backend._native_cuda_reason.cache_clear()
+    try:
+        assert _backend.native_reason(torch.device("cuda", 0)) == reason
+    finally:
+        _backend._native_cuda_reason.cache_clear()
+
+
 @pytest.mark.skipif(_backend.native_extension() is None, reason="the extension was not built")
 def test_dtype_codes_and_devices_without_kernels():
     assert len({_backend.dtype_code(dtype) for dtype in DTYPES}) == len(DTYPES)
@@ -197,7 +228,8 @@ def test_doctor_prints_everything(capsys, monkeypatch):
 
 def test_doctor_prints_without_the_extension(no_extension, capsys, monkeypatch):
     monkeypatch.setenv("COLUMNS", "200")
-    record = {"native": False, "reason": "no compiler [g++] here"}
+    record = {"native": False, "reason": "no compiler [cc] here"}
     monkeypatch.setattr(_backend, "build_record", lambda: record)
     doctor.run()
-    assert "the extension was not built: no compiler [g++] here" in capsys.readouterr().out
+    for part in capsys.readouterr().out.split("Implementations"):
+        assert "the extension was not built: no compiler [cc] here" in part

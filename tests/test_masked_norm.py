@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from accuracy import assert_at_least_as_accurate, in_fp64
+from accuracy import assert_at_least_as_accurate, in_fp64, relative_error
 from torch import Tensor
 
 from progtuning_kernels import _backend
@@ -15,7 +15,6 @@ from progtuning_kernels.ops import masked_norm
 from progtuning_kernels.ops.masked_norm import DTYPES, masked_norm_op
 
 CPU = torch.device("cpu")
-HAS_CUDA = torch.cuda.is_available()
 # Nothing here divides the 32 lanes or the 8192 elements of a chunk without a rest, or it just does.
 SIZES = [0, 1, 3, 31, 32, 63, 255, 257, 4097, 8191, 8192, 8193, 2**20 + 3]
 LISTS = {
@@ -93,10 +92,17 @@ def test_accuracy_of_many_tensors(implementation, dtype, sizes):
 
 @native_only
 def test_native_rounds_once():
-    # fp64 inside: at 1 M elements torch's float32 sum is about 1e-7 away, this is not.
+    # Float64 inside; torch's float32 sum of 1 M elements is about 1e-5 away.
     for seed in range(5):
         tensors = random_list([2**20 + 3, 4097], seed=seed)
         assert masked_norm(tensors, implementation="native") == truth(tensors).float()
+
+
+def test_the_reference_does_not_lose_long_tensors():
+    # torch's own float32 norm of these is off by 6e-5.
+    tensors = random_list([3_000_000])
+    norm = masked_norm(tensors, implementation="reference")
+    assert relative_error(norm, truth(tensors)) < 5e-6
 
 
 @native_only
@@ -292,11 +298,9 @@ def test_compiled_code_keeps_one_graph():
 
 
 CUDA_DTYPES = [torch.float32, torch.bfloat16, torch.float16]
-needs_cuda = pytest.mark.skipif(not HAS_CUDA, reason="no CUDA device")
 
 
 @pytest.mark.gpu
-@needs_cuda
 @pytest.mark.parametrize("dtype", CUDA_DTYPES, ids=str)
 def test_cuda_accuracy(dtype):
     for n in SIZES:
@@ -306,14 +310,12 @@ def test_cuda_accuracy(dtype):
 
 
 @pytest.mark.gpu
-@needs_cuda
 @pytest.mark.parametrize("count", [1, 447, 448, 449, 897, 4033])
 def test_cuda_lists_longer_than_one_launch(count):
     check("norm", random_list([i % 300 for i in range(count)], device="cuda"), "native")
 
 
 @pytest.mark.gpu
-@needs_cuda
 @pytest.mark.parametrize("dtype", CUDA_DTYPES, ids=str)
 def test_cuda_alignment_does_not_change_the_bits(dtype):
     for n in (5, 257, 8193, 20000):
@@ -325,7 +327,6 @@ def test_cuda_alignment_does_not_change_the_bits(dtype):
 
 
 @pytest.mark.gpu
-@needs_cuda
 def test_cuda_runs_on_the_current_stream():
     x = torch.zeros(50_000_000, device="cuda")
     stream = torch.cuda.Stream()
@@ -340,7 +341,6 @@ def test_cuda_runs_on_the_current_stream():
 
 
 @pytest.mark.gpu
-@needs_cuda
 def test_cuda_graph_replays_with_new_values():
     tensors = random_list([100, 8193, 70_000], device="cuda")
     masked_norm(tensors, implementation="native")

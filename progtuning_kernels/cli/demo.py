@@ -10,6 +10,7 @@ from rich.console import Console
 
 from .. import _backend, report
 from .engine import Run
+from .errors import as_user_error
 from .progress import TrainProgress
 from .settings import TrainSettings
 from .train import load_data
@@ -38,7 +39,9 @@ def run(
     console.print(f"Fine-tuning {model} on {dataset}, fully and progressively ({stages} stages).")
     missing = _backend.native_reason(torch.device("cpu"))
     if missing is not None:
-        console.print(f"Without the native extension ({missing}): slower, same numbers.", soft_wrap=True)
+        console.print(
+            f"Without the native extension ({missing}): slower, same numbers.", soft_wrap=True
+        )
     shutil.rmtree(output, ignore_errors=True)
     folders = []
     for seed in range(seeds):
@@ -65,9 +68,10 @@ def run(
                 console.print(data.description, soft_wrap=True)
             Run(settings, data, name=folder.name).train(TrainProgress(console))
             folders.append(folder)
-    runs = [report.load_run(folder) for folder in folders]
     console.print()
-    console.print(report.stage_table(runs[:2]))
-    console.print(report.comparison_table(runs))
-    paths = report.write_report(runs, output / "report")
+    with as_user_error():
+        runs = [report.load_run(folder) for folder in folders]
+        console.print(report.stage_table(runs[:2]))
+        console.print(report.comparison_table(runs))
+        paths = report.write_report(runs, output / "report")
     console.print(f"report: {paths.html}", soft_wrap=True)

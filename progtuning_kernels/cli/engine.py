@@ -285,6 +285,8 @@ class Run:
             "stage": stage,
             "boundary": plan.boundary if handle is None else handle.boundary,
             "embeddings": plan.embeddings,
+            "trainable": list(plan.trainable),
+            "head": plan.head,
             "first_step": self.step + 1,
             "active_params": self.trained.active_params(),
             "saved_bytes": sum(use.saved_bytes for use in uses),

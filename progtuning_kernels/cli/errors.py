@@ -12,8 +12,8 @@ class UserError(Exception):
 
 @contextmanager
 def as_user_error() -> Iterator[None]:
-    """Turn the `ValueError` of a bad setting into a `UserError`."""
+    """Turn the `ValueError` of a bad setting, or a missing extra, into a `UserError`."""
     try:
         yield
-    except ValueError as error:
+    except (ValueError, ImportError) as error:
         raise UserError(str(error)) from error

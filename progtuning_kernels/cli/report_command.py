@@ -19,8 +19,8 @@ def run(paths: Sequence[Path], output: Path, *, markdown: bool) -> None:
     console = Console()
     with as_user_error():
         runs = [report.load_run(path) for path in kept]
-    console.print(report.stage_table(runs))
-    console.print(report.comparison_table(runs))
-    if markdown:
-        print(report.markdown_table(runs))
-    console.print(f"report: {report.write_report(runs, output).html}", soft_wrap=True)
+        console.print(report.stage_table(runs))
+        console.print(report.comparison_table(runs))
+        if markdown:
+            print(report.markdown_table(runs))
+        console.print(f"report: {report.write_report(runs, output).html}", soft_wrap=True)

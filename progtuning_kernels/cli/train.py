@@ -24,10 +24,9 @@ def load_data(s: TrainSettings) -> TextData:
     if s.dataset is not None and s.train_file is not None:
         raise UserError("--dataset and --train-file exclude each other")
     if s.dataset == "docstrings":
-        data = docstring_data(s.seed, s.max_train_rows or 3200, s.max_validation_rows or 800)
         if s.task == "causal-lm":
             raise UserError("--dataset docstrings is a classification; use files for causal-lm")
-        return data
+        return docstring_data(s.max_train_rows or 3200, s.max_validation_rows or 800)
     if s.dataset is not None:
         train, validation = read_hub(s.dataset)
         description = f"hub data set {s.dataset}"
@@ -45,12 +44,13 @@ def load_data(s: TrainSettings) -> TextData:
     )
 
 
-def docstring_data(seed: int, train_rows: int, validation_rows: int) -> TextData:
+def docstring_data(train_rows: int, validation_rows: int) -> TextData:
+    """The same rows for every seed of a run, so that seeds differ in training alone."""
     from .datasets import Example
     from .docstrings import load_docstrings
 
     with as_user_error():
-        data = load_docstrings(seed=seed, train_rows=train_rows, validation_rows=validation_rows)
+        data = load_docstrings(train_rows=train_rows, validation_rows=validation_rows)
     return TextData(
         [Example(text, None, label) for text, label in data.train],
         [Example(text, None, label) for text, label in data.validation],
@@ -126,7 +126,7 @@ def _summary_lines(result: Mapping[str, Any], summary: Mapping[str, Any]) -> str
         (result["metric_name"], f"{summary['metric']:.4f}"),
         ("training", f"{summary['train_seconds']:.1f} s"),
         ("parameter updates saved", f"{summary['updates_saved_share']:.1%}"),
-        ("peak optimizer state", f"{summary['peak_state_bytes'] / 1e6:.1f} MB"),
-        ("peak saved activations", f"{summary['peak_activation_bytes'] / 1e6:.1f} MB"),
+        ("peak optimizer state", f"{summary['peak_state_bytes'] / 2**20:.1f} MiB"),
+        ("peak saved activations", f"{summary['peak_activation_bytes'] / 2**20:.1f} MiB"),
     )
     return "\n".join(f"{name}: {value}" for name, value in figures)

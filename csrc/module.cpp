@@ -1,0 +1,148 @@
+// The only file of csrc that knows Python: checks what it gets, releases the GIL, turns a status
+// into an exception. Shapes, dtypes and devices are checked by the op files in Python.
+#include <cstdint>
+#include <stdexcept>
+#include <string>
+#include <utility>
+#include <vector>
+
+#include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
+
+#include "launchers.h"
+
+namespace py = pybind11;
+using namespace progtuning;
+
+namespace {
+
+// Addresses arrive as integers (tensor.data_ptr(), a raw stream).
+using Address = std::uintptr_t;
+
+template <typename T>
+T* pointer(Address address) {
+  return reinterpret_cast<T*>(address);
+}
+
+struct TensorList {
+  std::vector<const void*> tensors;
+  const std::vector<int64_t>& sizes;
+  int64_t count;
+};
+
+TensorList checked_list(const char* op, const std::vector<Address>& tensors,
+                        const std::vector<int64_t>& sizes) {
+  if (tensors.size() != sizes.size()) {
+    throw std::invalid_argument(std::string(op) + ": " + std::to_string(tensors.size()) +
+                                " tensors but " + std::to_string(sizes.size()) + " sizes");
+  }
+  TensorList list{{}, sizes, static_cast<int64_t>(sizes.size())};
+  list.tensors.reserve(tensors.size());
+  for (size_t i = 0; i < tensors.size(); ++i) {
+    if (sizes[i] < 0 || (sizes[i] > 0 && tensors[i] == 0)) {
+      throw std::invalid_argument(std::string(op) + ": tensor " + std::to_string(i) +
+                                  " has a negative size or no storage");
+    }
+    list.tensors.push_back(pointer<const void>(tensors[i]));
+  }
+  return list;
+}
+
+void check_output(const char* op, Address out) {
+  if (out == 0) throw std::invalid_argument(std::string(op) + ": the output has no storage");
+}
+
+void masked_norm_cpu_checked(const std::vector<Address>& tensors, const std::vector<int64_t>& sizes,
+                             int dtype, Address out, int num_threads) {
+  const TensorList list = checked_list("masked_norm", tensors, sizes);
+  check_output("masked_norm", out);
+  if (num_threads < 1) throw std::invalid_argument("masked_norm: num_threads must be positive");
+  if (!masked_norm_cpu(list.tensors.data(), sizes.data(), list.count, static_cast<DType>(dtype),
+                       pointer<float>(out), num_threads)) {
+    throw std::invalid_argument("masked_norm: no CPU kernel for dtype code " +
+                                std::to_string(dtype));
+  }
+}
+
+#ifdef PROGTUNING_CUDA
+void check_cuda(const char* op, int status) {
+  if (status != 0) throw std::runtime_error(std::string(op) + ": " + cuda_error_string(status));
+}
+
+void masked_norm_cuda_checked(const std::vector<Address>& tensors,
+                              const std::vector<int64_t>& sizes, int dtype, Address partials,
+                              int64_t partials_size, Address out, Address stream) {
+  const TensorList list = checked_list("masked_norm", tensors, sizes);
+  check_output("masked_norm", out);
+  const int64_t needed = masked_norm_chunks(sizes.data(), list.count);
+  if (partials_size < needed || (needed > 0 && partials == 0)) {
+    throw std::invalid_argument("masked_norm: scratch of " + std::to_string(partials_size) +
+                                " floats, " + std::to_string(needed) + " needed");
+  }
+  check_cuda("masked_norm", masked_norm_cuda(list.tensors.data(), sizes.data(), list.count,
+                                             static_cast<DType>(dtype), pointer<float>(partials),
+                                             pointer<float>(out), pointer<void>(stream)));
+}
+#endif
+
+int device_count() {
+  int count = 0;
+#ifdef PROGTUNING_CUDA
+  check_cuda("cuda_device_count", cuda_device_count(&count));
+#endif
+  return count;
+}
+
+// As CUDA writes them, 13000 for 13.0; the driver is 0 where none is installed.
+std::pair<int, int> runtime_and_driver() {
+  std::pair<int, int> versions{0, 0};
+#ifdef PROGTUNING_CUDA
+  check_cuda("cuda_versions", cuda_versions(&versions.first, &versions.second));
+#endif
+  return versions;
+}
+
+}  // namespace
+
+PYBIND11_MODULE(_C, m) {
+  m.doc() = "Native ops of progtuning_kernels; called through progtuning_kernels.ops only.";
+  using release_gil = py::call_guard<py::gil_scoped_release>;
+
+#ifdef PROGTUNING_CUDA
+  m.attr("cuda_built") = true;
+  m.attr("cuda_archs") = PROGTUNING_CUDA_ARCHS;
+#else
+  m.attr("cuda_built") = false;
+  m.attr("cuda_archs") = "";
+#endif
+#ifdef _OPENMP
+  m.attr("openmp") = true;
+#else
+  m.attr("openmp") = false;
+#endif
+  m.attr("compiler") = __VERSION__;
+
+  py::dict codes;
+  codes["float32"] = static_cast<int>(DType::kFloat32);
+  codes["bfloat16"] = static_cast<int>(DType::kBFloat16);
+  codes["float16"] = static_cast<int>(DType::kFloat16);
+  codes["float64"] = static_cast<int>(DType::kFloat64);
+  m.attr("dtype_codes") = codes;
+
+  m.def("cuda_device_count", &device_count, "Devices the linked CUDA runtime can use; raises why.");
+  m.def("cuda_versions", &runtime_and_driver, "(runtime, driver), 0 where there is none.");
+
+  m.def("masked_norm_cpu", &masked_norm_cpu_checked, py::arg("tensors"), py::arg("sizes"),
+        py::arg("dtype"), py::arg("out"), py::arg("num_threads"), release_gil());
+#ifdef PROGTUNING_CUDA
+  m.def(
+      "masked_norm_chunks",
+      [](const std::vector<int64_t>& sizes) {
+        return masked_norm_chunks(sizes.data(), static_cast<int64_t>(sizes.size()));
+      },
+      py::arg("sizes"), "Floats of scratch that masked_norm_cuda needs.");
+  m.def("masked_norm_cuda", &masked_norm_cuda_checked, py::arg("tensors"), py::arg("sizes"),
+        py::arg("dtype"), py::arg("partials"), py::arg("partials_size"), py::arg("out"),
+        py::arg("stream"), release_gil());
+#endif
+}

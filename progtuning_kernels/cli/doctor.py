@@ -1,0 +1,149 @@
+"""`progtuning doctor`: what this machine has, which implementation of each op runs on it, and why
+the others do not. Prints on any machine: whatever is missing is a line of the report, no error.
+"""
+
+from __future__ import annotations
+
+import importlib.metadata
+import platform
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from rich.console import Console, Group
+from rich.markup import escape
+from rich.table import Table
+
+# Imported for their registration: the table of implementations has one part per op.
+from .. import __version__, _backend, ops  # noqa: F401
+
+_PACKAGES = ("torch", "transformers", "triton", "numpy", "peft", "accelerate")
+_OPENMP_NAMES = ("libgomp", "libomp", "libiomp5")
+_CPU_FEATURES = ("avx2", "fma", "avx512f", "avx512_bf16", "amx_bf16", "asimd", "sve")
+
+
+def run() -> None:
+    """Print the report."""
+    Console().print(doctor_report())
+
+
+def doctor_report() -> Group:
+    """Versions, the extension, the machine, and op x device x implementation with reasons."""
+    return Group(
+        _pairs("Versions", _versions()),
+        _pairs("Native extension", _extension()),
+        _pairs("Machine", _machine()),
+        _implementations(),
+    )
+
+
+def openmp_pools(maps: str | None = None) -> list[str]:
+    """OpenMP runtimes loaded into this process, by path.
+
+    Args:
+        maps: text of /proc/self/maps; None reads it.
+    """
+    if maps is None:
+        maps = _read("/proc/self/maps")
+    paths = {line.split(maxsplit=5)[5] for line in maps.splitlines() if len(line.split()) > 5}
+    return sorted(path for path in paths if Path(path).name.startswith(_OPENMP_NAMES))
+
+
+def _versions() -> list[tuple[str, str]]:
+    rows = [("progtuning_kernels", __version__), ("python", platform.python_version())]
+    for package in _PACKAGES:
+        try:
+            rows.append((package, importlib.metadata.version(package)))
+        except importlib.metadata.PackageNotFoundError:
+            rows.append((package, "not installed"))
+    rows.append(("CUDA of torch", torch.version.cuda or "none (CPU-only build)"))
+    return rows
+
+
+def _extension() -> list[tuple[str, str]]:
+    extension = _backend.native_extension()
+    if extension is None:
+        return [("loaded", f"no: {_backend.native_reason(torch.device('cpu'))}")]
+    rows = [("loaded", extension.__file__), ("compiler", extension.compiler)]
+    if extension.cuda_built:
+        runtime, driver = extension.cuda_versions()
+        rows.append(("CUDA", f"built with runtime {_cuda_version(runtime)}"))
+        rows.append(("CUDA architectures", extension.cuda_archs))
+        rows.append(("CUDA driver supports", _cuda_version(driver) if driver else "no driver"))
+        rows.append(("CUDA devices", _attempt(lambda: str(extension.cuda_device_count()))))
+    else:
+        why = _backend.build_record().get("cuda_reason") or "no record of the reason"
+        rows.append(("CUDA", f"not built: {why}"))
+    pools = openmp_pools()
+    rows.append(("OpenMP", "yes" if extension.openmp else "no: native CPU ops use one thread"))
+    rows.append(("OpenMP pools loaded", "\n".join(pools) or "none"))
+    if len(pools) > 1:
+        advice = "their idle threads spin against each other; OMP_WAIT_POLICY=passive helps"
+        rows.append(("", f"{len(pools)} pools: {advice}"))
+    return rows
+
+
+def _machine() -> list[tuple[str, str]]:
+    cpu = _read("/proc/cpuinfo")
+    flags: set[str] = set()
+    model = platform.processor() or platform.machine()
+    for line in cpu.splitlines():
+        key, _, value = line.partition(":")
+        if key.strip() in ("flags", "Features"):
+            flags = set(value.split())
+        elif key.strip() == "model name":
+            model = value.strip()
+    features = [name for name in _CPU_FEATURES if name in flags]
+    rows = [
+        ("CPU", model),
+        ("CPU features", " ".join(features) or "none known"),
+        ("threads of torch", str(torch.get_num_threads())),
+    ]
+    if not torch.cuda.is_available():
+        return [*rows, ("GPU", "none that torch can use")]
+    for index in range(torch.cuda.device_count()):
+        rows.append((f"GPU {index}", _attempt(lambda index=index: _gpu(index))))
+    return rows
+
+
+def _gpu(index: int) -> str:
+    device = torch.cuda.get_device_properties(index)
+    gib = device.total_memory / 2**30
+    return f"{device.name}, sm_{device.major}{device.minor}, {gib:.0f} GiB"
+
+
+def _implementations() -> Table:
+    table = Table(title="Implementations", title_justify="left")
+    for name in ("op", "device", "implementation", "runs", "because"):
+        table.add_column(name, overflow="fold")
+    for row in _backend.backend_report().rows:
+        runs = "[green]yes[/]" if row.ok else "[red]no[/]"
+        table.add_row(row.op, row.device, row.implementation, runs, escape(row.reason or ""))
+    return table
+
+
+def _pairs(title: str, rows: list[tuple[str, str]]) -> Table:
+    table = Table(title=title, title_justify="left", show_header=False)
+    table.add_column("name", no_wrap=True)
+    table.add_column("value", overflow="fold")
+    for name, value in rows:
+        table.add_row(name, escape(value))
+    return table
+
+
+def _cuda_version(code: int) -> str:
+    return f"{code // 1000}.{code % 1000 // 10}"
+
+
+def _attempt(describe: Callable[[], str]) -> str:
+    try:
+        return describe()
+    except Exception as error:
+        return str(error)
+
+
+def _read(path: str) -> str:
+    try:
+        return Path(path).read_text()
+    except OSError:
+        return ""

@@ -1,0 +1,175 @@
+"""Builds `progtuning_kernels._C` from csrc: host compiler, nvcc if there is one, never torch.
+
+A machine that cannot build it gets a working install without it: the reason is printed in one line
+and kept in `progtuning_kernels/_build.json`, where `progtuning doctor` finds it.
+
+Environment: PROGTUNING_BUILD=auto|cpu|off, CXX, CUDA_HOME (else nvcc from PATH).
+"""
+
+import json
+import os
+import re
+import shlex
+import shutil
+import subprocess
+from pathlib import Path
+
+from setuptools import Extension, setup
+from setuptools.command.build_ext import build_ext
+from setuptools.errors import CompileError, LinkError, PlatformError
+
+NAME = "progtuning_kernels._C"
+# No -ffast-math: linked into a shared object it may set flush-to-zero for the whole process. No
+# contraction: fused multiply-adds would give the instruction sets different bits.
+CXX_FLAGS = ["-O3", "-g0", "-std=c++17", "-fvisibility=hidden"]
+CXX_FLAGS += ["-fno-math-errno", "-ffp-contract=off"]
+# Cubins where nvcc knows the architecture (100 and 120 need 12.8); PTX of the oldest for the gaps.
+CUDA_ARCHS = ["80", "90", "100", "120"]
+OLDEST_NVCC = (12, 1)  # kernel parameters over 4 KiB
+
+
+class Unavailable(Exception):
+    """Why something is left out of the build, in one line."""
+
+
+def run(command):
+    try:
+        done = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    except OSError as error:
+        raise Unavailable(f"{command[0]} does not run: {error.strerror}") from error
+    if done.returncode != 0:
+        print(done.stdout)
+        last = (done.stdout.strip().splitlines() or ["no output"])[-1]
+        raise Unavailable(f"{Path(command[0]).name} failed: {last}")
+    return done.stdout
+
+
+def find_nvcc():
+    home = os.environ.get("CUDA_HOME")
+    nvcc = str(Path(home, "bin", "nvcc")) if home else shutil.which("nvcc")
+    if nvcc is None or not os.access(nvcc, os.X_OK):
+        raise Unavailable(f"no nvcc in CUDA_HOME={home}" if home else "nvcc not found")
+    release = re.search(r"release (\d+)\.(\d+)", run([nvcc, "--version"]))
+    version = tuple(map(int, release.groups())) if release else (0, 0)
+    if version < OLDEST_NVCC:
+        raise Unavailable(f"nvcc {version[0]}.{version[1]} is older than 12.1")
+    return nvcc
+
+
+def static_cudart(nvcc):
+    """The static runtime: `_C` then imports where there is no driver and no libcudart."""
+    plan = run([nvcc, "--dryrun", "unused.cu"])  # as nvcc itself would link
+    folders = [w[2:] for line in re.findall(r"LIBRARIES=(.*)", plan) for w in shlex.split(line)]
+    top = re.search(r"TOP=(.*)", plan)
+    if top:
+        folders += [f"{top.group(1)}/lib64", f"{top.group(1)}/lib"]
+    for folder in folders:
+        if Path(folder, "libcudart_static.a").exists():
+            return str(Path(folder, "libcudart_static.a"))
+    raise Unavailable("the toolkit has no libcudart_static.a")
+
+
+def compile_cuda(build_temp):
+    """Objects and libraries to link, and the architectures in them."""
+    nvcc = find_nvcc()
+    cudart = static_cudart(nvcc)
+    known = re.findall(r"compute_(\d+)", run([nvcc, "--list-gpu-arch"]))
+    archs = [arch for arch in CUDA_ARCHS if arch in known]
+    if not archs:
+        raise Unavailable(f"nvcc knows none of sm_{', sm_'.join(CUDA_ARCHS)}")
+    flags = ["-O3", "-std=c++17", "-t", "0", "-Xcompiler", "-fPIC,-fvisibility=hidden"]
+    host = shlex.split(os.environ.get("CXX", ""))
+    if len(host) == 1:  # nvcc takes a program, not a command line such as "ccache g++"
+        flags += ["-ccbin", host[0]]
+    for arch in archs:
+        flags += ["-gencode", f"arch=compute_{arch},code=sm_{arch}"]
+    flags += ["-gencode", f"arch=compute_{archs[0]},code=compute_{archs[0]}"]
+    objects = []
+    Path(build_temp).mkdir(parents=True, exist_ok=True)
+    for source in sorted(Path("csrc").glob("*.cu")):
+        objects.append(str(Path(build_temp, source.name + ".o")))
+        run([nvcc, *flags, "-c", str(source), "-o", objects[-1]])
+    built = " ".join([f"sm_{arch}" for arch in archs] + [f"compute_{archs[0]}"])
+    return [*objects, cudart], built
+
+
+class BuildNative(build_ext):
+    def run(self):
+        self.force = True  # an up-to-date _C of another PROGTUNING_BUILD is not up to date
+        self.record = {"native": False, "cuda": False, "openmp": False, "reason": ""}
+        self.record |= {"cuda_reason": "", "cuda_archs": ""}
+        super().run()
+        places = [Path(self.build_lib)] + ([Path(".")] if self.inplace else [])
+        for place in places:
+            package = place / NAME.partition(".")[0]
+            package.mkdir(parents=True, exist_ok=True)
+            (package / "_build.json").write_text(json.dumps(self.record, indent=2) + "\n")
+            if not self.record["native"]:
+                # One left by an earlier build would be imported as if this build had made it.
+                for stale in package.glob("_C.*.so"):
+                    stale.unlink()
+
+    def build_extension(self, ext):
+        mode = os.environ.get("PROGTUNING_BUILD", "auto")
+        if mode not in ("auto", "cpu", "off"):
+            raise SystemExit(f"PROGTUNING_BUILD must be auto, cpu or off, not {mode!r}")
+        try:
+            if mode == "off":
+                raise Unavailable("PROGTUNING_BUILD=off")
+            self.add_pybind11(ext)
+            self.add_cuda(ext, mode)
+            self.compile_and_link(ext)
+            self.record["native"] = True
+        except (Unavailable, CompileError, LinkError, PlatformError) as error:
+            self.record |= {"cuda": False, "openmp": False, "cuda_archs": ""}
+            self.record["reason"] = str(error)
+            self.announce_reason("without the native extension", error)
+
+    def add_pybind11(self, ext):
+        try:
+            import pybind11
+        except ImportError as error:
+            raise Unavailable("pybind11 is not installed") from error
+        ext.include_dirs += ["csrc", pybind11.get_include()]
+
+    def add_cuda(self, ext, mode):
+        try:
+            if mode == "cpu":
+                raise Unavailable("PROGTUNING_BUILD=cpu")
+            objects, archs = compile_cuda(self.build_temp)
+        except Unavailable as error:
+            self.record["cuda_reason"] = str(error)
+            self.announce_reason("for the CPU only", error)
+            return
+        ext.extra_objects += objects
+        ext.libraries += ["dl", "rt", "pthread"]
+        ext.define_macros += [("PROGTUNING_CUDA", None), ("PROGTUNING_CUDA_ARCHS", f'"{archs}"')]
+        self.record |= {"cuda": True, "cuda_archs": archs}
+
+    def compile_and_link(self, ext):
+        for openmp in (["-fopenmp"], []):
+            ext.extra_compile_args = CXX_FLAGS + openmp
+            ext.extra_link_args = openmp
+            try:
+                super().build_extension(ext)
+                self.record["openmp"] = bool(openmp)
+                return
+            except (CompileError, LinkError):
+                if not openmp:
+                    raise
+
+    def announce_reason(self, what, error):
+        print(f"progtuning_kernels: building {what}: {error}", flush=True)
+
+
+setup(
+    ext_modules=[
+        Extension(
+            NAME,
+            sources=sorted(map(str, Path("csrc").glob("*.cpp"))),
+            language="c++",
+            optional=True,
+        )
+    ],
+    cmdclass={"build_ext": BuildNative},
+)
