@@ -22,6 +22,7 @@ from progtuning_kernels import report
 from progtuning_kernels.report import (
     Run,
     comparison_table,
+    document,
     load_run,
     markdown_table,
     plots,
@@ -291,7 +292,7 @@ def test_figures_that_were_not_stored_are_shown_as_missing(
     assert row[2:5] == [f"{mean_and_error(values[::2], 4)} (2 of 3)", "–", "–"]
     assert row[6] == "–"
     stage = cells(stage_table(runs))[2]
-    assert stage[1] == "1" and stage[4:8] == ["–", "–", "0.778", "–"]
+    assert stage[1] == "2" and stage[4:8] == ["–", "–", "0.778", "–"]
     assert "nan" not in write_report(runs, tmp_path / "out").html.read_text().split("<h2>Plots")[0]
 
 
@@ -325,7 +326,7 @@ def test_stage_rows_show_expected_beside_measured_step_cost(
     for row, stage in zip(rows, stages, strict=True):
         assert row[measured] == f"{stage['step_ms_median'] / full_ms:.3f}"
         assert row[1:5] == [
-            str(stage["stage"]),
+            str(stage["stage"] + 1),
             str(stage["boundary"]),
             f"{stage['active_params'] / 1e6:.2f}",
             f"{stage['step_ms_median']:.1f}",
@@ -614,7 +615,7 @@ def test_moving_mean_keeps_constants_and_the_middle_of_a_line() -> None:
 def test_what_makes_runs_hard_to_compare_is_said(
     store: Callable[[dict[str, Any]], Run], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(report, "_PLOTS", ())
+    monkeypatch.setattr(document, "PLOTS", ())
     full, progressive = make_metrics("full"), make_metrics()
     same = References(
         write_report([store(full), store(progressive)], tmp_path / "same").html.read_text()
@@ -649,7 +650,7 @@ def test_methods_that_saw_different_data_are_told_apart_from_seeds_that_did(
     changed: dict[str, Any],
     warned: bool,
 ) -> None:
-    monkeypatch.setattr(report, "_PLOTS", ())
+    monkeypatch.setattr(document, "PLOTS", ())
     other = make_metrics("progressive", seed)
     other["data"] |= changed
     runs = [store(make_metrics("full")), store(other)]

@@ -80,31 +80,56 @@ class Collator:
         return batch
 
 
-@dataclass(frozen=True)
-class Order:
-    """Which rows make up which optimizer step: a pure function of the seed and the step.
+# Windows whose rows are sorted by length together: enough to save most of the padding (docstrings,
+# 32 rows a window: 2.7 padded tokens per token without, 1.07 with), and never more than a quarter
+# of an epoch, so that rows meet other rows in the next one.
+_WINDOWS_SORTED = 16
 
-    A step is a window of up to `accumulate` micro-batches; the last window of an epoch may hold
-    fewer, and its last micro-batch fewer rows.
+
+class Order:
+    """Which rows make up which optimizer step: a pure function of seed, step and row lengths.
+
+    A step is a window of up to `accumulate` micro-batches. Each epoch is a new permutation; within
+    every few windows of it, rows of similar length share one, and the windows are shuffled again.
+    The last window of an epoch may hold fewer micro-batches, and its last micro-batch fewer rows.
+
+    Args:
+        lengths: tokens of every row.
     """
 
-    num_rows: int
-    batch_size: int
-    accumulate: int
-    seed: int
+    def __init__(
+        self, lengths: Sequence[int], *, batch_size: int, accumulate: int, seed: int
+    ) -> None:
+        self._lengths = lengths
+        self._batch_size = batch_size
+        self._rows_per_step = batch_size * accumulate
+        self._seed = seed
 
     @property
     def steps_per_epoch(self) -> int:
-        return -(-self.num_rows // (self.batch_size * self.accumulate))
+        return -(-len(self._lengths) // self._rows_per_step)
+
+    def _epoch(self, epoch: int) -> list[list[int]]:
+        """Row numbers of every window of one epoch."""
+        generator = torch.Generator().manual_seed(self._seed * 1_000_003 + epoch)
+        permuted = torch.randperm(len(self._lengths), generator=generator).tolist()
+        size, windows = self._rows_per_step, []
+        together = size * max(1, min(_WINDOWS_SORTED, self.steps_per_epoch // 4))
+        for start in range(0, len(permuted), together):
+            rows = permuted[start : start + together]
+            rows.sort(key=self._lengths.__getitem__, reverse=True)
+            cut = [rows[i : i + size] for i in range(0, len(rows), size)]
+            whole = len(rows) // size  # a shorter window stays last
+            shuffled = torch.randperm(whole, generator=generator).tolist()
+            windows += [cut[i] for i in shuffled] + cut[whole:]
+        return windows
 
     def windows(self, first_step: int, last_step: int) -> Iterator[list[list[int]]]:
         """Row numbers of the micro-batches of steps `first_step` .. `last_step`-1, from 0."""
-        permuted: tuple[int, list[int]] = (-1, [])
-        rows_per_step = self.batch_size * self.accumulate
+        made: tuple[int, list[list[int]]] = (-1, [])
         for step in range(first_step, last_step):
             epoch, position = divmod(step, self.steps_per_epoch)
-            if permuted[0] != epoch:
-                generator = torch.Generator().manual_seed(self.seed * 1_000_003 + epoch)
-                permuted = epoch, torch.randperm(self.num_rows, generator=generator).tolist()
-            rows = permuted[1][position * rows_per_step : (position + 1) * rows_per_step]
-            yield [rows[i : i + self.batch_size] for i in range(0, len(rows), self.batch_size)]
+            if made[0] != epoch:
+                made = epoch, self._epoch(epoch)
+            rows = made[1][position]
+            yield [rows[i : i + self._batch_size] for i in range(0, len(rows), self._batch_size)]

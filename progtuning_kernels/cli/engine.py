@@ -151,7 +151,12 @@ class Run:
         self.collate = Collator(self.tokenizer, causal_lm=self.causal_lm)
         encode = encode_causal_lm if self.causal_lm else encode_classification
         self.encoded: EncodedData = encode(data, self.tokenizer, s.max_length)
-        self.order = Order(len(self.encoded.train), s.batch_size, s.accumulate, s.seed)
+        self.order = Order(
+            [len(row["input_ids"]) for row in self.encoded.train],
+            batch_size=s.batch_size,
+            accumulate=s.accumulate,
+            seed=s.seed,
+        )
         self.total_steps = s.max_steps or s.epochs * self.order.steps_per_epoch
         with as_user_error():
             self.schedule = ProgressiveSchedule(s.stages, self.total_steps, embeddings=s.embeddings)

@@ -26,7 +26,7 @@ def load_data(s: TrainSettings) -> TextData:
     if s.dataset == "docstrings":
         if s.task == "causal-lm":
             raise UserError("--dataset docstrings is a classification; use files for causal-lm")
-        return docstring_data(s.max_train_rows or 3200, s.max_validation_rows or 800)
+        return docstring_data(s.max_train_rows or 2400, s.max_validation_rows or 800)
     if s.dataset is not None:
         train, validation = read_hub(s.dataset)
         description = f"hub data set {s.dataset}"
@@ -69,7 +69,7 @@ def plan_table(s: TrainSettings, data: TextData) -> Table:
     if s.task == "causal-lm" and s.max_steps is None:
         raise UserError("--dry-run of causal-lm needs --max-steps: rows are cut while training")
     model, _ = load_model_and_tokenizer(s.model, s.task, data.label_names, weights=False)
-    order = Order(len(data.train), s.batch_size, s.accumulate, s.seed)
+    order = Order([1] * len(data.train), batch_size=s.batch_size, accumulate=s.accumulate, seed=0)
     total_steps = s.max_steps or s.epochs * order.steps_per_epoch
     with as_user_error():
         schedule = ProgressiveSchedule(s.stages, total_steps, embeddings=s.embeddings)

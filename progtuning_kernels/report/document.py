@@ -192,10 +192,10 @@ def _stage_cells(runs: Sequence[Run]) -> _Cells:
     base_ms = full_step_ms(rows)
     mib = 1 / 2**20
 
-    def cells(run: Run, stage: Mapping[str, Any]) -> list[str]:
+    def cells(row: Row, run: Run, stage: Mapping[str, Any]) -> list[str]:
         return [
-            run.name,
-            str(stage["stage"]),
+            row.label if len(row.runs) == 1 else run.name,
+            str(stage["stage"] + 1),
             str(stage["boundary"]),
             f"{stage['first_step']}-{stage['last_step']}",
             show(number(stage, "active_params"), ",.2f", 1e-6),
@@ -223,7 +223,7 @@ def _stage_cells(runs: Sequence[Run]) -> _Cells:
             "Saved activations (MiB)",
             runs[0].metric_name,
         ],
-        rows=[cells(run, stage) for row in rows for run in row.runs for stage in run.stages],
+        rows=[cells(row, run, stage) for row in rows for run in row.runs for stage in run.stages],
     )
 
 
