@@ -169,7 +169,7 @@ def test_accumulated_window_is_the_mean_over_its_rows(call, tmp_path):
 
 @pytest.mark.parametrize("method", ["progressive", "full"])
 def test_killed_run_goes_on_to_the_same_bits(call, tmp_path, method):
-    common = ["--method", method, "--epochs", 25, "--checkpoint-every", 20]
+    common = ["--method", method, "--epochs", 10, "--checkpoint-every", 20]
     main(call(*common, output="straight"))
     arguments = call(*common, output="killed")
     process = subprocess.Popen(
@@ -177,7 +177,7 @@ def test_killed_run_goes_on_to_the_same_bits(call, tmp_path, method):
         env=os.environ | {"OMP_NUM_THREADS": "1"},
         stdout=subprocess.DEVNULL,
     )
-    checkpoint = tmp_path / "killed" / "checkpoints" / "step-00000120.pt"
+    checkpoint = tmp_path / "killed" / "checkpoints" / "step-00000060.pt"
     deadline = time.monotonic() + 120
     while not checkpoint.exists():
         assert process.poll() is None and time.monotonic() < deadline
