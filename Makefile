@@ -22,7 +22,7 @@ clean: ## forget the environment and everything built
 # torch first and pinned: resolved with the rest, pip would fetch every candidate to read its metadata
 .venv/.torch: constraints.txt
 	@echo "Making .venv and installing torch (once, a minute or two) ..."
-	@test -x $(BIN)/python || $(PYTHON) -m venv .venv
+	@test -x $(BIN)/pip || $(PYTHON) -m venv .venv
 	@$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt torch
 	@touch $@
 

@@ -1,4 +1,4 @@
-"""MaskedAdamW against torch's fused AdamW: one process, interleaved, parity checked before any time.
+"""MaskedAdamW against torch's fused AdamW: interleaved in one process, parity before any time.
 
     python benchmarks/optimizer.py [--output FOLDER]
 
@@ -26,7 +26,8 @@ from progtuning_kernels.cli.provenance import provenance
 ROUNDS, WARM_UP = 30, 5
 HYPER = dict(lr=1e-3, weight_decay=0.1)
 # MiniLM: embeddings, and 6 blocks of 4 + 2 matrices with biases and norms: 22.7 M in 101 tensors
-BLOCK = [*[(384, 384), (384,)] * 4, (384,), (384,), (1536, 384), (1536,), (384, 1536), *[(384,)] * 3]
+ATTENTION, MLP = [(384, 384), (384,)] * 4, [(1536, 384), (1536,), (384, 1536), (384,)]
+BLOCK = [*ATTENTION, *MLP, *[(384,)] * 4]
 SHAPES = [(30522, 384), (512, 384), (2, 384), (384,), (384,), *BLOCK * 6]
 
 

@@ -139,7 +139,7 @@ def _load_native() -> tuple[ModuleType | None, str | None]:
     except Exception as error:
         record = build_record()
         if record.get("native"):
-            return None, f"the extension does not load: {_one_line(error)}"
+            return None, f"the extension does not load: {one_line(error)}"
         if "reason" in record:
             return None, f"the extension was not built: {record['reason']}"
         return None, "the extension was not built: run `pip install -e .`"
@@ -169,7 +169,7 @@ def _native_cuda_reason(index: int) -> str | None:
         extension.cuda_device_count()
         capability = torch.cuda.get_device_capability(index)
     except Exception as error:
-        return _one_line(error)
+        return one_line(error)
     oldest = min(int(arch.partition("_")[2]) for arch in extension.cuda_archs.split())
     if capability[0] * 10 + capability[1] < oldest:
         return f"the kernels need sm_{oldest}, this GPU is sm_{capability[0]}{capability[1]}"
@@ -190,11 +190,12 @@ def _triton_import_reason() -> str | None:
     try:
         import triton.language  # noqa: F401
     except Exception as error:
-        return f"Triton does not load: {_one_line(error)}"
+        return f"Triton does not load: {one_line(error)}"
     return None
 
 
-def _one_line(error: Exception) -> str:
+def one_line(error: BaseException) -> str:
+    """The first line of an error's message, or its class's name if it has none."""
     lines = str(error).strip().splitlines()
     return lines[0] if lines else type(error).__name__
 
@@ -269,4 +270,4 @@ def _report_reason(op: Op, device: torch.device, name: str) -> str | None:
     try:
         return _find(op, name, op.probe(device))[1]
     except Exception as error:
-        return _one_line(error)
+        return one_line(error)

@@ -3,10 +3,9 @@
 A block below the boundary is switched, per instance, to one fixed subclass of its own class whose
 `forward` runs under `torch.no_grad()`. Block k then receives a tensor without `grad_fn`, so that
 autograd has nothing below it whatever the caller did above or before. Of the ways to install this,
-flipping `block.__class__` is the one that survives deepcopy, `torch.compile` per block (three
+flipping `block.__class__` is the one that survives deepcopy and `torch.compile` per block (three
 graphs for any number of stages, where a flag on the instance recompiles until the limit and then
-runs eagerly), FSDP2 and gradient checkpointing; nothing is written into any `__dict__` but
-`training`.
+runs eagerly); nothing is written into any `__dict__` but `training`.
 """
 
 from __future__ import annotations
@@ -81,6 +80,20 @@ def frozen_class(base: type, *, no_grad: bool, hold_eval: bool) -> type:
     return _frozen_classes[key]
 
 
+def _drop_own_forward(module: nn.Module) -> None:
+    """Remove an instance `forward` that is nothing but a class's own, bound.
+
+    Early transformers 5 put `module.forward` back that way after capturing hidden states: it would
+    then outlive every later change of class, so that a thawed block never trained again.
+    """
+    own = module.__dict__.get("forward")
+    if getattr(own, "__self__", None) is module and any(
+        vars(cls).get("forward") is own.__func__
+        for cls in {*type(module).__mro__, *_frozen_classes.values()}
+    ):
+        del module.__dict__["forward"]
+
+
 class Boundary:
     """Holds the modules of one model on their side of the boundary.
 
@@ -123,6 +136,7 @@ class Boundary:
             self._modes[path] = [(m, m.training) for m in module.modules()]
             _requested_mode.pop(module, None)
             base.train(module, False)
+        _drop_own_forward(module)
         plain = not (no_grad or hold_eval)
         target = base if plain else frozen_class(base, no_grad=no_grad, hold_eval=hold_eval)
         if type(module) is not target:
@@ -214,7 +228,11 @@ class TruncationReport:
         return self.units[: self.boundary + 1] if self.boundary else ()
 
     def assert_truncated(self) -> None:
-        """Raise `TruncationError` if anything below the boundary trains or is in the graph."""
+        """Raise `TruncationError` if anything below the boundary trains or is in the graph.
+
+        Under boundary 0 there is nothing below. Before the first forward nothing can be proved,
+        which is an error too.
+        """
         for unit in self.prefix:
             if unit.active:
                 raise TruncationError(
@@ -222,6 +240,8 @@ class TruncationReport:
                     f"{self.boundary}; they were switched on after the plan was applied: call "
                     "handle.advance() once per step, or freeze them with requires_grad_(False)"
                 )
+            if unit.nodes is None:
+                raise TruncationError("nothing to prove yet: run a forward with gradients first")
             if unit.nodes:
                 raise TruncationError(
                     f"{unit.label}: backward runs {unit.nodes} autograd nodes below boundary "

@@ -7,7 +7,8 @@ it. Nothing here touches a class or a module of another library.
 from __future__ import annotations
 
 from collections.abc import Callable
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
 from typing import Any, Literal, get_args
 
 import torch
@@ -29,27 +30,31 @@ TiedPolicy = Literal["frozen", "head_only"]
 _HANDLE = "_progtuning_handle"
 
 
-class _LastForward:
-    """The inputs of the last training forward, so that a report can repeat it."""
+@dataclass(frozen=True)
+class _Forward:
+    """The inputs of a training forward, so that a report can repeat it."""
 
-    def __init__(self) -> None:
-        self.inputs: tuple[tuple, dict] | None = None
-        self._autocast: tuple[str, torch.dtype] | None = None
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+    autocast: tuple[str, torch.dtype] | None  # device type and dtype, None where it was off
 
-    def remember(self, module: nn.Module, args: tuple, kwargs: dict) -> None:
-        if torch.compiler.is_compiling() or not torch.is_grad_enabled():
-            return
-        self.inputs = (args, kwargs)
-        device_type = next(module.parameters()).device.type
-        self._autocast = None
-        if torch.is_autocast_enabled(device_type):
-            self._autocast = (device_type, torch.get_autocast_dtype(device_type))
-
-    def autocast(self) -> Any:
-        if self._autocast is None:
+    def context(self) -> AbstractContextManager[Any]:
+        if self.autocast is None:
             return nullcontext()
-        device_type, dtype = self._autocast
+        device_type, dtype = self.autocast
         return torch.autocast(device_type, dtype=dtype)
+
+
+def _before_forward(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    """Forward pre-hook. It finds the handle through the model: a copy of the model has none."""
+    handle = handle_of(model)
+    if handle is None or torch.compiler.is_compiling() or not torch.is_grad_enabled():
+        return
+    handle.check_checkpointing()
+    device_type, autocast = handle.device_type, None
+    if torch.amp.is_autocast_available(device_type) and torch.is_autocast_enabled(device_type):
+        autocast = (device_type, torch.get_autocast_dtype(device_type))
+    handle.last_forward = _Forward(args, kwargs, autocast)
 
 
 class PatchHandle:
@@ -64,6 +69,8 @@ class PatchHandle:
         boundary: the effective boundary: lowest block that really holds an active tensor (0 if the
             embeddings do, `num_blocks` if only the head does). It lies above `plan.boundary` where
             the user had frozen more than the plan does.
+        device_type: where the model's parameters are, "cpu" or "cuda".
+        last_forward: inputs of the last training forward, held for `truncation_report`.
     """
 
     def __init__(
@@ -86,15 +93,20 @@ class PatchHandle:
         self._flags: list[bool] = []
         self._user_trainable: dict[str, bool] = {}
         self._listeners: list[Callable[[PatchHandle], None]] = []
-        self._last_forward = _LastForward()
+        self.last_forward: _Forward | None = None
 
         self.plan = schedule.plan(0, layout.num_blocks)
         self._scan()
         for plan in self._first_and_last_plans():
             self._check_trains_something(plan)
-        self._hook = model.register_forward_pre_hook(self._last_forward.remember, with_kwargs=True)
+        self.device_type = next(slot.parameter.device.type for slot in self._slots)
+        self._hook = model.register_forward_pre_hook(_before_forward, with_kwargs=True)
         model.__dict__[_HANDLE] = self
-        self._apply()
+        try:
+            self._apply()
+        except BaseException:
+            self.unpatch()
+            raise
 
     def __repr__(self) -> str:
         return (
@@ -136,16 +148,23 @@ class PatchHandle:
     def advance(self) -> bool:
         """Count one optimizer step; move to its successor's plan.
 
-        Call it once per optimizer step, after `optimizer.step()`. Flags that something else
-        switched in the meantime (PEFT does, on leaving `disable_adapter()`) are put right again.
+        Call it once per optimizer step, after `optimizer.step()`. What something else switched on
+        below the boundary in the meantime (PEFT does, on leaving `disable_adapter()`) is frozen
+        again; what was switched off stays off until the plan changes, and is then taken for the
+        user's own choice.
 
         Returns:
             True when the plan changed.
+
+        Raises:
+            RuntimeError: the model is not patched any more.
         """
         return self.seek(self.step + 1)
 
     def seek(self, step: int) -> bool:
         """Jump to the plan of optimizer step `step`, as after a resume; True when it changed."""
+        if handle_of(self.model) is not self:
+            raise RuntimeError("the model is not patched any more: call patch_model again")
         plan = self.schedule.plan(step, self.num_blocks)
         changed = plan != self.plan
         if changed:
@@ -185,14 +204,13 @@ class PatchHandle:
     def truncation_report(self) -> TruncationReport:
         """Per unit: parameters, active ones, autograd nodes and bytes saved by the last forward.
 
-        The last training forward is run once more, on the same inputs and random numbers, with
-        counters attached: training itself is never slowed down by counting.
+        The last training forward is run once more, on the same inputs, with counters attached:
+        training itself is never slowed down by counting, and its random numbers stay as they were.
         """
         uses = {}
-        if self._last_forward.inputs is not None:
-            args, kwargs = self._last_forward.inputs
-            with self._last_forward.autocast():
-                uses = measure_forward(self.model, self.layout, args, kwargs)
+        if (last := self.last_forward) is not None:
+            with last.context():
+                uses = measure_forward(self.model, self.layout, last.args, last.kwargs)
         params = dict.fromkeys(range(EMBEDDINGS, self.layout.head + 1), 0)
         active = dict(params)
         tied = []
@@ -241,16 +259,34 @@ class PatchHandle:
 
     def unpatch(self) -> None:
         """Put the model back as it was found. Calling it again does nothing."""
-        if self.model.__dict__.get(_HANDLE) is not self:
+        if handle_of(self.model) is not self:
             return
-        del self.model.__dict__[_HANDLE]
-        self._hook.remove()
         self._boundary.restore()
         for slot in self._slots:
             slot.parameter.requires_grad_(self._user_trainable[slot.name])
+        self._hook.remove()
         self._listeners.clear()
-        self._last_forward.inputs = None
+        self.last_forward = None
+        del self.model.__dict__[_HANDLE]
         freeze_events.announce()
+
+    def check_checkpointing(self) -> None:
+        """Refuse gradient checkpointing that would train nothing, whenever it was switched on.
+
+        Raises:
+            RuntimeError: reentrant checkpointing above a frozen prefix; its blocks see no input
+                that requires grad, and torch then drops their gradients without an error.
+        """
+        if not self.boundary:
+            return
+        block = self.model.get_submodule(self.layout.block_paths[-1])
+        checkpoint = getattr(block, "_gradient_checkpointing_func", None)
+        options = getattr(checkpoint, "keywords", {})  # a functools.partial of torch's checkpoint
+        if getattr(block, "gradient_checkpointing", False) and options.get("use_reentrant"):
+            raise RuntimeError(
+                "gradient checkpointing with use_reentrant=True trains nothing above a frozen "
+                'prefix: pass gradient_checkpointing_kwargs={"use_reentrant": False}'
+            )
 
     def _first_and_last_plans(self) -> list[FreezePlan]:
         plans = [self.plan]
@@ -259,7 +295,7 @@ class PatchHandle:
         return plans
 
     def _scan(self) -> None:
-        """List the parameters; those that appeared since (LoRA added later) keep their own flag."""
+        """List the parameters; one that appeared since the last plan keeps its own flag."""
         self._slots = list(parameter_slots(self.model, self.layout))
         for slot in self._slots:
             self._user_trainable.setdefault(slot.name, slot.parameter.requires_grad)
@@ -286,6 +322,9 @@ class PatchHandle:
             )
 
     def _apply(self) -> None:
+        for slot, on in zip(self._slots, self._flags, strict=False):
+            if on and not slot.parameter.requires_grad:
+                self._user_trainable[slot.name] = False  # frozen by the user since the last plan
         self._scan()
         units = [self._active_units(slot, self.plan) for slot in self._slots]
         active_units = {unit for used in units for unit in used}
@@ -294,6 +333,8 @@ class PatchHandle:
         self.boundary = 0
         if EMBEDDINGS not in active_units:
             self.boundary = next((i for i in blocks if i in active_units), self.num_blocks)
+        for slot, on in zip(self._slots, self._flags, strict=True):
+            slot.parameter.requires_grad_(on)
         self._reassert()
         self._boundary.move(
             [i not in active_units for i in blocks],
@@ -306,10 +347,12 @@ class PatchHandle:
 
     def _reassert(self) -> None:
         for slot, on in zip(self._slots, self._flags, strict=True):
+            if on:
+                continue
             parameter = slot.parameter
-            if parameter.requires_grad != on:
-                parameter.requires_grad_(on)
-            if not on and parameter.grad is not None:
+            if parameter.requires_grad:
+                parameter.requires_grad_(False)
+            if parameter.grad is not None:
                 # a frozen tensor with a gradient would still be updated, and counted by clipping
                 parameter.grad = None
 

@@ -31,6 +31,14 @@ def test_demo_trains_both_ways_and_writes_a_report(tmp_path, capsys):
     assert (tmp_path / "again" / "report.html").stat().st_size > 100_000
 
 
+def test_demo_deletes_nothing_of_yours(tmp_path, capsys):
+    (tmp_path / "notes.txt").touch()
+    with pytest.raises(SystemExit) as exit_:
+        main(["demo", "--output", str(tmp_path)])
+    assert exit_.value.code == 2 and "notes.txt" in capsys.readouterr().err
+    assert (tmp_path / "notes.txt").exists()
+
+
 def test_report_of_nothing_is_one_line(tmp_path, capsys):
     (tmp_path / "empty").mkdir()
     (tmp_path / "damaged").mkdir()

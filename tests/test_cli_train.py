@@ -167,6 +167,52 @@ def test_accumulated_window_is_the_mean_over_its_rows(call, tmp_path):
     assert [s["tokens"] for s in one] == [s["tokens"] for s in two]
 
 
+def test_tables_with_quotation_marks_and_byte_order_marks(call, tmp_path):
+    path = tmp_path / "train.tsv"
+    lines = ["text\tlabel", '"w1 w2\tlow', "w50 w60\thigh", 'w3 "w4"\tlow'] * 1
+    path.write_bytes(("\ufeff" + "\n".join(lines) + "\n").encode())
+    main(call("--train-file", path, "--max-steps", 3))
+    assert _metrics(tmp_path / "run")["data"]["train_rows"] == 3
+
+
+def test_non_finite_steps_are_counted_and_written(call, tmp_path, monkeypatch, capsys):
+    from progtuning_kernels.cli import engine
+
+    step = engine.Run._train_step
+
+    def poisoned(run, window, stage, *, measure):
+        if run.step == 4:
+            with torch.no_grad():
+                run.trained.base.classifier.weight[0, 0] = float("nan")
+        return step(run, window, stage, measure=measure)
+
+    monkeypatch.setattr(engine.Run, "_train_step", poisoned)
+    main(call("--max-steps", 6))
+    run = _metrics(tmp_path / "run")
+    assert run["summary"]["skipped_steps"] == 2 and run["steps"][-1]["loss"] is None
+    assert "2 steps skipped" in capsys.readouterr().out
+
+
+def test_changed_data_is_noticed_on_resume(call, text_files, tmp_path, capsys):
+    _stopped_run(call)
+    changed = tmp_path / "train.jsonl"
+    changed.write_text(text_files[0].read_text().replace("w7", "w8"))
+    arguments = call("--max-steps", 9, "--resume")
+    arguments[arguments.index("--train-file") + 1] = str(changed)
+    error = _one_line_error(capsys, arguments)
+    assert "the data has changed" in error
+
+
+@pytest.mark.parametrize("extra", [("--accumulate", "2"), ("--method", "lora")], ids=" ".join)
+def test_stopped_run_goes_on_between_stages_and_with_other_options(call, tmp_path, extra):
+    _stopped_run(call, *extra)
+    main(call("--max-steps", 9, "--checkpoint-every", 6, *extra, "--resume"))
+    main(call("--max-steps", 9, *extra, output="straight"))
+    straight, resumed = (_metrics(tmp_path / name)["steps"] for name in ("straight", "run"))
+    assert [s["loss"] for s in straight] == [s["loss"] for s in resumed]
+    assert [s["step"] for s in resumed] == list(range(1, 10))
+
+
 @pytest.mark.parametrize("method", ["progressive", "full"])
 def test_killed_run_goes_on_to_the_same_bits(call, tmp_path, method):
     common = ["--method", method, "--epochs", 10, "--checkpoint-every", 20]
@@ -224,6 +270,9 @@ def test_a_checkpoint_of_another_run_is_refused(call, tmp_path, capsys):
     checkpoint.write_bytes(whole)
     main(call(*again))
     assert "is finished" in _one_line_error(capsys, call(*again))
+    (tmp_path / "run" / "thesis.tex").touch()
+    assert "holds other files (thesis.tex)" in _one_line_error(capsys, call("--overwrite"))
+    (tmp_path / "run" / "thesis.tex").unlink()
     main(call("--max-steps", 3, "--overwrite"))
     assert len(_metrics(tmp_path / "run")["steps"]) == 3
 
@@ -239,6 +288,9 @@ def test_dry_run_prints_the_plan_and_writes_nothing(call, tmp_path, capsys):
     out = capsys.readouterr().out
     assert "36 steps, 4 blocks" in out and "blocks 3-3, head" in out
     assert "0.500" in out and "% of parameter updates saved" in out
+    main(call("--dry-run", "--stages", 4, "--embeddings", "always"))
+    always = capsys.readouterr().out
+    assert "embeddings, blocks 3-3" in always and "0.750" in always and "0.500" not in always
     assert not (tmp_path / "run").exists()
 
 
@@ -254,11 +306,14 @@ def test_dry_run_prints_the_plan_and_writes_nothing(call, tmp_path, capsys):
         (["--blocks", "bert.layers"], "has no module at 'bert.layers'"),
         (["--model", "nowhere/at-all"], "cannot load model 'nowhere/at-all'"),
         (["--dataset", "docstrings"], "--dataset and --train-file exclude each other"),
-        (["--metric", "pearson", "--max-steps", 3], "metric 'pearson' does not fit"),
+        (["--metric", "pearson"], "metric 'pearson' does not fit; there is accuracy, f1"),
+        (["--max-length", 40], "--max-length 40 is above the model's 32 tokens"),
+        (["--resume", "--overwrite"], "--resume and --overwrite exclude each other"),
+        (["--output", "/proc/run"], "/proc/run"),
         (["--device", "cuda:77"], "device 'cuda:77' cannot be used"),
         (["--batch-size", 0], "--batch-size"),
         (["--no-such-option"], "--no-such-option"),
-        (["--task", "causal-lm", "--max-length", 4000], "shorter than one row of 4000 tokens"),
+        (["--task", "causal-lm", "--max-validation-rows", 1], "shorter than one row of 16 tokens"),
     ],
 )
 def test_bad_calls_get_one_line(call, capsys, extra, message):
@@ -274,12 +329,15 @@ def test_bad_calls_get_one_line(call, capsys, extra, message):
         ('{"text": "", "label": "low"}\n', "validation row 1 has no value for column 'text'"),
         ('{"text": "w1"}\n', "validation row 1 has no value for column 'label'"),
         ("[1]\n", "line 1: not an object"),
+        ('{"text": "w1", "label": NaN}\n', "validation row 1: nan cannot be a label"),
+        ('{"text": "w1", "label": [1]}\n', "validation row 1: [1] cannot be a label"),
+        ("\xff\xfe", "is not UTF-8"),
         ("", "has no rows"),
     ],
 )
 def test_bad_rows_get_one_line(call, capsys, tmp_path, content, message):
     path = tmp_path / "bad.jsonl"
-    path.write_text(content)
+    path.write_bytes(content.encode("latin-1"))
     assert message in _one_line_error(capsys, call("--validation-file", path))
 
 

@@ -9,7 +9,7 @@ import torch
 from tiny_models import BATCH, tiny_inputs, tiny_model
 from transformers import Trainer, TrainerCallback, TrainingArguments
 
-from progtuning_kernels import MaskedAdamW, ProgressiveSchedule
+from progtuning_kernels import MaskedAdamW, ProgressiveSchedule, patch_model
 from progtuning_kernels.integrations.hf_trainer import ProgtuningCallback
 from progtuning_kernels.optim import state_bytes
 from progtuning_kernels.patch import handle_of
@@ -69,13 +69,12 @@ def _weights(trainer: Trainer) -> dict[str, torch.Tensor]:
 def test_stages_follow_global_steps_and_state_is_released(tmp_path, accumulate, capsys):
     recorder = _Recorder()
     schedule = ProgressiveSchedule(4)
+    callback = ProgtuningCallback(schedule)
     trainer = _trainer(
-        tmp_path,
-        callbacks=[ProgtuningCallback(schedule), recorder],
-        gradient_accumulation_steps=accumulate,
+        tmp_path, callbacks=[callback, recorder], gradient_accumulation_steps=accumulate
     )
     trainer.train()
-    assert schedule.total_steps == STEPS
+    assert (callback.schedule.total_steps, schedule.total_steps) == (STEPS, None)
     steps = recorder.steps
     assert [s.boundary for s in steps] == [0, 0, 1, 1, 2, 2, 3, 3]
     sizes = [s.state_bytes for s in steps]
@@ -141,9 +140,51 @@ def test_training_twice_starts_over(tmp_path):
     assert [s.boundary for s in recorder.steps] == [0, 0, 2, 2] * 2
 
 
-def test_several_processes_are_refused():
+class _Stop(TrainerCallback):
+    def on_step_end(self, args, state, control, **kwargs):
+        if state.global_step == 3:
+            raise KeyboardInterrupt
+
+
+def test_an_interrupted_run_leaves_nothing_that_the_next_cannot_put_right(tmp_path):
+    optimizer = (MaskedAdamW, {"lr": 1e-2})
+    callbacks = [ProgtuningCallback(ProgressiveSchedule(4)), _Stop()]
+    broken = _trainer(tmp_path, callbacks=callbacks, optimizer=optimizer, max_grad_norm=0.05)
+    with pytest.raises(KeyboardInterrupt):
+        broken.train()
+    assert handle_of(broken.model) is not None
+    again = _trainer(
+        tmp_path,
+        callbacks=[ProgtuningCallback(ProgressiveSchedule(2))],
+        optimizer=optimizer,
+        max_grad_norm=0.05,
+    )
+    again.model, again.args = broken.model, broken.args
+    again.train()
+    assert handle_of(again.model) is None and again.args.max_grad_norm == 0.05
+
+
+def test_the_users_own_patch_is_not_taken_away(tmp_path):
+    trainer = _trainer(tmp_path, callbacks=[ProgtuningCallback(ProgressiveSchedule(4))])
+    handle = patch_model(trainer.model, ProgressiveSchedule(2, 8))
+    with pytest.raises(ValueError, match="patched already"):
+        trainer.train()
+    assert handle_of(trainer.model) is handle
+
+
+def test_keep_is_kept_under_the_trainer(tmp_path):
+    optimizer = (MaskedAdamW, {"lr": 1e-2, "on_freeze": "keep"})
+    recorder = _Recorder()
+    callbacks = [ProgtuningCallback(ProgressiveSchedule(4)), recorder]
+    _trainer(tmp_path, callbacks=callbacks, optimizer=optimizer).train()
+    assert len({step.state_bytes for step in recorder.steps}) == 1
+
+
+@pytest.mark.parametrize(
+    ("world_size", "n_gpu", "message"), [(2, 1, "2 processes"), (1, 2, "over 2 GPUs")]
+)
+def test_several_processes_and_gpus_are_refused(world_size, n_gpu, message):
     callback = ProgtuningCallback(ProgressiveSchedule(2))
-    with pytest.raises(RuntimeError, match="2 processes"):
-        callback.on_train_begin(
-            SimpleNamespace(world_size=2), None, None, model=tiny_model("bert-qa"), optimizer=None
-        )
+    arguments = SimpleNamespace(world_size=world_size, n_gpu=n_gpu)
+    with pytest.raises(RuntimeError, match=message):
+        callback.on_train_begin(arguments, None, None, model=tiny_model("bert-qa"), optimizer=None)

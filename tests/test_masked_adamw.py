@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 import gc
+import pickle
 
 import pytest
 import torch
@@ -221,9 +223,34 @@ def test_works_with_schedulers_closures_and_tensor_lr():
         assert optimizer.step(closure) == before * 2
         assert before - parameters[0].item() == pytest.approx(expected, rel=1e-5)
         scheduler.step()
-    tensor_lr = MaskedAdamW(_parameters(), lr=torch.tensor(0.1))
-    _give_gradients(tensor_lr.param_groups[0]["params"], 0)
-    tensor_lr.step()
+    runs = []
+    for lr in (0.1, torch.tensor(0.1)):
+        parameters = _parameters()
+        _give_gradients(parameters, 0)
+        MaskedAdamW(parameters, lr=lr).step()
+        runs.append(parameters)
+    for p, q in zip(*runs, strict=True):
+        torch.testing.assert_close(p, q, rtol=1e-6, atol=1e-7)
+
+
+@pytest.mark.parametrize("copied", [copy.deepcopy, lambda o: pickle.loads(pickle.dumps(o))])
+def test_copies_go_on_and_release(copied):
+    from progtuning_kernels import freeze_events
+
+    parameters = _parameters()
+    optimizer = MaskedAdamW(parameters, max_grad_norm=0.5, on_freeze="release")
+    _give_gradients(parameters, 0)
+    optimizer.step()
+    twin = copied(optimizer)
+    own = twin.param_groups[0]["params"]
+    _give_gradients(own, 1)
+    twin.step()
+    _give_gradients(parameters, 1)
+    optimizer.step()
+    assert all(map(torch.equal, parameters, own))
+    own[0].requires_grad_(False)
+    freeze_events.announce()
+    assert own[0] not in twin.state and parameters[0] in optimizer.state
 
 
 def test_optimizer_of_another_model_keeps_its_state():

@@ -16,6 +16,7 @@ from progtuning_kernels import (
     ProgressiveSchedule,
     TruncationError,
     patch_model,
+    release_frozen_state,
 )
 from progtuning_kernels.families import EMBEDDINGS, find_layout, parameter_slots
 from progtuning_kernels.patch import handle_of
@@ -175,9 +176,13 @@ def test_two_models_do_not_know_of_each_other():
 @pytest.mark.parametrize("copied", [copy.deepcopy, lambda m: pickle.loads(pickle.dumps(m))])
 def test_copies_are_ordinary_models(copied):
     model, inputs = tiny_model("bert-sequence"), tiny_inputs("bert-sequence")
-    patch_model(model, MilestoneSchedule({0: 2}))
+    handle = patch_model(model, MilestoneSchedule({0: 2}))
+    model(inputs_embeds=model.bert.embeddings.word_embeddings(inputs["input_ids"]) * 1.0)
+    model(**inputs)
+    marker = inputs["input_ids"].numpy().tobytes()
+    assert marker not in pickle.dumps(model)  # no batch travels with a saved model
     twin = copied(model)
-    assert handle_of(twin) is None
+    assert handle_of(twin) is None and handle.last_forward is not None
     assert {type(block) for block in twin.bert.encoder.layer} == {type(model.bert.encoder.layer[3])}
     with torch.no_grad():
         for parameter in twin.parameters():
@@ -268,6 +273,84 @@ def test_state_dict_resumes_and_refuses_another_run():
         other.load_state_dict(saved | {"num_blocks": 12})
 
 
+def test_a_tensor_that_the_user_froze_later_stays_frozen():
+    model = tiny_model("bert-sequence")
+    handle = patch_model(model, MilestoneSchedule({3: 2, 5: 0}))
+    later = model.bert.encoder.layer[3].output.dense.weight
+    later.requires_grad_(False)
+    for _ in range(6):
+        handle.advance()
+        assert not later.requires_grad
+    assert model.bert.encoder.layer[0].output.dense.weight.requires_grad
+    handle.unpatch()
+    assert not later.requires_grad
+
+
+def test_listeners_are_told_and_can_release_any_optimizer():
+    model, inputs = tiny_model("bert-sequence"), tiny_inputs("bert-sequence")
+    handle = patch_model(model, ProgressiveSchedule(4, 4))
+    optimizer = torch.optim.AdamW(handle.param_groups())
+    told = []
+    handle.on_change(lambda h: told.append((h.boundary, release_frozen_state(optimizer))))
+    model(**inputs).loss.backward()
+    optimizer.step()
+    for _ in range(3):
+        handle.advance()
+    assert [boundary for boundary, _ in told] == [1, 2, 3]
+    assert all(released > 0 for _, released in told)
+
+
+def test_a_handle_is_dead_after_unpatch():
+    model = tiny_model("bert-sequence")
+    handle = patch_model(model, ProgressiveSchedule(4, 4))
+    handle.unpatch()
+    with pytest.raises(RuntimeError, match="not patched any more"):
+        handle.advance()
+    assert all(p.requires_grad for p in model.parameters())
+
+
+def test_an_exception_in_the_forward_leaves_autograd_on():
+    model, inputs = tiny_model("bert-sequence"), tiny_inputs("bert-sequence")
+    patch_model(model, MilestoneSchedule({0: 2}))
+    with pytest.raises(Exception):  # noqa: B017  (whatever transformers raises)
+        model(input_ids=inputs["input_ids"] + 10_000)
+    assert torch.is_grad_enabled()
+    model(**inputs).loss.backward()
+    assert model.classifier.weight.grad is not None
+
+
+def test_a_class_forward_bound_on_the_instance_does_not_outlive_the_freeze():
+    # what transformers 5.0 leaves behind when it has captured hidden states
+    model, inputs = tiny_model("bert-sequence"), tiny_inputs("bert-sequence")
+    handle = patch_model(model, MilestoneSchedule({0: 2, 1: 0}, embeddings="never"))
+    for block in model.bert.encoder.layer:
+        block.forward = block.forward
+    handle.advance()
+    model(**inputs).loss.backward()
+    assert all(p.grad is not None for p in model.bert.encoder.layer[0].parameters())
+    assert not any("forward" in vars(block) for block in model.bert.encoder.layer[:2])
+
+
+@pytest.mark.parametrize("when", ["before", "after"])
+def test_reentrant_checkpointing_is_refused_and_the_other_kind_trains(when):
+    inputs = tiny_inputs("bert-sequence")
+    for reentrant in (True, False):
+        model = tiny_model("bert-sequence")
+        options = {"gradient_checkpointing_kwargs": {"use_reentrant": reentrant}}
+        if when == "before":
+            model.gradient_checkpointing_enable(**options)
+        handle = patch_model(model, MilestoneSchedule({0: 2}))
+        if when == "after":
+            model.gradient_checkpointing_enable(**options)
+        if reentrant:
+            with pytest.raises(RuntimeError, match="use_reentrant=True trains nothing"):
+                model(**inputs)
+        else:
+            model(**inputs).loss.backward()
+            assert all(p.grad is not None for p in model.bert.encoder.layer[2].parameters())
+            handle.truncation_report().assert_truncated()
+
+
 def test_bad_calls_are_named():
     model = tiny_model("bert-sequence")
     with pytest.raises(ValueError, match="more than the 4 blocks"):
@@ -311,7 +394,8 @@ def test_report_before_a_forward_has_no_measurements():
     assert report.saved_bytes is None and report.nodes is None
     assert sum(u.params for u in report.units) == sum(p.numel() for p in handle.model.parameters())
     assert sum(u.active for u in report.units) == handle.active_params
-    report.assert_truncated()
+    with pytest.raises(TruncationError, match="run a forward"):
+        report.assert_truncated()
 
 
 def test_measuring_changes_neither_random_numbers_nor_gradients():

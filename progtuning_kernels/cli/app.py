@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import click
 
@@ -156,6 +156,11 @@ def doctor() -> None:
     command.run()
 
 
+def _fail(message: str) -> NoReturn:
+    print(f"error: {' '.join(message.split())}", file=sys.stderr)
+    raise SystemExit(2) from None
+
+
 def main(arguments: Sequence[str] | None = None) -> None:
     """Entry point: an error that the user can mend is one line, exit status 2."""
     try:
@@ -163,11 +168,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
     except click.exceptions.NoArgsIsHelpError as error:
         print(error.format_message())
     except click.ClickException as error:  # an unknown option, a value out of range
-        print(f"error: {error.format_message()}", file=sys.stderr)
-        raise SystemExit(2) from None
+        _fail(error.format_message())
     except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        raise SystemExit(2) from None
+        _fail(str(error))
+    except OSError as error:  # a folder that cannot be written, a disk that is full
+        _fail(f"{error.strerror or error}: {error.filename}" if error.filename else str(error))
     except (KeyboardInterrupt, click.Abort):
         print("stopped", file=sys.stderr)
         raise SystemExit(130) from None

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 
+from .._backend import one_line
 from .errors import UserError
 
 _FORMAT = 1
@@ -48,7 +49,7 @@ def load_newest_checkpoint(folder: Path) -> dict[str, Any] | None:
         if state["format"] != _FORMAT:
             raise ValueError(f"format {state['format']}")
     except Exception as error:  # a damaged file fails in many ways, and none of them matters here
-        reason = str(error).strip().splitlines()[0]
+        reason = one_line(error)
         raise UserError(f"{paths[-1]} cannot be read ({reason}); delete it to go on") from error
     return state
 
@@ -65,6 +66,8 @@ def check_same_run(saved: dict[str, Any], current: dict[str, Any]) -> None:
             f"{saved['settings']['model']!r}, this run {len(current['parameters'])} of "
             f"{current['settings']['model']!r}"
         )
+    if saved["data"] != current["data"]:
+        raise UserError("the data has changed since the checkpoint was written")
     for name, value in current["settings"].items():
         if saved["settings"].get(name) != value:
             raise UserError(

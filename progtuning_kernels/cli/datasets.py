@@ -4,14 +4,18 @@ from __future__ import annotations
 
 import csv
 import json
+import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from .._backend import one_line
 from .errors import UserError
 
 Row = dict[str, Any]
+
+_ENCODING = "utf-8-sig"  # UTF-8, with or without the mark that spreadsheets put in front
 
 
 @dataclass(frozen=True)
@@ -55,16 +59,14 @@ def read_rows(path: Path) -> list[Row]:
     """
     if not path.is_file():
         raise UserError(f"no such file: {path}")
+    readers = {".jsonl": _read_jsonl, ".json": _read_json, ".csv": _read_csv, ".tsv": _read_tsv}
     suffix = path.suffix.lower()
-    if suffix == ".jsonl":
-        rows = _read_jsonl(path)
-    elif suffix == ".json":
-        rows = _read_json(path)
-    elif suffix in (".csv", ".tsv"):
-        with path.open(newline="", encoding="utf-8") as file:
-            rows = list(csv.DictReader(file, delimiter="," if suffix == ".csv" else "\t"))
-    else:
-        raise UserError(f"{path}: unknown suffix {suffix!r}; use .jsonl, .json, .csv or .tsv")
+    if suffix not in readers:
+        raise UserError(f"{path}: unknown suffix {suffix!r}; use {', '.join(readers)}")
+    try:
+        rows = readers[suffix](path)
+    except UnicodeDecodeError as error:
+        raise UserError(f"{path} is not UTF-8 (byte {error.start})") from error
     if not rows:
         raise UserError(f"{path} has no rows")
     return rows
@@ -72,7 +74,7 @@ def read_rows(path: Path) -> list[Row]:
 
 def _read_jsonl(path: Path) -> list[Row]:
     rows = []
-    with path.open(encoding="utf-8") as file:
+    with path.open(encoding=_ENCODING) as file:
         for number, line in enumerate(file, 1):
             if not line.strip():
                 continue
@@ -86,9 +88,32 @@ def _read_jsonl(path: Path) -> list[Row]:
     return rows
 
 
+def _read_csv(path: Path) -> list[Row]:
+    return _read_table(path, delimiter=",")
+
+
+def _read_tsv(path: Path) -> list[Row]:
+    # unquoted, as GLUE's own files: a cell that opens with a quotation mark is only that
+    return _read_table(path, delimiter="\t", quoting=csv.QUOTE_NONE)
+
+
+def _read_table(path: Path, **dialect: Any) -> list[Row]:
+    rows = []
+    with path.open(newline="", encoding=_ENCODING) as file:
+        reader = csv.DictReader(file, **dialect)
+        try:
+            for row in reader:
+                if None in row:
+                    raise UserError(f"{path}, line {reader.line_num}: more cells than columns")
+                rows.append(row)
+        except csv.Error as error:
+            raise UserError(f"{path}, line {reader.line_num}: {error}") from error
+    return rows
+
+
 def _read_json(path: Path) -> list[Row]:
     try:
-        rows = json.loads(path.read_text(encoding="utf-8"))
+        rows = json.loads(path.read_text(encoding=_ENCODING))
     except json.JSONDecodeError as error:
         raise UserError(f"{path}, line {error.lineno}: not JSON ({error.msg})") from error
     if not isinstance(rows, list) or not all(isinstance(row, dict) for row in rows):
@@ -106,8 +131,7 @@ def read_hub(name: str) -> tuple[list[Row], list[Row]]:
     try:
         splits = datasets.load_dataset(path, configuration or None)
     except Exception as error:  # the hub's errors have no common class
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise UserError(f"cannot load data set {name!r}: {reason}") from error
+        raise UserError(f"cannot load data set {name!r}: {one_line(error)}") from error
     held_out = next((s for s in ("validation", "validation_matched", "test") if s in splits), None)
     if "train" not in splits or held_out is None:
         raise UserError(f"data set {name!r} has splits {list(splits)}; train and validation needed")
@@ -172,6 +196,9 @@ def build_data(
         UserError: a missing column or value, or a validation label that training never shows.
     """
     columns = _resolve_columns(train, columns, labelled=labelled)
+    if not labelled:  # plain text has empty lines
+        train = [row for row in train if row.get(columns.text)]
+        validation = [row for row in validation if row.get(columns.text)]
     for needed in filter(None, (columns.text, columns.pair, columns.label)):
         for split, rows in (("train", train), ("validation", validation)):
             for number, row in enumerate(rows, 1):
@@ -190,10 +217,16 @@ def build_data(
             description,
         )
 
-    def labels_of(rows: Sequence[Row]) -> list[Any]:
-        return [_typed(row[columns.label]) for row in rows]
+    def labels_of(split: str, rows: Sequence[Row]) -> list[Any]:
+        labels = [_typed(row[columns.label]) for row in rows]
+        for number, label in enumerate(labels, 1):
+            if not isinstance(label, str) and not (
+                isinstance(label, int | float) and math.isfinite(label)
+            ):
+                raise UserError(f"{split} row {number}: {label!r} cannot be a label")
+        return labels
 
-    train_labels, validation_labels = labels_of(train), labels_of(validation)
+    train_labels, validation_labels = labels_of("train", train), labels_of("validation", validation)
     numbers = all(isinstance(label, int | float) for label in train_labels)
     if numbers and any(label != int(label) for label in train_labels):
         for split, labels in (("train", train_labels), ("validation", validation_labels)):

@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-import shutil
 from pathlib import Path
 
 import torch
 from rich.console import Console
 
 from .. import _backend, report
+from .datasets import TextData
 from .engine import Run
 from .errors import as_user_error
+from .output import DEMO_FILES, empty_folder
 from .progress import TrainProgress
 from .settings import TrainSettings
 from .train import load_data
@@ -39,11 +40,10 @@ def run(
     console.print(f"Fine-tuning {model} on {dataset}, fully and progressively ({stages} stages).")
     missing = _backend.native_reason(torch.device("cpu"))
     if missing is not None:
-        console.print(
-            f"Without the native extension ({missing}): slower, same numbers.", soft_wrap=True
-        )
-    shutil.rmtree(output, ignore_errors=True)
+        console.print(f"Without the native extension ({missing}): slower.", soft_wrap=True)
+    empty_folder(output, DEMO_FILES)
     folders = []
+    data: TextData | None = None  # the same for every run
     for seed in range(seeds):
         for method in ("full", "progressive"):
             folder = output / f"{method}-seed{seed}"
@@ -63,8 +63,8 @@ def run(
                 output=folder,
                 checkpoint_every=0,
             )
-            data = load_data(settings)
-            if not folders:
+            if data is None:
+                data = load_data(settings)
                 console.print(data.description, soft_wrap=True)
             Run(settings, data, name=folder.name).train(TrainProgress(console))
             folders.append(folder)

@@ -7,26 +7,26 @@ moment goes on from its newest checkpoint to the same bits (on CPU).
 
 from __future__ import annotations
 
+import hashlib
 import json
+import math
 import os
 import random
 import shutil
 import statistics
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from torch import nn
 
 from ..boundary import measure_forward
 from ..families import Layout, find_layout
-from ..optim import MaskedAdamW, state_bytes
-from ..patch import PatchHandle, patch_model
-from ..schedules import FreezePlan, ProgressiveSchedule
-from . import metrics, models
+from ..optim import state_bytes
+from ..schedules import ProgressiveSchedule
+from . import methods, metrics, models
 from .batches import (
     Batch,
     Collator,
@@ -38,80 +38,10 @@ from .batches import (
 from .checkpoints import check_same_run, load_newest_checkpoint, save_checkpoint
 from .datasets import TextData
 from .errors import UserError, as_user_error
+from .output import RUN_FILES, check_run_folder, empty_folder
 from .progress import TrainProgress
 from .provenance import provenance
 from .settings import TrainSettings
-
-
-@dataclass
-class Trained:
-    """What trains and how: the difference between the methods, and nothing else.
-
-    Attributes:
-        model: what is called for a loss.
-        optimizer: holds every parameter that will ever train.
-        finish_step: clips where the optimizer does not, updates, zeroes and advances.
-        handle: the schedule's grip; None where nothing is scheduled.
-        base: the Hugging Face model inside, which is saved.
-    """
-
-    model: nn.Module
-    optimizer: torch.optim.Optimizer
-    finish_step: Callable[[], None]
-    handle: PatchHandle | None
-    base: nn.Module
-
-    def plan(self, num_blocks: int) -> FreezePlan:
-        if self.handle is not None:
-            return self.handle.plan
-        return FreezePlan.from_boundary(0, num_blocks, embeddings=True)
-
-    def active_params(self) -> int:
-        return sum(p.numel() for p in self.model.parameters() if p.requires_grad)
-
-
-def _groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
-    parameters = [p for p in model.parameters() if p.requires_grad]
-    return [
-        {"params": [p for p in parameters if p.ndim >= 2], "weight_decay": weight_decay},
-        {"params": [p for p in parameters if p.ndim < 2], "weight_decay": 0.0},
-    ]
-
-
-def _progressive(model: nn.Module, s: TrainSettings, schedule: ProgressiveSchedule) -> Trained:
-    with as_user_error():
-        handle = patch_model(
-            model, schedule, frozen_mode=s.frozen_mode, tied=s.tied, blocks=s.blocks
-        )
-        optimizer = MaskedAdamW(
-            handle.param_groups(weight_decay=s.weight_decay),
-            lr=s.lr,
-            max_grad_norm=s.max_grad_norm or None,
-        )
-
-    def finish_step() -> None:
-        optimizer.step()
-        optimizer.zero_grad()
-        handle.advance()
-
-    return Trained(model, optimizer, finish_step, handle, model)
-
-
-def _plain(model: nn.Module, s: TrainSettings, base: nn.Module) -> Trained:
-    """What a user has without this library: torch's fused AdamW and its clipping."""
-    device = next(model.parameters()).device
-    optimizer = torch.optim.AdamW(
-        _groups(model, s.weight_decay), lr=s.lr, fused=device.type in ("cpu", "cuda")
-    )
-    parameters = [p for group in optimizer.param_groups for p in group["params"]]
-
-    def finish_step() -> None:
-        if s.max_grad_norm:
-            nn.utils.clip_grad_norm_(parameters, s.max_grad_norm)
-        optimizer.step()
-        optimizer.zero_grad()
-
-    return Trained(model, optimizer, finish_step, None, base)
 
 
 @dataclass
@@ -122,6 +52,7 @@ class Records:
     evaluations: list[dict[str, Any]] = field(default_factory=list)
     stages: list[dict[str, Any]] = field(default_factory=list)
     updates: int = 0
+    skipped_steps: int = 0  # before the newest resume
     other_seconds: float = 0.0  # evaluation, measuring, saving
 
     @property
@@ -142,12 +73,20 @@ class Run:
         self.settings = s = settings
         self.name = name
         self.data = data
+        check_run_folder(s.output, resume=s.resume, overwrite=s.overwrite)
+        kind = "regression" if data.label_names is None else "classification"
+        self.figures = metrics.FIGURES["causal-lm" if s.task == "causal-lm" else kind]
+        self.metric_name = s.metric or self.figures[0]
+        if self.metric_name not in self.figures:
+            raise UserError(f"metric {s.metric!r} does not fit; there is {', '.join(self.figures)}")
+        metrics.check_installed()
         self.device = models.choose_device(s.device)
         self.autocast_dtype = models.autocast_dtype(s.precision, self.device)
         self.causal_lm = s.task == "causal-lm"
         torch.manual_seed(s.seed)
         random.seed(s.seed)
         base, self.tokenizer = models.load_model_and_tokenizer(s.model, s.task, data.label_names)
+        models.check_max_length(base, self.tokenizer, s.max_length)
         self.collate = Collator(self.tokenizer, causal_lm=self.causal_lm)
         encode = encode_causal_lm if self.causal_lm else encode_classification
         self.encoded: EncodedData = encode(data, self.tokenizer, s.max_length)
@@ -168,12 +107,13 @@ class Run:
             base.config.use_cache = False  # keys and values of every block would stay in the output
         base.to(self.device).train()
         if s.method == "progressive":
-            self.trained = _progressive(base, s, self.schedule)
+            self.trained = methods.progressive(base, s, self.schedule)
         elif s.method == "lora":
-            self.trained = _plain(models.wrap_lora(base, s.task, s.lora_rank), s, base)
-            self.layout = find_layout(self.trained.model, None)
+            self.trained = methods.plain(models.wrap_lora(base, s.task, s.lora_rank), s, base)
+            blocks_path = f"base_model.model.{self.layout.blocks_path}"
+            self.layout = find_layout(self.trained.model, blocks_path)
         else:
-            self.trained = _plain(base, s, base)
+            self.trained = methods.plain(base, s, base)
         self.initial_active_params = self.trained.active_params()
         from transformers import get_linear_schedule_with_warmup
 
@@ -190,14 +130,28 @@ class Run:
             The content of metrics.json.
         """
         started = time.perf_counter()
-        self._prepare_output()
-        if self.settings.resume:
-            self._resume()
+        output = self.settings.output
+        if self.settings.overwrite:
+            empty_folder(output, RUN_FILES)
+        output.mkdir(parents=True, exist_ok=True)
+        if self.settings.resume and not self._resume():
+            progress.note(f"{self.name}: no checkpoint in {output}, starts from the beginning")
         trained_before = self.records.train_seconds
         stage_steps: list[dict[str, Any]] = [
             r for r in self.records.steps if r["stage"] == self.schedule.stage(self.step)
         ]
-        progress.start(self.name, self.step, self.total_steps, self.settings.stages)
+        with progress.running(self.name, self.step, self.total_steps, self.settings.stages):
+            self._train_steps(progress, stage_steps)
+        self._save_model()
+        trained = self.records.train_seconds - trained_before
+        self.records.other_seconds += time.perf_counter() - started - trained
+        result = self.metrics()
+        write_json(output / "metrics.json", result)
+        shutil.rmtree(output / "checkpoints", ignore_errors=True)
+        return result
+
+    def _train_steps(self, progress: TrainProgress, stage_steps: list[dict[str, Any]]) -> None:
+        """All steps that are left; `stage_steps` are those already done in the stage at hand."""
         for window in self.order.windows(self.step, self.total_steps):
             stage = self.schedule.stage(self.step)
             first_of_stage = len(self.records.stages) <= stage
@@ -214,14 +168,6 @@ class Run:
             every = self.settings.checkpoint_every
             if every and self.step % every == 0 and self.step < self.total_steps:
                 self._save_checkpoint()
-        progress.stop()
-        self._save_model()
-        trained = self.records.train_seconds - trained_before
-        self.records.other_seconds += time.perf_counter() - started - trained
-        result = self.metrics()
-        write_json(self.settings.output / "metrics.json", result)
-        shutil.rmtree(self.settings.output / "checkpoints", ignore_errors=True)
-        return result
 
     def _autocast(self) -> AbstractContextManager:
         if self.autocast_dtype is None:
@@ -347,11 +293,7 @@ class Run:
             figures = metrics.regression_figures(torch.cat(logits).squeeze(-1), torch.cat(labels))
         else:
             figures = metrics.classification_figures(torch.cat(logits), torch.cat(labels))
-        name = self.settings.metric or metrics.default_metric(figures)
-        if name not in figures:
-            raise UserError(f"metric {name!r} does not fit; there are {', '.join(figures)}")
-        self.metric_name = name
-        return {"metric": figures[name], "loss": loss, **figures}
+        return {"metric": figures[self.metric_name], "loss": loss, **figures}
 
     def metrics(self) -> dict[str, Any]:
         """The content of metrics.json."""
@@ -386,6 +328,7 @@ class Run:
                 "train_seconds": records.train_seconds,
                 "total_seconds": records.train_seconds + records.other_seconds,
                 "steps": self.step,
+                "skipped_steps": records.skipped_steps + self.trained.skipped_steps(),
                 "updates": records.updates,
                 "updates_full": updates_full,
                 "updates_saved_share": 1 - records.updates / updates_full,
@@ -396,17 +339,15 @@ class Run:
             },
         }
 
-    def _prepare_output(self) -> None:
-        output = self.settings.output
-        if output.exists() and not output.is_dir():
-            raise UserError(f"{output} is a file")
-        if self.settings.overwrite:
-            shutil.rmtree(output, ignore_errors=True)
-        elif not self.settings.resume and output.exists() and any(output.iterdir()):
-            raise UserError(
-                f"{output} is not empty; give --resume, --overwrite or another --output"
-            )
-        output.mkdir(parents=True, exist_ok=True)
+    def _identity(self) -> dict[str, Any]:
+        return self.settings.identity() | {"autocast": str(self.autocast_dtype)}
+
+    def _data_digest(self) -> str:
+        """Of all token ids and labels of both splits."""
+        digest = hashlib.sha256()
+        for row in (*self.encoded.train, *self.encoded.validation):
+            digest.update(repr((row["input_ids"], row.get("labels"))).encode())
+        return digest.hexdigest()
 
     def _parameters(self) -> list[list[Any]]:
         return [[name, list(p.shape)] for name, p in self.trained.model.named_parameters()]
@@ -414,43 +355,44 @@ class Run:
     def _save_checkpoint(self) -> None:
         state = {
             "parameters": self._parameters(),
-            "settings": self.settings.identity(),
-            "rows": [len(self.encoded.train), len(self.encoded.validation)],
+            "settings": self._identity(),
+            "data": self._data_digest(),
             "model": self.trained.model.state_dict(),
             "optimizer": self.trained.optimizer.state_dict(),
             "scheduler": self.scheduler.state_dict(),
             "handle": None if self.trained.handle is None else self.trained.handle.state_dict(),
-            "records": vars(self.records),
-            "metric_name": getattr(self, "metric_name", None),
+            "records": vars(self.records)
+            | {"skipped_steps": self.records.skipped_steps + self.trained.skipped_steps()},
             "torch_rng": torch.get_rng_state(),
             "cuda_rng": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [],
         }
         folder = self.settings.output / "checkpoints"
         save_checkpoint(folder, self.step, state, keep=self.settings.keep_checkpoints)
 
-    def _resume(self) -> None:
+    def _resume(self) -> bool:
+        """Go on from the newest checkpoint; False if there is none."""
         state = load_newest_checkpoint(self.settings.output / "checkpoints")
         if state is None:
             if (self.settings.output / "metrics.json").exists():
                 raise UserError(f"the run in {self.settings.output} is finished")
-            return
-        current = {"parameters": self._parameters(), "settings": self.settings.identity()}
+            return False
+        current = {
+            "parameters": self._parameters(),
+            "settings": self._identity(),
+            "data": self._data_digest(),
+        }
         check_same_run(state, current)
-        rows = [len(self.encoded.train), len(self.encoded.validation)]
-        if state["rows"] != rows:
-            raise UserError(f"the data has changed: {state['rows']} rows then, {rows} now")
         self.trained.model.load_state_dict(state["model"])
         if self.trained.handle is not None:
             self.trained.handle.load_state_dict(state["handle"])
         self.trained.optimizer.load_state_dict(state["optimizer"])
         self.scheduler.load_state_dict(state["scheduler"])
         self.records = Records(**state["records"])
-        if state["metric_name"]:
-            self.metric_name = state["metric_name"]
         self.step = state["step"]
         torch.set_rng_state(state["torch_rng"])
         if state["cuda_rng"]:
             torch.cuda.set_rng_state_all(state["cuda_rng"])
+        return True
 
     def _save_model(self) -> None:
         """A plain Hugging Face folder; LoRA is merged into it, its adapter saved beside."""
@@ -470,5 +412,14 @@ def write_json(path: os.PathLike, content: Any) -> None:
     """Whole or not at all, like a checkpoint."""
     partial = f"{os.fspath(path)}.partial"
     with open(partial, "w", encoding="utf-8") as file:
-        json.dump(content, file, indent=1)
+        json.dump(_finite(content), file, indent=1, allow_nan=False)
     os.replace(partial, path)
+
+
+def _finite(content: Any) -> Any:
+    """The same with null for NaN and infinities, which JSON does not have."""
+    if isinstance(content, dict):
+        return {key: _finite(value) for key, value in content.items()}
+    if isinstance(content, list):
+        return [_finite(value) for value in content]
+    return None if isinstance(content, float) and not math.isfinite(content) else content

@@ -2,20 +2,30 @@
 
 from __future__ import annotations
 
+import importlib.util
 import math
-from typing import Any
 
 import torch
 
-# metric name -> whether more is better
-METRICS = {
-    "accuracy": True,
-    "f1": True,
-    "matthews": True,
-    "pearson": True,
-    "spearman": True,
-    "perplexity": False,
+from .errors import UserError
+
+# What an evaluation gives for each kind of task; the first is shown unless another is asked for.
+FIGURES = {
+    "classification": ("accuracy", "f1", "matthews"),
+    "regression": ("pearson", "spearman"),
+    "causal-lm": ("perplexity",),
 }
+
+
+def check_installed() -> None:
+    """Fail before training, not after its first stage.
+
+    Raises:
+        UserError: scikit-learn or SciPy is missing.
+    """
+    for package in ("sklearn", "scipy"):
+        if importlib.util.find_spec(package) is None:
+            raise UserError(f'evaluation needs {package}: pip install "progtuning_kernels[train]"')
 
 
 def classification_figures(logits: torch.Tensor, labels: torch.Tensor) -> dict[str, float]:
@@ -47,7 +57,3 @@ def regression_figures(predictions: torch.Tensor, labels: torch.Tensor) -> dict[
 def language_model_figures(loss: float) -> dict[str, float]:
     """loss: mean negative log-likelihood per token, in nats."""
     return {"perplexity": math.exp(min(loss, 50.0))}
-
-
-def default_metric(figures: dict[str, Any]) -> str:
-    return next(name for name in ("accuracy", "pearson", "perplexity") if name in figures)

@@ -10,7 +10,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from .errors import UserError
+from .._backend import one_line
+from .errors import UserError, as_user_error
 from .settings import Task
 
 
@@ -78,9 +79,8 @@ def load_model_and_tokenizer(
         else:
             with torch.device("meta"):
                 model = auto.from_config(config)
-    except (OSError, ValueError, KeyError) as error:
-        reason = str(error).strip().splitlines()[0]
-        raise UserError(f"cannot load model {name!r}: {reason}") from error
+    except Exception as error:  # missing, damaged, of other labels: there is no common class
+        raise UserError(f"cannot load model {name!r}: {one_line(error)}") from error
     if model.config.pad_token_id is None:
         # decoders classify at the last token that is not padding, so they must know it
         model.config.pad_token_id = (
@@ -90,22 +90,29 @@ def load_model_and_tokenizer(
 
 
 def wrap_lora(model: nn.Module, task: Task, rank: int) -> nn.Module:
-    """LoRA on every linear layer of the blocks, by PEFT; a classification head trains as it is."""
+    """LoRA on every linear layer but the head, by PEFT; a classification head trains as it is."""
     try:
         from peft import LoraConfig, TaskType, get_peft_model
     except ImportError:
         raise UserError('method "lora" needs: pip install "progtuning_kernels[peft]"') from None
     kind = TaskType.CAUSAL_LM if task == "causal-lm" else TaskType.SEQ_CLS
-    return get_peft_model(
-        model,
-        LoraConfig(
-            task_type=kind,
-            r=rank,
-            lora_alpha=2 * rank,
-            lora_dropout=0.0,
-            target_modules="all-linear",
-        ),
+    config = LoraConfig(
+        task_type=kind,
+        r=rank,
+        lora_alpha=2 * rank,
+        lora_dropout=0.0,
+        target_modules="all-linear",
     )
+    with as_user_error():
+        return get_peft_model(model, config)
+
+
+def check_max_length(model: nn.Module, tokenizer: Any, max_length: int) -> None:
+    """Refuse rows that the model has no positions for; it would fail in the middle of training."""
+    limits = (getattr(model.config, "max_position_embeddings", None), tokenizer.model_max_length)
+    limit = min(limit for limit in limits if limit)
+    if max_length > limit:
+        raise UserError(f"--max-length {max_length} is above the model's {limit} tokens")
 
 
 def choose_device(name: str) -> torch.device:
@@ -113,8 +120,7 @@ def choose_device(name: str) -> torch.device:
         try:
             return torch.empty(0, device=name).device
         except (RuntimeError, AssertionError) as error:
-            reason = str(error).strip().splitlines()[0]
-            raise UserError(f"device {name!r} cannot be used: {reason}") from error
+            raise UserError(f"device {name!r} cannot be used: {one_line(error)}") from error
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 from rich.console import Console
@@ -22,11 +24,25 @@ class TrainProgress:
         self._bar: Progress | None = None
         self._next_line = 0
 
-    def start(self, name: str, step: int, total_steps: int, stages: int) -> None:
+    def note(self, text: str) -> None:
+        self._console.print(text, soft_wrap=True)
+
+    @contextmanager
+    def running(self, name: str, step: int, total_steps: int, stages: int) -> Iterator[None]:
+        """Show a run from `step` on; the terminal is given back whatever happens."""
+        self._start(name, step, total_steps, stages)
+        try:
+            yield
+        finally:
+            if self._bar is not None:
+                self._bar.stop()
+                self._bar = None
+
+    def _start(self, name: str, step: int, total_steps: int, stages: int) -> None:
         self._name, self._total, self._stages = name, total_steps, stages
         self._next_line = step
         if step:
-            self._console.print(f"{name}: goes on after step {step} of {total_steps}")
+            self.note(f"{name}: goes on after step {step} of {total_steps}")
         if not self._console.is_terminal:
             return
         self._bar = Progress(
@@ -65,8 +81,3 @@ class TrainProgress:
             f"validation {evaluation['metric']:.4f}, loss {evaluation['loss']:.4f}",
             soft_wrap=True,
         )
-
-    def stop(self) -> None:
-        if self._bar is not None:
-            self._bar.stop()
-            self._bar = None

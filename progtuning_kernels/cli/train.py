@@ -76,7 +76,7 @@ def plan_table(s: TrainSettings, data: TextData) -> Table:
         used = MilestoneSchedule({}, embeddings="always") if s.method == "full" else schedule
         handle = patch_model(model, used, tied=s.tied, blocks=s.blocks)
     table = Table(title=f"{s.method}, {total_steps:,} steps, {handle.num_blocks} blocks")
-    columns = ("stage", "steps", "trains", "active parameters", "expected step cost")
+    columns = ("stage", "steps", "trains", "active params (M)", "step cost")
     for i, name in enumerate(columns):
         table.add_column(name, justify="left" if i == 2 else "right")
     updates = 0
@@ -84,21 +84,26 @@ def plan_table(s: TrainSettings, data: TextData) -> Table:
     for stage, (first, end) in enumerate(zip(firsts, [*firsts[1:], total_steps], strict=True)):
         handle.seek(first)
         updates += handle.active_params * (end - first)
-        trained = f"blocks {handle.plan.boundary}-{handle.num_blocks - 1}, head"
+        lowest = handle.plan.trainable.index(True)
+        trained = f"blocks {lowest}-{handle.num_blocks - 1}, head"
         if handle.plan.embeddings:
             trained = f"embeddings, {trained}"
-        frozen = handle.boundary / handle.num_blocks
+        # below the boundary a block costs its forward, above it a frozen one all but its dW
+        below = handle.boundary
+        above = handle.plan.trainable[below:].count(False)
+        cost = 1 - (2 * below + above) / (3 * handle.num_blocks)
         table.add_row(
             str(stage + 1),
             f"{first + 1:,}-{end:,}",
             trained,
-            f"{handle.active_params:,}",
-            f"{1 - 2 * frozen / 3:.3f}",
+            f"{handle.active_params / 1e6:,.2f}",
+            f"{cost:.3f}",
         )
     saved = 1 - updates / (handle.trainable_params * total_steps)
     table.caption = (
-        f"{saved:.1%} of parameter updates saved. Expected step cost: 1 - 2f/3 of the full step, "
-        "f the frozen share of the blocks; embeddings and head left out."
+        f"{saved:.1%} of parameter updates saved. Step cost: expected, relative to the full step: "
+        "1 - 2f/3, f the frozen share of the blocks (1 - f/3 where the embeddings go on training); "
+        "embeddings and head left out."
     )
     return table
 
@@ -117,6 +122,8 @@ def run(options: Mapping[str, Any], *, dry_run: bool) -> None:
     result = Run(s, load_data(s), name=s.output.name).train(TrainProgress(console))
     summary = result["summary"]
     console.print(_summary_lines(result, summary), highlight=False)
+    if summary["skipped_steps"]:
+        console.print(f"{summary['skipped_steps']} steps skipped: non-finite gradients")
     for name, path in (("model", s.output / "model"), ("figures", s.output / "metrics.json")):
         console.print(f"{name}: {path}", soft_wrap=True)
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+import weakref
 from typing import Any
 
 from torch import nn
@@ -11,6 +13,15 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 from ..optim import MaskedOptimizer, release_frozen_state
 from ..patch import PatchHandle, handle_of, patch_model
 from ..schedules import Schedule
+
+# Where the Trainer's own clipping is kept while a masked optimizer clips in its place: on the
+# arguments, so that a run that ended in an exception can be put right by the next one.
+_PARKED = "_progtuning_max_grad_norm"
+_handles: weakref.WeakSet[PatchHandle] = weakref.WeakSet()  # made by callbacks, not by the user
+
+
+def _inner(optimizer: Optimizer) -> Optimizer:
+    return getattr(optimizer, "optimizer", optimizer)  # accelerate wraps it
 
 
 class ProgtuningCallback(TrainerCallback):
@@ -23,20 +34,19 @@ class ProgtuningCallback(TrainerCallback):
         trainer = Trainer(model, args, ..., callbacks=[ProgtuningCallback(ProgressiveSchedule(3))])
 
     Args:
-        schedule: one without `total_steps` is bound to the Trainer's number of steps.
+        schedule: copied; one without `total_steps` is bound to the Trainer's number of steps.
         patch_options: `frozen_mode`, `tied`, `blocks` of `patch_model`.
 
     Raises (when training begins):
         UnsupportedModelError, ValueError: as `patch_model`.
-        RuntimeError: more than one process, which this version does not support.
+        RuntimeError: more than one process or GPU, which this version does not support.
     """
 
     def __init__(self, schedule: Schedule, **patch_options: Any) -> None:
-        self.schedule = schedule
+        self.schedule = copy.copy(schedule)
         self.handle: PatchHandle | None = None
         self._patch_options = patch_options
         self._binds = schedule.total_steps is None
-        self._max_grad_norm: float | None = None
 
     def on_train_begin(
         self,
@@ -53,14 +63,23 @@ class ProgtuningCallback(TrainerCallback):
                 f"ProgtuningCallback: {args.world_size} processes; this version trains in one "
                 "process only (gradient buckets are not rebuilt when the plan changes)"
             )
+        if args.n_gpu > 1:
+            raise RuntimeError(
+                f"ProgtuningCallback: the Trainer would split batches over {args.n_gpu} GPUs in "
+                "one process (DataParallel), which is not supported: show it one GPU only"
+            )
         if self._binds:
             self.schedule.bind(state.max_steps)
-        if self.handle is not None and handle_of(model) is self.handle:
-            self.handle.unpatch()  # an earlier train() ended in an exception
+        self._clean_up(args, model)  # after an earlier train() that ended in an exception
         self.handle = patch_model(model, self.schedule, **self._patch_options)
+        _handles.add(self.handle)
         self.handle.seek(state.global_step)
-        release_frozen_state(optimizer)
-        self._take_over_clipping(args, optimizer)
+        self._release(optimizer)
+        if isinstance(_inner(optimizer), MaskedOptimizer) and args.max_grad_norm:
+            # it clips in its own pass; the Trainer must not do it again
+            _inner(optimizer).max_grad_norm = args.max_grad_norm
+            setattr(args, _PARKED, args.max_grad_norm)
+            args.max_grad_norm = 0.0
 
     def on_step_begin(
         self,
@@ -74,7 +93,7 @@ class ProgtuningCallback(TrainerCallback):
         # before the first micro-batch of a window: a change in its middle would leave gradients of
         # both plans
         if self.handle.seek(state.global_step):
-            release_frozen_state(optimizer)
+            self._release(optimizer)
 
     def on_log(
         self,
@@ -88,15 +107,26 @@ class ProgtuningCallback(TrainerCallback):
             logs["stage"] = self.schedule.stage(max(0, state.global_step - 1))
 
     def on_train_end(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        *,
+        model: nn.Module,
+        **kwargs: Any,
     ) -> None:
-        if self._max_grad_norm is not None:
-            args.max_grad_norm, self._max_grad_norm = self._max_grad_norm, None
-        self.handle.unpatch()
+        self._clean_up(args, model)
 
-    def _take_over_clipping(self, args: TrainingArguments, optimizer: Optimizer) -> None:
-        """Let a masked optimizer clip in its own pass, and keep the Trainer from doing it again."""
-        inner = getattr(optimizer, "optimizer", optimizer)  # accelerate wraps it
-        if isinstance(inner, MaskedOptimizer) and args.max_grad_norm:
-            inner.max_grad_norm = self._max_grad_norm = args.max_grad_norm
-            args.max_grad_norm = 0.0
+    @staticmethod
+    def _release(optimizer: Optimizer) -> None:
+        if not isinstance(_inner(optimizer), MaskedOptimizer):  # that one does as it was told
+            release_frozen_state(optimizer)
+
+    @staticmethod
+    def _clean_up(args: TrainingArguments, model: nn.Module) -> None:
+        handle = handle_of(model)
+        if handle in _handles:
+            handle.unpatch()
+        if hasattr(args, _PARKED):
+            args.max_grad_norm = getattr(args, _PARKED)
+            delattr(args, _PARKED)

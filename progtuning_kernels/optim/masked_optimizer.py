@@ -82,6 +82,14 @@ class MaskedOptimizer(Optimizer):
         self._skipped: Tensor | int = 0
         freeze_events.listen(self)
 
+    def __getstate__(self) -> dict[str, Any]:
+        settings = ("max_grad_norm", "on_freeze", "nonfinite", "grad_norm", "_skipped")
+        return {**super().__getstate__(), **{name: getattr(self, name) for name in settings}}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        freeze_events.listen(self)
+
     @property
     def skipped_steps(self) -> int:
         """Steps left out because of non-finite gradients. Reading it waits for the device."""

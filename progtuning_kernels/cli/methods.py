@@ -1,0 +1,91 @@
+"""The methods that `--method` names: what trains, with which optimizer, and what ends a step."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+from ..optim import MaskedAdamW
+from ..patch import PatchHandle, patch_model
+from ..schedules import FreezePlan, ProgressiveSchedule
+from .errors import as_user_error
+from .settings import TrainSettings
+
+
+@dataclass
+class Trained:
+    """What trains and how: the difference between the methods, and nothing else.
+
+    Attributes:
+        model: what is called for a loss.
+        optimizer: holds every parameter that will ever train.
+        finish_step: clips where the optimizer does not, updates, zeroes and advances.
+        handle: the schedule's grip; None where nothing is scheduled.
+        base: the Hugging Face model inside, which is saved.
+    """
+
+    model: nn.Module
+    optimizer: torch.optim.Optimizer
+    finish_step: Callable[[], None]
+    handle: PatchHandle | None
+    base: nn.Module
+
+    def plan(self, num_blocks: int) -> FreezePlan:
+        if self.handle is not None:
+            return self.handle.plan
+        return FreezePlan.from_boundary(0, num_blocks, embeddings=True)
+
+    def active_params(self) -> int:
+        return sum(p.numel() for p in self.model.parameters() if p.requires_grad)
+
+    def skipped_steps(self) -> int:
+        """Steps left out because of non-finite gradients; plain torch leaves out none."""
+        return getattr(self.optimizer, "skipped_steps", 0)
+
+
+def _groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
+    parameters = [p for p in model.parameters() if p.requires_grad]
+    return [
+        {"params": [p for p in parameters if p.ndim >= 2], "weight_decay": weight_decay},
+        {"params": [p for p in parameters if p.ndim < 2], "weight_decay": 0.0},
+    ]
+
+
+def progressive(model: nn.Module, s: TrainSettings, schedule: ProgressiveSchedule) -> Trained:
+    with as_user_error():
+        handle = patch_model(
+            model, schedule, frozen_mode=s.frozen_mode, tied=s.tied, blocks=s.blocks
+        )
+        optimizer = MaskedAdamW(
+            handle.param_groups(weight_decay=s.weight_decay),
+            lr=s.lr,
+            max_grad_norm=s.max_grad_norm or None,
+        )
+
+    def finish_step() -> None:
+        optimizer.step()
+        optimizer.zero_grad()
+        handle.advance()
+
+    return Trained(model, optimizer, finish_step, handle, model)
+
+
+def plain(model: nn.Module, s: TrainSettings, base: nn.Module) -> Trained:
+    """What a user has without this library: torch's fused AdamW and its clipping."""
+    device = next(model.parameters()).device
+    optimizer = torch.optim.AdamW(
+        _groups(model, s.weight_decay), lr=s.lr, fused=device.type in ("cpu", "cuda")
+    )
+    parameters = [p for group in optimizer.param_groups for p in group["params"]]
+
+    def finish_step() -> None:
+        if s.max_grad_norm:
+            nn.utils.clip_grad_norm_(parameters, s.max_grad_norm)
+        optimizer.step()
+        optimizer.zero_grad()
+
+    return Trained(model, optimizer, finish_step, None, base)
