@@ -4,7 +4,7 @@ ARGS ?=
 BIN := .venv/bin
 SOURCES := pyproject.toml setup.py constraints.txt $(wildcard csrc/*)
 
-.PHONY: demo test lint clean
+.PHONY: demo test lint bench clean
 
 demo: .venv/.demo ## fine-tune a pretrained model fully and progressively, and compare
 	$(BIN)/progtuning demo $(ARGS)
@@ -15,6 +15,9 @@ test: .venv/.test ## the whole test suite
 lint: .venv/.test ## style and format check
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+
+bench: .venv/.demo ## MaskedAdamW against torch's fused AdamW
+	$(BIN)/python benchmarks/optimizer.py $(ARGS)
 
 clean: ## forget the environment and everything built
 	rm -rf .venv build *.egg-info progtuning_kernels/_build.json progtuning_kernels/_C*.so
