@@ -74,6 +74,9 @@ def test_progressive_run_from_file_to_saved_model(call, tmp_path, capsys):
     assert len(run["steps"]) == 72 and len(run["evaluations"]) == 3
     assert run["steps"][-1]["loss"] < run["steps"][0]["loss"]
     assert summary["metric"] > 0.6
+    rates = [s["lr"] for s in run["steps"]]
+    assert rates[0] == 0 and rates.index(max(rates)) == 4 and max(rates) == 3e-3
+    assert rates[4:] == sorted(rates[4:], reverse=True) and 0 < rates[-1] < 1e-4
     assert not (tmp_path / "run" / "checkpoints").exists()
     assert "parameter updates saved" in capsys.readouterr().out
 
@@ -114,6 +117,16 @@ def test_causal_lm(call, tmp_path):
     assert run["metric_name"] == "perplexity" and values[-1] < 97
     model = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "run/model")
     assert model.config.use_cache
+
+
+def test_bf16_autocast_saves_less(call, tmp_path):
+    for precision in ("fp32", "bf16"):
+        main(call("--max-steps", 3, "--precision", precision, output=precision))
+    fp32, bf16 = (_metrics(tmp_path / name) for name in ("fp32", "bf16"))
+    for ours, wide in zip(bf16["stages"], fp32["stages"], strict=True):
+        assert ours["activation_bytes"] < wide["activation_bytes"]
+    losses = [[s["loss"] for s in run["steps"]] for run in (fp32, bf16)]
+    assert losses[0] != losses[1] and losses[0] == pytest.approx(losses[1], abs=0.05)
 
 
 def test_regression_and_tab_separated_pairs(call, tmp_path):
@@ -341,7 +354,7 @@ def test_bad_rows_get_one_line(call, capsys, tmp_path, content, message):
     assert message in _one_line_error(capsys, call("--validation-file", path))
 
 
-def test_a_model_with_shared_blocks_gets_one_line(call, capsys, tmp_path, word_tokenizer):
+def test_models_that_cannot_be_cut_get_one_line(call, capsys, tmp_path, word_tokenizer):
     config = transformers.AlbertConfig(
         hidden_size=16,
         num_hidden_layers=4,
@@ -353,6 +366,12 @@ def test_a_model_with_shared_blocks_gets_one_line(call, capsys, tmp_path, word_t
     transformers.AlbertModel(config).save_pretrained(tmp_path / "albert")
     word_tokenizer.save_pretrained(tmp_path / "albert")
     assert "share weights" in _one_line_error(capsys, call("--model", tmp_path / "albert"))
+    sizes = dict(d_model=16, d_kv=8, d_ff=16, num_layers=2, num_heads=2, vocab_size=97)
+    transformers.T5Model(transformers.T5Config(**sizes)).save_pretrained(tmp_path / "t5")
+    word_tokenizer.save_pretrained(tmp_path / "t5")
+    assert "cannot tell which list holds the blocks" in _one_line_error(
+        capsys, call("--model", tmp_path / "t5")
+    )
     config = transformers.ResNetConfig(embedding_size=8, hidden_sizes=[8, 8], depths=[1, 1])
     transformers.ResNetModel(config).save_pretrained(tmp_path / "resnet")
     word_tokenizer.save_pretrained(tmp_path / "resnet")

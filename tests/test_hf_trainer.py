@@ -27,6 +27,7 @@ class _Recorder(TrainerCallback):
         self.steps.append(
             SimpleNamespace(
                 boundary=handle_of(model).boundary,
+                trainer_clips_at=args.max_grad_norm,
                 state_bytes=state_bytes(optimizer),
                 gradients={n for n, p in model.named_parameters() if p.grad is not None},
                 weights={n: p.detach().clone() for n, p in model.named_parameters()},
@@ -110,14 +111,16 @@ def test_resumed_run_is_the_uninterrupted_one(tmp_path, saved_at):
 
 def test_masked_adamw_clips_once_and_ends_where_torch_does(tmp_path):
     runs = []
-    for optimizer in (None, (MaskedAdamW, {"lr": 1e-2})):
+    for optimizer, trainer_clips_at in ((None, 0.05), ((MaskedAdamW, {"lr": 1e-2}), 0.0)):
+        recorder = _Recorder()
         trainer = _trainer(
             tmp_path,
-            callbacks=[ProgtuningCallback(ProgressiveSchedule(4))],
+            callbacks=[ProgtuningCallback(ProgressiveSchedule(4)), recorder],
             optimizer=optimizer,
             max_grad_norm=0.05,
         )
         trainer.train()
+        assert {step.trainer_clips_at for step in recorder.steps} == {trainer_clips_at}
         assert trainer.args.max_grad_norm == 0.05
         runs.append(_weights(trainer))
     unclipped = _trainer(

@@ -82,6 +82,14 @@ def test_views_with_gaps_and_transposed_gradients():
     torch.testing.assert_close(view, truth[0][0].float())
     assert torch.equal(buffer[:, 3:], around[:, 3:])
 
+    wide = [torch.randn(6, 8).abs() for _ in range(4)]  # gaps in all four, at equal strides
+    p, g, m, v = ([x[:, :3]] for x in wide)
+    around, t = [x.clone() for x in wide], [torch.zeros(())]
+    truth = _truth(*map(in_fp64, (p, g, m, v)), t, **HYPER)
+    masked_update(p, g, m, v, t, **HYPER)
+    torch.testing.assert_close(p[0], truth[0][0].float())
+    assert all(torch.equal(x[:, 3:], y[:, 3:]) for x, y in zip(wide, around, strict=True))
+
     square, gradient = torch.randn(5, 5), torch.randn(5, 5).t()
     m, v, t = [torch.zeros(5, 5)], [torch.zeros(5, 5)], [torch.zeros(())]
     truth = _truth(*map(in_fp64, ([square], [gradient], m, v)), t, **HYPER)

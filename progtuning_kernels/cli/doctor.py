@@ -17,7 +17,7 @@ from rich.table import Table
 # Imported for their registration: the table of implementations has one part per op.
 from .. import __version__, _backend, ops  # noqa: F401
 
-_PACKAGES = ("torch", "transformers", "triton", "numpy", "peft", "accelerate")
+_PACKAGES = ("transformers", "triton", "numpy", "peft", "accelerate")
 _OPENMP_NAMES = ("libgomp", "libomp", "libiomp5")
 _CPU_FEATURES = ("avx2", "fma", "avx512f", "avx512_bf16", "amx_bf16", "asimd", "sve")
 
@@ -51,6 +51,7 @@ def openmp_pools(maps: str | None = None) -> list[str]:
 
 def _versions() -> list[tuple[str, str]]:
     rows = [("progtuning_kernels", __version__), ("python", platform.python_version())]
+    rows.append(("torch", torch.__version__))  # names its build, +cpu or +cu130; its metadata not
     for package in _PACKAGES:
         try:
             rows.append((package, importlib.metadata.version(package)))

@@ -73,8 +73,6 @@ class ProgtuningCallback(TrainerCallback):
         self._clean_up(args, model)  # after an earlier train() that ended in an exception
         self.handle = patch_model(model, self.schedule, **self._patch_options)
         _handles.add(self.handle)
-        self.handle.seek(state.global_step)
-        self._release(optimizer)
         if isinstance(_inner(optimizer), MaskedOptimizer) and args.max_grad_norm:
             # it clips in its own pass; the Trainer must not do it again
             _inner(optimizer).max_grad_norm = args.max_grad_norm
