@@ -41,8 +41,8 @@ def make_parameters() -> list[nn.Parameter]:
 
 def make_steps(
     max_grad_norm: float | None, nonfinite: str
-) -> tuple[dict[str, Callable[[], None]], Callable[[], float]]:
-    """The two providers, and the largest relative difference between their parameters."""
+) -> tuple[dict[str, tuple[Callable[[], None], list[nn.Parameter]]], Callable[[], float]]:
+    """Step and parameters of both providers, and the largest relative difference between them."""
     theirs, ours = make_parameters(), make_parameters()
     fused = torch.optim.AdamW(theirs, fused=True, **HYPER)
     masked = MaskedAdamW(ours, max_grad_norm=max_grad_norm, nonfinite=nonfinite, **HYPER)
@@ -56,14 +56,17 @@ def make_steps(
         pairs = zip(theirs, ours, strict=True)
         return max(float(((a - b).abs().max() / a.abs().max()).detach()) for a, b in pairs)
 
-    return {"torch": torch_step, "progtuning": masked.step}, difference
+    return {"torch": (torch_step, theirs), "progtuning": (masked.step, ours)}, difference
 
 
 def measure(max_grad_norm: float | None, nonfinite: str) -> dict:
     steps, difference = make_steps(max_grad_norm, nonfinite)
+    gradients = [p.grad.clone() for p in make_parameters()]
     times: dict[str, list[float]] = {name: [] for name in steps}
     for i in range(WARM_UP + ROUNDS):
-        for name, step in steps.items():
+        for name, (step, parameters) in steps.items():
+            for p, gradient in zip(parameters, gradients, strict=True):
+                p.grad.copy_(gradient)  # clipping scales it in place; each step gets it whole
             started = time.perf_counter()
             step()
             if i >= WARM_UP:

@@ -7,7 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..ops.masked_update import masked_update
+from .. import _backend
+from ..ops.masked_update import OP
 from .masked_optimizer import MaskedOptimizer, Nonfinite, OnFreeze
 
 # What torch.optim.AdamW keeps in its groups beside the hyper-parameters: with these in the saved
@@ -93,7 +94,8 @@ class MaskedAdamW(MaskedOptimizer):
         found_inf: Tensor | None,
     ) -> None:
         beta1, beta2 = group["betas"]
-        masked_update(
+        # straight to the implementation: the optimizer's own lists need no contract checks
+        _backend.select(OP, params).function(
             params,
             grads,
             [state["exp_avg"] for state in states],

@@ -162,14 +162,12 @@ class MaskedOptimizer(Optimizer):
                 self.param_groups[i],
                 params,
                 [p.grad for p in params],
-                [self._state_of(p) for p in params],
+                [self.state[p] or self._start_state(p) for p in params],
                 None if divisor is None else divisor.to(device),
                 None if found_inf is None else found_inf.to(device),
             )
         return loss
 
-    def _state_of(self, p: Tensor) -> dict[str, Tensor]:
-        state = self.state[p]
-        if not state:
-            state.update(self.init_state(p))
-        return state
+    def _start_state(self, p: Tensor) -> dict[str, Tensor]:
+        self.state[p].update(self.init_state(p))
+        return self.state[p]
