@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 from pathlib import Path
 from types import SimpleNamespace
@@ -53,6 +54,13 @@ def test_truncation_snippet_runs():
     model(**tiny_inputs("bert-sequence"))
     (code,) = _python("Did it truncate?")
     exec(compile(code, "README.md", "exec"), {"handle": handle})
+
+
+def test_optimizer_table_is_that_of_the_stored_results():
+    (stored,) = (ROOT / "benchmarks" / "results").glob("*/optimizer.json")
+    for result in json.loads(stored.read_text())["results"]:
+        times = [f"{result[name]['step_ms']:.1f} ms" for name in ("torch", "progtuning")]
+        assert f"| {times[0]} | {times[1]} | {result['ratio']:.2f} |" in README
 
 
 def test_table_is_that_of_the_stored_results():
