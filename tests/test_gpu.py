@@ -1,0 +1,99 @@
+"""What only a GPU can show: no host sync in the step, the same numbers as on CPU, autocast."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from tiny_models import tiny_inputs, tiny_model
+from torch import nn
+
+from progtuning_kernels import MaskedAdamW, MilestoneSchedule, ProgressiveSchedule, patch_model
+
+pytestmark = pytest.mark.gpu
+
+
+def _parameters(device: str) -> list[nn.Parameter]:
+    generator = torch.Generator().manual_seed(5)
+    shapes = [(1,), (7, 9), (255,), (257,), (33, 125)]
+    return [nn.Parameter(torch.randn(s, generator=generator).to(device)) for s in shapes]
+
+
+def _give_gradients(parameters: list[nn.Parameter], seed: int) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    for p in parameters:
+        p.grad = torch.randn(p.shape, generator=generator).to(p.device)
+
+
+@pytest.mark.parametrize("max_grad_norm", [None, 0.5])
+def test_step_equals_that_on_cpu(max_grad_norm):
+    runs = {}
+    for device in ("cpu", "cuda"):
+        parameters = _parameters(device)
+        optimizer = MaskedAdamW(
+            parameters, lr=0.1, eps=1e-3, weight_decay=0.1, max_grad_norm=max_grad_norm
+        )
+        for seed in range(4):
+            _give_gradients(parameters, seed)
+            optimizer.step()
+        runs[device] = [p.detach().cpu() for p in parameters]
+    for p, q in zip(runs["cpu"], runs["cuda"], strict=True):
+        torch.testing.assert_close(p, q, rtol=2e-6, atol=2e-6)
+
+
+def test_step_never_waits_for_the_device_and_skips_there():
+    parameters = _parameters("cuda")
+    optimizer = MaskedAdamW(parameters, lr=0.1, max_grad_norm=0.5)
+    _give_gradients(parameters, 0)
+    optimizer.step()  # the first one makes state and loads kernels
+    before = [p.detach().clone() for p in parameters]
+    moments = [optimizer.state[p]["exp_avg"].clone() for p in parameters]
+    _give_gradients(parameters, 1)
+    parameters[2].grad[3] = float("nan")
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        optimizer.step()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    assert optimizer.skipped_steps == 1
+    assert all(map(torch.equal, parameters, before))
+    for p, moment in zip(parameters, moments, strict=True):
+        assert torch.equal(optimizer.state[p]["exp_avg"], moment)
+        assert optimizer.state[p]["step"] == 1
+
+
+@pytest.mark.parametrize("name", ["bert-sequence", "gpt2-causal-lm", "llama-causal-lm"])
+def test_autocast_gradients_are_those_of_plain_freezing(name):
+    gradients = []
+    for patched in (False, True):
+        model = tiny_model(name).cuda()
+        inputs = {k: v.cuda() for k, v in tiny_inputs(name).items()}
+        handle = patch_model(model, MilestoneSchedule({0: 2}))
+        if not patched:  # the same flags without the patch
+            flags = {n: p.requires_grad for n, p in model.named_parameters()}
+            handle.unpatch()
+            for n, p in model.named_parameters():
+                p.requires_grad_(flags[n])
+        with torch.autocast("cuda", dtype=torch.bfloat16):
+            model(**inputs).loss.backward()
+        gradients.append({n: p.grad for n, p in model.named_parameters() if p.grad is not None})
+        if patched:
+            handle.truncation_report().assert_truncated()
+    assert gradients[0].keys() == gradients[1].keys()
+    for n, gradient in gradients[0].items():
+        torch.testing.assert_close(gradients[1][n], gradient, rtol=1e-2, atol=1e-4)
+
+
+def test_memory_falls_with_the_stages():
+    model = tiny_model("bert-sequence").cuda()
+    inputs = {k: v.cuda() for k, v in tiny_inputs("bert-sequence").items()}
+    handle = patch_model(model, ProgressiveSchedule(4, 4))
+    optimizer = MaskedAdamW(handle.param_groups(), max_grad_norm=1.0)
+    held = []
+    for _ in range(4):
+        model(**inputs).loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        handle.last_forward = None
+        held.append(torch.cuda.memory_allocated())
+        handle.advance()
+    assert held == sorted(set(held), reverse=True)
