@@ -1,8 +1,9 @@
 # The commands of the README. Everything is installed into .venv, once.
 PYTHON ?= python3
 ARGS ?=
+CONSTRAINTS ?= constraints.txt
 BIN := .venv/bin
-SOURCES := pyproject.toml setup.py constraints.txt $(wildcard csrc/*)
+SOURCES := pyproject.toml setup.py $(CONSTRAINTS) $(wildcard csrc/*)
 
 .PHONY: demo test lint bench clean
 
@@ -23,18 +24,18 @@ clean: ## forget the environment and everything built
 	rm -rf .venv build *.egg-info progtuning_kernels/_build.json progtuning_kernels/_C*.so
 
 # torch first and pinned: resolved with the rest, pip would fetch every candidate to read its metadata
-.venv/.torch: constraints.txt
+.venv/.torch: $(CONSTRAINTS)
 	@echo "Making .venv and installing torch (once, a minute or two) ..."
 	@test -x $(BIN)/pip || $(PYTHON) -m venv .venv
-	@$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt torch
+	@$(BIN)/pip install --quiet --disable-pip-version-check -c $(CONSTRAINTS) torch
 	@touch $@
 
 .venv/.demo: .venv/.torch $(SOURCES)
 	@echo "Installing progtuning_kernels and what the demo needs ..."
-	@$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[demo]"
+	@$(BIN)/pip install --quiet --disable-pip-version-check -c $(CONSTRAINTS) -e ".[demo]"
 	@touch $@
 
 .venv/.test: .venv/.torch $(SOURCES)
 	@echo "Installing progtuning_kernels and what its tests need ..."
-	@$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[demo,test]"
+	@$(BIN)/pip install --quiet --disable-pip-version-check -c $(CONSTRAINTS) -e ".[demo,test]"
 	@touch $@

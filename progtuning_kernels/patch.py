@@ -6,7 +6,7 @@ it. Nothing here touches a class or a module of another library.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any, Literal, get_args
@@ -191,11 +191,7 @@ class PatchHandle:
                 (one dimension or none) are in the second, without decay.
         """
         parameters = [slot.parameter for slot in parameter_slots(self.model, self.layout)]
-        groups: list[dict[str, Any]] = [
-            {"params": [p for p in parameters if p.ndim >= 2], "weight_decay": weight_decay},
-            {"params": [p for p in parameters if p.ndim < 2], "weight_decay": 0.0},
-        ]
-        groups = [group for group in groups if group["params"]]
+        groups = decay_groups(parameters, weight_decay)
         if lr is not None:
             for group in groups:
                 group["lr"] = lr
@@ -355,6 +351,18 @@ class PatchHandle:
             if parameter.grad is not None:
                 # a frozen tensor with a gradient would still be updated, and counted by clipping
                 parameter.grad = None
+
+
+def decay_groups(parameters: Sequence[nn.Parameter], weight_decay: float) -> list[dict[str, Any]]:
+    """Parameter groups with and without decay; an empty one is left out.
+
+    Matrices decay; biases and norm weights, which have one dimension or none, do not.
+    """
+    groups: list[dict[str, Any]] = [
+        {"params": [p for p in parameters if p.ndim >= 2], "weight_decay": weight_decay},
+        {"params": [p for p in parameters if p.ndim < 2], "weight_decay": 0.0},
+    ]
+    return [group for group in groups if group["params"]]
 
 
 def patch_model(

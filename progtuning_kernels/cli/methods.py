@@ -4,13 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import nn
 
 from ..optim import MaskedAdamW
-from ..patch import PatchHandle, patch_model
+from ..patch import PatchHandle, decay_groups, patch_model
 from ..schedules import FreezePlan, ProgressiveSchedule
 from .errors import as_user_error
 from .settings import TrainSettings
@@ -47,14 +46,6 @@ class Trained:
         return getattr(self.optimizer, "skipped_steps", 0)
 
 
-def _groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
-    parameters = [p for p in model.parameters() if p.requires_grad]
-    return [
-        {"params": [p for p in parameters if p.ndim >= 2], "weight_decay": weight_decay},
-        {"params": [p for p in parameters if p.ndim < 2], "weight_decay": 0.0},
-    ]
-
-
 def progressive(model: nn.Module, s: TrainSettings, schedule: ProgressiveSchedule) -> Trained:
     with as_user_error():
         handle = patch_model(
@@ -77,10 +68,10 @@ def progressive(model: nn.Module, s: TrainSettings, schedule: ProgressiveSchedul
 def plain(model: nn.Module, s: TrainSettings, base: nn.Module) -> Trained:
     """What a user has without this library: torch's fused AdamW and its clipping."""
     device = next(model.parameters()).device
+    parameters = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(
-        _groups(model, s.weight_decay), lr=s.lr, fused=device.type in ("cpu", "cuda")
+        decay_groups(parameters, s.weight_decay), lr=s.lr, fused=device.type in ("cpu", "cuda")
     )
-    parameters = [p for group in optimizer.param_groups for p in group["params"]]
 
     def finish_step() -> None:
         if s.max_grad_norm:
