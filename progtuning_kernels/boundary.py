@@ -370,6 +370,8 @@ def measure_forward(
     with ExitStack() as stack:
         stack.enter_context(torch.random.fork_rng([d for d in devices if d.type == "cuda"]))
         stack.enter_context(torch.enable_grad())
+        # compiled blocks would trace the counters, and recompile for them
+        stack.enter_context(torch.compiler.set_stance("force_eager"))
         stack.enter_context(clock.watch([model.get_submodule(p) for p in layout.block_paths]))
         stack.enter_context(torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t))
         outputs = model(*args, **kwargs)

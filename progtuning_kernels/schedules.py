@@ -51,7 +51,9 @@ class FreezePlan:
 
 @runtime_checkable
 class Schedule(Protocol):
-    """What `patch_model` asks of a schedule."""
+    """What `patch_model` asks of a schedule; its `repr`, which a resumed run compares, shows all
+    settings.
+    """
 
     total_steps: int | None
 

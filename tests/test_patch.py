@@ -9,6 +9,7 @@ import pytest
 import torch
 from tiny_models import MODELS, tiny_inputs, tiny_model
 from torch import nn
+from torch._dynamo.testing import CompileCounter
 
 from progtuning_kernels import (
     FreezePlan,
@@ -349,6 +350,37 @@ def test_reentrant_checkpointing_is_refused_and_the_other_kind_trains(when):
             model(**inputs).loss.backward()
             assert all(p.grad is not None for p in model.bert.encoder.layer[2].parameters())
             handle.truncation_report().assert_truncated()
+
+
+@pytest.mark.filterwarnings("error:Dynamo does not know")
+@pytest.mark.parametrize(("whole", "graphs"), [(False, [2, 3, 3, 3]), (True, [1, 2, 3, 4])])
+def test_compiled_models_train_alike_and_blocks_compile_three_times(whole, graphs):
+    torch._dynamo.reset()
+    counter = CompileCounter()
+    models = [tiny_model("bert-sequence") for _ in range(2)]
+    handles = [patch_model(m, ProgressiveSchedule(4, 4, embeddings="never")) for m in models]
+    calls = list(models)
+    if whole:
+        calls[0] = torch.compile(models[0], backend=counter)
+    else:
+        for block in models[0].bert.encoder.layer:
+            block.compile(backend=counter)
+    inputs, counts = tiny_inputs("bert-sequence"), []
+    for _ in range(4):
+        found = []
+        for call, model in zip(calls, models, strict=True):
+            model.zero_grad()
+            call(**inputs).loss.backward()
+            found.append({n: p.grad for n, p in model.named_parameters() if p.grad is not None})
+        assert found[0].keys() == found[1].keys()
+        assert all(torch.equal(gradient, found[1][n]) for n, gradient in found[0].items())
+        counts.append(counter.frame_count)
+        if not whole:  # the report runs eagerly and compiles nothing
+            reports = [handle.truncation_report() for handle in handles]
+            assert reports[0].units == reports[1].units
+        for handle in handles:
+            handle.advance()
+    assert counts == graphs
 
 
 def test_bad_calls_are_named():
