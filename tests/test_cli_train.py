@@ -123,6 +123,9 @@ def test_bf16_autocast_saves_less(call, tmp_path):
     for precision in ("fp32", "bf16"):
         main(call("--max-steps", 3, "--precision", precision, output=precision))
     fp32, bf16 = (_metrics(tmp_path / name) for name in ("fp32", "bf16"))
+    for key in ("state_bytes", "gradient_bytes"):  # also where a stage is a single step
+        sizes = [s[key] for s in fp32["stages"]]
+        assert sizes == sorted(set(sizes), reverse=True)
     for ours, wide in zip(bf16["stages"], fp32["stages"], strict=True):
         assert ours["activation_bytes"] < wide["activation_bytes"]
     losses = [[s["loss"] for s in run["steps"]] for run in (fp32, bf16)]

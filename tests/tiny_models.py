@@ -49,23 +49,28 @@ def _two_labels(config: hf.PreTrainedConfig) -> hf.PreTrainedConfig:
     return config
 
 
+def _build(cls: type[nn.Module], config: hf.PreTrainedConfig) -> Callable[[], nn.Module]:
+    """Every model gets a config of its own: tests change theirs."""
+    return lambda: cls(copy.deepcopy(config))
+
+
 MODELS: dict[str, Callable[[], nn.Module]] = {
-    "bert-sequence": lambda: hf.BertForSequenceClassification(_BERT),
-    "bert-token": lambda: hf.BertForTokenClassification(_BERT),
-    "bert-qa": lambda: hf.BertForQuestionAnswering(_two_labels(_BERT)),
-    "bert-masked-lm": lambda: hf.BertForMaskedLM(_BERT),
-    "roberta-sequence": lambda: hf.RobertaForSequenceClassification(_ROBERTA),
-    "roberta-token": lambda: hf.RobertaForTokenClassification(_ROBERTA),
-    "distilbert-sequence": lambda: hf.DistilBertForSequenceClassification(_DISTILBERT),
-    "distilbert-qa": lambda: hf.DistilBertForQuestionAnswering(_two_labels(_DISTILBERT)),
-    "electra-sequence": lambda: hf.ElectraForSequenceClassification(_ELECTRA),
-    "electra-token": lambda: hf.ElectraForTokenClassification(_ELECTRA),
-    "gpt2-causal-lm": lambda: hf.GPT2LMHeadModel(_GPT2),
-    "gpt2-sequence": lambda: hf.GPT2ForSequenceClassification(_GPT2),
-    "llama-causal-lm": lambda: hf.LlamaForCausalLM(_LLAMA),
-    "llama-sequence": lambda: hf.LlamaForSequenceClassification(_LLAMA),
-    "llama-token": lambda: hf.LlamaForTokenClassification(_LLAMA),
-    "llama-qa": lambda: hf.LlamaForQuestionAnswering(_two_labels(_LLAMA)),
+    "bert-sequence": _build(hf.BertForSequenceClassification, _BERT),
+    "bert-token": _build(hf.BertForTokenClassification, _BERT),
+    "bert-qa": _build(hf.BertForQuestionAnswering, _two_labels(_BERT)),
+    "bert-masked-lm": _build(hf.BertForMaskedLM, _BERT),
+    "roberta-sequence": _build(hf.RobertaForSequenceClassification, _ROBERTA),
+    "roberta-token": _build(hf.RobertaForTokenClassification, _ROBERTA),
+    "distilbert-sequence": _build(hf.DistilBertForSequenceClassification, _DISTILBERT),
+    "distilbert-qa": _build(hf.DistilBertForQuestionAnswering, _two_labels(_DISTILBERT)),
+    "electra-sequence": _build(hf.ElectraForSequenceClassification, _ELECTRA),
+    "electra-token": _build(hf.ElectraForTokenClassification, _ELECTRA),
+    "gpt2-causal-lm": _build(hf.GPT2LMHeadModel, _GPT2),
+    "gpt2-sequence": _build(hf.GPT2ForSequenceClassification, _GPT2),
+    "llama-causal-lm": _build(hf.LlamaForCausalLM, _LLAMA),
+    "llama-sequence": _build(hf.LlamaForSequenceClassification, _LLAMA),
+    "llama-token": _build(hf.LlamaForTokenClassification, _LLAMA),
+    "llama-qa": _build(hf.LlamaForQuestionAnswering, _two_labels(_LLAMA)),
 }
 
 

@@ -201,17 +201,16 @@ class Run:
             loss.backward()
             loss_sum += loss.detach()
         lr = self.scheduler.get_last_lr()[0]
-        paused = time.perf_counter()
         if measure:
             grads = [p.grad for p in self.trained.model.parameters() if p.grad is not None]
             self.records.stages[-1]["gradient_bytes"] = sum(g.nbytes for g in grads)
-        pause = time.perf_counter() - paused
-        self.trained.finish_step()
+        self.trained.update()
+        if measure:
+            self.records.stages[-1]["state_bytes"] = state_bytes(self.trained.optimizer)
+        self.trained.advance()
         self.scheduler.step()
         self.step += 1
         value = float(loss_sum)  # the one wait for the device in a step
-        if measure:
-            self.records.stages[-1]["state_bytes"] = state_bytes(self.trained.optimizer)
         self.records.updates += active
         record = {
             "step": self.step,
@@ -219,7 +218,7 @@ class Run:
             "loss": value,
             "lr": lr,
             "tokens": tokens,
-            "step_ms": (time.perf_counter() - started - pause) * 1e3,
+            "step_ms": (time.perf_counter() - started) * 1e3,
         }
         self.records.steps.append(record)
         return record

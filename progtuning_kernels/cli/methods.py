@@ -22,14 +22,14 @@ class Trained:
     Attributes:
         model: what is called for a loss.
         optimizer: holds every parameter that will ever train.
-        finish_step: clips where the optimizer does not, updates, zeroes and advances.
+        update: clips where the optimizer does not, updates and zeroes.
         handle: the schedule's grip; None where nothing is scheduled.
         base: the Hugging Face model inside, which is saved.
     """
 
     model: nn.Module
     optimizer: torch.optim.Optimizer
-    finish_step: Callable[[], None]
+    update: Callable[[], None]
     handle: PatchHandle | None
     base: nn.Module
 
@@ -37,6 +37,11 @@ class Trained:
         if self.handle is not None:
             return self.handle.plan
         return FreezePlan.from_boundary(0, num_blocks, embeddings=True)
+
+    def advance(self) -> None:
+        """Move to the plan of the next step."""
+        if self.handle is not None:
+            self.handle.advance()
 
     def active_params(self) -> int:
         return sum(p.numel() for p in self.model.parameters() if p.requires_grad)
@@ -57,12 +62,11 @@ def progressive(model: nn.Module, s: TrainSettings, schedule: ProgressiveSchedul
             max_grad_norm=s.max_grad_norm or None,
         )
 
-    def finish_step() -> None:
+    def update() -> None:
         optimizer.step()
         optimizer.zero_grad()
-        handle.advance()
 
-    return Trained(model, optimizer, finish_step, handle, model)
+    return Trained(model, optimizer, update, handle, model)
 
 
 def plain(model: nn.Module, s: TrainSettings, base: nn.Module) -> Trained:
@@ -73,10 +77,10 @@ def plain(model: nn.Module, s: TrainSettings, base: nn.Module) -> Trained:
         decay_groups(parameters, s.weight_decay), lr=s.lr, fused=device.type in ("cpu", "cuda")
     )
 
-    def finish_step() -> None:
+    def update() -> None:
         if s.max_grad_norm:
             nn.utils.clip_grad_norm_(parameters, s.max_grad_norm)
         optimizer.step()
         optimizer.zero_grad()
 
-    return Trained(model, optimizer, finish_step, None, base)
+    return Trained(model, optimizer, update, None, base)

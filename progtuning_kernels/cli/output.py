@@ -46,5 +46,9 @@ def check_run_folder(folder: Path, *, resume: bool, overwrite: bool) -> None:
     """
     if resume and overwrite:
         raise UserError("--resume and --overwrite exclude each other")
-    if _entries(folder, RUN_FILES) and not (resume or overwrite):
+    if overwrite:
+        _entries(folder, RUN_FILES)
+    elif folder.exists() and not folder.is_dir():
+        raise UserError(f"{folder} is a file")
+    elif not resume and folder.exists() and any(folder.iterdir()):
         raise UserError(f"{folder} is not empty; give --resume, --overwrite or another --output")
