@@ -2,7 +2,8 @@
 
 Discovery is structural: the block list is the outermost `nn.ModuleList` whose length is the number
 of layers in the model's config (or, without a config, the only one of equal blocks); what is
-registered before it on the way down lies upstream of block 0 and is embeddings, the rest is head.
+registered before it on the way down, inside the base model, lies upstream of block 0 and is
+embeddings, the rest is head.
 `FAMILIES` holds the few families whose registration order says otherwise.
 """
 
@@ -173,10 +174,13 @@ def find_layout(model: nn.Module, blocks: str | None = None) -> Layout:
     container, prefix = model, ""
     for part in path.split("."):
         containers.append(prefix.removesuffix("."))
-        for child_name, _ in container.named_children():
-            if child_name == part:
-                break
-            upstream.append(prefix + child_name)
+        # what stands beside a base model is its head, in whatever order the two are registered
+        # (XLM-RoBERTa's classifier comes first)
+        if getattr(container, "base_model_prefix", None) != part:
+            for child_name, _ in container.named_children():
+                if child_name == part:
+                    break
+                upstream.append(prefix + child_name)
         container = container.get_submodule(part)
         prefix += part + "."
 

@@ -54,6 +54,23 @@ def _build(cls: type[nn.Module], config: hf.PreTrainedConfig) -> Callable[[], nn
     return lambda: cls(copy.deepcopy(config))
 
 
+_COMMON = dict(pad_token_id=0, bos_token_id=2, eos_token_id=2)
+_GROUPED = dict(**_SIZES, **_COMMON, num_key_value_heads=2)
+_XLM_ROBERTA = hf.XLMRobertaConfig(**_SIZES, num_labels=3, pad_token_id=1)
+_MODERNBERT = hf.ModernBertConfig(**_SIZES, **_COMMON, num_labels=3, cls_token_id=2, sep_token_id=2)
+_OPT = hf.OPTConfig(
+    hidden_size=32,
+    num_hidden_layers=4,
+    num_attention_heads=4,
+    ffn_dim=48,
+    vocab_size=VOCABULARY,
+    max_position_embeddings=32,
+    word_embed_proj_dim=16,
+    dropout=0.0,
+    pad_token_id=0,
+)
+
+
 MODELS: dict[str, Callable[[], nn.Module]] = {
     "bert-sequence": _build(hf.BertForSequenceClassification, _BERT),
     "bert-token": _build(hf.BertForTokenClassification, _BERT),
@@ -67,6 +84,22 @@ MODELS: dict[str, Callable[[], nn.Module]] = {
     "electra-token": _build(hf.ElectraForTokenClassification, _ELECTRA),
     "gpt2-causal-lm": _build(hf.GPT2LMHeadModel, _GPT2),
     "gpt2-sequence": _build(hf.GPT2ForSequenceClassification, _GPT2),
+    "xlm-roberta-sequence": _build(hf.XLMRobertaForSequenceClassification, _XLM_ROBERTA),
+    "modernbert-sequence": _build(hf.ModernBertForSequenceClassification, _MODERNBERT),
+    "gpt-neox-causal-lm": _build(hf.GPTNeoXForCausalLM, hf.GPTNeoXConfig(**_SIZES, **_COMMON)),
+    "opt-causal-lm": _build(hf.OPTForCausalLM, _OPT),
+    "mistral-causal-lm": _build(
+        hf.MistralForCausalLM, hf.MistralConfig(**_GROUPED, sliding_window=8)
+    ),
+    "qwen2-causal-lm": _build(hf.Qwen2ForCausalLM, hf.Qwen2Config(**_GROUPED)),
+    "qwen3-causal-lm": _build(hf.Qwen3ForCausalLM, hf.Qwen3Config(**_GROUPED, head_dim=8)),
+    "gemma2-causal-lm": _build(hf.Gemma2ForCausalLM, hf.Gemma2Config(**_GROUPED, head_dim=8)),
+    "gemma3-causal-lm": _build(hf.Gemma3ForCausalLM, hf.Gemma3TextConfig(**_GROUPED, head_dim=8)),
+    "phi-causal-lm": _build(hf.PhiForCausalLM, hf.PhiConfig(**_SIZES, **_COMMON)),
+    "phi3-causal-lm": _build(hf.Phi3ForCausalLM, hf.Phi3Config(**_SIZES, **_COMMON)),
+    "mixtral-causal-lm": _build(
+        hf.MixtralForCausalLM, hf.MixtralConfig(**_GROUPED, num_local_experts=4)
+    ),
     "llama-causal-lm": _build(hf.LlamaForCausalLM, _LLAMA),
     "llama-sequence": _build(hf.LlamaForSequenceClassification, _LLAMA),
     "llama-token": _build(hf.LlamaForTokenClassification, _LLAMA),
@@ -95,7 +128,7 @@ def tiny_inputs(name: str, *, seed: int = 1) -> dict[str, Any]:
     mask = torch.ones_like(ids)
     for row in range(1, BATCH):
         mask[row, TOKENS - 2 * row :] = 0
-    ids = ids.masked_fill(mask == 0, 1 if name.startswith("roberta") else 0)
+    ids = ids.masked_fill(mask == 0, 1 if "roberta" in name else 0)
     inputs: dict[str, Any] = {"input_ids": ids, "attention_mask": mask}
     if name.endswith("lm"):
         return inputs | {"labels": ids.masked_fill(mask == 0, -100)}
