@@ -30,7 +30,8 @@ class Family:
     Attributes:
         head: regular expression, searched in parameter names: these are head although they are
             registered before the blocks.
-        embeddings: the same for parameters registered after the blocks that feed block 0.
+        embeddings: the same for parameters registered after the blocks that feed block 0, and
+            for those that feed every block.
     """
 
     head: str | None = None
@@ -40,6 +41,10 @@ class Family:
 FAMILIES: dict[str, Family] = {
     # OPTDecoder registers its final norm and output projection before `layers`.
     "opt": Family(head=r"decoder\.(final_layer_norm|project_out)\."),
+    # Relative positions that every block uses: trainable only while all blocks are.
+    "deberta-v2": Family(embeddings=r"encoder\.(rel_embeddings|LayerNorm|conv)\."),
+    "deberta": Family(embeddings=r"encoder\.rel_embeddings\."),
+    "mpnet": Family(embeddings=r"encoder\.relative_attention_bias\."),
 }
 
 

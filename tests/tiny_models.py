@@ -58,6 +58,15 @@ _COMMON = dict(pad_token_id=0, bos_token_id=2, eos_token_id=2)
 _GROUPED = dict(**_SIZES, **_COMMON, num_key_value_heads=2)
 _XLM_ROBERTA = hf.XLMRobertaConfig(**_SIZES, num_labels=3, pad_token_id=1)
 _MODERNBERT = hf.ModernBertConfig(**_SIZES, **_COMMON, num_labels=3, cls_token_id=2, sep_token_id=2)
+_DEBERTA = hf.DebertaV2Config(
+    **_SIZES,
+    num_labels=3,
+    relative_attention=True,
+    position_buckets=8,
+    pos_att_type=["p2c", "c2p"],
+    norm_rel_ebd="layer_norm",
+    share_att_key=True,
+)
 _OPT = hf.OPTConfig(
     hidden_size=32,
     num_hidden_layers=4,
@@ -86,6 +95,16 @@ MODELS: dict[str, Callable[[], nn.Module]] = {
     "gpt2-sequence": _build(hf.GPT2ForSequenceClassification, _GPT2),
     "xlm-roberta-sequence": _build(hf.XLMRobertaForSequenceClassification, _XLM_ROBERTA),
     "modernbert-sequence": _build(hf.ModernBertForSequenceClassification, _MODERNBERT),
+    "mpnet-sequence": _build(
+        hf.MPNetForSequenceClassification, hf.MPNetConfig(**_SIZES, num_labels=3)
+    ),
+    "deberta-sequence": _build(
+        hf.DebertaForSequenceClassification,
+        hf.DebertaConfig(
+            **_SIZES, num_labels=3, relative_attention=True, pos_att_type=["p2c", "c2p"]
+        ),
+    ),
+    "deberta-v2-sequence": _build(hf.DebertaV2ForSequenceClassification, _DEBERTA),
     "gpt-neox-causal-lm": _build(hf.GPTNeoXForCausalLM, hf.GPTNeoXConfig(**_SIZES, **_COMMON)),
     "opt-causal-lm": _build(hf.OPTForCausalLM, _OPT),
     "mistral-causal-lm": _build(
