@@ -254,9 +254,13 @@ class PatchHandle:
         self.seek(state["step"])
 
     def unpatch(self) -> None:
-        """Put the model back as it was found. Calling it again does nothing."""
+        """Put the model back as it was found, but for what the user froze in the meantime.
+
+        Calling it again does nothing.
+        """
         if handle_of(self.model) is not self:
             return
+        self._note_user_freezes()
         self._boundary.restore()
         for slot in self._slots:
             slot.parameter.requires_grad_(self._user_trainable[slot.name])
@@ -317,10 +321,15 @@ class PatchHandle:
                 "everything that was trainable when the model was patched"
             )
 
-    def _apply(self) -> None:
-        for slot, on in zip(self._slots, self._flags, strict=False):
+    def _note_user_freezes(self) -> None:
+        """What the plan had on and is off now, the user froze since; it stays frozen from here."""
+        # before the first plan there are no flags, and nothing to compare with
+        for slot, on in zip(self._slots, self._flags, strict=bool(self._flags)):
             if on and not slot.parameter.requires_grad:
-                self._user_trainable[slot.name] = False  # frozen by the user since the last plan
+                self._user_trainable[slot.name] = False
+
+    def _apply(self) -> None:
+        self._note_user_freezes()
         self._scan()
         units = [self._active_units(slot, self.plan) for slot in self._slots]
         active_units = {unit for used in units for unit in used}

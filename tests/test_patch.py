@@ -288,6 +288,18 @@ def test_a_tensor_that_the_user_froze_later_stays_frozen():
     assert not later.requires_grad
 
 
+def test_unpatch_does_not_thaw_what_the_user_froze_within_a_stage():
+    model = tiny_model("bert-sequence")
+    handle = patch_model(model, MilestoneSchedule({9: 2}))
+    later = model.bert.encoder.layer[3].output.dense.weight
+    later.requires_grad_(False)
+    handle.advance()
+    handle.unpatch()
+    assert [n for n, p in model.named_parameters() if not p.requires_grad] == [
+        "bert.encoder.layer.3.output.dense.weight"
+    ]
+
+
 def test_listeners_are_told_and_can_release_any_optimizer():
     model, inputs = tiny_model("bert-sequence"), tiny_inputs("bert-sequence")
     handle = patch_model(model, ProgressiveSchedule(4, 4))

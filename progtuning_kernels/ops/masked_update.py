@@ -45,7 +45,7 @@ def _fits_torch_fused(p: Tensor, grad: Tensor, exp_avg: Tensor, exp_avg_sq: Tens
 
 
 def _all_fit_torch_fused(*lists: list[Tensor]) -> bool:
-    """The ordinary case, asked of 4 x 100 tensors in 40 us where one by one takes 120 us."""
+    """The ordinary case, asked of 4 x 100 tensors in 47 us where one by one takes 118 us."""
     tensors = [tensor for tensors in lists for tensor in tensors]
     return (
         tensors[0].device.type in ("cpu", "cuda")
