@@ -5,11 +5,11 @@ says; see README.md for the manual.
 """
 
 from ._backend import backend_report
-from .boundary import TruncationError, TruncationReport
-from .families import UnsupportedModelError
+from .families import UnsupportedModelError, register_family
 from .optim import MaskedAdamW, release_frozen_state
 from .patch import PatchHandle, patch_model
 from .schedules import FreezePlan, MilestoneSchedule, ProgressiveSchedule
+from .truncation import TruncationError, TruncationReport
 
 __version__ = "0.1.0"
 
@@ -24,5 +24,6 @@ __all__ = [
     "UnsupportedModelError",
     "backend_report",
     "patch_model",
+    "register_family",
     "release_frozen_state",
 ]

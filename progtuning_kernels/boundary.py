@@ -1,4 +1,4 @@
-"""Runs the prefix without autograd, and proves it.
+"""Runs the prefix without autograd.
 
 A block below the boundary is switched, per instance, to one fixed subclass of its own class whose
 `forward` runs under `torch.no_grad()`. Block k then receives a tensor without `grad_fn`, so that
@@ -11,21 +11,17 @@ runs eagerly); nothing is written into any `__dict__` but `training`.
 from __future__ import annotations
 
 import weakref
-from collections import defaultdict
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from collections.abc import Collection
 from typing import Any, Literal
 
 import torch
 from torch import nn
-from torch.utils import _pytree as pytree
 
-from .families import EMBEDDINGS, Layout, parameter_slots
+from .layout import EMBEDDINGS, Layout
 
 FrozenMode = Literal["eval", "train"]
 
-_frozen_classes: dict[tuple[type, bool, bool], type] = {}
+_frozen_classes: dict[tuple[type, bool, bool, bool], type] = {}
 # Mode last asked for by `.train(mode)` while the module was held in eval; read when it thaws.
 _requested_mode: weakref.WeakKeyDictionary[nn.Module, bool] = weakref.WeakKeyDictionary()
 
@@ -39,21 +35,28 @@ def _new_instance(cls: type) -> Any:
     return cls.__new__(cls)
 
 
-def frozen_class(base: type, *, no_grad: bool, hold_eval: bool) -> type:
+def frozen_class(base: type, *, no_grad: bool, hold_eval: bool, own_forward: bool) -> type:
     """One fixed subclass of `base` per combination of flags.
 
     Args:
-        no_grad: `forward` runs under `torch.no_grad()`.
+        no_grad: `forward` runs under `torch.no_grad()`, and is never checkpointed: there is nothing
+            to recompute.
         hold_eval: `train(True)` leaves the module in eval mode: the Hugging Face Trainer calls
             `model.train()` before every step, which would switch dropout on again.
+        own_forward: the instance has a `forward` of its own, as accelerate gives to the modules of
+            a model spread over devices; `no_grad` then surrounds the whole call.
     """
-    key = (base, no_grad, hold_eval)
+    key = (base, no_grad, hold_eval, own_forward)
     if key in _frozen_classes:
         return _frozen_classes[key]
 
     def forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
         with torch.no_grad():
             return base.forward(self, *args, **kwargs)
+
+    def call(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        with torch.no_grad():
+            return base.__call__(self, *args, **kwargs)
 
     def train(self: nn.Module, mode: bool = True) -> nn.Module:
         _requested_mode[self] = mode
@@ -72,7 +75,13 @@ def frozen_class(base: type, *, no_grad: bool, hold_eval: bool) -> type:
         "_progtuning_base": base,
     }
     if no_grad:
-        members["forward"] = forward
+        members["__call__" if own_forward else "forward"] = call if own_forward else forward
+        if hasattr(base, "gradient_checkpointing"):
+            # a property comes before what transformers writes into the instance, and leaves it there
+            members["gradient_checkpointing"] = property(
+                lambda self: False,
+                lambda self, on: self.__dict__.__setitem__("gradient_checkpointing", on),
+            )
     if hold_eval:
         members["train"] = train
     # the name stays: transformers' `_no_split_modules` and regional compilation go by it
@@ -109,24 +118,23 @@ class Boundary:
         self._hold_eval = frozen_mode == "eval"
         self._modes: dict[str, list[tuple[nn.Module, bool]]] = {}
 
-    def move(self, frozen: Sequence[bool], boundary: int, *, embeddings_frozen: bool) -> None:
+    def move(self, frozen: Collection[int], boundary: int) -> None:
         """Put every module on its side.
 
         Args:
-            frozen: per block, whether it holds no active tensor.
-            boundary: blocks below this one run under `no_grad`.
-            embeddings_frozen: whether the embedding lookups are cut off as well: they are if
-                `boundary` > 0 or nothing upstream of block 0 is active.
+            frozen: units that hold no active tensor. The head keeps its own mode all the same: it
+                runs after everything that trains, so nothing is gained by holding it.
+            boundary: units below this one run under `no_grad`; so do the embeddings wherever they
+                are frozen (those of a decoder run after blocks that may be trainable).
         """
-        for path in self._layout.upstream_paths:
-            self._switch(path, no_grad=embeddings_frozen, frozen=embeddings_frozen)
-        for i, path in enumerate(self._layout.block_paths):
-            self._switch(path, no_grad=i < boundary, frozen=frozen[i])
+        for unit in self._layout.units[:-1]:
+            for path in self._layout.module_paths(unit):
+                no_grad = unit in frozen if unit == EMBEDDINGS else unit < boundary
+                self._switch(path, no_grad=no_grad, frozen=unit in frozen)
 
     def restore(self) -> None:
         """Put every module back as it was found, but for modes asked for in the meantime."""
-        for path in (*self._layout.upstream_paths, *self._layout.block_paths):
-            self._switch(path, no_grad=False, frozen=False)
+        self.move((), EMBEDDINGS)
 
     def _switch(self, path: str, *, no_grad: bool, frozen: bool) -> None:
         module = self._model.get_submodule(path)
@@ -138,7 +146,16 @@ class Boundary:
             base.train(module, False)
         _drop_own_forward(module)
         plain = not (no_grad or hold_eval)
-        target = base if plain else frozen_class(base, no_grad=no_grad, hold_eval=hold_eval)
+        target = (
+            base
+            if plain
+            else frozen_class(
+                base,
+                no_grad=no_grad,
+                hold_eval=hold_eval,
+                own_forward=no_grad and "forward" in module.__dict__,
+            )
+        )
         if type(module) is not target:
             module.__class__ = target
         if not hold_eval and path in self._modes:
@@ -149,234 +166,3 @@ class Boundary:
                     m.training = mode
             else:
                 module.train(requested)
-
-
-@dataclass(frozen=True)
-class UnitUse:
-    """What one forward left behind for backward in one unit.
-
-    Attributes:
-        nodes: autograd nodes that backward would run, `AccumulateGrad` included.
-        saved_bytes: bytes of every tensor handed to `saved_tensors_hooks`; a tensor saved by three
-            operations counts three times, and weights count.
-        activation_bytes: bytes of distinct storages among them that belong to no parameter or
-            buffer: the memory that the forward really holds. A storage counts in the first unit
-            that saves it.
-    """
-
-    nodes: int = 0
-    saved_bytes: int = 0
-    activation_bytes: int = 0
-
-
-class TruncationError(AssertionError):
-    """Backward would run below the boundary; the message names the unit and the cure."""
-
-
-@dataclass(frozen=True)
-class UnitReport:
-    """One unit: its name, numbers of parameters, and what the forward left behind (if measured)."""
-
-    label: str
-    params: int
-    active: int
-    use: UnitUse | None
-
-    @property
-    def nodes(self) -> int | None:
-        return None if self.use is None else self.use.nodes
-
-    @property
-    def saved_bytes(self) -> int | None:
-        return None if self.use is None else self.use.saved_bytes
-
-    @property
-    def activation_bytes(self) -> int | None:
-        return None if self.use is None else self.use.activation_bytes
-
-
-@dataclass(frozen=True)
-class TruncationReport:
-    """Per unit: parameters, active parameters, autograd nodes and bytes saved for backward.
-
-    `print(report)` shows it as a table. Nodes and bytes are None before the first forward.
-    """
-
-    units: tuple[UnitReport, ...]
-    boundary: int
-    tied: tuple[str, ...] = ()
-
-    @property
-    def saved_bytes(self) -> int | None:
-        return self._total("saved_bytes")
-
-    @property
-    def activation_bytes(self) -> int | None:
-        return self._total("activation_bytes")
-
-    @property
-    def nodes(self) -> int | None:
-        return self._total("nodes")
-
-    def _total(self, field: str) -> int | None:
-        values = [getattr(unit, field) for unit in self.units]
-        return None if None in values else sum(values)
-
-    @property
-    def prefix(self) -> tuple[UnitReport, ...]:
-        """Embeddings and blocks below the boundary; empty under boundary 0."""
-        return self.units[: self.boundary + 1] if self.boundary else ()
-
-    def assert_truncated(self) -> None:
-        """Raise `TruncationError` if anything below the boundary trains or is in the graph.
-
-        Under boundary 0 there is nothing below. Before the first forward nothing can be proved,
-        which is an error too.
-        """
-        for unit in self.prefix:
-            if unit.active:
-                raise TruncationError(
-                    f"{unit.label}: {unit.active:,} parameters require grad below boundary "
-                    f"{self.boundary}; they were switched on after the plan was applied: call "
-                    "handle.advance() once per step, or freeze them with requires_grad_(False)"
-                )
-            if unit.nodes is None:
-                raise TruncationError("nothing to prove yet: run a forward with gradients first")
-            if unit.nodes:
-                raise TruncationError(
-                    f"{unit.label}: backward runs {unit.nodes} autograd nodes below boundary "
-                    f"{self.boundary}; something replaced its forward after patching: patch the "
-                    "model last, or look for hooks that call requires_grad_() on its output"
-                )
-
-    def __str__(self) -> str:
-        def cell(value: int | None) -> str:
-            return "-" if value is None else f"{value:,}"
-
-        rows = [("unit", "params", "active", "nodes", "saved_bytes", "activation_bytes")]
-        for i, unit in enumerate(self.units):
-            if i and i == self.boundary + 1:
-                rows.append(("-- boundary", "", "", "", "", ""))
-            counts = (unit.params, unit.active, unit.nodes, unit.saved_bytes, unit.activation_bytes)
-            rows.append((unit.label, *map(cell, counts)))
-        totals = (
-            sum(u.params for u in self.units),
-            sum(u.active for u in self.units),
-            self.nodes,
-            self.saved_bytes,
-            self.activation_bytes,
-        )
-        rows.append(("total", *map(cell, totals)))
-        widths = [max(len(row[c]) for row in rows) for c in range(len(rows[0]))]
-        lines = [
-            "  ".join(
-                text.ljust(w) if c == 0 else text.rjust(w)
-                for c, (text, w) in enumerate(zip(row, widths, strict=True))
-            ).rstrip()
-            for row in rows
-        ]
-        return "\n".join([*lines, *self.tied])
-
-
-class _UnitClock:
-    """Knows which unit a forward is in, from hooks on the blocks that live for one forward."""
-
-    def __init__(self, layout: Layout) -> None:
-        self._head = layout.head
-        self.unit = EMBEDDINGS
-        self.marks: list[tuple[int, int]] = []  # (first autograd sequence number, unit)
-        self._mark(EMBEDDINGS)
-
-    def _mark(self, unit: int) -> None:
-        self.unit = unit
-        self.marks.append((torch.autograd._get_sequence_nr(), unit))
-
-    @contextmanager
-    def watch(self, blocks: Sequence[nn.Module]) -> Iterator[None]:
-        handles = []
-        for i, block in enumerate(blocks):
-            after = self._head if i + 1 == len(blocks) else i + 1
-            handles.append(block.register_forward_pre_hook(lambda *_, i=i: self._mark(i)))
-            handles.append(block.register_forward_hook(lambda *_, after=after: self._mark(after)))
-        try:
-            yield
-        finally:
-            for handle in handles:
-                handle.remove()
-
-    def unit_at(self, sequence_number: int) -> int:
-        unit = EMBEDDINGS
-        for first, marked in self.marks:
-            if first > sequence_number:
-                break
-            unit = marked
-        return unit
-
-
-def _count_nodes(
-    outputs: Any, clock: _UnitClock, units_by_parameter: Mapping[int, int]
-) -> dict[int, int]:
-    tensors = [t for t in pytree.tree_leaves(outputs) if isinstance(t, torch.Tensor)]
-    pending = [(t.grad_fn, EMBEDDINGS) for t in tensors if t.grad_fn is not None]
-    seen = {node for node, _ in pending}
-    nodes: dict[int, int] = defaultdict(int)
-    while pending:
-        node, user = pending.pop()
-        leaf = getattr(node, "variable", None)
-        if leaf is None:
-            unit = clock.unit_at(node._sequence_nr())
-        else:  # a leaf that is no parameter of the model counts where it is used
-            unit = units_by_parameter.get(id(leaf), user)
-        nodes[unit] += 1
-        for following, _ in node.next_functions:
-            if following is not None and following not in seen:
-                seen.add(following)
-                pending.append((following, unit))
-    return nodes
-
-
-def measure_forward(
-    model: nn.Module, layout: Layout, args: Sequence[Any], kwargs: Mapping[str, Any]
-) -> dict[int, UnitUse]:
-    """Run one forward with grad enabled and count what it leaves for backward, per unit.
-
-    The random state is put back afterwards and no gradient is computed. A checkpointed block hides
-    what it will recompute; its bytes are those that it keeps.
-
-    Returns:
-        unit number -> `UnitUse`, for every unit of the layout.
-    """
-    slots = list(parameter_slots(model, layout))
-    # a tied parameter's AccumulateGrad belongs to the last unit that uses it (the head)
-    units_by_parameter = {id(slot.parameter): slot.units[-1] for slot in slots}
-    owned = {
-        t.untyped_storage().data_ptr()
-        for t in (*(slot.parameter for slot in slots), *model.buffers())
-    }
-    saved: dict[int, int] = defaultdict(int)
-    held: dict[int, int] = defaultdict(int)
-    kept: dict[int, torch.Tensor] = {}  # alive until the end, so that no address is used twice
-    clock = _UnitClock(layout)
-
-    def pack(tensor: torch.Tensor) -> torch.Tensor:
-        saved[clock.unit] += tensor.numel() * tensor.element_size()
-        storage = tensor.untyped_storage()
-        if storage.data_ptr() not in owned and storage.data_ptr() not in kept:
-            kept[storage.data_ptr()] = tensor.detach()
-            held[clock.unit] += storage.nbytes()
-        return tensor.detach()  # returning the tensor itself would tie it to its own graph node
-
-    devices = {slot.parameter.device for slot in slots}
-    with ExitStack() as stack:
-        stack.enter_context(torch.random.fork_rng([d for d in devices if d.type == "cuda"]))
-        stack.enter_context(torch.enable_grad())
-        # compiled blocks would trace the counters, and recompile for them
-        stack.enter_context(torch.compiler.set_stance("force_eager"))
-        stack.enter_context(clock.watch([model.get_submodule(p) for p in layout.block_paths]))
-        stack.enter_context(torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t))
-        outputs = model(*args, **kwargs)
-    nodes = _count_nodes(outputs, clock, units_by_parameter)
-    return {
-        unit: UnitUse(nodes[unit], saved[unit], held[unit])
-        for unit in range(EMBEDDINGS, layout.head + 1)
-    }

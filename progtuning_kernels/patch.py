@@ -6,7 +6,7 @@ it. Nothing here touches a class or a module of another library.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any, Literal, get_args
@@ -15,15 +15,13 @@ import torch
 from torch import nn
 
 from . import freeze_events
-from .boundary import (
-    Boundary,
-    FrozenMode,
-    TruncationReport,
-    UnitReport,
-    measure_forward,
-)
-from .families import EMBEDDINGS, Layout, ParameterSlot, find_layout, parameter_slots
+from .adapters import FrozenColumns, check_adapters, rank_allocation_end
+from .boundary import Boundary, FrozenMode
+from .checkpointing import drop_input_grads, make_nonreentrant
+from .gradient_paths import GradientPaths
+from .layout import EMBEDDINGS, Layout, ParameterSlot, find_layout, parameter_slots
 from .schedules import FreezePlan, Schedule
+from .truncation import TruncationReport, UnitReport, measure_forward
 
 TiedPolicy = Literal["frozen", "head_only"]
 
@@ -50,7 +48,7 @@ def _before_forward(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, A
     handle = handle_of(model)
     if handle is None or torch.compiler.is_compiling() or not torch.is_grad_enabled():
         return
-    handle.check_checkpointing()
+    handle.before_training_forward()
     device_type, autocast = handle.device_type, None
     if torch.amp.is_autocast_available(device_type) and torch.is_autocast_enabled(device_type):
         autocast = (device_type, torch.get_autocast_dtype(device_type))
@@ -93,12 +91,20 @@ class PatchHandle:
         self._flags: list[bool] = []
         self._user_trainable: dict[str, bool] = {}
         self._listeners: list[Callable[[PatchHandle], None]] = []
+        self._frozen_columns: list[FrozenColumns] = []
+        self._proved = False  # that nothing is cut off, by a forward under the plan in force
+        # what was changed for checkpointing, to be put back: see checkpointing.py
+        self._embeddings_frozen = False
+        self._reentrant: list[tuple[nn.Module, Any, Any]] = []
+        self._input_grads: list[nn.Module] = []
         self.last_forward: _Forward | None = None
 
         self.plan = schedule.plan(0, layout.num_blocks)
+        check_adapters(model, layout)
+        self._allocation_end = rank_allocation_end(model)
         self._scan()
-        for plan in self._first_and_last_plans():
-            self._check_trains_something(plan)
+        for step, plan in self._plans_to_check():
+            self._check_plan(step, plan)
         self.device_type = next(slot.parameter.device.type for slot in self._slots)
         self._hook = model.register_forward_pre_hook(_before_forward, with_kwargs=True)
         model.__dict__[_HANDLE] = self
@@ -137,7 +143,7 @@ class PatchHandle:
     def active_params(self) -> int:
         """Number of parameters that the next step updates."""
         return sum(
-            s.parameter.numel() for s, on in zip(self._slots, self._flags, strict=True) if on
+            self._active_size(s) for s, on in zip(self._slots, self._flags, strict=True) if on
         )
 
     @property
@@ -168,13 +174,33 @@ class PatchHandle:
         plan = self.schedule.plan(step, self.num_blocks)
         changed = plan != self.plan
         if changed:
-            self._check_trains_something(plan)
+            self._check_plan(step, plan)
         self.step, self.plan = step, plan
         if changed:
             self._apply()
         else:
-            self._reassert()
+            self.reassert()
         return changed
+
+    def reassert(self) -> None:
+        """Put back what changed behind the plan; `advance` and `seek` do it.
+
+        Freezes what was switched on below the boundary, drops gradients of frozen parameters, and
+        restores the columns of frozen blocks in the table of prefix tuning, which momentum and
+        decay of the whole table move. A checkpoint written between `optimizer.step()` and
+        `advance()` wants this call before it.
+        """
+        for slot, on in zip(self._slots, self._flags, strict=True):
+            if on:
+                continue
+            parameter = slot.parameter
+            if parameter.requires_grad:
+                parameter.requires_grad_(False)
+            if parameter.grad is not None:
+                # a frozen tensor with a gradient would still be updated, and counted by clipping
+                parameter.grad = None
+        for columns in self._frozen_columns:
+            columns.put_back()
 
     def on_change(self, listener: Callable[[PatchHandle], None]) -> None:
         """Call `listener(handle)` after every change of plan."""
@@ -206,22 +232,31 @@ class PatchHandle:
         uses = {}
         if (last := self.last_forward) is not None:
             with last.context():
-                uses = measure_forward(self.model, self.layout, last.args, last.kwargs)
-        params = dict.fromkeys(range(EMBEDDINGS, self.layout.head + 1), 0)
+                paths = GradientPaths(self.model, self.layout, self.boundary, compiled=True)
+                try:
+                    uses = measure_forward(
+                        self.model, self.layout, last.args, last.kwargs, boundary=self.boundary
+                    )
+                finally:
+                    paths.remove()
+        params = dict.fromkeys(self.layout.units, 0)
         active = dict(params)
+        names: dict[int, list[str]] = {unit: [] for unit in params}
         tied = []
         for slot in parameter_slots(self.model, self.layout):
-            # a tied parameter is counted once, in the last unit that trains it
-            unit = slot.units[-1]
+            # counted once, however many units use it
+            unit = max(slot.home, self.boundary) if slot.sliced else slot.home
             params[unit] += slot.parameter.numel()
-            active[unit] += slot.parameter.numel() * slot.parameter.requires_grad
+            if slot.parameter.requires_grad:
+                active[unit] += self._active_size(slot)
+                names[unit].append(slot.name)
             if len(slot.units) > 1:
-                users = " and ".join(map(self.layout.unit_label, slot.units))
-                state = "trains" if slot.parameter.requires_grad else "is frozen"
-                tied.append(f"tied: {slot.name} is used by {users}; it {state} ({self._tied})")
+                tied.append(self._explain_tied(slot))
         return TruncationReport(
             units=tuple(
-                UnitReport(self.layout.unit_label(u), params[u], active[u], uses.get(u))
+                UnitReport(
+                    self.layout.unit_label(u), params[u], active[u], uses.get(u), tuple(names[u])
+                )
                 for u in params
             ),
             boundary=self.boundary,
@@ -262,37 +297,49 @@ class PatchHandle:
             return
         self._note_user_freezes()
         self._boundary.restore()
+        self.reassert()
         for slot in self._slots:
             slot.parameter.requires_grad_(self._user_trainable[slot.name])
+        for module, function, replaced in self._reentrant:
+            if module._gradient_checkpointing_func is replaced:
+                module._gradient_checkpointing_func = function
+        for module in self._input_grads:
+            module.enable_input_require_grads()
         self._hook.remove()
         self._listeners.clear()
         self.last_forward = None
         del self.model.__dict__[_HANDLE]
         freeze_events.announce()
 
-    def check_checkpointing(self) -> None:
-        """Refuse gradient checkpointing that would train nothing, whenever it was switched on.
+    def before_training_forward(self) -> None:
+        """Keep checkpointing truncated; prove, once under every plan, that nothing is cut off.
 
-        Raises:
-            RuntimeError: reentrant checkpointing above a frozen prefix; its blocks see no input
-                that requires grad, and torch then drops their gradients without an error.
+        Raises (from the forward):
+            UnsupportedModelError, RuntimeError: as `GradientPaths`.
         """
-        if not self.boundary:
-            return
-        block = self.model.get_submodule(self.layout.block_paths[-1])
-        checkpoint = getattr(block, "_gradient_checkpointing_func", None)
-        options = getattr(checkpoint, "keywords", {})  # a functools.partial of torch's checkpoint
-        if getattr(block, "gradient_checkpointing", False) and options.get("use_reentrant"):
-            raise RuntimeError(
-                "gradient checkpointing with use_reentrant=True trains nothing above a frozen "
-                'prefix: pass gradient_checkpointing_kwargs={"use_reentrant": False}'
-            )
+        if self._embeddings_frozen:
+            self._input_grads += drop_input_grads(self.model, self.layout)
+        if self.boundary:
+            self._reentrant += make_nonreentrant(self.model, self.layout)
+        if not self._proved:
+            paths = GradientPaths(self.model, self.layout, self.boundary)
 
-    def _first_and_last_plans(self) -> list[FreezePlan]:
-        plans = [self.plan]
-        if self.schedule.total_steps:
-            plans.append(self.schedule.plan(self.schedule.total_steps - 1, self.num_blocks))
-        return plans
+            def finish(model: nn.Module, args: Any, output: Any) -> None:
+                hook.remove()
+                paths.remove()
+                self._proved = output is not None  # None: the forward has raised
+
+            hook = self.model.register_forward_hook(finish, always_call=True)
+
+    def _plans_to_check(self) -> Iterator[tuple[int, FreezePlan]]:
+        """The first and the last plan, and every one before AdaLoRA has allocated its ranks."""
+        steps = {0}
+        if total := self.schedule.total_steps:
+            steps |= {total - 1}
+            if self._allocation_end is not None:
+                steps |= set(range(min(total, self._allocation_end + 1)))
+        for step in sorted(steps):
+            yield step, self.schedule.plan(step, self.num_blocks)
 
     def _scan(self) -> None:
         """List the parameters; one that appeared since the last plan keeps its own flag."""
@@ -310,16 +357,52 @@ class PatchHandle:
         if not self._user_trainable[slot.name]:
             return ()
         trained = tuple(unit for unit in slot.units if self._trains(unit, plan))
-        if trained == slot.units:
+        if trained == slot.units or slot.sliced:
             return trained
         return trained if self._tied == "head_only" and trained == (self.layout.head,) else ()
 
-    def _check_trains_something(self, plan: FreezePlan) -> None:
-        if not any(self._active_units(slot, plan) for slot in self._slots):
+    def _active_size(self, slot: ParameterSlot) -> int:
+        """Elements of an active parameter that really train under the plan in force."""
+        size = slot.parameter.numel()
+        if not slot.sliced:
+            return size
+        return size // len(slot.units) * len(self._active_units(slot, self.plan))
+
+    def _check_plan(self, step: int, plan: FreezePlan) -> None:
+        active = [slot for slot in self._slots if self._active_units(slot, plan)]
+        if not active:
             raise ValueError(
                 f"the plan with boundary {plan.boundary} of {self.num_blocks} blocks freezes "
                 "everything that was trainable when the model was patched"
             )
+        if self._allocation_end is None or step > self._allocation_end:
+            return
+        names = {slot.name for slot in active}
+        for slot in self._slots:
+            if self._user_trainable[slot.name] and slot.name not in names:
+                raise ValueError(
+                    f"AdaLoRA moves ranks between all adapters up to step {self._allocation_end} "
+                    f"(total_step - tfinal), and step {step} freezes some: raise tfinal until that "
+                    "comes first, or use LoRA"
+                )
+
+    def _explain_tied(self, slot: ParameterSlot) -> str:
+        """What several units use, and what follows from it."""
+        label = self.layout.unit_label
+        if slot.sliced:
+            trained = len(self._active_units(slot, self.plan))
+            return (
+                f"tied: {slot.name} holds columns of {label(slot.units[0])} to "
+                f"{label(slot.units[-1])}; {trained} of {len(slot.units)} train, its state stays"
+            )
+        if EMBEDDINGS in slot.units:
+            users = " and ".join(map(label, slot.units))
+            why = self._tied
+        else:
+            users = f"{label(slot.units[0])} to {label(slot.units[-1])}"
+            why = "trains only while all of them do"
+        state = "trains" if slot.parameter.requires_grad else "is frozen"
+        return f"tied: {slot.name} is used by {users}; it {state} ({why})"
 
     def _note_user_freezes(self) -> None:
         """What the plan had on and is off now, the user froze since; it stays frozen from here."""
@@ -340,26 +423,19 @@ class PatchHandle:
             self.boundary = next((i for i in blocks if i in active_units), self.num_blocks)
         for slot, on in zip(self._slots, self._flags, strict=True):
             slot.parameter.requires_grad_(on)
-        self._reassert()
-        self._boundary.move(
-            [i not in active_units for i in blocks],
-            self.boundary,
-            embeddings_frozen=EMBEDDINGS not in active_units,
-        )
+        self.reassert()  # with the columns that were frozen before
+        self._frozen_columns = [
+            FrozenColumns.of(slot, [unit for unit in slot.units if unit not in used])
+            for slot, used in zip(self._slots, units, strict=True)
+            if slot.sliced and used and used != slot.units
+        ]
+        frozen = set(self.layout.units) - active_units
+        self._embeddings_frozen = EMBEDDINGS in frozen
+        self._boundary.move(frozen, self.boundary)
+        self._proved = False
         freeze_events.announce()
         for listener in self._listeners:
             listener(self)
-
-    def _reassert(self) -> None:
-        for slot, on in zip(self._slots, self._flags, strict=True):
-            if on:
-                continue
-            parameter = slot.parameter
-            if parameter.requires_grad:
-                parameter.requires_grad_(False)
-            if parameter.grad is not None:
-                # a frozen tensor with a gradient would still be updated, and counted by clipping
-                parameter.grad = None
 
 
 def decay_groups(parameters: Sequence[nn.Parameter], weight_decay: float) -> list[dict[str, Any]]:
@@ -380,7 +456,7 @@ def patch_model(
     *,
     frozen_mode: FrozenMode = "eval",
     tied: TiedPolicy = "frozen",
-    blocks: str | None = None,
+    blocks: str | Sequence[str] | None = None,
 ) -> PatchHandle:
     """Patch `model` in place so that it trains only what `schedule` says.
 
@@ -388,20 +464,23 @@ def patch_model(
     frozen tensors are released when the plan changes.
 
     Args:
-        model: a Hugging Face model, or any module with one list of blocks.
+        model: a Hugging Face model, PEFT adapters included, or any module with lists of blocks.
         schedule: plans every optimizer step, e.g. `ProgressiveSchedule(3, total_steps)`.
         frozen_mode: "eval" makes a frozen unit a fixed function (no dropout); "train" leaves its
             mode alone.
         tied: what happens to a weight shared by embeddings and LM head once the embeddings are
             frozen: "frozen" freezes it, "head_only" goes on training it with the gradient of its
             use in the head (the lookup is then not differentiated).
-        blocks: qualified name of the block list, where discovery cannot choose.
+        blocks: qualified name of the block list where discovery cannot choose; several, in the
+            order in which they run.
 
     Returns:
         The handle; call `handle.advance()` once per optimizer step.
 
     Raises:
-        UnsupportedModelError: no block list can be found, or the blocks share weights.
+        UnsupportedModelError: no block list can be found, the blocks share weights, or the model
+            has adapters that cannot freeze with their blocks; from the first training forward, if
+            a unit turns out to be computed from a later one.
         ValueError: the model is patched already, or the schedule does not fit it.
     """
     if frozen_mode not in get_args(FrozenMode):

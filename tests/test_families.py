@@ -9,7 +9,7 @@ from tiny_models import MODELS, tiny_inputs, tiny_model
 from torch import nn
 
 from progtuning_kernels import UnsupportedModelError
-from progtuning_kernels.families import EMBEDDINGS, find_layout, parameter_slots
+from progtuning_kernels.layout import EMBEDDINGS, find_layout, parameter_slots
 
 
 class _Plain(nn.Module):
@@ -76,7 +76,7 @@ def test_tied_weights_have_every_unit_that_uses_them():
 
 def test_a_model_that_nobody_listed():
     layout = find_layout(_Plain())
-    assert layout.blocks_path == "layers" and layout.num_blocks == 3
+    assert layout.stacks[0].path == "layers" and layout.num_blocks == 3
     assert layout.unit_of("position") == EMBEDDINGS
     assert layout.unit_of("embed.weight") == EMBEDDINGS
     assert layout.unit_of("layers.1.experts.4.bias") == 1
@@ -102,7 +102,7 @@ def test_opt_registers_its_final_norm_before_the_blocks():
     assert layout.unit_of("model.decoder.final_layer_norm.weight") == layout.head
     assert layout.unit_of("model.decoder.project_out.weight") == layout.head
     assert layout.unit_of("model.decoder.project_in.weight") == EMBEDDINGS
-    assert "model.decoder.final_layer_norm" not in layout.upstream_paths
+    assert "model.decoder.final_layer_norm" not in layout.module_paths(EMBEDDINGS)
 
 
 def test_refusals_are_one_clear_line():

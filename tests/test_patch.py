@@ -19,7 +19,7 @@ from progtuning_kernels import (
     patch_model,
     release_frozen_state,
 )
-from progtuning_kernels.families import EMBEDDINGS, find_layout, parameter_slots
+from progtuning_kernels.layout import EMBEDDINGS, find_layout, parameter_slots
 from progtuning_kernels.patch import handle_of
 
 

@@ -22,10 +22,10 @@ from typing import Any
 
 import torch
 
-from ..boundary import measure_forward
-from ..families import Layout, find_layout
+from ..layout import Layout, find_layout
 from ..optim import state_bytes
 from ..schedules import ProgressiveSchedule
+from ..truncation import measure_forward
 from . import methods, metrics, models
 from .batches import (
     Batch,
@@ -110,8 +110,8 @@ class Run:
             self.trained = methods.progressive(base, s, self.schedule)
         elif s.method == "lora":
             self.trained = methods.plain(models.wrap_lora(base, s.task, s.lora_rank), s, base)
-            blocks_path = f"base_model.model.{self.layout.blocks_path}"
-            self.layout = find_layout(self.trained.model, blocks_path)
+            paths = [f"base_model.model.{stack.path}" for stack in self.layout.stacks]
+            self.layout = find_layout(self.trained.model, paths)
         else:
             self.trained = methods.plain(base, s, base)
         self.initial_active_params = self.trained.active_params()
