@@ -77,7 +77,7 @@ def frozen_class(base: type, *, no_grad: bool, hold_eval: bool, own_forward: boo
     if no_grad:
         members["__call__" if own_forward else "forward"] = call if own_forward else forward
         if hasattr(base, "gradient_checkpointing"):
-            # a property comes before what transformers writes into the instance, and leaves it there
+            # a property hides what transformers writes into the instance, and leaves it there
             members["gradient_checkpointing"] = property(
                 lambda self: False,
                 lambda self, on: self.__dict__.__setitem__("gradient_checkpointing", on),

@@ -276,6 +276,8 @@ def _outside_units(
                 last = inside[name][-1]
             elif name in beside and last is not None and isinstance(child, nn.ModuleList):
                 outside.update({f"{path}.{i}": last.first + i for i in range(len(child))})
+            elif any(f.shared and re.search(f.shared, path + ".") for f in families):
+                outside[path] = min(s.first for found in inside.values() for s in found)
             elif ruled is not None:
                 outside[path] = ruled
             else:

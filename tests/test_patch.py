@@ -7,7 +7,8 @@ import pickle
 
 import pytest
 import torch
-from tiny_models import MODELS, tiny_inputs, tiny_model
+from proofs import FixedPlan, frozen_by_hand, gradients
+from tiny_models import tiny_inputs, tiny_model
 from torch import nn
 from torch._dynamo.testing import CompileCounter
 
@@ -19,100 +20,17 @@ from progtuning_kernels import (
     patch_model,
     release_frozen_state,
 )
-from progtuning_kernels.layout import EMBEDDINGS, find_layout, parameter_slots
 from progtuning_kernels.patch import handle_of
-
-
-class _Fixed:
-    """A schedule of one given plan."""
-
-    total_steps = None
-
-    def __init__(self, plan: FreezePlan) -> None:
-        self._plan = plan
-
-    def plan(self, step: int, num_blocks: int) -> FreezePlan:
-        return self._plan
-
-    def stage(self, step: int) -> int:
-        return 0
-
-    def bind(self, total_steps: int) -> _Fixed:
-        return self
-
-
-def _gradients(model: nn.Module, inputs: dict) -> dict[str, torch.Tensor]:
-    model.zero_grad()
-    model(**inputs).loss.backward()
-    return {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
-
-
-def _frozen_by_hand(name: str, plan: FreezePlan) -> dict[str, torch.Tensor]:
-    """Gradients of the unpatched model with the plan's parameters frozen the plain way."""
-    model = tiny_model(name)
-    layout = find_layout(model)
-    on = {EMBEDDINGS: plan.embeddings, layout.head: plan.head, **dict(enumerate(plan.trainable))}
-    for slot in parameter_slots(model, layout):
-        slot.parameter.requires_grad_(all(on[unit] for unit in slot.units))
-    return _gradients(model, tiny_inputs(name))
-
-
-def _saved_bytes(call) -> int:
-    total = 0
-
-    def pack(tensor: torch.Tensor) -> torch.Tensor:
-        nonlocal total
-        total += tensor.numel() * tensor.element_size()
-        return tensor.detach()
-
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
-        call()
-    return total
-
-
-@pytest.mark.parametrize("boundary", range(5))
-@pytest.mark.parametrize("name", MODELS)
-def test_suffix_gradients_are_those_of_plain_freezing_and_nothing_is_below(name, boundary):
-    plan = FreezePlan.from_boundary(boundary, 4, embeddings=boundary == 0)
-    expected = _frozen_by_hand(name, plan)
-    model, inputs = tiny_model(name), tiny_inputs(name)
-    handle = patch_model(model, _Fixed(plan))
-    found = _gradients(model, inputs)
-    assert found.keys() == expected.keys() and found
-    for key, gradient in expected.items():
-        assert torch.equal(found[key], gradient), key
-
-    inputs_seen = {}
-    blocks = [model.get_submodule(path) for path in handle.layout.block_paths]
-    hooks = [
-        block.register_forward_pre_hook(lambda m, args, i=i: inputs_seen.update({i: args[0]}))
-        for i, block in enumerate(blocks)
-    ]
-    saved = _saved_bytes(lambda: model(**inputs))
-    for hook in hooks:
-        hook.remove()
-    for i in range(min(boundary + 1, 4)):
-        if boundary:
-            assert inputs_seen[i].grad_fn is None and not inputs_seen[i].requires_grad
-
-    report = handle.truncation_report()
-    report.assert_truncated()
-    assert report.saved_bytes == saved
-    assert report.boundary == handle.boundary == boundary
-    for unit in report.prefix:
-        assert (unit.nodes, unit.saved_bytes, unit.activation_bytes) == (0, 0, 0)
-    suffix = report.units[boundary + 1 :]
-    assert all(unit.nodes and unit.saved_bytes for unit in suffix)
 
 
 @pytest.mark.parametrize("name", ["bert-sequence", "gpt2-sequence", "llama-causal-lm"])
 @pytest.mark.parametrize("trainable", [(0, 1, 0, 1), (1, 0, 0, 0), (0, 1, 0, 0)])
 def test_frozen_blocks_inside_the_suffix_pass_gradients_on(name, trainable):
     plan = FreezePlan(tuple(map(bool, trainable)))
-    expected = _frozen_by_hand(name, plan)
+    expected = frozen_by_hand(tiny_model(name), plan, tiny_inputs(name))
     model = tiny_model(name)
-    handle = patch_model(model, _Fixed(plan))
-    found = _gradients(model, tiny_inputs(name))
+    handle = patch_model(model, FixedPlan(plan))
+    found = gradients(model, tiny_inputs(name))
     assert found.keys() == expected.keys()
     assert all(torch.equal(found[key], expected[key]) for key in expected)
     assert handle.boundary == trainable.index(1)
@@ -133,7 +51,7 @@ def test_unpatch_leaves_every_module_as_found(name):
     flags = {n: p.requires_grad for n, p in model.named_parameters()}
     with patch_model(model, ProgressiveSchedule(4, 8)) as handle:
         for _ in range(7):
-            _gradients(model, tiny_inputs(name))
+            gradients(model, tiny_inputs(name))
             handle.advance()
         assert handle_of(model) is handle
         assert snapshot(model) != before
@@ -215,17 +133,17 @@ def test_tied_head_only_trains_with_the_gradient_of_an_untied_head():
     model, inputs = tiny_model("gpt2-causal-lm"), tiny_inputs("gpt2-causal-lm")
     untied = copy.deepcopy(model)
     untied.lm_head.weight = nn.Parameter(untied.lm_head.weight.detach().clone())
-    expected = _gradients(untied, inputs)["lm_head.weight"]
+    expected = gradients(untied, inputs)["lm_head.weight"]
 
     handle = patch_model(model, MilestoneSchedule({0: 2}), tied="head_only")
-    assert torch.equal(_gradients(model, inputs)["transformer.wte.weight"], expected)
+    assert torch.equal(gradients(model, inputs)["transformer.wte.weight"], expected)
     report = handle.truncation_report()
     report.assert_truncated()
     assert "it trains (head_only)" in str(report)
     handle.unpatch()
 
     handle = patch_model(model, MilestoneSchedule({0: 2}))
-    assert "transformer.wte.weight" not in _gradients(model, inputs)
+    assert "transformer.wte.weight" not in gradients(model, inputs)
     assert "it is frozen (frozen)" in str(handle.truncation_report())
 
 
@@ -345,26 +263,6 @@ def test_a_class_forward_bound_on_the_instance_does_not_outlive_the_freeze():
     assert not any("forward" in vars(block) for block in model.bert.encoder.layer[:2])
 
 
-@pytest.mark.parametrize("when", ["before", "after"])
-def test_reentrant_checkpointing_is_refused_and_the_other_kind_trains(when):
-    inputs = tiny_inputs("bert-sequence")
-    for reentrant in (True, False):
-        model = tiny_model("bert-sequence")
-        options = {"gradient_checkpointing_kwargs": {"use_reentrant": reentrant}}
-        if when == "before":
-            model.gradient_checkpointing_enable(**options)
-        handle = patch_model(model, MilestoneSchedule({0: 2}))
-        if when == "after":
-            model.gradient_checkpointing_enable(**options)
-        if reentrant:
-            with pytest.raises(RuntimeError, match="use_reentrant=True trains nothing"):
-                model(**inputs)
-        else:
-            model(**inputs).loss.backward()
-            assert all(p.grad is not None for p in model.bert.encoder.layer[2].parameters())
-            handle.truncation_report().assert_truncated()
-
-
 @pytest.mark.filterwarnings("error:Dynamo does not know")
 @pytest.mark.parametrize(("whole", "graphs"), [(False, [2, 3, 3, 3]), (True, [1, 2, 3, 4])])
 def test_compiled_models_train_alike_and_blocks_compile_three_times(whole, graphs):
@@ -443,7 +341,7 @@ def test_report_before_a_forward_has_no_measurements():
         report.assert_truncated()
 
 
-def test_measuring_changes_neither_random_numbers_nor_gradients():
+def test_measuring_changes_neither_random_numbers_norgradients():
     model, inputs = tiny_model("bert-sequence", dropout=True), tiny_inputs("bert-sequence")
     handle = patch_model(model, MilestoneSchedule({0: 1}))
     model(**inputs).loss.backward()

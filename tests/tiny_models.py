@@ -10,7 +10,7 @@ import torch
 import transformers as hf
 from torch import nn
 
-BATCH, TOKENS, VOCABULARY = 3, 11, 97
+BATCH, TOKENS, VOCABULARY, IMAGE = 3, 11, 97, 16
 
 _SIZES = dict(
     hidden_size=32,
@@ -42,11 +42,15 @@ _LLAMA = hf.LlamaConfig(
 )
 
 
+def _changed(config: hf.PreTrainedConfig, **settings: Any) -> hf.PreTrainedConfig:
+    config = copy.deepcopy(config)
+    config.update(settings)
+    return config
+
+
 def _two_labels(config: hf.PreTrainedConfig) -> hf.PreTrainedConfig:
     """Question answering marks a start and an end."""
-    config = copy.deepcopy(config)
-    config.num_labels = 2
-    return config
+    return _changed(config, num_labels=2)
 
 
 def _build(cls: type[nn.Module], config: hf.PreTrainedConfig) -> Callable[[], nn.Module]:
@@ -78,6 +82,52 @@ _OPT = hf.OPTConfig(
     dropout=0.0,
     pad_token_id=0,
 )
+_MOE = dict(moe_intermediate_size=16, num_experts=4, num_experts_per_tok=2)
+_VISION = dict(
+    hidden_size=32,
+    num_hidden_layers=4,
+    num_attention_heads=4,
+    intermediate_size=48,
+    image_size=IMAGE,
+    patch_size=4,
+)
+_T5 = hf.T5Config(
+    # under checkpointing T5 makes its bias require grad, and torch's attention then takes another
+    # kernel, which rounds in another way: no bit could be compared
+    attn_implementation="eager",
+    d_model=32,
+    d_kv=8,
+    d_ff=48,
+    num_layers=2,
+    num_decoder_layers=2,
+    num_heads=4,
+    vocab_size=VOCABULARY,
+    relative_attention_num_buckets=8,
+    num_labels=3,
+    dropout_rate=0.0,
+    pad_token_id=0,
+    eos_token_id=2,
+    decoder_start_token_id=0,
+)
+_TWO_SIDES = dict(
+    d_model=32,
+    encoder_layers=2,
+    decoder_layers=2,
+    encoder_attention_heads=4,
+    decoder_attention_heads=4,
+    encoder_ffn_dim=48,
+    decoder_ffn_dim=48,
+    vocab_size=VOCABULARY,
+    dropout=0.0,
+    pad_token_id=0,
+    bos_token_id=2,
+    eos_token_id=2,
+    decoder_start_token_id=2,
+)
+_BART = hf.BartConfig(**_TWO_SIDES, max_position_embeddings=32, num_labels=3)
+_WHISPER = hf.WhisperConfig(
+    **_TWO_SIDES, num_mel_bins=8, max_source_positions=8, max_target_positions=32
+)
 
 
 MODELS: dict[str, Callable[[], nn.Module]] = {
@@ -105,6 +155,9 @@ MODELS: dict[str, Callable[[], nn.Module]] = {
         ),
     ),
     "deberta-v2-sequence": _build(hf.DebertaV2ForSequenceClassification, _DEBERTA),
+    "deberta-v2-conv-sequence": _build(
+        hf.DebertaV2ForSequenceClassification, _changed(_DEBERTA, conv_kernel_size=3)
+    ),
     "gpt-neox-causal-lm": _build(hf.GPTNeoXForCausalLM, hf.GPTNeoXConfig(**_SIZES, **_COMMON)),
     "opt-causal-lm": _build(hf.OPTForCausalLM, _OPT),
     "mistral-causal-lm": _build(
@@ -118,6 +171,23 @@ MODELS: dict[str, Callable[[], nn.Module]] = {
     "phi3-causal-lm": _build(hf.Phi3ForCausalLM, hf.Phi3Config(**_SIZES, **_COMMON)),
     "mixtral-causal-lm": _build(
         hf.MixtralForCausalLM, hf.MixtralConfig(**_GROUPED, num_local_experts=4)
+    ),
+    "qwen2-moe-causal-lm": _build(
+        hf.Qwen2MoeForCausalLM,
+        hf.Qwen2MoeConfig(**_GROUPED, **_MOE, shared_expert_intermediate_size=16),
+    ),
+    "qwen3-moe-causal-lm": _build(
+        hf.Qwen3MoeForCausalLM, hf.Qwen3MoeConfig(**_GROUPED, **_MOE, head_dim=8)
+    ),
+    "t5-seq2seq-lm": _build(hf.T5ForConditionalGeneration, _T5),
+    "t5-sequence": _build(hf.T5ForSequenceClassification, _T5),
+    "bart-seq2seq-lm": _build(hf.BartForConditionalGeneration, _BART),
+    "bart-sequence": _build(hf.BartForSequenceClassification, _BART),
+    "whisper-speech-lm": _build(hf.WhisperForConditionalGeneration, _WHISPER),
+    "vit-image": _build(hf.ViTForImageClassification, hf.ViTConfig(**_VISION, num_labels=3)),
+    "clip-image": _build(
+        hf.CLIPForImageClassification,
+        hf.CLIPConfig(vision_config=_VISION, text_config=_SIZES, num_labels=3),
     ),
     "llama-causal-lm": _build(hf.LlamaForCausalLM, _LLAMA),
     "llama-sequence": _build(hf.LlamaForSequenceClassification, _LLAMA),
@@ -141,14 +211,28 @@ def tiny_model(name: str, *, seed: int = 0, dropout: bool = False) -> nn.Module:
 
 
 def tiny_inputs(name: str, *, seed: int = 1) -> dict[str, Any]:
-    """Ids (BATCH, TOKENS) with real right padding, and labels of the head's kind."""
+    """Inputs of the model's kind with real right padding, and labels of the head's kind."""
     generator = torch.Generator().manual_seed(seed)
+    classes = torch.arange(BATCH) % 3
+    if name.endswith("image"):
+        pixels = torch.randn(BATCH, 3, IMAGE, IMAGE, generator=generator)
+        return {"pixel_values": pixels, "labels": classes}
     ids = torch.randint(3, VOCABULARY, (BATCH, TOKENS), generator=generator)
     mask = torch.ones_like(ids)
     for row in range(1, BATCH):
         mask[row, TOKENS - 2 * row :] = 0
     ids = ids.masked_fill(mask == 0, 1 if "roberta" in name else 0)
+    if name.startswith(("t5", "bart")) and name.endswith("sequence"):
+        ids = ids.masked_fill(ids == 2, 3)
+        ids[:, 5] = 2  # they classify at the last end-of-sentence token
     inputs: dict[str, Any] = {"input_ids": ids, "attention_mask": mask}
+    if name.endswith("speech-lm"):
+        features = torch.randn(BATCH, 8, 16, generator=generator)  # (B, mel bins, 2 x positions)
+        return {"input_features": features, "labels": ids.masked_fill(mask == 0, -100)}
+    if name.endswith("seq2seq-lm"):
+        targets = torch.randint(3, VOCABULARY, (BATCH, 7), generator=generator)
+        targets[1, 4:] = -100
+        return inputs | {"labels": targets}
     if name.endswith("lm"):
         return inputs | {"labels": ids.masked_fill(mask == 0, -100)}
     if name.endswith("token"):
@@ -157,4 +241,4 @@ def tiny_inputs(name: str, *, seed: int = 1) -> dict[str, Any]:
     if name.endswith("qa"):
         starts = torch.randint(0, 3, (BATCH,), generator=generator)
         return inputs | {"start_positions": starts, "end_positions": starts + 2}
-    return inputs | {"labels": torch.arange(BATCH) % 3}
+    return inputs | {"labels": classes}

@@ -1,0 +1,119 @@
+"""Invariant 1, for every family at every boundary: gradients as in plain PyTorch, nothing below."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import peft
+import pytest
+import torch
+from proofs import FixedPlan, counted_runs, frozen_by_hand, gradients, saved_bytes
+from tiny_models import MODELS, tiny_inputs, tiny_model
+from torch import nn
+
+from progtuning_kernels import FreezePlan, PatchHandle, patch_model
+
+BLOCKS = 4
+BOUNDARIES = range(BLOCKS + 1)
+CHECKPOINTED = [name for name in MODELS if not name.startswith("mpnet")]
+
+
+def _plan(boundary: int) -> FreezePlan:
+    return FreezePlan.from_boundary(boundary, BLOCKS, embeddings=boundary == 0)
+
+
+def _prove(handle: PatchHandle, inputs: dict[str, Any], expected: dict[str, torch.Tensor]) -> None:
+    """The handle's model has the expected gradients, bit for bit, and nothing below."""
+    model, boundary = handle.model, handle.boundary
+    found = gradients(model, inputs)
+    assert found.keys() == expected.keys() and found
+    for name, gradient in expected.items():
+        assert torch.equal(found[name], gradient), name
+
+    entering = {}
+    blocks = [model.get_submodule(path) for path in handle.layout.block_paths]
+    hooks = [
+        block.register_forward_pre_hook(lambda m, args, i=i: entering.update({i: args[0]}))
+        for i, block in enumerate(blocks)
+    ]
+    saved = saved_bytes(lambda: model(**inputs))
+    for hook in hooks:
+        hook.remove()
+    if boundary:
+        assert not any(entering[i].requires_grad for i in range(min(boundary + 1, BLOCKS)))
+
+    report = handle.truncation_report()
+    report.assert_truncated()
+    assert report.saved_bytes == saved
+    assert report.boundary == boundary
+    for unit in report.prefix:
+        assert (unit.nodes, unit.saved_bytes, unit.activation_bytes) == (0, 0, 0)
+
+
+def _with_lora(model: nn.Module) -> nn.Module:
+    """LoRA on every linear layer, with weights that give every adapter a gradient."""
+    config = peft.LoraConfig(r=2, target_modules="all-linear", init_lora_weights=False)
+    return peft.get_peft_model(model, config)
+
+
+def _patch(
+    model: nn.Module, boundary: int, expected: dict[str, torch.Tensor]
+) -> PatchHandle | None:
+    """The patched model; None where nothing is left to train, which must be refused."""
+    if expected:
+        handle = patch_model(model, FixedPlan(_plan(boundary)))
+        assert handle.boundary == boundary
+        return handle
+    assert boundary == BLOCKS
+    with pytest.raises(ValueError, match="freezes everything that was trainable"):
+        patch_model(model, FixedPlan(_plan(boundary)))
+    return None
+
+
+@pytest.mark.parametrize("boundary", BOUNDARIES)
+@pytest.mark.parametrize("name", MODELS)
+def test_plain(name, boundary):
+    inputs = tiny_inputs(name)
+    expected = frozen_by_hand(tiny_model(name), _plan(boundary), inputs)
+    if handle := _patch(tiny_model(name), boundary, expected):
+        _prove(handle, inputs, expected)
+        suffix = handle.truncation_report().units[boundary + 1 :]
+        assert all(unit.nodes and unit.saved_bytes for unit in suffix if unit.params)
+
+
+@pytest.mark.parametrize("boundary", BOUNDARIES)
+@pytest.mark.parametrize("name", CHECKPOINTED)
+def test_gradient_checkpointing(name, boundary):
+    inputs = tiny_inputs(name)
+    plain = tiny_model(name)
+    plain.activation_checkpointing_enable()
+    expected = frozen_by_hand(plain, _plan(boundary), inputs)
+    for enabled_first in (True, False):
+        model = tiny_model(name)
+        if enabled_first:
+            model.activation_checkpointing_enable()
+        handle = _patch(model, boundary, expected)
+        if handle is None:
+            continue
+        blocks = [model.get_submodule(path) for path in handle.layout.block_paths]
+        with counted_runs(blocks) as once:
+            gradients(model, inputs)
+        if not enabled_first:
+            model.activation_checkpointing_enable()
+        _prove(handle, inputs, expected)
+        with counted_runs(blocks) as runs:
+            gradients(model, inputs)
+        if not enabled_first:  # blocks that train are computed a second time, for backward
+            assert runs == {i: n * (1 + (i >= boundary)) for i, n in once.items()}
+
+
+@pytest.mark.parametrize("boundary", BOUNDARIES)
+@pytest.mark.parametrize("name", MODELS)
+def test_lora(name, boundary):
+    inputs = tiny_inputs(name)
+    model, twin = (_with_lora(tiny_model(name)) for _ in range(2))
+    twin.load_state_dict(model.state_dict())  # adapters are drawn at random
+    expected = frozen_by_hand(twin, _plan(boundary), inputs)
+    assert all(".lora_" in key for key in expected)
+    if handle := _patch(model, boundary, expected):
+        _prove(handle, inputs, expected)
