@@ -1,0 +1,287 @@
+"""Which of transformers' architectures can be cut into units, and where truncation is proved.
+
+Every architecture that transformers builds from its default config is built without memory (on the
+meta device) and handed to discovery. Then a shrunken config of it is tried: where such a model runs
+on random input, its gradients at every boundary are compared with those of plain freezing, and the
+truncation is asserted. No model of a hub is needed.
+
+    python benchmarks/architectures.py --output benchmarks/results/architectures.json
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import inspect
+import json
+import os
+import signal
+import warnings
+from collections import Counter
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+
+import torch
+import transformers
+from rich.progress import track
+from torch import nn
+from torch.utils import _pytree as pytree
+from transformers.models.auto import modeling_auto
+
+from progtuning_kernels import FreezePlan, UnsupportedModelError, patch_model
+from progtuning_kernels.layout import EMBEDDINGS, Layout, find_layout, parameter_slots
+
+BATCH, TOKENS, VOCABULARY = 2, 8, 101
+SECONDS = 60  # for one architecture
+# What makes a config small: the first pattern that an attribute's name fits. Zeros stay.
+SMALL: list[tuple[tuple[str, ...], int]] = [
+    (("vocab_size",), VOCABULARY),
+    (("num_key_value_heads", "num_kv_heads"), 2),
+    (("num_attention_heads", "attention_heads", "num_heads", "n_head", "n_heads"), 4),
+    (("head_dim", "d_kv", "qk_nope_head_dim", "qk_rope_head_dim", "v_head_dim"), 8),
+    (("q_lora_rank", "kv_lora_rank", "embedding_size", "word_embed_proj_dim"), 16),
+    (("num_experts_per_tok", "top_k", "n_group", "topk_group", "moe_topk"), 1),
+    (("num_experts", "n_routed_experts", "num_local_experts"), 4),
+    (("num_hidden_layers", "num_layers", "n_layer", "n_layers", "num_decoder_layers"), 4),
+    (("encoder_layers", "decoder_layers"), 2),
+    (("intermediate_size", "ffn_dim", "d_ff", "n_inner", "hidden_dim", "ffn_hidden_size"), 48),
+    (("hidden_size", "d_model", "n_embd", "dim", "embed_dim", "projection_dim"), 32),
+    (("max_position_embeddings", "n_positions", "max_source_positions"), 64),
+    (("max_target_positions",), 64),
+    (("image_size",), 32),
+    (("patch_size",), 8),
+    (("num_mel_bins",), 16),
+]
+TOKEN_IDS = ("pad_token_id", "bos_token_id", "eos_token_id", "decoder_start_token_id")
+DEPTH = 4
+
+
+class _TooSlow(Exception):
+    pass
+
+
+@contextlib.contextmanager
+def _time_limit() -> Iterator[None]:
+    def stop(*_: object) -> None:
+        raise _TooSlow(f"not done within {SECONDS} s")
+
+    signal.signal(signal.SIGALRM, stop)
+    signal.alarm(SECONDS)
+    try:
+        yield
+    finally:
+        signal.alarm(0)
+
+
+def _model_classes() -> dict[str, str]:
+    """model_type -> the class without a head, or else the first with one."""
+    names = sorted(n for n in vars(modeling_auto) if n.endswith("MAPPING_NAMES"))
+    names.sort(key=lambda n: n != "MODEL_MAPPING_NAMES")
+    classes: dict[str, str] = {}
+    for name in names:
+        for model_type, cls in getattr(modeling_auto, name).items():
+            classes.setdefault(model_type, cls if isinstance(cls, str) else cls[0])
+    return {t: c for t, c in sorted(classes.items()) if t in transformers.CONFIG_MAPPING}
+
+
+def _shrink(config: Any) -> Any:
+    """The same config with few and narrow layers; configs inside it too."""
+    settings: dict[str, Any] = {}
+    depth = DEPTH
+    for name, value in vars(config).items():
+        if name.startswith("_") or name in ("transformers_version", "torch_dtype", "dtype"):
+            continue
+        if hasattr(value, "to_dict"):
+            settings[name] = _shrink(value).to_dict()
+        elif isinstance(value, float) and "drop" in name:
+            settings[name] = 0.0
+        elif name == "apply_spec_augment":
+            settings[name] = False
+        elif isinstance(value, int) and not isinstance(value, bool) and value > 0:
+            if name in TOKEN_IDS:
+                settings[name] = min(value, 3)
+                continue
+            for names, small in SMALL:
+                if name in names or any(name.endswith("_" + n) for n in names):
+                    settings[name] = min(value, small)
+                    if "layers" in name and "encoder" in name or name == "decoder_layers":
+                        depth = 2
+                    break
+    for name, value in vars(config).items():
+        if name in ("layer_types", "mlp_layer_types", "layers_block_type") and value:
+            settings[name] = list(value)[:depth]
+    return type(config)(**settings)
+
+
+def _inputs(model: nn.Module, config: Any) -> dict[str, torch.Tensor]:
+    generator = torch.Generator().manual_seed(1)
+    name = model.main_input_name
+    parameters = inspect.signature(model.forward).parameters
+    if name == "input_ids":
+        ids = torch.randint(4, 90, (BATCH, TOKENS), generator=generator)
+        inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+        if "attention_mask" not in parameters:
+            del inputs["attention_mask"]
+        if "pixel_values" in parameters and hasattr(config, "vision_config"):
+            size = getattr(config.vision_config, "image_size", 32)
+            inputs["pixel_values"] = torch.randn(BATCH, 3, size, size, generator=generator)
+    elif name == "pixel_values":
+        size, channels = getattr(config, "image_size", 32), getattr(config, "num_channels", 3)
+        height, width = size if isinstance(size, list | tuple) else (size, size)
+        inputs = {name: torch.randn(BATCH, channels, height, width, generator=generator)}
+    elif name == "input_values":
+        inputs = {name: torch.randn(BATCH, 16000, generator=generator)}
+    else:
+        mels = getattr(config, "num_mel_bins", 16)
+        inputs = {name: torch.randn(BATCH, mels, 128, generator=generator)}
+    if "decoder_input_ids" in parameters:
+        inputs["decoder_input_ids"] = torch.randint(4, 90, (BATCH, 5), generator=generator)
+    return inputs
+
+
+def _gradients(model: nn.Module, inputs: dict[str, Any]) -> dict[str, torch.Tensor]:
+    """Gradients of the mean square of everything that the model returns in floating point."""
+    model.zero_grad()
+    outputs = pytree.tree_leaves(dict(model(**inputs)))
+    loss = sum(
+        t.float().square().mean()
+        for t in outputs
+        if isinstance(t, torch.Tensor) and t.is_floating_point() and t.requires_grad
+    )
+    if isinstance(loss, torch.Tensor):
+        loss.backward()
+    return {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
+
+
+def _without_dropout(model: nn.Module) -> nn.Module:
+    for module in model.modules():
+        for name, value in list(vars(module).items()):
+            if isinstance(value, float) and ("drop" in name or name == "p"):
+                setattr(module, name, 0.0)
+    return model
+
+
+class _Fixed:
+    total_steps = None
+
+    def __init__(self, plan: FreezePlan) -> None:
+        self._plan = plan
+
+    def plan(self, step: int, num_blocks: int) -> FreezePlan:
+        return self._plan
+
+    def stage(self, step: int) -> int:
+        return 0
+
+
+def _frozen_by_hand(model: nn.Module, layout: Layout, plan: FreezePlan) -> None:
+    on = {EMBEDDINGS: plan.embeddings, layout.head: plan.head, **dict(enumerate(plan.trainable))}
+    for slot in parameter_slots(model, layout):
+        if not all(on[unit] for unit in slot.units):
+            slot.parameter.requires_grad_(False)
+
+
+def _prove(build: Any, config: Any) -> dict[str, Any]:
+    """Compare every boundary with plain freezing.
+
+    Returns:
+        {"boundaries": how many were proved, "bit_equal": whether gradients agree to the bit}.
+    """
+    torch.manual_seed(0)
+    state = build().state_dict()
+
+    def model() -> nn.Module:
+        fresh = _without_dropout(build()).train()
+        fresh.load_state_dict(state)
+        return fresh
+
+    layout = find_layout(model())
+    inputs = _inputs(model(), config)
+    if not _gradients(model(), inputs):
+        raise RuntimeError("the model returns nothing that can be trained")
+    proved, bit_equal = 0, True
+    for boundary in range(1, layout.num_blocks + 1):
+        plan = FreezePlan.from_boundary(boundary, layout.num_blocks, embeddings=False)
+        plain, patched = model(), model()
+        _frozen_by_hand(plain, layout, plan)
+        if not any(p.requires_grad for p in plain.parameters()):
+            continue  # a model without head
+        torch.manual_seed(2)
+        expected = _gradients(plain, inputs)
+        handle = patch_model(patched, _Fixed(plan), frozen_mode="train")
+        torch.manual_seed(2)
+        found = _gradients(patched, inputs)
+        if found.keys() != expected.keys():
+            names = sorted(found.keys() ^ expected.keys())
+            raise AssertionError(f"boundary {boundary}: gradients of {names[:2]} in one of the two")
+        for name, gradient in expected.items():
+            scale = gradient.abs().max()
+            if (found[name] - gradient).abs().max() > 1e-4 * scale + 1e-9:
+                raise AssertionError(f"boundary {boundary}: gradient of {name} differs")
+            bit_equal &= torch.equal(found[name], gradient)
+        if expected:
+            handle.truncation_report().assert_truncated()
+            proved += 1
+    return {"boundaries": proved, "bit_equal": bit_equal}
+
+
+def _line(error: BaseException) -> str:
+    return f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
+
+
+def survey(model_type: str, class_name: str) -> dict[str, Any]:
+    """What becomes of one architecture."""
+    try:
+        with _time_limit():
+            config = transformers.CONFIG_MAPPING[model_type]()
+            cls = getattr(transformers, class_name)
+            with torch.device("meta"):
+                model = cls(config)
+    except Exception as error:
+        return {"class": class_name, "status": "not built", "reason": _line(error)}
+    row: dict[str, Any] = {"class": class_name}
+    try:
+        layout = find_layout(model)
+    except UnsupportedModelError as error:
+        return row | {"status": "refused", "reason": _line(error)}
+    row |= {"status": "cut", "stacks": {s.path: s.length for s in layout.stacks}}
+    try:
+        with _time_limit():
+            small = _shrink(config)
+            row |= {"status": "proved", **_prove(lambda: cls(small), small)}
+    except UnsupportedModelError as error:
+        row |= {"status": "refused at the first forward", "reason": _line(error)}
+    except AssertionError as error:
+        row |= {"status": "wrong", "reason": _line(error)}
+    except Exception as error:  # the shrunken config does not fit, or the input is another
+        row |= {"reason": _line(error)}
+    return row
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--output", type=Path, help="JSON file; without it only a summary")
+    parser.add_argument("--only", nargs="*", help="model types")
+    args = parser.parse_args()
+    warnings.filterwarnings("ignore")
+    transformers.logging.set_verbosity_error()
+    torch.set_num_threads(1)
+    classes = _model_classes()
+    chosen = {t: classes[t] for t in args.only} if args.only else classes
+    rows = {t: survey(t, c) for t, c in track(chosen.items(), description="architectures")}
+    for model_type, row in rows.items():
+        if args.only or row["status"] in ("wrong", "refused at the first forward"):
+            print(model_type, json.dumps(row))
+    counts = Counter(row["status"] for row in rows.values())
+    print(", ".join(f"{count} {status}" for status, count in counts.most_common()))
+    if args.output:
+        content = {"transformers": transformers.__version__, "torch": torch.__version__}
+        args.output.write_text(json.dumps(content | {"architectures": rows}, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()
