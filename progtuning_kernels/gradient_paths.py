@@ -95,7 +95,7 @@ class GradientPaths:
         first, later = layout.unit_label(unit), layout.unit_label(slot.units[0])
         found = (
             f"{type(self._model).__name__}: {path} ({first}) is computed from {slot.name} "
-            f"({later}), whose gradient would be cut off once {first} is frozen"
+            f"({later}), whose gradient freezing {first} would cut off"
         )
         stacks = layout.stacks
         here = next((s for s in stacks if unit in s.blocks), None)

@@ -1,0 +1,322 @@
+"""What undoes truncation or cuts a gradient off without a word: undone, or named with the cure."""
+
+from __future__ import annotations
+
+import re
+import warnings
+from collections import Counter
+
+import accelerate
+import pytest
+import torch
+from proofs import FixedPlan, counted_runs, frozen_by_hand, gradients
+from tiny_models import tiny_inputs, tiny_model
+from torch import nn
+from torch.utils.checkpoint import checkpoint
+
+from progtuning_kernels import (
+    FreezePlan,
+    MilestoneSchedule,
+    TruncationError,
+    UnsupportedModelError,
+    patch_model,
+    register_family,
+)
+from progtuning_kernels.families import FAMILIES
+
+BERT, LLAMA, T5 = "bert-sequence", "llama-causal-lm", "t5-seq2seq-lm"
+ABOVE_TWO = FreezePlan.from_boundary(2, 4, embeddings=False)
+
+
+def _blocks(model: nn.Module, handle) -> list[nn.Module]:
+    return [model.get_submodule(path) for path in handle.layout.block_paths]
+
+
+@pytest.fixture
+def families(monkeypatch):
+    """A table of families that the test may add to."""
+    monkeypatch.setattr("progtuning_kernels.families.FAMILIES", table := dict(FAMILIES))
+    monkeypatch.setattr("progtuning_kernels.layout.FAMILIES", table)
+    return table
+
+
+class _Config:
+    model_type = "homemade"
+
+
+class _Homemade(nn.Module):
+    """A user's own model: token embedding, norm, blocks, output; the loss is the mean square."""
+
+    config = _Config()
+
+    def __init__(self, *, order: str = "early norm") -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.embed = nn.Embedding(10, 8)
+        if order == "early out":
+            self.out = nn.Linear(8, 2)
+        if order == "early norm":
+            self.norm = nn.LayerNorm(8)
+        self.layers = nn.ModuleList(nn.Sequential(nn.Linear(8, 8), nn.GELU()) for _ in range(4))
+        if order != "early norm":
+            self.norm = nn.LayerNorm(8)
+        if order != "early out":
+            self.out = nn.Linear(8, 2)
+        self.config = _Config()
+        self.passes = 1
+
+    def forward(self, ids: torch.Tensor) -> torch.Tensor:  # (B, T) -> ()
+        hidden = self.norm(self.embed(ids))
+        for _ in range(self.passes):
+            for layer in self.layers:
+                hidden = layer(hidden)
+        return self.out(hidden).square().mean()
+
+
+IDS = torch.arange(6).view(2, 3)
+
+
+@pytest.mark.parametrize("enabled", ["before", "after", "in a later stage"])
+def test_enable_input_require_grads_does_not_undo_truncation(enabled):
+    model, inputs = tiny_model(LLAMA), tiny_inputs(LLAMA)
+    if enabled == "before":
+        model.enable_input_require_grads()
+    handle = patch_model(model, MilestoneSchedule({0: 1, 1: 2}, embeddings="never"))
+    if enabled == "after":
+        model.enable_input_require_grads()
+    gradients(model, inputs)
+    handle.advance()
+    if enabled == "in a later stage":
+        model.enable_input_require_grads()
+    found = gradients(model, inputs)
+    expected = frozen_by_hand(tiny_model(LLAMA), ABOVE_TWO, inputs)
+    assert found.keys() == expected.keys()
+    assert all(torch.equal(found[name], expected[name]) for name in expected)
+    handle.truncation_report().assert_truncated()
+    handle.unpatch()
+    seen = []
+    model.model.embed_tokens.register_forward_hook(lambda m, a, out: seen.append(out.requires_grad))
+    model.requires_grad_(False)
+    model(**inputs)
+    assert seen == [True], "unpatch did not put the hook back"
+
+
+@pytest.mark.parametrize(
+    ("name", "path"),
+    [(BERT, "bert.embeddings.word_embeddings"), (LLAMA, "model.embed_tokens")],
+)
+def test_a_hook_that_makes_embeddings_require_grad_is_named(name, path):
+    model = tiny_model(name)
+    handle = patch_model(model, MilestoneSchedule({0: 2}))
+    embeddings = model.get_submodule(path)
+    hook = embeddings.register_forward_hook(lambda m, a, output: output.requires_grad_(True))
+    model(**tiny_inputs(name))
+    pattern = f"{re.escape(path)}.*call model.disable_input_require_grads"
+    with pytest.raises(TruncationError, match=pattern) as caught:
+        handle.truncation_report().assert_truncated()
+    assert "\n" not in str(caught.value)
+    hook.remove()
+    handle.truncation_report().assert_truncated()
+
+
+def test_a_hook_whose_protection_is_gone_is_named_with_the_nodes_it_costs():
+    model = tiny_model(LLAMA)
+    handle = patch_model(model, MilestoneSchedule({0: 2}))
+    for block in [model.model.embed_tokens, *model.model.layers]:
+        block.__class__ = getattr(type(block), "_progtuning_base", type(block))
+    model.model.embed_tokens.register_forward_hook(lambda m, a, out: out.requires_grad_(True))
+    model(**tiny_inputs(LLAMA))
+    report = handle.truncation_report()
+    assert report.units[1].nodes and report.units[2].nodes
+    with pytest.raises(TruncationError, match="model.embed_tokens requires grad below boundary 2"):
+        report.assert_truncated()
+
+
+def test_a_trainable_embedding_is_named():
+    model = tiny_model(BERT)
+    handle = patch_model(model, MilestoneSchedule({0: 2}))
+    model.bert.embeddings.word_embeddings.weight.requires_grad_(True)
+    model(**tiny_inputs(BERT))
+    with pytest.raises(
+        TruncationError, match=r"bert.embeddings.word_embeddings.weight \(3,104 par"
+    ):
+        handle.truncation_report().assert_truncated()
+    handle.advance()
+    handle.truncation_report().assert_truncated()
+
+
+@pytest.mark.parametrize("when", ["before", "after", "in a later stage"])
+@pytest.mark.parametrize("name", [BERT, LLAMA, T5])
+def test_reentrant_checkpointing_becomes_the_other_kind(name, when):
+    inputs = tiny_inputs(name)
+    options = {"activation_checkpointing_kwargs": {"use_reentrant": True}}
+    other = {"activation_checkpointing_kwargs": {"use_reentrant": False}}
+    plain, model = tiny_model(name), tiny_model(name)
+    plain.activation_checkpointing_enable(**other)
+    expected = frozen_by_hand(plain, ABOVE_TWO, inputs)
+    if when == "before":
+        model.activation_checkpointing_enable(**options)
+    handle = patch_model(model, MilestoneSchedule({0: 1, 1: 2}, embeddings="never"))
+    if when == "after":
+        model.activation_checkpointing_enable(**options)
+    blocks = _blocks(model, handle)
+    with warnings.catch_warnings(record=True) as told:
+        warnings.simplefilter("always")
+        gradients(model, inputs)
+        handle.advance()
+        if when == "in a later stage":
+            model.activation_checkpointing_enable(**options)
+        found = gradients(model, inputs)
+    assert [str(w.message)[:50] for w in told if "use_reentrant" in str(w.message)] == [
+        "gradient checkpointing with use_reentrant=True tra"
+    ]
+    assert found.keys() == expected.keys()
+    assert all(torch.equal(found[key], expected[key]) for key in expected)
+    handle.truncation_report().assert_truncated()
+    with counted_runs(blocks) as runs:
+        gradients(model, inputs)
+    assert [runs[i] for i in range(4)] == [1, 1, 2, 2]
+    handle.unpatch()
+    functions = [b._gradient_checkpointing_func for b in blocks]
+    assert all(f.keywords["use_reentrant"] for f in functions)
+    assert all(block.gradient_checkpointing for block in blocks)
+
+
+def test_frozen_blocks_in_train_mode_are_not_checkpointed_either():
+    model, inputs = tiny_model(BERT), tiny_inputs(BERT)
+    handle = patch_model(model, FixedPlan(ABOVE_TWO), frozen_mode="train")
+    model.activation_checkpointing_enable()
+    calls: Counter[int] = Counter()
+    for i, block in enumerate(_blocks(model, handle)):
+        function = block._gradient_checkpointing_func
+
+        def counted(*args, function=function, i=i, **kwargs):
+            calls.update([i])
+            return function(*args, **kwargs)
+
+        block._gradient_checkpointing_func = counted
+    gradients(model, inputs)
+    assert calls == {2: 1, 3: 1}
+    handle.unpatch()
+    assert all(block.gradient_checkpointing for block in model.bert.encoder.layer)
+
+
+def test_a_users_own_reentrant_checkpoint_is_named():
+    class Checkpointed(_Homemade):
+        def forward(self, ids):
+            hidden = self.norm(self.embed(ids))
+            for layer in self.layers:
+                hidden = checkpoint(layer, hidden, use_reentrant=self.reentrant)
+            return self.out(hidden).square().mean()
+
+    for reentrant in (True, False):
+        model = Checkpointed()
+        model.reentrant = reentrant
+        patch_model(model, FixedPlan(ABOVE_TWO))
+        if reentrant:
+            with pytest.raises(RuntimeError, match="layers.2 trains but runs without autograd"):
+                model(IDS)
+        else:
+            model(IDS).backward()
+            assert all(p.grad is not None for p in model.layers[2].parameters())
+
+
+@pytest.mark.parametrize("name", [T5, "bart-seq2seq-lm"])
+def test_stacks_in_the_wrong_order_are_found_before_anything_freezes(name):
+    model, inputs = tiny_model(name), tiny_inputs(name)
+    with patch_model(model, MilestoneSchedule({5: 2})) as handle:
+        encoder, decoder = (stack.path for stack in handle.layout.stacks)
+        model(**inputs)  # the right order is fine
+    handle = patch_model(model, MilestoneSchedule({5: 2}), blocks=[decoder, encoder])
+    pattern = rf"whose gradient freezing block 0 would cut off.*blocks=\['{encoder}', '{decoder}'\]"
+    with pytest.raises(UnsupportedModelError, match=pattern) as caught:
+        model(**inputs)
+    assert "\n" not in str(caught.value)
+    handle.unpatch()
+    assert not any(m._forward_pre_hooks or m._forward_hooks for m in model.modules())
+
+
+@pytest.mark.parametrize("order", ["late norm", "early out"])
+def test_a_norm_that_is_taken_for_head_is_named_and_the_cure_works(order, families):
+    model = _Homemade(order=order)
+    cures = []
+    while len(cures) < 3:
+        handle = patch_model(model, MilestoneSchedule({5: 2}))
+        try:
+            model(IDS)
+            break
+        except UnsupportedModelError as error:
+            cures.append(re.search(r"register_family\(.*?\)", str(error)).group())
+        handle.unpatch()
+        eval(cures[-1], {"register_family": register_family})
+    assert len(cures) == 1 + (order == "early out")
+    assert families["homemade"].embeddings == r"norm\."
+    handle.unpatch()
+    handle = patch_model(model, MilestoneSchedule({0: 2}))
+    model(IDS).backward()
+    assert model.norm.weight.grad is None and model.layers[2][0].weight.grad is not None
+
+
+def test_what_is_taken_for_embeddings_but_runs_later_is_named(families):
+    model = _Homemade(order="early out")
+    register_family("homemade", embeddings=r"norm\.")
+    handle = patch_model(model, MilestoneSchedule({5: 2}))
+    pattern = r"out \(embeddings\) is computed from .*register_family\('homemade', head=r'out\\.'\)"
+    with pytest.raises(UnsupportedModelError, match=pattern):
+        model(IDS)
+    handle.unpatch()
+    register_family("homemade", head=r"out\.")
+    assert FAMILIES.get("homemade") is None and families["homemade"].embeddings == r"norm\."
+    handle = patch_model(model, MilestoneSchedule({0: 4}))
+    model(IDS).backward()
+    assert model.out.weight.grad is not None
+
+
+def test_blocks_that_run_in_a_loop_are_refused():
+    model = _Homemade()
+    patch_model(model, MilestoneSchedule({5: 2}))
+    model(IDS)
+    model = _Homemade()
+    model.passes = 2
+    patch_model(model, MilestoneSchedule({5: 2}))
+    with pytest.raises(UnsupportedModelError, match=r"layers.0 \(block 0\).*more than once"):
+        model(IDS)
+
+
+def test_the_proof_is_made_once_under_every_plan():
+    model, inputs = tiny_model(BERT), tiny_inputs(BERT)
+    handle = patch_model(model, MilestoneSchedule({2: 2}))
+    hooked = []
+    watched = model.bert.encoder.layer[0]
+    model.register_forward_pre_hook(lambda *_: hooked.append(len(watched._forward_pre_hooks)))
+    for _ in range(4):
+        gradients(model, inputs)
+        handle.advance()
+    assert hooked == [1, 0, 1, 0]
+    assert not watched._forward_pre_hooks
+
+
+def test_rules_of_a_family_are_checked():
+    with pytest.raises(ValueError, match="unknown rule 'tail'"):
+        register_family("homemade", tail="x")
+    with pytest.raises(ValueError, match="no regular expression"):
+        register_family("homemade", head="(")
+    assert "homemade" not in FAMILIES
+
+
+def test_a_forward_of_the_instance_runs_without_autograd_as_well():
+    # what accelerate does to the modules of a model that it spreads over devices
+    model, inputs = tiny_model(LLAMA), tiny_inputs(LLAMA)
+    for block in model.model.layers:
+        accelerate.hooks.add_hook_to_module(block, accelerate.hooks.AlignDevicesHook("cpu"))
+    handle = patch_model(model, MilestoneSchedule({0: 2}))
+    bias = nn.Parameter(torch.zeros(32))  # without truncation, the gradient would get here
+    model.model.layers[0].register_forward_pre_hook(lambda m, args: (args[0] + bias, *args[1:]))
+    found = gradients(model, inputs)
+    expected = frozen_by_hand(tiny_model(LLAMA), ABOVE_TWO, inputs)
+    assert found.keys() == expected.keys()
+    assert all(torch.equal(found[name], expected[name]) for name in expected)
+    assert bias.grad is None
+    handle.truncation_report().assert_truncated()
+    handle.unpatch()
+    assert len({type(block) for block in model.model.layers}) == 1
