@@ -32,7 +32,7 @@ from torch import nn
 from torch.utils import _pytree as pytree
 from transformers.models.auto import modeling_auto
 
-from progtuning_kernels import FreezePlan, UnsupportedModelError, patch_model
+from progtuning_kernels import FreezePlan, TruncationError, UnsupportedModelError, patch_model
 from progtuning_kernels.layout import EMBEDDINGS, Layout, find_layout, parameter_slots
 
 BATCH, TOKENS, VOCABULARY = 2, 8, 101
@@ -97,10 +97,10 @@ def _shrink(config: Any) -> Any:
             continue
         if hasattr(value, "to_dict"):
             settings[name] = _shrink(value).to_dict()
-        elif isinstance(value, float) and "drop" in name:
+        elif name == "image_size" and isinstance(value, list | tuple):
+            settings[name] = [32, 32]
+        elif isinstance(value, float) and ("drop" in name or name.endswith("_prob")):
             settings[name] = 0.0
-        elif name == "apply_spec_augment":
-            settings[name] = False
         elif isinstance(value, int) and not isinstance(value, bool) and value > 0:
             if name in TOKEN_IDS:
                 settings[name] = min(value, 3)
@@ -201,7 +201,14 @@ def _prove(build: Any, config: Any) -> dict[str, Any]:
 
     layout = find_layout(model())
     inputs = _inputs(model(), config)
-    if not _gradients(model(), inputs):
+    try:
+        gradients = _gradients(model(), inputs)
+    except Exception:
+        if {"input_ids", "pixel_values"} - inputs.keys():
+            raise
+        del inputs["pixel_values"]  # it wants image tokens in the text, or patches: text alone
+        gradients = _gradients(model(), inputs)
+    if not gradients:
         raise RuntimeError("the model returns nothing that can be trained")
     proved, bit_equal = 0, True
     for boundary in range(1, layout.num_blocks + 1):
@@ -217,11 +224,15 @@ def _prove(build: Any, config: Any) -> dict[str, Any]:
         found = _gradients(patched, inputs)
         if found.keys() != expected.keys():
             names = sorted(found.keys() ^ expected.keys())
-            raise AssertionError(f"boundary {boundary}: gradients of {names[:2]} in one of the two")
+            raise TruncationError(
+                f"boundary {boundary}: gradients of {names[:2]} in one of the two"
+            )
+        largest = max((float(g.abs().max()) for g in expected.values()), default=0.0)
         for name, gradient in expected.items():
-            scale = gradient.abs().max()
-            if (found[name] - gradient).abs().max() > 1e-4 * scale + 1e-9:
-                raise AssertionError(f"boundary {boundary}: gradient of {name} differs")
+            # a weight that a batch norm follows has a gradient of rounding errors only
+            tolerance = 1e-4 * gradient.abs().max() + 1e-6 * largest
+            if (found[name] - gradient).abs().max() > tolerance:
+                raise TruncationError(f"boundary {boundary}: gradient of {name} differs")
             bit_equal &= torch.equal(found[name], gradient)
         if expected:
             handle.truncation_report().assert_truncated()
@@ -255,7 +266,7 @@ def survey(model_type: str, class_name: str) -> dict[str, Any]:
             row |= {"status": "proved", **_prove(lambda: cls(small), small)}
     except UnsupportedModelError as error:
         row |= {"status": "refused at the first forward", "reason": _line(error)}
-    except AssertionError as error:
+    except TruncationError as error:
         row |= {"status": "wrong", "reason": _line(error)}
     except Exception as error:  # the shrunken config does not fit, or the input is another
         row |= {"reason": _line(error)}

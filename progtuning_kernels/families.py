@@ -15,11 +15,12 @@ class UnsupportedModelError(ValueError):
 class Family:
     """What structure alone gets wrong for one `config.model_type`.
 
-    The first four are regular expressions, searched in parameter names and in module paths that end
+    The first five are regular expressions, searched in parameter names and in module paths that end
     in a dot.
 
     Attributes:
         head: these are head although they are registered before the last block.
+        after: these run after the stack that they stand beside, though registered before it.
         embeddings: these are embeddings although they are registered after the first block.
         first_block: these run between block 0 and block 1, and belong to block 0.
         shared: every block of the stack that these stand in or beside uses them; they are trainable
@@ -29,6 +30,7 @@ class Family:
     """
 
     head: str | None = None
+    after: str | None = None
     embeddings: str | None = None
     first_block: str | None = None
     shared: str | None = None
@@ -38,22 +40,40 @@ class Family:
 
 _RELATIVE_BIAS = Family(shared=r"relative_attention_bias\.")
 _LATE_NORM = Family(embeddings=r"layernorm_embedding\.")
+_EARLY_NORM = Family(after=r"\.norm\.")
+_PER_LAYER = Family(embeddings=r"(^|\.)(ple|embed_tokens_per_layer|per_layer_\w+)\.")
+_AUDIO_PROMPTS = Family(embeddings=r"(^|\.)(audio_\w+|num_speakers|duration_delta)_(proj|embed)\.")
 _LOGIT_SCALE = Family(head=r"(^|\.)logit_(scale|bias)\b")
 _FOUR_LISTS = Family(blocks=("attentions",), beside=("layer_norm1", "ffns", "layer_norm2"))
 
 FAMILIES: dict[str, Family] = {
-    # OPTDecoder registers its final norm and output projection before `layers`.
-    "opt": Family(head=r"decoder\.(final_layer_norm|project_out)\."),
+    # The final norm, and OPT's output projection, are registered before `layers`.
+    "opt": Family(after=r"decoder\.(final_layer_norm|project_out)\."),
+    **dict.fromkeys(("t5gemma", "t5gemma2"), _EARLY_NORM),
+    "wav2vec2-conformer": Family(after=r"encoder\.layer_norm\."),
+    "qianfan_ocr_vision": Family(after=r"(^|\.)layernorm\."),
+    "jina_embeddings_v3": Family(after=r"(^|\.)pooler\."),
     # Relative positions that every block uses.
     "deberta": Family(shared=r"encoder\.rel_embeddings\."),
     "deberta-v2": Family(
         shared=r"encoder\.(rel_embeddings|LayerNorm)\.", first_block=r"encoder\.conv\."
     ),
+    "sew-d": Family(
+        shared=r"encoder\.(rel_embeddings|LayerNorm)\.", first_block=r"encoder\.conv\."
+    ),
+    "yolos": Family(shared=r"encoder\.(interpolation|mid_position_embeddings)"),
+    "cpmant": Family(
+        shared=r"(^|\.)position_bias\.", embeddings=r"(^|\.)(segment|input)_embedding\."
+    ),
     "mpnet": Family(shared=r"encoder\.relative_attention_bias\."),
     # Block 0 computes the bias that every block of its stack adds.
     **dict.fromkeys(("t5", "mt5", "longt5", "switch_transformers", "udop"), _RELATIVE_BIAS),
     # The norm over the embeddings is registered after `layers`.
-    **dict.fromkeys(("bart", "mbart", "plbart", "mvp", "bigbird_pegasus"), _LATE_NORM),
+    **dict.fromkeys(("bart", "mbart", "plbart", "mvp", "led", "blenderbot-small"), _LATE_NORM),
+    # So are tables of one vector a token and block.
+    **dict.fromkeys(("gemma4_text", "embedding_gemma2_text"), _PER_LAYER),
+    "git": Family(blocks=("encoder.layer",), embeddings=r"(^|\.)visual_projection\."),
+    **dict.fromkeys(("pocket_tts", "gradium_phonon_tts"), _AUDIO_PROMPTS),
     # The temperature of the contrastive loss stands beside the towers.
     **dict.fromkeys(("clip", "siglip", "siglip2", "chinese_clip", "altclip"), _LOGIT_SCALE),
     # No module holds a block: its parts stand in four lists.

@@ -263,12 +263,15 @@ def _outside_units(
         # what stands beside a base model is its head, in whatever order the two are registered
         # (XLM-RoBERTa's classifier comes first)
         base = inside.get(getattr(module, "base_model_prefix", None) or "", [])
-        is_whole = len(base) == len(stacks)
+        is_whole = len(base) == len(stacks) and _has_upstream(
+            module.get_submodule(module.base_model_prefix), base[0].path
+        )
         containers[prefix.removesuffix(".")] = head if is_whole else EMBEDDINGS
         last: Stack | None = stacks[-1] if is_whole else None  # the one registered last so far
         for name, child in module.named_children():
             path = prefix + name
             ruled = _ruled_unit(path + ".", families, head)
+            beside_stacks = [s for found in inside.values() for s in found]
             if path in by_path:
                 last = by_path[path]
             elif inside[name]:
@@ -277,7 +280,9 @@ def _outside_units(
             elif name in beside and last is not None and isinstance(child, nn.ModuleList):
                 outside.update({f"{path}.{i}": last.first + i for i in range(len(child))})
             elif any(f.shared and re.search(f.shared, path + ".") for f in families):
-                outside[path] = min(s.first for found in inside.values() for s in found)
+                outside[path] = min(s.first for s in beside_stacks)
+            elif any(f.after and re.search(f.after, path + ".") for f in families):
+                outside[path] = after(max(beside_stacks, key=lambda s: s.first))
             elif ruled is not None:
                 outside[path] = ruled
             else:
@@ -285,6 +290,19 @@ def _outside_units(
 
     visit(model, "")
     return outside, containers
+
+
+def _has_upstream(base: nn.Module, stack_path: str) -> bool:
+    """Whether anything in `base` is registered before the stack, as a base model's embeddings are.
+
+    Some models without a head call their bare encoder by the name of a base model.
+    """
+    for name, child in base.named_children():
+        if f".{name}." not in f".{stack_path}.":
+            return True
+        base = child
+        break
+    return _has_upstream(base, stack_path) if not isinstance(base, nn.ModuleList) else False
 
 
 def find_layout(model: nn.Module, blocks: str | Sequence[str] | None = None) -> Layout:

@@ -168,8 +168,8 @@ def _some(names: Sequence[str]) -> str:
 class _UnitClock:
     """Knows which unit a forward is in, from hooks that live for one forward.
 
-    What runs between two modules of the layout counts in the unit that ran last; after the last
-    module of the last block comes the head.
+    What runs between two modules of the layout counts in the unit that ran last, and in the head as
+    soon as the last stack, and every other that has begun, is through.
     """
 
     def __init__(self, model: nn.Module, layout: Layout, start: int) -> None:
@@ -178,6 +178,8 @@ class _UnitClock:
         self.unit = start
         self.marks: list[tuple[int, int]] = []  # (first autograd sequence number, unit)
         self.requiring_grad: dict[int, list[str]] = defaultdict(list)
+        self._unfinished: set[int] = set()  # first blocks of the stacks that have begun
+        self._through = False  # whether the last stack has ended
         self._mark(start)
 
     def _mark(self, unit: int) -> None:
@@ -194,13 +196,11 @@ class _UnitClock:
     def watch(self) -> Iterator[None]:
         """Hooks on every module of the layout."""
         handles = []
-        last = self._layout.module_paths(self._layout.head - 1)[-1]
         for unit in self._layout.units:
             for path in self._layout.module_paths(unit):
-                after = self._layout.head if path == last else unit
                 module = self._model.get_submodule(path)
                 handles.append(module.register_forward_pre_hook(self._entering(unit)))
-                handles.append(module.register_forward_hook(self._leaving(unit, after, path)))
+                handles.append(module.register_forward_hook(self._leaving(unit, path)))
                 for name, inner in module.named_modules(prefix=path):
                     if inner is not module and inner._forward_hooks:
                         handles.append(inner.register_forward_hook(self._noting(unit, name)))
@@ -211,11 +211,24 @@ class _UnitClock:
                 handle.remove()
 
     def _entering(self, unit: int) -> Callable[..., None]:
-        return lambda *_: self._mark(unit)
+        first = {stack.first for stack in self._layout.stacks} & {unit}
 
-    def _leaving(self, unit: int, after: int, path: str) -> Callable[..., None]:
+        def enter(*_: Any) -> None:
+            self._unfinished |= first
+            self._mark(unit)
+
+        return enter
+
+    def _leaving(self, unit: int, path: str) -> Callable[..., None]:
+        ended = [stack for stack in self._layout.stacks if stack.blocks[-1] == unit]
+        is_end = bool(ended) and path == self._layout.module_paths(unit)[-1]
+
         def leave(module: nn.Module, args: Any, output: Any) -> None:
-            self._mark(after)
+            if is_end:
+                self._unfinished.discard(ended[0].first)
+                self._through |= unit == self._layout.head - 1
+            done = self._through and not self._unfinished
+            self._mark(self._layout.head if done else unit)
             self._note_output(unit, path, output)
 
         return leave
@@ -236,21 +249,30 @@ def _count_nodes(
     outputs: Any, clock: _UnitClock, units_by_parameter: Mapping[int, int]
 ) -> dict[int, int]:
     tensors = [t for t in pytree.tree_leaves(outputs) if isinstance(t, torch.Tensor)]
-    pending = [(t.grad_fn, EMBEDDINGS) for t in tensors if t.grad_fn is not None]
-    seen = {node for node, _ in pending}
-    nodes: dict[int, int] = defaultdict(int)
+    pending = [t.grad_fn for t in tensors if t.grad_fn is not None]
+    found = set(pending)
+    users: dict[Any, Any] = {}  # a node that goes on from each one
     while pending:
-        node, user = pending.pop()
-        leaf = getattr(node, "variable", None)
-        if leaf is None:
-            unit = clock.unit_at(node._sequence_nr())
-        else:  # a leaf that is no parameter of the model counts where it is used
-            unit = units_by_parameter.get(id(leaf), user)
-        nodes[unit] += 1
+        node = pending.pop()
         for following, _ in node.next_functions:
-            if following is not None and following not in seen:
-                seen.add(following)
-                pending.append((following, unit))
+            if following is not None and following not in found:
+                found.add(following)
+                users[following] = node
+                pending.append(following)
+    units: dict[Any, int] = {}
+    leaves = [node for node in found if hasattr(node, "variable")]
+    # numbers grow along the forward: what a node reads has its unit before the node has
+    for node in sorted(found.difference(leaves), key=lambda node: node._sequence_nr()):
+        # nothing runs earlier than what it reads: a decoder's code transposes the encoder's output
+        # between its own embeddings and its first block
+        read = (units[following] for following, _ in node.next_functions if following in units)
+        units[node] = max(clock.unit_at(node._sequence_nr()), *read, EMBEDDINGS)
+    for leaf in leaves:  # one that is no parameter of the model counts where it is used
+        own = units_by_parameter.get(id(leaf.variable))
+        units[leaf] = units.get(users.get(leaf), EMBEDDINGS) if own is None else own
+    nodes: dict[int, int] = defaultdict(int)
+    for unit in units.values():
+        nodes[unit] += 1
     return nodes
 
 

@@ -102,10 +102,18 @@ def test_full_and_progressive_start_alike_and_differ_after_the_first_stage(call,
     assert losses[0][-1] != losses[1][-1]
 
 
-def test_lora_trains_adapters_and_saves_them_and_a_merged_model(call, tmp_path):
-    main(call("--method", "lora", "--max-steps", 6))
+@pytest.mark.parametrize("method", ["lora", "progressive-lora"])
+def test_lora_trains_adapters_and_saves_them_and_a_merged_model(call, tmp_path, method):
+    main(call("--method", method, "--max-steps", 6, "--stages", 2))
     run = _metrics(tmp_path / "run")
     assert run["model"]["active_params"] < 0.5 * run["model"]["num_params"]
+    active, state = ([s[k] for s in run["stages"]] for k in ("active_params", "state_bytes"))
+    if method == "progressive-lora":
+        assert [s["boundary"] for s in run["stages"]] == [0, 2]
+        assert active[0] > active[1] > 0 and state[0] > state[1] > 8 * active[1]
+        assert run["stages"][0]["saved_bytes"] > 1.5 * run["stages"][1]["saved_bytes"]
+    else:
+        assert active[0] == active[1] and state[0] == state[1]
     assert (tmp_path / "run" / "adapter" / "adapter_config.json").exists()
     assert not any("lora" in name for name in _weights(tmp_path / "run"))
 

@@ -46,7 +46,9 @@ def app() -> None:
 @click.option("--model", default="minilm", help=_MINILM)
 @click.option("--task", **_choice("classification", "causal-lm"), help="What to train for.")
 @click.option(
-    "--method", **_choice("progressive", "full", "lora"), help="Or what to compare it with."
+    "--method",
+    **_choice("progressive", "full", "lora", "progressive-lora"),
+    help="Or what to compare it with.",
 )
 @click.option("--stages", **_positive(3), help="Stages of the schedule.")
 @click.option(
@@ -62,8 +64,11 @@ def app() -> None:
     **_choice("frozen", "head_only"),
     help="What a weight shared by embeddings and LM head does once the embeddings are frozen.",
 )
-@click.option("--blocks", help="Path of the block list where it cannot be found.")
-@click.option("--lora-rank", **_positive(8), help="Rank of --method lora.")
+@click.option(
+    "--blocks",
+    help="Path of the block list where it cannot be found; several with commas, in order.",
+)
+@click.option("--lora-rank", **_positive(8), help="Rank of LoRA adapters.")
 @click.option("--text-column", help="Found if named text, text_a, sentence, sentence1, ...")
 @click.option("--pair-column", help="Second text of a pair; found if named text_b, ...")
 @click.option("--label-column", help="Found if named label or labels.")
@@ -117,11 +122,20 @@ def train(dry_run: bool, **options: Any) -> None:
     default="docstrings",
     help='"docstrings" of the installed packages, or a hub data set "owner/name:config".',
 )
-@click.option("--seeds", **_positive(1), help="Repeat both methods with so many seeds.")
+@click.option(
+    "--method",
+    "methods",
+    multiple=True,
+    type=click.Choice(["full", "progressive", "lora", "progressive-lora"]),
+    default=["full", "progressive"],
+    help="What to compare; once for every method.",
+)
+@click.option("--seeds", **_positive(1), help="Repeat every method with so many seeds.")
 @click.option("--stages", **_positive(3), help="Stages of the schedule.")
 @click.option("--epochs", **_positive(3))
 @click.option("--batch-size", **_positive(32))
 @click.option("--lr", **_not_negative(1e-4), help="Peak learning rate.")
+@click.option("--lora-lr", **_not_negative(1e-3), help="The same for the LoRA methods.")
 @click.option("--train-rows", **_positive(2400), help="Training rows at most.")
 @click.option("--validation-rows", **_positive(800), help="Validation rows at most.")
 @click.option("--device", default="auto", help="auto, cpu, cuda, ...")
@@ -129,7 +143,7 @@ def train(dry_run: bool, **options: Any) -> None:
     "--output", type=_PATH, default=Path("runs/demo"), help="Emptied; gets runs and report."
 )
 def demo(**options: Any) -> None:
-    """Fine-tune a pretrained model twice, fully and progressively, and compare."""
+    """Fine-tune a pretrained model with several methods, and compare."""
     from . import demo as command
 
     command.run(**options)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -13,7 +14,7 @@ from .engine import Run
 from .errors import as_user_error
 from .output import DEMO_FILES, empty_folder
 from .progress import TrainProgress
-from .settings import TrainSettings
+from .settings import Method, TrainSettings
 from .train import load_data
 
 
@@ -21,23 +22,26 @@ def run(
     *,
     model: str,
     dataset: str,
+    methods: Sequence[Method],
     seeds: int,
     stages: int,
     epochs: int,
     batch_size: int,
     lr: float,
+    lora_lr: float,
     train_rows: int,
     validation_rows: int,
     device: str,
     output: Path,
 ) -> None:
-    """Train with both methods and every seed, then compare.
+    """Train with every method and seed, then compare.
 
-    Both methods see the same rows in the same order, the same initial head and the same learning
-    rates; the full run uses torch's fused AdamW and nothing of this library.
+    All methods see the same rows in the same order and the same initial head; learning rates are
+    the same but for LoRA, which needs larger ones. `full` and `lora` use torch's fused AdamW and
+    nothing of this library.
     """
     console = Console()
-    console.print(f"Fine-tuning {model} on {dataset}, fully and progressively ({stages} stages).")
+    console.print(f"Fine-tuning {model} on {dataset}: {', '.join(methods)} ({stages} stages).")
     missing = _backend.native_reason(torch.device("cpu"))
     if missing is not None:
         console.print(f"Without the native extension ({missing}): slower.", soft_wrap=True)
@@ -45,7 +49,7 @@ def run(
     folders = []
     data: TextData | None = None  # the same for every run
     for seed in range(seeds):
-        for method in ("full", "progressive"):
+        for method in methods:
             folder = output / f"{method}-seed{seed}"
             settings = TrainSettings(
                 model=model,
@@ -55,7 +59,7 @@ def run(
                 epochs=epochs,
                 batch_size=batch_size,
                 max_length=64,
-                lr=lr,
+                lr=lora_lr if "lora" in method else lr,
                 seed=seed,
                 max_train_rows=train_rows,
                 max_validation_rows=validation_rows,
@@ -71,7 +75,7 @@ def run(
     console.print()
     with as_user_error():
         runs = [report.load_run(folder) for folder in folders]
-        console.print(report.stage_table(runs[:2]))
+        console.print(report.stage_table(runs[: len(methods)]))
         console.print(report.comparison_table(runs))
         paths = report.write_report(runs, output / "report")
     console.print(f"report: {paths.html}", soft_wrap=True)

@@ -99,21 +99,22 @@ class Run:
         self.total_steps = s.max_steps or s.epochs * self.order.steps_per_epoch
         with as_user_error():
             self.schedule = ProgressiveSchedule(s.stages, self.total_steps, embeddings=s.embeddings)
-            self.layout: Layout = find_layout(base, s.blocks)
+            self.layout: Layout = find_layout(base, s.block_lists)
             self.schedule.plan(0, self.layout.num_blocks)
         self.num_params = sum(p.numel() for p in base.parameters())
         self._use_cache = getattr(base.config, "use_cache", None)
         if self._use_cache:
             base.config.use_cache = False  # keys and values of every block would stay in the output
         base.to(self.device).train()
-        if s.method == "progressive":
-            self.trained = methods.progressive(base, s, self.schedule)
-        elif s.method == "lora":
-            self.trained = methods.plain(models.wrap_lora(base, s.task, s.lora_rank), s, base)
+        model = base
+        if s.uses_lora:
+            model = models.wrap_lora(base, s.task, s.lora_rank)
             paths = [f"base_model.model.{stack.path}" for stack in self.layout.stacks]
-            self.layout = find_layout(self.trained.model, paths)
+            self.layout = find_layout(model, paths)
+        if s.method in ("progressive", "progressive-lora"):
+            self.trained = methods.progressive(model, s, self.schedule, self.layout, base)
         else:
-            self.trained = methods.plain(base, s, base)
+            self.trained = methods.plain(model, s, base)
         self.initial_active_params = self.trained.active_params()
         from transformers import get_linear_schedule_with_warmup
 
@@ -398,7 +399,7 @@ class Run:
         if self.trained.handle is not None:
             self.trained.handle.unpatch()
         model, output = self.trained.base, self.settings.output
-        if self.settings.method == "lora":
+        if self.settings.uses_lora:
             self.trained.model.save_pretrained(output / "adapter")
             model = self.trained.model.merge_and_unload()
         if self._use_cache:

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
+from ..layout import Layout
 from ..optim import MaskedAdamW
 from ..patch import PatchHandle, decay_groups, patch_model
 from ..schedules import FreezePlan, ProgressiveSchedule
@@ -51,10 +52,20 @@ class Trained:
         return getattr(self.optimizer, "skipped_steps", 0)
 
 
-def progressive(model: nn.Module, s: TrainSettings, schedule: ProgressiveSchedule) -> Trained:
+def progressive(
+    model: nn.Module,
+    s: TrainSettings,
+    schedule: ProgressiveSchedule,
+    layout: Layout,
+    base: nn.Module,
+) -> Trained:
     with as_user_error():
         handle = patch_model(
-            model, schedule, frozen_mode=s.frozen_mode, tied=s.tied, blocks=s.blocks
+            model,
+            schedule,
+            frozen_mode=s.frozen_mode,
+            tied=s.tied,
+            blocks=[stack.path for stack in layout.stacks],
         )
         optimizer = MaskedAdamW(
             handle.param_groups(weight_decay=s.weight_decay),
@@ -66,7 +77,7 @@ def progressive(model: nn.Module, s: TrainSettings, schedule: ProgressiveSchedul
         optimizer.step()
         optimizer.zero_grad()
 
-    return Trained(model, optimizer, update, handle, model)
+    return Trained(model, optimizer, update, handle, base)
 
 
 def plain(model: nn.Module, s: TrainSettings, base: nn.Module) -> Trained:

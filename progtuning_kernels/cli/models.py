@@ -94,7 +94,7 @@ def wrap_lora(model: nn.Module, task: Task, rank: int) -> nn.Module:
     try:
         from peft import LoraConfig, TaskType, get_peft_model
     except ImportError:
-        raise UserError('method "lora" needs: pip install "progtuning_kernels[peft]"') from None
+        raise UserError('LoRA needs: pip install "progtuning_kernels[peft]"') from None
     kind = TaskType.CAUSAL_LM if task == "causal-lm" else TaskType.SEQ_CLS
     config = LoraConfig(
         task_type=kind,

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 Task = Literal["classification", "causal-lm"]
-Method = Literal["full", "progressive", "lora"]
+Method = Literal["full", "progressive", "lora", "progressive-lora"]
 Precision = Literal["auto", "fp32", "bf16"]
 
 # Options that may differ between a checkpoint and the call that resumes it.
@@ -61,6 +61,15 @@ class TrainSettings:
     keep_checkpoints: int = 2
     resume: bool = False
     overwrite: bool = False
+
+    @property
+    def block_lists(self) -> list[str] | None:
+        """Paths of the block lists; None where they are to be found."""
+        return None if self.blocks is None else self.blocks.split(",")
+
+    @property
+    def uses_lora(self) -> bool:
+        return self.method in ("lora", "progressive-lora")
 
     def flat(self) -> dict[str, Any]:
         """Plain values for metrics.json."""

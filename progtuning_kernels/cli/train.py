@@ -74,7 +74,7 @@ def plan_table(s: TrainSettings, data: TextData) -> Table:
     with as_user_error():
         schedule = ProgressiveSchedule(s.stages, total_steps, embeddings=s.embeddings)
         used = MilestoneSchedule({}, embeddings="always") if s.method == "full" else schedule
-        handle = patch_model(model, used, tied=s.tied, blocks=s.blocks)
+        handle = patch_model(model, used, tied=s.tied, blocks=s.block_lists)
     table = Table(title=f"{s.method}, {total_steps:,} steps, {handle.num_blocks} blocks")
     columns = ("stage", "steps", "trains", "active params (M)", "step cost")
     for i, name in enumerate(columns):
@@ -112,7 +112,7 @@ def run(options: Mapping[str, Any], *, dry_run: bool) -> None:
     s = TrainSettings(**options)
     console = Console()
     if dry_run:
-        if s.method == "lora":
+        if s.uses_lora:
             raise UserError("--dry-run plans full and progressive")
         console.print(plan_table(s, load_data(s)))
         return
