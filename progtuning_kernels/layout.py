@@ -149,6 +149,8 @@ def _outermost_lists(model: nn.Module) -> dict[str, nn.ModuleList]:
             continue
         if any(path.startswith(outer + ".") for outer in found):
             continue  # experts or branches inside a block
+        if any(isinstance(item, nn.ModuleList) for item in module):
+            continue  # a list of lists: no item has a forward of its own
         if all(next(item.parameters(), None) is not None for item in module):
             found[path] = module
     return found
@@ -181,9 +183,9 @@ def _choose_stacks(model: nn.Module, families: Sequence[Family]) -> list[str]:
         fitting = [p for p in (marked or lists) if len(lists[p]) == depth]
         if len(fitting) == 1 or (fitting and marked):
             return _in_order(fitting)
-        if not fitting and not marked:
-            path, modules = max(lists.items(), key=lambda entry: len(entry[1]))
-            if depth % len(modules) == 0:
+        if not fitting and len(lists) == 1:
+            ((path, modules),) = lists.items()
+            if not marked and depth % len(modules) == 0:
                 raise UnsupportedModelError(
                     f"{name}: its blocks share weights ({path} holds {len(modules)} "
                     f"module(s) for {depth} layers), so they cannot be frozen one by one"
@@ -215,6 +217,8 @@ def _blocks_at(model: nn.Module, path: str) -> list[str]:
         raise UnsupportedModelError(f"{type(model).__name__} has no module at {path!r}") from None
     if not isinstance(blocks, nn.ModuleList | nn.Sequential) or not len(blocks):
         raise UnsupportedModelError(f"{path!r} is a {type(blocks).__name__}, not a list of blocks")
+    if any(isinstance(block, nn.ModuleList | nn.ModuleDict) for block in blocks):
+        raise UnsupportedModelError(f"{path!r} is a list of lists, which have no forward")
     return [f"{path}.{i}" for i in range(len(blocks))]
 
 

@@ -48,6 +48,7 @@ def _weights(folder: Path) -> dict[str, torch.Tensor]:
 
 
 def _one_line_error(capsys, arguments: list[str]) -> str:
+    capsys.readouterr()  # what the test itself has printed
     with pytest.raises(SystemExit) as exit_:
         main(arguments)
     assert exit_.value.code == 2
@@ -377,11 +378,15 @@ def test_models_that_cannot_be_cut_get_one_line(call, capsys, tmp_path, word_tok
     transformers.AlbertModel(config).save_pretrained(tmp_path / "albert")
     word_tokenizer.save_pretrained(tmp_path / "albert")
     assert "share weights" in _one_line_error(capsys, call("--model", tmp_path / "albert"))
-    sizes = dict(d_model=16, d_kv=8, d_ff=16, num_layers=2, num_heads=2, vocab_size=97)
-    transformers.T5Model(transformers.T5Config(**sizes)).save_pretrained(tmp_path / "t5")
-    word_tokenizer.save_pretrained(tmp_path / "t5")
+    sizes = dict(d_model=16, d_head=8, d_inner=16, n_head=2, vocab_size=97)
+    config = transformers.FunnelConfig(block_sizes=[2, 2], num_decoder_layers=1, **sizes)
+    transformers.FunnelBaseModel(config).save_pretrained(tmp_path / "funnel")
+    word_tokenizer.save_pretrained(tmp_path / "funnel")
     assert "cannot tell which list holds the blocks" in _one_line_error(
-        capsys, call("--model", tmp_path / "t5")
+        capsys, call("--model", tmp_path / "funnel")
+    )
+    assert "'funnel.encoder.blocks' is a list of lists" in _one_line_error(
+        capsys, call("--model", tmp_path / "funnel", "--blocks", "funnel.encoder.blocks")
     )
     config = transformers.ResNetConfig(embedding_size=8, hidden_sizes=[8, 8], depths=[1, 1])
     transformers.ResNetModel(config).save_pretrained(tmp_path / "resnet")
