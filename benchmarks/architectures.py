@@ -33,6 +33,7 @@ from torch.utils import _pytree as pytree
 from transformers.models.auto import modeling_auto
 
 from progtuning_kernels import FreezePlan, TruncationError, UnsupportedModelError, patch_model
+from progtuning_kernels.cli.provenance import provenance
 from progtuning_kernels.layout import EMBEDDINGS, Layout, find_layout, parameter_slots
 
 BATCH, TOKENS, VOCABULARY = 2, 8, 101
@@ -42,14 +43,25 @@ SMALL: list[tuple[tuple[str, ...], int]] = [
     (("vocab_size",), VOCABULARY),
     (("num_key_value_heads", "num_kv_heads"), 2),
     (("num_attention_heads", "attention_heads", "num_heads", "n_head", "n_heads"), 4),
-    (("head_dim", "d_kv", "qk_nope_head_dim", "qk_rope_head_dim", "v_head_dim"), 8),
+    (("rotary_dim", "head_dim", "d_kv", "qk_nope_head_dim", "qk_rope_head_dim", "v_head_dim"), 8),
     (("q_lora_rank", "kv_lora_rank", "embedding_size", "word_embed_proj_dim"), 16),
-    (("num_experts_per_tok", "top_k", "n_group", "topk_group", "moe_topk"), 1),
+    (("num_experts_per_tok", "top_k", "moe_k", "n_group", "topk_group", "moe_topk"), 1),
     (("num_experts", "n_routed_experts", "num_local_experts"), 4),
     (("num_hidden_layers", "num_layers", "n_layer", "n_layers", "num_decoder_layers"), 4),
     (("encoder_layers", "decoder_layers"), 2),
     (("intermediate_size", "ffn_dim", "d_ff", "n_inner", "hidden_dim", "ffn_hidden_size"), 48),
-    (("hidden_size", "d_model", "n_embd", "dim", "embed_dim", "projection_dim"), 32),
+    (
+        (
+            "hidden_size",
+            "true_hidden_size",
+            "d_model",
+            "n_embd",
+            "dim",
+            "embed_dim",
+            "projection_dim",
+        ),
+        32,
+    ),
     (("max_position_embeddings", "n_positions", "max_source_positions"), 64),
     (("max_target_positions",), 64),
     (("image_size",), 32),
@@ -97,8 +109,8 @@ def _shrink(config: Any) -> Any:
             continue
         if hasattr(value, "to_dict"):
             settings[name] = _shrink(value).to_dict()
-        elif name == "image_size" and isinstance(value, list | tuple):
-            settings[name] = [32, 32]
+        elif name in ("image_size", "patch_size") and isinstance(value, list | tuple):
+            settings[name] = [32 if name == "image_size" else 8] * len(value)
         elif isinstance(value, float) and ("drop" in name or name.endswith("_prob")):
             settings[name] = 0.0
         elif isinstance(value, int) and not isinstance(value, bool) and value > 0:
@@ -111,10 +123,17 @@ def _shrink(config: Any) -> Any:
                     if "layers" in name and "encoder" in name or name == "decoder_layers":
                         depth = 2
                     break
+    if getattr(config, "kv_lora_rank", None):  # latent attention has as many of both
+        settings["num_key_value_heads"] = settings["num_attention_heads"]
     for name, value in vars(config).items():
         if name in ("layer_types", "mlp_layer_types", "layers_block_type") and value:
             settings[name] = list(value)[:depth]
     return type(config)(**settings)
+
+
+def _image_size(config: Any) -> tuple[int, int]:
+    size = getattr(config, "image_size", 32)
+    return tuple(size[-2:]) if isinstance(size, list | tuple) else (size, size)
 
 
 def _inputs(model: nn.Module, config: Any) -> dict[str, torch.Tensor]:
@@ -127,11 +146,10 @@ def _inputs(model: nn.Module, config: Any) -> dict[str, torch.Tensor]:
         if "attention_mask" not in parameters:
             del inputs["attention_mask"]
         if "pixel_values" in parameters and hasattr(config, "vision_config"):
-            size = getattr(config.vision_config, "image_size", 32)
-            inputs["pixel_values"] = torch.randn(BATCH, 3, size, size, generator=generator)
+            height, width = _image_size(config.vision_config)
+            inputs["pixel_values"] = torch.randn(BATCH, 3, height, width, generator=generator)
     elif name == "pixel_values":
-        size, channels = getattr(config, "image_size", 32), getattr(config, "num_channels", 3)
-        height, width = size if isinstance(size, list | tuple) else (size, size)
+        (height, width), channels = _image_size(config), getattr(config, "num_channels", 3)
         inputs = {name: torch.randn(BATCH, channels, height, width, generator=generator)}
     elif name == "input_values":
         inputs = {name: torch.randn(BATCH, 16000, generator=generator)}
@@ -290,8 +308,8 @@ def main() -> None:
     counts = Counter(row["status"] for row in rows.values())
     print(", ".join(f"{count} {status}" for status, count in counts.most_common()))
     if args.output:
-        content = {"transformers": transformers.__version__, "torch": torch.__version__}
-        args.output.write_text(json.dumps(content | {"architectures": rows}, indent=1) + "\n")
+        content = {"meta": provenance(torch.device("cpu")), "architectures": rows}
+        args.output.write_text(json.dumps(content, indent=1) + "\n")
 
 
 if __name__ == "__main__":
