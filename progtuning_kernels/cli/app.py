@@ -135,7 +135,7 @@ def train(dry_run: bool, **options: Any) -> None:
 @click.option("--epochs", **_positive(3))
 @click.option("--batch-size", **_positive(32))
 @click.option("--lr", **_not_negative(1e-4), help="Peak learning rate.")
-@click.option("--lora-lr", **_not_negative(1e-3), help="The same for the LoRA methods.")
+@click.option("--lora-lr", **_not_negative(2e-3), help="The same for the LoRA methods.")
 @click.option("--train-rows", **_positive(2400), help="Training rows at most.")
 @click.option("--validation-rows", **_positive(800), help="Validation rows at most.")
 @click.option("--device", default="auto", help="auto, cpu, cuda, ...")
