@@ -5,7 +5,7 @@ meta device) and handed to discovery. Then a shrunken config of it is tried: whe
 on random input, its gradients at every boundary are compared with those of plain freezing, and the
 truncation is asserted. No model of a hub is needed.
 
-    python benchmarks/architectures.py --output benchmarks/results/architectures.json
+    python benchmarks/architectures.py --output benchmarks/results/<device>/architectures.json
 """
 
 from __future__ import annotations
@@ -289,6 +289,30 @@ def survey(model_type: str, class_name: str) -> dict[str, Any]:
     except Exception as error:  # the shrunken config does not fit, or the input is another
         row |= {"reason": _line(error)}
     return row
+
+
+def summary(content: dict[str, Any]) -> str:
+    """A stored survey in a few sentences, for the README."""
+    rows = list(content["architectures"].values())
+    counts = Counter(row["status"] for row in rows)
+    late = counts["refused at the first forward"]
+    cut = counts["cut"] + counts["proved"] + late
+    built = cut + counts["refused"] + counts["wrong"]
+    stacks = Counter(min(len(row["stacks"]), 3) for row in rows if "stacks" in row)
+    proved = [row for row in rows if row["status"] == "proved"]
+    rounded = sum(not row["bit_equal"] for row in proved)
+    boundaries = sum(row["boundaries"] for row in proved)
+    version = content["meta"]["versions"]["transformers"]
+    return (
+        f"Of the {built} architectures that transformers {version} builds from its default "
+        f"configs, {cut} are cut into units ({stacks[1]} have one stack, {stacks[2]} two, "
+        f"{stacks[3]} more) and {counts['refused']} are refused with a reason. {len(proved)} of "
+        f"them also ran, shrunken, on random input: at all {boundaries:,} boundaries the gradients "
+        f"were those of plain freezing ({rounded} to rounding, the others to the bit) and nothing "
+        f"was left below; {counts['wrong']} were wrong, {late} refused by the first forward. The "
+        "rest did not run on a blindly shrunken config; for them your first forward decides. "
+        "(`benchmarks/architectures.py`)"
+    )
 
 
 def main() -> None:

@@ -2,19 +2,29 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import re
 from pathlib import Path
 from types import SimpleNamespace
 
+import peft
 import torch
 import transformers
+from family_table import family_table
 from tiny_models import tiny_inputs, tiny_model
 
-from progtuning_kernels import report
+from progtuning_kernels import (
+    MilestoneSchedule,
+    ProgressiveSchedule,
+    patch_model,
+    register_family,
+    report,
+)
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
+RESULTS = ROOT / "benchmarks" / "results"
 STORED = sorted((ROOT / "benchmarks" / "results").glob("*/demo/*.json"))
 
 
@@ -24,7 +34,7 @@ def _python(heading: str) -> list[str]:
 
 
 def test_before_and_after_run_and_train(tmp_path):
-    before, after, trainer = _python("Before and after")
+    before, after, trainer, adapters = _python("Before and after")
     loader = [tiny_inputs("bert-sequence", seed=seed) for seed in range(6)]
     weights = []
     for code in (before, after):
@@ -45,10 +55,23 @@ def test_before_and_after_run_and_train(tmp_path):
     names = {"Trainer": transformers.Trainer, "model": tiny_model("bert-sequence"), "args": args}
     exec(compile(code, "README.md", "exec"), names | {"rows": rows})
 
+    names |= vars(peft) | {"model": tiny_model("bert-sequence"), "loader": loader}
+    names |= {"patch_model": patch_model, "ProgressiveSchedule": ProgressiveSchedule}
+    exec(compile(adapters, "README.md", "exec"), names)
+    assert names["handle"].boundary == 0 and ".lora_" in str([*names["model"].state_dict()])
+
+
+def test_families_snippet_runs(monkeypatch):
+    monkeypatch.setattr("progtuning_kernels.families.FAMILIES", table := {})
+    (code,) = _python("Families")
+    names = {"register_family": register_family, "patch_model": patch_model}
+    names |= {"model": tiny_model("bart-seq2seq-lm").model, "schedule": ProgressiveSchedule(2, 4)}
+    exec(compile(code, "README.md", "exec"), names)
+    assert names["handle"].num_blocks == 4
+    assert table["my_model"].embeddings == r"encoder\.late_norm\."
+
 
 def test_truncation_snippet_runs():
-    from progtuning_kernels import MilestoneSchedule, patch_model
-
     model = tiny_model("bert-sequence")
     handle = patch_model(model, MilestoneSchedule({0: 2}))
     model(**tiny_inputs("bert-sequence"))
@@ -61,6 +84,24 @@ def test_optimizer_table_is_that_of_the_stored_results():
     for result in json.loads(stored.read_text())["results"]:
         times = [f"{result[name]['step_ms']:.1f} ms" for name in ("torch", "progtuning")]
         assert f"| {times[0]} | {times[1]} | {result['ratio']:.2f} |" in README
+
+
+def _between(name: str) -> str:
+    return README.split(f"<!-- {name}:begin -->\n")[1].split(f"\n<!-- {name}:end -->")[0]
+
+
+def test_table_of_families_is_that_of_the_tests():
+    assert _between("families") == family_table()
+
+
+def test_survey_of_architectures_is_the_stored_one():
+    spec = importlib.util.spec_from_file_location(
+        "architectures", ROOT / "benchmarks" / "architectures.py"
+    )
+    spec.loader.exec_module(architectures := importlib.util.module_from_spec(spec))
+    (stored,) = RESULTS.glob("*/architectures.json")
+    stored = json.loads(stored.read_text())
+    assert " ".join(_between("architectures").split()) == architectures.summary(stored)
 
 
 def test_table_is_that_of_the_stored_results():
