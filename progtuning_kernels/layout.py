@@ -16,6 +16,7 @@ import re
 from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from types import MappingProxyType
 
 from torch import nn
@@ -112,14 +113,9 @@ class Layout:
             return tuple(self._nearest_stack(name).blocks)
         return (self.unit_of(name),)
 
-    @property
+    @cached_property
     def _unit_of_path(self) -> dict[str, int]:
-        # computed once; a frozen dataclass lets its __dict__ be written to, but not its attributes
-        cache = self.__dict__.get("_paths")
-        if cache is None:
-            cache = {path: i for i, path in enumerate(self.block_paths)} | dict(self.outside)
-            self.__dict__["_paths"] = cache
-        return cache
+        return {path: i for i, path in enumerate(self.block_paths)} | dict(self.outside)
 
     def _nearest_stack(self, name: str) -> Stack:
         def shared_parts(stack: Stack) -> int:

@@ -9,21 +9,20 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
-from typing import Any, Literal, get_args
+from typing import Any, get_args
 
 import torch
 from torch import nn
 
 from . import freeze_events
-from .adapters import FrozenColumns, check_adapters, rank_allocation_end
+from .active_set import ActiveSet, TiedPolicy
+from .adapters import check_adapters, rank_allocation_end
 from .boundary import Boundary, FrozenMode
 from .checkpointing import drop_input_grads, make_nonreentrant
 from .gradient_paths import GradientPaths
-from .layout import EMBEDDINGS, Layout, ParameterSlot, find_layout, parameter_slots
+from .layout import EMBEDDINGS, Layout, find_layout, parameter_slots
 from .schedules import FreezePlan, Schedule
 from .truncation import TruncationReport, UnitReport, measure_forward
-
-TiedPolicy = Literal["frozen", "head_only"]
 
 _HANDLE = "_progtuning_handle"
 
@@ -85,13 +84,9 @@ class PatchHandle:
         self.layout = layout
         self.step = 0
         self.boundary = 0
-        self._tied = tied
+        self._active = ActiveSet(model, layout, tied)
         self._boundary = Boundary(model, layout, frozen_mode)
-        self._slots: list[ParameterSlot] = []
-        self._flags: list[bool] = []
-        self._user_trainable: dict[str, bool] = {}
         self._listeners: list[Callable[[PatchHandle], None]] = []
-        self._frozen_columns: list[FrozenColumns] = []
         self._proved = False  # that nothing is cut off, by a forward under the plan in force
         # what was changed for checkpointing, to be put back: see checkpointing.py
         self._embeddings_frozen = False
@@ -102,10 +97,9 @@ class PatchHandle:
         self.plan = schedule.plan(0, layout.num_blocks)
         check_adapters(model, layout)
         self._allocation_end = rank_allocation_end(model)
-        self._scan()
         for step, plan in self._plans_to_check():
             self._check_plan(step, plan)
-        self.device_type = next(slot.parameter.device.type for slot in self._slots)
+        self.device_type = self._active.device_type
         self._hook = model.register_forward_pre_hook(_before_forward, with_kwargs=True)
         model.__dict__[_HANDLE] = self
         try:
@@ -142,14 +136,12 @@ class PatchHandle:
     @property
     def active_params(self) -> int:
         """Number of parameters that the next step updates."""
-        return sum(
-            self._active_size(s) for s, on in zip(self._slots, self._flags, strict=True) if on
-        )
+        return self._active.active_params(self.plan)
 
     @property
     def trainable_params(self) -> int:
         """Number of parameters that were trainable when the model was patched."""
-        return sum(s.parameter.numel() for s in self._slots if self._user_trainable[s.name])
+        return self._active.trainable_params
 
     def advance(self) -> bool:
         """Count one optimizer step; move to its successor's plan.
@@ -190,17 +182,7 @@ class PatchHandle:
         decay of the whole table move. A checkpoint written between `optimizer.step()` and
         `advance()` wants this call before it.
         """
-        for slot, on in zip(self._slots, self._flags, strict=True):
-            if on:
-                continue
-            parameter = slot.parameter
-            if parameter.requires_grad:
-                parameter.requires_grad_(False)
-            if parameter.grad is not None:
-                # a frozen tensor with a gradient would still be updated, and counted by clipping
-                parameter.grad = None
-        for columns in self._frozen_columns:
-            columns.put_back()
+        self._active.reassert()
 
     def on_change(self, listener: Callable[[PatchHandle], None]) -> None:
         """Call `listener(handle)` after every change of plan."""
@@ -248,10 +230,10 @@ class PatchHandle:
             unit = max(slot.home, self.boundary) if slot.sliced else slot.home
             params[unit] += slot.parameter.numel()
             if slot.parameter.requires_grad:
-                active[unit] += self._active_size(slot)
+                active[unit] += self._active.active_size(slot, self.plan)
                 names[unit].append(slot.name)
             if len(slot.units) > 1:
-                tied.append(self._explain_tied(slot))
+                tied.append(self._active.explain(slot, self.plan))
         return TruncationReport(
             units=tuple(
                 UnitReport(
@@ -295,11 +277,8 @@ class PatchHandle:
         """
         if handle_of(self.model) is not self:
             return
-        self._note_user_freezes()
         self._boundary.restore()
-        self.reassert()
-        for slot in self._slots:
-            slot.parameter.requires_grad_(self._user_trainable[slot.name])
+        self._active.restore()
         for module, function, replaced in self._reentrant:
             if module._gradient_checkpointing_func is replaced:
                 module._gradient_checkpointing_func = function
@@ -341,96 +320,25 @@ class PatchHandle:
         for step in sorted(steps):
             yield step, self.schedule.plan(step, self.num_blocks)
 
-    def _scan(self) -> None:
-        """List the parameters; one that appeared since the last plan keeps its own flag."""
-        self._slots = list(parameter_slots(self.model, self.layout))
-        for slot in self._slots:
-            self._user_trainable.setdefault(slot.name, slot.parameter.requires_grad)
-
-    def _trains(self, unit: int, plan: FreezePlan) -> bool:
-        if unit == EMBEDDINGS:
-            return plan.embeddings
-        return plan.head if unit == self.layout.head else plan.trainable[unit]
-
-    def _active_units(self, slot: ParameterSlot, plan: FreezePlan) -> tuple[int, ...]:
-        """Units in which the parameter is active under `plan`; () when it is frozen."""
-        if not self._user_trainable[slot.name]:
-            return ()
-        trained = tuple(unit for unit in slot.units if self._trains(unit, plan))
-        if trained == slot.units or slot.sliced:
-            return trained
-        return trained if self._tied == "head_only" and trained == (self.layout.head,) else ()
-
-    def _active_size(self, slot: ParameterSlot) -> int:
-        """Elements of an active parameter that really train under the plan in force."""
-        size = slot.parameter.numel()
-        if not slot.sliced:
-            return size
-        return size // len(slot.units) * len(self._active_units(slot, self.plan))
-
     def _check_plan(self, step: int, plan: FreezePlan) -> None:
-        active = [slot for slot in self._slots if self._active_units(slot, plan)]
-        if not active:
-            raise ValueError(
-                f"the plan with boundary {plan.boundary} of {self.num_blocks} blocks freezes "
-                "everything that was trainable when the model was patched"
-            )
+        self._active.check(plan)
         if self._allocation_end is None or step > self._allocation_end:
             return
-        names = {slot.name for slot in active}
-        for slot in self._slots:
-            if self._user_trainable[slot.name] and slot.name not in names:
-                raise ValueError(
-                    f"AdaLoRA moves ranks between all adapters up to step {self._allocation_end} "
-                    f"(total_step - tfinal), and step {step} freezes some: raise tfinal until that "
-                    "comes first, or use LoRA"
-                )
-
-    def _explain_tied(self, slot: ParameterSlot) -> str:
-        """What several units use, and what follows from it."""
-        label = self.layout.unit_label
-        if slot.sliced:
-            trained = len(self._active_units(slot, self.plan))
-            return (
-                f"tied: {slot.name} holds columns of {label(slot.units[0])} to "
-                f"{label(slot.units[-1])}; {trained} of {len(slot.units)} train, its state stays"
+        if any(self._active.frozen_by(plan)):
+            raise ValueError(
+                f"AdaLoRA moves ranks between all adapters up to step {self._allocation_end} "
+                f"(total_step - tfinal), and step {step} freezes some: raise tfinal until that "
+                "comes first, or use LoRA"
             )
-        if EMBEDDINGS in slot.units:
-            users = " and ".join(map(label, slot.units))
-            why = self._tied
-        else:
-            users = f"{label(slot.units[0])} to {label(slot.units[-1])}"
-            why = "trains only while all of them do"
-        state = "trains" if slot.parameter.requires_grad else "is frozen"
-        return f"tied: {slot.name} is used by {users}; it {state} ({why})"
-
-    def _note_user_freezes(self) -> None:
-        """What the plan had on and is off now, the user froze since; it stays frozen from here."""
-        # before the first plan there are no flags, and nothing to compare with
-        for slot, on in zip(self._slots, self._flags, strict=bool(self._flags)):
-            if on and not slot.parameter.requires_grad:
-                self._user_trainable[slot.name] = False
 
     def _apply(self) -> None:
-        self._note_user_freezes()
-        self._scan()
-        units = [self._active_units(slot, self.plan) for slot in self._slots]
-        active_units = {unit for used in units for unit in used}
-        self._flags = [bool(used) for used in units]
-        blocks = range(self.num_blocks)
-        self.boundary = 0
-        if EMBEDDINGS not in active_units:
-            self.boundary = next((i for i in blocks if i in active_units), self.num_blocks)
-        for slot, on in zip(self._slots, self._flags, strict=True):
-            slot.parameter.requires_grad_(on)
-        self.reassert()  # with the columns that were frozen before
-        self._frozen_columns = [
-            FrozenColumns.of(slot, [unit for unit in slot.units if unit not in used])
-            for slot, used in zip(self._slots, units, strict=True)
-            if slot.sliced and used and used != slot.units
-        ]
-        frozen = set(self.layout.units) - active_units
+        active = self._active.apply(self.plan)
+        frozen = set(self.layout.units) - active
         self._embeddings_frozen = EMBEDDINGS in frozen
+        self.boundary = 0
+        if self._embeddings_frozen:
+            blocks = range(self.num_blocks)
+            self.boundary = next((i for i in blocks if i in active), self.num_blocks)
         self._boundary.move(frozen, self.boundary)
         self._proved = False
         freeze_events.announce()

@@ -13,6 +13,7 @@ LAYERS = [
     {"_backend", "schedules", "families", "freeze_events"},
     {"ops", "layout"},
     {"optim", "boundary", "truncation", "gradient_paths", "checkpointing", "adapters"},
+    {"active_set"},
     {"patch"},
     {"integrations", "report"},
     {"cli", "__init__"},

@@ -221,6 +221,19 @@ def test_a_users_own_reentrant_checkpoint_is_named():
             assert all(p.grad is not None for p in model.layers[2].parameters())
 
 
+def test_a_model_may_run_a_block_without_autograd_by_its_own_will():
+    class Frugal(_Homemade):
+        def forward(self, ids):
+            with torch.no_grad():
+                teacher = self.layers[2](self.norm(self.embed(ids)))
+            return super().forward(ids) + teacher.mean()
+
+    model = Frugal()
+    patch_model(model, FixedPlan(ABOVE_TWO))
+    model(IDS).backward()
+    assert all(p.grad is not None for p in model.layers[2].parameters())
+
+
 @pytest.mark.parametrize("name", [T5, "bart-seq2seq-lm"])
 def test_stacks_in_the_wrong_order_are_found_before_anything_freezes(name):
     model, inputs = tiny_model(name), tiny_inputs(name)

@@ -93,6 +93,11 @@ class ProgtuningCallback(TrainerCallback):
         if self.handle.seek(state.global_step):
             self._release(optimizer)
 
+    def on_optimizer_step(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        self.handle.reassert()  # a checkpoint of this step may be written before the next begins
+
     def on_log(
         self,
         args: TrainingArguments,

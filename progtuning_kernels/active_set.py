@@ -1,0 +1,155 @@
+"""Which parameters are active under a plan, and keeping them so: plan ∧ trainable when patched."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Literal
+
+from torch import nn
+
+from .adapters import FrozenColumns
+from .layout import EMBEDDINGS, Layout, ParameterSlot, parameter_slots
+from .schedules import FreezePlan
+
+TiedPolicy = Literal["frozen", "head_only"]
+
+
+class ActiveSet:
+    """Sets `requires_grad` of one model's parameters, and nothing else of the model.
+
+    Args:
+        model: the model that `layout` describes.
+        tied: what a weight shared by embeddings and head does once the embeddings are frozen.
+    """
+
+    def __init__(self, model: nn.Module, layout: Layout, tied: TiedPolicy) -> None:
+        self._model = model
+        self._layout = layout
+        self._tied = tied
+        self._slots: list[ParameterSlot] = []
+        self._flags: list[bool] = []  # of the plan in force, one a slot
+        self._user_trainable: dict[str, bool] = {}
+        self._frozen_columns: list[FrozenColumns] = []
+        self._scan()
+
+    @property
+    def device_type(self) -> str:
+        return next(slot.parameter.device.type for slot in self._slots)
+
+    @property
+    def trainable_params(self) -> int:
+        """Elements that were trainable when the model was patched."""
+        return sum(s.parameter.numel() for s in self._slots if self._user_trainable[s.name])
+
+    def active_params(self, plan: FreezePlan) -> int:
+        """Elements that the plan in force trains."""
+        flags = zip(self._slots, self._flags, strict=True)
+        return sum(self.active_size(slot, plan) for slot, on in flags if on)
+
+    def active_size(self, slot: ParameterSlot, plan: FreezePlan) -> int:
+        """Elements of an active parameter that really train under `plan`."""
+        size = slot.parameter.numel()
+        if not slot.sliced:
+            return size
+        return size // len(slot.units) * len(self.active_units(slot, plan))
+
+    def active_units(self, slot: ParameterSlot, plan: FreezePlan) -> tuple[int, ...]:
+        """Units in which the parameter is active under `plan`; () when it is frozen."""
+        if not self._user_trainable[slot.name]:
+            return ()
+        trained = tuple(unit for unit in slot.units if self._trains(unit, plan))
+        if trained == slot.units or slot.sliced:
+            return trained
+        return trained if self._tied == "head_only" and trained == (self._layout.head,) else ()
+
+    def frozen_by(self, plan: FreezePlan) -> Iterator[ParameterSlot]:
+        """Parameters that were trainable when the model was patched and that `plan` freezes."""
+        for slot in self._slots:
+            if self._user_trainable[slot.name] and not self.active_units(slot, plan):
+                yield slot
+
+    def check(self, plan: FreezePlan) -> None:
+        """Raise `ValueError` if `plan` leaves nothing to train."""
+        if not any(self.active_units(slot, plan) for slot in self._slots):
+            raise ValueError(
+                f"the plan with boundary {plan.boundary} of {self._layout.num_blocks} blocks "
+                "freezes everything that was trainable when the model was patched"
+            )
+
+    def apply(self, plan: FreezePlan) -> set[int]:
+        """Set every flag as `plan` says.
+
+        Returns:
+            The units that hold an active parameter.
+        """
+        self._note_user_freezes()
+        self._scan()
+        units = [self.active_units(slot, plan) for slot in self._slots]
+        self._flags = [bool(used) for used in units]
+        for slot, on in zip(self._slots, self._flags, strict=True):
+            slot.parameter.requires_grad_(on)
+        self.reassert()  # with the columns that were frozen before
+        self._frozen_columns = [
+            FrozenColumns.of(slot, [unit for unit in slot.units if unit not in used])
+            for slot, used in zip(self._slots, units, strict=True)
+            if slot.sliced and used and used != slot.units
+        ]
+        return {unit for used in units for unit in used}
+
+    def reassert(self) -> None:
+        """Freeze again what was switched on, drop its gradient, put frozen columns back."""
+        for slot, on in zip(self._slots, self._flags, strict=True):
+            if on:
+                continue
+            parameter = slot.parameter
+            if parameter.requires_grad:
+                parameter.requires_grad_(False)
+            if parameter.grad is not None:
+                # a frozen tensor with a gradient would still be updated, and counted by clipping
+                parameter.grad = None
+        for columns in self._frozen_columns:
+            columns.put_back()
+
+    def restore(self) -> None:
+        """Every flag as it was found, but for what the user froze in the meantime."""
+        self._note_user_freezes()
+        if self._flags:
+            self.reassert()
+        for slot in self._slots:
+            slot.parameter.requires_grad_(self._user_trainable[slot.name])
+
+    def explain(self, slot: ParameterSlot, plan: FreezePlan) -> str:
+        """What becomes of a parameter that several units use."""
+        label = self._layout.unit_label
+        if slot.sliced:
+            trained = len(self.active_units(slot, plan))
+            return (
+                f"tied: {slot.name} holds columns of {label(slot.units[0])} to "
+                f"{label(slot.units[-1])}; {trained} of {len(slot.units)} train, its state stays"
+            )
+        if EMBEDDINGS in slot.units:
+            users = " and ".join(map(label, slot.units))
+            why = self._tied
+        else:
+            users = f"{label(slot.units[0])} to {label(slot.units[-1])}"
+            why = "trains only while all of them do"
+        state = "trains" if slot.parameter.requires_grad else "is frozen"
+        return f"tied: {slot.name} is used by {users}; it {state} ({why})"
+
+    def _trains(self, unit: int, plan: FreezePlan) -> bool:
+        if unit == EMBEDDINGS:
+            return plan.embeddings
+        return plan.head if unit == self._layout.head else plan.trainable[unit]
+
+    def _scan(self) -> None:
+        """List the parameters; one that appeared since the last plan keeps its own flag."""
+        self._slots = list(parameter_slots(self._model, self._layout))
+        for slot in self._slots:
+            self._user_trainable.setdefault(slot.name, slot.parameter.requires_grad)
+
+    def _note_user_freezes(self) -> None:
+        """What the plan had on and is off now, the user froze since; it stays frozen from here."""
+        # before the first plan there are no flags, and nothing to compare with
+        for slot, on in zip(self._slots, self._flags, strict=bool(self._flags)):
+            if on and not slot.parameter.requires_grad:
+                self._user_trainable[slot.name] = False
