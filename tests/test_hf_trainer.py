@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from types import SimpleNamespace
 
+import peft
 import pytest
 import torch
 from tiny_models import BATCH, tiny_inputs, tiny_model
+from torch import nn
 from transformers import Trainer, TrainerCallback, TrainingArguments
 
 from progtuning_kernels import MaskedAdamW, ProgressiveSchedule, patch_model
@@ -35,13 +37,15 @@ class _Recorder(TrainerCallback):
         )
 
 
-def _trainer(folder, *, callbacks=(), steps: int = STEPS, optimizer=None, **arguments) -> Trainer:
+def _trainer(
+    folder, *, model=None, callbacks=(), steps: int = STEPS, optimizer=None, **arguments
+) -> Trainer:
     rows = []
     for seed in range(6):
         inputs = tiny_inputs("bert-sequence", seed=seed)
         rows += [{k: v[i] for k, v in inputs.items()} for i in range(BATCH)]
     return Trainer(
-        tiny_model("bert-sequence", dropout=True),
+        tiny_model("bert-sequence", dropout=True) if model is None else model,
         TrainingArguments(
             output_dir=str(folder),
             max_steps=steps,
@@ -88,6 +92,64 @@ def test_stages_follow_global_steps_and_state_is_released(tmp_path, accumulate, 
     assert handle_of(trainer.model) is None
     assert all(p.requires_grad for p in trainer.model.parameters())
     assert all(module.training for module in trainer.model.modules())
+
+
+def _adapted(kind: str) -> nn.Module:
+    model = tiny_model("bert-sequence", dropout=True)
+    torch.manual_seed(3)
+    if kind == "lora":
+        config = peft.LoraConfig(task_type="SEQ_CLS", target_modules="all-linear")
+    else:
+        config = peft.PrefixTuningConfig(task_type="SEQ_CLS", num_virtual_tokens=3)
+    return peft.get_peft_model(model, config)
+
+
+@pytest.mark.parametrize("adapted", [False, True])
+@pytest.mark.parametrize("reentrant", [True, False])
+@pytest.mark.filterwarnings("ignore:gradient checkpointing with use_reentrant=True")
+def test_checkpointing_ends_with_the_same_weights(tmp_path, adapted, reentrant):
+    options = {"gradient_checkpointing_kwargs": {"use_reentrant": reentrant}}
+    ends, recorders = [], []
+    for arguments in ({}, {"gradient_checkpointing": True, **options}):
+        recorders.append(recorder := _Recorder())
+        trainer = _trainer(
+            tmp_path,
+            model=_adapted("lora") if adapted else None,
+            callbacks=[ProgtuningCallback(ProgressiveSchedule(4)), recorder],
+            **arguments,
+        )
+        trainer.train()
+        ends.append(_weights(trainer))
+    assert [s.boundary for s in recorders[1].steps] == [0, 0, 1, 1, 2, 2, 3, 3]
+    for plain, checkpointed in zip(recorders[0].steps, recorders[1].steps, strict=True):
+        assert plain.gradients == checkpointed.gradients
+    for name, weight in ends[0].items():
+        torch.testing.assert_close(ends[1][name], weight, rtol=1e-4, atol=1e-5)
+
+
+def test_columns_of_frozen_blocks_are_right_in_every_checkpoint(tmp_path):
+    model = _adapted("prefix")
+    table = model.prompt_encoder["default"].embedding.weight  # (virtual tokens, L * 2 * C)
+    width = table.shape[1] // 4
+    seen = []
+
+    class _Look(TrainerCallback):
+        def on_save(self, args, state, control, **kwargs):
+            seen.append(table.detach().clone())
+
+    _trainer(
+        tmp_path,
+        model=model,
+        callbacks=[ProgtuningCallback(ProgressiveSchedule(4)), _Look()],
+        save_strategy="steps",
+        save_steps=1,
+        max_grad_norm=0.0,
+    ).train()
+    assert len(seen) == STEPS
+    for step in range(1, STEPS):
+        frozen = step // 2 * width  # two steps a stage, one block less at each
+        assert torch.equal(seen[step][:, :frozen], seen[step - 1][:, :frozen])
+        assert not torch.equal(seen[step][:, frozen:], seen[step - 1][:, frozen:])
 
 
 @pytest.mark.parametrize("saved_at", [3, 4, 5])
