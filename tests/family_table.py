@@ -23,6 +23,7 @@ NAMES = {
     "electra": "ELECTRA",
     "gemma2": "Gemma 2",
     "gemma3_text": "Gemma 3",
+    "fsmt": "FSMT",
     "gpt2": "GPT-2",
     "gpt_neox": "GPT-NeoX",
     "modernbert": "ModernBERT",
@@ -34,8 +35,10 @@ NAMES = {
     "qwen3": "Qwen 3",
     "qwen3_moe": "Qwen 3 MoE",
     "roberta": "RoBERTa",
+    "siglip": "SigLIP",
     "t5": "T5",
     "vit": "ViT",
+    "xlm": "XLM",
     "xlm-roberta": "XLM-RoBERTa",
 }
 
@@ -49,6 +52,7 @@ HEADS = {
     "token": "token",
     "qa": "question answering",
     "image": "image",
+    "contrastive": "contrastive",
 }
 
 

@@ -15,7 +15,7 @@ from progtuning_kernels import FreezePlan, PatchHandle, patch_model
 
 BLOCKS = 4
 BOUNDARIES = range(BLOCKS + 1)
-CHECKPOINTED = [name for name in MODELS if not name.startswith("mpnet")]
+CHECKPOINTED = [name for name in MODELS if not name.startswith(("mpnet", "fsmt", "xlm-seq"))]
 
 
 def _plan(boundary: int) -> FreezePlan:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 import transformers as hf
@@ -9,6 +11,7 @@ from tiny_models import MODELS, tiny_inputs, tiny_model
 from torch import nn
 
 from progtuning_kernels import UnsupportedModelError
+from progtuning_kernels.families import Family
 from progtuning_kernels.layout import EMBEDDINGS, find_layout, parameter_slots
 
 
@@ -29,7 +32,33 @@ class _Plain(nn.Module):
         return block
 
 
-@pytest.mark.parametrize("name", MODELS)
+class _Markable(nn.Linear):
+    """A block as transformers marks them: it can be checkpointed."""
+
+    gradient_checkpointing = False
+
+
+def _stack(length: int) -> nn.ModuleList:
+    return nn.ModuleList(_Markable(8, 8) for _ in range(length))
+
+
+class _Encoder(nn.Module):
+    def __init__(self, length: int) -> None:
+        super().__init__()
+        self.embed, self.layers, self.norm = nn.Linear(8, 8), _stack(length), nn.LayerNorm(8)
+
+
+class _TextFirst(nn.Module):
+    """The language model is registered first, and reads what the vision tower computes."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.language_model, self.vision_tower = _Encoder(3), _Encoder(2)
+        self.projector = nn.Linear(8, 8)
+        self.lm_head = nn.Linear(8, 8)
+
+
+@pytest.mark.parametrize("name", [n for n in MODELS if not n.endswith("contrastive")])
 def test_units_follow_the_order_of_execution(name):
     model = tiny_model(name)
     layout = find_layout(model)
@@ -92,6 +121,59 @@ def test_a_model_that_nobody_listed():
     assert layout.unit_of("embed.weight") == EMBEDDINGS
     assert layout.unit_of("layers.1.experts.4.bias") == 1
     assert layout.unit_of("out.bias") == layout.head
+
+
+def test_a_language_model_comes_after_the_towers_that_it_reads():
+    layout = find_layout(_TextFirst())
+    assert [s.path for s in layout.stacks] == ["vision_tower.layers", "language_model.layers"]
+    assert [list(s.blocks) for s in layout.stacks] == [[0, 1], [2, 3, 4]]
+    for name, unit in (
+        ("vision_tower.embed.weight", EMBEDDINGS),
+        ("vision_tower.layers.1.weight", 1),
+        ("vision_tower.norm.weight", 1),
+        ("projector.weight", 1),
+        ("language_model.embed.weight", EMBEDDINGS),
+        ("language_model.layers.0.weight", 2),
+        ("language_model.norm.weight", layout.head),
+    ):
+        assert layout.unit_of(name) == unit, name
+
+
+def test_the_depth_in_the_config_chooses_among_lists():
+    model = _TextFirst()
+    model.config = SimpleNamespace(num_hidden_layers=3)
+    layout = find_layout(model)
+    assert [s.path for s in layout.stacks] == ["language_model.layers"]
+    model.config = SimpleNamespace(num_hidden_layers=3, is_encoder_decoder=True)
+    assert len(find_layout(model).stacks) == 2
+
+
+def test_an_encoder_by_the_name_of_a_base_model_is_none():
+    model = nn.Module()
+    model.base_model_prefix = "model"
+    model.embeddings, model.model, model.norm = nn.Linear(8, 8), nn.Module(), nn.LayerNorm(8)
+    model.model.layer = _stack(3)
+    layout = find_layout(model)
+    assert layout.unit_of("embeddings.weight") == EMBEDDINGS
+    assert layout.unit_of("norm.weight") == layout.head
+    model.model = _Encoder(3)  # with embeddings of its own it is one
+    assert find_layout(model).unit_of("embeddings.weight") == 3
+
+
+def test_lists_named_by_a_family(monkeypatch):
+    monkeypatch.setattr("progtuning_kernels.layout.FAMILIES", table := {})
+    model = _TextFirst()
+    model.config = SimpleNamespace(model_type="homemade")
+    table["homemade"] = Family(blocks=("language_model.layers", "vision_tower.layers"))
+    assert [s.path for s in find_layout(model).stacks] == [
+        "language_model.layers",
+        "vision_tower.layers",
+    ]
+    model.vision_tower.gates = _stack(2)
+    table["homemade"] = Family(blocks=("vision_tower.layers",), beside=("gates",))
+    layout = find_layout(model)
+    assert layout.module_paths(1) == ("vision_tower.layers.1", "vision_tower.gates.1")
+    assert layout.unit_of("vision_tower.gates.0.weight") == 0
 
 
 def test_block_10_is_not_block_1():

@@ -125,6 +125,22 @@ _TWO_SIDES = dict(
     decoder_start_token_id=2,
 )
 _BART = hf.BartConfig(**_TWO_SIDES, max_position_embeddings=32, num_labels=3)
+_FSMT = hf.FSMTConfig(
+    **_TWO_SIDES,
+    langs=["en", "de"],
+    src_vocab_size=VOCABULARY,
+    tgt_vocab_size=VOCABULARY,
+    max_position_embeddings=32,
+    attention_dropout=0.0,
+    activation_dropout=0.0,
+)
+_XLM = hf.XLMConfig(
+    emb_dim=32, n_layers=4, n_heads=4, n_words=VOCABULARY, pad_index=0, num_labels=3
+)
+_SIGLIP = hf.SiglipConfig(
+    text_config={**_SIZES, "num_hidden_layers": 2, "projection_size": 32},
+    vision_config={**_VISION, "num_hidden_layers": 2},
+)
 _WHISPER = hf.WhisperConfig(
     **_TWO_SIDES, num_mel_bins=8, max_source_positions=8, max_target_positions=32
 )
@@ -183,6 +199,9 @@ MODELS: dict[str, Callable[[], nn.Module]] = {
     "t5-sequence": _build(hf.T5ForSequenceClassification, _T5),
     "bart-seq2seq-lm": _build(hf.BartForConditionalGeneration, _BART),
     "bart-sequence": _build(hf.BartForSequenceClassification, _BART),
+    "fsmt-seq2seq-lm": _build(hf.FSMTForConditionalGeneration, _FSMT),
+    "xlm-sequence": _build(hf.XLMForSequenceClassification, _XLM),
+    "siglip-contrastive": _build(hf.SiglipModel, _SIGLIP),
     "whisper-speech-lm": _build(hf.WhisperForConditionalGeneration, _WHISPER),
     "vit-image": _build(hf.ViTForImageClassification, hf.ViTConfig(**_VISION, num_labels=3)),
     "clip-image": _build(
@@ -226,6 +245,9 @@ def tiny_inputs(name: str, *, seed: int = 1) -> dict[str, Any]:
         ids = ids.masked_fill(ids == 2, 3)
         ids[:, 5] = 2  # they classify at the last end-of-sentence token
     inputs: dict[str, Any] = {"input_ids": ids, "attention_mask": mask}
+    if name.endswith("contrastive"):
+        pixels = torch.randn(BATCH, 3, IMAGE, IMAGE, generator=generator)
+        return inputs | {"pixel_values": pixels, "return_loss": True}
     if name.endswith("speech-lm"):
         features = torch.randn(BATCH, 8, 16, generator=generator)  # (B, mel bins, 2 x positions)
         return {"input_features": features, "labels": ids.masked_fill(mask == 0, -100)}
