@@ -77,7 +77,7 @@ class GradientPaths:
                 if isinstance(t, torch.Tensor) and t.requires_grad
             ]
             if not torch.is_grad_enabled():
-                trains = unit >= self._boundary > 0 and path in self._layout.block_paths
+                trains = unit >= self._boundary and path in self._layout.block_paths
                 # a model may run a part of itself under no_grad by its own will
                 if trains and not tensors and _inside_checkpoint():
                     raise RuntimeError(

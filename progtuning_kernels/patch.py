@@ -296,9 +296,10 @@ class PatchHandle:
         Raises (from the forward):
             UnsupportedModelError, RuntimeError: as `GradientPaths`.
         """
-        if self._embeddings_frozen:
+        if (
+            self._embeddings_frozen
+        ):  # block 0 may train; its input does not require grad all the same
             self._input_grads += drop_input_grads(self.model, self.layout)
-        if self.boundary:
             self._reentrant += make_nonreentrant(self.model, self.layout)
         if not self._proved:
             paths = GradientPaths(self.model, self.layout, self.boundary)

@@ -145,6 +145,18 @@ def test_a_trainable_embedding_is_named():
     handle.truncation_report().assert_truncated()
 
 
+@pytest.mark.filterwarnings("ignore:gradient checkpointing with use_reentrant=True")
+def test_reentrant_checkpointing_below_frozen_embeddings_alone_trains_block_0():
+    inputs, model = tiny_inputs(BERT), tiny_model(BERT)
+    plan = FreezePlan.from_boundary(0, 4, embeddings=False)
+    expected = frozen_by_hand(tiny_model(BERT), plan, inputs)
+    patch_model(model, FixedPlan(plan))
+    model.activation_checkpointing_enable(activation_checkpointing_kwargs={"use_reentrant": True})
+    found = gradients(model, inputs)
+    assert found.keys() == expected.keys()
+    assert all(torch.equal(found[key], expected[key]) for key in expected)
+
+
 @pytest.mark.parametrize("when", ["before", "after", "in a later stage"])
 @pytest.mark.parametrize("name", [BERT, LLAMA, T5])
 def test_reentrant_checkpointing_becomes_the_other_kind(name, when):

@@ -135,7 +135,14 @@ _FSMT = hf.FSMTConfig(
     activation_dropout=0.0,
 )
 _XLM = hf.XLMConfig(
-    emb_dim=32, n_layers=4, n_heads=4, n_words=VOCABULARY, pad_index=0, num_labels=3
+    emb_dim=32,
+    n_layers=4,
+    n_heads=4,
+    n_words=VOCABULARY,
+    pad_index=0,
+    num_labels=3,
+    dropout=0.0,
+    attention_dropout=0.0,
 )
 _SIGLIP = hf.SiglipConfig(
     text_config={**_SIZES, "num_hidden_layers": 2, "projection_size": 32},
@@ -252,7 +259,9 @@ def tiny_inputs(name: str, *, seed: int = 1) -> dict[str, Any]:
         features = torch.randn(BATCH, 8, 16, generator=generator)  # (B, mel bins, 2 x positions)
         return {"input_features": features, "labels": ids.masked_fill(mask == 0, -100)}
     if name.endswith("seq2seq-lm"):
-        targets = torch.randint(3, VOCABULARY, (BATCH, 7), generator=generator)
+        # FSMT makes its decoder's input of the encoder's, not of the labels
+        length = TOKENS if name.startswith("fsmt") else 7
+        targets = torch.randint(3, VOCABULARY, (BATCH, length), generator=generator)
         targets[1, 4:] = -100
         return inputs | {"labels": targets}
     if name.endswith("lm"):
