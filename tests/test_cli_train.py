@@ -108,6 +108,8 @@ def test_lora_trains_adapters_and_saves_them_and_a_merged_model(call, tmp_path, 
     main(call("--method", method, "--max-steps", 6, "--stages", 2))
     run = _metrics(tmp_path / "run")
     assert run["model"]["active_params"] < 0.5 * run["model"]["num_params"]
+    assert not any(stage["embeddings"] for stage in run["stages"])
+    assert all(stage["head"] and stage["trainable"][3] for stage in run["stages"])
     active, state = ([s[k] for s in run["stages"]] for k in ("active_params", "state_bytes"))
     if method == "progressive-lora":
         assert [s["boundary"] for s in run["stages"]] == [0, 2]

@@ -22,7 +22,7 @@ from typing import Any
 
 import torch
 
-from ..layout import Layout, find_layout
+from ..layout import EMBEDDINGS, Layout, find_layout, parameter_slots
 from ..optim import state_bytes
 from ..schedules import ProgressiveSchedule
 from ..truncation import measure_forward
@@ -232,12 +232,19 @@ class Run:
         with self._autocast():
             uses = measure_forward(self.trained.model, self.layout, (), batch).values()
         handle = self.trained.handle
+        # LoRA leaves the embeddings and most of the head frozen, whatever the plan says of them
+        active = {
+            unit
+            for slot in parameter_slots(self.trained.model, self.layout)
+            if slot.parameter.requires_grad
+            for unit in slot.units
+        }
         return {
             "stage": stage,
             "boundary": plan.boundary if handle is None else handle.boundary,
-            "embeddings": plan.embeddings,
-            "trainable": list(plan.trainable),
-            "head": plan.head,
+            "embeddings": plan.embeddings and EMBEDDINGS in active,
+            "trainable": [on and i in active for i, on in enumerate(plan.trainable)],
+            "head": plan.head and self.layout.head in active,
             "first_step": self.step + 1,
             "active_params": self.trained.active_params(),
             "saved_bytes": sum(use.saved_bytes for use in uses),
