@@ -66,6 +66,13 @@ def saved_bytes(call: Callable[[], object]) -> int:
     return total
 
 
+def enable_checkpointing(model: nn.Module, *, use_reentrant: bool = False) -> None:
+    """Under the name that this version of transformers has for it."""
+    enable = getattr(model, "activation_checkpointing_enable", None)
+    enable = enable or model.gradient_checkpointing_enable
+    enable({"use_reentrant": use_reentrant})
+
+
 @contextmanager
 def counted_runs(blocks: Sequence[nn.Module]) -> Iterator[Counter[int]]:
     """How often each block computes: counted at its first linear or norm, which a checkpoint

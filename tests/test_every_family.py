@@ -7,7 +7,14 @@ from typing import Any
 import peft
 import pytest
 import torch
-from proofs import FixedPlan, counted_runs, frozen_by_hand, gradients, saved_bytes
+from proofs import (
+    FixedPlan,
+    counted_runs,
+    enable_checkpointing,
+    frozen_by_hand,
+    gradients,
+    saved_bytes,
+)
 from tiny_models import MODELS, tiny_inputs, tiny_model
 from torch import nn
 
@@ -86,12 +93,12 @@ def test_plain(name, boundary):
 def test_gradient_checkpointing(name, boundary):
     inputs = tiny_inputs(name)
     plain = tiny_model(name)
-    plain.activation_checkpointing_enable()
+    enable_checkpointing(plain)
     expected = frozen_by_hand(plain, _plan(boundary), inputs)
     for enabled_first in (True, False):
         model = tiny_model(name)
         if enabled_first:
-            model.activation_checkpointing_enable()
+            enable_checkpointing(model)
         handle = _patch(model, boundary, expected)
         if handle is None:
             continue
@@ -99,7 +106,7 @@ def test_gradient_checkpointing(name, boundary):
         with counted_runs(blocks) as once:
             gradients(model, inputs)
         if not enabled_first:
-            model.activation_checkpointing_enable()
+            enable_checkpointing(model)
         _prove(handle, inputs, expected)
         with counted_runs(blocks) as runs:
             gradients(model, inputs)

@@ -83,6 +83,16 @@ def test_frozen_prefix_is_a_fixed_function_unless_asked_otherwise():
         assert torch.equal(*outputs) == fixed
 
 
+def test_a_frozen_head_keeps_its_mode():
+    model = tiny_model("bert-sequence", dropout=True)
+    for part in (model.bert.pooler, model.classifier):
+        part.requires_grad_(False)
+    handle = patch_model(model, MilestoneSchedule({0: 2}))
+    model.train()
+    assert model.dropout.training and model.classifier.training and model.bert.pooler.training
+    assert not model.bert.encoder.layer[1].training
+
+
 def test_two_models_do_not_know_of_each_other():
     first, second = tiny_model("bert-sequence"), tiny_model("bert-sequence")
     patch_model(first, MilestoneSchedule({0: 3}))

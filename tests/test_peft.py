@@ -7,7 +7,7 @@ import copy
 import peft
 import pytest
 import torch
-from proofs import FixedPlan, frozen_by_hand, gradients
+from proofs import FixedPlan, enable_checkpointing, frozen_by_hand, gradients
 from tiny_models import tiny_inputs, tiny_model
 from torch import nn
 
@@ -327,15 +327,14 @@ def test_checkpointing_an_adapted_model_stays_truncated(patched_first, reentrant
     model.config.use_cache = False
     torch.manual_seed(3)
     twin = peft.get_peft_model(copy.deepcopy(model), config)
-    options = {"gradient_checkpointing_kwargs": {"use_reentrant": reentrant}}
     model = peft.get_peft_model(model, config)
     model.load_state_dict(twin.state_dict())
     expected = frozen_by_hand(twin, _plan(2), inputs)
     if not patched_first:
-        model.gradient_checkpointing_enable(**options)
+        enable_checkpointing(model, use_reentrant=reentrant)
     handle = patch_model(model, FixedPlan(_plan(2)))
     if patched_first:
-        model.gradient_checkpointing_enable(**options)
+        enable_checkpointing(model, use_reentrant=reentrant)
     found = gradients(model, inputs)
     assert found.keys() == expected.keys()
     assert all(torch.equal(found[name], expected[name]) for name in expected)

@@ -9,7 +9,7 @@ from collections import Counter
 import accelerate
 import pytest
 import torch
-from proofs import FixedPlan, counted_runs, frozen_by_hand, gradients
+from proofs import FixedPlan, counted_runs, enable_checkpointing, frozen_by_hand, gradients
 from tiny_models import tiny_inputs, tiny_model
 from torch import nn
 from torch.utils.checkpoint import checkpoint
@@ -151,7 +151,7 @@ def test_reentrant_checkpointing_below_frozen_embeddings_alone_trains_block_0():
     plan = FreezePlan.from_boundary(0, 4, embeddings=False)
     expected = frozen_by_hand(tiny_model(BERT), plan, inputs)
     patch_model(model, FixedPlan(plan))
-    model.activation_checkpointing_enable(activation_checkpointing_kwargs={"use_reentrant": True})
+    enable_checkpointing(model, use_reentrant=True)
     found = gradients(model, inputs)
     assert found.keys() == expected.keys()
     assert all(torch.equal(found[key], expected[key]) for key in expected)
@@ -161,23 +161,21 @@ def test_reentrant_checkpointing_below_frozen_embeddings_alone_trains_block_0():
 @pytest.mark.parametrize("name", [BERT, LLAMA, T5])
 def test_reentrant_checkpointing_becomes_the_other_kind(name, when):
     inputs = tiny_inputs(name)
-    options = {"activation_checkpointing_kwargs": {"use_reentrant": True}}
-    other = {"activation_checkpointing_kwargs": {"use_reentrant": False}}
     plain, model = tiny_model(name), tiny_model(name)
-    plain.activation_checkpointing_enable(**other)
+    enable_checkpointing(plain)
     expected = frozen_by_hand(plain, ABOVE_TWO, inputs)
     if when == "before":
-        model.activation_checkpointing_enable(**options)
+        enable_checkpointing(model, use_reentrant=True)
     handle = patch_model(model, MilestoneSchedule({0: 1, 1: 2}, embeddings="never"))
     if when == "after":
-        model.activation_checkpointing_enable(**options)
+        enable_checkpointing(model, use_reentrant=True)
     blocks = _blocks(model, handle)
     with warnings.catch_warnings(record=True) as told:
         warnings.simplefilter("always")
         gradients(model, inputs)
         handle.advance()
         if when == "in a later stage":
-            model.activation_checkpointing_enable(**options)
+            enable_checkpointing(model, use_reentrant=True)
         found = gradients(model, inputs)
     assert [str(w.message)[:50] for w in told if "use_reentrant" in str(w.message)] == [
         "gradient checkpointing with use_reentrant=True tra"
@@ -197,7 +195,7 @@ def test_reentrant_checkpointing_becomes_the_other_kind(name, when):
 def test_frozen_blocks_in_train_mode_are_not_checkpointed_either():
     model, inputs = tiny_model(BERT), tiny_inputs(BERT)
     handle = patch_model(model, FixedPlan(ABOVE_TWO), frozen_mode="train")
-    model.activation_checkpointing_enable()
+    enable_checkpointing(model)
     calls: Counter[int] = Counter()
     for i, block in enumerate(_blocks(model, handle)):
         function = block._gradient_checkpointing_func
