@@ -87,7 +87,7 @@ def test_a_frozen_head_keeps_its_mode():
     model = tiny_model("bert-sequence", dropout=True)
     for part in (model.bert.pooler, model.classifier):
         part.requires_grad_(False)
-    handle = patch_model(model, MilestoneSchedule({0: 2}))
+    patch_model(model, MilestoneSchedule({0: 2}))
     model.train()
     assert model.dropout.training and model.classifier.training and model.bert.pooler.training
     assert not model.bert.encoder.layer[1].training

@@ -170,10 +170,12 @@ def test_prefix_tuning_truncates_and_holds_the_columns_of_frozen_blocks(name):
         assert found[key][:, boundary * width :].any()
         handle.truncation_report().assert_truncated()
         optimizer.step()
-        handle.reassert()
+        if step % 3 == 0:  # otherwise advance() puts them back, at a change of plan too
+            handle.reassert()
+            assert torch.equal(table[:, : boundary * width], before[:, : boundary * width])
+        handle.advance()
         assert torch.equal(table[:, : boundary * width], before[:, : boundary * width])
         assert (table != before)[:, boundary * width :].all()
-        handle.advance()
     assert f"{BLOCKS - 1} of {BLOCKS} train" in str(handle.truncation_report())
 
 

@@ -113,7 +113,9 @@ def test_blocks_compiled_one_by_one_need_three_graphs_for_all_stages(name, compi
     counts = []
     for step in (0, 1, 2, 3, 1, 0, 3):
         handle.seek(step)
-        _equal(gradients(model, inputs), frozen_by_hand(tiny_model(name), handle.plan, inputs))
+        expected = frozen_by_hand(tiny_model(name), handle.plan, inputs)
+        for _ in range(2):  # the first forward under a plan is the one that is watched
+            _equal(gradients(model, inputs), expected)
         counts.append(counter.frame_count)
         handle.truncation_report().assert_truncated()
     assert counts == [2, 3, 3, 3, 3, 3, 3]

@@ -295,6 +295,24 @@ def test_what_is_taken_for_embeddings_but_runs_later_is_named(families):
     assert model.out.weight.grad is not None
 
 
+def test_blocks_that_run_in_another_order_are_refused():
+    model = _Homemade()
+    order = [1, 0, 2, 3]
+    run = nn.ModuleList.__iter__
+
+    class Swapped(nn.ModuleList):
+        def __iter__(self):
+            blocks = list(run(self))
+            return iter([blocks[i] for i in order])
+
+    model.layers.__class__ = Swapped
+    patch_model(model, MilestoneSchedule({5: 2}))
+    with pytest.raises(
+        UnsupportedModelError, match=r"layers.0 \(block 0\).*layers.1.*another order"
+    ):
+        model(IDS)
+
+
 def test_blocks_that_run_in_a_loop_are_refused():
     model = _Homemade()
     patch_model(model, MilestoneSchedule({5: 2}))
