@@ -38,8 +38,8 @@ class GradientPaths:
         model: the model that `layout` describes.
         layout: its cut into units.
         boundary: the effective boundary.
-        compiled: watch compiled modules too; only a forward that is forced to run eagerly leaves
-            them as they are, another one compiles them again.
+        compiled: watch compiled modules too. Only for a forward that is forced to run eagerly:
+            another one would compile the hooks into its graph, where they stay.
 
     Raises (from the forward that is watched):
         UnsupportedModelError: a unit is computed from a parameter of a later unit.

@@ -110,14 +110,19 @@ def test_blocks_compiled_one_by_one_need_three_graphs_for_all_stages(name, compi
     if compiled == "after patching":
         for block in blocks:
             block.compile(backend=counter)
-    counts = []
+    counts, hooks = [], []
+    model.register_forward_pre_hook(
+        lambda *_: hooks.extend(len(b._forward_pre_hooks) for b in blocks)
+    )
     for step in (0, 1, 2, 3, 1, 0, 3):
         handle.seek(step)
         expected = frozen_by_hand(tiny_model(name), handle.plan, inputs)
         for _ in range(2):  # the first forward under a plan is the one that is watched
             _equal(gradients(model, inputs), expected)
         counts.append(counter.frame_count)
+        assert not any(hooks), "a hook would be compiled into the graph, and stay there"
         handle.truncation_report().assert_truncated()
+        hooks.clear()  # the report runs eagerly, with hooks
     assert counts == [2, 3, 3, 3, 3, 3, 3]
 
 
