@@ -32,7 +32,13 @@ from torch import nn
 from torch.utils import _pytree as pytree
 from transformers.models.auto import modeling_auto
 
-from progtuning_kernels import FreezePlan, TruncationError, UnsupportedModelError, patch_model
+from progtuning_kernels import (
+    FreezePlan,
+    MilestoneSchedule,
+    TruncationError,
+    UnsupportedModelError,
+    patch_model,
+)
 from progtuning_kernels.cli.provenance import provenance
 from progtuning_kernels.layout import EMBEDDINGS, Layout, find_layout, parameter_slots
 
@@ -183,19 +189,6 @@ def _without_dropout(model: nn.Module) -> nn.Module:
     return model
 
 
-class _Fixed:
-    total_steps = None
-
-    def __init__(self, plan: FreezePlan) -> None:
-        self._plan = plan
-
-    def plan(self, step: int, num_blocks: int) -> FreezePlan:
-        return self._plan
-
-    def stage(self, step: int) -> int:
-        return 0
-
-
 def _frozen_by_hand(model: nn.Module, layout: Layout, plan: FreezePlan) -> None:
     on = {EMBEDDINGS: plan.embeddings, layout.head: plan.head, **dict(enumerate(plan.trainable))}
     for slot in parameter_slots(model, layout):
@@ -221,7 +214,7 @@ def _prove(build: Any, config: Any) -> dict[str, Any]:
     inputs = _inputs(model(), config)
     try:
         gradients = _gradients(model(), inputs)
-    except Exception:
+    except Exception:  # of any model's own kind
         if {"input_ids", "pixel_values"} - inputs.keys():
             raise
         del inputs["pixel_values"]  # it wants image tokens in the text, or patches: text alone
@@ -230,14 +223,15 @@ def _prove(build: Any, config: Any) -> dict[str, Any]:
         raise RuntimeError("the model returns nothing that can be trained")
     proved, bit_equal = 0, True
     for boundary in range(1, layout.num_blocks + 1):
-        plan = FreezePlan.from_boundary(boundary, layout.num_blocks, embeddings=False)
+        schedule = MilestoneSchedule({0: boundary}, embeddings="never")
+        plan = schedule.plan(0, layout.num_blocks)
         plain, patched = model(), model()
         _frozen_by_hand(plain, layout, plan)
         if not any(p.requires_grad for p in plain.parameters()):
             continue  # a model without head
         torch.manual_seed(2)
         expected = _gradients(plain, inputs)
-        handle = patch_model(patched, _Fixed(plan), frozen_mode="train")
+        handle = patch_model(patched, schedule, frozen_mode="train")
         torch.manual_seed(2)
         found = _gradients(patched, inputs)
         if found.keys() != expected.keys():
