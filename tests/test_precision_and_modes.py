@@ -11,6 +11,7 @@ from torch._dynamo.testing import CompileCounter
 from transformers import AutoModelForCausalLM
 
 from progtuning_kernels import MaskedAdamW, MilestoneSchedule, ProgressiveSchedule, patch_model
+from progtuning_kernels.layout import find_layout
 
 FAMILIES = [
     "bert-sequence",
@@ -102,7 +103,7 @@ def test_blocks_compiled_one_by_one_need_three_graphs_for_all_stages(name, compi
     inputs, model = tiny_inputs(name), tiny_model(name)
     if name == "llama-causal-lm":
         inputs["use_cache"] = False  # keys and values make one graph a block
-    blocks = model.model.layers if name == "llama-causal-lm" else model.vit.layers
+    blocks = [model.get_submodule(path) for path in find_layout(model).block_paths]
     if compiled == "before patching":
         for block in blocks:
             block.compile(backend=counter)
