@@ -215,7 +215,8 @@ def _blocks_at(model: nn.Module, path: str) -> list[str]:
         raise UnsupportedModelError(f"{path!r} is a {type(blocks).__name__}, not a list of blocks")
     if any(isinstance(block, nn.ModuleList | nn.ModuleDict) for block in blocks):
         raise UnsupportedModelError(f"{path!r} is a list of lists, which have no forward")
-    return [f"{path}.{i}" for i in range(len(blocks))]
+    # by their own names: a Sequential may have others than numbers
+    return [f"{path}.{name}" for name in blocks._modules]
 
 
 def _check_no_sharing(model: nn.Module, layout: Layout) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import OrderedDict
 from types import SimpleNamespace
 
 import pytest
@@ -174,6 +175,14 @@ def test_lists_named_by_a_family(monkeypatch):
     layout = find_layout(model)
     assert layout.module_paths(1) == ("vision_tower.layers.1", "vision_tower.gates.1")
     assert layout.unit_of("vision_tower.gates.0.weight") == 0
+
+
+def test_blocks_of_a_sequential_go_by_their_names():
+    model = _Plain()
+    model.layers = nn.Sequential(OrderedDict(low=nn.Linear(8, 8), high=nn.Linear(8, 8)))
+    layout = find_layout(model, "layers")
+    assert layout.block_paths == ("layers.low", "layers.high")
+    assert layout.unit_of("layers.high.weight") == 1
 
 
 def test_block_10_is_not_block_1():
