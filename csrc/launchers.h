@@ -11,7 +11,7 @@
 namespace progtuning {
 
 // Codes shared with progtuning_kernels/_backend.py, which reads them from the module.
-enum class DType : int { kFloat32 = 0, kBFloat16 = 1, kFloat16 = 2, kFloat64 = 3 };
+enum class DType : int { kFloat32 = 0, kBFloat16 = 1, kFloat16 = 2, kFloat64 = 3, kInt8 = 4 };
 
 // Elements summed on their own before the partial sums are added: the unit of work on both devices,
 // and, because it depends on nothing but the sizes, what makes the result independent of the number
@@ -30,6 +30,51 @@ bool masked_norm_cpu(const void* const* tensors, const int64_t* sizes, int64_t n
 // partials: masked_norm_chunks(sizes) floats of scratch, overwritten.
 int masked_norm_cuda(const void* const* tensors, const int64_t* sizes, int64_t num_tensors,
                      DType dtype, float* partials, float* out, void* stream);
+
+// One active tensor of a bucket, as it lies in the bucket's table: 9 words of 8 bytes, which
+// progtuning_kernels/ops/masked_update.py fills. The table is in the memory of the device and holds
+// for a whole stage; only the gradients' addresses come anew with every step.
+struct UpdateRecord {
+  void* param;
+  void* exp_avg;
+  void* exp_avg_sq;
+  float* master;            // float32 copy that is updated in param's place; null: none
+  float* exp_avg_scale;     // one per 256 elements where moments are 8-bit codes; null: they are
+  float* exp_avg_sq_scale;  // float32 in this tensor
+  float* step;              // updates it has had
+  int64_t size;
+  uint32_t index;  // of the tensor in the optimizer: part of the random numbers' counter
+  uint32_t group;  // of the hyper-parameters
+};
+
+// What a bucket's tensors have in common. kInt8: block-wise 8-bit codes.
+struct UpdateVariant {
+  DType param;
+  DType moments;
+  bool master;
+  bool stochastic_rounding;  // of bfloat16 parameters; bfloat16 and 8-bit moments always are
+};
+
+// Hyper-parameters of a group in float64, as Python has them.
+struct UpdateHyper {
+  double lr, weight_decay, eps, beta1, beta2;
+  const float* lr_tensor;  // read on the device in lr's place; null: none
+};
+
+// What a step brings.
+struct UpdateStep {
+  const float* grad_factor;  // gradients are multiplied by it; null: 1
+  const float* found_inf;    // not 0: nothing is updated; null: 0
+  uint64_t seed;
+  bool zero_grads;  // gradients are zero afterwards, in a skipped step too
+};
+
+// AdamW on every tensor of the table whose gradient is not null, and *step + 1 for each of them.
+// float32, bfloat16, float64 (moments float64), float16 (with master); grads as param.
+// Returns false for any other variant, having done nothing.
+bool masked_update_cpu(const UpdateRecord* table, int64_t num_tensors, void* const* grads,
+                       const UpdateHyper* groups, const UpdateVariant& variant,
+                       const UpdateStep& step, int num_threads);
 
 // What the linked CUDA runtime says of itself and of the machine.
 const char* cuda_error_string(int status);

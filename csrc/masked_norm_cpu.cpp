@@ -20,13 +20,7 @@
 #include <cstring>
 #include <vector>
 
-// One compiled body per vector width, picked when the library is loaded. Needs ifunc, hence glibc.
-#if defined(__x86_64__) && defined(__GLIBC__) && defined(__GNUC__) && !defined(__clang__) && \
-    !defined(PROGTUNING_ONE_ISA)
-#define PROGTUNING_CLONES __attribute__((target_clones("avx512f", "avx2", "default")))
-#else
-#define PROGTUNING_CLONES
-#endif
+#include "instruction_sets.h"
 
 namespace progtuning {
 namespace {

@@ -3,6 +3,7 @@
 #include <cstdint>
 #include <stdexcept>
 #include <string>
+#include <tuple>
 #include <utility>
 #include <vector>
 
@@ -61,6 +62,54 @@ void masked_norm_cpu_checked(const std::vector<Address>& tensors, const std::vec
                        pointer<float>(out), num_threads)) {
     throw std::invalid_argument("masked_norm: no CPU kernel for dtype code " +
                                 std::to_string(dtype));
+  }
+}
+
+// What masked_update gets from Python: addresses and numbers, groups of (lr, weight_decay, eps,
+// beta1, beta2, address of lr).
+using HyperTuple = std::tuple<double, double, double, double, double, Address>;
+
+std::vector<UpdateHyper> hyper_groups(const std::vector<HyperTuple>& groups) {
+  std::vector<UpdateHyper> result;
+  for (const auto& [lr, weight_decay, eps, beta1, beta2, lr_tensor] : groups) {
+    result.push_back({lr, weight_decay, eps, beta1, beta2, pointer<const float>(lr_tensor)});
+  }
+  return result;
+}
+
+UpdateVariant update_variant(int param, int moments, bool master, bool stochastic_rounding) {
+  return {static_cast<DType>(param), static_cast<DType>(moments), master, stochastic_rounding};
+}
+
+[[noreturn]] void no_update_kernel(const UpdateVariant& variant) {
+  throw std::invalid_argument("masked_update: no kernel for parameters of dtype code " +
+                              std::to_string(static_cast<int>(variant.param)) +
+                              " with moments of code " +
+                              std::to_string(static_cast<int>(variant.moments)) +
+                              (variant.master ? " and a master" : ""));
+}
+
+void masked_update_cpu_checked(Address table, const std::vector<Address>& grads,
+                               const std::vector<HyperTuple>& groups, int param, int moments,
+                               bool master, bool stochastic_rounding, Address grad_factor,
+                               Address found_inf, uint64_t seed, bool zero_grads,
+                               int num_threads) {
+  const auto* records = pointer<const UpdateRecord>(table);
+  const auto count = static_cast<int64_t>(grads.size());
+  if (num_threads < 1) throw std::invalid_argument("masked_update: num_threads must be positive");
+  if (records == nullptr && count > 0) throw std::invalid_argument("masked_update: no table");
+  for (int64_t i = 0; i < count; ++i) {
+    if (records[i].group >= groups.size()) {
+      throw std::invalid_argument("masked_update: tensor " + std::to_string(i) +
+                                  " is of a group that is not there");
+    }
+  }
+  const UpdateVariant variant = update_variant(param, moments, master, stochastic_rounding);
+  const UpdateStep step{pointer<const float>(grad_factor), pointer<const float>(found_inf), seed,
+                        zero_grads};
+  if (!masked_update_cpu(records, count, reinterpret_cast<void* const*>(grads.data()),
+                         hyper_groups(groups).data(), variant, step, num_threads)) {
+    no_update_kernel(variant);
   }
 }
 
@@ -127,6 +176,7 @@ PYBIND11_MODULE(_C, m) {
   codes["bfloat16"] = static_cast<int>(DType::kBFloat16);
   codes["float16"] = static_cast<int>(DType::kFloat16);
   codes["float64"] = static_cast<int>(DType::kFloat64);
+  codes["int8"] = static_cast<int>(DType::kInt8);
   m.attr("dtype_codes") = codes;
 
   m.def("cuda_device_count", &device_count, "Devices the linked CUDA runtime can use; raises why.");
@@ -134,6 +184,11 @@ PYBIND11_MODULE(_C, m) {
 
   m.def("masked_norm_cpu", &masked_norm_cpu_checked, py::arg("tensors"), py::arg("sizes"),
         py::arg("dtype"), py::arg("out"), py::arg("num_threads"), release_gil());
+  m.attr("update_record_bytes") = sizeof(UpdateRecord);
+  m.def("masked_update_cpu", &masked_update_cpu_checked, py::arg("table"), py::arg("grads"),
+        py::arg("groups"), py::arg("param"), py::arg("moments"), py::arg("master"),
+        py::arg("stochastic_rounding"), py::arg("grad_factor"), py::arg("found_inf"),
+        py::arg("seed"), py::arg("zero_grads"), py::arg("num_threads"), release_gil());
 #ifdef PROGTUNING_CUDA
   m.def(
       "masked_norm_chunks",

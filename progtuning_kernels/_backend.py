@@ -42,7 +42,7 @@ class Implementation:
 
     name: str
     function: Callable[..., Any]
-    reason_against: Callable[[Sequence[Tensor]], str | None]
+    reason_against: Callable[[Any], str | None]
 
 
 def _small_tensor(device: torch.device) -> Sequence[Tensor]:
@@ -61,7 +61,7 @@ class Op:
 
     name: str
     implementations: tuple[Implementation, ...]
-    probe: Callable[[torch.device], Sequence[Tensor]] = _small_tensor
+    probe: Callable[[torch.device], Any] = _small_tensor
 
     def __post_init__(self) -> None:
         names = [implementation.name for implementation in self.implementations]
@@ -80,12 +80,13 @@ def register(op: Op) -> Op:
     return op
 
 
-def select(op: Op, tensors: Sequence[Tensor], implementation: str | None = None) -> Implementation:
+def select(op: Op, tensors: Any, implementation: str | None = None) -> Implementation:
     """The implementation that `op` uses for `tensors`.
 
     Args:
         op: a registered op.
-        tensors: what the op is about to run on, its contract already checked.
+        tensors: what the op is about to run on, its contract already checked: a list of tensors,
+            or what the op makes of them.
         implementation: force this one; None or "auto" leaves the choice to PROGTUNING_BACKEND, and
             without it to the order of preference.
 
@@ -112,7 +113,7 @@ def select(op: Op, tensors: Sequence[Tensor], implementation: str | None = None)
     return candidate
 
 
-def _find(op: Op, name: str, tensors: Sequence[Tensor]) -> tuple[Implementation | None, str | None]:
+def _find(op: Op, name: str, tensors: Any) -> tuple[Implementation | None, str | None]:
     for candidate in op.implementations:
         if candidate.name == name:
             return candidate, candidate.reason_against(tensors)

@@ -58,8 +58,8 @@ def test_at_least_as_accurate_as_torch(dtype, divisor):
         }
     optimizer.step()
 
-    given = None if divisor is None else torch.tensor(divisor)
-    masked_update(p, g, m, v, t, **HYPER, grad_divisor=given)
+    given = None if divisor is None else torch.tensor(1 / divisor)
+    masked_update(p, g, m, v, t, **HYPER, grad_factor=given)
     assert [s.item() for s in t] == [7.0] * len(SIZES)
     for i, x in enumerate(baseline):
         plain = (x, optimizer.state[x]["exp_avg"], optimizer.state[x]["exp_avg_sq"])

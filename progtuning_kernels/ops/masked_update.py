@@ -1,207 +1,556 @@
-"""AdamW on a list of active tensors: unscale or clip, moments, decay and write-back in one call.
+"""masked_update: AdamW on a bucket of active tensors, everything in one pass and one call.
 
-    g  = grad / grad_divisor
+    g  = grad * grad_factor
     m  = beta1*m + (1-beta1)*g                 v = beta2*v + (1-beta2)*g*g
-    p -= lr*weight_decay*p + lr/(1-beta1^t) * m / (sqrt(v/(1-beta2^t)) + eps)      t = step + 1
+    p -= lr*weight_decay*p + lr/(1-beta1^t) * m / (sqrt(v)/sqrt(1-beta2^t) + eps)      t = step + 1
 
-(Loshchilov and Hutter, arXiv 1711.05101; decay acts on the old p.) Lists are parallel, one entry
-per tensor, all of one device and one parameter dtype; sizes are free, including zero. Stored: p and
-grad in their dtype, m and v in fp32 or in p's dtype, step as a 0-dim fp32 tensor. Computed: fp32,
-or fp64 for fp64 parameters. Mutated: params, exp_avgs, exp_avg_sqs, steps; grads may come back
-divided. Every element is its own, so the result does not depend on threads.
+(Loshchilov and Hutter, arXiv 1711.05101; decay acts on the old p.) `grad_factor` unscales and clips
+in one; `found_inf` skips the call; gradients are zeroed on request, in a skipped call too.
+
+- tensors: one device and one parameter dtype per bucket; any shapes, sizes and alignments,
+  including empty. A gradient of None: that tensor is left out, its step count too.
+- stored: p and grad in p's dtype; m and v in float32, bfloat16 (rounded stochastically), or 8-bit
+  codes with one float32 per 256 elements; optionally a float32 master of a bfloat16 or float16 p;
+  step as a 0-dim float32 per tensor. float64 parameters have float64 moments.
+- computed: float32 (float64 for float64), each element on its own, without fused multiply-adds: the
+  CPU kernel and the reference give the same bits, for any number of threads.
+- random numbers: `low_precision.py`, from (seed, stream, index of the tensor, step, element).
+- mutated: params, moments, scales, masters, steps; grads where zeroed. The reference, where it calls
+  torch's fused kernel, leaves the grads multiplied by grad_factor.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from .. import _backend
+from .low_precision import (
+    decode_exp_avg,
+    decode_exp_avg_sq,
+    encode_exp_avg,
+    encode_exp_avg_sq,
+    random_halves,
+    stochastic_bfloat16,
+)
 
-Hyper = float | Tensor
+UPDATE_CHUNK = 8192  # elements of a CUDA block; csrc/launchers.h
+# more gradients do not fit into one launch's parameters: 32,764 bytes on every CUDA architecture
+TENSORS_PER_LAUNCH, GROUPS_PER_LAUNCH = 4032, 8
 
 
-def _is_dense(t: Tensor) -> bool:
+class Hyper(NamedTuple):
+    """Hyper-parameters of one group: lr a float or a 0-dim tensor, the others floats."""
+
+    lr: float | Tensor
+    weight_decay: float
+    eps: float
+    beta1: float
+    beta2: float
+
+
+class Moments(NamedTuple):
+    """Both moments of one tensor; scales (float32, one per 256 elements) where they are codes."""
+
+    exp_avg: Tensor
+    exp_avg_sq: Tensor
+    exp_avg_scale: Tensor | None = None
+    exp_avg_sq_scale: Tensor | None = None
+
+
+def is_dense(t: Tensor) -> bool:
     """Whether the elements fill one run of memory, in whatever order of dimensions."""
     if t.is_contiguous():
         return True
     return t.permute(sorted(range(t.ndim), key=t.stride, reverse=True)).is_contiguous()
 
 
-def _fits_torch_fused(p: Tensor, grad: Tensor, exp_avg: Tensor, exp_avg_sq: Tensor) -> bool:
+def in_memory_order(t: Tensor) -> Tensor:
+    """(n,) view of a dense tensor in the order of its memory; any other tensor as it is."""
+    if t.is_contiguous():
+        return t.view(-1)
+    order = sorted(range(t.ndim), key=t.stride, reverse=True)
+    return t.permute(order).view(-1) if t.permute(order).is_contiguous() else t
+
+
+class Bucket:
+    """Active tensors of one device and dtype, with their state: what one call updates.
+
+    It is built once per stage, chooses the implementation, and holds references to everything whose
+    address it keeps, so that no address can pass to somebody else while it is in a table.
+
+    Args:
+        params: of one device and dtype, any shapes.
+        moments: one per parameter, of its shape; codes (int8 and uint8, with scales) and float32
+            may be mixed.
+        steps: 0-dim float32 on the same device, updates so far.
+        masters: float32, of the parameters' shapes; None: none.
+        indices: of the tensors in their optimizer, for the random numbers; None: 0, 1, ...
+        groups: index into the `hypers` of a call, per parameter; None: all 0.
+        stochastic_rounding: of bfloat16 parameters without master.
+        implementation: force one instead of the first that can run.
+
+    Raises:
+        ValueError: a contract above is broken.
+        RuntimeError: a forced implementation that cannot run, with its reason.
+    """
+
+    def __init__(
+        self,
+        params: Sequence[Tensor],
+        moments: Sequence[Moments],
+        steps: Sequence[Tensor],
+        *,
+        masters: Sequence[Tensor] | None = None,
+        indices: Sequence[int] | None = None,
+        groups: Sequence[int] | None = None,
+        stochastic_rounding: bool = False,
+        implementation: str | None = None,
+    ) -> None:
+        self.params, self.moments, self.steps = list(params), list(moments), list(steps)
+        self.masters = None if masters is None else list(masters)
+        self.indices = list(range(len(self.params)) if indices is None else indices)
+        self.groups = [0] * len(self.params) if groups is None else list(groups)
+        self.stochastic_rounding = stochastic_rounding
+        self.device, self.dtype = self.params[0].device, self.params[0].dtype
+        self.moment_dtype = next(
+            (m.exp_avg.dtype for m in self.moments if m.exp_avg_scale is not None),
+            self.moments[0].exp_avg.dtype,
+        )
+        self._check()
+        self.contiguous = all(p.is_contiguous() for p in self.params)
+        self.dense = all(
+            is_dense(p) and all(t.stride() == p.stride() for t in self._elementwise(i))
+            for i, p in enumerate(self.params)
+        )
+        self.addresses = [p.data_ptr() for p in self.params]
+        self.implementation = _backend.select(OP, self, implementation)
+        self.table: Tensor | None = None  # (tensors, 9) int64: UpdateRecord in csrc/launchers.h
+        self.chunks: Tensor | None = None  # (chunks, 2) int32: tensor, chunk of it; CUDA only
+        self.ticket: Tensor | None = None  # counts the blocks of a launch that are done; CUDA only
+
+    def _check(self) -> None:
+        lengths = {len(self.moments), len(self.steps), len(self.indices), len(self.groups)}
+        lengths |= set() if self.masters is None else {len(self.masters)}
+        if lengths != {len(self.params)}:
+            raise ValueError("masked_update: the lists differ in length")
+        for i, p in enumerate(self.params):
+            others = self._elementwise(i)
+            if any(other.shape != p.shape for other in others):
+                raise ValueError(
+                    f"masked_update: shapes differ from the parameter's {tuple(p.shape)}"
+                )
+            if (p.device, p.dtype) != (self.device, self.dtype):
+                raise ValueError("masked_update: parameters of several devices or dtypes")
+            if any(t.device != self.device for t in (*others, self.steps[i])):
+                raise ValueError("masked_update: state on another device than its parameter")
+        if self.stochastic_rounding and (self.dtype != torch.bfloat16 or self.masters is not None):
+            raise ValueError(
+                "masked_update: stochastic rounding is for bfloat16 parameters without a master"
+            )
+
+    def _elementwise(self, i: int) -> list[Tensor]:
+        """State of tensor i that has an element per element."""
+        state = [self.moments[i].exp_avg, self.moments[i].exp_avg_sq]
+        return state if self.masters is None else [*state, self.masters[i]]
+
+    def is_current(self) -> bool:
+        """Whether the parameters still lie where the table says: `.data =` and `.to` move them."""
+        return self.addresses == [p.data_ptr() for p in self.params]
+
+    def update(
+        self,
+        grads: Sequence[Tensor | None],
+        hypers: Sequence[Hyper],
+        *,
+        grad_factor: Tensor | None = None,
+        found_inf: Tensor | None = None,
+        seed: int = 0,
+        zero_grads: bool = False,
+    ) -> None:
+        """One update; see the top of this file.
+
+        Args:
+            grads: of the parameters' shapes and dtype, any strides; None leaves a tensor out.
+            hypers: of the groups.
+            grad_factor, found_inf: 0-dim float32 on the bucket's device; None: 1 and 0.
+            seed: of the random numbers, 64 bits.
+            zero_grads: leave zeros in the gradients.
+        """
+        self.implementation.function(
+            self,
+            grads,
+            hypers,
+            grad_factor=grad_factor,
+            found_inf=found_inf,
+            seed=seed,
+            zero_grads=zero_grads,
+        )
+
+
+def _one_minus_power(beta: float, steps: Tensor) -> Tensor:
+    """1 - beta^step as update_rules.h computes it. steps: (n,) float32 or float64."""
+    log_beta = torch.tensor(math.log(beta) if beta else -math.inf, dtype=steps.dtype)
+    x = log_beta.to(steps.device) * steps
+    if steps.dtype == torch.float64:
+        return -torch.expm1(x)
+    done, halved = x < -18.0, []
+    for _ in range(6):
+        halved.append(x < -0.5)
+        x = torch.where(halved[-1], x * 0.5, x)
+    y = torch.full_like(x, 1.0 / 40320)
+    for term in (1.0 / 5040, 1.0 / 720, 1.0 / 120, 1.0 / 24, 1.0 / 6, 0.5, 1.0):
+        y = y * x + term
+    y = -x * y
+    for again in reversed(halved):
+        y = torch.where(again, y * (2.0 - y), y)
+    return torch.where(done, torch.ones_like(y), y)
+
+
+def _update_plain(
+    bucket: Bucket,
+    grads: Sequence[Tensor | None],
+    hypers: Sequence[Hyper],
+    *,
+    grad_factor: Tensor | None,
+    found_inf: Tensor | None,
+    seed: int,
+) -> None:
+    """The specification, one tensor at a time; no host sync."""
+    wide = torch.float64 if bucket.dtype == torch.float64 else torch.float32
+    steps = torch.stack(bucket.steps).to(wide) + 1
+    corrections = [
+        (_one_minus_power(h.beta1, steps), _one_minus_power(h.beta2, steps).sqrt()) for h in hypers
+    ]
+    for i, grad in enumerate(grads):
+        if grad is None:
+            continue
+        hyper, moments = hypers[bucket.groups[i]], bucket.moments[i]
+        bias1, root_bias2 = (c[i] for c in corrections[bucket.groups[i]])
+        p, m, v = map(in_memory_order, (bucket.params[i], moments.exp_avg, moments.exp_avg_sq))
+        master = None if bucket.masters is None else in_memory_order(bucket.masters[i])
+        same_order = grad.stride() == bucket.params[i].stride()
+        g = (grad if same_order else torch.empty_like(bucket.params[i]).copy_(grad)).to(wide)
+        g = in_memory_order(g) if p.ndim == 1 else g
+
+        def draw(stream, i=i, p=p):
+            step = bucket.steps[i] + 1
+            return random_halves(p.numel(), seed, stream, bucket.indices[i], step).view(p.shape)
+
+        lr = torch.as_tensor(hyper.lr, dtype=wide, device=bucket.device)
+        decay = lr * torch.tensor(hyper.weight_decay, dtype=wide)
+        if grad_factor is not None:
+            g = g * grad_factor.to(wide)
+        if moments.exp_avg_scale is None:
+            m_old, v_old = m.to(wide), v.to(wide)
+        else:
+            m_old = decode_exp_avg(m, moments.exp_avg_scale)
+            v_old = decode_exp_avg_sq(v, moments.exp_avg_sq_scale)
+        m_new = hyper.beta1 * m_old + (1 - hyper.beta1) * g
+        v_new = hyper.beta2 * v_old + (1 - hyper.beta2) * (g * g)
+        denominator = v_new.sqrt() * root_bias2.reciprocal() + hyper.eps
+        p_old = p.to(wide) if master is None else master
+        p_new = p_old - (decay * p_old + (lr / bias1) * (m_new / denominator))
+
+        stored = [(bucket.steps[i], bucket.steps[i] + 1)]
+        if master is not None:
+            stored.append((master, p_new))
+        if bucket.stochastic_rounding:
+            p_new = stochastic_bfloat16(p_new, draw("param"))
+        stored.append((p, p_new))
+        if moments.exp_avg_scale is not None:
+            m_new, m_scale = encode_exp_avg(m_new)
+            v_new, v_scale = encode_exp_avg_sq(v_new, draw("exp_avg_sq"))
+            stored += [(moments.exp_avg_scale, m_scale), (moments.exp_avg_sq_scale, v_scale)]
+        elif m.dtype == torch.bfloat16:
+            m_new = stochastic_bfloat16(m_new, draw("exp_avg"))
+            v_new = stochastic_bfloat16(v_new, draw("exp_avg_sq"))
+        stored += [(m, m_new), (v, v_new)]
+        for target, value in stored:
+            if found_inf is not None:
+                value = torch.where(found_inf == 0, value, target.to(value.dtype))
+            target.copy_(value)
+
+
+def _fits_torch_fused(p: Tensor, grad: Tensor, moments: Moments) -> bool:
     """Whether torch's fused kernel may be called for this tensor.
 
     It walks every tensor as one flat run of memory: a view with gaps is written outside itself and
     a gradient of other strides is read in the wrong order (both seen in torch 2.13, silently).
     """
+    tensors = (p, grad, moments.exp_avg, moments.exp_avg_sq)
     return (
         p.device.type in ("cpu", "cuda")
-        and p.dtype == grad.dtype == exp_avg.dtype == exp_avg_sq.dtype
-        and p.stride() == grad.stride() == exp_avg.stride() == exp_avg_sq.stride()
-        and _is_dense(p)
+        and p.dtype in (torch.float32, torch.float64)
+        and len({t.dtype for t in tensors}) == 1
+        and len({t.stride() for t in tensors}) == 1
+        and is_dense(p)
     )
-
-
-def _all_fit_torch_fused(*lists: list[Tensor]) -> bool:
-    """The ordinary case, asked of 4 x 100 tensors in 47 us where one by one takes 118 us."""
-    tensors = [tensor for tensors in lists for tensor in tensors]
-    return (
-        tensors[0].device.type in ("cpu", "cuda")
-        and len({tensor.dtype for tensor in tensors}) == 1
-        and all(map(Tensor.is_contiguous, tensors))
-    )
-
-
-def _update_plain(
-    p: Tensor,
-    grad: Tensor,
-    exp_avg: Tensor,
-    exp_avg_sq: Tensor,
-    step: Tensor,
-    *,
-    lr: Hyper,
-    beta1: float,
-    beta2: float,
-    eps: float,
-    weight_decay: float,
-    grad_divisor: Tensor | None,
-    found_inf: Tensor | None,
-) -> None:
-    """The specification, one tensor at a time; no host sync."""
-    compute = torch.float64 if p.dtype == torch.float64 else torch.float32
-    g = grad.to(compute)
-    if grad_divisor is not None:
-        g = g / grad_divisor
-    t = step.to(p.device, torch.float64) + 1
-    m = beta1 * exp_avg.to(compute) + (1 - beta1) * g
-    v = beta2 * exp_avg_sq.to(compute) + (1 - beta2) * g * g
-    # bias corrections in fp64: in fp32 their relative error is 1e-5 in the first hundred steps
-    step_size = (lr / (1 - beta1**t)).to(compute)
-    denom = v.sqrt() / (1 - beta2**t).sqrt().to(compute) + eps
-    old = p.to(compute)
-    new = old - (lr * weight_decay * old + step_size * (m / denom))
-    for target, value in ((exp_avg, m), (exp_avg_sq, v), (p, new), (step, step + 1)):
-        if found_inf is not None:
-            value = torch.where(found_inf.to(value.device) == 0, value, target.to(value.dtype))
-        target.copy_(value)
 
 
 @torch.no_grad()
 def reference(
-    params: Sequence[Tensor],
-    grads: Sequence[Tensor],
-    exp_avgs: Sequence[Tensor],
-    exp_avg_sqs: Sequence[Tensor],
-    steps: Sequence[Tensor],
+    bucket: Bucket,
+    grads: Sequence[Tensor | None],
+    hypers: Sequence[Hyper],
     *,
-    lr: Hyper,
-    beta1: float,
-    beta2: float,
-    eps: float,
-    weight_decay: float,
-    grad_divisor: Tensor | None,
+    grad_factor: Tensor | None,
     found_inf: Tensor | None,
+    seed: int,
+    zero_grads: bool,
 ) -> None:
     """Torch's own fused kernel where it may be called, plain torch for the other tensors."""
-    lists = [list(tensors) for tensors in (params, grads, exp_avgs, exp_avg_sqs, steps)]
-    if not _all_fit_torch_fused(*lists[:4]):
-        fused: list[tuple[Tensor, ...]] = []
-        for tensors in zip(*lists, strict=True):
-            if _fits_torch_fused(*tensors[:4]):
-                fused.append(tensors)
-                continue
-            _update_plain(
-                *tensors,
-                lr=lr,
-                beta1=beta1,
-                beta2=beta2,
-                eps=eps,
-                weight_decay=weight_decay,
-                grad_divisor=grad_divisor,
-                found_inf=found_inf,
-            )
-        if not fused:
-            return
-        lists = [list(tensors) for tensors in zip(*fused, strict=True)]
-    t = lists[4]
-    torch._foreach_add_(t, 1)
-    torch._fused_adamw_(
-        *lists[:4],
-        [],
-        t,
-        lr=lr,
-        beta1=beta1,
-        beta2=beta2,
-        weight_decay=weight_decay,
-        eps=eps,
-        amsgrad=False,
-        maximize=False,
-        grad_scale=grad_divisor,
-        found_inf=found_inf,
+    plain: list[Tensor | None] = [None] * len(grads)
+    fused: list[list[int]] = [[] for _ in hypers]
+    for i, (p, grad, moments) in enumerate(zip(bucket.params, grads, bucket.moments, strict=True)):
+        if grad is None:
+            continue
+        if _fits_torch_fused(p, grad, moments):
+            fused[bucket.groups[i]].append(i)
+        else:
+            plain[i] = grad
+    if any(grad is not None for grad in plain):
+        _update_plain(
+            bucket, plain, hypers, grad_factor=grad_factor, found_inf=found_inf, seed=seed
+        )
+    for hyper, members in zip(hypers, fused, strict=True):
+        if not members:
+            continue
+        steps = [bucket.steps[i] for i in members]
+        torch._foreach_add_(steps, 1)
+        torch._fused_adamw_(
+            [bucket.params[i] for i in members],
+            [grads[i] for i in members],
+            [bucket.moments[i].exp_avg for i in members],
+            [bucket.moments[i].exp_avg_sq for i in members],
+            [],
+            steps,
+            lr=hyper.lr,
+            beta1=hyper.beta1,
+            beta2=hyper.beta2,
+            weight_decay=hyper.weight_decay,
+            eps=hyper.eps,
+            amsgrad=False,
+            maximize=False,
+            grad_scale=None if grad_factor is None else grad_factor.reciprocal(),
+            found_inf=found_inf,
+        )
+        if found_inf is not None:
+            torch._foreach_sub_(steps, [found_inf] * len(steps))
+    if zero_grads:
+        torch._foreach_zero_([grad for grad in grads if grad is not None])
+
+
+def _record(bucket: Bucket, i: int) -> list[int]:
+    moments = bucket.moments[i]
+    scales = (moments.exp_avg_scale, moments.exp_avg_sq_scale)
+    return [
+        bucket.params[i].data_ptr(),
+        moments.exp_avg.data_ptr(),
+        moments.exp_avg_sq.data_ptr(),
+        0 if bucket.masters is None else bucket.masters[i].data_ptr(),
+        *(0 if scale is None else scale.data_ptr() for scale in scales),
+        bucket.steps[i].data_ptr(),
+        bucket.params[i].numel(),
+        bucket.indices[i] | bucket.groups[i] << 32,
+    ]
+
+
+def build_table(bucket: Bucket) -> None:
+    """Fills in the bucket's tables, on its device."""
+    bucket.table = torch.tensor([_record(bucket, i) for i in range(len(bucket.params))])
+    if bucket.device.type == "cuda":
+        counts = [-(-p.numel() // UPDATE_CHUNK) for p in bucket.params]
+        tensors = torch.repeat_interleave(torch.tensor(counts))
+        chunks = torch.cat([torch.arange(count) for count in counts])
+        bucket.chunks = torch.stack((tensors, chunks), dim=1).to(torch.int32).to(bucket.device)
+        bucket.table = bucket.table.to(bucket.device)
+        bucket.ticket = torch.zeros((), dtype=torch.int32, device=bucket.device)
+
+
+def _in_order(bucket: Bucket, grads: Sequence[Tensor | None]) -> list[Tensor | None]:
+    """Gradients whose elements lie in memory as their parameter's do; others are copied."""
+    if bucket.contiguous and all(grad is None or grad.is_contiguous() for grad in grads):
+        return list(grads)
+    return [
+        grad
+        if grad is None or grad.stride() == p.stride()
+        else torch.empty_like(p, memory_format=torch.preserve_format).copy_(grad)
+        for p, grad in zip(bucket.params, grads, strict=True)
+    ]
+
+
+def _address(t: Tensor | None) -> int:
+    return 0 if t is None else t.data_ptr()
+
+
+def _native(
+    bucket: Bucket,
+    grads: Sequence[Tensor | None],
+    hypers: Sequence[Hyper],
+    *,
+    grad_factor: Tensor | None,
+    found_inf: Tensor | None,
+    seed: int,
+    zero_grads: bool,
+) -> None:
+    if bucket.table is None:
+        build_table(bucket)
+    ordered = _in_order(bucket, grads)
+    # 0 says that there is no gradient, so an empty one gets another address; nobody reads it
+    addresses = [0 if grad is None else grad.data_ptr() or _EMPTY for grad in ordered]
+    on_cuda = bucket.device.type == "cuda"
+    lrs = [
+        hyper.lr.to(bucket.device, torch.float32)
+        if on_cuda and isinstance(hyper.lr, Tensor) and hyper.lr.is_cuda
+        else float(hyper.lr)
+        for hyper in hypers
+    ]
+    groups = [
+        (0.0, *hyper[1:], lr.data_ptr()) if isinstance(lr, Tensor) else (lr, *hyper[1:], 0)
+        for lr, hyper in zip(lrs, hypers, strict=True)
+    ]
+    common = (
+        _backend.dtype_code(bucket.dtype),
+        _backend.dtype_code(bucket.moment_dtype),
+        bucket.masters is not None,
+        bucket.stochastic_rounding,
+        _address(grad_factor),
+        _address(found_inf),
+        seed,
+        zero_grads,
     )
-    if found_inf is not None:
-        torch._foreach_sub_(t, [found_inf] * len(t))
+    extension, table = _backend.native_extension(), bucket.table.data_ptr()
+    if on_cuda:
+        chunks, ticket = bucket.chunks, bucket.ticket.data_ptr()
+        where = (table, chunks.data_ptr(), len(chunks), ticket)
+        with _backend.device_guard(bucket.device):
+            stream = _backend.cuda_stream(bucket.device)
+            extension.masked_update_cuda(*where, addresses, groups, *common, stream)
+    else:
+        threads = torch.get_num_threads()
+        extension.masked_update_cpu(table, addresses, groups, *common, threads)
+    written = list(bucket.params)
+    if zero_grads:
+        for grad, mine in zip(grads, ordered, strict=True):
+            if mine is not grad:
+                grad.zero_()
+        written += [grad for grad in grads if grad is not None]
+    torch.autograd.graph.increment_version(written)
+
+
+_EMPTY = 16
+_NATIVE_MOMENTS = (torch.float32, torch.bfloat16, torch.int8)
+
+
+def _reason_against_kernels(bucket: Bucket) -> str | None:
+    """What neither the native nor the Triton kernels have."""
+    if bucket.dtype == torch.float16 and bucket.masters is None:
+        return "no kernel for float16 parameters without a master"
+    if bucket.moment_dtype not in _NATIVE_MOMENTS and bucket.dtype != torch.float64:
+        return f"no kernel for {bucket.moment_dtype} moments"
+    if not bucket.dense:
+        return "a tensor with gaps between its elements, or state of another order than its tensor"
+    return None
+
+
+def _reason_against_native(bucket: Bucket) -> str | None:
+    reason = _backend.native_reason(bucket.device) or _reason_against_kernels(bucket)
+    if reason is None and bucket.device.type == "cuda" and bucket.dtype == torch.float64:
+        return "no native kernel for float64 on cuda"
+    return reason
+
+
+def _probe(device: torch.device) -> Bucket:
+    p = torch.zeros(8, device=device)
+    moments = Moments(torch.zeros_like(p), torch.zeros_like(p))
+    step = torch.zeros((), device=device)
+    return Bucket([p], [moments], [step], implementation="reference")
 
 
 OP = _backend.register(
     _backend.Op(
         "masked_update",
-        (_backend.Implementation("reference", reference, lambda tensors: None),),
+        (
+            _backend.Implementation("native", _native, _reason_against_native),
+            _backend.Implementation("reference", reference, lambda bucket: None),
+        ),
+        _probe,
     )
 )
 
 
+@torch.no_grad()
 def masked_update(
     params: Sequence[Tensor],
-    grads: Sequence[Tensor],
+    grads: Sequence[Tensor | None],
     exp_avgs: Sequence[Tensor],
     exp_avg_sqs: Sequence[Tensor],
     steps: Sequence[Tensor],
     *,
-    lr: Hyper,
+    lr: float | Tensor,
     beta1: float,
     beta2: float,
     eps: float,
     weight_decay: float,
-    grad_divisor: Tensor | None = None,
+    exp_avg_scales: Sequence[Tensor] | None = None,
+    exp_avg_sq_scales: Sequence[Tensor] | None = None,
+    masters: Sequence[Tensor] | None = None,
+    grad_factor: Tensor | None = None,
     found_inf: Tensor | None = None,
+    stochastic_rounding: bool = False,
+    seed: int = 0,
+    zero_grads: bool = False,
     implementation: str | None = None,
 ) -> None:
-    """Update every tensor of a bucket; the formula is at the top of this file.
+    """One update of a list of tensors; the formula and the storage are at the top of this file.
+
+    An optimizer keeps a `Bucket` for a stage instead of making one per call, as this does.
 
     Args:
         params, grads, exp_avgs, exp_avg_sqs: tensors of any shape, equal within an entry.
-        steps: 0-dim fp32, number of updates each tensor has had; increased by one.
-        lr: float or 0-dim tensor. weight_decay: decoupled, per call.
-        grad_divisor: 0-dim fp32 on the same device; gradients are divided by it (loss scale, or
-            norm / max_norm for clipping). None: 1.
-        found_inf: 0-dim fp32 on the same device; non-zero: nothing is changed.
+        steps: 0-dim float32, number of updates each tensor has had; increased by one.
+        lr: float or 0-dim tensor. weight_decay: decoupled.
+        exp_avg_scales, exp_avg_sq_scales: of 8-bit moments. masters: float32.
+        grad_factor, found_inf: 0-dim float32 on the same device; None: 1 and 0.
+        stochastic_rounding: of bfloat16 parameters without master.
+        seed: of the random numbers. zero_grads: leave zeros in the gradients.
         implementation: force one instead of the first that can run.
 
     Raises:
-        ValueError: lists of different lengths, or shapes that differ within an entry.
+        ValueError: a contract at the top of this file is broken.
         RuntimeError: a forced implementation that cannot run, with its reason.
     """
     if not len(params) == len(grads) == len(exp_avgs) == len(exp_avg_sqs) == len(steps):
         raise ValueError("masked_update: the lists differ in length")
-    for p, *others in zip(params, grads, exp_avgs, exp_avg_sqs, strict=True):
-        if any(other.shape != p.shape for other in others):
-            raise ValueError(f"masked_update: shapes differ from the parameter's {tuple(p.shape)}")
+    for p, grad in zip(params, grads, strict=True):
+        if grad is not None and (grad.shape != p.shape or grad.dtype != p.dtype):
+            raise ValueError(
+                f"masked_update: a gradient of {tuple(grad.shape)} in {grad.dtype} for a parameter "
+                f"of {tuple(p.shape)} in {p.dtype}"
+            )
     if not params:
         return
-    _backend.select(OP, params, implementation).function(
+    none = [None] * len(params)
+    scales = (exp_avg_scales or none, exp_avg_sq_scales or none)
+    moments = [Moments(*m) for m in zip(exp_avgs, exp_avg_sqs, *scales, strict=True)]
+    bucket = Bucket(
         params,
-        grads,
-        exp_avgs,
-        exp_avg_sqs,
+        moments,
         steps,
-        lr=lr,
-        beta1=beta1,
-        beta2=beta2,
-        eps=eps,
-        weight_decay=weight_decay,
-        grad_divisor=grad_divisor,
+        masters=masters,
+        stochastic_rounding=stochastic_rounding,
+        implementation=implementation,
+    )
+    bucket.update(
+        grads,
+        [Hyper(lr, weight_decay, eps, beta1, beta2)],
+        grad_factor=grad_factor,
         found_inf=found_inf,
+        seed=seed,
+        zero_grads=zero_grads,
     )

@@ -1,0 +1,238 @@
+// The per-element formulas of the optimizers, for host and device: the single C++ home of each.
+//
+// Every formula is written with plain +, *, / and sqrt, which IEEE 754 rounds correctly, and both
+// compilers are told not to contract them into fused multiply-adds (-ffp-contract=off,
+// --fmad=false). So the CPU, every instruction set of it, and the GPU give the same bits, and a
+// machine without a GPU tests what the GPU computes. The exception are the 8-bit codes, where the
+// GPU takes approximate roots.
+#pragma once
+
+#include <cmath>
+#include <cstdint>
+#include <cstring>
+
+#ifdef __CUDACC__
+#define PROGTUNING_RULE __host__ __device__ __forceinline__
+#else
+#define PROGTUNING_RULE inline __attribute__((always_inline))
+#endif
+
+namespace progtuning {
+
+PROGTUNING_RULE uint32_t bits_of(float x) {
+#ifdef __CUDA_ARCH__
+  return __float_as_uint(x);
+#else
+  uint32_t bits;
+  std::memcpy(&bits, &x, sizeof bits);
+  return bits;
+#endif
+}
+
+PROGTUNING_RULE float float_of(uint32_t bits) {
+#ifdef __CUDA_ARCH__
+  return __uint_as_float(bits);
+#else
+  float x;
+  std::memcpy(&x, &bits, sizeof x);
+  return x;
+#endif
+}
+
+// 1 - beta^step, from log(beta). `1 - powf(beta2, step)` is off by 1e-5 in the first hundred steps,
+// where beta^step is nearly 1; the Taylor series of 1 - e^x, taken at x / 2^k > -1/2, is not: its
+// first term left out is 1e-8 of the sum. Then y -> y * (2 - y) squares e^x, k times.
+PROGTUNING_RULE float one_minus_power(float log_beta, float step) {
+  float x = log_beta * step;
+  if (x < -18.0f) return 1.0f;  // e^-18 is below half a unit in the last place of 1
+  int doublings = 0;
+  for (; x < -0.5f; ++doublings) x = x * 0.5f;
+  float series = 1.0f / 40320;
+  series = series * x + 1.0f / 5040;
+  series = series * x + 1.0f / 720;
+  series = series * x + 1.0f / 120;
+  series = series * x + 1.0f / 24;
+  series = series * x + 1.0f / 6;
+  series = series * x + 0.5f;
+  series = series * x + 1.0f;
+  float y = -x * series;
+  for (; doublings > 0; --doublings) y = y * (2.0f - y);
+  return y;
+}
+
+PROGTUNING_RULE double one_minus_power(double log_beta, double step) {
+  return -expm1(log_beta * step);
+}
+
+// Hyper-parameters of AdamW as they are kept between steps; 1 - beta and log(beta) are computed in
+// float64 on the host, because 1 - 0.999f is off by 1.3e-5.
+template <typename Float>
+struct AdamWHyper {
+  Float lr, weight_decay, eps;
+  Float beta1, one_minus_beta1, log_beta1;
+  Float beta2, one_minus_beta2, log_beta2;
+};
+
+// What the update of one tensor needs at one step.
+template <typename Float>
+struct AdamW {
+  Float beta1, one_minus_beta1, beta2, one_minus_beta2, eps;
+  Float decay;               // lr * weight_decay
+  Float step_size;           // lr / (1 - beta1^step)
+  Float inverse_root_bias2;  // 1 / sqrt(1 - beta2^step)
+  Float grad_factor;         // unscaling and clipping in one
+};
+
+template <typename Float>
+PROGTUNING_RULE AdamW<Float> adamw_at(const AdamWHyper<Float>& hyper, Float lr, Float step,
+                                      Float grad_factor) {
+  AdamW<Float> at;
+  at.beta1 = hyper.beta1;
+  at.one_minus_beta1 = hyper.one_minus_beta1;
+  at.beta2 = hyper.beta2;
+  at.one_minus_beta2 = hyper.one_minus_beta2;
+  at.eps = hyper.eps;
+  at.decay = lr * hyper.weight_decay;
+  at.step_size = lr / one_minus_power(hyper.log_beta1, step);
+  at.inverse_root_bias2 = Float(1) / sqrt(one_minus_power(hyper.log_beta2, step));
+  at.grad_factor = grad_factor;
+  return at;
+}
+
+// Loshchilov and Hutter, arXiv 1711.05101, with decay and update in one subtraction: multiplying p
+// by 1 - lr * weight_decay does nothing in float32 once that product is below 3e-8.
+template <typename Float>
+PROGTUNING_RULE void adamw(const AdamW<Float>& at, Float grad, Float& p, Float& m, Float& v) {
+  const Float g = grad * at.grad_factor;
+  m = at.beta1 * m + at.one_minus_beta1 * g;
+  v = at.beta2 * v + at.one_minus_beta2 * (g * g);
+  const Float denominator = sqrt(v) * at.inverse_root_bias2 + at.eps;
+  p = p - (at.decay * p + at.step_size * (m / denominator));
+}
+
+// bfloat16 travels as its 16 bits.
+PROGTUNING_RULE float widen_bfloat16(uint16_t x) {
+  return float_of(static_cast<uint32_t>(x) << 16);
+}
+
+// Infinities and NaN leave the rounding untouched: adding to 0x7fffffff gives -0.0.
+PROGTUNING_RULE uint16_t drop_low_half(uint32_t bits, uint32_t added) {
+  const bool special = (bits & 0x7f800000u) == 0x7f800000u;
+  const uint32_t quiet = (bits & 0x007fffffu) != 0 ? 0x00400000u : 0u;
+  return static_cast<uint16_t>((special ? (bits | quiet) : (bits + added)) >> 16);
+}
+
+PROGTUNING_RULE uint16_t nearest_bfloat16(float x) {
+  const uint32_t bits = bits_of(x);
+  return drop_low_half(bits, 0x7fffu + ((bits >> 16) & 1u));
+}
+
+// random: 16 random bits. Rounds away from zero with the probability that makes the mean exact.
+PROGTUNING_RULE uint16_t stochastic_bfloat16(float x, uint32_t random) {
+  return drop_low_half(bits_of(x), random);
+}
+
+// IEEE half precision as its 16 bits, without the instructions that not every CPU has.
+PROGTUNING_RULE float widen_float16(uint16_t x) {
+  const uint32_t magnitude = static_cast<uint32_t>(x & 0x7fffu) << 13;
+  const uint32_t special = (x & 0x7c00u) == 0x7c00u ? 0x7f800000u : 0u;
+  const uint32_t sign = static_cast<uint32_t>(x & 0x8000u) << 16;
+  // 2^112 moves the exponent's bias from 15 to 127, subnormal numbers included
+  return float_of((bits_of(float_of(magnitude) * 0x1p112f) | special) | sign);
+}
+
+PROGTUNING_RULE uint16_t nearest_float16(float x) {
+  const uint32_t bits = bits_of(x), magnitude = bits & 0x7fffffffu;
+  const uint32_t sign = (bits >> 16) & 0x8000u;
+  // below 2^-14: adding 1/2 leaves the multiple of 2^-24 in the low bits, rounded by the adder
+  const uint32_t subnormal = bits_of(float_of(magnitude) + 0.5f) - 0x3f000000u;
+  const uint32_t normal = (magnitude - 0x38000000u + 0xfffu + ((magnitude >> 13) & 1u)) >> 13;
+  uint32_t half = magnitude < 0x38800000u ? subnormal : normal;
+  if (magnitude >= 0x477ff000u) half = 0x7c00u;  // 65520 and above round to infinity
+  if (magnitude > 0x7f800000u) half = 0x7e00u;
+  return static_cast<uint16_t>(half | sign);
+}
+
+// Philox4x32 with 7 rounds (Salmon et al., SC 2011): 128 random bits for 8 consecutive elements.
+// The counter is (element / 8, stream, tensor, step), so a number depends on what it is drawn for
+// and on nothing else; element i of the eight takes half i % 2 of word i / 2, low half first.
+enum class RandomStream : uint32_t { kParam = 0, kExpAvg = 1, kExpAvgSq = 2 };
+
+struct RandomWords {
+  uint32_t word[4];
+};
+
+PROGTUNING_RULE RandomWords philox(uint64_t seed, uint64_t eighth, RandomStream stream,
+                                   uint32_t tensor, uint32_t step) {
+  uint32_t c0 = static_cast<uint32_t>(eighth);
+  uint32_t c1 = static_cast<uint32_t>(eighth >> 32) | (static_cast<uint32_t>(stream) << 24);
+  uint32_t c2 = tensor, c3 = step;
+  uint32_t k0 = static_cast<uint32_t>(seed), k1 = static_cast<uint32_t>(seed >> 32);
+#ifdef __CUDACC__
+#pragma unroll
+#else
+#pragma GCC unroll 7
+#endif
+  for (int round = 0; round < 7; ++round) {
+    const uint64_t a = static_cast<uint64_t>(c0) * 0xD2511F53u;
+    const uint64_t b = static_cast<uint64_t>(c2) * 0xCD9E8D57u;
+    c0 = static_cast<uint32_t>(b >> 32) ^ c1 ^ k0;
+    c2 = static_cast<uint32_t>(a >> 32) ^ c3 ^ k1;
+    c1 = static_cast<uint32_t>(b);
+    c3 = static_cast<uint32_t>(a);
+    k0 += 0x9E3779B9u;
+    k1 += 0xBB67AE85u;
+  }
+  return {{c0, c1, c2, c3}};
+}
+
+// Moments in 8 bits: blocks of 256 elements share one float32, the largest magnitude in the block.
+//     m = sign(q) * largest * (q / 127)^4        v = largest * (q / 255)^8
+// The powers spread the codes over many orders of magnitude (a v of 1e-19 of the largest still has
+// one). v is rounded stochastically: with beta2 = 0.999 it falls by less than half a code in a
+// step, so the nearest code never changes once gradients have shrunk. A positive v never gets code
+// 0, whose root would divide.
+constexpr int kQuantBlock = 256;
+// Below this a block's reciprocal overflows; its codes are then 0, as are the values they stand for.
+constexpr float kSmallestLargest = 1.17549435e-38f;
+
+PROGTUNING_RULE float inverse_of_largest(float largest) {
+  return largest >= kSmallestLargest ? 1.0f / largest : 0.0f;
+}
+
+PROGTUNING_RULE float decode_exp_avg(int code, float largest) {
+  const float r = static_cast<float>(code) * (1.0f / 127);
+  return (r * r) * (r * fabsf(r)) * largest;
+}
+
+PROGTUNING_RULE float decode_exp_avg_sq(int code, float largest) {
+  const float r = static_cast<float>(code) * (1.0f / 255);
+  const float r2 = r * r, r4 = r2 * r2;
+  return r4 * r4 * largest;
+}
+
+PROGTUNING_RULE float quick_root(float x) {
+#ifdef __CUDA_ARCH__
+  float root;
+  asm("sqrt.approx.ftz.f32 %0, %1;" : "=f"(root) : "f"(x));
+  return root;
+#else
+  return sqrtf(x);
+#endif
+}
+
+PROGTUNING_RULE int encode_exp_avg(float m, float inverse) {
+  const float r = quick_root(quick_root(fabsf(m) * inverse));
+  const float magnitude = r <= 1.0f ? r * 127.0f + 0.5f : (r > 1.0f ? 127.5f : 0.0f);
+  const int code = static_cast<int>(magnitude);
+  return m < 0 ? -code : code;
+}
+
+PROGTUNING_RULE int encode_exp_avg_sq(float v, float inverse, uint32_t random) {
+  const float r = quick_root(quick_root(quick_root(v * inverse)));
+  const float exact = r <= 1.0f ? r * 255.0f : (r > 1.0f ? 255.0f : 0.0f);
+  const int code = static_cast<int>(exact + static_cast<float>(random) * 0x1p-16f);
+  return code > 255 ? 255 : (code < 1 && v > 0 ? 1 : code);
+}
+
+}  // namespace progtuning

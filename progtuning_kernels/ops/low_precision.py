@@ -1,0 +1,128 @@
+"""Random rounding and 8-bit moments in plain torch: what `csrc/update_rules.h` does, bit for bit.
+
+- Philox4x32 with 7 rounds (Salmon et al., SC 2011): a random number depends on (seed, stream,
+  tensor, step, element) and on nothing else, so every implementation and every resumed run draws
+  the same ones.
+- Stochastic rounding to bfloat16: up with the probability that makes the mean exact.
+- 8-bit codes in blocks of 256 that share their largest magnitude:
+  m = sign(q) * largest * (q / 127)^4, nearest code; v = largest * (q / 255)^8, random code, because
+  with beta2 = 0.999 a v falls by less than half a code per step and the nearest one would stay.
+"""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+Stream = Literal["param", "exp_avg", "exp_avg_sq"]
+_STREAMS: dict[Stream, int] = {"param": 0, "exp_avg": 1, "exp_avg_sq": 2}
+QUANT_BLOCK = 256
+_LOW = 0xFFFFFFFF
+_SMALLEST_LARGEST = 1.17549435e-38  # the smallest normal float32: its reciprocal is finite
+
+
+def philox(seed: int, counter: tuple[Tensor, Tensor, Tensor, Tensor]) -> tuple[Tensor, ...]:
+    """Four words of 32 random bits per counter; words are int64 tensors in [0, 2**32)."""
+    c0, c1, c2, c3 = counter
+    k0, k1 = seed & _LOW, (seed >> 32) & _LOW
+    for _ in range(7):
+        a, b = c0 * 0xD2511F53, c2 * 0xCD9E8D57  # wraps at 64 bits, which are the right ones
+        c0, c1, c2, c3 = (
+            ((b >> 32) & _LOW) ^ c1 ^ k0,
+            b & _LOW,
+            ((a >> 32) & _LOW) ^ c3 ^ k1,
+            a & _LOW,
+        )
+        k0, k1 = (k0 + 0x9E3779B9) & _LOW, (k1 + 0xBB67AE85) & _LOW
+    return c0, c1, c2, c3
+
+
+def random_halves(n: int, seed: int, stream: Stream, index: int, step: Tensor) -> Tensor:
+    """16 random bits for each of n elements of a tensor.
+
+    Args:
+        n: number of elements.
+        seed: of the run, 64 bits.
+        stream: what the bits round.
+        index: of the tensor in its optimizer.
+        step: 0-dim, the number of the update (from 1); its device is the result's.
+
+    Returns:
+        (n,) int64 in [0, 65536).
+    """
+    eighths = torch.arange((n + 7) // 8, device=step.device)
+    c1 = (eighths >> 32) | (_STREAMS[stream] << 24)
+    shared = torch.full_like(eighths, index), step.to(torch.int64).expand_as(eighths)
+    words = torch.stack(philox(seed, (eighths & _LOW, c1, *shared)), dim=1)  # (n / 8, 4)
+    return torch.stack((words & 0xFFFF, words >> 16), dim=2).flatten()[:n]
+
+
+def stochastic_bfloat16(x: Tensor, random: Tensor) -> Tensor:
+    """Round float32 to bfloat16, up where the dropped half plus `random` carries.
+
+    Infinities and NaN stay what they are: adding to their bits would give NaN the bits of -0.0.
+
+    Args:
+        x: float32 of any shape. random: int64 in [0, 65536), as many.
+    """
+    bits = x.contiguous().view(torch.int32)
+    rounded = ((bits.to(torch.int64) + random.view_as(bits)) >> 16 << 16).to(torch.int32)
+    rounded = rounded.view(torch.float32).to(torch.bfloat16)
+    return torch.where(x.isfinite(), rounded, x.to(torch.bfloat16))
+
+
+def _blocks(x: Tensor) -> Tensor:
+    """(number of blocks, 256), zeros behind the last element."""
+    flat = x.flatten()
+    return torch.nn.functional.pad(flat, (0, -flat.numel() % QUANT_BLOCK)).view(-1, QUANT_BLOCK)
+
+
+def _scaled(x: Tensor) -> tuple[Tensor, Tensor]:
+    blocks = _blocks(x).abs()
+    largest = blocks.amax(dim=1)
+    usable = largest >= _SMALLEST_LARGEST
+    inverse = torch.where(usable, largest.reciprocal(), torch.zeros_like(largest))
+    inverse = torch.where(largest.isnan(), torch.zeros_like(largest), inverse)
+    return largest, blocks * inverse[:, None]
+
+
+def encode_exp_avg(m: Tensor) -> tuple[Tensor, Tensor]:
+    """Codes (int8, m's shape) and largest magnitudes (float32, one per 256 elements)."""
+    largest, scaled = _scaled(m)
+    root = scaled.sqrt().sqrt().nan_to_num(0.0).clamp(0.0, 1.0)
+    code = (root * 127.0 + 0.5).to(torch.int32) * _blocks(m).lt(0).mul(-2).add(1)
+    return code.to(torch.int8).flatten()[: m.numel()].view(m.shape), largest
+
+
+def encode_exp_avg_sq(v: Tensor, random: Tensor) -> tuple[Tensor, Tensor]:
+    """Codes (uint8, v's shape) and largest values (float32, one per 256 elements).
+
+    Args:
+        v: float32, not negative. random: int64 in [0, 65536), as many.
+    """
+    largest, scaled = _scaled(v)
+    root = scaled.sqrt().sqrt().sqrt().nan_to_num(0.0).clamp(0.0, 1.0)
+    draw = _blocks(random).to(torch.float32) * 2.0**-16
+    code = (root * 255.0 + draw).to(torch.int32).clamp(max=255)
+    code = torch.where(_blocks(v) > 0, code.clamp(min=1), code)  # its root divides: never 0
+    return code.to(torch.uint8).flatten()[: v.numel()].view(v.shape), largest
+
+
+def decode_exp_avg(code: Tensor, largest: Tensor) -> Tensor:
+    """The float32 that the codes stand for."""
+    r = _blocks(code).to(torch.float32) * (1.0 / 127)
+    return _unblocked((r * r) * (r * r.abs()) * largest[:, None], code)
+
+
+def decode_exp_avg_sq(code: Tensor, largest: Tensor) -> Tensor:
+    """The float32 that the codes stand for."""
+    r = _blocks(code).to(torch.float32) * (1.0 / 255)
+    r2 = r * r
+    r4 = r2 * r2
+    return _unblocked(r4 * r4 * largest[:, None], code)
+
+
+def _unblocked(blocks: Tensor, like: Tensor) -> Tensor:
+    return blocks.flatten()[: like.numel()].view(like.shape)
