@@ -1,4 +1,5 @@
-// Several bodies of one function, one per instruction set, picked when the library is loaded.
+// Several bodies of one function, one per instruction set, picked when the library is loaded:
+// PROGTUNING_CLONES lets the compiler make them, PROGTUNING_VERSIONS says that they can be written.
 #pragma once
 
 // Needs ifunc, hence glibc. The levels of x86-64 ask the processor for features, where a name such
@@ -8,8 +9,10 @@
     defined(PROGTUNING_ONE_ISA)
 #define PROGTUNING_CLONES
 #elif __GNUC__ >= 12
+#define PROGTUNING_VERSIONS
 #define PROGTUNING_CLONES \
   __attribute__((target_clones("arch=x86-64-v4", "arch=x86-64-v3", "default")))
 #else
+#define PROGTUNING_VERSIONS
 #define PROGTUNING_CLONES __attribute__((target_clones("avx512f", "avx2", "default")))
 #endif

@@ -193,13 +193,18 @@ class PatchHandle:
     ) -> list[dict[str, Any]]:
         """Two groups over all parameters, frozen ones included: they never change afterwards.
 
+        `param_names` of a group tells an optimizer that updates inside backward what a block is.
+
         Args:
             lr: learning rate to write into the groups; None leaves it to the optimizer.
             weight_decay: decay of the first group, which holds matrices; biases and norm weights
                 (one dimension or none) are in the second, without decay.
         """
-        parameters = [slot.parameter for slot in parameter_slots(self.model, self.layout)]
-        groups = decay_groups(parameters, weight_decay)
+        slots = list(parameter_slots(self.model, self.layout))
+        names = {id(slot.parameter): slot.name for slot in slots}
+        groups = decay_groups([slot.parameter for slot in slots], weight_decay)
+        for group in groups:
+            group["param_names"] = [names[id(p)] for p in group["params"]]
         if lr is not None:
             for group in groups:
                 group["lr"] = lr

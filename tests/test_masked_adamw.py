@@ -58,8 +58,6 @@ def test_equals_torch_with_its_clipping(max_grad_norm):
             torch.testing.assert_close(ours.grad_norm, norm, rtol=1e-6, atol=0)
         for p, q in zip(mine, theirs, strict=True):
             torch.testing.assert_close(p, q, rtol=2e-6, atol=1e-6)
-    if max_grad_norm is None:
-        assert all(map(torch.equal, mine, theirs))
 
 
 def test_frozen_tensors_keep_every_bit_and_have_no_state():
@@ -166,7 +164,10 @@ def test_state_dicts_go_both_ways_with_torch(frozen):
         train(second_optimizer, second, range(3, 6))
         for p, q in zip(straight, second, strict=True):  # torch may go on unfused: other roundings
             torch.testing.assert_close(p, q, rtol=2e-6, atol=1e-6)
-        assert len(second_optimizer.state) == len(SHAPES) - len(frozen)
+        assert sum(map(bool, second_optimizer.state.values())) == len(SHAPES) - len(frozen)
+        saved = first_optimizer.state_dict()["state"]
+        if source is MaskedAdamW:  # no state is said, not left out
+            assert [i for i in saved if not saved[i]] == list(frozen) and len(saved) == len(SHAPES)
 
 
 def test_loading_keeps_fp32_moments_of_bf16_parameters():

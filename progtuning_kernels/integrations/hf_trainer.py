@@ -6,6 +6,7 @@ import copy
 import weakref
 from typing import Any
 
+from accelerate.state import GradientState
 from torch import nn
 from torch.optim import Optimizer
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
@@ -22,6 +23,10 @@ _handles: weakref.WeakSet[PatchHandle] = weakref.WeakSet()  # made by callbacks,
 
 def _inner(optimizer: Optimizer) -> Optimizer:
     return getattr(optimizer, "optimizer", optimizer)  # accelerate wraps it
+
+
+def _accumulates() -> bool:
+    return not GradientState().sync_gradients
 
 
 class ProgtuningCallback(TrainerCallback):
@@ -73,6 +78,9 @@ class ProgtuningCallback(TrainerCallback):
         self._clean_up(args, model)  # after an earlier train() that ended in an exception
         self.handle = patch_model(model, self.schedule, **self._patch_options)
         _handles.add(self.handle)
+        if isinstance(_inner(optimizer), MaskedOptimizer):
+            # an update inside backward waits for the last micro-batch of a window
+            _inner(optimizer).accumulating = _accumulates
         if isinstance(_inner(optimizer), MaskedOptimizer) and args.max_grad_norm:
             # it clips in its own pass; the Trainer must not do it again
             _inner(optimizer).max_grad_norm = args.max_grad_norm

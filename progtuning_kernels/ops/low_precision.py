@@ -5,8 +5,10 @@
   the same ones.
 - Stochastic rounding to bfloat16: up with the probability that makes the mean exact.
 - 8-bit codes in blocks of 256 that share their largest magnitude:
-  m = sign(q) * largest * (q / 127)^4, nearest code; v = largest * (q / 255)^8, random code, because
-  with beta2 = 0.999 a v falls by less than half a code per step and the nearest one would stay.
+  m = sign(q) * largest * power4(q / 127), nearest code; v = largest * power8(q / 255), random code,
+  because with beta2 = 0.999 a v falls by less than half a code per step and the nearest one would
+  stay. power4 and power8 are x^4 and x^8 with log2 read off a float's bits: a shift, and exactly
+  invertible.
 """
 
 from __future__ import annotations
@@ -16,11 +18,12 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-Stream = Literal["param", "exp_avg", "exp_avg_sq"]
-_STREAMS: dict[Stream, int] = {"param": 0, "exp_avg": 1, "exp_avg_sq": 2}
+Stream = Literal["param", "moments"]
+_STREAMS: dict[Stream, int] = {"param": 0, "moments": 1}
 QUANT_BLOCK = 256
 _LOW = 0xFFFFFFFF
-_SMALLEST_LARGEST = 1.17549435e-38  # the smallest normal float32: its reciprocal is finite
+_SMALLEST_LARGEST = 1.17549435e-38  # the smallest normal float32
+_ONE_BITS = 0x3F800000
 
 
 def philox(seed: int, counter: tuple[Tensor, Tensor, Tensor, Tensor]) -> tuple[Tensor, ...]:
@@ -59,6 +62,11 @@ def random_halves(n: int, seed: int, stream: Stream, index: int, step: Tensor) -
     return torch.stack((words & 0xFFFF, words >> 16), dim=2).flatten()[:n]
 
 
+def swapped_bytes(random: Tensor) -> Tensor:
+    """16 bits with their bytes swapped: what v takes where m takes the bits as they are."""
+    return ((random & 0xFF) << 8) | (random >> 8)
+
+
 def stochastic_bfloat16(x: Tensor, random: Tensor) -> Tensor:
     """Round float32 to bfloat16, up where the dropped half plus `random` carries.
 
@@ -80,48 +88,57 @@ def _blocks(x: Tensor) -> Tensor:
 
 
 def _scaled(x: Tensor) -> tuple[Tensor, Tensor]:
+    """Largest magnitude of every block, and the magnitudes over it."""
     blocks = _blocks(x).abs()
     largest = blocks.amax(dim=1)
-    usable = largest >= _SMALLEST_LARGEST
+    usable = largest >= _SMALLEST_LARGEST  # its reciprocal is finite; False for NaN
     inverse = torch.where(usable, largest.reciprocal(), torch.zeros_like(largest))
-    inverse = torch.where(largest.isnan(), torch.zeros_like(largest), inverse)
     return largest, blocks * inverse[:, None]
+
+
+def _shifted_root(x: Tensor, shift: int) -> Tensor:
+    """The inverse of `_shifted_power`; 1 above 1 and for NaN."""
+    y = (((x.view(torch.int32) - _ONE_BITS) >> shift) + _ONE_BITS).view(torch.float32)
+    return torch.where(y < 1.0, y, torch.ones_like(y))
+
+
+def _shifted_power(y: Tensor, shift: int) -> Tensor:
+    """y^(2^shift) in (0, 1], with exponent + mantissa in log2's place."""
+    bits = ((y.view(torch.int32).to(torch.int64) - _ONE_BITS) << shift) + _ONE_BITS
+    return bits.to(torch.int32).view(torch.float32)
 
 
 def encode_exp_avg(m: Tensor) -> tuple[Tensor, Tensor]:
     """Codes (int8, m's shape) and largest magnitudes (float32, one per 256 elements)."""
     largest, scaled = _scaled(m)
-    root = scaled.sqrt().sqrt().nan_to_num(0.0).clamp(0.0, 1.0)
-    code = (root * 127.0 + 0.5).to(torch.int32) * _blocks(m).lt(0).mul(-2).add(1)
-    return code.to(torch.int8).flatten()[: m.numel()].view(m.shape), largest
+    code = (_shifted_root(scaled, 2) * 127.0 + 0.5).to(torch.int32)
+    code = torch.where(_blocks(m).signbit(), -code, code)
+    return _unblocked(code.to(torch.int8), m), largest
 
 
 def encode_exp_avg_sq(v: Tensor, random: Tensor) -> tuple[Tensor, Tensor]:
-    """Codes (uint8, v's shape) and largest values (float32, one per 256 elements).
+    """Codes (uint8 in 1..255, v's shape) and largest values (float32, one per 256 elements).
 
     Args:
         v: float32, not negative. random: int64 in [0, 65536), as many.
     """
     largest, scaled = _scaled(v)
-    root = scaled.sqrt().sqrt().sqrt().nan_to_num(0.0).clamp(0.0, 1.0)
-    draw = _blocks(random).to(torch.float32) * 2.0**-16
-    code = (root * 255.0 + draw).to(torch.int32).clamp(max=255)
-    code = torch.where(_blocks(v) > 0, code.clamp(min=1), code)  # its root divides: never 0
-    return code.to(torch.uint8).flatten()[: v.numel()].view(v.shape), largest
+    fixed = (_shifted_root(scaled, 3) * (255.0 * 65536.0)).to(torch.int32)
+    code = ((fixed + _blocks(random)) >> 16).clamp(min=1)
+    return _unblocked(code.to(torch.uint8), v), largest
 
 
 def decode_exp_avg(code: Tensor, largest: Tensor) -> Tensor:
     """The float32 that the codes stand for."""
-    r = _blocks(code).to(torch.float32) * (1.0 / 127)
-    return _unblocked((r * r) * (r * r.abs()) * largest[:, None], code)
+    y = _blocks(code).to(torch.float32) * (1.0 / 127)
+    power = torch.where(y == 0, torch.zeros_like(y), _shifted_power(y.abs(), 2))
+    return _unblocked(torch.where(y < 0, -power, power) * largest[:, None], code)
 
 
 def decode_exp_avg_sq(code: Tensor, largest: Tensor) -> Tensor:
     """The float32 that the codes stand for."""
-    r = _blocks(code).to(torch.float32) * (1.0 / 255)
-    r2 = r * r
-    r4 = r2 * r2
-    return _unblocked(r4 * r4 * largest[:, None], code)
+    y = _blocks(code).to(torch.float32) * (1.0 / 255)
+    return _unblocked(_shifted_power(y, 3) * largest[:, None], code)
 
 
 def _unblocked(blocks: Tensor, like: Tensor) -> Tensor:

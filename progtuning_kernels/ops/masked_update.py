@@ -13,9 +13,10 @@ in one; `found_inf` skips the call; gradients are zeroed on request, in a skippe
   codes with one float32 per 256 elements; optionally a float32 master of a bfloat16 or float16 p;
   step as a 0-dim float32 per tensor. float64 parameters have float64 moments.
 - computed: float32 (float64 for float64), each element on its own, without fused multiply-adds: the
-  CPU kernel and the reference give the same bits, for any number of threads.
+  kernels give the same bits, for any number of threads; the reference differs by a rounding in p,
+  because torch's vectorised root is not correctly rounded.
 - random numbers: `low_precision.py`, from (seed, stream, index of the tensor, step, element).
-- mutated: params, moments, scales, masters, steps; grads where zeroed. The reference, where it calls
+  kernels give the same bits for any number of threads; the reference differs by a rounding in p,
   torch's fused kernel, leaves the grads multiplied by grad_factor.
 """
 
@@ -36,6 +37,7 @@ from .low_precision import (
     encode_exp_avg_sq,
     random_halves,
     stochastic_bfloat16,
+    swapped_bytes,
 )
 
 UPDATE_CHUNK = 8192  # elements of a CUDA block; csrc/launchers.h
@@ -123,10 +125,11 @@ class Bucket:
         )
         self._check()
         self.contiguous = all(p.is_contiguous() for p in self.params)
-        self.dense = all(
+        # per tensor: element and state lie alike in one run of memory
+        self.flat = [
             is_dense(p) and all(t.stride() == p.stride() for t in self._elementwise(i))
             for i, p in enumerate(self.params)
-        )
+        ]
         self.addresses = [p.data_ptr() for p in self.params]
         self.implementation = _backend.select(OP, self, implementation)
         self.table: Tensor | None = None  # (tensors, 9) int64: UpdateRecord in csrc/launchers.h
@@ -231,11 +234,10 @@ def _update_plain(
             continue
         hyper, moments = hypers[bucket.groups[i]], bucket.moments[i]
         bias1, root_bias2 = (c[i] for c in corrections[bucket.groups[i]])
-        p, m, v = map(in_memory_order, (bucket.params[i], moments.exp_avg, moments.exp_avg_sq))
-        master = None if bucket.masters is None else in_memory_order(bucket.masters[i])
-        same_order = grad.stride() == bucket.params[i].stride()
-        g = (grad if same_order else torch.empty_like(bucket.params[i]).copy_(grad)).to(wide)
-        g = in_memory_order(g) if p.ndim == 1 else g
+        order = in_memory_order if bucket.flat[i] else torch.Tensor.detach
+        p, m, v = map(order, (bucket.params[i], moments.exp_avg, moments.exp_avg_sq))
+        master = None if bucket.masters is None else order(bucket.masters[i])
+        g = order(_alike(grad, bucket.params[i])).to(wide)
 
         def draw(stream, i=i, p=p):
             step = bucket.steps[i] + 1
@@ -264,11 +266,12 @@ def _update_plain(
         stored.append((p, p_new))
         if moments.exp_avg_scale is not None:
             m_new, m_scale = encode_exp_avg(m_new)
-            v_new, v_scale = encode_exp_avg_sq(v_new, draw("exp_avg_sq"))
+            v_new, v_scale = encode_exp_avg_sq(v_new, draw("moments"))
             stored += [(moments.exp_avg_scale, m_scale), (moments.exp_avg_sq_scale, v_scale)]
         elif m.dtype == torch.bfloat16:
-            m_new = stochastic_bfloat16(m_new, draw("exp_avg"))
-            v_new = stochastic_bfloat16(v_new, draw("exp_avg_sq"))
+            random = draw("moments")
+            m_new = stochastic_bfloat16(m_new, random)
+            v_new = stochastic_bfloat16(v_new, swapped_bytes(random))
         stored += [(m, m_new), (v, v_new)]
         for target, value in stored:
             if found_inf is not None:
@@ -372,16 +375,32 @@ def build_table(bucket: Bucket) -> None:
         bucket.ticket = torch.zeros((), dtype=torch.int32, device=bucket.device)
 
 
-def _in_order(bucket: Bucket, grads: Sequence[Tensor | None]) -> list[Tensor | None]:
-    """Gradients whose elements lie in memory as their parameter's do; others are copied."""
+def _alike(grad: Tensor, p: Tensor) -> Tensor:
+    """The gradient, its elements in p's order of memory: itself, or else a copy."""
+    if grad.stride() == p.stride() or grad.is_contiguous() and p.is_contiguous():
+        return grad
+    return torch.empty_like(p, memory_format=torch.preserve_format).copy_(grad)
+
+
+class GradAddresses(NamedTuple):
+    """Gradients as a kernel wants them, in their parameter's order of memory; holds the copies."""
+
+    ordered: list[Tensor | None]
+    addresses: list[int]  # 0 where there is none
+
+
+def addresses_of(bucket: Bucket, grads: Sequence[Tensor | None]) -> GradAddresses:
+    """Where the gradients of a step lie."""
     if bucket.contiguous and all(grad is None or grad.is_contiguous() for grad in grads):
-        return list(grads)
-    return [
-        grad
-        if grad is None or grad.stride() == p.stride()
-        else torch.empty_like(p, memory_format=torch.preserve_format).copy_(grad)
-        for p, grad in zip(bucket.params, grads, strict=True)
-    ]
+        ordered = list(grads)
+    else:
+        ordered = [
+            grad if grad is None else _alike(grad, p)
+            for p, grad in zip(bucket.params, grads, strict=True)
+        ]
+    # an empty gradient has no address; it gets one that is not 0, and nobody reads there
+    addresses = [0 if grad is None else grad.data_ptr() or _EMPTY for grad in ordered]
+    return GradAddresses(ordered, addresses)
 
 
 def _address(t: Tensor | None) -> int:
@@ -400,9 +419,7 @@ def _native(
 ) -> None:
     if bucket.table is None:
         build_table(bucket)
-    ordered = _in_order(bucket, grads)
-    # 0 says that there is no gradient, so an empty one gets another address; nobody reads it
-    addresses = [0 if grad is None else grad.data_ptr() or _EMPTY for grad in ordered]
+    ordered, addresses = addresses_of(bucket, grads)
     on_cuda = bucket.device.type == "cuda"
     lrs = [
         hyper.lr.to(bucket.device, torch.float32)
@@ -443,7 +460,7 @@ def _native(
     torch.autograd.graph.increment_version(written)
 
 
-_EMPTY = 16
+_EMPTY = 16  # an address like that of any tensor: a multiple of 16
 _NATIVE_MOMENTS = (torch.float32, torch.bfloat16, torch.int8)
 
 
@@ -453,7 +470,7 @@ def _reason_against_kernels(bucket: Bucket) -> str | None:
         return "no kernel for float16 parameters without a master"
     if bucket.moment_dtype not in _NATIVE_MOMENTS and bucket.dtype != torch.float64:
         return f"no kernel for {bucket.moment_dtype} moments"
-    if not bucket.dense:
+    if not all(bucket.flat):
         return "a tensor with gaps between its elements, or state of another order than its tensor"
     return None
 

@@ -7,7 +7,9 @@ rate schedulers, checkpoints and trainers built around them keep working at ever
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any, Literal, get_args
 
 import torch
@@ -15,47 +17,67 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from .. import freeze_events
-from ..ops.masked_norm import masked_norm
+from ..ops.grad_decision import GradDecision, decide, local_of, norm_over_ranks
+from ..ops.masked_update import GROUPS_PER_LAUNCH, TENSORS_PER_LAUNCH, Bucket, Hyper, is_dense
+from .frozen_state import OnFreeze, offload_frozen_state, release_frozen_state
+from .in_backward import ClipMode, UpdateInBackward
 
-OnFreeze = Literal["release", "keep"]
 Nonfinite = Literal["skip", "ignore"]
 
 
-def release_frozen_state(optimizer: Optimizer) -> int:
-    """Drop the state of every parameter that does not require grad; works on any optimizer.
+@dataclass(frozen=True)
+class Member:
+    """A parameter and its place in the optimizer.
 
-    Returns:
-        Bytes of state that were dropped.
+    Attributes:
+        index: over all groups, in order: what the random numbers of the update know it by.
+        group: index of its group.
+        name: as in the group's `param_names`; None where the optimizer was built without names.
     """
-    dropped = 0
-    for group in optimizer.param_groups:
-        for p in group["params"]:
-            if not p.requires_grad and p in optimizer.state:
-                dropped += _bytes_of(optimizer.state.pop(p))
-    return dropped
+
+    parameter: Tensor
+    index: int
+    group: int
+    name: str | None
 
 
-def state_bytes(optimizer: Optimizer) -> int:
-    """Bytes that the optimizer's state tensors occupy, step counters included."""
-    return sum(map(_bytes_of, optimizer.state.values()))
+class ActiveBucket:
+    """A bucket together with the parameters whose gradients it wants, DTensors included."""
 
+    def __init__(self, members: Sequence[Member], bucket: Bucket, groups: Sequence[int]) -> None:
+        self.members = list(members)
+        self.parameters = [member.parameter for member in members]
+        self.bucket = bucket
+        self.groups = list(groups)  # of the optimizer, in the bucket's numbering
 
-def _bytes_of(state: dict[str, Any]) -> int:
-    return sum(t.untyped_storage().nbytes() for t in state.values() if isinstance(t, Tensor))
+    def grads(self) -> list[Tensor | None]:
+        return [None if p.grad is None else local_of(p.grad) for p in self.parameters]
+
+    def is_current(self) -> bool:
+        addresses = self.bucket.addresses
+        return addresses == [local_of(p).data_ptr() for p in self.parameters]
 
 
 class MaskedOptimizer(Optimizer):
-    """Base of the masked optimizers; a subclass writes `init_state` and `update_bucket`.
+    """Base of the masked optimizers; a subclass writes `init_state`, `make_bucket` and `hyper`.
 
     Args:
-        params: parameters or groups, frozen ones included.
+        params: parameters, named parameters or groups, frozen ones included.
         defaults: hyper-parameters of the groups.
         max_grad_norm: clip the global L2 norm of the active gradients to this; None: no clipping.
         on_freeze: "release" drops the state of a tensor as soon as it stops being active, "keep"
-            holds it for a tensor that will be thawed.
+            holds it for a tensor that will be thawed, "offload" holds it in pinned CPU memory.
         nonfinite: "skip" leaves everything as it is in a step whose gradients hold a NaN or an
             infinity, and counts it; "ignore" saves the norm pass where nothing is clipped.
+        in_backward: update every block as soon as its gradients are there (`in_backward.py`).
+        clip_mode: how `max_grad_norm` and `in_backward` go together.
+        zero_grads: leave zeros in the gradients that were used.
+        seed: of the random numbers that round the state.
     """
+
+    # GradScaler then hands over its scale and its finding instead of unscaling in passes of its own
+    _step_supports_amp_scaling = True
+    _SETTINGS = ("max_grad_norm", "on_freeze", "nonfinite", "clip_mode", "zero_grads", "seed")
 
     def __init__(
         self,
@@ -65,55 +87,193 @@ class MaskedOptimizer(Optimizer):
         max_grad_norm: float | None,
         on_freeze: OnFreeze,
         nonfinite: Nonfinite,
+        in_backward: bool,
+        clip_mode: ClipMode,
+        zero_grads: bool,
+        seed: int,
     ) -> None:
         if max_grad_norm is not None and not max_grad_norm > 0:
             raise ValueError(f"max_grad_norm must be above 0, got {max_grad_norm}")
         for name, value, kinds in (
             ("on_freeze", on_freeze, OnFreeze),
             ("nonfinite", nonfinite, Nonfinite),
+            ("clip_mode", clip_mode, ClipMode),
         ):
             if value not in get_args(kinds):
                 raise ValueError(f"{name} must be one of {get_args(kinds)}, got {value!r}")
+        if clip_mode != "exact" and not in_backward:
+            raise ValueError(f"clip_mode={clip_mode!r} is for in_backward=True")
+        if not 0 <= seed < 2**64:
+            raise ValueError(f"seed must have 64 bits, got {seed}")
         super().__init__(params, defaults)
         self.max_grad_norm = max_grad_norm
         self.on_freeze = on_freeze
         self.nonfinite = nonfinite
+        self.clip_mode = clip_mode
+        self.zero_grads = zero_grads
+        self.seed = seed
         self.grad_norm: Tensor | None = None  # of the last step, before clipping; 0-dim
+        self.accumulating: Callable[[], bool] = _never
         self._skipped: Tensor | int = 0
+        self._control: Tensor | None = None
+        self._start(UpdateInBackward(self) if in_backward else None)
+
+    def _start(self, in_backward: UpdateInBackward | None) -> None:
+        self._buckets: list[ActiveBucket] | None = None
+        self._waiting: list[Member] = []  # active, never seen with a gradient: no state yet
+        self._flags: list[bool] = []
+        self._in_backward = in_backward
         freeze_events.listen(self)
+        if in_backward is not None:
+            in_backward.install()
 
     def __getstate__(self) -> dict[str, Any]:
-        settings = ("max_grad_norm", "on_freeze", "nonfinite", "grad_norm", "_skipped")
-        return {**super().__getstate__(), **{name: getattr(self, name) for name in settings}}
+        settings = {name: getattr(self, name) for name in (*self._SETTINGS, "grad_norm")}
+        settings["_skipped"] = self.skipped_steps
+        in_backward = self._in_backward is not None
+        return {**super().__getstate__(), **settings, "_in_backward": in_backward}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
+        # a copy brings its settings; load_state_dict brings state and groups, and keeps ours
+        in_backward = state.pop("_in_backward", None)
         super().__setstate__(state)
-        freeze_events.listen(self)
+        if in_backward is None:
+            self.on_flags_changed()
+        else:
+            self.accumulating, self._control = _never, None
+            self._start(UpdateInBackward(self) if in_backward else None)
 
     @property
     def skipped_steps(self) -> int:
         """Steps left out because of non-finite gradients. Reading it waits for the device."""
-        return int(self._skipped)
+        return int(self._skipped) + (0 if self._control is None else int(self._control[3]))
+
+    def _control_on(self, device: torch.device) -> Tensor | None:
+        """What the native kernels of a GPU decide in: kept, so that no step has to clear it."""
+        if device.type != "cuda":
+            return None
+        if self._control is None or self._control.device != device:
+            skipped = self.skipped_steps
+            self._skipped = 0
+            self._control = torch.tensor([0.0, 1.0, 0.0, skipped], device=device)
+        return self._control
+
+    @contextmanager
+    def accumulate(self) -> Iterator[None]:
+        """Backward passes inside only add to the gradients: `in_backward` waits for the last one.
+
+        for micro_batch in window[:-1]:
+            with optimizer.accumulate():
+                loss(micro_batch).backward()
+        loss(window[-1]).backward()
+        optimizer.step()
+        """
+        before, self.accumulating = self.accumulating, _always
+        try:
+            yield
+        finally:
+            self.accumulating = before
 
     def on_flags_changed(self) -> None:
+        """Release or offload what is frozen, and forget the tables that hold its addresses."""
+        self._buckets = None
+        self._settle_frozen_state()
+        if self._in_backward is not None:
+            self._in_backward.install()
+
+    def _settle_frozen_state(self) -> None:
         if self.on_freeze == "release":
             release_frozen_state(self)
+        elif self.on_freeze == "offload":
+            offload_frozen_state(self)
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        super().add_param_group(param_group)
+        if hasattr(self, "_buckets"):  # not while torch's own constructor adds the first ones
+            self.on_flags_changed()
+
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        super().zero_grad(set_to_none)
+        if self._in_backward is not None:
+            self._in_backward.forget_backward()
 
     def init_state(self, p: Tensor) -> dict[str, Tensor]:
         """Fresh state of one parameter."""
         raise TypeError(f"{type(self).__name__} defines no init_state")
 
-    def update_bucket(
+    def make_bucket(
         self,
-        group: dict[str, Any],
         params: list[Tensor],
-        grads: list[Tensor],
         states: list[dict[str, Tensor]],
-        grad_divisor: Tensor | None,
-        found_inf: Tensor | None,
-    ) -> None:
-        """Update the active tensors of one group, device and dtype in one call."""
-        raise TypeError(f"{type(self).__name__} defines no update_bucket")
+        indices: list[int],
+        groups: list[int],
+    ) -> Bucket:
+        """The bucket of these tensors, local shards where they are DTensors."""
+        raise TypeError(f"{type(self).__name__} defines no make_bucket")
+
+    def hyper(self, group: dict[str, Any]) -> Hyper:
+        """The numbers of a group as the update wants them."""
+        raise TypeError(f"{type(self).__name__} defines no hyper")
+
+    def members(self) -> list[Member]:
+        """Every parameter, frozen ones included, in the order of the groups."""
+        found: list[Member] = []
+        for i, group in enumerate(self.param_groups):
+            names = group.get("param_names") or [None] * len(group["params"])
+            for p, name in zip(group["params"], names, strict=True):
+                found.append(Member(p, len(found), i, name))
+        return found
+
+    def build_buckets(self, members: Iterable[Member]) -> list[ActiveBucket]:
+        """Buckets of one device and dtype, split where one launch could not take them."""
+        kinds: dict[tuple[Any, ...], list[Member]] = defaultdict(list)
+        for member in members:
+            local = local_of(member.parameter)
+            kinds[local.device, local.dtype, is_dense(local)].append(member)
+        buckets = []
+        for same in kinds.values():
+            part: list[Member] = []
+            for member in same:
+                groups = {m.group for m in part} | {member.group}
+                if len(part) == TENSORS_PER_LAUNCH or len(groups) > GROUPS_PER_LAUNCH:
+                    buckets.append(self._build_bucket(part))
+                    part = []
+                part.append(member)
+            buckets.append(self._build_bucket(part))
+        return buckets
+
+    def _build_bucket(self, members: list[Member]) -> ActiveBucket:
+        groups = sorted({member.group for member in members})
+        states = [self.state[m.parameter] or self._start_state(m.parameter) for m in members]
+        bucket = self.make_bucket(
+            [local_of(member.parameter).detach() for member in members],
+            [{key: local_of(value) for key, value in state.items()} for state in states],
+            [member.index for member in members],
+            [groups.index(member.group) for member in members],
+        )
+        return ActiveBucket(members, bucket, groups)
+
+    def _start_state(self, p: Tensor) -> dict[str, Tensor]:
+        self.state[p].update(self.init_state(p))
+        return self.state[p]
+
+    def _active_buckets(self) -> list[ActiveBucket]:
+        """The buckets of this step: those of the last one unless something about them changed."""
+        flags = [p.requires_grad for group in self.param_groups for p in group["params"]]
+        if flags != self._flags:  # also flips that nobody announced
+            self._flags, self._buckets = flags, None
+            self._settle_frozen_state()
+        fresh = any(member.parameter.grad is not None for member in self._waiting)
+        current = self._buckets is not None and all(b.is_current() for b in self._buckets)
+        if fresh or not current:
+            active = [m for m in self.members() if m.parameter.requires_grad]
+            started = [
+                m for m in active if m.parameter.grad is not None or self.state.get(m.parameter)
+            ]
+            self._buckets = self.build_buckets(started)
+            known = {member.index for member in started}
+            self._waiting = [m for m in active if m.index not in known]
+        return self._buckets
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
@@ -121,53 +281,103 @@ class MaskedOptimizer(Optimizer):
 
         Args:
             closure: re-evaluates the model and returns the loss.
+
+        Raises:
+            RuntimeError: a sparse gradient, or a loss scale that came too late for `in_backward`.
         """
         loss = None
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        if self.on_freeze == "release":
-            release_frozen_state(self)
-
-        buckets: dict[tuple[int, torch.device, torch.dtype], list[Tensor]] = defaultdict(list)
-        for i, group in enumerate(self.param_groups):
-            for p in group["params"]:
-                if p.requires_grad and p.grad is not None:
-                    if p.grad.is_sparse:
-                        raise RuntimeError(
-                            f"{type(self).__name__}: a parameter of shape {tuple(p.shape)} has a "
-                            "sparse gradient; build the embedding with sparse=False"
-                        )
-                    buckets[i, p.device, p.dtype].append(p)
-
-        divisor = found_inf = None
-        if buckets and (self.max_grad_norm is not None or self.nonfinite == "skip"):
-            self.grad_norm = masked_norm([p.grad for ps in buckets.values() for p in ps])
-            finite = torch.isfinite(self.grad_norm)
-            if self.nonfinite == "skip":
-                if not finite.is_cuda and not finite:
-                    self._skipped += 1
-                    return loss
-                if finite.is_cuda:  # decided on the device: the host never waits
-                    found_inf = (~finite).float()
-                    self._skipped = self._skipped + found_inf
-            if self.max_grad_norm is not None:
-                # the inverse of clip_grad_norm_'s coefficient, its 1e-6 included
-                divisor = ((self.grad_norm + 1e-6) / self.max_grad_norm).clamp_(min=1.0)
-                if not divisor.is_cuda and divisor == 1.0:
-                    divisor = None  # saves torch's kernel the write-back of the divided gradient
-
-        for (i, device, _), params in buckets.items():
-            self.update_bucket(
-                self.param_groups[i],
-                params,
-                [p.grad for p in params],
-                [self.state[p] or self._start_state(p) for p in params],
-                None if divisor is None else divisor.to(device),
-                None if found_inf is None else found_inf.to(device),
+        scale, found_inf = getattr(self, "grad_scale", None), getattr(self, "found_inf", None)
+        early = self._in_backward
+        if early is not None and early.keeps_gradients:
+            early = None
+        if early is not None and scale is not None:
+            raise RuntimeError(
+                f"{type(self).__name__}: in_backward=True has updated with scaled gradients before "
+                "GradScaler said so: train in bfloat16, or clip with clip_mode='exact'"
             )
+        left = early is None or any(m.parameter.grad is not None for m in self.members())
+        active = self._active_buckets() if left else []
+        grads = [bucket.grads() for bucket in active]
+        if any(grad is not None for some in grads for grad in some):
+            known = None if self._in_backward is None else self._in_backward.known_norm(active)
+            control = self._control_on(active[0].bucket.device)
+            decision = self.decide(
+                active, grads, scale, found_inf, known_norm=known, control=control
+            )
+            self.apply(active, grads, decision)
+            self.grad_norm = decision.norm
+            if decision.found_inf is not None and not decision.counted:
+                self._skipped = self._skipped + decision.found_inf
+        if early is not None:
+            early.end_of_step()
         return loss
 
-    def _start_state(self, p: Tensor) -> dict[str, Tensor]:
-        self.state[p].update(self.init_state(p))
-        return self.state[p]
+    def decide(
+        self,
+        active: Sequence[ActiveBucket],
+        grads: Sequence[Sequence[Tensor | None]],
+        scale: Tensor | None = None,
+        found_inf: Tensor | None = None,
+        *,
+        known_norm: Tensor | None = None,
+        previous_norm: Tensor | None = None,
+        control: Tensor | None = None,
+    ) -> GradDecision:
+        """Norm, clipping coefficient and whether to skip, for these gradients taken together.
+
+        Args: as `ops.grad_decision.decide`.
+        """
+        for some in grads:
+            for grad in some:
+                if grad is not None and grad.is_sparse:
+                    raise RuntimeError(
+                        f"{type(self).__name__}: a parameter of shape {tuple(grad.shape)} has a "
+                        "sparse gradient; build the embedding with sparse=False"
+                    )
+        sharded = any(local_of(p) is not p for bucket in active for p in bucket.parameters)
+        if sharded and known_norm is None:
+            known_norm = norm_over_ranks([p.grad for b in active for p in b.parameters])
+        return decide(
+            [bucket.bucket for bucket in active],
+            grads,
+            max_grad_norm=self.max_grad_norm,
+            skip_nonfinite=self.nonfinite == "skip",
+            grad_scale=scale,
+            found_inf=found_inf,
+            known_norm=known_norm,
+            previous_norm=previous_norm,
+            control=control,
+        )
+
+    def apply(
+        self,
+        active: Sequence[ActiveBucket],
+        grads: Sequence[Sequence[Tensor | None]],
+        decision: GradDecision,
+    ) -> None:
+        """One update call per bucket."""
+        for bucket, some in zip(active, grads, strict=True):
+            device = bucket.bucket.device
+            bucket.bucket.update(
+                some,
+                [self.hyper(self.param_groups[group]) for group in bucket.groups],
+                grad_factor=_on(decision.grad_factor, device),
+                found_inf=_on(decision.found_inf, device),
+                seed=self.seed,
+                zero_grads=self.zero_grads,
+            )
+
+
+def _on(t: Tensor | None, device: torch.device) -> Tensor | None:
+    return None if t is None else t.to(device, non_blocking=True)
+
+
+def _never() -> bool:
+    return False
+
+
+def _always() -> bool:
+    return True

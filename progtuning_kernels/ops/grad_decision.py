@@ -1,0 +1,184 @@
+"""One norm over all gradients of a step, and what follows from it, without a host sync.
+
+    norm        = sqrt(sum of squares) / grad_scale
+    grad_factor = min(1, max_grad_norm / (norm + 1e-6)) / grad_scale     (clip_grad_norm_'s formula)
+    found_inf   = grad_scale's own finding, or: the norm is not finite
+
+On CUDA with native kernels these are two launches for a bucket, whatever the number of tensors; the
+update, which reads grad_factor and found_inf on the device, is the third.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from .. import _backend
+from .masked_norm import masked_norm
+from .masked_update import Bucket, addresses_of, build_table
+
+
+class GradDecision(NamedTuple):
+    """All 0-dim float32 on the first bucket's device.
+
+    Attributes:
+        norm: unscaled, before clipping; None where nobody needed it.
+        grad_factor: what the update multiplies gradients by; None: 1.
+        found_inf: 1 skips the update; None: nothing was looked for.
+        counted: the step, if skipped, is counted in `control` already.
+    """
+
+    norm: Tensor | None
+    grad_factor: Tensor | None
+    found_inf: Tensor | None
+    counted: bool = False
+
+
+def decide(
+    buckets: Sequence[Bucket],
+    grads: Sequence[Sequence[Tensor | None]],
+    *,
+    max_grad_norm: float | None,
+    skip_nonfinite: bool,
+    grad_scale: Tensor | None = None,
+    found_inf: Tensor | None = None,
+    known_norm: Tensor | None = None,
+    previous_norm: Tensor | None = None,
+    control: Tensor | None = None,
+) -> GradDecision:
+    """Norm, factor and finding for the gradients of `buckets`; see the top of this file.
+
+    Args:
+        grads: per bucket, None where a tensor has no gradient; at least one is there.
+        max_grad_norm: None: no clipping.
+        skip_nonfinite: look for NaN and infinities; without clipping this is what costs the norm.
+        grad_scale, found_inf: GradScaler's, 0-dim float32; None: 1 and nothing found.
+        known_norm: 0-dim, the norm of the gradients as they are (scaled), if it is known.
+        previous_norm: 0-dim; clip by it instead of by the norm of these gradients.
+        control: (4,) float32 for the native kernel to write norm, grad_factor and found_inf into
+            and to count skipped steps in; None: a fresh one.
+    """
+    device = buckets[0].device
+    if max_grad_norm is None and not skip_nonfinite:
+        factor = None if grad_scale is None else grad_scale.to(device).reciprocal()
+        return GradDecision(None, factor, None if found_inf is None else found_inf.to(device))
+    if known_norm is None and previous_norm is None and _decides_natively(buckets):
+        return _native(
+            buckets, grads, max_grad_norm, skip_nonfinite, grad_scale, found_inf, control
+        )
+    norm = _norm(grads, device) if known_norm is None else known_norm.to(device)
+    if grad_scale is not None:
+        norm = norm / grad_scale.to(device)
+    found = None if found_inf is None else (found_inf.to(device) != 0)
+    if skip_nonfinite:
+        found = ~norm.isfinite() if found is None else found | ~norm.isfinite()
+    factor = None
+    if max_grad_norm is not None:
+        clip_by = norm if previous_norm is None else previous_norm.to(device)
+        factor = (max_grad_norm / (clip_by + 1e-6)).clamp(max=1.0)
+        if not factor.is_cuda and factor == 1.0:
+            factor = None  # torch's own kernel would write the gradients back
+    if grad_scale is not None:
+        scale = grad_scale.to(device)
+        factor = scale.reciprocal() if factor is None else factor / scale
+    return GradDecision(norm, factor, None if found is None else found.float())
+
+
+def _norm(grads: Sequence[Sequence[Tensor | None]], device: torch.device) -> Tensor:
+    by_device: dict[torch.device, list[Tensor]] = {}
+    for some in grads:
+        for grad in some:
+            if grad is not None:
+                by_device.setdefault(grad.device, []).append(grad)
+    norms = [masked_norm(same).to(device) for same in by_device.values()]
+    return norms[0] if len(norms) == 1 else masked_norm(norms)
+
+
+def local_of(t: Tensor) -> Tensor:
+    """The shard of a DTensor on this rank; any other tensor itself."""
+    return t.to_local() if hasattr(t, "to_local") else t
+
+
+def norm_over_ranks(grads: Sequence[Tensor | None]) -> Tensor:
+    """Norm over all shards of all gradients: one reduction per way of sharding.
+
+    Every rank calls it with the gradients of the same parameters.
+
+    Args:
+        grads: DTensors and plain tensors; plain ones, and replicated dimensions, are counted once.
+    """
+    kinds: dict[tuple, list[Tensor]] = {}
+    for grad in grads:
+        if grad is None:
+            continue
+        groups = ()
+        if hasattr(grad, "placements"):
+            sharded = [i for i, p in enumerate(grad.placements) if p.is_shard()]
+            groups = tuple((grad.device_mesh, i) for i in sharded)
+        kinds.setdefault(groups, []).append(local_of(grad))
+    total: Tensor | None = None
+    for groups, locals_ in kinds.items():
+        squares = masked_norm(locals_).double().square()
+        for mesh, dimension in groups:
+            torch.distributed.all_reduce(squares, group=mesh.get_group(dimension))
+        total = squares if total is None else total + squares
+    return total.sqrt().float()
+
+
+def _decides_natively(buckets: Sequence[Bucket]) -> bool:
+    return all(
+        bucket.device == buckets[0].device
+        and bucket.device.type == "cuda"
+        and bucket.implementation.name == "native"
+        for bucket in buckets
+    )
+
+
+def _native(
+    buckets: Sequence[Bucket],
+    grads: Sequence[Sequence[Tensor | None]],
+    max_grad_norm: float | None,
+    skip_nonfinite: bool,
+    grad_scale: Tensor | None,
+    found_inf: Tensor | None,
+    control: Tensor | None,
+) -> GradDecision:
+    extension, device = _backend.native_extension(), buckets[0].device
+    for bucket in buckets:
+        if bucket.table is None:
+            build_table(bucket)
+    counts = [len(bucket.chunks) for bucket in buckets]
+    partials = torch.empty(sum(counts), dtype=torch.float32, device=device)
+    counted = control is not None
+    if control is None:
+        control = torch.zeros(4, dtype=torch.float32, device=device)
+    scale = None if grad_scale is None else grad_scale.to(device, torch.float32)
+    found = None if found_inf is None else found_inf.to(device, torch.float32)
+    with _backend.device_guard(device):
+        stream = _backend.cuda_stream(device)
+        offset = 0
+        for bucket, some, count in zip(buckets, grads, counts, strict=True):
+            extension.bucket_norm_partials_cuda(
+                bucket.table.data_ptr(),
+                bucket.chunks.data_ptr(),
+                count,
+                addresses_of(bucket, some).addresses,
+                _backend.dtype_code(bucket.dtype),
+                partials.data_ptr() + 4 * offset,
+                stream,
+            )
+            offset += count
+        extension.norm_decision_cuda(
+            partials.data_ptr(),
+            sum(counts),
+            0 if scale is None else scale.data_ptr(),
+            0 if found is None else found.data_ptr(),
+            max_grad_norm or 0.0,
+            skip_nonfinite,
+            control.data_ptr(),
+            stream,
+        )
+    return GradDecision(control[0], control[1], control[2], counted)
