@@ -1,7 +1,7 @@
-// masked_norm on the CPU: L2 norm over a list of tensors, in one parallel region.
+// masked_norm on the CPU: norm over a list of tensors, in one parallel region.
 //
-// Maths       out = sqrt(sum over tensors, elements of x^2)
-// Storage     x: float32, bfloat16 or float64, contiguous, any alignment; out: float32
+// Maths       out = sqrt(sum over tensors, elements of x^2), or the largest |x|
+// Storage     x: float32, bfloat16, float16 or float64, contiguous, any alignment; out: float32
 // Arithmetic  float64 throughout. The square of a float32 is exact in float64, and the loop waits
 //             for memory either way (36 GB/s on one core from L2, 33 from DRAM), so this costs
 //             nothing, cannot overflow where a float32 square does (|x| > 1.8e19), and gives the
@@ -17,10 +17,10 @@
 
 #include <algorithm>
 #include <cmath>
-#include <cstring>
 #include <vector>
 
 #include "instruction_sets.h"
+#include "update_rules.h"
 
 namespace progtuning {
 namespace {
@@ -30,58 +30,92 @@ constexpr int kLanes = 32;
 // Below this one thread needs 5 us for the whole list: too little to wake a team for.
 constexpr int64_t kSerialElements = 32768;
 
-inline double widen(float x) { return x; }
-inline double widen(double x) { return x; }
-inline double widen(uint16_t bfloat16) {
-  const uint32_t bits = static_cast<uint32_t>(bfloat16) << 16;
-  float x;
-  std::memcpy(&x, &bits, sizeof x);
-  return x;
-}
+struct Float32 {
+  using Stored = float;
+  static PROGTUNING_RULE float widen(float x) { return x; }
+};
+struct Float64 {
+  using Stored = double;
+  static PROGTUNING_RULE double widen(double x) { return x; }
+};
+struct BFloat16 {
+  using Stored = uint16_t;
+  static PROGTUNING_RULE float widen(uint16_t x) { return widen_bfloat16(x); }
+};
+struct Float16 {
+  using Stored = uint16_t;
+  static PROGTUNING_RULE float widen(uint16_t x) { return widen_float16(x); }
+};
 
-template <typename T>
-[[gnu::always_inline]] inline double sum_squares(const T* x, int64_t n) {
+// How two partial results of a kind become one; NaN wins over everything.
+struct Sum {
+  static PROGTUNING_RULE double of(double x) { return x * x; }
+  static PROGTUNING_RULE double join(double a, double b) { return a + b; }
+  static double norm(double total) { return std::sqrt(total); }
+};
+struct Largest {
+  static PROGTUNING_RULE double of(double x) { return std::fabs(x); }
+  static PROGTUNING_RULE double join(double a, double b) { return b > a || b != b ? b : a; }
+  static double norm(double total) { return total; }
+};
+
+template <typename Format, typename Kind>
+PROGTUNING_RULE double chunk_total(const void* tensor, int64_t start, int64_t n) {
+  const auto* x = static_cast<const typename Format::Stored*>(tensor) + start;
   double lanes[kLanes] = {};
   int64_t done = 0;
   for (; done + kLanes <= n; done += kLanes) {
     for (int lane = 0; lane < kLanes; ++lane) {
-      const double value = widen(x[done + lane]);
-      lanes[lane] += value * value;
+      lanes[lane] = Kind::join(lanes[lane], Kind::of(Format::widen(x[done + lane])));
     }
   }
   for (int lane = 0; done + lane < n; ++lane) {
-    const double value = widen(x[done + lane]);
-    lanes[lane] += value * value;
+    lanes[lane] = Kind::join(lanes[lane], Kind::of(Format::widen(x[done + lane])));
   }
   for (int width = kLanes / 2; width > 0; width /= 2) {
-    for (int lane = 0; lane < width; ++lane) lanes[lane] += lanes[lane + width];
+    for (int lane = 0; lane < width; ++lane) {
+      lanes[lane] = Kind::join(lanes[lane], lanes[lane + width]);
+    }
   }
   return lanes[0];
 }
 
-PROGTUNING_CLONES double sum_squares_float32(const float* x, int64_t n) {
-  return sum_squares(x, n);
-}
-PROGTUNING_CLONES double sum_squares_bfloat16(const uint16_t* x, int64_t n) {
-  return sum_squares(x, n);
-}
-PROGTUNING_CLONES double sum_squares_float64(const double* x, int64_t n) {
-  return sum_squares(x, n);
-}
+// A function each, because only functions can be cloned.
+using Kernel = double (*)(const void* tensor, int64_t start, int64_t n);
+#define PROGTUNING_KERNEL(name, Format, Kind)                                       \
+  PROGTUNING_CLONES double name(const void* tensor, int64_t start, int64_t n) {     \
+    return chunk_total<Format, Kind>(tensor, start, n);                             \
+  }
+PROGTUNING_KERNEL(sum_float32, Float32, Sum)
+PROGTUNING_KERNEL(sum_float64, Float64, Sum)
+PROGTUNING_KERNEL(sum_bfloat16, BFloat16, Sum)
+PROGTUNING_KERNEL(sum_float16, Float16, Sum)
+PROGTUNING_KERNEL(largest_float32, Float32, Largest)
+PROGTUNING_KERNEL(largest_float64, Float64, Largest)
+PROGTUNING_KERNEL(largest_bfloat16, BFloat16, Largest)
+PROGTUNING_KERNEL(largest_float16, Float16, Largest)
 
-bool has_kernel(DType dtype) {
-  return dtype == DType::kFloat32 || dtype == DType::kBFloat16 || dtype == DType::kFloat64;
-}
-
-double chunk_sum(const void* tensor, int64_t start, int64_t n, DType dtype) {
+Kernel find_kernel(DType dtype, NormKind kind) {
+  const bool sum = kind == NormKind::kL2;
   switch (dtype) {
     case DType::kFloat32:
-      return sum_squares_float32(static_cast<const float*>(tensor) + start, n);
+      return sum ? sum_float32 : largest_float32;
     case DType::kBFloat16:
-      return sum_squares_bfloat16(static_cast<const uint16_t*>(tensor) + start, n);
+      return sum ? sum_bfloat16 : largest_bfloat16;
+    case DType::kFloat16:
+      return sum ? sum_float16 : largest_float16;
+    case DType::kFloat64:
+      return sum ? sum_float64 : largest_float64;
     default:
-      return sum_squares_float64(static_cast<const double*>(tensor) + start, n);
+      return nullptr;
   }
+}
+
+template <typename Kind>
+float joined(const std::vector<double>& partials) {
+  double total = 0;
+  for (const double partial : partials) total = Kind::join(total, partial);
+  return static_cast<float>(Kind::norm(total));
 }
 
 }  // namespace
@@ -93,8 +127,9 @@ int64_t masked_norm_chunks(const int64_t* sizes, int64_t num_tensors) {
 }
 
 bool masked_norm_cpu(const void* const* tensors, const int64_t* sizes, int64_t num_tensors,
-                     DType dtype, float* out, int num_threads) {
-  if (!has_kernel(dtype)) return false;
+                     DType dtype, NormKind kind, float* out, int num_threads) {
+  const Kernel kernel = find_kernel(dtype, kind);
+  if (kernel == nullptr) return false;
 
   std::vector<int64_t> first_chunk(num_tensors + 1, 0);
   int64_t elements = 0;
@@ -113,12 +148,10 @@ bool masked_norm_cpu(const void* const* tensors, const int64_t* sizes, int64_t n
     const int64_t tensor = after - first_chunk.begin() - 1;
     const int64_t start = (chunk - first_chunk[tensor]) * kNormChunk;
     const int64_t n = std::min(kNormChunk, sizes[tensor] - start);
-    partials[chunk] = chunk_sum(tensors[tensor], start, n, dtype);
+    partials[chunk] = kernel(tensors[tensor], start, n);
   }
 
-  double total = 0;
-  for (const double partial : partials) total += partial;
-  *out = static_cast<float>(std::sqrt(total));
+  *out = kind == NormKind::kL2 ? joined<Sum>(partials) : joined<Largest>(partials);
   return true;
 }
 

@@ -205,7 +205,9 @@ def test_native_and_reference_draw_and_round_alike(dtype, moment_dtype, extra):
         assert torch.equal(ours.steps[i], plain.steps[i])
         # torch's vectorised root is not correctly rounded: p may be a rounding away
         eps = torch.finfo(dtype).eps
-        torch.testing.assert_close(ours.params[i], plain.params[i], rtol=2 * eps, atol=max(eps, 1e-6))
+        torch.testing.assert_close(
+            ours.params[i], plain.params[i], rtol=2 * eps, atol=max(eps, 1e-6)
+        )
 
 
 @both
@@ -471,6 +473,28 @@ def test_8bit_codes_spread_over_many_orders_of_magnitude():
     again = coded(decoded_m, decoded_v)
     assert torch.equal(again.exp_avg, moments.exp_avg)
     assert torch.equal(again.exp_avg_sq, moments.exp_avg_sq)
+
+
+def test_custom_op_and_compiled_code():
+    def arguments():
+        bucket, grads = make(torch.bfloat16, torch.bfloat16, "master", None, [(5,), (300,)])
+        exp_avgs, exp_avg_sqs = ([m[i] for m in bucket.moments] for i in (0, 1))
+        return (bucket.params, grads, exp_avgs, exp_avg_sqs, bucket.steps), bucket.masters
+
+    lists, masters = arguments()
+    hyper = (0.1, 0.1, 1e-3, 0.8, 0.95)
+    rest = ([], [], masters, torch.tensor(0.5), None, hyper)
+    torch.library.opcheck(torch.ops.progtuning.masked_update.default, (*lists, *rest))
+
+    @torch.compile(fullgraph=True, backend="aot_eager")
+    def compiled(lists, masters):
+        masked_update(*lists, masters=masters, grad_factor=torch.tensor(0.5), **HYPER)
+
+    (ours, our_masters), (plain, plain_masters) = arguments(), arguments()
+    compiled(ours, our_masters)
+    masked_update(*plain, masters=plain_masters, grad_factor=torch.tensor(0.5), **HYPER)
+    for mine, theirs in zip((*ours, our_masters), (*plain, plain_masters), strict=True):
+        assert all(map(torch.equal, mine, theirs))
 
 
 def test_empty_lists_and_bad_lists():

@@ -1,6 +1,6 @@
-"""masked_norm: the L2 norm over all elements of a list of tensors.
+"""masked_norm: the norm over all elements of a list of tensors.
 
-    norm = sqrt(sum_i sum_j x_i[j]^2)
+    "l2": norm = sqrt(sum_i sum_j x_i[j]^2)        "inf": norm = max_i max_j |x_i[j]|
 
 - tensors: any shapes, one device; float32, bfloat16, float16 or float64, also mixed. Nothing is
   mutated, and there is no gradient.
@@ -14,7 +14,9 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
+from typing import Literal, get_args
 
 import torch
 from torch import Tensor
@@ -22,8 +24,9 @@ from torch import Tensor
 from .. import _backend
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+Kind = Literal["l2", "inf"]
 _NATIVE_DTYPES = {
-    "cpu": (torch.float32, torch.bfloat16, torch.float64),
+    "cpu": DTYPES,
     "cuda": (torch.float32, torch.bfloat16, torch.float16),
 }
 # torch's float32 norm on the CPU is a few running sums: 22 M elements in one piece come out wrong
@@ -31,35 +34,43 @@ _NATIVE_DTYPES = {
 _PIECE = 2**18
 
 
-def reference(tensors: Sequence[Tensor]) -> Tensor:
+def reference(tensors: Sequence[Tensor], kind: Kind) -> Tensor:
     """Plain torch; `_foreach_norm` because on CUDA a loop would launch once per tensor."""
     wide = torch.promote_types(tensors[0].dtype, torch.float32)
+    if kind == "inf":
+        some = [tensor for tensor in tensors if tensor.numel()]
+        norms = torch._foreach_norm(some, math.inf, dtype=wide) if some else []
+        return _norm_of_norms(norms, kind, tensors[0])
     pieces: list[Tensor] = []
     for tensor in tensors:
         pieces += tensor.flatten().split(_PIECE) if tensor.numel() > _PIECE else [tensor]
-    return _norm_of_norms(torch._foreach_norm(pieces, 2, dtype=wide))
+    return _norm_of_norms(torch._foreach_norm(pieces, 2, dtype=wide), kind, tensors[0])
 
 
-def _norm_of_norms(norms: Sequence[Tensor]) -> Tensor:
-    return torch.linalg.vector_norm(torch.stack(list(norms)).double()).float()
+def _norm_of_norms(norms: Sequence[Tensor], kind: Kind, like: Tensor) -> Tensor:
+    if not norms:
+        return torch.zeros((), device=like.device)
+    stacked = torch.stack(list(norms)).double()
+    return (torch.linalg.vector_norm(stacked) if kind == "l2" else stacked.amax()).float()
 
 
-def _native(tensors: Sequence[Tensor]) -> Tensor:
+def _native(tensors: Sequence[Tensor], kind: Kind) -> Tensor:
     extension = _backend.native_extension()
     device, dtype = tensors[0].device, _backend.dtype_code(tensors[0].dtype)
     pointers = [tensor.data_ptr() for tensor in tensors]
     sizes = [tensor.numel() for tensor in tensors]
+    code = extension.norm_kinds[kind]
     out = torch.empty((), dtype=torch.float32, device=device)
     if device.type == "cpu":
         threads = torch.get_num_threads()
-        extension.masked_norm_cpu(pointers, sizes, dtype, out.data_ptr(), threads)
+        extension.masked_norm_cpu(pointers, sizes, dtype, code, out.data_ptr(), threads)
         return out
     chunks = extension.masked_norm_chunks(sizes)
     partials = torch.empty(chunks, dtype=torch.float32, device=device)
     scratch, result = partials.data_ptr(), out.data_ptr()
     with _backend.device_guard(device):
         stream = _backend.cuda_stream(device)
-        extension.masked_norm_cuda(pointers, sizes, dtype, scratch, chunks, result, stream)
+        extension.masked_norm_cuda(pointers, sizes, dtype, code, scratch, chunks, result, stream)
     return out
 
 
@@ -72,19 +83,24 @@ def _reason_against_native(tensors: Sequence[Tensor]) -> str | None:
 
 
 @torch.no_grad()
-def masked_norm(tensors: Sequence[Tensor], *, implementation: str | None = None) -> Tensor:
-    """L2 norm over a list of tensors, as a 0-dim float32 on their device.
+def masked_norm(
+    tensors: Sequence[Tensor], *, kind: Kind = "l2", implementation: str | None = None
+) -> Tensor:
+    """Norm over a list of tensors, as a 0-dim float32 on their device.
 
     Args:
         tensors: dense tensors of any shape on one device, float32, bfloat16, float16 or float64.
             Non-contiguous ones are copied first.
+        kind: "l2", or "inf" for the largest magnitude.
         implementation: "native" or "reference"; None chooses (see `_backend.select`).
     """
     if isinstance(tensors, Tensor):
         raise TypeError("masked_norm: expected a list of tensors, got one tensor")
     tensors = list(tensors)
     if torch.compiler.is_compiling():
-        return masked_norm_op(tensors, implementation)
+        return masked_norm_op(tensors, kind, implementation)
+    if kind not in get_args(Kind):
+        raise ValueError(f"masked_norm: kind must be one of {get_args(Kind)}, got {kind!r}")
     if not tensors:
         return torch.zeros(())
     dtypes = _checked_dtypes(tensors)
@@ -92,8 +108,8 @@ def masked_norm(tensors: Sequence[Tensor], *, implementation: str | None = None)
     norms = []
     for dtype in dtypes:
         group = tensors if len(dtypes) == 1 else [t for t in tensors if t.dtype == dtype]
-        norms.append(_backend.select(OP, group, implementation).function(group))
-    return norms[0] if len(norms) == 1 else _norm_of_norms(norms)
+        norms.append(_backend.select(OP, group, implementation).function(group, kind))
+    return norms[0] if len(norms) == 1 else _norm_of_norms(norms, kind, norms[0])
 
 
 def _checked_dtypes(tensors: Sequence[Tensor]) -> list[torch.dtype]:
@@ -133,11 +149,13 @@ OP = _backend.register(
 
 
 @torch.library.custom_op("progtuning::masked_norm", mutates_args=())
-def masked_norm_op(tensors: Sequence[Tensor], implementation: str | None = None) -> Tensor:
-    return masked_norm(tensors, implementation=implementation)
+def masked_norm_op(
+    tensors: Sequence[Tensor], kind: str = "l2", implementation: str | None = None
+) -> Tensor:
+    return masked_norm(tensors, kind=kind, implementation=implementation)
 
 
 @masked_norm_op.register_fake
-def _(tensors: Sequence[Tensor], implementation: str | None = None) -> Tensor:
+def _(tensors: Sequence[Tensor], kind: str = "l2", implementation: str | None = None) -> Tensor:
     device = tensors[0].device if tensors else "cpu"
     return torch.empty((), dtype=torch.float32, device=device)

@@ -552,6 +552,27 @@ def masked_update(
             )
     if not params:
         return
+    if torch.compiler.is_compiling():
+        if isinstance(lr, Tensor) or any(grad is None for grad in grads):
+            raise ValueError("masked_update: compiled code needs lr as a float and every gradient")
+        masked_update_op(
+            list(params),
+            list(grads),
+            list(exp_avgs),
+            list(exp_avg_sqs),
+            list(steps),
+            list(exp_avg_scales or ()),
+            list(exp_avg_sq_scales or ()),
+            list(masters or ()),
+            grad_factor,
+            found_inf,
+            (lr, weight_decay, eps, beta1, beta2),
+            stochastic_rounding,
+            seed,
+            zero_grads,
+            implementation,
+        )
+        return
     none = [None] * len(params)
     scales = (exp_avg_scales or none, exp_avg_sq_scales or none)
     moments = [Moments(*m) for m in zip(exp_avgs, exp_avg_sqs, *scales, strict=True)]
@@ -571,3 +592,58 @@ def masked_update(
         seed=seed,
         zero_grads=zero_grads,
     )
+
+
+_MUTATED = ("params", "grads", "exp_avgs", "exp_avg_sqs", "steps")
+_MUTATED += ("exp_avg_scales", "exp_avg_sq_scales", "masters")
+
+
+@torch.library.custom_op("progtuning::masked_update", mutates_args=_MUTATED)
+def masked_update_op(
+    params: Sequence[Tensor],
+    grads: Sequence[Tensor],
+    exp_avgs: Sequence[Tensor],
+    exp_avg_sqs: Sequence[Tensor],
+    steps: Sequence[Tensor],
+    exp_avg_scales: Sequence[Tensor],
+    exp_avg_sq_scales: Sequence[Tensor],
+    masters: Sequence[Tensor],
+    grad_factor: Tensor | None,
+    found_inf: Tensor | None,
+    hyper: Sequence[float],
+    stochastic_rounding: bool = False,
+    seed: int = 0,
+    zero_grads: bool = False,
+    implementation: str | None = None,
+) -> None:
+    """`masked_update` for compiled code and for callers from outside; hyper as in `Hyper`.
+
+    It costs 0.3 to 0.7 ms of dispatch for hundreds of tensors, which `Bucket.update` does not.
+    """
+    lr, weight_decay, eps, beta1, beta2 = hyper
+    masked_update(
+        params,
+        grads,
+        exp_avgs,
+        exp_avg_sqs,
+        steps,
+        lr=lr,
+        beta1=beta1,
+        beta2=beta2,
+        eps=eps,
+        weight_decay=weight_decay,
+        exp_avg_scales=exp_avg_scales or None,
+        exp_avg_sq_scales=exp_avg_sq_scales or None,
+        masters=masters or None,
+        grad_factor=grad_factor,
+        found_inf=found_inf,
+        stochastic_rounding=stochastic_rounding,
+        seed=seed,
+        zero_grads=zero_grads,
+        implementation=implementation,
+    )
+
+
+@masked_update_op.register_fake
+def _(params: Sequence[Tensor], *others: object, **options: object) -> None:
+    return None

@@ -1,0 +1,341 @@
+"""Updates inside backward: the same training, one block's gradients alive where that is exact."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+from tiny_models import tiny_inputs, tiny_model
+from torch import nn
+from torch.utils.checkpoint import checkpoint
+
+from progtuning_kernels import MaskedAdamW, ProgressiveSchedule, patch_model
+from progtuning_kernels.optim.in_backward import block_of
+from progtuning_kernels.optim.masked_optimizer import Member
+
+OPTIONS = dict(lr=0.05, betas=(0.8, 0.95), eps=1e-3, weight_decay=0.1)
+
+
+class Blocks(nn.Module):
+    """Four equal blocks and a head; `unused` gets no gradient."""
+
+    def __init__(self, width: int = 16) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(nn.Linear(width, width) for _ in range(4))
+        self.head = nn.Linear(width, 3)
+        self.unused = nn.Linear(width, 2)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        for layer in self.layers:
+            x = torch.tanh(layer(x))
+        return self.head(x)
+
+
+def loss_of(model: nn.Module, seed: int, scale: float = 1.0) -> torch.Tensor:
+    generator = torch.Generator().manual_seed(seed)
+    return model(torch.randn(5, 16, generator=generator)).square().mean() * scale
+
+
+def pair() -> tuple[Blocks, Blocks]:
+    torch.manual_seed(1)
+    model = Blocks()
+    return model, copy.deepcopy(model)
+
+
+def assert_same(a: nn.Module, b: nn.Module) -> None:
+    for (name, p), q in zip(a.named_parameters(), b.parameters(), strict=True):
+        assert torch.equal(p, q), name
+
+
+def test_blocks_come_from_names():
+    def block(name: str | None) -> str:
+        return block_of(Member(torch.zeros(1), 7, 0, name))
+
+    assert block("bert.encoder.layer.3.attention.self.query.weight") == "bert.encoder.layer.3"
+    assert block("encoder.block.11.layer.0.DenseReluDense.wi.weight") == "encoder.block.11"
+    assert block("model.layers.2.mlp.experts.1.up.weight") == "model.layers.2"
+    assert block("0.weight") == "0"
+    assert block("bert.embeddings.word_embeddings.weight") == "bert.embeddings.word_embeddings"
+    assert block("w2v.weight") == "w2v"  # a digit inside a word is none
+    assert block(None) == "parameter 7"
+
+
+@pytest.mark.parametrize("named", [True, False])
+@pytest.mark.parametrize("nonfinite", ["skip", "ignore"])
+@pytest.mark.parametrize("max_grad_norm", [None, 0.05])
+def test_trains_as_without(max_grad_norm, nonfinite, named):
+    inside, after = pair()
+    options = dict(OPTIONS, max_grad_norm=max_grad_norm, nonfinite=nonfinite)
+    parameters = inside.named_parameters() if named else inside.parameters()
+    early = MaskedAdamW(parameters, in_backward=True, **options)
+    late = MaskedAdamW(after.parameters(), **options)
+    for step in range(5):
+        for model, optimizer in ((inside, early), (after, late)):
+            loss_of(model, step).backward()
+            optimizer.step()
+            optimizer.zero_grad()
+        if early.grad_norm is not None:
+            torch.testing.assert_close(early.grad_norm, late.grad_norm, rtol=1e-6, atol=0)
+        for p, q in zip(inside.parameters(), after.parameters(), strict=True):
+            # the norm is rounded once more where it is made of blocks' norms
+            torch.testing.assert_close(p, q, rtol=1e-5, atol=1e-7)
+        if max_grad_norm is None:
+            assert_same(inside, after)
+    assert inside.unused.weight not in early.state and inside.unused.weight.grad is None
+
+
+class GradientMeter:
+    """Most bytes of gradients alive at once. Made before the optimizer, whose hooks run later."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self.model, self.peak_bytes = model, 0
+        for p in model.parameters():
+            p.register_post_accumulate_grad_hook(self.look)
+
+    def look(self, _: torch.Tensor) -> None:
+        grads = [p.grad for p in self.model.parameters() if p.grad is not None]
+        self.peak_bytes = max(self.peak_bytes, sum(grad.nbytes for grad in grads))
+
+
+@pytest.mark.parametrize(
+    ("options", "blocks"),
+    [
+        ({"nonfinite": "ignore"}, 1),
+        ({"nonfinite": "skip"}, 1),
+        ({"max_grad_norm": 0.1, "clip_mode": "per_block"}, 1),
+        ({"max_grad_norm": 0.1, "clip_mode": "previous_norm"}, 1),
+        ({"max_grad_norm": 0.1, "clip_mode": "exact"}, 4),
+    ],
+)
+def test_peak_gradient_memory_is_one_blocks_where_exactness_allows(options, blocks):
+    model = Blocks()
+    meter = GradientMeter(model)
+    optimizer = MaskedAdamW(model.named_parameters(), in_backward=True, **OPTIONS, **options)
+    for step in range(3):
+        meter.peak_bytes = 0
+        loss_of(model, step).backward()
+        block = sum(p.nbytes for p in model.layers[0].parameters())
+        head = sum(p.nbytes for p in model.head.parameters())
+        assert meter.peak_bytes == (block if blocks == 1 else 4 * block + head)
+        optimizer.step()
+        optimizer.zero_grad()
+    assert all(p.grad is None for p in model.parameters())
+
+
+def test_one_call_per_block(monkeypatch):
+    model = Blocks()
+    optimizer = MaskedAdamW(
+        model.named_parameters(), in_backward=True, nonfinite="ignore", **OPTIONS
+    )
+    calls = []
+    apply = MaskedAdamW.apply
+    monkeypatch.setattr(
+        MaskedAdamW,
+        "apply",
+        lambda self, active, grads, decision: (
+            calls.append([len(bucket.members) for bucket in active]),
+            apply(self, active, grads, decision),
+        ),
+    )
+    loss_of(model, 0).backward()
+    assert calls == [[2]] * 5  # head, then four blocks of weight and bias
+    optimizer.step()
+    assert len(calls) == 5
+
+
+def test_accumulation_acts_on_the_last_micro_batch_only():
+    inside, after = pair()
+    early = MaskedAdamW(inside.named_parameters(), in_backward=True, **OPTIONS)
+    late = MaskedAdamW(after.parameters(), **OPTIONS)
+    for step in range(3):
+        before = [p.detach().clone() for p in inside.parameters()]
+        for micro in range(3):
+            loss_of(after, 10 * step + micro, 1 / 3).backward()
+            if micro < 2:
+                with early.accumulate():
+                    loss_of(inside, 10 * step + micro, 1 / 3).backward()
+                assert all(map(torch.equal, inside.parameters(), before))
+            else:
+                loss_of(inside, 10 * step + micro, 1 / 3).backward()
+        for optimizer in (early, late):
+            optimizer.step()
+            optimizer.zero_grad()
+        assert_same(inside, after)
+
+
+def test_a_forgotten_accumulate_is_an_error_with_the_cure():
+    model = Blocks()
+    optimizer = MaskedAdamW(model.named_parameters(), in_backward=True, **OPTIONS)
+    loss_of(model, 0).backward()
+    with pytest.raises(RuntimeError, match=r"updated already in this step.*accumulate\(\)"):
+        loss_of(model, 1).backward()
+    optimizer.step()
+    optimizer.zero_grad()
+    loss_of(model, 2).backward()
+
+
+def test_stage_changes_move_the_hooks():
+    models, optimizers, handles = [], [], []
+    for in_backward in (True, False):
+        model = tiny_model("bert-sequence")
+        handle = patch_model(model, ProgressiveSchedule(4, 8))
+        optimizer = MaskedAdamW(
+            handle.param_groups(weight_decay=0.1), lr=0.01, eps=1e-3, in_backward=in_backward
+        )
+        models.append(model)
+        handles.append(handle)
+        optimizers.append(optimizer)
+    inputs = tiny_inputs("bert-sequence")
+    for _ in range(8):
+        for model, handle, optimizer in zip(models, handles, optimizers, strict=True):
+            frozen = [p.detach().clone() for p in model.parameters() if not p.requires_grad]
+            torch.manual_seed(3)
+            model(**inputs).loss.backward()
+            optimizer.step()
+            optimizer.zero_grad()
+            now = [p for p in model.parameters() if not p.requires_grad]
+            assert all(map(torch.equal, frozen, now))
+            handle.advance()
+        assert_same(*models)
+        active = sum(p.requires_grad for p in models[0].parameters())
+        assert len(optimizers[0]._in_backward._handles) == active
+        assert (
+            optimizers[0]
+            .state.keys()
+            .isdisjoint(p for p in models[0].parameters() if not p.requires_grad)
+        )
+
+
+def test_a_non_finite_block_is_skipped_and_the_step_counted_once():
+    model = Blocks()
+    optimizer = MaskedAdamW(model.named_parameters(), in_backward=True, **OPTIONS)
+    before = [p.detach().clone() for p in model.parameters()]
+    handle = model.layers[1].weight.register_hook(lambda g: torch.full_like(g, float("nan")))
+    loss_of(model, 0).backward()
+    optimizer.step()
+    handle.remove()
+    after = dict(zip([n for n, _ in model.named_parameters()], before, strict=True))
+    assert optimizer.skipped_steps == 1 and optimizer.grad_norm.isnan()
+    for name, p in model.named_parameters():
+        kept = name.startswith(("layers.1", "unused"))
+        assert torch.equal(p, after[name]) == kept, name
+
+
+def test_exact_clipping_skips_the_whole_step():
+    model = Blocks()
+    optimizer = MaskedAdamW(
+        model.named_parameters(), in_backward=True, max_grad_norm=1.0, **OPTIONS
+    )
+    before = [p.detach().clone() for p in model.parameters()]
+    model.layers[1].weight.register_hook(lambda g: torch.full_like(g, float("inf")))
+    loss_of(model, 0).backward()
+    optimizer.step()
+    assert optimizer.skipped_steps == 1
+    assert all(map(torch.equal, model.parameters(), before))
+
+
+def test_previous_norm_and_per_block_clip_by_what_they_say():
+    for clip_mode in ("previous_norm", "per_block"):
+        inside, after = pair()
+        early = MaskedAdamW(
+            inside.named_parameters(),
+            in_backward=True,
+            max_grad_norm=0.01,
+            clip_mode=clip_mode,
+            **OPTIONS,
+        )
+        late = MaskedAdamW(after.parameters(), **OPTIONS)
+        previous = None
+        for step in range(3):
+            loss_of(inside, step).backward()
+            early.step()
+            loss_of(after, step).backward()
+            units = [list(layer.parameters()) for layer in (*after.layers, after.head)]
+            norms = [nn.utils.get_total_norm([p.grad for p in unit]) for unit in units]
+            for unit, norm in zip(units, norms, strict=True):
+                by = norm if clip_mode == "per_block" or previous is None else previous
+                for p in unit:
+                    p.grad *= min(1.0, 0.01 / (float(by) + 1e-6))
+            late.step()
+            late.zero_grad()
+            previous = torch.stack(norms).norm()
+            torch.testing.assert_close(early.grad_norm, previous, rtol=1e-5, atol=0)
+            for p, q in zip(inside.parameters(), after.parameters(), strict=True):
+                torch.testing.assert_close(p, q, rtol=1e-5, atol=1e-6)
+
+
+def test_gradients_changed_after_backward_are_normed_again():
+    inside, after = pair()
+    options = dict(OPTIONS, max_grad_norm=0.05)
+    early = MaskedAdamW(inside.named_parameters(), in_backward=True, **options)
+    late = MaskedAdamW(after.parameters(), **options)
+    for model, optimizer in ((inside, early), (after, late)):
+        loss_of(model, 0).backward()
+        for p in model.parameters():
+            if p.grad is not None:
+                p.grad.mul_(3.0)
+        optimizer.step()
+    assert_same(inside, after)
+    torch.testing.assert_close(early.grad_norm, late.grad_norm, rtol=0, atol=0)
+
+
+class Reentrant(Blocks):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = x.requires_grad_()
+        for layer in self.layers:
+            x = checkpoint(lambda y, layer=layer: torch.tanh(layer(y)), x, use_reentrant=True)
+        return self.head(x)
+
+
+def test_reentrant_checkpointing_is_refused():
+    model = Reentrant()
+    MaskedAdamW(model.named_parameters(), in_backward=True, **OPTIONS)
+    with pytest.raises(RuntimeError, match="use_reentrant=False"):
+        loss_of(model, 0).backward()
+
+
+def test_a_backward_that_broke_off_leaves_nothing():
+    model = Blocks()
+    optimizer = MaskedAdamW(model.named_parameters(), in_backward=True, **OPTIONS)
+
+    def broken(gradient: torch.Tensor) -> None:
+        raise ArithmeticError("out of luck")
+
+    handle = model.layers[0].weight.register_hook(broken)
+    with pytest.raises(ArithmeticError):
+        loss_of(model, 0).backward()
+    handle.remove()
+    optimizer.step()  # updates what is left, and forgets
+    optimizer.zero_grad()
+    loss_of(model, 1).backward()
+    optimizer.step()
+
+
+def test_grad_scaler_came_too_late():
+    model = Blocks()
+    optimizer = MaskedAdamW(model.named_parameters(), in_backward=True, **OPTIONS)
+    scaler = torch.amp.GradScaler("cpu", init_scale=8.0)
+    scaler.scale(loss_of(model, 0)).backward()
+    optimizer.grad_scale = torch.tensor(8.0)
+    with pytest.raises(RuntimeError, match="clip_mode='exact'"):
+        optimizer.step()
+
+
+def test_options_that_exclude_each_other():
+    with pytest.raises(ValueError, match="clip_mode='per_block' is for in_backward=True"):
+        MaskedAdamW(Blocks().parameters(), clip_mode="per_block")
+    with pytest.raises(ValueError, match="clip_mode must be one of"):
+        MaskedAdamW(Blocks().parameters(), in_backward=True, clip_mode="sometimes")
+
+
+def test_a_copied_model_and_optimizer_go_on_together():
+    model = Blocks()
+    optimizer = MaskedAdamW(model.named_parameters(), in_backward=True, **OPTIONS)
+    loss_of(model, 0).backward()
+    optimizer.step()
+    twin, twin_optimizer = copy.deepcopy((model, optimizer))
+    for m, o in ((model, optimizer), (twin, twin_optimizer)):
+        loss_of(m, 1).backward()
+        o.step()
+    assert_same(model, twin)
