@@ -8,6 +8,8 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
+from ..ops.grad_decision import local_of
+
 OnFreeze = Literal["release", "keep", "offload"]
 
 
@@ -47,9 +49,10 @@ def offload_frozen_state(optimizer: Optimizer) -> None:
 
 
 def state_bytes(optimizer: Optimizer) -> int:
-    """Bytes that the optimizer's state tensors occupy, step counters included."""
+    """Bytes that the optimizer's state tensors occupy on this rank, step counters included."""
     return sum(map(_bytes_of, optimizer.state.values()))
 
 
 def _bytes_of(state: dict[str, Any]) -> int:
-    return sum(t.untyped_storage().nbytes() for t in state.values() if isinstance(t, Tensor))
+    tensors = (local_of(t) for t in state.values() if isinstance(t, Tensor))
+    return sum(t.untyped_storage().nbytes() for t in tensors)

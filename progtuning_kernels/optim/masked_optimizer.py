@@ -121,7 +121,7 @@ class MaskedOptimizer(Optimizer):
     def _start(self, in_backward: UpdateInBackward | None) -> None:
         self._buckets: list[ActiveBucket] | None = None
         self._waiting: list[Member] = []  # active, never seen with a gradient: no state yet
-        self._flags: list[bool] = []
+        self._flags = self._current_flags()
         self._in_backward = in_backward
         freeze_events.listen(self)
         if in_backward is not None:
@@ -176,7 +176,7 @@ class MaskedOptimizer(Optimizer):
 
     def on_flags_changed(self) -> None:
         """Release or offload what is frozen, and forget the tables that hold its addresses."""
-        self._buckets = None
+        self._buckets, self._flags = None, self._current_flags()
         self._settle_frozen_state()
         if self._in_backward is not None:
             self._in_backward.install()
@@ -257,12 +257,11 @@ class MaskedOptimizer(Optimizer):
         self.state[p].update(self.init_state(p))
         return self.state[p]
 
+    def _current_flags(self) -> list[bool]:
+        return [p.requires_grad for group in self.param_groups for p in group["params"]]
+
     def _active_buckets(self) -> list[ActiveBucket]:
         """The buckets of this step: those of the last one unless something about them changed."""
-        flags = [p.requires_grad for group in self.param_groups for p in group["params"]]
-        if flags != self._flags:  # also flips that nobody announced
-            self._flags, self._buckets = flags, None
-            self._settle_frozen_state()
         fresh = any(member.parameter.grad is not None for member in self._waiting)
         current = self._buckets is not None and all(b.is_current() for b in self._buckets)
         if fresh or not current:
@@ -298,7 +297,11 @@ class MaskedOptimizer(Optimizer):
                 f"{type(self).__name__}: in_backward=True has updated with scaled gradients before "
                 "GradScaler said so: train in bfloat16, or clip with clip_mode='exact'"
             )
-        left = early is None or any(m.parameter.grad is not None for m in self.members())
+        if self._flags != self._current_flags():  # nobody announced it
+            self.on_flags_changed()
+        left = early is None or any(
+            p.grad is not None for group in self.param_groups for p in group["params"]
+        )
         active = self._active_buckets() if left else []
         grads = [bucket.grads() for bucket in active]
         if any(grad is not None for some in grads for grad in some):
