@@ -103,6 +103,16 @@ def test_full_and_progressive_start_alike_and_differ_after_the_first_stage(call,
     assert losses[0][-1] != losses[1][-1]
 
 
+def test_moments_in_bfloat16_take_half_the_state_and_train_alike(call, tmp_path):
+    for kind in ("fp32", "bf16"):
+        main(call("--max-steps", 9, "--state-dtype", kind, output=kind))
+    full, half = (_metrics(tmp_path / kind) for kind in ("fp32", "bf16"))
+    for a, b in zip(full["stages"], half["stages"], strict=True):
+        assert b["state_bytes"] == pytest.approx(a["state_bytes"] / 2, rel=0.05)
+    losses = [[step["loss"] for step in run["steps"]] for run in (full, half)]
+    assert losses[0] == pytest.approx(losses[1], abs=0.02) and losses[0] != losses[1]
+
+
 @pytest.mark.parametrize("method", ["lora", "progressive-lora"])
 def test_lora_trains_adapters_and_saves_them_and_a_merged_model(call, tmp_path, method):
     main(call("--method", method, "--max-steps", 6, "--stages", 2))
@@ -340,6 +350,7 @@ def test_dry_run_prints_the_plan_and_writes_nothing(call, tmp_path, capsys):
         (["--device", "cuda:77"], "device 'cuda:77' cannot be used"),
         (["--batch-size", 0], "--batch-size"),
         (["--no-such-option"], "--no-such-option"),
+        (["--method", "full", "--state-dtype", "8bit"], "--method full uses torch's AdamW"),
         (["--task", "causal-lm", "--max-validation-rows", 1], "shorter than one row of 16 tokens"),
     ],
 )

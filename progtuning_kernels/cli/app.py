@@ -84,6 +84,11 @@ def app() -> None:
 )
 @click.option("--max-grad-norm", **_not_negative(1.0), help="0: no clipping.")
 @click.option(
+    "--state-dtype",
+    **_choice("fp32", "bf16", "8bit"),
+    help="Of AdamW's moments; full and lora, which are torch's AdamW, have fp32 only.",
+)
+@click.option(
     "--precision", **_choice("auto", "fp32", "bf16"), help="auto: bf16 autocast on GPUs that do it."
 )
 @click.option(

@@ -10,10 +10,17 @@ from torch import nn
 
 from ..layout import Layout
 from ..optim import MaskedAdamW
+from ..optim.masked_adamw import StateDtype
 from ..patch import PatchHandle, decay_groups, patch_model
 from ..schedules import FreezePlan, ProgressiveSchedule
-from .errors import as_user_error
+from .errors import UserError, as_user_error
 from .settings import TrainSettings
+
+STATE_DTYPES: dict[str, StateDtype] = {
+    "fp32": torch.float32,
+    "bf16": torch.bfloat16,
+    "8bit": "8bit",
+}
 
 
 @dataclass
@@ -71,6 +78,8 @@ def progressive(
             handle.param_groups(weight_decay=s.weight_decay),
             lr=s.lr,
             max_grad_norm=s.max_grad_norm or None,
+            state_dtype=STATE_DTYPES[s.state_dtype],
+            seed=s.seed,
         )
 
     def update() -> None:
@@ -81,7 +90,16 @@ def progressive(
 
 
 def plain(model: nn.Module, s: TrainSettings, base: nn.Module) -> Trained:
-    """What a user has without this library: torch's fused AdamW and its clipping."""
+    """What a user has without this library: torch's fused AdamW and its clipping.
+
+    Raises:
+        UserError: a `state_dtype` that it does not have.
+    """
+    if s.state_dtype != "fp32":
+        raise UserError(
+            f"--state-dtype {s.state_dtype} is for the progressive methods; --method {s.method} "
+            "uses torch's AdamW"
+        )
     device = next(model.parameters()).device
     parameters = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(

@@ -9,6 +9,7 @@ from typing import Any, Literal
 Task = Literal["classification", "causal-lm"]
 Method = Literal["full", "progressive", "lora", "progressive-lora"]
 Precision = Literal["auto", "fp32", "bf16"]
+StateDtype = Literal["fp32", "bf16", "8bit"]
 
 # Options that may differ between a checkpoint and the call that resumes it.
 _FREE = {
@@ -50,6 +51,7 @@ class TrainSettings:
     weight_decay: float = 0.01
     warmup: float = 0.06
     max_grad_norm: float = 1.0
+    state_dtype: StateDtype = "fp32"
     precision: Precision = "auto"
     metric: str | None = None
     seed: int = 0
