@@ -18,7 +18,7 @@ from torch import Tensor
 
 from .. import _backend
 from .masked_norm import masked_norm
-from .masked_update import Bucket, addresses_of, build_table
+from .masked_update import Bucket, Gradients, build_table
 
 
 class GradDecision(NamedTuple):
@@ -39,7 +39,7 @@ class GradDecision(NamedTuple):
 
 def decide(
     buckets: Sequence[Bucket],
-    grads: Sequence[Sequence[Tensor | None]],
+    gradients: Sequence[Gradients],
     *,
     max_grad_norm: float | None,
     skip_nonfinite: bool,
@@ -52,7 +52,7 @@ def decide(
     """Norm, factor and finding for the gradients of `buckets`; see the top of this file.
 
     Args:
-        grads: per bucket, None where a tensor has no gradient; at least one is there.
+        gradients: per bucket; at least one is there.
         max_grad_norm: None: no clipping.
         skip_nonfinite: look for NaN and infinities; without clipping this is what costs the norm.
         grad_scale, found_inf: GradScaler's, 0-dim float32; None: 1 and nothing found.
@@ -67,9 +67,9 @@ def decide(
         return GradDecision(None, factor, None if found_inf is None else found_inf.to(device))
     if known_norm is None and previous_norm is None and _decides_natively(buckets):
         return _native(
-            buckets, grads, max_grad_norm, skip_nonfinite, grad_scale, found_inf, control
+            buckets, gradients, max_grad_norm, skip_nonfinite, grad_scale, found_inf, control
         )
-    norm = _norm(grads, device) if known_norm is None else known_norm.to(device)
+    norm = _norm(gradients, device) if known_norm is None else known_norm.to(device)
     if grad_scale is not None:
         norm = norm / grad_scale.to(device)
     found = None if found_inf is None else (found_inf.to(device) != 0)
@@ -87,10 +87,10 @@ def decide(
     return GradDecision(norm, factor, None if found is None else found.float())
 
 
-def _norm(grads: Sequence[Sequence[Tensor | None]], device: torch.device) -> Tensor:
+def _norm(gradients: Sequence[Gradients], device: torch.device) -> Tensor:
     by_device: dict[torch.device, list[Tensor]] = {}
-    for some in grads:
-        for grad in some:
+    for some in gradients:
+        for grad in some.given:
             if grad is not None:
                 by_device.setdefault(grad.device, []).append(grad)
     norms = [masked_norm(same).to(device) for same in by_device.values()]
@@ -139,7 +139,7 @@ def _decides_natively(buckets: Sequence[Bucket]) -> bool:
 
 def _native(
     buckets: Sequence[Bucket],
-    grads: Sequence[Sequence[Tensor | None]],
+    gradients: Sequence[Gradients],
     max_grad_norm: float | None,
     skip_nonfinite: bool,
     grad_scale: Tensor | None,
@@ -160,12 +160,12 @@ def _native(
     with _backend.device_guard(device):
         stream = _backend.cuda_stream(device)
         offset = 0
-        for bucket, some, count in zip(buckets, grads, counts, strict=True):
+        for bucket, some, count in zip(buckets, gradients, counts, strict=True):
             extension.bucket_norm_partials_cuda(
                 bucket.table.data_ptr(),
                 bucket.chunks.data_ptr(),
                 count,
-                addresses_of(bucket, some).addresses,
+                some.addresses,
                 _backend.dtype_code(bucket.dtype),
                 partials.data_ptr() + 4 * offset,
                 stream,

@@ -98,7 +98,8 @@ def _scaled(x: Tensor) -> tuple[Tensor, Tensor]:
 
 def _shifted_root(x: Tensor, shift: int) -> Tensor:
     """The inverse of `_shifted_power`; 1 above 1 and for NaN."""
-    y = (((x.view(torch.int32) - _ONE_BITS) >> shift) + _ONE_BITS).view(torch.float32)
+    bits = x.view(torch.int32).to(torch.int64) & _LOW  # shifted as unsigned: a NaN may be negative
+    y = ((bits >> shift) + (_ONE_BITS - (_ONE_BITS >> shift))).to(torch.int32).view(torch.float32)
     return torch.where(y < 1.0, y, torch.ones_like(y))
 
 

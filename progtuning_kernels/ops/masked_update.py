@@ -12,9 +12,9 @@ in one; `found_inf` skips the call; gradients are zeroed on request, in a skippe
 - stored: p and grad in p's dtype; m and v in float32, bfloat16 (rounded stochastically), or 8-bit
   codes with one float32 per 256 elements; optionally a float32 master of a bfloat16 or float16 p;
   step as a 0-dim float32 per tensor. float64 parameters have float64 moments.
-- computed: float32 (float64 for float64), each element on its own, without fused multiply-adds: the
-  kernels give the same bits, for any number of threads; the reference differs by a rounding in p,
-  because torch's vectorised root is not correctly rounded.
+- computed: float32 (float64 for float64), each element on its own, without fused multiply-adds:
+  kernels and specification give the same bits, for any number of threads. (The reference calls
+  torch's fused kernel where that fits, and that rounds elsewhere.)
 - random numbers: `low_precision.py`, from (seed, stream, index of the tensor, step, element).
   kernels give the same bits for any number of threads; the reference differs by a rounding in p,
   torch's fused kernel, leaves the grads multiplied by grad_factor.
@@ -24,13 +24,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from .. import _backend
 from .low_precision import (
+    QUANT_BLOCK,
     decode_exp_avg,
     decode_exp_avg_sq,
     encode_exp_avg,
@@ -55,6 +56,20 @@ class Hyper(NamedTuple):
     beta2: float
 
 
+class Gradients(NamedTuple):
+    """The gradients of a step for one bucket.
+
+    Attributes:
+        given: by the caller; None where there is none.
+        ordered: the same, or copies, in their parameter's order of memory.
+        addresses: where `ordered` lie; 0 where there is none.
+    """
+
+    given: Sequence[Tensor | None]
+    ordered: Sequence[Tensor | None]
+    addresses: list[int]
+
+
 class Moments(NamedTuple):
     """Both moments of one tensor; scales (float32, one per 256 elements) where they are codes."""
 
@@ -77,6 +92,10 @@ def in_memory_order(t: Tensor) -> Tensor:
         return t.view(-1)
     order = sorted(range(t.ndim), key=t.stride, reverse=True)
     return t.permute(order).view(-1) if t.permute(order).is_contiguous() else t
+
+
+def _coded(moments: Moments) -> bool:
+    return moments.exp_avg_scale is not None
 
 
 class Bucket:
@@ -120,7 +139,7 @@ class Bucket:
         self.stochastic_rounding = stochastic_rounding
         self.device, self.dtype = self.params[0].device, self.params[0].dtype
         self.moment_dtype = next(
-            (m.exp_avg.dtype for m in self.moments if m.exp_avg_scale is not None),
+            (m.exp_avg.dtype for m in self.moments if _coded(m)),
             self.moments[0].exp_avg.dtype,
         )
         self._check()
@@ -135,6 +154,7 @@ class Bucket:
         self.table: Tensor | None = None  # (tensors, 9) int64: UpdateRecord in csrc/launchers.h
         self.chunks: Tensor | None = None  # (chunks, 2) int32: tensor, chunk of it; CUDA only
         self.ticket: Tensor | None = None  # counts the blocks of a launch that are done; CUDA only
+        self.triton_tables: Any = None  # what masked_update_triton.py keeps for a stage
 
     def _check(self) -> None:
         lengths = {len(self.moments), len(self.steps), len(self.indices), len(self.groups)}
@@ -151,23 +171,62 @@ class Bucket:
                 raise ValueError("masked_update: parameters of several devices or dtypes")
             if any(t.device != self.device for t in (*others, self.steps[i])):
                 raise ValueError("masked_update: state on another device than its parameter")
+        self._check_dtypes()
         if self.stochastic_rounding and (self.dtype != torch.bfloat16 or self.masters is not None):
             raise ValueError(
                 "masked_update: stochastic rounding is for bfloat16 parameters without a master"
             )
+
+    def _check_dtypes(self) -> None:
+        plain = {m.exp_avg.dtype for m in self.moments if not _coded(m)}
+        if any(m.exp_avg.dtype != m.exp_avg_sq.dtype for m in self.moments if not _coded(m)):
+            raise ValueError("masked_update: both moments of a tensor have one dtype")
+        if any(map(_coded, self.moments)):
+            if plain - {torch.float32}:
+                raise ValueError("masked_update: beside 8-bit moments there are only float32 ones")
+            for m in filter(_coded, self.moments):
+                blocks = -(-m.exp_avg.numel() // QUANT_BLOCK)
+                kinds = [(t.dtype, t.numel()) for t in (m.exp_avg_scale, m.exp_avg_sq_scale)]
+                if (m.exp_avg.dtype, m.exp_avg_sq.dtype) != (torch.int8, torch.uint8) or (
+                    kinds != [(torch.float32, blocks)] * 2
+                ):
+                    raise ValueError(
+                        "masked_update: 8-bit moments are int8 and uint8 codes, with a float32 "
+                        "scale per 256 elements each"
+                    )
+        elif len(plain) > 1:
+            raise ValueError("masked_update: moments of several dtypes")
+        others = [*self.steps, *(self.masters or [])]
+        if any(t.dtype != torch.float32 for t in others):
+            raise ValueError("masked_update: steps and masters are float32")
+        if self.masters is not None and self.dtype not in (torch.bfloat16, torch.float16):
+            raise ValueError("masked_update: masters are for bfloat16 and float16 parameters")
 
     def _elementwise(self, i: int) -> list[Tensor]:
         """State of tensor i that has an element per element."""
         state = [self.moments[i].exp_avg, self.moments[i].exp_avg_sq]
         return state if self.masters is None else [*state, self.masters[i]]
 
-    def is_current(self) -> bool:
-        """Whether the parameters still lie where the table says: `.data =` and `.to` move them."""
-        return self.addresses == [p.data_ptr() for p in self.params]
+    def gather(self, grads: Sequence[Tensor | None]) -> Gradients:
+        """What norm and update need of a step's gradients; collected once for both.
+
+        Args:
+            grads: of the parameters' shapes and dtype, any strides; None leaves a tensor out.
+        """
+        if self.contiguous and all(grad is None or grad.is_contiguous() for grad in grads):
+            ordered = grads
+        else:
+            ordered = [
+                grad if grad is None else _alike(grad, p)
+                for p, grad in zip(self.params, grads, strict=True)
+            ]
+        # an empty gradient has no address; it gets one that is not 0, and nobody reads there
+        addresses = [0 if grad is None else grad.data_ptr() or _EMPTY for grad in ordered]
+        return Gradients(grads, ordered, addresses)
 
     def update(
         self,
-        grads: Sequence[Tensor | None],
+        grads: Gradients | Sequence[Tensor | None],
         hypers: Sequence[Hyper],
         *,
         grad_factor: Tensor | None = None,
@@ -178,21 +237,33 @@ class Bucket:
         """One update; see the top of this file.
 
         Args:
-            grads: of the parameters' shapes and dtype, any strides; None leaves a tensor out.
+            grads: gathered, or as for `gather`.
             hypers: of the groups.
             grad_factor, found_inf: 0-dim float32 on the bucket's device; None: 1 and 0.
             seed: of the random numbers, 64 bits.
             zero_grads: leave zeros in the gradients.
         """
+        gradients = grads if isinstance(grads, Gradients) else self.gather(grads)
         self.implementation.function(
             self,
-            grads,
+            gradients,
             hypers,
             grad_factor=grad_factor,
             found_inf=found_inf,
             seed=seed,
             zero_grads=zero_grads,
         )
+
+
+def written(bucket: Bucket, gradients: Gradients, *, zero_grads: bool) -> None:
+    """After a kernel of our own: zeroes what it could not reach, tells autograd what changed."""
+    changed = list(bucket.params)
+    if zero_grads:
+        for grad, mine in zip(gradients.given, gradients.ordered, strict=True):
+            if mine is not grad:  # the kernel zeroed a copy
+                grad.zero_()
+        changed += [grad for grad in gradients.given if grad is not None]
+    torch.autograd.graph.increment_version(changed)
 
 
 def _one_minus_power(beta: float, steps: Tensor) -> Tensor:
@@ -214,6 +285,11 @@ def _one_minus_power(beta: float, steps: Tensor) -> Tensor:
     return torch.where(done, torch.ones_like(y), y)
 
 
+def _root(x: Tensor) -> Tensor:
+    """Correctly rounded: torch's own on the CPU is a unit off in a fifth of all float32."""
+    return x.sqrt() if x.dtype == torch.float64 else x.double().sqrt().to(x.dtype)
+
+
 def _update_plain(
     bucket: Bucket,
     grads: Sequence[Tensor | None],
@@ -227,7 +303,7 @@ def _update_plain(
     wide = torch.float64 if bucket.dtype == torch.float64 else torch.float32
     steps = torch.stack(bucket.steps).to(wide) + 1
     corrections = [
-        (_one_minus_power(h.beta1, steps), _one_minus_power(h.beta2, steps).sqrt()) for h in hypers
+        (_one_minus_power(h.beta1, steps), _root(_one_minus_power(h.beta2, steps))) for h in hypers
     ]
     for i, grad in enumerate(grads):
         if grad is None:
@@ -254,7 +330,7 @@ def _update_plain(
             v_old = decode_exp_avg_sq(v, moments.exp_avg_sq_scale)
         m_new = hyper.beta1 * m_old + (1 - hyper.beta1) * g
         v_new = hyper.beta2 * v_old + (1 - hyper.beta2) * (g * g)
-        denominator = v_new.sqrt() * root_bias2.reciprocal() + hyper.eps
+        denominator = _root(v_new) * root_bias2.reciprocal() + hyper.eps
         p_old = p.to(wide) if master is None else master
         p_new = p_old - (decay * p_old + (lr / bias1) * (m_new / denominator))
 
@@ -298,7 +374,7 @@ def _fits_torch_fused(p: Tensor, grad: Tensor, moments: Moments) -> bool:
 @torch.no_grad()
 def reference(
     bucket: Bucket,
-    grads: Sequence[Tensor | None],
+    gradients: Gradients,
     hypers: Sequence[Hyper],
     *,
     grad_factor: Tensor | None,
@@ -307,6 +383,7 @@ def reference(
     zero_grads: bool,
 ) -> None:
     """Torch's own fused kernel where it may be called, plain torch for the other tensors."""
+    grads = gradients.given
     plain: list[Tensor | None] = [None] * len(grads)
     fused: list[list[int]] = [[] for _ in hypers]
     for i, (p, grad, moments) in enumerate(zip(bucket.params, grads, bucket.moments, strict=True)):
@@ -348,7 +425,8 @@ def reference(
         torch._foreach_zero_([grad for grad in grads if grad is not None])
 
 
-def _record(bucket: Bucket, i: int) -> list[int]:
+def record_of(bucket: Bucket, i: int) -> list[int]:
+    """UpdateRecord of csrc/launchers.h as 9 words of 8 bytes."""
     moments = bucket.moments[i]
     scales = (moments.exp_avg_scale, moments.exp_avg_sq_scale)
     return [
@@ -365,7 +443,7 @@ def _record(bucket: Bucket, i: int) -> list[int]:
 
 def build_table(bucket: Bucket) -> None:
     """Fills in the bucket's tables, on its device."""
-    bucket.table = torch.tensor([_record(bucket, i) for i in range(len(bucket.params))])
+    bucket.table = torch.tensor([record_of(bucket, i) for i in range(len(bucket.params))])
     if bucket.device.type == "cuda":
         counts = [-(-p.numel() // UPDATE_CHUNK) for p in bucket.params]
         tensors = torch.repeat_interleave(torch.tensor(counts))
@@ -382,34 +460,13 @@ def _alike(grad: Tensor, p: Tensor) -> Tensor:
     return torch.empty_like(p, memory_format=torch.preserve_format).copy_(grad)
 
 
-class GradAddresses(NamedTuple):
-    """Gradients as a kernel wants them, in their parameter's order of memory; holds the copies."""
-
-    ordered: list[Tensor | None]
-    addresses: list[int]  # 0 where there is none
-
-
-def addresses_of(bucket: Bucket, grads: Sequence[Tensor | None]) -> GradAddresses:
-    """Where the gradients of a step lie."""
-    if bucket.contiguous and all(grad is None or grad.is_contiguous() for grad in grads):
-        ordered = list(grads)
-    else:
-        ordered = [
-            grad if grad is None else _alike(grad, p)
-            for p, grad in zip(bucket.params, grads, strict=True)
-        ]
-    # an empty gradient has no address; it gets one that is not 0, and nobody reads there
-    addresses = [0 if grad is None else grad.data_ptr() or _EMPTY for grad in ordered]
-    return GradAddresses(ordered, addresses)
-
-
 def _address(t: Tensor | None) -> int:
     return 0 if t is None else t.data_ptr()
 
 
 def _native(
     bucket: Bucket,
-    grads: Sequence[Tensor | None],
+    gradients: Gradients,
     hypers: Sequence[Hyper],
     *,
     grad_factor: Tensor | None,
@@ -419,7 +476,6 @@ def _native(
 ) -> None:
     if bucket.table is None:
         build_table(bucket)
-    ordered, addresses = addresses_of(bucket, grads)
     on_cuda = bucket.device.type == "cuda"
     lrs = [
         hyper.lr.to(bucket.device, torch.float32)
@@ -447,17 +503,11 @@ def _native(
         where = (table, chunks.data_ptr(), len(chunks), ticket)
         with _backend.device_guard(bucket.device):
             stream = _backend.cuda_stream(bucket.device)
-            extension.masked_update_cuda(*where, addresses, groups, *common, stream)
+            extension.masked_update_cuda(*where, gradients.addresses, groups, *common, stream)
     else:
         threads = torch.get_num_threads()
-        extension.masked_update_cpu(table, addresses, groups, *common, threads)
-    written = list(bucket.params)
-    if zero_grads:
-        for grad, mine in zip(grads, ordered, strict=True):
-            if mine is not grad:
-                grad.zero_()
-        written += [grad for grad in grads if grad is not None]
-    torch.autograd.graph.increment_version(written)
+        extension.masked_update_cpu(table, gradients.addresses, groups, *common, threads)
+    written(bucket, gradients, zero_grads=zero_grads)
 
 
 _EMPTY = 16  # an address like that of any tensor: a multiple of 16
@@ -482,6 +532,19 @@ def _reason_against_native(bucket: Bucket) -> str | None:
     return reason
 
 
+def _triton(bucket: Bucket, gradients: Gradients, hypers: Sequence[Hyper], **step: Any) -> None:
+    from .masked_update_triton import update  # not before it is needed: triton need not be there
+
+    update(bucket, gradients, hypers, **step)
+
+
+def _reason_against_triton(bucket: Bucket) -> str | None:
+    reason = _backend.triton_reason(bucket.device) or _reason_against_kernels(bucket)
+    if reason is None and bucket.dtype == torch.float64:
+        return "no Triton kernel for float64"
+    return reason
+
+
 def _probe(device: torch.device) -> Bucket:
     p = torch.zeros(8, device=device)
     moments = Moments(torch.zeros_like(p), torch.zeros_like(p))
@@ -494,6 +557,7 @@ OP = _backend.register(
         "masked_update",
         (
             _backend.Implementation("native", _native, _reason_against_native),
+            _backend.Implementation("triton", _triton, _reason_against_triton),
             _backend.Implementation("reference", reference, lambda bucket: None),
         ),
         _probe,

@@ -167,10 +167,10 @@ class UpdateInBackward:
         ]
         if started != block.started or not all(b.is_current() for b in block.buckets):
             block.started, block.buckets = started, optimizer.build_buckets(started)
-        grads = [bucket.grads() for bucket in block.buckets]
+        gradients = [bucket.gather() for bucket in block.buckets]
         previous = self._previous_norm if optimizer.clip_mode == "previous_norm" else None
-        decision = optimizer.decide(block.buckets, grads, previous_norm=previous)
-        optimizer.apply(block.buckets, grads, decision)
+        decision = optimizer.decide(block.buckets, gradients, previous_norm=previous)
+        optimizer.apply(block.buckets, gradients, decision)
         for member in members:
             if not optimizer.zero_grads:
                 member.parameter.grad = None

@@ -18,7 +18,14 @@ from torch.optim import Optimizer
 
 from .. import freeze_events
 from ..ops.grad_decision import GradDecision, decide, local_of, norm_over_ranks
-from ..ops.masked_update import GROUPS_PER_LAUNCH, TENSORS_PER_LAUNCH, Bucket, Hyper, is_dense
+from ..ops.masked_update import (
+    GROUPS_PER_LAUNCH,
+    TENSORS_PER_LAUNCH,
+    Bucket,
+    Gradients,
+    Hyper,
+    is_dense,
+)
 from .frozen_state import OnFreeze, offload_frozen_state, release_frozen_state
 from .in_backward import ClipMode, UpdateInBackward
 
@@ -49,13 +56,29 @@ class ActiveBucket:
         self.parameters = [member.parameter for member in members]
         self.bucket = bucket
         self.groups = list(groups)  # of the optimizer, in the bucket's numbering
+        self.sharded = any(local_of(p) is not p for p in self.parameters)
 
-    def grads(self) -> list[Tensor | None]:
-        return [None if p.grad is None else local_of(p.grad) for p in self.parameters]
+    def gather(self) -> Gradients:
+        """The gradients of this moment.
+
+        Raises:
+            RuntimeError: one is sparse.
+        """
+        grads = [p.grad for p in self.parameters]
+        if self.sharded:
+            grads = [None if grad is None else local_of(grad) for grad in grads]
+        for grad in grads:
+            if grad is not None and grad.is_sparse:
+                raise RuntimeError(
+                    f"a parameter of shape {tuple(grad.shape)} has a sparse gradient; build the "
+                    "embedding with sparse=False"
+                )
+        return self.bucket.gather(grads)
 
     def is_current(self) -> bool:
-        addresses = self.bucket.addresses
-        return addresses == [local_of(p).data_ptr() for p in self.parameters]
+        """Whether the parameters still lie where the table says: `.data =` and `.to` move them."""
+        locals_ = map(local_of, self.parameters) if self.sharded else self.parameters
+        return self.bucket.addresses == [p.data_ptr() for p in locals_]
 
 
 class MaskedOptimizer(Optimizer):
@@ -303,14 +326,14 @@ class MaskedOptimizer(Optimizer):
             p.grad is not None for group in self.param_groups for p in group["params"]
         )
         active = self._active_buckets() if left else []
-        grads = [bucket.grads() for bucket in active]
-        if any(grad is not None for some in grads for grad in some):
+        gradients = [bucket.gather() for bucket in active]
+        if any(any(some.addresses) for some in gradients):
             known = None if self._in_backward is None else self._in_backward.known_norm(active)
             control = self._control_on(active[0].bucket.device)
             decision = self.decide(
-                active, grads, scale, found_inf, known_norm=known, control=control
+                active, gradients, scale, found_inf, known_norm=known, control=control
             )
-            self.apply(active, grads, decision)
+            self.apply(active, gradients, decision)
             self.grad_norm = decision.norm
             if decision.found_inf is not None and not decision.counted:
                 self._skipped = self._skipped + decision.found_inf
@@ -321,7 +344,7 @@ class MaskedOptimizer(Optimizer):
     def decide(
         self,
         active: Sequence[ActiveBucket],
-        grads: Sequence[Sequence[Tensor | None]],
+        gradients: Sequence[Gradients],
         scale: Tensor | None = None,
         found_inf: Tensor | None = None,
         *,
@@ -333,19 +356,11 @@ class MaskedOptimizer(Optimizer):
 
         Args: as `ops.grad_decision.decide`.
         """
-        for some in grads:
-            for grad in some:
-                if grad is not None and grad.is_sparse:
-                    raise RuntimeError(
-                        f"{type(self).__name__}: a parameter of shape {tuple(grad.shape)} has a "
-                        "sparse gradient; build the embedding with sparse=False"
-                    )
-        sharded = any(local_of(p) is not p for bucket in active for p in bucket.parameters)
-        if sharded and known_norm is None:
+        if known_norm is None and any(bucket.sharded for bucket in active):
             known_norm = norm_over_ranks([p.grad for b in active for p in b.parameters])
         return decide(
             [bucket.bucket for bucket in active],
-            grads,
+            gradients,
             max_grad_norm=self.max_grad_norm,
             skip_nonfinite=self.nonfinite == "skip",
             grad_scale=scale,
@@ -358,11 +373,11 @@ class MaskedOptimizer(Optimizer):
     def apply(
         self,
         active: Sequence[ActiveBucket],
-        grads: Sequence[Sequence[Tensor | None]],
+        gradients: Sequence[Gradients],
         decision: GradDecision,
     ) -> None:
         """One update call per bucket."""
-        for bucket, some in zip(active, grads, strict=True):
+        for bucket, some in zip(active, gradients, strict=True):
             device = bucket.bucket.device
             bucket.bucket.update(
                 some,

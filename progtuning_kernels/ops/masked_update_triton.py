@@ -1,0 +1,544 @@
+"""masked_update in Triton: what `csrc/update_rules.h` does, in the same order of operations.
+
+Two launches per call, whatever the number of tensors:
+
+1. `prepare_kernel` computes what each tensor needs at this step (bias corrections, step number) and
+   counts the step. The second launch reads only what the first wrote, so no program can read a step
+   number that another has raised, and the powers of beta (300 instructions) are computed once per
+   tensor, not by every thread of 8 elements.
+2. `masked_update_kernel` updates: a program is one chunk of a tensor, found in a chunk table.
+
+What changes from call to call (seed, hyper-parameters, addresses of the gradients) travels in one
+int64 tensor, `_step_words`: one copy, and no argument that a kernel would be compiled anew for.
+
+bfloat16 travels as its 16 bits: Triton's interpreter truncates where the GPU rounds. Divisions and
+roots are the IEEE ones (`div_rn`, `sqrt_rn`) and no multiply-adds are fused, so the interpreter
+and the GPU give the bits of the CPU kernel; up to Triton 3.5 with 0 for quotients below 1.2e-38.
+"""
+
+from __future__ import annotations
+
+import math
+import struct
+from collections.abc import Sequence
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from .. import _backend
+from .low_precision import QUANT_BLOCK
+from .masked_update import Bucket, Gradients, Hyper, record_of, written
+
+# 8 elements per thread: what one call of Philox serves, 16 bytes of bfloat16, and a warp holds one
+# block of 8-bit codes. 7 M parameters (a BERT block) are 3,418 programs for an H200's 132 SMs.
+BLOCK = 2048
+# Without maxnreg ptxas aims at 64 or 80 registers and spills 8 to 16 bytes in 6 of 52 pairs of
+# variant and architecture; with it none spills, at 61 to 100 registers.
+OPTIONS = {"num_warps": 8, "maxnreg": 128, "enable_fp_fusion": False}
+PIECE = tl.constexpr(256)  # of a chunk that is not full or not aligned
+TENSORS = 128  # of a program of prepare_kernel, one per thread
+PREPARE_OPTIONS = {"num_warps": TENSORS // 32, "enable_fp_fusion": False}
+
+RECORD_WORDS = tl.constexpr(9)  # UpdateRecord in csrc/launchers.h
+# A row of `Tables.numbers`: the members of AdamW in update_rules.h, the number of the update
+NUMBERS = tl.constexpr(10)
+# words in front of the gradients' addresses: 2 (the seed, and 0), and 6 per group (9 floats, and 3
+# zeros): multiples of 16 bytes
+SEED_WORDS = tl.constexpr(2)
+HYPER_FLOATS = tl.constexpr(12)
+
+PARAM_STREAM, MOMENTS_STREAM = tl.constexpr(0), tl.constexpr(1)  # of random numbers
+QUANT = tl.constexpr(QUANT_BLOCK)
+SMALLEST_LARGEST = tl.constexpr(2.0**-126)
+ONE_BITS = tl.constexpr(0x3F800000)
+
+
+@triton.jit
+def _one_minus_power(log_beta, step):
+    x = log_beta * step
+    done = x < -18.0  # e^-18 is below half a unit in the last place of 1
+    x = tl.where(done, -1.0, x)
+    # -18 needs six halvings; a fixed number, because the lanes of a program have different tensors
+    doublings = tl.zeros_like(x)
+    for _ in tl.static_range(6):
+        again = x < -0.5
+        x = tl.where(again, x * 0.5, x)
+        doublings = tl.where(again, doublings + 1.0, doublings)
+    y = x * (1.0 / 40320) + 1.0 / 5040
+    y = y * x + 1.0 / 720
+    y = y * x + 1.0 / 120
+    y = y * x + 1.0 / 24
+    y = y * x + 1.0 / 6
+    y = y * x + 0.5
+    y = y * x + 1.0
+    y = -x * y
+    for _ in tl.static_range(6):
+        y = tl.where(doublings > 0.0, y * (2.0 - y), y)
+        doublings = doublings - 1.0
+    return tl.where(done, 1.0, y)
+
+
+@triton.jit(do_not_specialize=["grad_factor", "found_inf", "num_tensors", "first_address"])
+def prepare_kernel(
+    table,
+    words,
+    grad_factor,
+    found_inf,
+    numbers,
+    num_tensors,
+    first_address,
+    TENSORS: tl.constexpr,
+):
+    """Numbers of every tensor's update, and its step counted; see `Tables.numbers`."""
+    i = tl.program_id(0) * TENSORS + tl.arange(0, TENSORS)
+    inside = i < num_tensors
+    record = table + i.to(tl.int64) * RECORD_WORDS
+    updated = inside & (tl.load(words + first_address + i, mask=inside, other=0) != 0)
+    if found_inf is not None:
+        # as a vector, because the interpreter cannot spread a truth value; NaN is found, too
+        updated = updated & (tl.broadcast_to(tl.load(found_inf), [TENSORS]) == 0.0)
+    step_address = tl.load(record + 6, mask=inside, other=0).to(tl.pointer_type(tl.float32))
+    step = tl.load(step_address, mask=updated, other=0.0) + 1.0
+    tl.store(step_address, step, mask=updated)
+
+    group = tl.load(record + 8, mask=inside, other=0) >> 32
+    hyper = (words + SEED_WORDS).to(tl.pointer_type(tl.float32)) + group * HYPER_FLOATS
+    lr = tl.load(hyper, mask=inside, other=0.0)
+    decay = lr * tl.load(hyper + 1, mask=inside, other=0.0)
+    log_beta1 = tl.load(hyper + 5, mask=inside, other=-1.0)
+    log_beta2 = tl.load(hyper + 8, mask=inside, other=-1.0)
+    step_size = tl.div_rn(lr, _one_minus_power(log_beta1, step))
+    inverse_root_bias2 = tl.div_rn(1.0, tl.sqrt_rn(_one_minus_power(log_beta2, step)))
+
+    row = numbers + i.to(tl.int64) * NUMBERS
+    tl.store(row, tl.load(hyper + 3, mask=inside, other=0.0), mask=inside)
+    tl.store(row + 1, tl.load(hyper + 4, mask=inside, other=0.0), mask=inside)
+    tl.store(row + 2, tl.load(hyper + 6, mask=inside, other=0.0), mask=inside)
+    tl.store(row + 3, tl.load(hyper + 7, mask=inside, other=0.0), mask=inside)
+    tl.store(row + 4, tl.load(hyper + 2, mask=inside, other=0.0), mask=inside)
+    tl.store(row + 5, decay, mask=inside)
+    tl.store(row + 6, step_size, mask=inside)
+    tl.store(row + 7, inverse_root_bias2, mask=inside)
+    if grad_factor is None:
+        tl.store(row + 8, 1.0, mask=inside)
+    else:
+        tl.store(row + 8, tl.load(grad_factor), mask=inside)
+    tl.store(row + 9, tl.where(updated, step, 0.0), mask=inside)
+
+
+@triton.jit
+def _random(seed, index, step, start, STREAM: tl.constexpr, BLOCK: tl.constexpr):
+    """(BLOCK,) uint32 below 2**16, for the elements from `start`, a multiple of 8."""
+    eighth = start // 8 + tl.arange(0, BLOCK // 8)
+    c0 = eighth.to(tl.uint32)
+    c1 = (eighth >> 32).to(tl.uint32) | (STREAM << 24)
+    zero = c0 * 0
+    w0, w1, w2, w3 = tl.philox(seed, c0, c1, zero + index, zero + step, n_rounds=7)
+    # element i of the eight: half i % 2 of word i // 2; join adds the innermost dimension
+    word = tl.join(tl.join(w0, w2), tl.join(w1, w3))
+    return tl.reshape(tl.join(word & 0xFFFF, word >> 16), [BLOCK])
+
+
+@triton.jit
+def _drop_low_half(bits, added):
+    special = (bits & 0x7F800000) == 0x7F800000  # adding to the bits of a NaN would give -0.0
+    quiet = tl.where((bits & 0x007FFFFF) != 0, 0x00400000, 0).to(tl.uint32)
+    return (tl.where(special, bits | quiet, bits + added) >> 16).to(tl.uint16)
+
+
+@triton.jit
+def _nearest_bfloat16(x):
+    bits = x.to(tl.uint32, bitcast=True)
+    return _drop_low_half(bits, ((bits >> 16) & 1) + 0x7FFF)
+
+
+@triton.jit
+def _stochastic_bfloat16(x, random):
+    return _drop_low_half(x.to(tl.uint32, bitcast=True), random)
+
+
+@triton.jit
+def _pointers(address, start, TYPE: tl.constexpr, FULL: tl.constexpr, BLOCK: tl.constexpr):
+    """Pointers to BLOCK elements from `start`. FULL: the address is a multiple of 16."""
+    if TYPE == tl.bfloat16:
+        pointer = address.to(tl.pointer_type(tl.uint16))
+    else:
+        pointer = address.to(tl.pointer_type(TYPE))
+    if FULL:
+        pointer = tl.multiple_of(pointer, 16)
+    return pointer + start + tl.arange(0, BLOCK)
+
+
+@triton.jit
+def _load(pointers, inside, TYPE: tl.constexpr, FULL: tl.constexpr):
+    """float32 of stored elements. FULL: without a mask, which alone lets accesses be vectors."""
+    if FULL:
+        x = tl.load(pointers)
+    else:
+        x = tl.load(pointers, mask=inside, other=0)
+    if TYPE == tl.bfloat16:
+        return (x.to(tl.uint32) << 16).to(tl.float32, bitcast=True)
+    return x.to(tl.float32)
+
+
+@triton.jit
+def _store(pointers, x, inside, FULL: tl.constexpr):
+    if FULL:
+        tl.store(pointers, x)
+    else:
+        tl.store(pointers, x, mask=inside)
+
+
+@triton.jit
+def _largest(x, inside, FULL: tl.constexpr, BLOCK: tl.constexpr):
+    """Largest magnitude in each block of 256, as bits: they order alike, and NaN stays on top."""
+    bits = x.to(tl.int32, bitcast=True) & 0x7FFFFFFF
+    if not FULL:
+        bits = tl.where(inside, bits, 0)
+    return tl.max(tl.reshape(bits, [BLOCK // QUANT, QUANT]), axis=1).to(tl.float32, bitcast=True)
+
+
+@triton.jit
+def _spread(per_block, BLOCK: tl.constexpr):
+    """(BLOCK,) from one value per block of 256."""
+    wide = tl.broadcast_to(tl.expand_dims(per_block, 1), [BLOCK // QUANT, QUANT])
+    return tl.reshape(wide, [BLOCK])
+
+
+@triton.jit
+def _inverse_of_largest(largest):
+    usable = largest >= SMALLEST_LARGEST  # its reciprocal is finite; False for NaN
+    return tl.where(usable, tl.div_rn(1.0, tl.where(usable, largest, 1.0)), 0.0)
+
+
+@triton.jit
+def _shifted_root(x, SHIFT: tl.constexpr):
+    """The inverse of `_shifted_power`; 1 above 1 and for NaN."""
+    bits = (x.to(tl.uint32, bitcast=True) >> SHIFT) + (ONE_BITS - (ONE_BITS >> SHIFT))
+    y = bits.to(tl.float32, bitcast=True)
+    return tl.where(y < 1.0, y, 1.0)
+
+
+@triton.jit
+def _shifted_power(y, SHIFT: tl.constexpr):
+    """y^(2^SHIFT), 0 < y <= 1, with exponent + mantissa in log2's place."""
+    # 32 bits of a difference that lies above 32 bits; as a sum of such, nothing overflows
+    ones: tl.constexpr = (ONE_BITS - (ONE_BITS << SHIFT)) & 0xFFFFFFFF
+    bits = tl.add(y.to(tl.uint32, bitcast=True) << SHIFT, ones, sanitize_overflow=False)
+    return bits.to(tl.float32, bitcast=True)
+
+
+@triton.jit
+def _decode_exp_avg(code, largest):
+    y = code * (1.0 / 127)
+    power = tl.where(code == 0.0, 0.0, _shifted_power(tl.abs(y), 2))
+    return tl.where(code < 0.0, -power, power) * largest
+
+
+@triton.jit
+def _decode_exp_avg_sq(code, largest):
+    return _shifted_power(code * (1.0 / 255), 3) * largest
+
+
+@triton.jit
+def _encode_exp_avg(m, inverse):
+    code = (_shifted_root(tl.abs(m) * inverse, 2) * 127.0 + 0.5).to(tl.int32)
+    return tl.where(m.to(tl.int32, bitcast=True) < 0, -code, code).to(tl.int8)
+
+
+@triton.jit
+def _encode_exp_avg_sq(v, inverse, random):
+    fixed = (_shifted_root(v * inverse, 3) * (255.0 * 65536.0)).to(tl.uint32)
+    code = (fixed + random) >> 16
+    return tl.where(code < 1, 1, code).to(tl.uint8)
+
+
+@triton.jit
+def _update(
+    record,
+    row,
+    seed,
+    grad,
+    start,
+    n,
+    PARAM_TYPE: tl.constexpr,
+    MOMENT_TYPE: tl.constexpr,
+    MASTER: tl.constexpr,
+    STOCHASTIC: tl.constexpr,
+    ZERO_GRADS: tl.constexpr,
+    FULL: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """Elements `start` to `start + BLOCK` of one tensor. MOMENT_TYPE int8: 8-bit codes."""
+    offsets = start + tl.arange(0, BLOCK)
+    inside = offsets < n
+    p_at = _pointers(tl.load(record), start, PARAM_TYPE, FULL, BLOCK)
+    g_at = _pointers(grad, start, PARAM_TYPE, FULL, BLOCK)
+    m_at = _pointers(tl.load(record + 1), start, MOMENT_TYPE, FULL, BLOCK)
+    if MOMENT_TYPE == tl.int8:
+        v_at = _pointers(tl.load(record + 2), start, tl.uint8, FULL, BLOCK)
+    else:
+        v_at = _pointers(tl.load(record + 2), start, MOMENT_TYPE, FULL, BLOCK)
+    g = _load(g_at, inside, PARAM_TYPE, FULL)
+    m = _load(m_at, inside, MOMENT_TYPE, FULL)
+    v = _load(v_at, inside, MOMENT_TYPE, FULL)
+    if MASTER:
+        master_at = _pointers(tl.load(record + 3), start, tl.float32, FULL, BLOCK)
+        p = _load(master_at, inside, tl.float32, FULL)
+    else:
+        p = _load(p_at, inside, PARAM_TYPE, FULL)
+    if MOMENT_TYPE == tl.int8:
+        block = start // QUANT + tl.arange(0, BLOCK // QUANT)
+        has_block = block * QUANT < n
+        m_scale_at = tl.load(record + 4).to(tl.pointer_type(tl.float32)) + block
+        v_scale_at = tl.load(record + 5).to(tl.pointer_type(tl.float32)) + block
+        m_scale = _load(m_scale_at, has_block, tl.float32, FULL)
+        v_scale = _load(v_scale_at, has_block, tl.float32, FULL)
+        m = _decode_exp_avg(m, _spread(m_scale, BLOCK))
+        v = _decode_exp_avg_sq(v, _spread(v_scale, BLOCK))
+
+    g = g * tl.load(row + 8)
+    m = tl.load(row) * m + tl.load(row + 1) * g
+    v = tl.load(row + 2) * v + tl.load(row + 3) * (g * g)
+    denominator = tl.sqrt_rn(v) * tl.load(row + 7) + tl.load(row + 4)
+    p = p - (tl.load(row + 5) * p + tl.load(row + 6) * tl.div_rn(m, denominator))
+
+    index = (tl.load(record + 8) & 0xFFFFFFFF).to(tl.uint32)
+    step = tl.load(row + 9).to(tl.uint32)
+    if MASTER:
+        _store(master_at, p, inside, FULL)
+    if PARAM_TYPE == tl.bfloat16:
+        if STOCHASTIC:
+            p = _stochastic_bfloat16(p, _random(seed, index, step, start, PARAM_STREAM, BLOCK))
+        else:
+            p = _nearest_bfloat16(p)
+    _store(p_at, p.to(p_at.dtype.element_ty), inside, FULL)
+    if MOMENT_TYPE == tl.bfloat16:
+        random = _random(seed, index, step, start, MOMENTS_STREAM, BLOCK)
+        m = _stochastic_bfloat16(m, random)
+        v = _stochastic_bfloat16(v, ((random & 0xFF) << 8) | (random >> 8))
+    elif MOMENT_TYPE == tl.int8:
+        m_scale = _largest(m, inside, FULL, BLOCK)
+        v_scale = _largest(v, inside, FULL, BLOCK)
+        _store(m_scale_at, m_scale, has_block, FULL)
+        _store(v_scale_at, v_scale, has_block, FULL)
+        m = _encode_exp_avg(m, _spread(_inverse_of_largest(m_scale), BLOCK))
+        random = _random(seed, index, step, start, MOMENTS_STREAM, BLOCK)
+        v = _encode_exp_avg_sq(v, _spread(_inverse_of_largest(v_scale), BLOCK), random)
+    _store(m_at, m, inside, FULL)
+    _store(v_at, v, inside, FULL)
+    if ZERO_GRADS:
+        _store(g_at, tl.zeros([BLOCK], g_at.dtype.element_ty), inside, FULL)
+
+
+@triton.jit
+def _update_either(
+    record,
+    row,
+    seed,
+    grad,
+    start,
+    n,
+    PARAM_TYPE: tl.constexpr,
+    MOMENT_TYPE: tl.constexpr,
+    MASTER: tl.constexpr,
+    STOCHASTIC: tl.constexpr,
+    ZERO_GRADS: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """`_update` in 16-byte accesses where the chunk is full and all addresses allow them."""
+    addresses = tl.load(record) | tl.load(record + 1) | tl.load(record + 2) | tl.load(record + 3)
+    if (((addresses | grad) & 15) == 0) & (start + BLOCK <= n):
+        _update(
+            *(record, row, seed, grad, start, n),
+            *(PARAM_TYPE, MOMENT_TYPE, MASTER, STOCHASTIC, ZERO_GRADS, True, BLOCK),
+        )
+    else:
+        # all of BLOCK at once would keep a 64-bit address per element: 122 to 156 registers
+        for piece in range(BLOCK // PIECE):
+            first = start + piece * PIECE
+            if first < n:
+                _update(
+                    *(record, row, seed, grad, first, n),
+                    *(PARAM_TYPE, MOMENT_TYPE, MASTER, STOCHASTIC, ZERO_GRADS, False, PIECE),
+                )
+
+
+@triton.jit(do_not_specialize=["first_address"])
+def masked_update_kernel(
+    table,
+    words,
+    numbers,
+    chunks,
+    first_address,
+    PARAM_TYPE: tl.constexpr,
+    MOMENT_TYPE: tl.constexpr,
+    MASTER: tl.constexpr,
+    STOCHASTIC: tl.constexpr,
+    ZERO_GRADS: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """One chunk of BLOCK elements of one tensor.
+
+    Args:
+        table, numbers, chunks: see `Tables`. words: see `_step_words`.
+        first_address: word where the gradients' addresses begin; 0: no gradient.
+        PARAM_TYPE, MOMENT_TYPE: as stored; int8: 8-bit codes, float32 in tensors without scales.
+        MASTER, STOCHASTIC: as in `Bucket`.
+    """
+    program = tl.program_id(0).to(tl.int64)
+    tensor = tl.load(chunks + 2 * program).to(tl.int64)
+    start = tl.load(chunks + 2 * program + 1).to(tl.int64) * BLOCK
+    grad = tl.load(words + first_address + tensor)
+    if grad != 0:
+        record = table + tensor * RECORD_WORDS
+        row = numbers + tensor * NUMBERS
+        seed = tl.load(words)
+        n = tl.load(record + 7)
+        if tl.load(row + 9) != 0.0:
+            if MOMENT_TYPE == tl.int8:
+                if tl.load(record + 4) != 0:
+                    _update_either(
+                        *(record, row, seed, grad, start, n),
+                        *(PARAM_TYPE, tl.int8, MASTER, STOCHASTIC, ZERO_GRADS, BLOCK),
+                    )
+                else:
+                    _update_either(
+                        *(record, row, seed, grad, start, n),
+                        *(PARAM_TYPE, tl.float32, MASTER, STOCHASTIC, ZERO_GRADS, BLOCK),
+                    )
+            else:
+                _update_either(
+                    *(record, row, seed, grad, start, n),
+                    *(PARAM_TYPE, MOMENT_TYPE, MASTER, STOCHASTIC, ZERO_GRADS, BLOCK),
+                )
+        elif ZERO_GRADS:
+            inside = start + tl.arange(0, BLOCK) < n
+            g_at = _pointers(grad, start, PARAM_TYPE, False, BLOCK)
+            tl.store(g_at, tl.zeros([BLOCK], g_at.dtype.element_ty), mask=inside)
+
+
+class Tables:
+    """What stays on the bucket's device for a stage.
+
+    Attributes:
+        records: (tensors, 9) int64: UpdateRecord in csrc/launchers.h.
+        chunks: (programs, 2) int32: tensor, chunk of BLOCK elements of it.
+        numbers: (tensors, 10) float32, written anew in each call: beta1, 1 - beta1, beta2,
+            1 - beta2, eps, lr * weight_decay, lr / (1 - beta1^t), 1 / sqrt(1 - beta2^t), the
+            gradients' factor, and t, which is 0 where nothing is to be updated.
+        captured: the host's memory that captured graphs copy from at every replay.
+    """
+
+    def __init__(self, bucket: Bucket) -> None:
+        tensors = len(bucket.params)
+        counts = [-(-p.numel() // BLOCK) for p in bucket.params]
+        owners = torch.repeat_interleave(torch.tensor(counts))
+        chunks = torch.cat([torch.arange(count) for count in counts])
+        self.chunks = torch.stack((owners, chunks), dim=1).to(torch.int32).to(bucket.device)
+        records = torch.tensor([record_of(bucket, i) for i in range(tensors)])
+        self.records = records.to(bucket.device)
+        self.numbers = torch.empty((tensors, NUMBERS.value), device=bucket.device)
+        self.captured: list[Tensor] = []
+
+
+def _tables(bucket: Bucket) -> Tables:
+    if bucket.triton_tables is None:
+        bucket.triton_tables = Tables(bucket)
+    return bucket.triton_tables
+
+
+def _stays_on_gpu(lr: float | Tensor, device: torch.device) -> bool:
+    """Whether reading lr would wait for the GPU."""
+    return isinstance(lr, Tensor) and lr.is_cuda and device.type == "cuda"
+
+
+def _hyper_words(hyper: Hyper, device: torch.device) -> tuple[int, ...]:
+    """12 float32 in 6 words; lr is 0 where it stays on the GPU."""
+    lr, decay, eps, beta1, beta2 = hyper
+    floats = [0.0 if _stays_on_gpu(lr, device) else float(lr), decay, eps]
+    for beta in (beta1, beta2):
+        # in float64: 1 - 0.999 in float32 is off by 1.3e-5
+        floats += [beta, 1 - beta, math.log(beta) if beta else -math.inf]
+    return struct.unpack("6q", struct.pack("12f", *floats, 0.0, 0.0, 0.0))
+
+
+def _step_words(
+    bucket: Bucket, tables: Tables, addresses: Sequence[int], hypers: Sequence[Hyper], seed: int
+) -> tuple[Tensor, int]:
+    """What is new in this call, on the bucket's device, and the word of the first address.
+
+    int64: the seed, 0; per group 12 float32: lr, weight_decay, eps, beta1, 1 - beta1, log(beta1),
+    the same three of beta2, and 0; the gradients' addresses.
+    """
+    words = [seed - (seed >> 63 << 64), 0]
+    for hyper in hypers:
+        words += _hyper_words(hyper, bucket.device)
+    first_address = len(words)
+    words += addresses
+    if bucket.device.type != "cuda":
+        return torch.tensor(words), first_address
+    # a new pinned tensor in each call: one that is kept would be overwritten before its copy ran
+    pinned = torch.tensor(words, pin_memory=True)
+    if torch.cuda.is_current_stream_capturing():
+        tables.captured.append(pinned)
+    on_device = pinned.to(bucket.device, non_blocking=True)
+    floats = on_device.view(torch.float32)
+    for group, hyper in enumerate(hypers):
+        if _stays_on_gpu(hyper.lr, bucket.device):
+            floats[2 * SEED_WORDS.value + group * HYPER_FLOATS.value].copy_(hyper.lr)
+    return on_device, first_address
+
+
+_TYPES = {
+    torch.float32: tl.float32,
+    torch.bfloat16: tl.bfloat16,
+    torch.float16: tl.float16,
+    torch.int8: tl.int8,
+}
+
+
+def launch(
+    bucket: Bucket,
+    tables: Tables,
+    words: Tensor,
+    first_address: int,
+    grad_factor: Tensor | None,
+    found_inf: Tensor | None,
+    *,
+    zero_grads: bool,
+) -> None:
+    """Both kernels, on the current device and stream."""
+    tensors = len(bucket.params)
+    prepare_kernel[triton.cdiv(tensors, TENSORS),](
+        *(tables.records, words, grad_factor, found_inf, tables.numbers),
+        *(tensors, first_address, TENSORS),
+        **PREPARE_OPTIONS,
+    )
+    if len(tables.chunks):
+        masked_update_kernel[len(tables.chunks),](
+            *(tables.records, words, tables.numbers, tables.chunks, first_address),
+            *(_TYPES[bucket.dtype], _TYPES[bucket.moment_dtype], bucket.masters is not None),
+            *(bucket.stochastic_rounding, zero_grads, BLOCK),
+            **OPTIONS,
+        )
+
+
+def update(
+    bucket: Bucket,
+    gradients: Gradients,
+    hypers: Sequence[Hyper],
+    *,
+    grad_factor: Tensor | None,
+    found_inf: Tensor | None,
+    seed: int,
+    zero_grads: bool,
+) -> None:
+    """`Bucket.update`; of tensors on the CPU under Triton's interpreter."""
+    tables = _tables(bucket)
+    with _backend.device_guard(bucket.device):
+        words, first = _step_words(bucket, tables, gradients.addresses, hypers, seed)
+        launch(bucket, tables, words, first, grad_factor, found_inf, zero_grads=zero_grads)
+    written(bucket, gradients, zero_grads=zero_grads)

@@ -1,0 +1,349 @@
+"""masked_update in Triton: the reference's bits in the interpreter, and compiled for four GPUs.
+
+TRITON_INTERPRET counts only where it is set before triton is imported, so the functions named
+check_* run in one process of their own.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+
+from progtuning_kernels.ops import low_precision
+from progtuning_kernels.ops.masked_update import (
+    Bucket,
+    Hyper,
+    Moments,
+    _one_minus_power,
+    _update_plain,
+    record_of,
+)
+
+triton = pytest.importorskip("triton")
+
+from progtuning_kernels.ops import masked_update_triton as mut  # noqa: E402
+
+# lr and decay of 0.1, eps of 1e-3: at the defaults, other orders of the formula differ by 1e-7
+HYPERS = [Hyper(0.1, 0.1, 1e-3, 0.8, 0.95), Hyper(0.03, 0.2, 1e-2, 0.9, 0.99)]
+SEED = 0x9E3779B97F4A7C15  # both words, and negative as int64
+SIZES = (0, 1, 63, 255, 257, 4097)
+UNALIGNED_SIZES = (1, 2049)
+FLOAT32, BFLOAT16, FLOAT16 = torch.float32, torch.bfloat16, torch.float16
+PARAMS = {  # stored as, with a master, rounded stochastically
+    "float32": (FLOAT32, False, False),
+    "bfloat16": (BFLOAT16, False, False),
+    "bfloat16-stochastic": (BFLOAT16, False, True),
+    "bfloat16-master": (BFLOAT16, True, False),
+    "float16-master": (FLOAT16, True, False),
+}
+MOMENTS = ("float32", "bfloat16", "8bit")
+
+
+def _bucket(params: str, moments: str, sizes=SIZES, shift: int = 0) -> tuple[Bucket, list[Tensor]]:
+    """The same at every call. shift: elements by which everything is off its alignment."""
+    dtype, master, stochastic = PARAMS[params]
+    generator = torch.Generator().manual_seed(3)
+
+    def stored(x: Tensor, kind: torch.dtype) -> Tensor:
+        return torch.empty(x.numel() + shift, dtype=kind)[shift:].copy_(x)
+
+    def draw(size: int, scale: float) -> Tensor:
+        return torch.randn(size, generator=generator) * scale
+
+    states = []
+    for i, size in enumerate(sizes):
+        m, v = draw(size, 0.1), draw(size, 0.1).square()
+        if moments == "8bit" and i % 3 != 1:  # float32 moments in between, as in small tensors
+            random = torch.randint(0, 65536, (size,), generator=generator)
+            m, m_scale = low_precision.encode_exp_avg(m)
+            v, v_scale = low_precision.encode_exp_avg_sq(v, random)
+            states.append(Moments(stored(m, m.dtype), stored(v, v.dtype), m_scale, v_scale))
+        else:
+            kind = BFLOAT16 if moments == "bfloat16" else FLOAT32
+            states.append(Moments(stored(m, kind), stored(v, kind)))
+    exact = [draw(size, 1.0) for size in sizes]
+    bucket = Bucket(
+        [stored(p, dtype) for p in exact],
+        states,
+        [torch.tensor(6.0 * (i % 2)) for i in range(len(sizes))],  # steps 1 and 7
+        masters=[stored(p, FLOAT32) for p in exact] if master else None,
+        indices=[7 * i + 3 for i in range(len(sizes))],
+        groups=[i // 2 % 2 for i in range(len(sizes))],
+        stochastic_rounding=stochastic,
+        implementation="reference",
+    )
+    return bucket, [stored(draw(size, 0.3), dtype) for size in sizes]
+
+
+def _state(bucket: Bucket) -> dict[str, Tensor]:
+    named = {}
+    for i, moments in enumerate(bucket.moments):
+        master = None if bucket.masters is None else bucket.masters[i]
+        tensors = {"param": bucket.params[i], "master": master, "step": bucket.steps[i]}
+        for name, tensor in {**tensors, **moments._asdict()}.items():
+            if tensor is not None:
+                named[f"{name} {i}"] = tensor
+    return named
+
+
+def _copies(bucket: Bucket) -> dict[str, Tensor]:
+    return {name: tensor.clone() for name, tensor in _state(bucket).items()}
+
+
+def _assert_equal(mine: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
+    for name, tensor in expected.items():
+        torch.testing.assert_close(mine[name], tensor, rtol=0, atol=0, equal_nan=True, msg=name)
+
+
+def _plain(bucket, grads, hypers=HYPERS, *, grad_factor=None, found_inf=None, seed=SEED) -> None:
+    """The specification."""
+    _update_plain(bucket, grads, hypers, grad_factor=grad_factor, found_inf=found_inf, seed=seed)
+
+
+def _update(bucket, grads, hypers=HYPERS, **keywords) -> None:
+    defaults = dict(grad_factor=None, found_inf=None, seed=SEED, zero_grads=False)
+    mut.update(bucket, bucket.gather(grads), hypers, **{**defaults, **keywords})
+
+
+def _compare_with(params: str, moments: str, sizes: tuple[int, ...], shift: int) -> None:
+    (mine, grads), (theirs, same) = (_bucket(params, moments, sizes, shift) for _ in range(2))
+    factor = torch.tensor(0.5)
+    _plain(theirs, same, grad_factor=factor)
+    _update(mine, grads, grad_factor=factor, zero_grads=True)
+    _assert_equal(_state(mine), _state(theirs))
+    assert not any(grad.any() for grad in grads)
+
+
+@pytest.mark.parametrize("moments", MOMENTS)
+@pytest.mark.parametrize("params", PARAMS)
+def check_bits_of_the_reference(params, moments):
+    _compare_with(params, moments, SIZES, 0)
+
+
+@pytest.mark.parametrize("moments", ["bfloat16", "8bit"])
+@pytest.mark.parametrize("params", ["float32", "bfloat16-stochastic", "float16-master"])
+def check_bits_of_the_reference_at_other_alignments(params, moments):
+    _compare_with(params, moments, UNALIGNED_SIZES, 1)
+
+
+def check_a_tensor_without_gradient_is_left_out():
+    sizes = [3] * (mut.TENSORS + 2)  # two programs of prepare_kernel
+    (mine, grads), (theirs, _) = (_bucket("bfloat16", "float32", sizes) for _ in range(2))
+    grads = [grad if i in (0, 1, len(sizes) - 1) else None for i, grad in enumerate(grads)]
+    before = _copies(mine)
+    versions = [p._version for p in mine.params]
+    _plain(theirs, grads)
+    _update(mine, grads, zero_grads=True)
+    _assert_equal(_state(mine), _state(theirs))
+    assert torch.equal(mine.params[2], before["param 2"]) and mine.steps[2] == before["step 2"]
+    assert all(p._version == v + 1 for p, v in zip(mine.params, versions, strict=True))
+
+    empty, grads = _bucket("float32", "float32", (0,))
+    _update(empty, grads)
+    assert empty.steps[0] == 1
+
+
+@pytest.mark.parametrize("zero_grads", [False, True])
+@pytest.mark.parametrize("found", [1.0, math.nan])
+def check_found_inf_changes_nothing(found, zero_grads):
+    bucket, grads = _bucket("bfloat16-stochastic", "8bit", (5, 700, 2048))
+    grads[1][5] = math.nan
+    before, copies = _copies(bucket), [grad.clone() for grad in grads]
+    _update(bucket, copies, found_inf=torch.tensor(found), zero_grads=zero_grads)
+    _assert_equal(_state(bucket), before)
+    for grad, copy in zip(grads, copies, strict=True):
+        expected = torch.zeros_like(grad) if zero_grads else grad
+        torch.testing.assert_close(copy, expected, rtol=0, atol=0, equal_nan=True)
+
+
+@pytest.mark.filterwarnings("ignore::RuntimeWarning")  # numpy's, on NaN
+@pytest.mark.parametrize("moments", MOMENTS)
+@pytest.mark.parametrize("params", ["float32", "bfloat16-stochastic"])
+def check_nan_and_infinity_stay(params, moments):
+    (mine, grads), (theirs, _) = (_bucket(params, moments, (300, 2048)) for _ in range(2))
+    grads[0][7], grads[1][9] = math.nan, math.inf
+    if params == "float32":
+        grads[0].view(torch.int32)[7] = 0x7FFFFFFF  # CUDA's NaN: a carry would give -0.0
+    for bucket, run in ((theirs, _plain), (mine, _update)):
+        run(bucket, grads, found_inf=torch.tensor(0.0))
+    _assert_equal(_state(mine), _state(theirs))
+    assert mine.params[0].isnan().sum() == 1
+
+
+@pytest.mark.filterwarnings("ignore::RuntimeWarning")  # numpy's, where float16 ends
+@pytest.mark.parametrize("dtype", [BFLOAT16, FLOAT16])
+def check_nearest_rounding_of_ties_subnormals_and_large_numbers(dtype):
+    """A master that does not change (lr 0) is rounded as torch rounds it."""
+    halfway = torch.arange(1, 2**15, 64, dtype=torch.int32) << 16 | 0x8000
+    odd = torch.arange(2**15 - 1, 0, -64, dtype=torch.int32) << 16 | 0x8000
+    bits = torch.cat([halfway, odd, halfway + 1, halfway - 1, halfway >> 3 << 12 | 0x1000])
+    floats = bits.view(FLOAT32)
+    floats = torch.cat([floats[floats.isfinite()], torch.tensor([65504.0, 65519.0, 65520.0, 6e-8])])
+    floats = torch.cat([floats, -floats])
+    zeros = torch.zeros_like(floats)
+    bucket = Bucket(
+        [zeros.to(dtype)],
+        [Moments(zeros.clone(), zeros.clone())],
+        [torch.zeros(())],
+        masters=[floats.clone()],
+        implementation="reference",
+    )
+    _update(bucket, [zeros.to(dtype)], [Hyper(0.0, 0.0, 1e-3, 0.9, 0.99)])
+    assert torch.equal(bucket.masters[0], floats)
+    assert torch.equal(bucket.params[0], floats.to(dtype))
+
+
+@pytest.mark.filterwarnings("ignore::RuntimeWarning")
+def check_what_lies_behind_the_end_is_in_no_block():
+    bucket, grads = _bucket("float32", "8bit", (300,))
+    _update(bucket, [grad.abs() + 1 for grad in grads], grad_factor=torch.tensor(math.inf))
+    moments = bucket.moments[0]  # with the zeros behind the end, 0 * inf, they would be NaN
+    assert moments.exp_avg_scale.isinf().all() and moments.exp_avg_sq_scale.isinf().all()
+
+
+def check_other_memory_orders_and_a_learning_rate_in_a_tensor():
+    generator = torch.Generator().manual_seed(4)
+
+    def draw() -> Tensor:
+        return torch.randn(6, 7, generator=generator).t()
+
+    state = [draw() for _ in range(3)]
+    grad = torch.randn(7, 6, generator=generator)
+    buckets = []
+    for _ in range(2):
+        p, m, v = (x.clone() for x in state)
+        assert p.stride() == (1, 7)
+        moments = [Moments(m, v.abs())]
+        buckets.append(Bucket([p], moments, [torch.zeros(())], implementation="reference"))
+    _plain(buckets[0], [grad], [Hyper(0.1, 0.1, 1e-3, 0.0, 0.95)])
+    _update(buckets[1], [grad], [Hyper(torch.tensor(0.1), 0.1, 1e-3, 0.0, 0.95)], zero_grads=True)
+    _assert_equal(_state(buckets[1]), _state(buckets[0]))
+    assert not grad.any()
+
+
+def check_bias_corrections_at_every_step():
+    counts = [*range(24), 50, 76, 100, *range(140, 180), 999, 10**4, 10**6]
+    hyper = Hyper(1.0, 0.0, 1e-8, 0.9, 0.999)
+    p = [torch.ones(1) for _ in counts]
+    moments = [Moments(torch.ones(1), torch.ones(1)) for _ in counts]
+    steps = [torch.tensor(float(count)) for count in counts]
+    bucket = Bucket(p, moments, steps, implementation="reference")
+    _update(bucket, [torch.ones(1) for _ in counts], [hyper])
+    numbers = bucket.triton_tables.numbers
+    updates = torch.tensor(counts) + 1.0
+    root = torch.sqrt(_one_minus_power(0.999, updates).double()).float()
+    assert torch.equal(numbers[:, 6], 1.0 / _one_minus_power(0.9, updates))
+    assert torch.equal(numbers[:, 7], 1.0 / root)
+    assert torch.equal(numbers[:, 9], updates)
+
+
+def check_elements_beyond_32_bits():
+    """2**36 elements of which the last 4091 exist: the addresses begin far below the memory."""
+    first, n, index, step = 2**36, 4091, 5, 3.0
+    p = torch.randn(n).to(BFLOAT16)
+    m, v, grad = torch.zeros(n), torch.zeros(n), torch.zeros(n, dtype=BFLOAT16)
+    bucket = Bucket(
+        [p], [Moments(m, v)], [torch.tensor(step - 1)],
+        indices=[index], stochastic_rounding=True, implementation="reference",
+    )  # fmt: skip
+    expected = p.float() - torch.tensor(0.1) * torch.tensor(0.1) * p.float()
+    eighths = first // 8 + torch.arange(n // 8 + 1)
+    counter = (eighths & 0xFFFFFFFF, eighths >> 32, torch.full_like(eighths, index))
+    drawn = low_precision.philox(SEED, (*counter, torch.full_like(eighths, int(step))))
+    words = torch.stack(drawn, dim=1)
+    halves = torch.stack((words & 0xFFFF, words >> 16), dim=2).flatten()[:n]
+    expected = low_precision.stochastic_bfloat16(expected, halves)
+
+    tables = bucket.triton_tables = mut.Tables(bucket)
+    record = record_of(bucket, 0)
+    record[:3] = record[0] - 2 * first, record[1] - 4 * first, record[2] - 4 * first
+    record[7] += first
+    tables.records = torch.tensor([record])
+    tables.chunks += torch.tensor([0, first // mut.BLOCK], dtype=torch.int32)
+    address = grad.data_ptr() - 2 * first
+    words, first_address = mut._step_words(bucket, tables, [address], HYPERS[:1], SEED)
+    mut.launch(bucket, tables, words, first_address, None, None, zero_grads=False)
+    assert torch.equal(p, expected)
+
+
+def test_in_the_interpreter():
+    """Every check_* of this file."""
+    command = [sys.executable, "-m", "pytest", __file__, "-o", "python_functions=check_*"]
+    command += ["-p", "no:cacheprovider", "-W", "error"]
+    environment = {**os.environ, "TRITON_INTERPRET": "1"}
+    done = subprocess.run(
+        command, env=environment, cwd=Path(__file__).parent.parent, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "skipped" not in done.stdout
+
+
+def _resources(cubin: bytes, path: Path) -> dict[str, int]:
+    """Registers, stack and local memory of a kernel; empty without cuobjdump."""
+    tool = shutil.which("cuobjdump")
+    bundled = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
+    if tool is None and not bundled.exists():
+        return {}
+    path.write_bytes(cubin)
+    command = [tool or str(bundled), "-res-usage", str(path)]
+    printed = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    return {name: int(count) for name, count in re.findall(r"(REG|STACK|LOCAL):(\d+)", printed)}
+
+
+def _compiled(kernel, signature: dict[str, str], constants: dict, architecture: int, options: dict):
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
+    full = {name: signature.get(name, "constexpr") for name in kernel.arg_names}
+    # as at a launch: addresses of torch's tensors are multiples of 16
+    attributes = {
+        (i,): [["tt.divisibility", 16]] for i, kind in enumerate(full.values()) if kind[0] == "*"
+    }
+    source = ASTSource(kernel, full, constexprs=constants, attrs=attributes)
+    return triton.compile(source, target=GPUTarget("cuda", architecture, 32), options=options)
+
+
+@pytest.mark.filterwarnings("error")
+@pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") == "1", reason="compiles nothing")
+@pytest.mark.parametrize("architecture", [80, 90, 100, 120])
+def test_compiles_without_spills(architecture, tmp_path, monkeypatch, capfd):
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path / "cache"))
+    tl = triton.language
+    words = {"table": "*i64", "words": "*i64", "numbers": "*fp32", "first_address": "i32"}
+    # a thread's 8 elements: two accesses of 16 bytes in float32, one in bfloat16, one of 8 in codes
+    variants = [  # parameter, moments, stochastic, 16-byte loads, 8-byte loads
+        (tl.float32, tl.float32, False, 8, 0),
+        (tl.bfloat16, tl.bfloat16, True, 4, 0),
+        (tl.bfloat16, tl.int8, False, 2 + 2 + 4, 2),  # with codes, with float32 moments
+    ]
+    compiled = []
+    for param, moment, stochastic, in_16, in_8 in variants:
+        constants = dict(PARAM_TYPE=param, MOMENT_TYPE=moment, STOCHASTIC=stochastic)
+        constants |= dict(MASTER=False, ZERO_GRADS=True, BLOCK=mut.BLOCK)
+        signature = {**words, "chunks": "*i32"}
+        kernel = _compiled(
+            mut.masked_update_kernel, signature, constants, architecture, mut.OPTIONS
+        )
+        ptx = kernel.asm["ptx"]
+        assert len(re.findall(r"ld\.global\S*\.v4\.b32", ptx)) == in_16
+        assert len(re.findall(r"ld\.global\S*\.v2\.b32", ptx)) == in_8
+        assert not re.search(r"\bfma\.|approx|div\.full", ptx)
+        compiled.append(kernel)
+    signature = {**words, "num_tensors": "i32", "grad_factor": "*fp32", "found_inf": "*fp32"}
+    constants = {"TENSORS": mut.TENSORS}
+    options = mut.PREPARE_OPTIONS
+    compiled.append(_compiled(mut.prepare_kernel, signature, constants, architecture, options))
+    for kernel in compiled:
+        used = _resources(kernel.asm["cubin"], tmp_path / "kernel.cubin")
+        assert used.get("STACK", 0) == used.get("LOCAL", 0) == 0
+        assert used.get("REG", 0) <= 128
+    assert capfd.readouterr() == ("", "")
