@@ -18,18 +18,21 @@ enum class DType : int { kFloat32 = 0, kBFloat16 = 1, kFloat16 = 2, kFloat64 = 3
 // of threads. 8192 gives 7 M elements (one BERT block) 865 thread blocks for an H200's 132 SMs.
 constexpr int64_t kNormChunk = 8192;
 
+// kL2: root of the sum of squares. kInf: largest magnitude. NaN and inf come through, NaN first.
+enum class NormKind : int { kL2 = 0, kInf = 1 };
+
 // Number of chunks of a list of tensors: the floats that masked_norm_cuda needs as scratch.
 int64_t masked_norm_chunks(const int64_t* sizes, int64_t num_tensors);
 
-// out[0] = L2 norm over all elements of all tensors. float32, bfloat16, float64.
+// out[0] = norm over all elements of all tensors. float32, bfloat16, float16, float64.
 // Returns false for any other dtype, having done nothing.
 bool masked_norm_cpu(const void* const* tensors, const int64_t* sizes, int64_t num_tensors,
-                     DType dtype, float* out, int num_threads);
+                     DType dtype, NormKind kind, float* out, int num_threads);
 
 // The same on the current CUDA device. float32, bfloat16, float16.
 // partials: masked_norm_chunks(sizes) floats of scratch, overwritten.
 int masked_norm_cuda(const void* const* tensors, const int64_t* sizes, int64_t num_tensors,
-                     DType dtype, float* partials, float* out, void* stream);
+                     DType dtype, NormKind kind, float* partials, float* out, void* stream);
 
 // One active tensor of a bucket, as it lies in the bucket's table: 9 words of 8 bytes, which
 // progtuning_kernels/ops/masked_update.py fills. The table is in the memory of the device and holds
@@ -75,6 +78,44 @@ struct UpdateStep {
 bool masked_update_cpu(const UpdateRecord* table, int64_t num_tensors, void* const* grads,
                        const UpdateHyper* groups, const UpdateVariant& variant,
                        const UpdateStep& step, int num_threads);
+
+// A thread block's share of a bucket on CUDA: elements 8192 * chunk and following of a tensor.
+struct alignas(8) UpdateChunk {
+  int32_t tensor;
+  int32_t chunk;
+};
+
+// Gradients' addresses travel by value in a launch's parameters, of which 32764 bytes fit; 448 of
+// them stay below 4 KiB and have kernels of their own.
+constexpr int kFewUpdateTensors = 448;
+constexpr int kUpdateTensors = 4032;
+constexpr int kUpdateGroups = 8;
+
+// The same on the current CUDA device, where table, chunks, ticket, and what they and `step` point
+// to lie; grads and groups are read here and now, at most kUpdateTensors and kUpdateGroups of them.
+// float32, bfloat16, float16 (with master). chunks: all of the bucket's. ticket: 0, and 0 again
+// afterwards.
+int masked_update_cuda(const UpdateRecord* table, const UpdateChunk* chunks, int64_t num_chunks,
+                       unsigned int* ticket, void* const* grads, int64_t num_tensors,
+                       const UpdateHyper* groups, int64_t num_groups, const UpdateVariant& variant,
+                       const UpdateStep& step, void* stream);
+
+// partials[i] = sum of squares of the gradients in chunk i of a bucket, 0 where there is no
+// gradient, with the bits of masked_norm_cuda. At most kUpdateTensors gradients, float32, bfloat16
+// or float16; several buckets write theirs one behind the other.
+int bucket_norm_partials_cuda(const UpdateRecord* table, const UpdateChunk* chunks,
+                              int64_t num_chunks, void* const* grads, int64_t num_tensors,
+                              DType dtype, float* partials, void* stream);
+
+// What the partial sums of all buckets mean for a step. grad_scale: gradients are that much too
+// large; null: 1. found_inf: not 0 skips the step; null: 0. max_norm: 0 or less does not clip.
+//     control[0] = norm = sqrt(sum of partials) / grad_scale
+//     control[1] = min(1, max_norm / (norm + 1e-6)) / grad_scale, NaN where norm is
+//     control[2] = 1 to skip the step: found_inf, or a norm that is not finite if skip_nonfinite
+//     control[3] += control[2]
+int norm_decision_cuda(const float* partials, int64_t count, const float* grad_scale,
+                       const float* found_inf, float max_norm, bool skip_nonfinite, float* control,
+                       void* stream);
 
 // What the linked CUDA runtime says of itself and of the machine.
 const char* cuda_error_string(int status);

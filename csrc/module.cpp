@@ -54,12 +54,12 @@ void check_output(const char* op, Address out) {
 }
 
 void masked_norm_cpu_checked(const std::vector<Address>& tensors, const std::vector<int64_t>& sizes,
-                             int dtype, Address out, int num_threads) {
+                             int dtype, int kind, Address out, int num_threads) {
   const TensorList list = checked_list("masked_norm", tensors, sizes);
   check_output("masked_norm", out);
   if (num_threads < 1) throw std::invalid_argument("masked_norm: num_threads must be positive");
   if (!masked_norm_cpu(list.tensors.data(), sizes.data(), list.count, static_cast<DType>(dtype),
-                       pointer<float>(out), num_threads)) {
+                       static_cast<NormKind>(kind), pointer<float>(out), num_threads)) {
     throw std::invalid_argument("masked_norm: no CPU kernel for dtype code " +
                                 std::to_string(dtype));
   }
@@ -119,8 +119,9 @@ void check_cuda(const char* op, int status) {
 }
 
 void masked_norm_cuda_checked(const std::vector<Address>& tensors,
-                              const std::vector<int64_t>& sizes, int dtype, Address partials,
-                              int64_t partials_size, Address out, Address stream) {
+                              const std::vector<int64_t>& sizes, int dtype, int kind,
+                              Address partials, int64_t partials_size, Address out,
+                              Address stream) {
   const TensorList list = checked_list("masked_norm", tensors, sizes);
   check_output("masked_norm", out);
   const int64_t needed = masked_norm_chunks(sizes.data(), list.count);
@@ -128,9 +129,74 @@ void masked_norm_cuda_checked(const std::vector<Address>& tensors,
     throw std::invalid_argument("masked_norm: scratch of " + std::to_string(partials_size) +
                                 " floats, " + std::to_string(needed) + " needed");
   }
+  if (kind != static_cast<int>(NormKind::kL2) && kind != static_cast<int>(NormKind::kInf)) {
+    throw std::invalid_argument("masked_norm: no norm of kind " + std::to_string(kind));
+  }
   check_cuda("masked_norm", masked_norm_cuda(list.tensors.data(), sizes.data(), list.count,
-                                             static_cast<DType>(dtype), pointer<float>(partials),
-                                             pointer<float>(out), pointer<void>(stream)));
+                                             static_cast<DType>(dtype), static_cast<NormKind>(kind),
+                                             pointer<float>(partials), pointer<float>(out),
+                                             pointer<void>(stream)));
+}
+
+// What every launch over a bucket is given: the bucket's tables and the gradients' addresses.
+void check_bucket(const std::string& op, Address table, Address chunks, int64_t num_chunks,
+                  const std::vector<Address>& grads) {
+  if (grads.size() > static_cast<size_t>(kUpdateTensors)) {
+    throw std::invalid_argument(op + ": " + std::to_string(grads.size()) +
+                                " tensors, a launch takes " + std::to_string(kUpdateTensors));
+  }
+  if (num_chunks < 0 || (num_chunks > 0 && (chunks == 0 || grads.empty()))) {
+    throw std::invalid_argument(op + ": a negative number of chunks, or chunks of nothing");
+  }
+  if (!grads.empty() && table == 0) throw std::invalid_argument(op + ": no table");
+}
+
+void masked_update_cuda_checked(Address table, Address chunks, int64_t num_chunks, Address ticket,
+                                const std::vector<Address>& grads,
+                                const std::vector<HyperTuple>& groups, int param, int moments,
+                                bool master, bool stochastic_rounding, Address grad_factor,
+                                Address found_inf, uint64_t seed, bool zero_grads, Address stream) {
+  check_bucket("masked_update", table, chunks, num_chunks, grads);
+  if (ticket == 0) throw std::invalid_argument("masked_update: no ticket");
+  if (groups.size() > static_cast<size_t>(kUpdateGroups)) {
+    throw std::invalid_argument("masked_update: " + std::to_string(groups.size()) +
+                                " groups, a launch takes " + std::to_string(kUpdateGroups));
+  }
+  const UpdateVariant variant = update_variant(param, moments, master, stochastic_rounding);
+  const UpdateStep step{pointer<const float>(grad_factor), pointer<const float>(found_inf), seed,
+                        zero_grads};
+  check_cuda("masked_update",
+             masked_update_cuda(
+                 pointer<const UpdateRecord>(table), pointer<const UpdateChunk>(chunks), num_chunks,
+                 pointer<unsigned int>(ticket), reinterpret_cast<void* const*>(grads.data()),
+                 static_cast<int64_t>(grads.size()), hyper_groups(groups).data(),
+                 static_cast<int64_t>(groups.size()), variant, step, pointer<void>(stream)));
+}
+
+void bucket_norm_partials_cuda_checked(Address table, Address chunks, int64_t num_chunks,
+                                       const std::vector<Address>& grads, int dtype,
+                                       Address partials, Address stream) {
+  check_bucket("bucket_norm", table, chunks, num_chunks, grads);
+  if (num_chunks > 0) check_output("bucket_norm", partials);
+  check_cuda("bucket_norm",
+             bucket_norm_partials_cuda(
+                 pointer<const UpdateRecord>(table), pointer<const UpdateChunk>(chunks), num_chunks,
+                 reinterpret_cast<void* const*>(grads.data()), static_cast<int64_t>(grads.size()),
+                 static_cast<DType>(dtype), pointer<float>(partials), pointer<void>(stream)));
+}
+
+void norm_decision_cuda_checked(Address partials, int64_t count, Address grad_scale,
+                                Address found_inf, float max_norm, bool skip_nonfinite,
+                                Address control, Address stream) {
+  if (count < 0 || (count > 0 && partials == 0)) {
+    throw std::invalid_argument("norm_decision: no partial sums");
+  }
+  check_output("norm_decision", control);
+  check_cuda(
+      "norm_decision",
+      norm_decision_cuda(pointer<const float>(partials), count, pointer<const float>(grad_scale),
+                         pointer<const float>(found_inf), max_norm, skip_nonfinite,
+                         pointer<float>(control), pointer<void>(stream)));
 }
 #endif
 
@@ -178,12 +244,16 @@ PYBIND11_MODULE(_C, m) {
   codes["float64"] = static_cast<int>(DType::kFloat64);
   codes["int8"] = static_cast<int>(DType::kInt8);
   m.attr("dtype_codes") = codes;
+  py::dict kinds;
+  kinds["l2"] = static_cast<int>(NormKind::kL2);
+  kinds["inf"] = static_cast<int>(NormKind::kInf);
+  m.attr("norm_kinds") = kinds;
 
   m.def("cuda_device_count", &device_count, "Devices the linked CUDA runtime can use; raises why.");
   m.def("cuda_versions", &runtime_and_driver, "(runtime, driver), 0 where there is none.");
 
   m.def("masked_norm_cpu", &masked_norm_cpu_checked, py::arg("tensors"), py::arg("sizes"),
-        py::arg("dtype"), py::arg("out"), py::arg("num_threads"), release_gil());
+        py::arg("dtype"), py::arg("kind"), py::arg("out"), py::arg("num_threads"), release_gil());
   m.attr("update_record_bytes") = sizeof(UpdateRecord);
   m.def("masked_update_cpu", &masked_update_cpu_checked, py::arg("table"), py::arg("grads"),
         py::arg("groups"), py::arg("param"), py::arg("moments"), py::arg("master"),
@@ -197,7 +267,18 @@ PYBIND11_MODULE(_C, m) {
       },
       py::arg("sizes"), "Floats of scratch that masked_norm_cuda needs.");
   m.def("masked_norm_cuda", &masked_norm_cuda_checked, py::arg("tensors"), py::arg("sizes"),
-        py::arg("dtype"), py::arg("partials"), py::arg("partials_size"), py::arg("out"),
+        py::arg("dtype"), py::arg("kind"), py::arg("partials"), py::arg("partials_size"),
+        py::arg("out"), py::arg("stream"), release_gil());
+  m.def("masked_update_cuda", &masked_update_cuda_checked, py::arg("table"), py::arg("chunks"),
+        py::arg("num_chunks"), py::arg("ticket"), py::arg("grads"), py::arg("groups"),
+        py::arg("param"), py::arg("moments"), py::arg("master"), py::arg("stochastic_rounding"),
+        py::arg("grad_factor"), py::arg("found_inf"), py::arg("seed"), py::arg("zero_grads"),
         py::arg("stream"), release_gil());
+  m.def("bucket_norm_partials_cuda", &bucket_norm_partials_cuda_checked, py::arg("table"),
+        py::arg("chunks"), py::arg("num_chunks"), py::arg("grads"), py::arg("dtype"),
+        py::arg("partials"), py::arg("stream"), release_gil());
+  m.def("norm_decision_cuda", &norm_decision_cuda_checked, py::arg("partials"), py::arg("count"),
+        py::arg("grad_scale"), py::arg("found_inf"), py::arg("max_norm"), py::arg("skip_nonfinite"),
+        py::arg("control"), py::arg("stream"), release_gil());
 #endif
 }

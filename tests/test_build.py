@@ -3,11 +3,14 @@
 import json
 import os
 import re
+import resource
+import runpy
 import shutil
 import subprocess
 import sys
 import zipfile
 from pathlib import Path
+from typing import NamedTuple
 
 import pytest
 import torch
@@ -226,21 +229,49 @@ def test_every_cuda_launcher_takes_its_stream_last_and_has_no_default():
         assert "=" not in parameters
 
 
+class Compiled(NamedTuple):
+    report: str
+    processor_seconds: float  # which other work on the machine does not stretch as it does a clock
+
+
+@pytest.fixture(scope="module")
+def compiled(tmp_path_factory) -> dict[str, Compiled]:
+    """Every .cu as setup.py compiles it, with ptxas's report."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("setuptools.setup", lambda **kwargs: None)
+        build = runpy.run_path(str(ROOT / "setup.py"))
+    known = subprocess.run([NVCC, "--list-gpu-arch"], capture_output=True, text=True).stdout
+    archs = [arch for arch in build["CUDA_ARCHS"] if f"compute_{arch}\n" in known]
+    flags = [*build["CUDA_FLAGS"], *build["cuda_targets"](archs), "-Xptxas", "-v"]
+    output, results = tmp_path_factory.mktemp("kernels") / "kernels.o", {}
+    for source in KERNELS:
+        before = resource.getrusage(resource.RUSAGE_CHILDREN)
+        done = subprocess.run(
+            [NVCC, *flags, "-c", source, "-o", output], capture_output=True, text=True
+        )
+        after = resource.getrusage(resource.RUSAGE_CHILDREN)
+        assert done.returncode == 0, done.stderr
+        seconds = after.ru_utime - before.ru_utime + after.ru_stime - before.ru_stime
+        results[source.name] = Compiled(done.stderr, seconds)
+    return results
+
+
 @needs_nvcc
 @pytest.mark.parametrize("source", KERNELS, ids=lambda path: path.name)
-def test_kernels_keep_everything_in_registers(source, tmp_path):
-    known = subprocess.run([NVCC, "--list-gpu-arch"], capture_output=True, text=True).stdout
-    archs = [arch for arch in (80, 90, 100, 120) if f"compute_{arch}\n" in known]
-    targets = [word for a in archs for word in ("-gencode", f"arch=compute_{a},code=sm_{a}")]
-    flags = ["-O3", "-std=c++17", "-t", "0", "-Xptxas", "-v", *targets]
-    done = subprocess.run(
-        [NVCC, *flags, "-c", source, "-o", tmp_path / "kernels.o"], capture_output=True, text=True
-    )
-    assert done.returncode == 0, done.stderr
+def test_kernels_keep_everything_in_registers(source, compiled):
+    report = compiled[source.name].report
     used = re.findall(
-        r"(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) bytes spill loads", done.stderr
+        r"(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) bytes spill loads", report
     )
-    compiled = re.findall(r"Compiling entry function '(\w+)' for '(\w+)'", done.stderr)
-    assert len(used) >= len(compiled) >= source.read_text().count("__global__") * len(archs)
-    assert all(numbers == ("0", "0", "0") for numbers in used), done.stderr
-    assert " lmem" not in done.stderr
+    entries = re.findall(r"Compiling entry function '(\w+)' for '(\w+)'", report)
+    kernels = source.read_text().count("__global__")
+    archs = {arch for _, arch in entries}
+    assert len(used) >= len(entries) >= kernels * len(archs)
+    assert kernels == 0 or {"sm_80", "sm_90"} <= archs
+    assert all(numbers == ("0", "0", "0") for numbers in used), report
+    assert " lmem" not in report
+
+
+@needs_nvcc
+def test_all_kernels_compile_within_a_minute(compiled):
+    assert sum(one.processor_seconds for one in compiled.values()) < 60

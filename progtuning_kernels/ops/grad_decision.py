@@ -69,7 +69,7 @@ def decide(
         return _native(
             buckets, gradients, max_grad_norm, skip_nonfinite, grad_scale, found_inf, control
         )
-    norm = _norm(gradients, device) if known_norm is None else known_norm.to(device)
+    norm = _norm(buckets, gradients, device) if known_norm is None else known_norm.to(device)
     if grad_scale is not None:
         norm = norm / grad_scale.to(device)
     found = None if found_inf is None else (found_inf.to(device) != 0)
@@ -87,14 +87,35 @@ def decide(
     return GradDecision(norm, factor, None if found is None else found.float())
 
 
-def _norm(gradients: Sequence[Gradients], device: torch.device) -> Tensor:
-    by_device: dict[torch.device, list[Tensor]] = {}
-    for some in gradients:
-        for grad in some.given:
-            if grad is not None:
-                by_device.setdefault(grad.device, []).append(grad)
-    norms = [masked_norm(same).to(device) for same in by_device.values()]
+def _norm(
+    buckets: Sequence[Bucket], gradients: Sequence[Gradients], device: torch.device
+) -> Tensor:
+    norms = []
+    rest: dict[torch.device, list[Tensor]] = {}
+    for bucket, some in zip(buckets, gradients, strict=True):
+        if bucket.device.type == "cpu" and bucket.implementation.name == "native":
+            norms.append(_norm_where_they_lie(bucket, some))
+        else:
+            present = [grad for grad in some.given if grad is not None]
+            rest.setdefault(bucket.device, []).extend(present)
+    norms += [masked_norm(same) for same in rest.values()]
+    norms = [norm.to(device) for norm in norms]
     return norms[0] if len(norms) == 1 else masked_norm(norms)
+
+
+def _norm_where_they_lie(bucket: Bucket, gradients: Gradients) -> Tensor:
+    """`masked_norm` of gathered gradients, without asking each of them again where it lies."""
+    extension, out = _backend.native_extension(), torch.empty(())
+    there = [i for i, address in enumerate(gradients.addresses) if address]
+    extension.masked_norm_cpu(
+        [gradients.addresses[i] for i in there],
+        [bucket.params[i].numel() for i in there],
+        _backend.dtype_code(bucket.dtype),
+        extension.norm_kinds["l2"],
+        out.data_ptr(),
+        torch.get_num_threads(),
+    )
+    return out
 
 
 def local_of(t: Tensor) -> Tensor:
