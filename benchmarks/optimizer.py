@@ -2,16 +2,17 @@
 
     python benchmarks/optimizer.py [--output FOLDER]                 # CPU, MiniLM's tensors
     python benchmarks/optimizer.py --device cuda [--output FOLDER]   # BERT-base, 100 M, 1 G
+    python benchmarks/optimizer.py --table FOLDER                    # the README's table
 
 A step is what a training loop pays for: clipping, update and `zero_grad`. `step_ms` is the time of
-the call with the device waited for; on CUDA `kernel_ms` is the time of one of 20 steps replayed from a
-graph, without the CPU. Bandwidth is against a copy of 1 GiB in the same process.
+the call, the device waited for; on CUDA `kernel_ms` is the time of one of 20 steps replayed from a
+graph, without the CPU. Bandwidth is shown beside that of a copy in the same process.
 
-Prediction, bytes per parameter (p, g, m, v; + the norm pass). torch clips in 40 bytes of fp32: norm 4,
-in-place scaling 8, update 28; ours in 32, so 1.25 x is the ceiling of traffic with clipping, 1.0
-without, and 28 / 32 = 0.88 where non-finite gradients are looked for and torch does not look. bf16
-moments take 20, 8-bit ones 16.1; with bf16 parameters fp32 moments take 22, bf16 ones 14, 8-bit ones
-10.1.
+Prediction, bytes per parameter. fp32: an update reads p, g, m, v and writes p, m, v: 28. torch's
+clipping adds 12 (the norm reads g, the scaling reads and writes it), ours 4: at most 40 / 32 = 1.25
+x faster, or 36 / 32 against someone who gives torch's fused kernel the coefficient. Without clipping
+1.0, and 28 / 32 = 0.88 where non-finite gradients are looked for, which torch does not do. An update
+takes 20 bytes with bf16 moments, 16.1 with 8-bit ones; with bf16 parameters 22, 14 and 10.1.
 """
 
 from __future__ import annotations
@@ -294,9 +295,8 @@ def measure(case: Case, workload: str, device: torch.device, copy: float) -> dic
 
 
 def show(result: dict[str, Any]) -> None:
-    print(
-        f"\n{result['workload']} ({result['parameters'] / 1e6:.1f} M {result['dtype']}), {result['case']}"
-    )
+    size = f"{result['parameters'] / 1e6:.1f} M {result['dtype']}"
+    print(f"\n{result['workload']} ({size}), {result['case']}")
     for name, entry in result["providers"].items():
         kernels = f"  kernels {entry['kernel_ms']:7.3f} ms" if "kernel_ms" in entry else ""
         target = ""
@@ -309,12 +309,33 @@ def show(result: dict[str, Any]) -> None:
         )
 
 
+def table(content: dict[str, Any]) -> str:
+    """Markdown of a stored optimizer.json."""
+    lines = ["| | step (ms) | bytes / parameter | GB/s | speedup |", "|---|---:|---:|---:|---:|"]
+    for result in content["results"]:
+        size = f"{result['parameters'] / 1e6:.1f} M {result['dtype']}"
+        lines.append(f"| **{result['workload']}, {size}, {result['case']}** | | | | |")
+        for name, entry in result["providers"].items():
+            cells = (
+                f"{entry['step_ms']:.2f}",
+                f"{entry['bytes_per_parameter']:.4g}",
+                f"{entry['gb_per_s']:.0f}",
+                f"{entry['speedup']:.2f}",
+            )
+            lines.append(f"| {name} | {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--device", default="cpu", help="cpu or cuda")
     parser.add_argument("--workload", action="append", choices=list(WORKLOADS))
     parser.add_argument("--output", type=Path, help="write optimizer.json into this folder")
+    parser.add_argument("--table", type=Path, help="print the table of this folder's results")
     arguments = parser.parse_args()
+    if arguments.table is not None:
+        print(table(json.loads((arguments.table / "optimizer.json").read_text())))
+        return
     device = torch.device(arguments.device)
     workloads = arguments.workload or list(WORKLOADS)[: 1 if device.type == "cpu" else None]
     copy = copy_gb_per_s(device)

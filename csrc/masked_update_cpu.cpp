@@ -170,7 +170,7 @@ PROGTUNING_RULE void plain_run(const Chunk& chunk, int64_t first, int n) {
   }
 }
 
-PROGTUNING_RULE int32_t larger(int32_t a, int32_t b) { return a > b ? a : b; }
+PROGTUNING_RULE uint32_t larger(uint32_t a, uint32_t b) { return a > b ? a : b; }
 
 template <typename Param, bool kMaster>
 PROGTUNING_RULE void eight_bit_run(const Chunk& chunk, int64_t first, int n) {
@@ -185,19 +185,17 @@ PROGTUNING_RULE void eight_bit_run(const Chunk& chunk, int64_t first, int n) {
   const AdamW<float> at = chunk.at;
   const float m_before = m_scale, v_before = v_scale;
   float m[kRun], v[kRun];
+  uint32_t largest_m = 0, largest_v = 0;  // as bits: magnitudes order alike, and NaN stays on top
   for (int i = 0; i < n; ++i) {
     m[i] = decode_exp_avg(m_code[i], m_before);
     v[i] = decode_exp_avg_sq(v_code[i], v_before);
-  }
-  int32_t largest_m = 0, largest_v = 0;  // as bits: magnitudes order alike, and NaN stays on top
-  for (int i = 0; i < n; ++i) {
     adamw<float>(at, g[i], p[i], m[i], v[i]);
-    largest_m = larger(largest_m, static_cast<int32_t>(bits_of(m[i]) & 0x7fffffffu));
-    largest_v = larger(largest_v, static_cast<int32_t>(bits_of(v[i]) & 0x7fffffffu));
+    largest_m = larger(largest_m, bits_of(m[i]) & 0x7fffffffu);
+    largest_v = larger(largest_v, bits_of(v[i]));  // with its sign a NaN is larger still
   }
   params.store(chunk, first, n);
-  m_scale = float_of(static_cast<uint32_t>(largest_m));
-  v_scale = float_of(static_cast<uint32_t>(largest_v));
+  m_scale = float_of(largest_m);
+  v_scale = float_of(largest_v & 0x7fffffffu);
   const float m_inverse = inverse_of_largest(m_scale), v_inverse = inverse_of_largest(v_scale);
   uint16_t random[kRun];
   draw(chunk, first, RandomStream::kMoments, random);

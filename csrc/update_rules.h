@@ -195,12 +195,12 @@ PROGTUNING_RULE RandomWords philox(uint64_t seed, uint64_t eighth, RandomStream 
 }
 
 // Moments in 8 bits: blocks of 256 elements share one float32, the largest magnitude in the block.
-//     m = sign(q) * largest * power4(q / 127)        v = largest * power8(q / 255)
-// The powers spread the codes over many orders of magnitude. power4 and power8 are x^4 and x^8 read
-// off the bits of a float: where log2 is replaced by exponent + mantissa, which it is within 0.086,
-// a power is a shift, and so is its inverse, exactly. The error of m / sqrt(v) after 3000 steps is
-// that of true powers (0.08 to 0.19 of its RMS, for magnitudes spread by a factor of 1.6 to 7.4),
-// without their six roots and eight multiplications.
+//     m = sign(q) * largest * (q / 127)^4        v = largest * (q / 255)^8
+// with powers that are read off the bits of a float: where log2 is replaced by exponent + mantissa,
+// which it is within 0.086, a power is a shift of the bits, a ratio their difference, and all of it
+// is inverted exactly. The powers spread the codes over many orders of magnitude; the error of
+// m / sqrt(v) after 3000 steps is that of true powers (0.08 to 0.19 of its RMS, for magnitudes that
+// spread by a factor of 1.6 to 7.4), without their six roots and eight multiplications.
 // v is rounded stochastically: with beta2 = 0.999 it falls by less than half a code in a step, so
 // the nearest code would never change once gradients have shrunk. Its smallest code is 1, not 0,
 // whose root would divide: largest / 2^64.
@@ -208,43 +208,47 @@ constexpr int kQuantBlock = 256;
 // Below this a block's reciprocal overflows; its codes are then the smallest.
 constexpr float kSmallestLargest = 1.17549435e-38f;
 constexpr uint32_t kOneBits = 0x3f800000u;
+constexpr uint32_t kBits127 = 0x42fe0000u;
+constexpr uint32_t kBits255 = 0x437f0000u;
+constexpr uint32_t kTimes65536 = 16u << 23;  // what a product with 2^16 adds to the bits
 
 PROGTUNING_RULE float inverse_of_largest(float largest) {
   return largest >= kSmallestLargest ? 1.0f / largest : 0.0f;
 }
 
-// x >= 0. Above 1, and NaN: 1. The shift of (bits - kOneBits), which divides by it, in two steps less.
+// Bits of the 2^kShift-th power of a ratio: of what has `bits` to what has `unit`.
 template <int kShift>
-PROGTUNING_RULE float shifted_root(float x) {
-  const float y = float_of((bits_of(x) >> kShift) + (kOneBits - (kOneBits >> kShift)));
-  return y < 1.0f ? y : 1.0f;
+PROGTUNING_RULE uint32_t power_of_ratio(uint32_t bits, uint32_t unit) {
+  return (bits << kShift) + (kOneBits - (unit << kShift));
 }
 
-// 2^-7 <= y <= 1 for kShift = 2, 2^-8 <= y <= 1 for 3.
+// The inverse: what has the ratio `root of x` to what has `unit`. Above 1, and NaN, count as 1. The
+// bits of 1 divide by 2^kShift without a rest, so the difference need not be taken before the shift.
 template <int kShift>
-PROGTUNING_RULE uint32_t shifted_power_bits(float y) {
-  return (bits_of(y) << kShift) + (kOneBits - (kOneBits << kShift));
+PROGTUNING_RULE float root_times(float x, uint32_t unit) {
+  const uint32_t bits = bits_of(x) < kOneBits ? bits_of(x) : kOneBits;
+  return float_of((bits >> kShift) + (unit - (kOneBits >> kShift)));
 }
 
 PROGTUNING_RULE float decode_exp_avg(int code, float largest) {
-  const float y = static_cast<float>(code) * (1.0f / 127);
-  const uint32_t bits = shifted_power_bits<2>(float_of(bits_of(y) & 0x7fffffffu));
-  return float_of((code == 0 ? 0u : bits) | (bits_of(y) & 0x80000000u)) * largest;
+  const uint32_t bits = bits_of(static_cast<float>(code));  // the shift drops the sign
+  const uint32_t power = code == 0 ? 0u : power_of_ratio<2>(bits, kBits127);
+  return float_of(power | (bits & 0x80000000u)) * largest;
 }
 
 PROGTUNING_RULE float decode_exp_avg_sq(int code, float largest) {
-  return float_of(shifted_power_bits<3>(static_cast<float>(code) * (1.0f / 255))) * largest;
+  return float_of(power_of_ratio<3>(bits_of(static_cast<float>(code)), kBits255)) * largest;
 }
 
 PROGTUNING_RULE int encode_exp_avg(float m, float inverse) {
-  const float y = shifted_root<2>(float_of(bits_of(m) & 0x7fffffffu) * inverse);
-  const int code = static_cast<int>(y * 127.0f + 0.5f);
+  const float magnitude = float_of(bits_of(m) & 0x7fffffffu) * inverse;
+  const int code = static_cast<int>(root_times<2>(magnitude, kBits127) + 0.5f);
   return (bits_of(m) & 0x80000000u) != 0 ? -code : code;
 }
 
 // random: 16 random bits, which carry into the code where the 16 bits behind its point do.
 PROGTUNING_RULE int encode_exp_avg_sq(float v, float inverse, uint32_t random) {
-  const int fixed = static_cast<int>(shifted_root<3>(v * inverse) * (255.0f * 65536.0f));
+  const int fixed = static_cast<int>(root_times<3>(v * inverse, kBits255 + kTimes65536));
   const int code = (fixed + static_cast<int>(random)) >> 16;
   return code < 1 ? 1 : code;
 }

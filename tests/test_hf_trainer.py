@@ -195,6 +195,26 @@ def test_masked_adamw_clips_once_and_ends_where_torch_does(tmp_path):
     assert any((w - theirs[n]).abs().max() > 1e-3 for n, w in _weights(unclipped).items())
 
 
+@pytest.mark.parametrize("clip", [0.0, 0.05])
+def test_updates_inside_backward_wait_for_the_window(tmp_path, clip):
+    """Three micro-batches per step, the last window of an epoch shorter: the same weights."""
+    weights = []
+    for in_backward in (False, True):
+        optimizer = (MaskedAdamW, {"lr": 1e-2, "in_backward": in_backward})
+        trainer = _trainer(
+            tmp_path,
+            callbacks=[ProgtuningCallback(ProgressiveSchedule(2))],
+            optimizer=optimizer,
+            gradient_accumulation_steps=4,
+            max_grad_norm=clip,
+        )
+        trainer.train()
+        weights.append(_weights(trainer))
+        assert all(p.grad is None for p in trainer.model.parameters())
+    for name, weight in weights[0].items():
+        torch.testing.assert_close(weights[1][name], weight, rtol=1e-5, atol=1e-6)
+
+
 def test_training_twice_starts_over(tmp_path):
     recorder = _Recorder()
     trainer = _trainer(

@@ -5,10 +5,9 @@
   the same ones.
 - Stochastic rounding to bfloat16: up with the probability that makes the mean exact.
 - 8-bit codes in blocks of 256 that share their largest magnitude:
-  m = sign(q) * largest * power4(q / 127), nearest code; v = largest * power8(q / 255), random code,
-  because with beta2 = 0.999 a v falls by less than half a code per step and the nearest one would
-  stay. power4 and power8 are x^4 and x^8 with log2 read off a float's bits: a shift, and exactly
-  invertible.
+  m = sign(q) * largest * (q / 127)^4, nearest code; v = largest * (q / 255)^8, random code, because
+  with beta2 = 0.999 a v falls by less than half a code per step and the nearest one would stay. The
+  powers take a float's exponent + mantissa for its log2: a shift of its bits, exactly invertible.
 """
 
 from __future__ import annotations
@@ -23,7 +22,7 @@ _STREAMS: dict[Stream, int] = {"param": 0, "moments": 1}
 QUANT_BLOCK = 256
 _LOW = 0xFFFFFFFF
 _SMALLEST_LARGEST = 1.17549435e-38  # the smallest normal float32
-_ONE_BITS = 0x3F800000
+_ONE_BITS, _BITS_127, _BITS_255 = 0x3F800000, 0x42FE0000, 0x437F0000  # of these floats
 
 
 def philox(seed: int, counter: tuple[Tensor, Tensor, Tensor, Tensor]) -> tuple[Tensor, ...]:
@@ -96,23 +95,22 @@ def _scaled(x: Tensor) -> tuple[Tensor, Tensor]:
     return largest, blocks * inverse[:, None]
 
 
-def _shifted_root(x: Tensor, shift: int) -> Tensor:
-    """The inverse of `_shifted_power`; 1 above 1 and for NaN."""
-    bits = x.view(torch.int32).to(torch.int64) & _LOW  # shifted as unsigned: a NaN may be negative
-    y = ((bits >> shift) + (_ONE_BITS - (_ONE_BITS >> shift))).to(torch.int32).view(torch.float32)
-    return torch.where(y < 1.0, y, torch.ones_like(y))
+def _root_times(x: Tensor, shift: int, unit_bits: int) -> Tensor:
+    """What has the ratio x^(1 / 2^shift) to the float of `unit_bits`; x over 1, and NaN, are 1."""
+    bits = (x.view(torch.int32).to(torch.int64) & _LOW).clamp(max=_ONE_BITS)
+    return ((bits >> shift) + (unit_bits - (_ONE_BITS >> shift))).to(torch.int32).view(x.dtype)
 
 
-def _shifted_power(y: Tensor, shift: int) -> Tensor:
-    """y^(2^shift) in (0, 1], with exponent + mantissa in log2's place."""
-    bits = ((y.view(torch.int32).to(torch.int64) - _ONE_BITS) << shift) + _ONE_BITS
-    return bits.to(torch.int32).view(torch.float32)
+def _power_of_ratio(x: Tensor, shift: int, unit_bits: int) -> Tensor:
+    """(x / unit)^(2^shift) for 1 <= x <= unit, a float with `unit_bits`."""
+    bits = ((x.view(torch.int32).to(torch.int64) - unit_bits) << shift) + _ONE_BITS
+    return bits.to(torch.int32).view(x.dtype)
 
 
 def encode_exp_avg(m: Tensor) -> tuple[Tensor, Tensor]:
     """Codes (int8, m's shape) and largest magnitudes (float32, one per 256 elements)."""
     largest, scaled = _scaled(m)
-    code = (_shifted_root(scaled, 2) * 127.0 + 0.5).to(torch.int32)
+    code = (_root_times(scaled, 2, _BITS_127) + 0.5).to(torch.int32)
     code = torch.where(_blocks(m).signbit(), -code, code)
     return _unblocked(code.to(torch.int8), m), largest
 
@@ -124,22 +122,23 @@ def encode_exp_avg_sq(v: Tensor, random: Tensor) -> tuple[Tensor, Tensor]:
         v: float32, not negative. random: int64 in [0, 65536), as many.
     """
     largest, scaled = _scaled(v)
-    fixed = (_shifted_root(scaled, 3) * (255.0 * 65536.0)).to(torch.int32)
+    fixed = (_root_times(scaled, 3, _BITS_255) * 65536.0).to(torch.int32)
     code = ((fixed + _blocks(random)) >> 16).clamp(min=1)
     return _unblocked(code.to(torch.uint8), v), largest
 
 
 def decode_exp_avg(code: Tensor, largest: Tensor) -> Tensor:
     """The float32 that the codes stand for."""
-    y = _blocks(code).to(torch.float32) * (1.0 / 127)
-    power = torch.where(y == 0, torch.zeros_like(y), _shifted_power(y.abs(), 2))
-    return _unblocked(torch.where(y < 0, -power, power) * largest[:, None], code)
+    q = _blocks(code).to(torch.float32)
+    power = _power_of_ratio(q.abs().clamp(min=1.0), 2, _BITS_127)
+    power = torch.where(q == 0, torch.zeros_like(q), power)
+    return _unblocked(torch.where(q < 0, -power, power) * largest[:, None], code)
 
 
 def decode_exp_avg_sq(code: Tensor, largest: Tensor) -> Tensor:
-    """The float32 that the codes stand for."""
-    y = _blocks(code).to(torch.float32) * (1.0 / 255)
-    return _unblocked(_shifted_power(y, 3) * largest[:, None], code)
+    """The float32 that the codes stand for; code 0, of a fresh state, has a largest of 0."""
+    q = _blocks(code).to(torch.float32).clamp(min=1.0)
+    return _unblocked(_power_of_ratio(q, 3, _BITS_255) * largest[:, None], code)
 
 
 def _unblocked(blocks: Tensor, like: Tensor) -> Tensor:

@@ -53,6 +53,8 @@ PARAM_STREAM, MOMENTS_STREAM = tl.constexpr(0), tl.constexpr(1)  # of random num
 QUANT = tl.constexpr(QUANT_BLOCK)
 SMALLEST_LARGEST = tl.constexpr(2.0**-126)
 ONE_BITS = tl.constexpr(0x3F800000)
+BITS_127, BITS_255 = tl.constexpr(0x42FE0000), tl.constexpr(0x437F0000)  # of these floats
+TIMES_65536 = tl.constexpr(16 << 23)  # what a product with 2^16 adds to the bits
 
 
 @triton.jit
@@ -214,43 +216,41 @@ def _inverse_of_largest(largest):
 
 
 @triton.jit
-def _shifted_root(x, SHIFT: tl.constexpr):
-    """The inverse of `_shifted_power`; 1 above 1 and for NaN."""
-    bits = (x.to(tl.uint32, bitcast=True) >> SHIFT) + (ONE_BITS - (ONE_BITS >> SHIFT))
-    y = bits.to(tl.float32, bitcast=True)
-    return tl.where(y < 1.0, y, 1.0)
+def _root_times(x, SHIFT: tl.constexpr, UNIT: tl.constexpr):
+    """What has the ratio x^(1 / 2^SHIFT) to the float with bits UNIT; x above 1, and NaN, is 1."""
+    bits = tl.minimum(x.to(tl.uint32, bitcast=True), ONE_BITS)
+    return ((bits >> SHIFT) + (UNIT - (ONE_BITS >> SHIFT))).to(tl.float32, bitcast=True)
 
 
 @triton.jit
-def _shifted_power(y, SHIFT: tl.constexpr):
-    """y^(2^SHIFT), 0 < y <= 1, with exponent + mantissa in log2's place."""
+def _power_of_ratio(x, SHIFT: tl.constexpr, UNIT: tl.constexpr):
+    """(x / unit)^(2^SHIFT), with exponent + mantissa in log2's place; unit has bits UNIT."""
     # 32 bits of a difference that lies above 32 bits; as a sum of such, nothing overflows
-    ones: tl.constexpr = (ONE_BITS - (ONE_BITS << SHIFT)) & 0xFFFFFFFF
-    bits = tl.add(y.to(tl.uint32, bitcast=True) << SHIFT, ones, sanitize_overflow=False)
+    ones: tl.constexpr = (ONE_BITS - (UNIT << SHIFT)) & 0xFFFFFFFF
+    bits = tl.add(x.to(tl.uint32, bitcast=True) << SHIFT, ones, sanitize_overflow=False)
     return bits.to(tl.float32, bitcast=True)
 
 
 @triton.jit
 def _decode_exp_avg(code, largest):
-    y = code * (1.0 / 127)
-    power = tl.where(code == 0.0, 0.0, _shifted_power(tl.abs(y), 2))
+    power = tl.where(code == 0.0, 0.0, _power_of_ratio(tl.abs(code), 2, BITS_127))
     return tl.where(code < 0.0, -power, power) * largest
 
 
 @triton.jit
 def _decode_exp_avg_sq(code, largest):
-    return _shifted_power(code * (1.0 / 255), 3) * largest
+    return _power_of_ratio(code, 3, BITS_255) * largest
 
 
 @triton.jit
 def _encode_exp_avg(m, inverse):
-    code = (_shifted_root(tl.abs(m) * inverse, 2) * 127.0 + 0.5).to(tl.int32)
+    code = (_root_times(tl.abs(m) * inverse, 2, BITS_127) + 0.5).to(tl.int32)
     return tl.where(m.to(tl.int32, bitcast=True) < 0, -code, code).to(tl.int8)
 
 
 @triton.jit
 def _encode_exp_avg_sq(v, inverse, random):
-    fixed = (_shifted_root(v * inverse, 3) * (255.0 * 65536.0)).to(tl.uint32)
+    fixed = _root_times(v * inverse, 3, BITS_255 + TIMES_65536).to(tl.uint32)
     code = (fixed + random) >> 16
     return tl.where(code < 1, 1, code).to(tl.uint8)
 
