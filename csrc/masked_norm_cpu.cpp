@@ -19,8 +19,8 @@
 #include <cmath>
 #include <vector>
 
+#include "formats.h"
 #include "instruction_sets.h"
-#include "update_rules.h"
 
 namespace progtuning {
 namespace {
@@ -29,23 +29,6 @@ constexpr int kLanes = 32;
 
 // Below this one thread needs 5 us for the whole list: too little to wake a team for.
 constexpr int64_t kSerialElements = 32768;
-
-struct Float32 {
-  using Stored = float;
-  static PROGTUNING_RULE float widen(float x) { return x; }
-};
-struct Float64 {
-  using Stored = double;
-  static PROGTUNING_RULE double widen(double x) { return x; }
-};
-struct BFloat16 {
-  using Stored = uint16_t;
-  static PROGTUNING_RULE float widen(uint16_t x) { return widen_bfloat16(x); }
-};
-struct Float16 {
-  using Stored = uint16_t;
-  static PROGTUNING_RULE float widen(uint16_t x) { return widen_float16(x); }
-};
 
 // How two partial results of a kind become one; NaN wins over everything.
 struct Sum {

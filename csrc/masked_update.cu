@@ -20,13 +20,11 @@
 
 #include <algorithm>
 #include <climits>
-#include <cmath>
 #include <type_traits>
 
-#include <cuda_bf16.h>
-#include <cuda_fp16.h>
 #include <cuda_runtime.h>
 
+#include "formats.h"
 #include "update_rules.h"
 
 namespace progtuning {
@@ -37,36 +35,6 @@ constexpr int kWarp = 32;
 constexpr int kCudaChunk = 8192;
 static_assert(kCudaChunk == 8192, "UPDATE_CHUNK in progtuning_kernels/ops/masked_update.py");
 static_assert(kCudaChunk % kQuantBlock == 0, "a chunk shares no block of codes with another");
-
-// How a parameter, its gradient or a moment is stored. The hardware rounds to nearest as
-// update_rules.h does, but for the bits of a NaN, in a tenth of the instructions.
-struct Float32 {
-  using Stored = float;
-  static __device__ __forceinline__ float widen(float x) { return x; }
-  static __device__ __forceinline__ float narrow(float x, uint32_t) { return x; }
-};
-struct BFloat16 {
-  using Stored = uint16_t;
-  static __device__ __forceinline__ float widen(uint16_t x) { return widen_bfloat16(x); }
-  static __device__ __forceinline__ uint16_t narrow(float x, uint32_t) {
-    return __bfloat16_as_ushort(__float2bfloat16_rn(x));
-  }
-};
-struct StochasticBFloat16 : BFloat16 {
-  static __device__ __forceinline__ uint16_t narrow(float x, uint32_t random) {
-    return stochastic_bfloat16(x, random);
-  }
-};
-struct Float16 {
-  using Stored = uint16_t;
-  static __device__ __forceinline__ float widen(uint16_t x) {
-    return __half2float(__ushort_as_half(x));
-  }
-  static __device__ __forceinline__ uint16_t narrow(float x, uint32_t) {
-    return __half_as_ushort(__float2half_rn(x));
-  }
-};
-struct EightBit {};  // moments as codes, float32 in tensors without scales
 
 struct Group {
   AdamWHyper<float> hyper;
@@ -502,18 +470,6 @@ __global__ void __launch_bounds__(kThreads)
   }
 }
 
-AdamWHyper<float> narrowed(const UpdateHyper& hyper) {
-  return {static_cast<float>(hyper.lr),
-          static_cast<float>(hyper.weight_decay),
-          static_cast<float>(hyper.eps),
-          static_cast<float>(hyper.beta1),
-          static_cast<float>(1 - hyper.beta1),
-          static_cast<float>(std::log(hyper.beta1)),
-          static_cast<float>(hyper.beta2),
-          static_cast<float>(1 - hyper.beta2),
-          static_cast<float>(std::log(hyper.beta2))};
-}
-
 // The arguments of masked_update_cuda.
 struct Call {
   const UpdateRecord* table;
@@ -542,7 +498,7 @@ cudaError_t launch_sized(const Call& call) {
                           {},
                           {}};
   for (int64_t i = 0; i < call.num_groups; ++i) {
-    launch.groups[i] = {narrowed(call.groups[i]), call.groups[i].lr_tensor};
+    launch.groups[i] = {narrowed<float>(call.groups[i]), call.groups[i].lr_tensor};
   }
   std::copy_n(call.grads, call.num_tensors, launch.grads);
   const dim3 grid(std::max(1u, launch.num_chunks));

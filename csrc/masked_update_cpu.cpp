@@ -14,11 +14,11 @@
 #include "launchers.h"
 
 #include <algorithm>
-#include <cmath>
 #include <cstring>
 #include <type_traits>
 #include <vector>
 
+#include "formats.h"
 #include "instruction_sets.h"
 #include "random_run.h"
 #include "update_rules.h"
@@ -32,37 +32,6 @@ static_assert(kRun == kQuantBlock && kUpdateChunk % kRun == 0, "a chunk is a who
 
 // Below this one thread needs about 10 us: too little to wake a team for.
 constexpr int64_t kSerialElements = 16384;
-
-// How the parameter, or its gradient, is stored.
-struct Float32 {
-  using Stored = float;
-  using Compute = float;
-  static PROGTUNING_RULE float widen(float x) { return x; }
-  static PROGTUNING_RULE float narrow(float x, uint32_t) { return x; }
-};
-struct Float64 {
-  using Stored = double;
-  using Compute = double;
-  static PROGTUNING_RULE double widen(double x) { return x; }
-  static PROGTUNING_RULE double narrow(double x, uint32_t) { return x; }
-};
-struct BFloat16 {
-  using Stored = uint16_t;
-  using Compute = float;
-  static PROGTUNING_RULE float widen(uint16_t x) { return widen_bfloat16(x); }
-  static PROGTUNING_RULE uint16_t narrow(float x, uint32_t) { return nearest_bfloat16(x); }
-};
-struct StochasticBFloat16 : BFloat16 {
-  static PROGTUNING_RULE uint16_t narrow(float x, uint32_t random) {
-    return stochastic_bfloat16(x, random);
-  }
-};
-struct Float16 {
-  using Stored = uint16_t;
-  using Compute = float;
-  static PROGTUNING_RULE float widen(uint16_t x) { return widen_float16(x); }
-  static PROGTUNING_RULE uint16_t narrow(float x, uint32_t) { return nearest_float16(x); }
-};
 
 // A chunk of one tensor, n elements from element `start`.
 struct Chunk {
@@ -205,8 +174,6 @@ PROGTUNING_RULE void eight_bit_run(const Chunk& chunk, int64_t first, int n) {
   }
 }
 
-struct EightBit {};  // moments as codes, float32 in tensors without scales
-
 template <typename Param, typename Moment, bool kMaster>
 PROGTUNING_RULE void update(const Chunk& chunk) {
   for (int64_t done = 0; done < chunk.n; done += kRun) {
@@ -267,19 +234,6 @@ Kernel find_kernel(const UpdateVariant& variant) {
 
 size_t element_size(DType dtype) {
   return dtype == DType::kFloat64 ? 8 : dtype == DType::kFloat32 ? 4 : 2;
-}
-
-template <typename Float>
-AdamWHyper<Float> narrowed(const UpdateHyper& hyper) {
-  return {static_cast<Float>(hyper.lr),
-          static_cast<Float>(hyper.weight_decay),
-          static_cast<Float>(hyper.eps),
-          static_cast<Float>(hyper.beta1),
-          static_cast<Float>(1 - hyper.beta1),
-          static_cast<Float>(std::log(hyper.beta1)),
-          static_cast<Float>(hyper.beta2),
-          static_cast<Float>(1 - hyper.beta2),
-          static_cast<Float>(std::log(hyper.beta2))};
 }
 
 }  // namespace
