@@ -285,6 +285,41 @@ def test_options_that_exclude_each_other_are_named():
             MaskedAdamW(parameters(), **options)
 
 
+def test_gradients_of_another_dtype_are_read_as_what_they_are():
+    p, q = (nn.Parameter(torch.ones(300, dtype=torch.bfloat16)) for _ in range(2))
+    p.grad_dtype = torch.float32  # gradients that are accumulated in float32
+    p.grad = torch.linspace(-1, 1, 300)
+    q.grad = p.grad.bfloat16()
+    for parameter in (p, q):
+        MaskedAdamW([parameter], **SEPARATING, max_grad_norm=0.5).step()
+    assert torch.equal(p, q)
+
+
+def test_distributed_checkpoints_flatten_and_load_it():
+    from torch.distributed.checkpoint.state_dict import (
+        get_optimizer_state_dict,
+        set_optimizer_state_dict,
+    )
+
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(8, 16), nn.Tanh(), nn.Linear(16, 2))
+    twin = copy.deepcopy(model)
+    optimizers = []
+    for m in (model, twin):
+        m[0].requires_grad_(False)  # no state: said, not left out
+        optimizers.append(MaskedAdamW(m.named_parameters(), **SEPARATING))
+    model(torch.randn(4, 8)).sum().backward()
+    optimizers[0].step()
+    saved = get_optimizer_state_dict(model, optimizers[0])
+    set_optimizer_state_dict(twin, optimizers[1], saved)
+    twin.load_state_dict(model.state_dict())
+    for m, o in zip((model, twin), optimizers, strict=True):
+        m.zero_grad()
+        m(torch.ones(4, 8)).sum().backward()
+        o.step()
+    assert all(map(torch.equal, tensors(optimizers[0]), tensors(optimizers[1])))
+
+
 def test_offload_keeps_the_state_for_the_thaw():
     own = parameters()
     optimizer = MaskedAdamW(own, **SEPARATING, on_freeze="offload")

@@ -61,7 +61,7 @@ class Gradients(NamedTuple):
 
     Attributes:
         given: by the caller; None where there is none.
-        ordered: the same, or copies, in their parameter's order of memory.
+        ordered: the same, or copies, in their parameter's dtype and order of memory.
         addresses: where `ordered` lie; 0 where there is none.
     """
 
@@ -211,9 +211,11 @@ class Bucket:
         """What norm and update need of a step's gradients; collected once for both.
 
         Args:
-            grads: of the parameters' shapes and dtype, any strides; None leaves a tensor out.
+            grads: of the parameters' shapes, any strides and dtype; None leaves a tensor out.
         """
-        if self.contiguous and all(grad is None or grad.is_contiguous() for grad in grads):
+        if self.contiguous and all(
+            grad is None or grad.is_contiguous() and grad.dtype == self.dtype for grad in grads
+        ):
             ordered = grads
         else:
             ordered = [
@@ -268,8 +270,7 @@ def written(bucket: Bucket, gradients: Gradients, *, zero_grads: bool) -> None:
 
 def _one_minus_power(beta: float, steps: Tensor) -> Tensor:
     """1 - beta^step as update_rules.h computes it. steps: (n,) float32 or float64."""
-    log_beta = torch.tensor(math.log(beta) if beta else -math.inf, dtype=steps.dtype)
-    x = log_beta.to(steps.device) * steps
+    x = steps * (math.log(beta) if beta else -math.inf)
     if steps.dtype == torch.float64:
         return -torch.expm1(x)
     done, halved = x < -18.0, []
@@ -319,7 +320,11 @@ def _update_plain(
             step = bucket.steps[i] + 1
             return random_halves(p.numel(), seed, stream, bucket.indices[i], step).view(p.shape)
 
-        lr = torch.as_tensor(hyper.lr, dtype=wide, device=bucket.device)
+        lr = hyper.lr
+        if isinstance(lr, Tensor):
+            lr = lr.to(bucket.device, wide)
+        else:  # filled in on the device: a copy of a number would wait for it
+            lr = torch.full((), lr, dtype=wide, device=bucket.device)
         decay = lr * torch.tensor(hyper.weight_decay, dtype=wide)
         if grad_factor is not None:
             g = g * grad_factor.to(wide)
@@ -454,8 +459,9 @@ def build_table(bucket: Bucket) -> None:
 
 
 def _alike(grad: Tensor, p: Tensor) -> Tensor:
-    """The gradient, its elements in p's order of memory: itself, or else a copy."""
-    if grad.stride() == p.stride() or grad.is_contiguous() and p.is_contiguous():
+    """The gradient in p's dtype and order of memory: itself, or else a copy."""
+    alike = grad.stride() == p.stride() or grad.is_contiguous() and p.is_contiguous()
+    if alike and grad.dtype == p.dtype:
         return grad
     return torch.empty_like(p, memory_format=torch.preserve_format).copy_(grad)
 
