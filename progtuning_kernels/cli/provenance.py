@@ -51,6 +51,7 @@ def provenance(device: torch.device) -> dict[str, Any]:
     tracked = _git("ls-files", "--error-unmatch", Path(__file__).name) is not None
     commit = _git("rev-parse", "HEAD") if tracked else None
     changes = _git("status", "--porcelain", "--untracked-files=no") if commit else None
+    cuda = {"cuda": torch.version.cuda} if device.type == "cuda" else {}
     packages = ("progtuning_kernels", "transformers", "triton", "peft", "numpy")
     return {
         "commit": commit,
@@ -60,6 +61,7 @@ def provenance(device: torch.device) -> dict[str, Any]:
         "versions": {
             "python": platform.python_version(),
             "torch": torch.__version__,
+            **cuda,
             **{name: _version(name) for name in packages},
         },
     }
