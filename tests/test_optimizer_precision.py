@@ -261,6 +261,19 @@ def test_parameters_that_move_are_found_again():
     assert torch.equal(old, kept) and not torch.equal(own[2].data, kept)
 
 
+def test_state_that_is_cleared_or_replaced_is_found_again():
+    own = parameters()
+    optimizer = MaskedAdamW(own, **SEPARATING)
+    train(optimizer, range(2))
+    optimizer.state.clear()
+    train(optimizer, range(2, 3))
+    assert all(optimizer.state[p]["step"] == 1 for p in own)
+    replaced = {key: value.clone() for key, value in optimizer.state[own[1]].items()}
+    optimizer.state[own[1]] = replaced
+    train(optimizer, range(3, 4))
+    assert replaced["step"] == 2
+
+
 def test_groups_added_later_are_trained_and_tables_are_made_once():
     own = parameters()
     optimizer = MaskedAdamW(own[:4], **SEPARATING)

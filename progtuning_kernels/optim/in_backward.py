@@ -165,7 +165,9 @@ class UpdateInBackward:
             for m in block.members
             if m.parameter.grad is not None or optimizer.state.get(m.parameter)
         ]
-        if started != block.started or not all(b.is_current() for b in block.buckets):
+        if started != block.started or not all(
+            b.is_current(optimizer.state) for b in block.buckets
+        ):
             block.started, block.buckets = started, optimizer.build_buckets(started)
         gradients = [bucket.gather() for bucket in block.buckets]
         previous = self._previous_norm if optimizer.clip_mode == "previous_norm" else None

@@ -226,7 +226,7 @@ class MaskedAdamW(MaskedOptimizer):
         if "masked" in state_dict:
             self.seed = state_dict["masked"]["seed"]
             self._skipped, self._control = state_dict["masked"]["skipped_steps"], None
-        self.on_flags_changed()
+        self._refresh()
 
     def _state_from(self, saved: dict[str, Tensor], p: Tensor) -> dict[str, Tensor]:
         state = self.init_state(p)

@@ -51,8 +51,14 @@ class Member:
 class ActiveBucket:
     """A bucket together with the parameters whose gradients it wants, DTensors included."""
 
-    def __init__(self, members: Sequence[Member], bucket: Bucket, groups: Sequence[int]) -> None:
-        self.members = list(members)
+    def __init__(
+        self,
+        members: Sequence[Member],
+        states: Sequence[dict[str, Tensor]],
+        bucket: Bucket,
+        groups: Sequence[int],
+    ) -> None:
+        self.members, self.states = list(members), list(states)
         self.parameters = [member.parameter for member in members]
         self.bucket = bucket
         self.groups = list(groups)  # of the optimizer, in the bucket's numbering
@@ -75,10 +81,16 @@ class ActiveBucket:
                 )
         return self.bucket.gather(grads)
 
-    def is_current(self) -> bool:
-        """Whether the parameters still lie where the table says: `.data =` and `.to` move them."""
+    def is_current(self, state: dict[Tensor, dict[str, Tensor]]) -> bool:
+        """Whether everything still lies where the table says.
+
+        Parameters move with `.data =`, `.to` and FSDP; their state with whoever clears or replaces
+        the optimizer's entries.
+        """
         locals_ = map(local_of, self.parameters) if self.sharded else self.parameters
-        return self.bucket.addresses == [p.data_ptr() for p in locals_]
+        return self.bucket.addresses == [p.data_ptr() for p in locals_] and all(
+            state.get(p) is own for p, own in zip(self.parameters, self.states, strict=True)
+        )
 
 
 class MaskedOptimizer(Optimizer):
@@ -161,7 +173,7 @@ class MaskedOptimizer(Optimizer):
         in_backward = state.pop("_in_backward", None)
         super().__setstate__(state)
         if in_backward is None:
-            self.on_flags_changed()
+            self._refresh()
         else:
             self.accumulating, self._control = _never, None
             self._start(UpdateInBackward(self) if in_backward else None)
@@ -198,6 +210,11 @@ class MaskedOptimizer(Optimizer):
             self.accumulating = before
 
     def on_flags_changed(self) -> None:
+        """Called when `requires_grad` has changed somewhere, perhaps on another model."""
+        if self._flags != self._current_flags():
+            self._refresh()
+
+    def _refresh(self) -> None:
         """Release or offload what is frozen, and forget the tables that hold its addresses."""
         self._buckets, self._flags = None, self._current_flags()
         self._settle_frozen_state()
@@ -213,7 +230,7 @@ class MaskedOptimizer(Optimizer):
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         super().add_param_group(param_group)
         if hasattr(self, "_buckets"):  # not while torch's own constructor adds the first ones
-            self.on_flags_changed()
+            self._refresh()
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         super().zero_grad(set_to_none)
@@ -256,11 +273,12 @@ class MaskedOptimizer(Optimizer):
         buckets = []
         for same in kinds.values():
             part: list[Member] = []
+            groups: set[int] = set()
             for member in same:
-                groups = {m.group for m in part} | {member.group}
+                groups.add(member.group)
                 if len(part) == TENSORS_PER_LAUNCH or len(groups) > GROUPS_PER_LAUNCH:
                     buckets.append(self._build_bucket(part))
-                    part = []
+                    part, groups = [], {member.group}
                 part.append(member)
             buckets.append(self._build_bucket(part))
         return buckets
@@ -274,7 +292,7 @@ class MaskedOptimizer(Optimizer):
             [member.index for member in members],
             [groups.index(member.group) for member in members],
         )
-        return ActiveBucket(members, bucket, groups)
+        return ActiveBucket(members, states, bucket, groups)
 
     def _start_state(self, p: Tensor) -> dict[str, Tensor]:
         self.state[p].update(self.init_state(p))
@@ -286,7 +304,9 @@ class MaskedOptimizer(Optimizer):
     def _active_buckets(self) -> list[ActiveBucket]:
         """The buckets of this step: those of the last one unless something about them changed."""
         fresh = any(member.parameter.grad is not None for member in self._waiting)
-        current = self._buckets is not None and all(b.is_current() for b in self._buckets)
+        current = self._buckets is not None and all(
+            bucket.is_current(self.state) for bucket in self._buckets
+        )
         if fresh or not current:
             active = [m for m in self.members() if m.parameter.requires_grad]
             started = [
@@ -320,8 +340,7 @@ class MaskedOptimizer(Optimizer):
                 f"{type(self).__name__}: in_backward=True has updated with scaled gradients before "
                 "GradScaler said so: train in bfloat16, or clip with clip_mode='exact'"
             )
-        if self._flags != self._current_flags():  # nobody announced it
-            self.on_flags_changed()
+        self.on_flags_changed()  # where nobody announced it
         left = early is None or any(
             p.grad is not None for group in self.param_groups for p in group["params"]
         )
