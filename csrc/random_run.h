@@ -27,7 +27,7 @@ struct RandomRun {
   uint32_t step;
 };
 
-PROGTUNING_RULE void draw_one_by_one(const RandomRun& run, uint16_t* random) {
+inline void draw_run_plain(const RandomRun& run, uint16_t* random) {
   for (int i = 0; i < kRun / 8; ++i) {
     const RandomWords drawn = philox(run.seed, run.eighth + i, run.stream, run.tensor, run.step);
     for (int word = 0; word < 4; ++word) {
@@ -37,17 +37,9 @@ PROGTUNING_RULE void draw_one_by_one(const RandomRun& run, uint16_t* random) {
   }
 }
 
-#ifndef PROGTUNING_VERSIONS
+#ifdef PROGTUNING_VERSIONS
 
-void draw_run(const RandomRun& run, uint16_t* random) { draw_one_by_one(run, random); }
-
-#else
-
-__attribute__((target("default"))) void draw_run(const RandomRun& run, uint16_t* random) {
-  draw_one_by_one(run, random);
-}
-
-__attribute__((target("avx2"))) void draw_run(const RandomRun& run, uint16_t* random) {
+__attribute__((target("avx2"))) inline void draw_run_avx2(const RandomRun& run, uint16_t* random) {
   const __m256i m0 = _mm256_set1_epi64x(0xD2511F53), m1 = _mm256_set1_epi64x(0xCD9E8D57);
   const uint64_t c1_bits = (run.eighth >> 32) | (static_cast<uint64_t>(run.stream) << 24);
   for (int group = 0; group < kRun / 32; ++group) {
@@ -76,7 +68,7 @@ __attribute__((target("avx2"))) void draw_run(const RandomRun& run, uint16_t* ra
   }
 }
 
-__attribute__((target("avx512f"))) void draw_run(const RandomRun& run, uint16_t* random) {
+__attribute__((target("avx512f"))) inline void draw_run_avx512(const RandomRun& run, uint16_t* random) {
   const __m512i m0 = _mm512_set1_epi64(0xD2511F53), m1 = _mm512_set1_epi64(0xCD9E8D57);
   const uint64_t c1_bits = (run.eighth >> 32) | (static_cast<uint64_t>(run.stream) << 24);
   for (int group = 0; group < kRun / 64; ++group) {
@@ -102,6 +94,17 @@ __attribute__((target("avx512f"))) void draw_run(const RandomRun& run, uint16_t*
 }
 
 #endif
+
+inline void draw_run(const RandomRun& run, uint16_t* random) {
+#ifdef PROGTUNING_VERSIONS
+  static const auto best = __builtin_cpu_supports("avx512f") ? draw_run_avx512
+                           : __builtin_cpu_supports("avx2")  ? draw_run_avx2
+                                                             : draw_run_plain;
+  best(run, random);
+#else
+  draw_run_plain(run, random);
+#endif
+}
 
 }  // namespace
 }  // namespace progtuning

@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+import ctypes
 import math
+import platform
+import shutil
+import subprocess
 import sys
 from collections.abc import Sequence
+from pathlib import Path
 
 import pytest
 import torch
@@ -24,6 +29,7 @@ from progtuning_kernels.ops.low_precision import (
 from progtuning_kernels.ops.masked_update import Bucket, Hyper, Moments, _one_minus_power
 
 CPU = torch.device("cpu")
+CSRC = Path(__file__).parent.parent / "csrc"
 MODULE = sys.modules["progtuning_kernels.ops.masked_update"]
 # lr and decay of 0.1, eps of 1e-3, step 7, scale 0.5: at the defaults, decay before and after the
 # update differ by 1e-7 and a test cannot see which one is there
@@ -291,6 +297,98 @@ def test_alignment_and_threads_do_not_change_the_bits(dtype, moment_dtype, extra
         results.append([*bucket.params, *(t for m in bucket.moments for t in m if t is not None)])
     for other in results[1:]:
         assert all(map(torch.equal, results[0], other))
+
+
+DRAW_SHIM = """
+#include "random_run.h"
+using namespace progtuning;
+extern "C" bool draw(int version, uint64_t seed, uint64_t eighth, uint32_t tensor, uint32_t step,
+                     uint16_t* random) {
+  const RandomRun run{seed, eighth, RandomStream::kMoments, tensor, step};
+  if (version == 0) {
+    draw_run_plain(run, random);
+    return true;
+  }
+#ifdef PROGTUNING_VERSIONS
+  if (version == 1 && __builtin_cpu_supports("avx2")) {
+    draw_run_avx2(run, random);
+    return true;
+  }
+  if (version == 2 && __builtin_cpu_supports("avx512f")) {
+    draw_run_avx512(run, random);
+    return true;
+  }
+#endif
+  return false;
+}
+"""
+UPDATE_SHIM = """
+#include "launchers.h"
+using namespace progtuning;
+extern "C" bool update(const UpdateRecord* table, int64_t count, void* const* grads, int param,
+                       int moments, bool master, bool stochastic, uint64_t seed) {
+  const UpdateHyper hyper{0.1, 0.1, 1e-3, 0.8, 0.95, nullptr};
+  const UpdateVariant variant{DType(param), DType(moments), master, stochastic};
+  const UpdateStep step{nullptr, nullptr, seed, false};
+  return masked_update_cpu(table, count, grads, &hyper, variant, step, 1);
+}
+"""
+
+
+def _compiled(folder: Path, name: str, source: str, *flags: str) -> subprocess.Popen:
+    (folder / f"{name}.cpp").write_text(source)
+    command = ["g++", "-O3", "-std=c++17", "-fPIC", "-shared", "-fno-math-errno"]
+    command += ["-ffp-contract=off", f"-I{CSRC}", *flags, f"{name}.cpp", "-o", f"{name}.so"]
+    return subprocess.Popen(command, cwd=folder)
+
+
+@native_only
+@pytest.mark.skipif(shutil.which("g++") is None, reason="no g++")
+@pytest.mark.skipif(platform.machine() != "x86_64", reason="one version only")
+def test_instruction_sets_do_not_change_the_bits(tmp_path):
+    """The bodies for other processors than this one, which would never run here."""
+    flags = Path("/proc/cpuinfo").read_text().split()
+    one = ["-DPROGTUNING_ONE_ISA", str(CSRC / "masked_update_cpu.cpp")]
+    builds = [
+        _compiled(tmp_path, "draws", DRAW_SHIM),
+        _compiled(tmp_path, "plain", UPDATE_SHIM, *one),
+    ]
+    names = ["plain"]
+    if "avx2" in flags and "fma" in flags:
+        names.append("avx2")
+        builds.append(_compiled(tmp_path, "avx2", UPDATE_SHIM, "-mavx2", "-mfma", *one))
+    assert not any(build.wait() for build in builds)
+
+    draws = ctypes.CDLL(str(tmp_path / "draws.so")).draw
+    kinds = [ctypes.c_int, ctypes.c_uint64, ctypes.c_uint64, ctypes.c_uint32, ctypes.c_uint32]
+    draws.argtypes, draws.restype = [*kinds, ctypes.c_void_p], ctypes.c_bool
+    seed, index, step = 2**63 + 9, 2**32 - 2, torch.tensor(7.0)
+    expected = random_halves(512, seed, "moments", index, step)[256:]
+    for version in range(3):
+        drawn = torch.zeros(256, dtype=torch.int16)
+        if draws(version, seed, 32, index, 7, drawn.data_ptr()):
+            assert torch.equal(drawn.to(torch.int64) & 0xFFFF, expected), version
+    far = [torch.zeros(256, dtype=torch.int16) for _ in range(3)]  # beyond 2**32 eighths
+    ran = [draws(v, seed, 2**37 + 2**32 - 32, 1, 2, far[v].data_ptr()) for v in range(3)]
+    assert all(torch.equal(far[0], x) for x, there in zip(far, ran, strict=True) if there)
+
+    for name in names:
+        update = ctypes.CDLL(str(tmp_path / f"{name}.so")).update
+        pointer, boolean = ctypes.c_void_p, ctypes.c_bool
+        update.argtypes = [pointer, ctypes.c_int64, pointer, ctypes.c_int, ctypes.c_int]
+        update.argtypes += [boolean, boolean, ctypes.c_uint64]
+        for dtype, moment_dtype, extra in PRECISIONS:
+            ours, grads = make(dtype, moment_dtype, extra, "native")
+            other, _ = make(dtype, moment_dtype, extra, "native")
+            ours.update(grads, hypers(), seed=seed)
+            MODULE.build_table(other)
+            addresses = torch.tensor(other.gather(grads).addresses)
+            codes = map(_backend.dtype_code, (dtype, other.moment_dtype))
+            kind = (*codes, extra == "master", extra == "stochastic", seed)
+            assert update(other.table.data_ptr(), len(grads), addresses.data_ptr(), *kind)
+            for a, b in zip(ours.moments, other.moments, strict=True):
+                assert all(x is y or torch.equal(x, y) for x, y in zip(a, b, strict=True)), name
+            assert all(map(torch.equal, ours.params, other.params)), (name, dtype, moment_dtype)
 
 
 @both
