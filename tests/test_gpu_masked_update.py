@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 
 import pytest
 import torch
@@ -21,7 +22,6 @@ from progtuning_kernels.ops.masked_update import Bucket, Hyper, Moments, build_t
 
 pytestmark = pytest.mark.gpu
 
-DEVICE = "cuda"
 SIZES = [1, 3, 255, 257, 4097, 8191, 8193, 2**20 + 3]
 SEED = 2**63 + 12345
 # of such size that formulas, groups and roundings differ visibly
@@ -43,6 +43,32 @@ every_precision = pytest.mark.parametrize(
 FLOAT32, EIGHT_BIT = PRECISIONS[0], PRECISIONS[5]
 
 
+class Gpu:
+    """What these tests ask of the GPU; test_cuda_emulated.py has another."""
+
+    name = "cuda"
+
+    def bucket(self, *args, **options) -> Bucket:
+        return Bucket(*args, implementation="native", **options)
+
+    def norm(self, tensors: Sequence[Tensor], kind: str = "l2") -> Tensor:
+        return masked_norm(tensors, kind=kind, implementation="native")
+
+    def stream(self) -> int:
+        return _backend.cuda_stream(torch.device(self.name, torch.cuda.current_device()))
+
+    def captured(self, step: Callable[[], None]) -> Callable[[], None]:
+        """What replays a graph of `step`, whose kernels have been loaded before."""
+        torch.cuda.synchronize()
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            step()
+        return graph.replay
+
+
+GPU = Gpu()
+
+
 @dataclass
 class State:
     """Everything that an update reads and writes, for tensors of one precision."""
@@ -53,6 +79,7 @@ class State:
     steps: list[Tensor]
     masters: list[Tensor] | None
     stochastic: bool
+    gpu: bool = False
 
     @classmethod
     def random(cls, precision, sizes: Sequence[int], seed: int = 0) -> State:
@@ -91,13 +118,15 @@ class State:
             each(self.steps),
             None if self.masters is None else each(self.masters),
             self.stochastic,
+            self.gpu,
         )
 
     def on_gpu(self) -> State:
-        return self.mapped(lambda t: t.to(DEVICE, copy=True))
+        return replace(self.mapped(lambda t: t.to(GPU.name, copy=True)), gpu=True)
 
-    def bucket(self, **options) -> Bucket:
-        return Bucket(
+    def bucket(self) -> Bucket:
+        make = GPU.bucket if self.gpu else partial(Bucket, implementation="native")
+        return make(
             self.params,
             self.moments,
             self.steps,
@@ -105,8 +134,6 @@ class State:
             indices=[5 * i + 2 for i in range(len(self.params))],
             groups=[i % len(HYPERS) for i in range(len(self.params))],
             stochastic_rounding=self.stochastic,
-            implementation="native",
-            **options,
         )
 
     def named(self) -> Iterator[tuple[str, Tensor]]:
@@ -123,8 +150,8 @@ def assert_same(one: State, other: State) -> None:
         assert torch.equal(a.cpu(), b.cpu()), name
 
 
-def number(x: float, device: str = DEVICE) -> Tensor:
-    return torch.tensor(x, device=device)
+def number(x: float) -> Tensor:
+    return torch.tensor(x, device=GPU.name)
 
 
 def updated(state: State, updates: int = 3, **step) -> State:
@@ -155,7 +182,7 @@ def test_every_pointer_may_lie_askew(precision):
     buffers: list[tuple[Tensor, int]] = []
 
     def askew(t: Tensor) -> Tensor:
-        buffer = torch.full((t.numel() + 2,), 77, dtype=t.dtype, device=DEVICE)
+        buffer = torch.full((t.numel() + 2,), 77, dtype=t.dtype, device=GPU.name)
         buffers.append((buffer, t.numel()))
         return buffer[1:-1].copy_(t)
 
@@ -263,16 +290,16 @@ class Decision:
         if bucket.table is None:
             build_table(bucket)
         self.bucket = bucket
-        self.partials = torch.full((len(bucket.chunks),), math.nan, device=DEVICE)
-        self.control = torch.zeros(4, device=DEVICE)
+        self.partials = torch.full((len(bucket.chunks),), math.nan, device=GPU.name)
+        self.control = torch.zeros(4, device=GPU.name)
 
     def sums(self, grads: Sequence[Tensor | None]) -> Tensor:
-        bucket, stream = self.bucket, _backend.cuda_stream(self.bucket.device)
+        bucket = self.bucket
         tables = (bucket.table.data_ptr(), bucket.chunks.data_ptr(), len(bucket.chunks))
         addresses = [0 if g is None else g.data_ptr() or 16 for g in grads]
         dtype = _backend.dtype_code(bucket.dtype)
         _backend.native_extension().bucket_norm_partials_cuda(
-            *tables, addresses, dtype, self.partials.data_ptr(), stream
+            *tables, addresses, dtype, self.partials.data_ptr(), GPU.stream()
         )
         return self.partials
 
@@ -282,9 +309,9 @@ class Decision:
 
 def decided(partials, control, max_norm, grad_scale, found_inf, skip) -> Tensor:
     optional = (0 if t is None else t.data_ptr() for t in (grad_scale, found_inf))
-    stream = _backend.cuda_stream(control.device)
+    where = (control.data_ptr(), GPU.stream())
     _backend.native_extension().norm_decision_cuda(
-        partials.data_ptr(), len(partials), *optional, max_norm, skip, control.data_ptr(), stream
+        partials.data_ptr(), len(partials), *optional, max_norm, skip, *where
     )
     return control
 
@@ -296,7 +323,7 @@ def test_a_buckets_norm_is_masked_norm(precision):
     decision = Decision(gpu.bucket())
     every = decision.sums(gpu.grads).clone()
     norm = decision.decide(max_norm=0.0)[0]
-    assert torch.equal(norm, masked_norm(gpu.grads, implementation="native"))
+    assert torch.equal(norm, GPU.norm(gpu.grads))
     some = decision.sums([*gpu.grads[:2], None, *gpu.grads[3:]])
     tensors = decision.bucket.chunks[:, 0]
     assert torch.equal(some, torch.where(tensors == 2, 0.0, every))
@@ -314,9 +341,9 @@ def test_the_decision_is_that_of_torch(largest, found_inf, grad_scale, max_norm,
     clip = (torch.tensor(max_norm) / (norm + 1e-6)).clamp(max=1.0) if max_norm else torch.ones(())
     skip = bool(found_inf) or (skip_nonfinite and not math.isfinite(largest))
     expected = torch.stack([norm, clip / (grad_scale or 1.0), torch.tensor(float(skip))])
-    control = torch.tensor([math.nan, math.nan, math.nan, 5.0], device=DEVICE)
+    control = torch.tensor([math.nan, math.nan, math.nan, 5.0], device=GPU.name)
     given = (None if x is None else number(x) for x in (grad_scale, found_inf))
-    decided(partials.to(DEVICE), control, max_norm, *given, skip_nonfinite)
+    decided(partials.to(GPU.name), control, max_norm, *given, skip_nonfinite)
     torch.testing.assert_close(control[:3].cpu(), expected, rtol=0, atol=0, equal_nan=True)
     assert control[3] == 5 + skip
 
@@ -325,14 +352,14 @@ def test_the_decision_is_that_of_torch(largest, found_inf, grad_scale, max_norm,
 def test_largest_magnitude(dtype):
     generator = torch.Generator().manual_seed(0)
     for n in (1, 257, 8193, 70_001):
-        buffer = torch.randn(n + 3, generator=generator).to(DEVICE, dtype)
+        buffer = torch.randn(n + 3, generator=generator).to(GPU.name, dtype)
         for offset in (0, 3):
             x = buffer[offset : offset + n]
             x[n // 2] = -9.0
             for bad in (None, -math.inf, math.nan):
                 if bad is not None:
                     x[-1] = bad
-                norm = masked_norm([x[:0], x], kind="inf", implementation="native")
+                norm = GPU.norm([x[:0], x], kind="inf")
                 assert torch.equal(norm.isnan(), x.isnan().any())
                 assert norm.isnan() or norm == x.abs().max().float()
 
@@ -356,10 +383,7 @@ def test_graph_replays_with_new_values(precision, tensors):
     buckets = [state.bucket() for state in (warm, gpu)]
     decisions = [Decision(bucket) for bucket in buckets]
     step(warm, buckets[0], decisions[0])  # kernels are loaded outside the capture
-    torch.cuda.synchronize()
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        step(gpu, buckets[1], decisions[1])
+    replay_graph = GPU.captured(lambda: step(gpu, buckets[1], decisions[1]))
     bucket, control = cpu.bucket(), decisions[1].control
 
     skipped = 0
@@ -373,7 +397,7 @@ def test_graph_replays_with_new_values(precision, tensors):
         for mine, theirs, gradient in zip(cpu.grads, gpu.grads, gradients, strict=True):
             mine.copy_(gradient)
             theirs.copy_(gradient)
-        graph.replay()
+        replay_graph()
         given = [h._replace(lr=lr.item()) for h in HYPERS]
         factor, skip = control[1].cpu(), control[2].cpu()
         bucket.update(cpu.grads, given, grad_factor=factor, found_inf=skip, seed=SEED)

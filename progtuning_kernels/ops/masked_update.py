@@ -16,7 +16,7 @@ in one; `found_inf` skips the call; gradients are zeroed on request, in a skippe
   kernels and specification give the same bits, for any number of threads. (The reference calls
   torch's fused kernel where that fits, and that rounds elsewhere.)
 - random numbers: `low_precision.py`, from (seed, stream, index of the tensor, step, element).
-  kernels give the same bits for any number of threads; the reference differs by a rounding in p,
+- mutated: params, moments, scales, masters, steps; grads where zeroed. The reference, where it uses
   torch's fused kernel, leaves the grads multiplied by grad_factor.
 """
 
@@ -448,14 +448,19 @@ def record_of(bucket: Bucket, i: int) -> list[int]:
 
 def build_table(bucket: Bucket) -> None:
     """Fills in the bucket's tables, on its device."""
-    bucket.table = torch.tensor([record_of(bucket, i) for i in range(len(bucket.params))])
+    records = torch.tensor([record_of(bucket, i) for i in range(len(bucket.params))])
+    bucket.table = records.to(bucket.device)
     if bucket.device.type == "cuda":
-        counts = [-(-p.numel() // UPDATE_CHUNK) for p in bucket.params]
-        tensors = torch.repeat_interleave(torch.tensor(counts))
-        chunks = torch.cat([torch.arange(count) for count in counts])
-        bucket.chunks = torch.stack((tensors, chunks), dim=1).to(torch.int32).to(bucket.device)
-        bucket.table = bucket.table.to(bucket.device)
-        bucket.ticket = torch.zeros((), dtype=torch.int32, device=bucket.device)
+        build_chunks(bucket)
+
+
+def build_chunks(bucket: Bucket) -> None:
+    """What a launch on CUDA needs beside the records: its blocks' work, and their count."""
+    counts = [-(-p.numel() // UPDATE_CHUNK) for p in bucket.params]
+    tensors = torch.repeat_interleave(torch.tensor(counts))
+    chunks = torch.cat([torch.arange(count) for count in counts])
+    bucket.chunks = torch.stack((tensors, chunks), dim=1).to(torch.int32).to(bucket.device)
+    bucket.ticket = torch.zeros((), dtype=torch.int32, device=bucket.device)
 
 
 def _alike(grad: Tensor, p: Tensor) -> Tensor:

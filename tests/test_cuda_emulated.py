@@ -1,0 +1,215 @@
+"""The CUDA kernels without a GPU: compiled by g++ against an emulation of the runtime.
+
+cuda_emulation/cuda_runtime.h says what is emulated. The checks are the tests that the kernels have
+on a GPU. One process has room for one `_C`, so the functions named check_* run in one of their own,
+with the emulated `_C` in the place of the real one.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import math
+import os
+import re
+import shutil
+import subprocess
+import sys
+import sysconfig
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+
+EMULATED = "PROGTUNING_EMULATED"  # environment variable of the process of the check_*
+if EMULATED in os.environ:  # before progtuning_kernels looks for its `_C`
+    spec = importlib.util.spec_from_file_location("progtuning_kernels._C", os.environ[EMULATED])
+    sys.modules[spec.name] = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(sys.modules[spec.name])
+
+import test_gpu_masked_update  # noqa: E402
+import test_masked_norm  # noqa: E402
+
+from progtuning_kernels import _backend  # noqa: E402
+from progtuning_kernels.ops.masked_update import (  # noqa: E402
+    Bucket,
+    Gradients,
+    Hyper,
+    build_chunks,
+    build_table,
+)
+
+TESTS = Path(__file__).parent
+CSRC = TESTS.parent / "csrc"
+LAUNCH = re.compile(r"(\w+(?:<[^;{}]*?>)?)<<<([^;]*?)>>>\(([^;]*?)\);")
+# As setup.py where bits depend on it; a vector at an address that no GPU takes ends the process.
+FLAGS = ["-O1", "-std=c++17", "-fPIC", "-fvisibility=hidden", "-fno-math-errno"]
+FLAGS += ["-ffp-contract=off", "-fsanitize=alignment", "-fno-sanitize-recover=alignment"]
+FLAGS += ["-DPROGTUNING_ONE_ISA", "-DPROGTUNING_CUDA", '-DPROGTUNING_CUDA_ARCHS="emulated"']
+TOO_LONG = "1048579 or (graph and 449)"  # of the tests on a GPU
+
+
+class EmulatedGpu:
+    """Tensors stay on the CPU; kernels get their addresses."""
+
+    name = "cpu"
+
+    def bucket(self, *args, **options) -> Bucket:
+        bucket = Bucket(*args, implementation="native", **options)
+        bucket.implementation = _backend.Implementation("native", update, lambda bucket: None)
+        build_table(bucket)
+        build_chunks(bucket)
+        return bucket
+
+    def norm(self, tensors: Sequence[Tensor], kind: str = "l2") -> Tensor:
+        extension = _backend.native_extension()
+        sizes = [t.numel() for t in tensors]
+        partials = torch.full((extension.masked_norm_chunks(sizes),), math.nan)
+        out = torch.full((), math.nan)
+        extension.masked_norm_cuda(
+            [t.data_ptr() for t in tensors],
+            sizes,
+            _backend.dtype_code(tensors[0].dtype),
+            extension.norm_kinds[kind],
+            partials.data_ptr(),
+            len(partials),
+            out.data_ptr(),
+            self.stream(),
+        )
+        return out
+
+    def stream(self) -> int:
+        return 0
+
+    def captured(self, step: Callable[[], None]) -> Callable[[], None]:
+        return step  # a capture runs nothing either
+
+
+def update(
+    bucket: Bucket,
+    gradients: Gradients,
+    hypers: Sequence[Hyper],
+    *,
+    grad_factor: Tensor | None,
+    found_inf: Tensor | None,
+    seed: int,
+    zero_grads: bool,
+) -> None:
+    """As masked_update's own on cuda."""
+    _backend.native_extension().masked_update_cuda(
+        bucket.table.data_ptr(),
+        bucket.chunks.data_ptr(),
+        len(bucket.chunks),
+        bucket.ticket.data_ptr(),
+        gradients.addresses,
+        [(0.0, *h[1:], h.lr.data_ptr()) if isinstance(h.lr, Tensor) else (*h, 0) for h in hypers],
+        _backend.dtype_code(bucket.dtype),
+        _backend.dtype_code(bucket.moment_dtype),
+        bucket.masters is not None,
+        bucket.stochastic_rounding,
+        0 if grad_factor is None else grad_factor.data_ptr(),
+        0 if found_inf is None else found_inf.data_ptr(),
+        seed,
+        zero_grads,
+        GPU.stream(),
+    )
+    assert bucket.ticket == 0
+
+
+GPU = EmulatedGpu()
+
+
+@pytest.fixture(autouse=True)
+def emulated_gpu(monkeypatch):
+    """In the place of the GPU, for the tests of other files."""
+    random_list = test_masked_norm.random_list
+
+    def norm(tensors: Sequence[Tensor], *, implementation: str) -> Tensor:
+        assert implementation == "native"
+        return GPU.norm(tensors)
+
+    def list_on_gpu(sizes, dtype=torch.float32, device=GPU.name) -> list[Tensor]:
+        return random_list(sizes, dtype, GPU.name)
+
+    monkeypatch.setattr(test_gpu_masked_update, "GPU", GPU)
+    monkeypatch.setattr(test_masked_norm, "masked_norm", norm)
+    monkeypatch.setattr(test_masked_norm, "random_list", list_on_gpu)
+
+
+globals().update(
+    (name.replace("test_", "check_", 1), test)
+    for name, test in vars(test_gpu_masked_update).items()
+    if name.startswith("test_") and name != "test_runs_on_the_current_stream"
+)
+
+
+@pytest.mark.parametrize("dtype", test_masked_norm.CUDA_DTYPES, ids=str)
+def check_norm(dtype):
+    test_masked_norm.test_cuda_accuracy(dtype)
+    test_masked_norm.test_cuda_alignment_does_not_change_the_bits(dtype)
+
+
+@pytest.mark.parametrize("count", [1, 447, 448, 449, 897])
+def check_norm_of_lists_longer_than_one_launch(count):
+    test_masked_norm.test_cuda_lists_longer_than_one_launch(count)
+
+
+def source_for_the_cpu(path: Path) -> str:
+    text = path.read_text()
+    launches = text.count("<<<")
+    text, found = LAUNCH.subn(r"emulation::launch(\2, [&] { \1(\3); });", text)
+    assert found == launches, f"{path.name}: {launches} launches, {found} of them understood"
+    return text
+
+
+@pytest.fixture(scope="module")
+def extension(tmp_path_factory) -> Path:
+    """`_C` with the emulated kernels."""
+    cxx = shutil.which("g++")
+    if cxx is None:
+        pytest.skip("no g++")
+    sanitizer = subprocess.run(
+        [cxx, "-print-file-name=libubsan.so"], capture_output=True, text=True
+    )
+    if not Path(sanitizer.stdout.strip()).is_absolute():
+        pytest.skip("g++ without its sanitizers (libubsan)")
+    pybind11 = pytest.importorskip("pybind11")
+    folder = tmp_path_factory.mktemp("emulated")
+    kernels = []
+    for path in CSRC.glob("*.cu"):
+        kernels.append(folder / f"{path.name}.cpp")
+        kernels[-1].write_text(source_for_the_cpu(path))
+    sources = [*CSRC.glob("*.cpp"), TESTS / "cuda_emulation" / "emulator.cpp", *kernels]
+    sources.sort(key=lambda source: source.name != "module.cpp")  # first what takes longest
+    included = [TESTS / "cuda_emulation", CSRC, pybind11.get_include()]
+    included += [sysconfig.get_path("include")]
+    includes = [f"-I{include}" for include in included]
+
+    def run(*command: str | Path) -> None:
+        done = subprocess.run([cxx, *FLAGS, *command], capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr
+
+    def compiled(source: Path) -> Path:
+        run(*includes, "-c", source, "-o", folder / f"{source.stem}.o")
+        return folder / f"{source.stem}.o"
+
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        objects = list(pool.map(compiled, sources))
+    library = folder / "_C.so"
+    run("-shared", *objects, "-o", library)
+    return library
+
+
+def test_on_the_cpu(extension):
+    """Every check_* of this file, in one process."""
+    command = [sys.executable, "-m", "pytest", __file__, "-o", "python_functions=check_*"]
+    command += ["-k", f"not ({TOO_LONG})", "-p", "no:cacheprovider", "-W", "error"]
+    command += ["--capture=sys"]  # the message of a process that ends is then seen
+    environment = {**os.environ, EMULATED: str(extension)}
+    done = subprocess.run(
+        command, env=environment, cwd=TESTS.parent, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "skipped" not in done.stdout
