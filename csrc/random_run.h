@@ -17,6 +17,7 @@ namespace progtuning {
 namespace {
 
 constexpr int kRun = 256;
+constexpr int kRounds = 7;
 
 // What a run's counters have in common; the run begins at element 8 * eighth, a multiple of kRun.
 struct RandomRun {
@@ -41,6 +42,11 @@ inline void draw_run_plain(const RandomRun& run, uint16_t* random) {
 
 __attribute__((target("avx2"))) inline void draw_run_avx2(const RandomRun& run, uint16_t* random) {
   const __m256i m0 = _mm256_set1_epi64x(0xD2511F53), m1 = _mm256_set1_epi64x(0xCD9E8D57);
+  __m256i k0[kRounds], k1[kRounds];
+  for (int round = 0; round < kRounds; ++round) {
+    k0[round] = _mm256_set1_epi64x(static_cast<uint32_t>(run.seed) + round * 0x9E3779B9u);
+    k1[round] = _mm256_set1_epi64x(static_cast<uint32_t>(run.seed >> 32) + round * 0xBB67AE85u);
+  }
   const uint64_t c1_bits = (run.eighth >> 32) | (static_cast<uint64_t>(run.stream) << 24);
   for (int group = 0; group < kRun / 32; ++group) {
     // in the order in which the two unpacks below leave consecutive counters
@@ -48,17 +54,13 @@ __attribute__((target("avx2"))) inline void draw_run_avx2(const RandomRun& run, 
                                   _mm256_setr_epi64x(0, 2, 1, 3));
     __m256i c1 = _mm256_set1_epi64x(c1_bits);
     __m256i c2 = _mm256_set1_epi64x(run.tensor), c3 = _mm256_set1_epi64x(run.step);
-    uint32_t k0 = static_cast<uint32_t>(run.seed), k1 = static_cast<uint32_t>(run.seed >> 32);
-    for (int round = 0; round < 7; ++round) {
+#pragma GCC unroll 7
+    for (int round = 0; round < kRounds; ++round) {
       const __m256i a = _mm256_mul_epu32(c0, m0), b = _mm256_mul_epu32(c2, m1);
-      c0 = _mm256_xor_si256(_mm256_xor_si256(_mm256_srli_epi64(b, 32), c1),
-                            _mm256_set1_epi64x(k0));
-      c2 = _mm256_xor_si256(_mm256_xor_si256(_mm256_srli_epi64(a, 32), c3),
-                            _mm256_set1_epi64x(k1));
+      c0 = _mm256_xor_si256(_mm256_xor_si256(_mm256_srli_epi64(b, 32), c1), k0[round]);
+      c2 = _mm256_xor_si256(_mm256_xor_si256(_mm256_srli_epi64(a, 32), c3), k1[round]);
       c1 = b;
       c3 = a;
-      k0 += 0x9E3779B9u;
-      k1 += 0xBB67AE85u;
     }
     const __m256i low = _mm256_blend_epi32(c0, _mm256_slli_epi64(c1, 32), 0xAA);
     const __m256i high = _mm256_blend_epi32(c2, _mm256_slli_epi64(c3, 32), 0xAA);
@@ -68,23 +70,28 @@ __attribute__((target("avx2"))) inline void draw_run_avx2(const RandomRun& run, 
   }
 }
 
-__attribute__((target("avx512f"))) inline void draw_run_avx512(const RandomRun& run, uint16_t* random) {
+__attribute__((target("avx512f"))) inline void draw_run_avx512(const RandomRun& run,
+                                                               uint16_t* random) {
   const __m512i m0 = _mm512_set1_epi64(0xD2511F53), m1 = _mm512_set1_epi64(0xCD9E8D57);
+  __m512i k0[kRounds], k1[kRounds];
+  for (int round = 0; round < kRounds; ++round) {
+    k0[round] = _mm512_set1_epi64(static_cast<uint32_t>(run.seed) + round * 0x9E3779B9u);
+    k1[round] = _mm512_set1_epi64(static_cast<uint32_t>(run.seed >> 32) + round * 0xBB67AE85u);
+  }
   const uint64_t c1_bits = (run.eighth >> 32) | (static_cast<uint64_t>(run.stream) << 24);
+  constexpr int kXor = 0x96;  // of three
   for (int group = 0; group < kRun / 64; ++group) {
     __m512i c0 = _mm512_add_epi64(_mm512_set1_epi64((run.eighth & 0xffffffffu) + 8 * group),
                                   _mm512_setr_epi64(0, 4, 1, 5, 2, 6, 3, 7));
     __m512i c1 = _mm512_set1_epi64(c1_bits);
     __m512i c2 = _mm512_set1_epi64(run.tensor), c3 = _mm512_set1_epi64(run.step);
-    uint32_t k0 = static_cast<uint32_t>(run.seed), k1 = static_cast<uint32_t>(run.seed >> 32);
-    for (int round = 0; round < 7; ++round) {
+#pragma GCC unroll 7
+    for (int round = 0; round < kRounds; ++round) {
       const __m512i a = _mm512_mul_epu32(c0, m0), b = _mm512_mul_epu32(c2, m1);
-      c0 = _mm512_xor_si512(_mm512_xor_si512(_mm512_srli_epi64(b, 32), c1), _mm512_set1_epi64(k0));
-      c2 = _mm512_xor_si512(_mm512_xor_si512(_mm512_srli_epi64(a, 32), c3), _mm512_set1_epi64(k1));
+      c0 = _mm512_ternarylogic_epi64(_mm512_srli_epi64(b, 32), c1, k0[round], kXor);
+      c2 = _mm512_ternarylogic_epi64(_mm512_srli_epi64(a, 32), c3, k1[round], kXor);
       c1 = b;
       c3 = a;
-      k0 += 0x9E3779B9u;
-      k1 += 0xBB67AE85u;
     }
     const __m512i low = _mm512_mask_blend_epi32(0xAAAA, c0, _mm512_slli_epi64(c1, 32));
     const __m512i high = _mm512_mask_blend_epi32(0xAAAA, c2, _mm512_slli_epi64(c3, 32));
