@@ -35,7 +35,7 @@ int masked_norm_cuda(const void* const* tensors, const int64_t* sizes, int64_t n
                      DType dtype, NormKind kind, float* partials, float* out, void* stream);
 
 // One active tensor of a bucket, as it lies in the bucket's table: 9 words of 8 bytes, which
-// progtuning_kernels/ops/masked_update.py fills. The table is in the memory of the device and holds
+// progtuning_kernels/ops/bucket.py fills. The table is in the memory of the device and holds
 // for a whole stage; only the gradients' addresses come anew with every step.
 struct UpdateRecord {
   void* param;

@@ -33,7 +33,7 @@ namespace {
 constexpr int kThreads = 256;
 constexpr int kWarp = 32;
 constexpr int kCudaChunk = 8192;
-static_assert(kCudaChunk == 8192, "UPDATE_CHUNK in progtuning_kernels/ops/masked_update.py");
+static_assert(kCudaChunk == 8192, "UPDATE_CHUNK in progtuning_kernels/ops/bucket.py");
 static_assert(kCudaChunk % kQuantBlock == 0, "a chunk shares no block of codes with another");
 
 struct Group {

@@ -33,7 +33,7 @@ import test_gpu_masked_update  # noqa: E402
 import test_masked_norm  # noqa: E402
 
 from progtuning_kernels import _backend  # noqa: E402
-from progtuning_kernels.ops.masked_update import (  # noqa: E402
+from progtuning_kernels.ops.bucket import (  # noqa: E402
     Bucket,
     Gradients,
     Hyper,

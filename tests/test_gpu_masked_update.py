@@ -17,8 +17,8 @@ from torch import Tensor
 
 from progtuning_kernels import _backend
 from progtuning_kernels.ops import masked_norm
+from progtuning_kernels.ops.bucket import Bucket, Hyper, Moments, build_table
 from progtuning_kernels.ops.low_precision import encode_exp_avg, encode_exp_avg_sq
-from progtuning_kernels.ops.masked_update import Bucket, Hyper, Moments, build_table
 
 pytestmark = pytest.mark.gpu
 

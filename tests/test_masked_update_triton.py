@@ -19,14 +19,8 @@ import torch
 from torch import Tensor
 
 from progtuning_kernels.ops import low_precision
-from progtuning_kernels.ops.masked_update import (
-    Bucket,
-    Hyper,
-    Moments,
-    _one_minus_power,
-    _update_plain,
-    record_of,
-)
+from progtuning_kernels.ops.bucket import Bucket, Hyper, Moments, record_of
+from progtuning_kernels.ops.masked_update import _one_minus_power, _update_plain
 
 triton = pytest.importorskip("triton")
 

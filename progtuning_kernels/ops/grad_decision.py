@@ -17,8 +17,8 @@ import torch
 from torch import Tensor
 
 from .. import _backend
+from .bucket import Bucket, Gradients, build_table
 from .masked_norm import masked_norm
-from .masked_update import Bucket, Gradients, build_table
 
 
 class GradDecision(NamedTuple):

@@ -24,14 +24,24 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from .. import _backend
+from .bucket import (
+    Bucket,
+    Gradients,
+    Hyper,
+    Moments,
+    alike,
+    build_table,
+    in_memory_order,
+    is_dense,
+    written,
+)
 from .low_precision import (
-    QUANT_BLOCK,
     decode_exp_avg,
     decode_exp_avg_sq,
     encode_exp_avg,
@@ -40,232 +50,6 @@ from .low_precision import (
     stochastic_bfloat16,
     swapped_bytes,
 )
-
-UPDATE_CHUNK = 8192  # elements of a CUDA block; csrc/launchers.h
-# more gradients do not fit into one launch's parameters: 32,764 bytes on every CUDA architecture
-TENSORS_PER_LAUNCH, GROUPS_PER_LAUNCH = 4032, 8
-
-
-class Hyper(NamedTuple):
-    """Hyper-parameters of one group: lr a float or a 0-dim tensor, the others floats."""
-
-    lr: float | Tensor
-    weight_decay: float
-    eps: float
-    beta1: float
-    beta2: float
-
-
-class Gradients(NamedTuple):
-    """The gradients of a step for one bucket.
-
-    Attributes:
-        given: by the caller; None where there is none.
-        ordered: the same, or copies, in their parameter's dtype and order of memory.
-        addresses: where `ordered` lie; 0 where there is none.
-    """
-
-    given: Sequence[Tensor | None]
-    ordered: Sequence[Tensor | None]
-    addresses: list[int]
-
-
-class Moments(NamedTuple):
-    """Both moments of one tensor; scales (float32, one per 256 elements) where they are codes."""
-
-    exp_avg: Tensor
-    exp_avg_sq: Tensor
-    exp_avg_scale: Tensor | None = None
-    exp_avg_sq_scale: Tensor | None = None
-
-
-def is_dense(t: Tensor) -> bool:
-    """Whether the elements fill one run of memory, in whatever order of dimensions."""
-    if t.is_contiguous():
-        return True
-    return t.permute(sorted(range(t.ndim), key=t.stride, reverse=True)).is_contiguous()
-
-
-def in_memory_order(t: Tensor) -> Tensor:
-    """(n,) view of a dense tensor in the order of its memory; any other tensor as it is."""
-    if t.is_contiguous():
-        return t.view(-1)
-    order = sorted(range(t.ndim), key=t.stride, reverse=True)
-    return t.permute(order).view(-1) if t.permute(order).is_contiguous() else t
-
-
-def _coded(moments: Moments) -> bool:
-    return moments.exp_avg_scale is not None
-
-
-class Bucket:
-    """Active tensors of one device and dtype, with their state: what one call updates.
-
-    It is built once per stage, chooses the implementation, and holds references to everything whose
-    address it keeps, so that no address can pass to somebody else while it is in a table.
-
-    Args:
-        params: of one device and dtype, any shapes.
-        moments: one per parameter, of its shape; codes (int8 and uint8, with scales) and float32
-            may be mixed.
-        steps: 0-dim float32 on the same device, updates so far.
-        masters: float32, of the parameters' shapes; None: none.
-        indices: of the tensors in their optimizer, for the random numbers; None: 0, 1, ...
-        groups: index into the `hypers` of a call, per parameter; None: all 0.
-        stochastic_rounding: of bfloat16 parameters without master.
-        implementation: force one instead of the first that can run.
-
-    Raises:
-        ValueError: a contract above is broken.
-        RuntimeError: a forced implementation that cannot run, with its reason.
-    """
-
-    def __init__(
-        self,
-        params: Sequence[Tensor],
-        moments: Sequence[Moments],
-        steps: Sequence[Tensor],
-        *,
-        masters: Sequence[Tensor] | None = None,
-        indices: Sequence[int] | None = None,
-        groups: Sequence[int] | None = None,
-        stochastic_rounding: bool = False,
-        implementation: str | None = None,
-    ) -> None:
-        self.params, self.moments, self.steps = list(params), list(moments), list(steps)
-        self.masters = None if masters is None else list(masters)
-        self.indices = list(range(len(self.params)) if indices is None else indices)
-        self.groups = [0] * len(self.params) if groups is None else list(groups)
-        self.stochastic_rounding = stochastic_rounding
-        self.device, self.dtype = self.params[0].device, self.params[0].dtype
-        self.moment_dtype = next(
-            (m.exp_avg.dtype for m in self.moments if _coded(m)),
-            self.moments[0].exp_avg.dtype,
-        )
-        self._check()
-        self.contiguous = all(p.is_contiguous() for p in self.params)
-        # per tensor: element and state lie alike in one run of memory
-        self.flat = [
-            is_dense(p) and all(t.stride() == p.stride() for t in self._elementwise(i))
-            for i, p in enumerate(self.params)
-        ]
-        self.addresses = [p.data_ptr() for p in self.params]
-        self.implementation = _backend.select(OP, self, implementation)
-        self.table: Tensor | None = None  # (tensors, 9) int64: UpdateRecord in csrc/launchers.h
-        self.chunks: Tensor | None = None  # (chunks, 2) int32: tensor, chunk of it; CUDA only
-        self.ticket: Tensor | None = None  # counts the blocks of a launch that are done; CUDA only
-        self.triton_tables: Any = None  # what masked_update_triton.py keeps for a stage
-
-    def _check(self) -> None:
-        lengths = {len(self.moments), len(self.steps), len(self.indices), len(self.groups)}
-        lengths |= set() if self.masters is None else {len(self.masters)}
-        if lengths != {len(self.params)}:
-            raise ValueError("masked_update: the lists differ in length")
-        for i, p in enumerate(self.params):
-            others = self._elementwise(i)
-            if any(other.shape != p.shape for other in others):
-                raise ValueError(
-                    f"masked_update: shapes differ from the parameter's {tuple(p.shape)}"
-                )
-            if (p.device, p.dtype) != (self.device, self.dtype):
-                raise ValueError("masked_update: parameters of several devices or dtypes")
-            if any(t.device != self.device for t in (*others, self.steps[i])):
-                raise ValueError("masked_update: state on another device than its parameter")
-        self._check_dtypes()
-        if self.stochastic_rounding and (self.dtype != torch.bfloat16 or self.masters is not None):
-            raise ValueError(
-                "masked_update: stochastic rounding is for bfloat16 parameters without a master"
-            )
-
-    def _check_dtypes(self) -> None:
-        plain = {m.exp_avg.dtype for m in self.moments if not _coded(m)}
-        if any(m.exp_avg.dtype != m.exp_avg_sq.dtype for m in self.moments if not _coded(m)):
-            raise ValueError("masked_update: both moments of a tensor have one dtype")
-        if any(map(_coded, self.moments)):
-            if plain - {torch.float32}:
-                raise ValueError("masked_update: beside 8-bit moments there are only float32 ones")
-            for m in filter(_coded, self.moments):
-                blocks = -(-m.exp_avg.numel() // QUANT_BLOCK)
-                kinds = [(t.dtype, t.numel()) for t in (m.exp_avg_scale, m.exp_avg_sq_scale)]
-                if (m.exp_avg.dtype, m.exp_avg_sq.dtype) != (torch.int8, torch.uint8) or (
-                    kinds != [(torch.float32, blocks)] * 2
-                ):
-                    raise ValueError(
-                        "masked_update: 8-bit moments are int8 and uint8 codes, with a float32 "
-                        "scale per 256 elements each"
-                    )
-        elif len(plain) > 1:
-            raise ValueError("masked_update: moments of several dtypes")
-        others = [*self.steps, *(self.masters or [])]
-        if any(t.dtype != torch.float32 for t in others):
-            raise ValueError("masked_update: steps and masters are float32")
-        if self.masters is not None and self.dtype not in (torch.bfloat16, torch.float16):
-            raise ValueError("masked_update: masters are for bfloat16 and float16 parameters")
-
-    def _elementwise(self, i: int) -> list[Tensor]:
-        """State of tensor i that has an element per element."""
-        state = [self.moments[i].exp_avg, self.moments[i].exp_avg_sq]
-        return state if self.masters is None else [*state, self.masters[i]]
-
-    def gather(self, grads: Sequence[Tensor | None]) -> Gradients:
-        """What norm and update need of a step's gradients; collected once for both.
-
-        Args:
-            grads: of the parameters' shapes, any strides and dtype; None leaves a tensor out.
-        """
-        if self.contiguous and all(
-            grad is None or grad.is_contiguous() and grad.dtype == self.dtype for grad in grads
-        ):
-            ordered = grads
-        else:
-            ordered = [
-                grad if grad is None else _alike(grad, p)
-                for p, grad in zip(self.params, grads, strict=True)
-            ]
-        # an empty gradient has no address; it gets one that is not 0, and nobody reads there
-        addresses = [0 if grad is None else grad.data_ptr() or _EMPTY for grad in ordered]
-        return Gradients(grads, ordered, addresses)
-
-    def update(
-        self,
-        grads: Gradients | Sequence[Tensor | None],
-        hypers: Sequence[Hyper],
-        *,
-        grad_factor: Tensor | None = None,
-        found_inf: Tensor | None = None,
-        seed: int = 0,
-        zero_grads: bool = False,
-    ) -> None:
-        """One update; see the top of this file.
-
-        Args:
-            grads: gathered, or as for `gather`.
-            hypers: of the groups.
-            grad_factor, found_inf: 0-dim float32 on the bucket's device; None: 1 and 0.
-            seed: of the random numbers, 64 bits.
-            zero_grads: leave zeros in the gradients.
-        """
-        gradients = grads if isinstance(grads, Gradients) else self.gather(grads)
-        self.implementation.function(
-            self,
-            gradients,
-            hypers,
-            grad_factor=grad_factor,
-            found_inf=found_inf,
-            seed=seed,
-            zero_grads=zero_grads,
-        )
-
-
-def written(bucket: Bucket, gradients: Gradients, *, zero_grads: bool) -> None:
-    """After a kernel of our own: zeroes what it could not reach, tells autograd what changed."""
-    changed = list(bucket.params)
-    if zero_grads:
-        for grad, mine in zip(gradients.given, gradients.ordered, strict=True):
-            if mine is not grad:  # the kernel zeroed a copy
-                grad.zero_()
-        changed += [grad for grad in gradients.given if grad is not None]
-    torch.autograd.graph.increment_version(changed)
 
 
 def _one_minus_power(beta: float, steps: Tensor) -> Tensor:
@@ -314,7 +98,7 @@ def _update_plain(
         order = in_memory_order if bucket.flat[i] else torch.Tensor.detach
         p, m, v = map(order, (bucket.params[i], moments.exp_avg, moments.exp_avg_sq))
         master = None if bucket.masters is None else order(bucket.masters[i])
-        g = order(_alike(grad, bucket.params[i])).to(wide)
+        g = order(alike(grad, bucket.params[i])).to(wide)
 
         def draw(stream, i=i, p=p):
             step = bucket.steps[i] + 1
@@ -430,47 +214,6 @@ def reference(
         torch._foreach_zero_([grad for grad in grads if grad is not None])
 
 
-def record_of(bucket: Bucket, i: int) -> list[int]:
-    """UpdateRecord of csrc/launchers.h as 9 words of 8 bytes."""
-    moments = bucket.moments[i]
-    scales = (moments.exp_avg_scale, moments.exp_avg_sq_scale)
-    return [
-        bucket.params[i].data_ptr(),
-        moments.exp_avg.data_ptr(),
-        moments.exp_avg_sq.data_ptr(),
-        0 if bucket.masters is None else bucket.masters[i].data_ptr(),
-        *(0 if scale is None else scale.data_ptr() for scale in scales),
-        bucket.steps[i].data_ptr(),
-        bucket.params[i].numel(),
-        bucket.indices[i] | bucket.groups[i] << 32,
-    ]
-
-
-def build_table(bucket: Bucket) -> None:
-    """Fills in the bucket's tables, on its device."""
-    records = torch.tensor([record_of(bucket, i) for i in range(len(bucket.params))])
-    bucket.table = records.to(bucket.device)
-    if bucket.device.type == "cuda":
-        build_chunks(bucket)
-
-
-def build_chunks(bucket: Bucket) -> None:
-    """What a launch on CUDA needs beside the records: its blocks' work, and their count."""
-    counts = [-(-p.numel() // UPDATE_CHUNK) for p in bucket.params]
-    tensors = torch.repeat_interleave(torch.tensor(counts))
-    chunks = torch.cat([torch.arange(count) for count in counts])
-    bucket.chunks = torch.stack((tensors, chunks), dim=1).to(torch.int32).to(bucket.device)
-    bucket.ticket = torch.zeros((), dtype=torch.int32, device=bucket.device)
-
-
-def _alike(grad: Tensor, p: Tensor) -> Tensor:
-    """The gradient in p's dtype and order of memory: itself, or else a copy."""
-    alike = grad.stride() == p.stride() or grad.is_contiguous() and p.is_contiguous()
-    if alike and grad.dtype == p.dtype:
-        return grad
-    return torch.empty_like(p, memory_format=torch.preserve_format).copy_(grad)
-
-
 def _address(t: Tensor | None) -> int:
     return 0 if t is None else t.data_ptr()
 
@@ -521,7 +264,6 @@ def _native(
     written(bucket, gradients, zero_grads=zero_grads)
 
 
-_EMPTY = 16  # an address like that of any tensor: a multiple of 16
 _NATIVE_MOMENTS = (torch.float32, torch.bfloat16, torch.int8)
 
 

@@ -28,8 +28,8 @@ import triton.language as tl
 from torch import Tensor
 
 from .. import _backend
+from .bucket import Bucket, Gradients, Hyper, record_of, written
 from .low_precision import QUANT_BLOCK
-from .masked_update import Bucket, Gradients, Hyper, record_of, written
 
 # 8 elements per thread: what one call of Philox serves, 16 bytes of bfloat16, and a warp holds one
 # block of 8-bit codes. 7 M parameters (a BERT block) are 3,418 programs for an H200's 132 SMs.

@@ -7,6 +7,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
+from ..ops.bucket import Bucket, Hyper, Moments, in_memory_order, is_dense
 from ..ops.low_precision import (
     QUANT_BLOCK,
     decode_exp_avg,
@@ -14,7 +15,6 @@ from ..ops.low_precision import (
     encode_exp_avg,
     encode_exp_avg_sq,
 )
-from ..ops.masked_update import Bucket, Hyper, Moments, in_memory_order, is_dense
 from .frozen_state import OnFreeze
 from .in_backward import ClipMode
 from .masked_optimizer import MaskedOptimizer, Nonfinite

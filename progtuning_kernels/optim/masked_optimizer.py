@@ -17,8 +17,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from .. import freeze_events
-from ..ops.grad_decision import GradDecision, decide, local_of, norm_over_ranks
-from ..ops.masked_update import (
+from ..ops.bucket import (
     GROUPS_PER_LAUNCH,
     TENSORS_PER_LAUNCH,
     Bucket,
@@ -26,6 +25,7 @@ from ..ops.masked_update import (
     Hyper,
     is_dense,
 )
+from ..ops.grad_decision import GradDecision, decide, local_of, norm_over_ranks
 from .frozen_state import OnFreeze, offload_frozen_state, release_frozen_state
 from .in_backward import ClipMode, UpdateInBackward
 
