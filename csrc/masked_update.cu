@@ -3,7 +3,8 @@
 // Maths       update_rules.h
 // Storage     p, g: float32, bfloat16, or float16 (with a float32 master); m, v: float32, bfloat16
 //             or 8-bit codes; contiguous or in one order of dimensions, any alignment
-// Arithmetic  float32, nothing contracted (--fmad=false): the bits of masked_update_cpu.cpp
+// Arithmetic  float32, nothing contracted (--fmad=false): the bits of masked_update_cpu.cpp, but for
+//             p beside 8-bit moments, which takes an approximate root and quotient
 // Geometry    one block of 256 threads per chunk of 8192 elements; 7 M elements (one BERT block)
 //             are 865 blocks for an H200's 132 SMs. A lane owns 4 consecutive elements at a time,
 //             16 bytes of float32, or 8 where something is stored in 16 or 8 bits: then a warp owns
@@ -240,13 +241,19 @@ struct Params {
     run.load(work.grad, grads);
   }
 
+  template <bool kCodes>
   __device__ __forceinline__ void update(int i, const AdamW<float>& at, float& m, float& v) {
     if constexpr (kMaster) {
       after[i] = before.get(i);
     } else {
       after[i] = Param::widen(before.get(i));
     }
-    adamw<float>(at, Param::widen(grads.get(i)), after[i], m, v);
+    const float grad = Param::widen(grads.get(i));
+    if constexpr (kCodes) {
+      adamw_of_codes(at, grad, after[i], m, v);
+    } else {
+      adamw<float>(at, grad, after[i], m, v);
+    }
   }
 
   __device__ __forceinline__ void store(const Work& work, const Run<kCount>& run, uint64_t seed) {
@@ -290,7 +297,7 @@ __device__ __forceinline__ void update_plain(const Work& work, unsigned char* st
     for (int i = 0; i < kCount; ++i) {
       exp_avg[i] = Moment::widen(m.get(i));
       exp_avg_sq[i] = Moment::widen(v.get(i));
-      params.update(i, work.at, exp_avg[i], exp_avg_sq[i]);
+      params.template update<false>(i, work.at, exp_avg[i], exp_avg_sq[i]);
     }
     params.store(work, run, seed);
     if constexpr (std::is_same_v<Moment, StochasticBFloat16>) {
@@ -335,7 +342,7 @@ __device__ __forceinline__ void update_eight_bit(const Work& work, unsigned char
     for (int i = 0; i < kCount; ++i) {
       exp_avg[i] = decode_exp_avg(m.get(i), m_scale);
       exp_avg_sq[i] = decode_exp_avg_sq(v.get(i), v_scale);
-      params.update(i, work.at, exp_avg[i], exp_avg_sq[i]);
+      params.template update<true>(i, work.at, exp_avg[i], exp_avg_sq[i]);
     }
     params.store(work, run, seed);
     if (!run.vectors) {

@@ -146,8 +146,14 @@ class State:
 
 
 def assert_same(one: State, other: State) -> None:
+    """Every bit; of p and its master a last place where a GPU takes approximate roots for codes."""
+    approximate = one.gpu != other.gpu and any(m.exp_avg_scale is not None for m in one.moments)
     for (name, a), (_, b) in zip(one.named(), other.named(), strict=True):
-        assert torch.equal(a.cpu(), b.cpu()), name
+        if approximate and name.startswith(("param", "master")):
+            eps = torch.finfo(a.dtype).eps
+            torch.testing.assert_close(b.cpu(), a.cpu(), rtol=eps, atol=max(eps, 1e-6), msg=name)
+        else:
+            assert torch.equal(a.cpu(), b.cpu()), name
 
 
 def number(x: float) -> Tensor:
