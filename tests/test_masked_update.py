@@ -417,6 +417,15 @@ def test_views_with_gaps_and_transposed_gradients(implementation):
     assert all(torch.equal(x[:, 3:], y[:, 3:]) for x, y in zip(whole, around, strict=True))
 
     check(torch.randn(5, 5), torch.randn(5, 5).t(), torch.zeros(5, 5), torch.zeros(5, 5))
+    grad = torch.randn(5, 5).t()
+    bucket = Bucket(
+        [torch.randn(5, 5)],
+        [Moments(torch.zeros(5, 5), torch.zeros(5, 5))],
+        [torch.zeros(())],
+        implementation=implementation,
+    )
+    bucket.update([grad], hypers(), zero_grads=True)
+    assert not grad.any()  # not the copy that the kernel read
     transposed = [torch.randn(4, 300).abs().t() for _ in range(3)]
     check(transposed[0], torch.randn(300, 4), transposed[1], transposed[2])
 

@@ -220,6 +220,15 @@ def test_grad_scaler_without_a_norm():
     assert all(map(torch.equal, p, before)) and ours.skipped_steps == 1
 
 
+def test_a_bad_gradient_that_grad_scaler_did_not_find_is_found():
+    own = parameters()
+    optimizer = MaskedAdamW(own, **SEPARATING)
+    optimizer.grad_scale, optimizer.found_inf = torch.tensor(1.0), torch.tensor(0.0)
+    before = [p.detach().clone() for p in own]
+    train(optimizer, range(1), scale=float("nan"))
+    assert optimizer.skipped_steps == 1 and all(map(torch.equal, own, before))
+
+
 def test_zero_grads_leaves_zeros_in_place():
     own = parameters()
     optimizer = MaskedAdamW(own, **SEPARATING, zero_grads=True)
@@ -245,6 +254,10 @@ def test_many_groups_and_tensors_are_split_as_launches_need():
     for i in range(20):
         for p in own[i::20]:
             torch.testing.assert_close(p.detach(), torch.full((3,), 1 - 0.01 * (i + 1)))
+    single = [{"params": [nn.Parameter(torch.ones(2))]} for _ in range(20)]
+    optimizer = MaskedAdamW(single)
+    train(optimizer, range(1))
+    assert [len(b.groups) for b in optimizer._buckets] == [8, 8, 4]
     one = MaskedAdamW([nn.Parameter(torch.ones(1)) for _ in range(4033)])
     train(one, range(1))
     assert [len(b.members) for b in one._buckets] == [4032, 1]
