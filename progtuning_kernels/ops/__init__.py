@@ -3,7 +3,17 @@
 Importing this package registers every op with `_backend`.
 """
 
+from .activation import bias_gelu, geglu, gelu, swiglu
+from .linear_cross_entropy import linear_cross_entropy
 from .masked_norm import masked_norm
 from .masked_update import masked_update
 
-__all__ = ["masked_norm", "masked_update"]
+__all__ = [
+    "bias_gelu",
+    "geglu",
+    "gelu",
+    "linear_cross_entropy",
+    "masked_norm",
+    "masked_update",
+    "swiglu",
+]

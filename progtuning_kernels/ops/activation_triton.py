@@ -1,0 +1,249 @@
+"""The activations of `activation.py` in Triton: A(x + bias) * up in float32, rounded once.
+
+A program has BLOCK columns: of one row, or of one piece of rows, where their sum is dbias. Tensors
+without gaps are one long row if there is no bias.
+
+A(z) is z times a function between 0 and 1; "silu" and "tanh" have the logistic function there, as
+0.5 * (1 + tanh(u)) = logistic(2 u). It and its complement come from exp of a negative number:
+nothing overflows, and no difference of nearly equal numbers is taken.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from .. import _backend
+
+# 8 elements per thread: 16 bytes of bfloat16
+BLOCK = 1024
+OPTIONS = {"num_warps": 4, "enable_fp_fusion": True}
+# dbias: pieces of 16 rows or more, at most 512; not the number of SMs, or every GPU has other bits
+ROWS_OF_PIECE, PIECES = 16, 512
+SUM_ROWS, SUM_BLOCK = 32, 64
+
+ROOT_HALF = tl.constexpr(0.7071067811865476)
+DENSITY_AT_0 = tl.constexpr(0.3989422804014327)  # 1 / sqrt(2 pi)
+TANH_1 = tl.constexpr(1.5957691216057308)  # 2 sqrt(2 / pi)
+TANH_3 = tl.constexpr(0.07135481627260025)  # 0.044715 of it
+TANH_SATURATED = tl.constexpr(16.0)  # logistic is 0 or 1 in float32, and the cube is finite
+
+
+@triton.jit
+def _logistic(z):
+    """logistic(z) and logistic(-z)."""
+    e = tl.exp(-tl.abs(z))
+    larger = tl.div_rn(1.0, 1.0 + e)
+    smaller = e * larger
+    return tl.where(z < 0, smaller, larger), tl.where(z < 0, larger, smaller)
+
+
+@triton.jit
+def _value_and_slope(z, KIND: tl.constexpr):
+    """A(z) and its derivative."""
+    # z itself, not a clamped one, is a factor everywhere: NaN stays, and inf gives inf * 0
+    if KIND == "none":
+        below = 0.5 * (1.0 + tl.erf(z * ROOT_HALF))
+        slope = below + z * (DENSITY_AT_0 * tl.exp(-0.5 * z * z))
+    elif KIND == "tanh":
+        c = tl.minimum(tl.maximum(z, -TANH_SATURATED), TANH_SATURATED)
+        below, above = _logistic(c * (TANH_1 + TANH_3 * c * c))
+        slope = below + (z * below) * (above * (TANH_1 + 3.0 * TANH_3 * c * c))
+    else:
+        below, above = _logistic(z)
+        slope = below + (z * below) * above
+    return z * below, slope
+
+
+@triton.jit
+def _load(pointer, offsets, inside):
+    return tl.load(pointer + offsets, mask=inside, other=0.0).to(tl.float32)
+
+
+@triton.jit
+def _store(pointer, offsets, x, inside):
+    tl.store(pointer + offsets, x.to(pointer.dtype.element_ty), mask=inside)
+
+
+@triton.jit(do_not_specialize=["cols", "blocks"])
+def forward_kernel(
+    out,
+    x,
+    bias,
+    up,
+    cols,
+    blocks,
+    x_stride,
+    up_stride,
+    KIND: tl.constexpr,
+    ALIGNED: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """One of `blocks` blocks of a row. bias, up: or None. ALIGNED: cols is a multiple of 16."""
+    if ALIGNED:
+        cols = cols // 16 * 16
+    row = (tl.program_id(0) // blocks).to(tl.int64)
+    columns = (tl.program_id(0) % blocks).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    inside = columns < cols
+    z = _load(x + row * x_stride, columns, inside)
+    if bias is not None:
+        z += _load(bias, columns, inside)
+    y, _ = _value_and_slope(z, KIND)
+    if up is not None:
+        y *= _load(up + row * up_stride, columns, inside)
+    _store(out + row * cols, columns, y, inside)
+
+
+@triton.jit(do_not_specialize=["rows", "cols", "blocks", "rows_of_piece"])
+def backward_kernel(
+    dx,
+    dup,
+    partials,
+    grad,
+    x,
+    bias,
+    up,
+    rows,
+    cols,
+    blocks,
+    rows_of_piece,
+    grad_stride,
+    x_stride,
+    up_stride,
+    KIND: tl.constexpr,
+    ALIGNED: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """One of `blocks` blocks of a piece of rows. dx, dup, partials (pieces, cols): or None."""
+    if ALIGNED:
+        cols = cols // 16 * 16
+    piece = (tl.program_id(0) // blocks).to(tl.int64)
+    columns = (tl.program_id(0) % blocks).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    inside = columns < cols
+    if bias is not None:
+        b = _load(bias, columns, inside)
+    if partials is not None:
+        total = tl.zeros([BLOCK], tl.float32)
+    first = piece * rows_of_piece
+    for i in range(tl.minimum(rows_of_piece, rows - first)):
+        row = first + i  # 64 bits: the interpreter counts loops in 32
+        z = _load(x + row * x_stride, columns, inside)
+        g = _load(grad + row * grad_stride, columns, inside)
+        if bias is not None:
+            z += b
+        y, slope = _value_and_slope(z, KIND)
+        if dup is not None:
+            _store(dup + row * cols, columns, g * y, inside)
+        if up is not None:
+            g *= _load(up + row * up_stride, columns, inside)
+        if dx is not None:
+            _store(dx + row * cols, columns, g * slope, inside)
+        if partials is not None:
+            total += g * slope
+    if partials is not None:
+        _store(partials + piece * cols, columns, total, inside)
+
+
+@triton.jit(do_not_specialize=["pieces", "cols"])
+def sum_kernel(out, partials, pieces, cols, ROWS: tl.constexpr, BLOCK: tl.constexpr):
+    """BLOCK columns of partials (pieces, cols), summed."""
+    columns = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    inside = columns < cols
+    total = tl.zeros([ROWS, BLOCK], tl.float32)
+    for first in range(0, pieces, ROWS):
+        piece = first + tl.arange(0, ROWS)
+        both = (piece < pieces)[:, None] & inside[None, :]
+        total += _load(partials, piece[:, None].to(tl.int64) * cols + columns[None, :], both)
+    _store(out, columns, tl.sum(total, axis=0), inside)
+
+
+def _as_rows(tensors: Sequence[Tensor | None], *, one_row: bool) -> list[Tensor | None]:
+    """The tensors as (rows, columns), not copied where they are rows with a stride.
+
+    one_row: as (1, elements), if none has gaps.
+    """
+    first = tensors[0]
+    columns = first.shape[-1] if first.dim() else 1
+    if one_row and all(t is None or t.is_contiguous() for t in tensors):
+        columns = first.numel()
+    views = []
+    for tensor in tensors:
+        if tensor is not None:
+            tensor = tensor.reshape(-1, columns)
+            if tensor.stride(1) != 1:
+                tensor = tensor.contiguous()
+        views.append(tensor)
+    return views
+
+
+def _stride(rows: Tensor | None) -> int:
+    # of one row, 0: its length changes from batch to batch, and strides are specialised
+    return 0 if rows is None or len(rows) == 1 else rows.stride(0)
+
+
+def _aligned(x: Tensor) -> bool:
+    return x.dim() > 0 and x.shape[-1] % 16 == 0
+
+
+def forward(x: Tensor, bias: Tensor | None, up: Tensor | None, kind: str) -> Tensor:
+    """`activation.reference`; of tensors on the CPU under Triton's interpreter."""
+    out = torch.empty_like(x, memory_format=torch.contiguous_format)
+    if not x.numel():
+        return out
+    x_rows, up_rows = _as_rows([x, up], one_row=bias is None)
+    bias = None if bias is None else bias.contiguous()
+    rows, cols = x_rows.shape
+    blocks = triton.cdiv(cols, BLOCK)
+    with _backend.device_guard(x.device):
+        forward_kernel[rows * blocks,](
+            *(out, x_rows, bias, up_rows, cols, blocks, _stride(x_rows), _stride(up_rows)),
+            *(kind, _aligned(x), BLOCK),
+            **OPTIONS,
+        )
+    return out
+
+
+def backward(
+    grad: Tensor,
+    x: Tensor,
+    bias: Tensor | None,
+    up: Tensor | None,
+    kind: str,
+    demanded: Sequence[bool],
+) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    """`activation.reference_backward`; of tensors on the CPU under Triton's interpreter."""
+    dx, dup = (
+        torch.empty_like(x, memory_format=torch.contiguous_format) if wanted else None
+        for wanted in (demanded[0], demanded[2])
+    )
+    wants_bias = demanded[1]
+    if not x.numel():
+        return dx, torch.zeros_like(bias) if wants_bias else None, dup
+    grad_rows, x_rows, up_rows = _as_rows([grad, x, up], one_row=bias is None)
+    bias = None if bias is None else bias.contiguous()
+    rows, cols = x_rows.shape
+    blocks = triton.cdiv(cols, BLOCK)
+    partials = dbias = None
+    pieces, rows_of_piece = rows, 1
+    if wants_bias:
+        pieces = min(triton.cdiv(rows, ROWS_OF_PIECE), PIECES)
+        rows_of_piece = triton.cdiv(rows, pieces)
+        partials = torch.empty((pieces, cols), dtype=torch.float32, device=x.device)
+        dbias = torch.empty_like(bias)
+    with _backend.device_guard(x.device):
+        backward_kernel[pieces * blocks,](
+            *(dx, dup, partials, grad_rows, x_rows, bias, up_rows),
+            *(rows, cols, blocks, rows_of_piece),
+            *(_stride(grad_rows), _stride(x_rows), _stride(up_rows)),
+            *(kind, _aligned(x), BLOCK),
+            **OPTIONS,
+        )
+        if wants_bias:
+            sum_kernel[triton.cdiv(cols, SUM_BLOCK),](
+                *(dbias, partials, pieces, cols, SUM_ROWS, SUM_BLOCK), **OPTIONS
+            )
+    return dx, dbias, dup

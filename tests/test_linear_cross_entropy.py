@@ -1,0 +1,615 @@
+"""linear_cross_entropy against fp64 truth: the reference here, triton in its interpreter.
+
+TRITON_INTERPRET counts only where it is set before triton is imported, so the functions named
+check_* run in one process of their own.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib
+import itertools
+import math
+import os
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from accuracy import assert_at_least_as_accurate
+from torch import Tensor
+from torch.nn import functional as F
+from torch.profiler import ProfilerActivity, profile
+
+from progtuning_kernels.ops.linear_cross_entropy import (
+    linear_cross_entropy,
+    linear_cross_entropy_op,
+    rows_per_chunk,
+)
+
+# the package's attribute of this name may be the function
+op_module = importlib.import_module("progtuning_kernels.ops.linear_cross_entropy")
+
+N, H, V = 37, 19, 113
+NAMES = ("hidden", "weight", "bias")
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+DEMANDS = [*itertools.product((True, False), repeat=3)]
+UPSTREAM = 0.375
+CLASS_WEIGHT = torch.linspace(0.1, 2.0, V)
+IGNORING = [*range(8), 9, 36]  # all of one chunk of 8 or 4 rows, a part of the next, the last row
+VARIANTS = {
+    "plain": {},
+    "smoothing": {"label_smoothing": 0.1},
+    "softcap": {"softcap": 3.0},
+    "z-loss": {"z_loss": 1e-2},
+    "class-weight": {"class_weight": CLASS_WEIGHT},
+    "no-bias": {"without_bias": True},
+    "ignore": {"ignore_index": 7},
+    "num-items": {"num_items": torch.tensor(50), "reduction": "sum"},
+    "sum": {"reduction": "sum"},
+    "everything": {
+        "label_smoothing": 0.2,
+        "softcap": 2.0,
+        "z_loss": 1e-3,
+        "class_weight": CLASS_WEIGHT,
+    },
+}
+IMPLEMENTATION = "triton" if os.environ.get("TRITON_INTERPRET") == "1" else "reference"
+CHUNK_ROWS = (N, 8)  # one chunk; four and one of 5 rows
+
+
+def _inputs(dtype: torch.dtype, *, without_bias: bool = False, n: int = N) -> dict[str, Tensor]:
+    """The same at every call; label 112 is there, and rows are ignored."""
+    generator = torch.Generator().manual_seed(1)
+
+    def draw(*shape: int) -> Tensor:
+        return torch.randn(*shape, generator=generator).to(dtype)
+
+    inputs = {"hidden": draw(n, H), "weight": draw(V, H), "bias": draw(V)}
+    if without_bias:
+        del inputs["bias"]
+    labels = torch.randint(0, V, (n,), generator=generator)
+    labels[13 % n] = V - 1
+    inputs["labels"] = labels
+    return inputs
+
+
+def _case(variant: str, dtype: torch.dtype, n: int = N) -> tuple[dict[str, Tensor], dict]:
+    options = dict(VARIANTS[variant])
+    inputs = _inputs(dtype, without_bias=options.pop("without_bias", False), n=n)
+    if variant in ("ignore", "everything"):
+        inputs["labels"][[i for i in IGNORING if i < n]] = options.get("ignore_index", -100)
+    return inputs, options
+
+
+def _plain(
+    hidden, weight, labels, bias=None, *, softcap=None, z_loss=0.0, num_items=None, **options
+) -> Tensor:
+    """What transformers computes: logits in the dtype of hidden, the loss in float32."""
+    logits = F.linear(hidden, weight, bias)
+    logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
+    if softcap is not None:
+        logits = softcap * torch.tanh(logits / softcap)
+    if options.get("class_weight") is not None:
+        options["weight"] = options.pop("class_weight").to(logits.dtype)
+    if num_items is not None:
+        options["reduction"] = "sum"
+    loss = F.cross_entropy(logits, labels, **options)
+    if z_loss:
+        counted = labels != options.get("ignore_index", -100)
+        penalty = z_loss * logits.logsumexp(1)[counted].square().sum()
+        if options.get("reduction") != "sum":
+            weights = options.get("weight")
+            penalty = penalty / (
+                counted.sum() if weights is None else weights[labels[counted]].sum()
+            )
+        loss = loss + penalty
+    return loss if num_items is None else loss / num_items
+
+
+def _results(function, inputs, options, demand=(True, True, True), dtype=None, upstream=UPSTREAM):
+    """Loss, and the gradients that are demanded, by name."""
+    inputs = dict(inputs)
+    for name, demanded in zip(NAMES, demand, strict=True):
+        if name in inputs:
+            inputs[name] = inputs[name].detach().to(dtype or inputs[name].dtype, copy=True)
+            inputs[name].requires_grad_(demanded)
+    loss = function(**inputs, **options)
+    if loss.requires_grad:
+        (loss * upstream).backward()
+    gradients = {name: inputs[name].grad for name in NAMES if name in inputs}
+    return {"loss": loss.detach(), **gradients}
+
+
+def _force_chunks(monkeypatch, rows: int) -> dict[str, int]:
+    monkeypatch.setattr(op_module, "LEAST_ROWS", rows)
+    return {"max_logits_bytes": 1}
+
+
+def _assert_accurate(
+    name: str, value: Tensor, baseline: dict, truth: dict, label: str = ""
+) -> None:
+    if value.dtype == torch.float32:
+        # over seeds both err alike, 1e-7 to 3e-7, but either may be lucky by what cancels in sums
+        roundings = 4.0
+    elif value.dtype == torch.bfloat16 and IMPLEMENTATION == "triton":
+        roundings = 2.0  # the interpreter truncates to bfloat16 where the GPU rounds
+    else:
+        roundings = 1.0
+    assert_at_least_as_accurate(
+        f"{name}, {label}", value, baseline[name], truth[name], roundings=roundings
+    )
+
+
+def _compare(monkeypatch, variant, dtype, implementation, chunks, demands, n=N):
+    inputs, options = _case(variant, dtype, n)
+    truth = _results(_plain, inputs, options, dtype=torch.float64)
+    baseline = _results(_plain, inputs, options)
+    for rows, demand in itertools.product(chunks, demands):
+        budget = _force_chunks(monkeypatch, rows)
+        forced = {**options, **budget, "implementation": implementation}
+        mine = _results(linear_cross_entropy, inputs, forced, demand)
+        assert mine["loss"].dtype == torch.float32
+        assert mine["loss"].shape == ()
+        wanted = dict(zip(NAMES, demand, strict=True))
+        for name, value in mine.items():
+            if not wanted.get(name, True):
+                assert value is None, f"{name} was not demanded"
+                continue
+            assert value is not None, f"{name} was demanded"
+            assert value.dtype == baseline[name].dtype
+            label = f"{rows} rows per chunk, demand {demand}"
+            _assert_accurate(name, value, baseline, truth, label)
+
+
+@pytest.fixture
+def poisoned():
+    """Memory that nobody wrote is NaN."""
+    torch.use_deterministic_algorithms(True)
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_as_accurate_as_plain_torch(dtype, variant, monkeypatch, poisoned):
+    _compare(monkeypatch, variant, dtype, "reference", CHUNK_ROWS, DEMANDS)
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def check_as_accurate_as_plain_torch(dtype, variant, monkeypatch, poisoned, small_blocks):
+    demands = DEMANDS if variant == "plain" else DEMANDS[:1]
+    chunks = (4,) if variant == "plain" else (11, 4)
+    _compare(monkeypatch, variant, dtype, "triton", chunks, demands, n=11)
+
+
+@pytest.fixture
+def small_blocks(monkeypatch):
+    """Four blocks per row, the last of 17 logits."""
+    triton_module = pytest.importorskip("progtuning_kernels.ops.linear_cross_entropy_triton")
+    monkeypatch.setattr(triton_module, "BLOCK", 32)
+
+
+def _both(function):
+    """Runs under both names: on the reference here, on triton in the interpreter."""
+    globals()["check" + function.__name__.removeprefix("test")] = function
+    return function
+
+
+@_both
+def test_other_shapes_of_hidden(monkeypatch):
+    inputs, _ = _case("plain", torch.float32, n=12)
+    flat = _results(linear_cross_entropy, inputs, {"implementation": IMPLEMENTATION})
+    shaped = {**inputs, "hidden": inputs["hidden"].view(3, 4, H)}
+    shaped["labels"] = inputs["labels"].view(3, 4).int()
+    mine = _results(linear_cross_entropy, shaped, {"implementation": IMPLEMENTATION})
+    assert torch.equal(mine["hidden"].view(12, H), flat["hidden"])
+    assert torch.equal(mine["weight"], flat["weight"]) and torch.equal(mine["loss"], flat["loss"])
+
+    whole = torch.randn(3, 5, H, requires_grad=True)  # shifted, as a causal model's: with gaps
+    labels = torch.randint(0, V, (3, 5))
+    loss = linear_cross_entropy(
+        whole[:, :-1], inputs["weight"], labels[:, 1:], implementation=IMPLEMENTATION
+    )
+    expected = _plain(whole[:, :-1].reshape(12, H), inputs["weight"], labels[:, 1:].reshape(12))
+    torch.testing.assert_close(loss, expected)
+    (d,) = torch.autograd.grad(loss, whole)
+    torch.testing.assert_close(d, torch.autograd.grad(expected, whole)[0])
+
+
+@_both
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_everything_ignored(dtype):
+    inputs, _ = _case("plain", dtype, n=5)
+    inputs["labels"].fill_(-100)
+    for reduction, smoothing in itertools.product(("mean", "sum"), (0.0, 0.1)):
+        options = {"reduction": reduction, "label_smoothing": smoothing}
+        expected = _results(_plain, inputs, options)
+        mine = _results(linear_cross_entropy, inputs, {**options, "implementation": IMPLEMENTATION})
+        assert mine["loss"].isnan() if reduction == "mean" else mine["loss"] == 0
+        assert not any(mine[name].any() or expected[name].any() for name in NAMES)
+
+
+@_both
+@pytest.mark.parametrize("classes", [1, 16, 33])
+def test_few_classes(classes):
+    inputs = {"hidden": torch.randn(3, H), "weight": torch.randn(classes, H)}
+    inputs["labels"] = torch.tensor([0, classes - 1, -100])
+    options = {"label_smoothing": 0.1, "z_loss": 0.1}
+    truth = _results(_plain, inputs, options, dtype=torch.float64)
+    mine = _results(linear_cross_entropy, inputs, {**options, "implementation": IMPLEMENTATION})
+    for name, value in mine.items():
+        torch.testing.assert_close(value.double(), truth[name], rtol=1e-5, atol=1e-6)
+
+
+@_both
+def test_no_rows():
+    inputs, _ = _case("plain", torch.float32, n=1)
+    inputs["hidden"], inputs["labels"] = inputs["hidden"][:0], inputs["labels"][:0]
+    for reduction in ("mean", "sum"):
+        options = {"reduction": reduction, "implementation": IMPLEMENTATION}
+        mine = _results(linear_cross_entropy, inputs, options)
+        assert mine["loss"].isnan() if reduction == "mean" else mine["loss"] == 0
+        assert mine["hidden"].shape == (0, H)
+        assert not mine["weight"].any() and not mine["bias"].any()
+
+
+@_both
+def test_masked_classes_and_large_logits(small_blocks):
+    """A bias of -inf takes classes out, whole blocks of them; logits of 1e4 do not overflow."""
+    inputs, _ = _case("plain", torch.float32, n=9)
+    inputs["bias"][:40] = -math.inf
+    inputs["labels"] = inputs["labels"] % (V - 40) + 40
+    inputs["hidden"][2] *= 1e4
+    truth = _results(_plain, inputs, {}, dtype=torch.float64)
+    baseline = _results(_plain, inputs, {})
+    mine = _results(linear_cross_entropy, inputs, {"implementation": IMPLEMENTATION})
+    for name, value in mine.items():
+        _assert_accurate(name, value, baseline, truth)
+
+
+@_both
+def test_small_gradients_survive_float16():
+    """As under a loss scale: a mean over 4096 rows would push d(logits) below float16's least."""
+    n, scale = 16, 65536.0 * 4
+    generator = torch.Generator().manual_seed(2)
+    small = {
+        "hidden": torch.randn(n, 4, generator=generator).half(),
+        "weight": (torch.randn(5, 4, generator=generator) * 1e-3).half(),
+        "labels": torch.randint(0, 5, (n,), generator=generator),
+    }
+    options = {"num_items": 4096}
+    truth = _results(_plain, small, options, dtype=torch.float64, upstream=scale)
+    baseline = _results(_plain, small, options, upstream=scale)
+    forced = {**options, "implementation": IMPLEMENTATION}
+    mine = _results(linear_cross_entropy, small, forced, upstream=scale)
+    for name, value in mine.items():
+        _assert_accurate(name, value, baseline, truth)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_the_sum_over_many_chunks_is_not_rounded_in_between(dtype, monkeypatch):
+    inputs = _inputs(dtype, n=512)
+    inputs["hidden"] = inputs["hidden"].abs()  # what is added last is small beside the sum
+    truth = _results(_plain, inputs, {}, dtype=torch.float64)
+    baseline = _results(_plain, inputs, {})
+    mine = _results(linear_cross_entropy, inputs, _force_chunks(monkeypatch, 4))
+    _assert_accurate("weight", mine["weight"], baseline, truth)
+    _assert_accurate("bias", mine["bias"], baseline, truth)
+
+
+@_both
+@pytest.mark.parametrize("n", [0, 1, 5000])
+def test_the_upstream_gradient_is_not_rounded_to_float16(n):
+    """A loss scale of 65536 would be inf."""
+    gradient = torch.randn(n).mul(1e-3).half()
+    factor = torch.tensor(65536.1 * 1.1)
+    expected = (gradient.double() * factor.double()).half()
+    op_module._SCALE[IMPLEMENTATION](gradient, factor)
+    torch.testing.assert_close(gradient, expected, rtol=2e-3, atol=0)
+
+
+@_both
+def test_one_backward_per_loss():
+    inputs, _ = _case("plain", torch.float32, n=3)
+    weight = inputs["weight"].requires_grad_()
+    loss = linear_cross_entropy(**inputs, implementation=IMPLEMENTATION)
+    loss.backward(retain_graph=True)
+    kept = weight.grad.clone()
+    with pytest.raises(RuntimeError, match="a second backward of the same loss"):
+        loss.backward()
+    assert torch.equal(weight.grad, kept)
+
+
+def check_a_wrong_label_makes_the_loss_nan():
+    inputs, _ = _case("plain", torch.float32, n=3)
+    for wrong in (V, -1, 2**40):
+        inputs["labels"][1] = wrong
+        assert linear_cross_entropy(**inputs, implementation="triton").isnan()
+
+
+def check_addresses_beyond_32_bits():
+    """Three rows 2^30 logits apart: only the pages that hold them exist."""
+    from progtuning_kernels.ops import linear_cross_entropy_triton as triton_module
+
+    stride, classes = 2**30, 40
+    far = torch.empty(2 * stride + op_module.padded(classes), dtype=torch.float16)
+    logits = far.as_strided((3, classes), (stride, 1))
+    logits.copy_(torch.randn(3, classes))
+    near, labels = logits.clone(), torch.tensor([3, 39, 0])
+    row_loss = op_module.RowLoss(-100, 0.0, None, 0.0, None, None, torch.ones(()))
+    results = []
+    for where in (near, logits):
+        losses = torch.empty(3)
+        triton_module.rows(where, labels, losses, row_loss, gradient=True)
+        results.append(losses)
+    assert torch.equal(*results) and torch.equal(near, logits)
+
+
+def _peak_bytes(function) -> tuple[int, int]:
+    """Largest sum of what the CPU allocator handed out and got not back; largest allocation."""
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiled:
+        function()
+    events = profiled.profiler.kineto_results.events()
+    sizes = [event.nbytes() for event in events if event.name() == "[memory]"]
+    return max(itertools.accumulate(sizes)), max(sizes)
+
+
+def _step(*tensors: Tensor, **options) -> None:
+    loss = linear_cross_entropy(*tensors, implementation=IMPLEMENTATION, **options)
+    if loss.requires_grad:
+        loss.backward()
+
+
+@_both
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_peak_memory_is_what_the_docstring_says(dtype, monkeypatch):
+    n, width, classes, rows = 65, 24, 1000, 16
+    element, wide = dtype.itemsize, 4
+    hidden = torch.randn(n, width).to(dtype)
+    weight = torch.randn(classes, width).to(dtype)
+    bias, labels = torch.randn(classes).to(dtype), torch.randint(0, classes, (n,))
+    interpreted = IMPLEMENTATION == "triton"
+    for chunk_rows, demand in itertools.product(
+        (rows, n), DEMANDS[::3] if interpreted else DEMANDS
+    ):
+        budget = _force_chunks(monkeypatch, chunk_rows)
+        tensors = (hidden, weight, bias)
+        for tensor, demanded in zip(tensors, demand, strict=True):
+            tensor.grad = None
+            tensor.requires_grad_(demanded)
+        several = chunk_rows < n
+        step = functools.partial(_step, hidden, weight, labels, bias, **budget)
+        step()  # what is imported or cached on the first call
+        for tensor in tensors:
+            tensor.grad = None
+        peak, largest = _peak_bytes(step)
+        need_hidden, need_weight, need_bias = demand
+        of_weight = wide if several or dtype == torch.float16 else element
+        logits = chunk_rows * op_module.padded(classes) * element
+        kept = need_hidden * n * width * element + need_bias * 2 * classes * wide
+        kept += 64 * n + 4096
+        held = classes * width * of_weight
+        rounding = (
+            classes * width * element if dtype != torch.float32 and of_weight > element else 0
+        )
+        extra = 6 * chunk_rows * classes * wide if not interpreted else 0
+        converted = chunk_rows * (classes + width) * wide if element < wide else 0
+        forward = logits + max(extra, converted)
+        assert peak <= kept + need_weight * held + max(forward, need_weight * rounding)
+        if several:
+            assert largest < n * classes * element
+
+
+def test_nothing_is_computed_that_is_not_demanded(monkeypatch):
+    inputs, _ = _case("plain", torch.float32)
+    budget = _force_chunks(monkeypatch, N)
+    for demand in DEMANDS:
+        tensors = dict(inputs)
+        for name, demanded in zip(NAMES, demand, strict=True):
+            tensors[name] = inputs[name].clone().requires_grad_(demanded)
+        with profile(activities=[ProfilerActivity.CPU]) as profiled:
+            linear_cross_entropy(**tensors, **budget, implementation="reference")
+        counts = {event.key: event.count for event in profiled.key_averages()}
+        products = counts.get("aten::mm", 0) + counts.get("aten::addmm", 0)
+        assert products == 1 + demand[0] + demand[1]
+        assert ("aten::scatter_add_" in counts) == any(demand)
+        with torch.no_grad(), profile(activities=[ProfilerActivity.CPU]) as profiled:
+            linear_cross_entropy(**tensors, **budget, implementation="reference")
+        assert "aten::mm" not in {event.key for event in profiled.key_averages()}
+
+
+@pytest.mark.parametrize(
+    ("rows", "classes", "expected"),
+    [
+        (8192, 128256, 2048),  # the default budget in bfloat16
+        (8193, 128256, 1664),
+        (100, 128256, 100),
+        (513, 10**7, 512),
+        (8192, 1000, 8192),
+        (0, 1000, 1),
+    ],
+)
+def test_rows_per_chunk(rows, classes, expected):
+    assert rows_per_chunk(rows, classes, 2, 512 * 2**20) == expected
+
+
+def test_autocast_casts_as_a_linear_layer():
+    inputs, _ = _case("plain", torch.float32)
+    with torch.autocast("cpu", torch.bfloat16):
+        mine = _results(linear_cross_entropy, inputs, {})
+    low = {k: v.bfloat16() if v.is_floating_point() else v for k, v in inputs.items()}
+    expected = _results(linear_cross_entropy, low, {})
+    assert torch.equal(mine["loss"], expected["loss"])
+    for name in NAMES:
+        assert mine[name].dtype == torch.float32
+        assert torch.equal(mine[name], expected[name].float())
+
+
+def test_float64_stays_float64(monkeypatch):
+    inputs, options = _case("everything", torch.float64)
+    truth = _results(_plain, inputs, options)
+    mine = _results(linear_cross_entropy, inputs, options | _force_chunks(monkeypatch, 8))
+    for name, value in mine.items():
+        torch.testing.assert_close(value, truth[name], rtol=1e-12, atol=1e-15)
+
+
+BAD = {
+    "hidden .*got": {"weight": torch.zeros(V, H + 1)},
+    "needs labels": {"labels": torch.zeros(N + 1, dtype=torch.int64)},
+    "labels must be int64": {"labels": torch.zeros(N)},
+    "bias must be": {"bias": torch.zeros(V + 1)},
+    "class_weight must be": {"class_weight": torch.zeros(V - 1)},
+    "hidden is torch.float32, weight is torch.float16": {"weight": torch.zeros(V, H).half()},
+    "hidden is torch.float32, bias is torch.float64": {"bias": torch.zeros(V).double()},
+    "tensors on cpu and meta": {"weight": torch.zeros(V, H, device="meta")},
+    "no implementation for torch.int64": {"hidden": torch.zeros(N, H, dtype=torch.int64)},
+    "reduction must be one of": {"reduction": "none"},
+    "is not in .0, 1.": {"label_smoothing": 1.5},
+    "softcap 0.0 is not positive": {"softcap": 0.0},
+    "z_loss -1.0 is negative": {"z_loss": -1.0},
+    "num_items has 2 elements": {"num_items": torch.ones(2)},
+    "max_logits_bytes 0 is not positive": {"max_logits_bytes": 0},
+    "weight has no rows": {"weight": torch.zeros(0, H), "bias": None},
+}
+
+
+@pytest.mark.parametrize("message", BAD)
+def test_bad_input_gives_one_error(message):
+    with pytest.raises(ValueError, match=f"linear_cross_entropy: .*{message}"):
+        linear_cross_entropy(**{**_inputs(torch.float32), **BAD[message]})
+
+
+def test_something_that_is_no_tensor():
+    with pytest.raises(TypeError, match="labels must be a tensor, got list"):
+        linear_cross_entropy(torch.zeros(2, H), torch.zeros(V, H), [1, 2])
+    with pytest.raises(TypeError, match="bias must be a tensor, got float"):
+        linear_cross_entropy(torch.zeros(1, H), torch.zeros(V, H), torch.tensor([1]), 0.5)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
+def test_opcheck(dtype, monkeypatch):
+    _force_chunks(monkeypatch, 8)
+    for demand in ((True, True, True), (False, True, False), (False, False, False)):
+        inputs, options = _case("everything", dtype)
+        for name, demanded in zip(NAMES, demand, strict=True):
+            inputs[name].requires_grad_(demanded)
+        arguments = (inputs["hidden"], inputs["weight"], inputs["labels"], inputs["bias"])
+        torch.library.opcheck(
+            linear_cross_entropy_op,
+            (*arguments, options["class_weight"], None, list(demand))
+            + (-100, 0.2, 2.0, 1e-3, "mean", 1, "reference"),
+        )
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
+def test_compiled(dtype, monkeypatch):
+    inputs, options = _case("everything", dtype)
+    options |= _force_chunks(monkeypatch, 8)
+    torch._dynamo.reset()
+    compiled = torch.compile(linear_cross_entropy, fullgraph=True, backend="aot_eager")
+    for demand in (DEMANDS[0], (False, True, False), (True, False, False), DEMANDS[-1]):
+        mine = _results(compiled, inputs, options, demand)
+        expected = _results(linear_cross_entropy, inputs, options, demand)
+        for name, value in expected.items():
+            assert (mine[name] is None) == (value is None)
+            if value is not None:
+                torch.testing.assert_close(mine[name], value, rtol=0, atol=0)
+
+
+def test_in_the_interpreter():
+    """Every check_* of this file."""
+    pytest.importorskip("triton")
+    command = [sys.executable, "-m", "pytest", __file__, "-o", "python_functions=check_*"]
+    command += ["-p", "no:cacheprovider", "-W", "error"]
+    done = subprocess.run(
+        command,
+        env={**os.environ, "TRITON_INTERPRET": "1"},
+        cwd=Path(__file__).parent.parent,
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "skipped" not in done.stdout
+
+
+def _registers(cubin: bytes, path: Path) -> dict[str, int]:
+    """Registers, stack and local memory of a kernel; empty without cuobjdump."""
+    import triton
+
+    tool = shutil.which("cuobjdump")
+    bundled = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
+    if tool is None and not bundled.exists():
+        return {}
+    path.write_bytes(cubin)
+    command = [tool or str(bundled), "-res-usage", str(path)]
+    printed = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    return {name: int(count) for name, count in re.findall(r"(REG|STACK|LOCAL):(\d+)", printed)}
+
+
+def _compiled(kernel, signature: dict[str, str], constants: dict, architecture: int, options: dict):
+    import triton
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
+    full = {name: signature.get(name, "constexpr") for name in kernel.arg_names}
+    # as at a launch with 50,257 logits: addresses and padded rows are multiples of 16
+    divisible = [i for i, (n, k) in enumerate(full.items()) if k[0] == "*" or n in DIVISIBLE]
+    attributes = {(i,): [["tt.divisibility", 16]] for i in divisible}
+    source = ASTSource(kernel, full, constexprs=constants, attrs=attributes)
+    return triton.compile(source, target=GPUTarget("cuda", architecture, 32), options=options)
+
+
+DIVISIBLE = ("stride", "width")
+
+
+@pytest.mark.filterwarnings("error")
+@pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") == "1", reason="compiles nothing")
+@pytest.mark.parametrize("architecture", [80, 90, 100, 120])
+def test_compiles_without_spills(architecture, tmp_path, monkeypatch, capfd):
+    pytest.importorskip("triton")
+    from progtuning_kernels.ops import linear_cross_entropy_triton as triton_module
+
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path / "cache"))
+    floats = ("label_smoothing", "softcap", "inverse_softcap", "z_loss")
+    common = {
+        "stride": "i32",
+        "width": "i32",
+        "classes": "i32",
+        "labels": "*i64",
+        "losses": "*fp32",
+    }
+    common |= {"factor": "*fp32", "ignore_index": "i32", **dict.fromkeys(floats, "fp32")}
+    weights = {"class_weight": "*fp32", "class_weight_sum": "*fp32"}
+    compiled = []
+    for dtype, everything in (("bf16", False), ("bf16", True), ("fp32", True)):
+        flags = dict.fromkeys(("SMOOTHING", "SOFTCAP", "Z_LOSS"), everything)
+        constants = {**flags, "GRADIENT": True, "BLOCK": triton_module.BLOCK}
+        signature = {"logits": f"*{dtype}", **common, **(weights if everything else {})}
+        if not everything:
+            constants |= dict.fromkeys(weights)
+        kernel = _compiled(
+            triton_module.rows_kernel, signature, constants, architecture, triton_module.OPTIONS
+        )
+        # without vectors a row of bfloat16 is read in 2 bytes per thread and instruction
+        assert re.search(r"ld\.global\S*\.v4\.b32", kernel.asm["ptx"])
+        assert re.search(r"st\.global\S*\.v4\.b32", kernel.asm["ptx"])
+        compiled.append(kernel)
+    compiled.append(
+        _compiled(
+            triton_module.scale_kernel,
+            {"values": "*bf16", "factor": "*fp32", "n": "i32"},
+            {"BLOCK": triton_module.SCALE_BLOCK},
+            architecture,
+            triton_module.SCALE_OPTIONS,
+        )
+    )
+    for kernel in compiled:
+        used = _registers(kernel.asm["cubin"], tmp_path / "kernel.cubin")
+        assert used.get("STACK", 0) == used.get("LOCAL", 0) == 0
+        assert used.get("REG", 0) <= 128
+    assert capfd.readouterr() == ("", "")
