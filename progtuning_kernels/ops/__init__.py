@@ -7,13 +7,16 @@ from .activation import bias_gelu, geglu, gelu, swiglu
 from .linear_cross_entropy import linear_cross_entropy
 from .masked_norm import masked_norm
 from .masked_update import masked_update
+from .norm import layer_norm, rms_norm
 
 __all__ = [
     "bias_gelu",
     "geglu",
     "gelu",
+    "layer_norm",
     "linear_cross_entropy",
     "masked_norm",
     "masked_update",
+    "rms_norm",
     "swiglu",
 ]

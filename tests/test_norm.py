@@ -1,0 +1,613 @@
+"""layer_norm and rms_norm: the models' bits, exactly the demanded gradients, and four GPUs' code.
+
+TRITON_INTERPRET counts only where it is set before triton is imported, so the functions named
+check_* run in one process of their own.
+"""
+
+from __future__ import annotations
+
+import itertools
+import os
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from accuracy import assert_at_least_as_accurate, in_fp64
+from torch import Tensor
+
+from progtuning_kernels.ops import norm as norms
+from progtuning_kernels.ops.norm import layer_norm, layer_norm_op, rms_norm, rms_norm_op
+
+FLOAT32, BFLOAT16, FLOAT16 = torch.float32, torch.bfloat16, torch.float16
+DTYPES = (FLOAT32, BFLOAT16, FLOAT16)
+EPS = 1e-2  # large enough to matter
+# Rows and columns: no number of rows divides by 16, and few columns fill a block.
+SHAPES = [(1, 1), (3, 1), (3, 3), (17, 63), (1, 257), (3, 768), (3, 1025)]
+RESIDUALS = ("none", "inside", "returned")
+INPUTS = ("x", "residual", "weight", "bias")
+
+
+def _layer_norm(x, residual, weight, bias, **keywords):
+    return layer_norm(x, weight, bias, EPS, residual=residual, **keywords)
+
+
+def _rms_norm(x, residual, weight, bias, **keywords):
+    return rms_norm(x, weight, EPS, residual=residual, **keywords)
+
+
+def _gemma_norm(x, residual, weight, bias, **keywords):
+    keywords |= dict(offset=1.0, cast="after_weight")
+    return rms_norm(x, weight, EPS, residual=residual, **keywords)
+
+
+OPS = {"layer_norm": _layer_norm, "rms_norm": _rms_norm, "gemma": _gemma_norm}
+
+
+def _inputs(op: str, residual: str, rows: int, columns: int, dtype: torch.dtype) -> list[Tensor]:
+    generator = torch.Generator().manual_seed(rows * 10007 + columns)
+
+    def draw(*shape: int) -> Tensor:
+        return torch.randn(shape, generator=generator).to(dtype)
+
+    x, r = draw(rows, columns) + 0.5, draw(rows, columns)
+    weight, bias = draw(columns) + 1, draw(columns)
+    return [x, None if residual == "none" else r, weight, bias if op == "layer_norm" else None]
+
+
+def _upstream(results: list[Tensor]) -> list[Tensor]:
+    generator = torch.Generator().manual_seed(5)
+    return [torch.randn(y.shape, generator=generator).to(y.dtype) for y in results]
+
+
+def _run(op, residual, tensors, upstream, demanded, implementation) -> dict[str, Tensor | None]:
+    """Results and gradients by name; upstream: None, or gradients of the results."""
+    leaves = []
+    for name, tensor in zip(INPUTS, tensors, strict=True):
+        wanted = name in demanded
+        leaves.append(None if tensor is None else tensor.detach().requires_grad_(wanted))
+    keywords = dict(implementation=implementation, return_sum=residual == "returned")
+    results = OPS[op](*leaves, **keywords)
+    results = list(results) if isinstance(results, tuple) else [results]
+    named = dict(zip(("y", "h"), results, strict=False))
+    upstream = _upstream(results) if upstream is None else upstream
+    pairs = [(y, g) for y, g in zip(results, upstream, strict=True) if y.requires_grad]
+    if pairs:
+        torch.autograd.backward(*zip(*pairs, strict=True))
+    for name, leaf in zip(INPUTS, leaves, strict=True):
+        named[f"d{name}"] = None if leaf is None else leaf.grad
+    return named
+
+
+def _compare(op, residual, tensors, demanded, roundings=1.0) -> dict[str, Tensor | None]:
+    """Runs it, and compares with plain torch against the truth; returns what was found."""
+    exact = [None if t is None else in_fp64([t])[0] for t in tensors]
+    plain = _run(op, residual, tensors, None, demanded, "reference")
+    upstream = _upstream([plain[name] for name in ("y", "h") if name in plain])
+    truth = _run(op, residual, exact, in_fp64(upstream), demanded, "reference")
+    mine = _run(op, residual, tensors, upstream, demanded, "triton")
+    for name, expected in plain.items():
+        if expected is None:
+            assert mine[name] is None, name
+            continue
+        assert (mine[name].dtype, mine[name].shape) == (expected.dtype, expected.shape)
+        case = f"{op}, {residual} residual, {tuple(tensors[0].shape)}, {demanded}: {name}"
+        assert_at_least_as_accurate(case, mine[name], expected, truth[name], roundings=roundings)
+    return mine
+
+
+def _combinations(op: str, residual: str) -> list[tuple[str, ...]]:
+    names = [name for name in INPUTS if (name, residual) != ("residual", "none")]
+    names = [name for name in names if (name, op) in {("bias", "layer_norm")} or name != "bias"]
+    counts = range(len(names) + 1)
+    return [c for count in counts for c in itertools.combinations(names, count)]
+
+
+@pytest.fixture
+def poisoned():
+    """Memory that nothing was written to is NaN."""
+    torch.use_deterministic_algorithms(True)
+    assert torch.empty(3).isnan().all()
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
+@pytest.mark.parametrize("residual", RESIDUALS)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("op", OPS)
+def check_at_least_as_accurate_as_torch(op, dtype, residual, poisoned):
+    for rows, columns in SHAPES:
+        # In a row of one element the gradient is what cancellation leaves: 1 - normalised^2.
+        roundings = 64.0 if columns == 1 and dtype == FLOAT32 else 1.0
+        _compare(op, residual, _inputs(op, residual, rows, columns, dtype), INPUTS, roundings)
+
+
+@pytest.mark.parametrize("residual", RESIDUALS)
+@pytest.mark.parametrize("op", OPS)
+def check_every_combination_of_demands(op, residual, poisoned, monkeypatch):
+    """What is not demanded is not computed, and nothing is kept for it."""
+    from progtuning_kernels.ops import norm_triton
+
+    computed, kept = [], []
+    kernel, apply = norm_triton.backward_kernel, norm_triton._Norm.apply
+    places = [kernel.arg_names.index(name) for name in ("dh", "dweight", "dbias")]
+
+    class SpyOnKernel:
+        def __getitem__(self, grid):
+            def launch(*arguments, **options):
+                computed.append([arguments[place] is not None for place in places])
+                kernel[grid](*arguments, **options)
+
+            return launch
+
+    def spy_on_apply(*arguments):
+        results = apply(*arguments)
+        y = results[0] if isinstance(results, tuple) else results
+        kept.append(y.grad_fn.saved_tensors)
+        return results
+
+    monkeypatch.setattr(norm_triton, "backward_kernel", SpyOnKernel())
+    monkeypatch.setattr(norm_triton._Norm, "apply", spy_on_apply)
+    for dtype, demanded in zip(itertools.cycle(DTYPES), _combinations(op, residual), strict=False):
+        computed.clear()
+        kept.clear()
+        named = _compare(op, residual, _inputs(op, residual, 3, 63, dtype), demanded)
+        demands_h = "x" in demanded or "residual" in demanded
+        if not demanded:
+            assert not computed and not kept
+            continue
+        assert computed == [[demands_h, "weight" in demanded, "bias" in demanded]]
+        rows, weight, mean, rstd = kept[0]
+        statistics = demands_h or "weight" in demanded
+        assert [t is not None for t in (rows, rstd)] == [statistics] * 2
+        assert (mean is not None) == (statistics and op == "layer_norm")
+        assert (weight is not None) == demands_h
+        if residual == "returned":
+            assert named["h"].requires_grad == demands_h
+
+
+@pytest.mark.parametrize("op", OPS)
+def check_missing_parameters_and_unused_results(op, poisoned):
+    x, residual, weight, bias = _inputs(op, "returned", 17, 63, BFLOAT16)
+    for parameters in ([None, None], [weight, None], [None, bias]):
+        _compare(op, "returned", [x, residual, *parameters], INPUTS)
+    for used in (0, 1):
+        leaves = [t.detach().requires_grad_() for t in (x, residual, weight)]
+        results = OPS[op](*leaves, bias, return_sum=True, implementation="triton")
+        results[used].sum().backward()
+        assert torch.equal(leaves[0].grad, leaves[1].grad)
+        assert (leaves[2].grad is None) == (used == 1)
+        if used == 1:
+            assert torch.equal(leaves[0].grad, torch.ones_like(x))
+
+
+@pytest.mark.parametrize("dtype", [BFLOAT16, FLOAT16], ids=str)
+@pytest.mark.parametrize("op", OPS)
+def check_rounds_where_the_models_do(op, dtype, poisoned):
+    """One rounding more or less would change a tenth of the results, a sum's order very few."""
+    tensors = _inputs(op, "inside", 3, 1025, dtype)
+    mine = _run(op, "inside", tensors, None, (), "triton")
+    plain = _run(op, "inside", tensors, None, (), "reference")
+    assert (mine["y"] == plain["y"]).double().mean() > 0.99
+
+
+def check_a_row_of_other_dtype(poisoned):
+    x, residual, weight, bias = _inputs("layer_norm", "returned", 17, 63, FLOAT32)
+    _compare("layer_norm", "returned", [x.to(BFLOAT16), residual, weight, bias], INPUTS)
+    for op in ("rms_norm", "gemma"):  # float32 norms in a bfloat16 model
+        mixed = [x.to(BFLOAT16), residual.to(BFLOAT16), weight, None]
+        found = _compare(op, "returned", mixed, INPUTS)
+        assert found["y"].dtype == (FLOAT32 if op == "rms_norm" else BFLOAT16)
+
+
+@pytest.mark.parametrize("op", OPS)
+def check_other_strides(op, poisoned):
+    x, residual, weight, bias = _inputs(op, "returned", 30, 63, FLOAT32)
+    wide = torch.randn(30, 126)
+    shapes = [
+        (x.T.contiguous().T, residual),
+        (wide[:, :63], wide[:, 63:]),
+        (wide[:, ::2], residual[:1].expand(30, 63)),
+        (x.view(2, 15, 63).transpose(0, 1), residual.view(15, 2, 63)),
+        (x.view(2, 3, 5, 63).transpose(1, 2), residual.view(2, 5, 3, 63)),
+    ]
+    for x, residual in shapes:
+        _compare(op, "returned", [x, residual, weight, bias], INPUTS)
+    if bias is not None:
+        bias = torch.stack((bias, bias), dim=1)[:, 0]
+    weight = torch.ones(1).expand(63)
+    _compare(op, "returned", [x, residual, weight, bias], INPUTS)
+    leaf = x[0].clone().requires_grad_()
+    y = OPS[op](leaf, None, weight, bias, implementation="triton")
+    y.sum().backward()  # its gradient has strides of 0
+    same = leaf.detach().clone().requires_grad_()
+    OPS[op](same, None, weight, bias, implementation="reference").sum().backward()
+    torch.testing.assert_close(leaf.grad, same.grad, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("op", OPS)
+def check_no_rows(op, poisoned):
+    tensors = _inputs(op, "returned", 0, 63, FLOAT32)
+    for demanded in (INPUTS, ("x",), ("weight", "bias")):
+        found = _compare(op, "returned", tensors, demanded)
+        if "weight" in demanded:
+            assert not found["dweight"].any()
+
+
+def check_partial_sums_are_bounded_and_repeatable(poisoned, monkeypatch):
+    from progtuning_kernels.ops import norm_triton
+
+    monkeypatch.setattr(norm_triton, "ROWS_PER_PARTIAL", 4)
+    monkeypatch.setattr(norm_triton, "MAX_PARTIALS", 3)
+    monkeypatch.setattr(norm_triton, "SUM_ROWS", 2)
+    tensors = _inputs("layer_norm", "none", 33, 63, FLOAT32)
+    first = _compare("layer_norm", "none", tensors, INPUTS)
+    again = _compare("layer_norm", "none", tensors, INPUTS)
+    for name in ("dweight", "dbias"):
+        assert torch.equal(first[name], again[name])
+
+
+@pytest.mark.filterwarnings("ignore::RuntimeWarning")  # numpy's, on NaN
+@pytest.mark.parametrize("op", OPS)
+def check_nan_stays_in_its_row(op, poisoned):
+    tensors = _inputs(op, "none", 17, 63, BFLOAT16)
+    tensors[0][5, 7] = torch.nan
+    found = _run(op, "none", tensors, None, INPUTS, "triton")
+    rows = torch.arange(17) == 5
+    assert torch.equal(found["y"].isnan().all(1), rows)
+    assert torch.equal(found["dx"].isnan().all(1), rows)
+    assert torch.equal(found["dx"].isnan().any(1), rows)
+    assert found["dweight"].isnan().all()
+
+
+def check_large_offsets_of_rows():
+    """A mean of 1000 deviations, of which a rounding is 1000 times as large in the result: the
+    variance is that of the differences, and not a difference of squares.
+    """
+    tensors = _inputs("layer_norm", "none", 17, 257, FLOAT32)
+    tensors[0] += 1000
+    _compare("layer_norm", "none", tensors, INPUTS, roundings=1000.0)
+
+
+def check_elements_beyond_32_bits(monkeypatch):
+    """The third row begins 2**31 elements behind the first; what lies between is never touched."""
+    # the interpreter would copy all memory of its arguments onto itself
+    monkeypatch.setattr(torch.UntypedStorage, "copy_", lambda self, source: self)
+    stride, columns = 2**30, 63
+    memory = torch.empty(2 * stride + 1024, dtype=BFLOAT16)
+    far, near = [], _inputs("layer_norm", "returned", 3, columns, BFLOAT16)
+    for i, rows in enumerate([*near[:2], *_upstream(near[:2])]):
+        far.append(memory.as_strided((3, columns), (stride, 1), i * columns).copy_(rows))
+    wide = _run("layer_norm", "returned", [*far[:2], *near[2:]], far[2:], INPUTS, "triton")
+    close = _run("layer_norm", "returned", near, None, INPUTS, "triton")
+    for name, expected in close.items():
+        assert torch.equal(wide[name], expected), name
+
+
+def check_operators_run_triton(poisoned):
+    for op in OPS:
+        x, _, weight, bias = _inputs(op, "none", 17, 63, FLOAT32)
+        mine, theirs = (
+            [None if t is None else t.clone().requires_grad_() for t in (x, weight, bias)]
+            for _ in range(2)
+        )
+        if op == "layer_norm":
+            y = layer_norm_op(*mine, EPS, "triton")[0]
+        else:
+            y = rms_norm_op(*mine[:2], EPS, float(op == "gemma"), op == "rms_norm", "triton")[0]
+        expected = OPS[op](theirs[0], None, *theirs[1:], implementation="triton")
+        assert torch.equal(y, expected)
+        for result in (y, expected):
+            result.backward(torch.ones_like(result))
+        for a, b in zip(mine, theirs, strict=True):
+            assert a is None or torch.equal(a.grad, b.grad)
+
+
+def test_in_the_interpreter():
+    """Every check_* of this file."""
+    pytest.importorskip("triton")
+    command = [sys.executable, "-m", "pytest", __file__, "-o", "python_functions=check_*"]
+    command += ["-p", "no:cacheprovider", "-W", "error"]
+    environment = {**os.environ, "TRITON_INTERPRET": "1"}
+    done = subprocess.run(
+        command, env=environment, cwd=Path(__file__).parent.parent, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "skipped" not in done.stdout
+
+
+def _models() -> dict[str, tuple[torch.nn.Module, dict]]:
+    """Modules of transformers by name, and the keywords that make rms_norm compute the same."""
+    from transformers.models.gemma3.modeling_gemma3 import Gemma3RMSNorm
+    from transformers.models.gpt_oss.modeling_gpt_oss import GptOssRMSNorm
+    from transformers.models.llama.modeling_llama import LlamaRMSNorm
+    from transformers.models.qwen3.modeling_qwen3 import Qwen3RMSNorm
+    from transformers.models.t5.modeling_t5 import T5LayerNorm
+
+    return {
+        "bert": (torch.nn.LayerNorm(63, eps=EPS), dict()),
+        "llama": (LlamaRMSNorm(63, EPS), dict(cast="before_weight")),
+        "qwen3": (Qwen3RMSNorm(63, EPS), dict(cast="before_weight")),
+        "t5": (T5LayerNorm(63, EPS), dict(cast="before_weight")),
+        "gemma3": (Gemma3RMSNorm(63, EPS), dict(offset=1.0, cast="after_weight")),
+        "gpt_oss": (GptOssRMSNorm(63, EPS), dict(cast="after_weight")),
+    }
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("name", ["bert", "llama", "qwen3", "t5", "gemma3", "gpt_oss"])
+def test_the_reference_has_the_bits_of_the_models(name, dtype):
+    module, keywords = _models()[name]
+    module = module.to(dtype)
+    torch.nn.init.normal_(module.weight)
+    x, residual = (torch.randn(5, 7, 63).to(dtype).requires_grad_() for _ in range(2))
+    if name == "bert":
+        torch.nn.init.normal_(module.bias)
+        mine = layer_norm(x, module.weight, module.bias, EPS, residual=residual, return_sum=True)
+    else:
+        mine = rms_norm(x, module.weight, EPS, residual=residual, return_sum=True, **keywords)
+    h = residual + x
+    theirs = (module(h), h)
+    inputs = [x, residual, *module.parameters()]
+    upstream = _upstream(theirs)
+    for a, b in zip(mine, theirs, strict=True):
+        assert a.dtype == b.dtype and torch.equal(a, b)
+    # T5 reads its input twice, and rounds the gradient of each reading
+    tolerance = 4 * torch.finfo(dtype).eps if name == "t5" and dtype != FLOAT32 else 0
+    for a, b in zip(
+        torch.autograd.grad(mine, inputs, upstream),
+        torch.autograd.grad(theirs, inputs, upstream),
+        strict=True,
+    ):
+        torch.testing.assert_close(a, b, rtol=tolerance, atol=tolerance)
+
+
+@pytest.mark.parametrize("op", OPS)
+def test_gradients_of_reference_and_operators(op):
+    tensors = [None if t is None else t.double() for t in _inputs(op, "returned", 4, 5, FLOAT32)]
+    present = [t.requires_grad_() for t in tensors if t is not None]
+
+    def function(x, residual, weight, bias=None):
+        return OPS[op](x, residual, weight, bias, return_sum=True, implementation="reference")
+
+    def operator(x, weight, bias=None):
+        if op == "layer_norm":
+            return layer_norm_op(x, weight, bias, EPS)[0]
+        return rms_norm_op(x, weight, EPS, float(op == "gemma"), op == "rms_norm")[0]
+
+    assert torch.autograd.gradcheck(function, present)
+    assert torch.autograd.gradcheck(operator, [present[0], *present[2:]])
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("op", OPS)
+def test_operators_are_at_least_as_accurate_as_torch(op, dtype):
+    x, _, weight, bias = _inputs(op, "none", 17, 63, dtype)
+    exact = [None if t is None else t.double() for t in (x, weight, bias)]
+    found = []
+    for tensors, as_operator in (((x, weight, bias), True), ((x, weight, bias), False), (exact, 0)):
+        leaves = [None if t is None else t.clone().requires_grad_() for t in tensors]
+        if not as_operator:
+            y = OPS[op](leaves[0], None, *leaves[1:], implementation="reference")
+        elif op == "layer_norm":
+            y = layer_norm_op(*leaves, EPS)[0]
+        else:
+            y = rms_norm_op(*leaves[:2], EPS, float(op == "gemma"), op == "rms_norm")[0]
+        gradient = _upstream([x])[0].to(y.dtype)
+        y.backward(gradient)
+        found.append([y, *(leaf.grad for leaf in leaves if leaf is not None)])
+    for name, *values in zip(("y", "dx", "dweight", "dbias"), *found, strict=False):
+        assert_at_least_as_accurate(f"{op}: {name}", *values)
+
+
+def test_operators_compute_what_is_demanded(monkeypatch):
+    asked, explicit = [], norms._explicit_backward
+
+    def spy(*arguments):
+        asked.append(tuple(arguments[-1]))
+        return explicit(*arguments)
+
+    monkeypatch.setattr(norms, "_explicit_backward", spy)
+    x, _, weight, bias = _inputs("layer_norm", "none", 3, 5, FLOAT32)
+    for demanded in itertools.product((False, True), repeat=3):
+        if any(demanded):
+            pairs = zip((x, weight, bias), demanded, strict=True)
+            layer_norm_op(*(t.detach().requires_grad_(d) for t, d in pairs), EPS)[
+                0
+            ].sum().backward()
+            assert asked.pop() == demanded
+        if any(demanded[:2]) and not demanded[2]:
+            pairs = zip((x, weight), demanded, strict=False)
+            rms_norm_op(*(t.detach().requires_grad_(d) for t, d in pairs), EPS)[0].sum().backward()
+            assert asked.pop() == demanded
+    assert not asked
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_opcheck(dtype):
+    x, _, weight, bias = _inputs("layer_norm", "none", 5, 63, dtype)
+    x.requires_grad_()
+    torch.library.opcheck(layer_norm_op, (x, None, None, EPS))
+    transposed = torch.randn(63, 5, 3).to(dtype).permute(2, 1, 0).requires_grad_()
+    torch.library.opcheck(layer_norm_op, (transposed, weight, bias, EPS))
+    torch.library.opcheck(rms_norm_op, (transposed, weight, EPS))
+    torch.library.opcheck(rms_norm_op, (x, None, EPS, 1.0, False))
+    torch.library.opcheck(rms_norm_op, (x, weight.float().requires_grad_(), EPS))
+    demands = itertools.product((False, True), repeat=3) if dtype == FLOAT32 else [[True] * 3]
+    for demanded in demands:
+        tensors = [
+            t.detach().requires_grad_(wanted)
+            for t, wanted in zip((x, weight, bias), demanded, strict=True)
+        ]
+        torch.library.opcheck(layer_norm_op, (*tensors, EPS))
+
+
+@pytest.mark.parametrize("residual", RESIDUALS)
+@pytest.mark.parametrize("op", OPS)
+def test_compiles_in_one_graph(op, residual):
+    torch._dynamo.reset()
+
+    def function(*tensors):
+        return OPS[op](*tensors, return_sum=residual == "returned")
+
+    compiled = torch.compile(function, fullgraph=True, backend="aot_eager")
+    tensors = _inputs(op, residual, 5, 63, FLOAT32)
+    for demanded in (("x",), ("weight",), ()):
+        found = []
+        for call in (function, compiled):
+            leaves = [
+                None if t is None else t.detach().requires_grad_(name in demanded)
+                for name, t in zip(INPUTS, tensors, strict=True)
+            ]
+            results = call(*leaves)
+            results = results if isinstance(results, tuple) else (results,)
+            if demanded:
+                sum(y.square().sum() for y in results).backward()
+            requires = [y.requires_grad for y in results]
+            gradients = [None if t is None else t.grad for t in leaves]
+            found.append(([*results, *gradients], requires))
+        assert found[0][1] == found[1][1]
+        torch.testing.assert_close(found[0][0], found[1][0])
+    with torch.autocast("cpu", BFLOAT16):
+        tensors = _inputs(op, residual, 5, 63, BFLOAT16)
+        torch.testing.assert_close(compiled(*tensors), function(*tensors))
+
+
+def test_reasons_and_errors(monkeypatch):
+    monkeypatch.delenv("PROGTUNING_BACKEND", raising=False)
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    x, weight = torch.randn(3, 5), torch.randn(5)
+    with pytest.raises(RuntimeError, match="layer_norm: implementation=triton cannot run: Triton"):
+        layer_norm(x, weight, None, EPS, implementation="triton")
+    with pytest.raises(RuntimeError, match="rms_norm has no native implementation"):
+        rms_norm(x, weight, EPS, implementation="native")
+    with pytest.raises(ValueError, match="rms_norm: weight has shape"):
+        rms_norm(x, weight[:4], EPS)
+    with pytest.raises(ValueError, match="layer_norm: residual has shape"):
+        layer_norm(x, None, None, EPS, residual=x[:1])
+    with pytest.raises(ValueError, match="x is torch.int64"):
+        layer_norm(x.long(), None, None, EPS)
+    with pytest.raises(ValueError, match="return_sum needs a residual"):
+        layer_norm(x, None, None, EPS, return_sum=True)
+    with pytest.raises(ValueError, match="offset needs"):
+        rms_norm(x, weight, EPS, offset=1.0)
+    with pytest.raises(ValueError, match="cast must be one of"):
+        rms_norm(x, weight, EPS, cast="model")
+    with pytest.raises(ValueError, match="rows of at least one element"):
+        rms_norm(x[:, :0], None, EPS)
+    with pytest.raises(ValueError, match="x is on cpu, weight on meta"):
+        rms_norm(x, weight.to("meta"), EPS)
+
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    against = norms._reason_against_triton_layer_norm
+    pytest.importorskip("triton")
+    assert against([x, x, weight, None]) is None
+    subclass = x.as_subclass(type("Wrapped", (Tensor,), {}))
+    assert "type Wrapped" in against([subclass, None, None, None])
+    assert "float64" in against([x.double(), None, None, None])
+    assert "at most 8192" in against([torch.empty(1, 8193), None, None, None])
+    assert "not torch.bfloat16" in against([x.bfloat16(), None, weight, None])
+    assert against([x.bfloat16(), x, weight, None]) is None
+    with torch.autocast("cpu", BFLOAT16):
+        assert "autocast" in against([x.bfloat16(), None, None, None])
+        assert against([x, None, weight, None]) is None
+
+
+def test_runs_without_triton():
+    program = (
+        "import sys; sys.modules['triton'] = None; import torch;"
+        "from progtuning_kernels.ops.norm import layer_norm;"
+        "layer_norm(torch.ones(2, 3), None, None, 1e-5)"
+    )
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
+    assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
+
+
+def _resources(cubin: bytes, path: Path) -> dict[str, int]:
+    """Registers, stack and local memory of a kernel; empty without cuobjdump."""
+    import triton
+
+    tool = shutil.which("cuobjdump")
+    bundled = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
+    if tool is None and not bundled.exists():
+        return {}
+    path.write_bytes(cubin)
+    command = [tool or str(bundled), "-res-usage", str(path)]
+    printed = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    return {name: int(count) for name, count in re.findall(r"(REG|STACK|LOCAL):(\d+)", printed)}
+
+
+def _compiled(kernel, kinds: dict[str, str], constants: dict, architecture: int, options: dict):
+    import triton
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
+    full = {name: kinds.get(name, "constexpr") for name in kernel.arg_names}
+    # as at a launch: addresses of torch's tensors, and rows, are multiples of 16
+    attributes = {
+        (i,): [["tt.divisibility", 16]]
+        for i, (name, kind) in enumerate(full.items())
+        if kind[0] == "*" or name.endswith("stride")
+    }
+    source = ASTSource(kernel, full, constexprs=constants, attrs=attributes)
+    return triton.compile(source, target=GPUTarget("cuda", architecture, 32), options=options)
+
+
+def _variants(columns: int) -> dict[str, tuple]:
+    """Kernels by name, with the kinds of their arguments, constants and options."""
+    import triton
+
+    from progtuning_kernels.ops import norm_triton as nt
+
+    block = triton.next_power_of_2(columns)
+    constants = dict(C=columns, BLOCK=block)
+    rows = dict.fromkeys(("x", "residual", "weight", "bias", "y", "h"), "*bf16")
+    strides = dict.fromkeys(("x_stride", "residual_stride"), "i32")
+    kinds = {**rows, **strides, "mean": "*fp32", "rstd": "*fp32", "eps": "fp32", "offset": "fp32"}
+    of_forward = constants | dict(CENTER=True, CAST_FIRST=True, SUM_TYPE=triton.language.bfloat16)
+    back = dict.fromkeys(("dy", "dsum", "h", "weight", "dh"), "*bf16") | {"offset": "fp32"}
+    back |= dict.fromkeys(("mean", "rstd", "dweight", "dbias"), "*fp32")
+    back |= dict.fromkeys(("n_rows", "dy_stride", "dsum_stride", "h_stride"), "i32")
+    only_dh = {name: kind for name, kind in back.items() if name not in ("dweight", "dbias")}
+    of_backward = constants | dict(CENTER=True)
+    of_dh = of_backward | dict(dweight=None, dbias=None)
+    options = nt.options(block)
+    return {
+        "forward": (nt.forward_kernel, kinds, of_forward, options),
+        "backward": (nt.backward_kernel, back, of_backward, options),
+        "dx only": (nt.backward_kernel, only_dh, of_dh, options),
+        "sums": (
+            nt.sum_partials_kernel,
+            {"partials": "*fp32", "first": "*bf16", "second": "*bf16", "n_partials": "i32"},
+            dict(C=columns, ROWS=nt.SUM_ROWS, COLUMNS=nt.SUM_COLUMNS),
+            nt.SUM_OPTIONS,
+        ),
+    }
+
+
+@pytest.mark.filterwarnings("error")
+@pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") == "1", reason="compiles nothing")
+@pytest.mark.parametrize("architecture", [80, 90, 100, 120])
+def test_compiles_without_spills(architecture, tmp_path, monkeypatch, capfd):
+    pytest.importorskip("triton")
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path / "cache"))
+    used, bad = {}, []
+    for columns in (768, 1024, 4096, 8192):
+        for name, (kernel, kinds, constants, options) in _variants(columns).items():
+            compiled = _compiled(kernel, kinds, constants, architecture, options)
+            key = f"{name} {columns}"
+            used[key] = _resources(compiled.asm["cubin"], tmp_path / "kernel.cubin")
+            limit = 65536 // (32 * options["num_warps"])
+            spilt = used[key].get("STACK", 0) or used[key].get("LOCAL", 0)
+            if spilt or used[key].get("REG", 0) > min(128, limit):
+                bad.append(key)
+            ptx = compiled.asm["ptx"]
+            assert "approx" not in ptx and "div.full" not in ptx, key
+            assert "atom" not in ptx, key
+            if name != "sums":  # rows of bfloat16 are read in 16 bytes per thread
+                assert re.search(r"ld\.global\S*\.v4\.b32", ptx), key
+    assert not bad, f"sm_{architecture}: {bad} of {used}"
+    assert capfd.readouterr() == ("", "")
