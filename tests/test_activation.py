@@ -10,10 +10,8 @@ import itertools
 import math
 import os
 import re
-import shutil
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 import torch
@@ -21,6 +19,7 @@ import torch.nn.functional as F
 from accuracy import assert_at_least_as_accurate, in_fp64
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
+from triton_builds import compile_for, resources, run_checks
 
 from progtuning_kernels import _backend
 from progtuning_kernels.ops import activation
@@ -350,14 +349,7 @@ def check_the_interpreter_runs_these():
 def test_in_the_interpreter():
     """Every check_* of this file."""
     pytest.importorskip("triton")
-    command = [sys.executable, "-m", "pytest", __file__, "-o", "python_functions=check_*"]
-    command += ["-p", "no:cacheprovider", "-W", "error"]
-    environment = {**os.environ, "TRITON_INTERPRET": "1"}
-    done = subprocess.run(
-        command, env=environment, cwd=Path(__file__).parent.parent, capture_output=True, text=True
-    )
-    assert done.returncode == 0, done.stdout + done.stderr
-    assert "skipped" not in done.stdout
+    run_checks(__file__)
 
 
 @pytest.mark.skipif(in_interpreter, reason="Triton runs on the CPU there")
@@ -440,35 +432,7 @@ def test_compiles_into_one_graph(name, kind, demand):
         assert mine is theirs is None or torch.equal(mine, theirs)
 
 
-def _resources(cubin: bytes, path: Path) -> dict[str, int]:
-    """Registers, stack and local memory of a kernel; empty without cuobjdump."""
-    import triton
-
-    bundled = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
-    tool = shutil.which("cuobjdump") or (str(bundled) if bundled.exists() else None)
-    if tool is None:
-        return {}
-    path.write_bytes(cubin)
-    command = [tool, "-res-usage", str(path)]
-    printed = subprocess.run(command, capture_output=True, text=True, check=True).stdout
-    return {name: int(count) for name, count in re.findall(r"(REG|STACK|LOCAL):(\d+)", printed)}
-
-
-def _compiled(kernel, signature: dict[str, str], constants: dict, architecture: int, options: dict):
-    import triton
-    from triton.backends.compiler import GPUTarget
-    from triton.compiler import ASTSource
-
-    full = {name: signature.get(name, "constexpr") for name in kernel.arg_names}
-    constants = {name: constants.get(name) for name, kind in full.items() if kind == "constexpr"}
-    # as at a launch: addresses and a model's strides are multiples of 16
-    attributes = {
-        (i,): [["tt.divisibility", 16]]
-        for i, (name, kind) in enumerate(full.items())
-        if kind[0] == "*" or name.endswith("stride")
-    }
-    source = ASTSource(kernel, full, constexprs=constants, attrs=attributes)
-    return triton.compile(source, target=GPUTarget("cuda", architecture, 32), options=options)
+STRIDES = ("grad_stride", "x_stride", "up_stride")  # of rows, multiples of 16 in a model
 
 
 @pytest.mark.filterwarnings("error")
@@ -480,7 +444,7 @@ def test_compiles_without_spills(architecture, tmp_path, monkeypatch, capfd):
 
     monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path / "cache"))
     sizes = dict.fromkeys(("rows", "cols", "blocks", "rows_of_piece", "pieces"), "i32")
-    sizes |= dict.fromkeys(("grad_stride", "x_stride", "up_stride"), "i32")
+    sizes |= dict.fromkeys(STRIDES, "i32")
     compiled = []
     for kind, other in [("none", "bias"), ("tanh", "bias"), ("silu", "up"), ("tanh", "up")]:
         constants = dict(KIND=kind, ALIGNED=True, BLOCK=at.BLOCK)
@@ -488,15 +452,17 @@ def test_compiles_without_spills(architecture, tmp_path, monkeypatch, capfd):
         pointers |= {"partials": "*fp32"} if other == "bias" else {"dup": "*bf16"}
         for kernel, vectors in ((at.forward_kernel, 2), (at.backward_kernel, 3)):
             signature = {n: t for n, t in (sizes | pointers).items() if n in kernel.arg_names}
-            made = _compiled(kernel, signature, constants, architecture, at.OPTIONS)
+            made = compile_for(
+                kernel, signature, constants, architecture, at.OPTIONS, divisible=STRIDES
+            )
             assert len(re.findall(r"ld\.global\S*\.v4\.b32", made.asm["ptx"])) == vectors
             assert not re.search(r"ld\.global\S*\.b16", made.asm["ptx"])
             compiled.append(made)
     signature = dict(out="*bf16", partials="*fp32", pieces="i32", cols="i32")
     constants = dict(ROWS=at.SUM_ROWS, BLOCK=at.SUM_BLOCK)
-    compiled.append(_compiled(at.sum_kernel, signature, constants, architecture, at.OPTIONS))
+    compiled.append(compile_for(at.sum_kernel, signature, constants, architecture, at.OPTIONS))
     for kernel in compiled:
-        used = _resources(kernel.asm["cubin"], tmp_path / "kernel.cubin")
+        used = resources(kernel, tmp_path)
         assert used.get("STACK", 0) == used.get("LOCAL", 0) == 0
         assert used.get("REG", 0) <= 96
     assert capfd.readouterr() == ("", "")

@@ -12,10 +12,6 @@ import itertools
 import math
 import os
 import re
-import shutil
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 import torch
@@ -23,6 +19,7 @@ from accuracy import assert_at_least_as_accurate
 from torch import Tensor
 from torch.nn import functional as F
 from torch.profiler import ProfilerActivity, profile
+from triton_builds import compile_for, resources, run_checks
 
 from progtuning_kernels.ops.linear_cross_entropy import (
     linear_cross_entropy,
@@ -524,47 +521,7 @@ def test_compiled(dtype, monkeypatch):
 def test_in_the_interpreter():
     """Every check_* of this file."""
     pytest.importorskip("triton")
-    command = [sys.executable, "-m", "pytest", __file__, "-o", "python_functions=check_*"]
-    command += ["-p", "no:cacheprovider", "-W", "error"]
-    done = subprocess.run(
-        command,
-        env={**os.environ, "TRITON_INTERPRET": "1"},
-        cwd=Path(__file__).parent.parent,
-        capture_output=True,
-        text=True,
-    )
-    assert done.returncode == 0, done.stdout + done.stderr
-    assert "skipped" not in done.stdout
-
-
-def _registers(cubin: bytes, path: Path) -> dict[str, int]:
-    """Registers, stack and local memory of a kernel; empty without cuobjdump."""
-    import triton
-
-    tool = shutil.which("cuobjdump")
-    bundled = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
-    if tool is None and not bundled.exists():
-        return {}
-    path.write_bytes(cubin)
-    command = [tool or str(bundled), "-res-usage", str(path)]
-    printed = subprocess.run(command, capture_output=True, text=True, check=True).stdout
-    return {name: int(count) for name, count in re.findall(r"(REG|STACK|LOCAL):(\d+)", printed)}
-
-
-def _compiled(kernel, signature: dict[str, str], constants: dict, architecture: int, options: dict):
-    import triton
-    from triton.backends.compiler import GPUTarget
-    from triton.compiler import ASTSource
-
-    full = {name: signature.get(name, "constexpr") for name in kernel.arg_names}
-    # as at a launch with 50,257 logits: addresses and padded rows are multiples of 16
-    divisible = [i for i, (n, k) in enumerate(full.items()) if k[0] == "*" or n in DIVISIBLE]
-    attributes = {(i,): [["tt.divisibility", 16]] for i in divisible}
-    source = ASTSource(kernel, full, constexprs=constants, attrs=attributes)
-    return triton.compile(source, target=GPUTarget("cuda", architecture, 32), options=options)
-
-
-DIVISIBLE = ("stride", "width")
+    run_checks(__file__)
 
 
 @pytest.mark.filterwarnings("error")
@@ -592,15 +549,17 @@ def test_compiles_without_spills(architecture, tmp_path, monkeypatch, capfd):
         signature = {"logits": f"*{dtype}", **common, **(weights if everything else {})}
         if not everything:
             constants |= dict.fromkeys(weights)
-        kernel = _compiled(
-            triton_module.rows_kernel, signature, constants, architecture, triton_module.OPTIONS
+        kernel = compile_for(
+            *(triton_module.rows_kernel, signature, constants, architecture),
+            triton_module.OPTIONS,
+            divisible=("stride", "width"),  # as at a launch with 50,257 logits: rows are padded
         )
         # without vectors a row of bfloat16 is read in 2 bytes per thread and instruction
         assert re.search(r"ld\.global\S*\.v4\.b32", kernel.asm["ptx"])
         assert re.search(r"st\.global\S*\.v4\.b32", kernel.asm["ptx"])
         compiled.append(kernel)
     compiled.append(
-        _compiled(
+        compile_for(
             triton_module.scale_kernel,
             {"values": "*bf16", "factor": "*fp32", "n": "i32"},
             {"BLOCK": triton_module.SCALE_BLOCK},
@@ -609,7 +568,7 @@ def test_compiles_without_spills(architecture, tmp_path, monkeypatch, capfd):
         )
     )
     for kernel in compiled:
-        used = _registers(kernel.asm["cubin"], tmp_path / "kernel.cubin")
+        used = resources(kernel, tmp_path)
         assert used.get("STACK", 0) == used.get("LOCAL", 0) == 0
         assert used.get("REG", 0) <= 128
     assert capfd.readouterr() == ("", "")

@@ -9,14 +9,11 @@ from __future__ import annotations
 import math
 import os
 import re
-import shutil
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 import torch
 from torch import Tensor
+from triton_builds import compile_for, resources, run_checks
 
 from progtuning_kernels.ops import low_precision
 from progtuning_kernels.ops.bucket import Bucket, Hyper, Moments, record_of
@@ -271,39 +268,7 @@ def check_elements_beyond_32_bits():
 
 def test_in_the_interpreter():
     """Every check_* of this file."""
-    command = [sys.executable, "-m", "pytest", __file__, "-o", "python_functions=check_*"]
-    command += ["-p", "no:cacheprovider", "-W", "error"]
-    environment = {**os.environ, "TRITON_INTERPRET": "1"}
-    done = subprocess.run(
-        command, env=environment, cwd=Path(__file__).parent.parent, capture_output=True, text=True
-    )
-    assert done.returncode == 0, done.stdout + done.stderr
-    assert "skipped" not in done.stdout
-
-
-def _resources(cubin: bytes, path: Path) -> dict[str, int]:
-    """Registers, stack and local memory of a kernel; empty without cuobjdump."""
-    tool = shutil.which("cuobjdump")
-    bundled = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
-    if tool is None and not bundled.exists():
-        return {}
-    path.write_bytes(cubin)
-    command = [tool or str(bundled), "-res-usage", str(path)]
-    printed = subprocess.run(command, capture_output=True, text=True, check=True).stdout
-    return {name: int(count) for name, count in re.findall(r"(REG|STACK|LOCAL):(\d+)", printed)}
-
-
-def _compiled(kernel, signature: dict[str, str], constants: dict, architecture: int, options: dict):
-    from triton.backends.compiler import GPUTarget
-    from triton.compiler import ASTSource
-
-    full = {name: signature.get(name, "constexpr") for name in kernel.arg_names}
-    # as at a launch: addresses of torch's tensors are multiples of 16
-    attributes = {
-        (i,): [["tt.divisibility", 16]] for i, kind in enumerate(full.values()) if kind[0] == "*"
-    }
-    source = ASTSource(kernel, full, constexprs=constants, attrs=attributes)
-    return triton.compile(source, target=GPUTarget("cuda", architecture, 32), options=options)
+    run_checks(__file__)
 
 
 @pytest.mark.filterwarnings("error")
@@ -324,7 +289,7 @@ def test_compiles_without_spills(architecture, tmp_path, monkeypatch, capfd):
         constants = dict(PARAM_TYPE=param, MOMENT_TYPE=moment, STOCHASTIC=stochastic)
         constants |= dict(MASTER=False, ZERO_GRADS=True, BLOCK=mut.BLOCK)
         signature = {**words, "chunks": "*i32"}
-        kernel = _compiled(
+        kernel = compile_for(
             mut.masked_update_kernel, signature, constants, architecture, mut.OPTIONS
         )
         ptx = kernel.asm["ptx"]
@@ -335,9 +300,9 @@ def test_compiles_without_spills(architecture, tmp_path, monkeypatch, capfd):
     signature = {**words, "num_tensors": "i32", "grad_factor": "*fp32", "found_inf": "*fp32"}
     constants = {"TENSORS": mut.TENSORS}
     options = mut.PREPARE_OPTIONS
-    compiled.append(_compiled(mut.prepare_kernel, signature, constants, architecture, options))
+    compiled.append(compile_for(mut.prepare_kernel, signature, constants, architecture, options))
     for kernel in compiled:
-        used = _resources(kernel.asm["cubin"], tmp_path / "kernel.cubin")
+        used = resources(kernel, tmp_path)
         assert used.get("STACK", 0) == used.get("LOCAL", 0) == 0
         assert used.get("REG", 0) <= 128
     assert capfd.readouterr() == ("", "")

@@ -9,15 +9,14 @@ from __future__ import annotations
 import itertools
 import os
 import re
-import shutil
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 import torch
 from accuracy import assert_at_least_as_accurate, in_fp64
 from torch import Tensor
+from triton_builds import compile_for, resources, run_checks
 
 from progtuning_kernels.ops import norm as norms
 from progtuning_kernels.ops.norm import layer_norm, layer_norm_op, rms_norm, rms_norm_op
@@ -309,14 +308,7 @@ def check_operators_run_triton(poisoned):
 def test_in_the_interpreter():
     """Every check_* of this file."""
     pytest.importorskip("triton")
-    command = [sys.executable, "-m", "pytest", __file__, "-o", "python_functions=check_*"]
-    command += ["-p", "no:cacheprovider", "-W", "error"]
-    environment = {**os.environ, "TRITON_INTERPRET": "1"}
-    done = subprocess.run(
-        command, env=environment, cwd=Path(__file__).parent.parent, capture_output=True, text=True
-    )
-    assert done.returncode == 0, done.stdout + done.stderr
-    assert "skipped" not in done.stdout
+    run_checks(__file__)
 
 
 def _models() -> dict[str, tuple[torch.nn.Module, dict]]:
@@ -526,34 +518,8 @@ def test_runs_without_triton():
     assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
 
 
-def _resources(cubin: bytes, path: Path) -> dict[str, int]:
-    """Registers, stack and local memory of a kernel; empty without cuobjdump."""
-    import triton
-
-    tool = shutil.which("cuobjdump")
-    bundled = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
-    if tool is None and not bundled.exists():
-        return {}
-    path.write_bytes(cubin)
-    command = [tool or str(bundled), "-res-usage", str(path)]
-    printed = subprocess.run(command, capture_output=True, text=True, check=True).stdout
-    return {name: int(count) for name, count in re.findall(r"(REG|STACK|LOCAL):(\d+)", printed)}
-
-
-def _compiled(kernel, kinds: dict[str, str], constants: dict, architecture: int, options: dict):
-    import triton
-    from triton.backends.compiler import GPUTarget
-    from triton.compiler import ASTSource
-
-    full = {name: kinds.get(name, "constexpr") for name in kernel.arg_names}
-    # as at a launch: addresses of torch's tensors, and rows, are multiples of 16
-    attributes = {
-        (i,): [["tt.divisibility", 16]]
-        for i, (name, kind) in enumerate(full.items())
-        if kind[0] == "*" or name.endswith("stride")
-    }
-    source = ASTSource(kernel, full, constexprs=constants, attrs=attributes)
-    return triton.compile(source, target=GPUTarget("cuda", architecture, 32), options=options)
+# of rows, multiples of 16 in a model
+STRIDES = ("x_stride", "residual_stride", "dy_stride", "dsum_stride", "h_stride")
 
 
 def _variants(columns: int) -> dict[str, tuple]:
@@ -597,9 +563,11 @@ def test_compiles_without_spills(architecture, tmp_path, monkeypatch, capfd):
     used, bad = {}, []
     for columns in (768, 1024, 4096, 8192):
         for name, (kernel, kinds, constants, options) in _variants(columns).items():
-            compiled = _compiled(kernel, kinds, constants, architecture, options)
+            compiled = compile_for(
+                kernel, kinds, constants, architecture, options, divisible=STRIDES
+            )
             key = f"{name} {columns}"
-            used[key] = _resources(compiled.asm["cubin"], tmp_path / "kernel.cubin")
+            used[key] = resources(compiled, tmp_path)
             limit = 65536 // (32 * options["num_warps"])
             spilt = used[key].get("STACK", 0) or used[key].get("LOCAL", 0)
             if spilt or used[key].get("REG", 0) > min(128, limit):
