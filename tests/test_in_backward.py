@@ -265,6 +265,21 @@ def test_previous_norm_and_per_block_clip_by_what_they_say():
                 torch.testing.assert_close(p, q, rtol=1e-5, atol=1e-6)
 
 
+def test_a_resumed_run_clips_by_the_norm_before():
+    straight, other = pair()
+    options = dict(OPTIONS, in_backward=True, max_grad_norm=0.01, clip_mode="previous_norm")
+    first = MaskedAdamW(straight.named_parameters(), **options)
+    loss_of(straight, 0).backward()
+    first.step()
+    other.load_state_dict(straight.state_dict())
+    second = MaskedAdamW(other.named_parameters(), **options)
+    second.load_state_dict(copy.deepcopy(first.state_dict()))
+    for model, optimizer in ((straight, first), (other, second)):
+        loss_of(model, 1).backward()
+        optimizer.step()
+    assert_same(straight, other)
+
+
 def test_gradients_changed_after_backward_are_normed_again():
     inside, after = pair()
     options = dict(OPTIONS, max_grad_norm=0.05)

@@ -68,7 +68,7 @@ class UpdateInBackward:
         self._norms: list[Tensor] = []  # of the blocks updated in this step
         self._skipped: list[Tensor] = []
         self._done: set[int] = set()  # indices of the parameters updated in this step
-        self._previous_norm: Tensor | None = None
+        self.previous_norm: Tensor | None = None  # of the last good step; saved with the optimizer
 
     @property
     def keeps_gradients(self) -> bool:
@@ -170,7 +170,7 @@ class UpdateInBackward:
         ):
             block.started, block.buckets = started, optimizer.build_buckets(started)
         gradients = [bucket.gather() for bucket in block.buckets]
-        previous = self._previous_norm if optimizer.clip_mode == "previous_norm" else None
+        previous = self.previous_norm if optimizer.clip_mode == "previous_norm" else None
         decision = optimizer.decide(block.buckets, gradients, previous_norm=previous)
         optimizer.apply(block.buckets, gradients, decision)
         for member in members:
@@ -219,8 +219,8 @@ class UpdateInBackward:
             optimizer.grad_norm = masked_norm([norm.to(device) for norm in self._norms])
             # a bad step says nothing about the next one's norm
             finite = optimizer.grad_norm.isfinite()
-            before = optimizer.grad_norm if self._previous_norm is None else self._previous_norm
-            self._previous_norm = torch.where(finite, optimizer.grad_norm, before)
+            before = optimizer.grad_norm if self.previous_norm is None else self.previous_norm
+            self.previous_norm = torch.where(finite, optimizer.grad_norm, before)
         if self._skipped:
             device = self._skipped[0].device
             bad = torch.stack([found.to(device) for found in self._skipped]).amax()

@@ -187,6 +187,8 @@ class MaskedAdamW(MaskedOptimizer):
             for i in group["params"]:
                 saved["state"].setdefault(i, {})
         saved["masked"] = {"seed": self.seed, "skipped_steps": self.skipped_steps}
+        if self._in_backward is not None:
+            saved["masked"]["previous_norm"] = self._in_backward.previous_norm
         return saved
 
     def torch_state_dict(self) -> dict[str, Any]:
@@ -226,6 +228,8 @@ class MaskedAdamW(MaskedOptimizer):
         if "masked" in state_dict:
             self.seed = state_dict["masked"]["seed"]
             self._skipped, self._control = state_dict["masked"]["skipped_steps"], None
+            if self._in_backward is not None:
+                self._in_backward.previous_norm = state_dict["masked"].get("previous_norm")
         self._refresh()
 
     def _state_from(self, saved: dict[str, Tensor], p: Tensor) -> dict[str, Tensor]:
