@@ -12,27 +12,34 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Collection
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import nn
 
+from .derived_classes import derive, derived_classes
 from .layout import EMBEDDINGS, Layout
 
 FrozenMode = Literal["eval", "train"]
 
-_frozen_classes: dict[tuple[type, bool, bool, bool], type] = {}
 # Mode last asked for by `.train(mode)` while the module was held in eval; read when it thaws.
 _requested_mode: weakref.WeakKeyDictionary[nn.Module, bool] = weakref.WeakKeyDictionary()
 
 
+class _Flags(NamedTuple):
+    """Key of a frozen class: see `frozen_class`."""
+
+    no_grad: bool
+    hold_eval: bool
+    own_forward: bool
+
+
+_unfrozen: dict[type, type] = {}
+
+
 def unfrozen_class(cls: type) -> type:
     """The class that `frozen_class` was derived from, or `cls` itself."""
-    return getattr(cls, "_progtuning_base", cls)
-
-
-def _new_instance(cls: type) -> Any:
-    return cls.__new__(cls)
+    return _unfrozen.get(cls, cls)
 
 
 def frozen_class(base: type, *, no_grad: bool, hold_eval: bool, own_forward: bool) -> type:
@@ -46,9 +53,6 @@ def frozen_class(base: type, *, no_grad: bool, hold_eval: bool, own_forward: boo
         own_forward: the instance has a `forward` of its own, as accelerate gives to the modules of
             a model spread over devices; `no_grad` then surrounds the whole call.
     """
-    key = (base, no_grad, hold_eval, own_forward)
-    if key in _frozen_classes:
-        return _frozen_classes[key]
 
     def forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
         with torch.no_grad():
@@ -62,18 +66,7 @@ def frozen_class(base: type, *, no_grad: bool, hold_eval: bool, own_forward: boo
         _requested_mode[self] = mode
         return base.train(self, False)
 
-    def reduce_ex(self: nn.Module, protocol: int) -> tuple:
-        # copies and pickles are plain modules: this class cannot be found by name
-        _, _, *state = base.__reduce_ex__(self, protocol)
-        return (_new_instance, (base,), *state)
-
-    members: dict[str, Any] = {
-        "__module__": base.__module__,
-        "__qualname__": base.__qualname__,
-        "__doc__": base.__doc__,
-        "__reduce_ex__": reduce_ex,
-        "_progtuning_base": base,
-    }
+    members: dict[str, Any] = {}
     if no_grad:
         members["__call__" if own_forward else "forward"] = call if own_forward else forward
         if hasattr(base, "gradient_checkpointing"):
@@ -84,9 +77,9 @@ def frozen_class(base: type, *, no_grad: bool, hold_eval: bool, own_forward: boo
             )
     if hold_eval:
         members["train"] = train
-    # the name stays: transformers' `_no_split_modules` and regional compilation go by it
-    _frozen_classes[key] = type(base.__name__, (base,), members)
-    return _frozen_classes[key]
+    made = derive(base, _Flags(no_grad, hold_eval, own_forward), members)
+    _unfrozen[made] = base
+    return made
 
 
 def _drop_own_forward(module: nn.Module) -> None:
@@ -98,7 +91,7 @@ def _drop_own_forward(module: nn.Module) -> None:
     own = module.__dict__.get("forward")
     if getattr(own, "__self__", None) is module and any(
         vars(cls).get("forward") is own.__func__
-        for cls in {*type(module).__mro__, *_frozen_classes.values()}
+        for cls in {*type(module).__mro__, *derived_classes()}
     ):
         del module.__dict__["forward"]
 

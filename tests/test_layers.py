@@ -10,7 +10,7 @@ import pytest
 PACKAGE = Path(__file__).parent.parent / "progtuning_kernels"
 # a module may import from lower layers, and within a folder from its own
 LAYERS = [
-    {"_backend", "schedules", "families", "freeze_events"},
+    {"_backend", "schedules", "families", "freeze_events", "derived_classes"},
     {"ops", "layout"},
     {"optim", "boundary", "truncation", "gradient_paths", "checkpointing", "adapters"},
     {"active_set"},

@@ -20,6 +20,7 @@ from progtuning_kernels import (
     patch_model,
     release_frozen_state,
 )
+from progtuning_kernels.derived_classes import root_of
 from progtuning_kernels.patch import handle_of
 
 
@@ -181,7 +182,7 @@ def test_a_replaced_forward_is_caught():
     bias = torch.zeros(32, requires_grad=True)
     for i in (0, 1):
         block = model.bert.encoder.layer[i]
-        base = type(block)._progtuning_base
+        base = root_of(type(block))
         block.forward = lambda *a, base=base, b=block, **k: base.forward(b, *a, **k) + bias
     model(**inputs)
     with pytest.raises(TruncationError, match="block 0.*patch the model last"):

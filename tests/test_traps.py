@@ -22,6 +22,7 @@ from progtuning_kernels import (
     patch_model,
     register_family,
 )
+from progtuning_kernels.derived_classes import root_of
 from progtuning_kernels.families import FAMILIES
 
 BERT, LLAMA, T5 = "bert-sequence", "llama-causal-lm", "t5-seq2seq-lm"
@@ -123,7 +124,7 @@ def test_a_hook_whose_protection_is_gone_is_named_with_the_nodes_it_costs():
     model = tiny_model(LLAMA)
     handle = patch_model(model, MilestoneSchedule({0: 2}))
     for block in [model.model.embed_tokens, *model.model.layers]:
-        block.__class__ = getattr(type(block), "_progtuning_base", type(block))
+        block.__class__ = root_of(type(block))
     model.model.embed_tokens.register_forward_hook(lambda m, a, out: out.requires_grad_(True))
     model(**tiny_inputs(LLAMA))
     report = handle.truncation_report()
