@@ -61,16 +61,32 @@ def compile_for(
     return triton.compile(source, target=GPUTarget("cuda", architecture, 32), options=options)
 
 
-def resources(kernel: Any, folder: Path) -> dict[str, int]:
-    """Registers ("REG"), stack and local memory of a compiled kernel; empty without cuobjdump."""
+def usage(path: Path) -> dict[str, dict[str, int]]:
+    """By mangled function and architecture ("f@sm_90"), what a cubin, object or library has.
+
+    Registers ("REG"), stack, static shared and local memory; empty without cuobjdump.
+    """
     import triton
 
     tool = shutil.which("cuobjdump")
     bundled = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
     if tool is None and not bundled.exists():
         return {}
-    path = folder / "kernel.cubin"
-    path.write_bytes(kernel.asm["cubin"])
     command = [tool or str(bundled), "-res-usage", str(path)]
     printed = subprocess.run(command, capture_output=True, text=True, check=True).stdout
-    return {name: int(count) for name, count in re.findall(r"(REG|STACK|LOCAL):(\d+)", printed)}
+    found, architecture = {}, ""
+    for line in printed.splitlines():
+        if named := re.search(r"arch = (sm_\w+)", line):
+            architecture = named[1]
+        elif named := re.search(r"Function (\S+):", line):
+            function = f"{named[1]}@{architecture}"
+        elif counts := re.findall(r"(REG|STACK|SHARED|LOCAL):(\d+)", line):
+            found[function] = {name: int(count) for name, count in counts}
+    return found
+
+
+def resources(kernel: Any, folder: Path) -> dict[str, int]:
+    """`usage` of a compiled kernel of Triton."""
+    path = folder / "kernel.cubin"
+    path.write_bytes(kernel.asm["cubin"])
+    return next(iter(usage(path).values()), {})
