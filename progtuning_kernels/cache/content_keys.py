@@ -1,0 +1,258 @@
+"""Recognises the samples of a batch by their content, whatever order and padding they come in.
+
+A row's digest covers what its boundary activations are computed from: token ids, token types and
+position ids without their padding, pixel values, and every other tensor with one row per sample. So
+neither the data loader nor the training loop has to name samples.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property
+from typing import Any
+
+import numpy as np
+import torch
+
+# What a loss or a decoder reads, and nothing below the boundary: two labels for one text share its
+# row. A tensor under any other name is hashed.
+NOT_HASHED = frozenset(
+    {
+        "labels",
+        "label",
+        "label_ids",
+        "class_labels",
+        "start_positions",
+        "end_positions",
+        "next_sentence_label",
+        "sentence_order_label",
+        "return_loss",
+        "num_items_in_batch",
+        "return_dict",
+        "use_cache",
+        "output_hidden_states",
+        "output_attentions",
+        "output_router_logits",
+        "logits_to_keep",
+        "decoder_input_ids",
+        "decoder_attention_mask",
+    }
+)
+# One entry per token, none of which matters where the mask is 0.
+_PER_TOKEN = ("input_ids", "token_type_ids", "position_ids")
+# Arguments whose first dimension is the batch, most telling first.
+_INPUTS = ("input_ids", "pixel_values", "input_features", "input_values")
+_MASK = "attention_mask"
+_NOT_ROWS = {"cache_position", "num_items_in_batch"}
+
+
+class UnknownContent(ValueError):
+    """Samples cannot be recognised in these arguments; the message says why."""
+
+
+@dataclass(frozen=True)
+class Rows:
+    """The samples of one batch.
+
+    Attributes:
+        digests: 16 bytes a row.
+        spans: (start, end) of each row's tokens in the padded batch.
+    """
+
+    digests: tuple[bytes, ...]
+    spans: tuple[tuple[int, int], ...]
+
+    def keys(self, token: bytes) -> list[bytes]:
+        """The rows' keys (16 bytes each) under one state of the prefix's weights."""
+        return [hashlib.blake2b(d, digest_size=16, key=token).digest() for d in self.digests]
+
+
+def _bytes_by_row(tensor: torch.Tensor, rows: int) -> np.ndarray:
+    """(rows, bytes of one row), uint8."""
+    return tensor.detach().cpu().contiguous().reshape(rows, -1).view(torch.uint8).numpy()
+
+
+@dataclass(frozen=True)
+class Call:
+    """The arguments of one forward.
+
+    Attributes:
+        names: parameter names of the positional arguments.
+    """
+
+    names: tuple[str, ...]
+    args: tuple[Any, ...]
+    kwargs: Mapping[str, Any]
+
+    @cached_property
+    def named(self) -> dict[str, Any]:
+        """Every argument that is not None, by name."""
+        pairs = (*zip(self.names, self.args, strict=False), *self.kwargs.items())
+        return {name: value for name, value in pairs if value is not None}
+
+    @cached_property
+    def size(self) -> int:
+        """B, rows of the batch.
+
+        Raises:
+            UnknownContent: no tensor has rows.
+        """
+        tensors = {n: v for n, v in self.named.items() if isinstance(v, torch.Tensor)}
+        for name in _INPUTS:
+            if name in tensors:
+                return tensors[name].shape[0]
+        for tensor in tensors.values():
+            if tensor.ndim >= 2:
+                return tensor.shape[0]
+        raise UnknownContent("no argument is a tensor with one row per sample")
+
+    def has_rows(self, name: str) -> bool:
+        value = self.named.get(name)
+        return (
+            isinstance(value, torch.Tensor)
+            and value.ndim > 0
+            and value.shape[0] == self.size
+            and name not in _NOT_ROWS
+        )
+
+    @cached_property
+    def device(self) -> torch.device:
+        return next(v.device for v in self.named.values() if isinstance(v, torch.Tensor))
+
+    @cached_property
+    def tokens(self) -> int | None:
+        """T of the padded batch; None where nothing has one entry per token."""
+        for name in (_MASK, "input_ids"):
+            value = self.named.get(name)
+            if self.has_rows(name) and value.ndim == 2:
+                return value.shape[1]
+        return None
+
+    @cached_property
+    def signature(self) -> tuple[Any, ...]:
+        """What the path through the model can depend on: kinds of tensors, values of the rest.
+
+        Raises:
+            UnknownContent: an argument is neither a tensor nor a plain value.
+        """
+        kinds: list[tuple[Any, ...]] = []
+        for name, value in sorted(self.named.items()):
+            if isinstance(value, torch.Tensor):
+                kinds.append((name, value.ndim, value.dtype, self.has_rows(name)))
+            elif isinstance(value, bool | int | float | str):
+                kinds.append((name, value))
+            else:
+                raise UnknownContent(f"the argument {name} is a {type(value).__name__}")
+        return tuple(kinds)
+
+    @property
+    def shapes(self) -> tuple[Any, ...]:
+        """Shapes of one sample in every argument."""
+        return tuple(
+            (name, tuple(value.shape[1:]))
+            for name, value in sorted(self.named.items())
+            if self.has_rows(name) and name not in NOT_HASHED
+        )
+
+    def take(self, rows: Sequence[int]) -> Call:
+        """The same call for some of its rows."""
+        index = torch.tensor(rows, device=self.device)
+
+        def pick(name: str, value: Any) -> Any:
+            return value.index_select(0, index) if self.has_rows(name) else value
+
+        names = (*self.names, *("" for _ in self.args[len(self.names) :]))
+        return replace(
+            self,
+            args=tuple(pick(n, v) for n, v in zip(names, self.args, strict=False)),
+            kwargs={name: pick(name, value) for name, value in self.kwargs.items()},
+        )
+
+    @cached_property
+    def spans(self) -> tuple[list[tuple[int, int]], list[bool]]:
+        """Where each row's tokens lie, and whether its mask is all ones there.
+
+        A mask with holes, or with nothing in it, spans the whole row.
+        """
+        size, tokens = self.size, self.tokens
+        mask = self.named.get(_MASK)
+        if mask is None:
+            return [(0, tokens or 0)] * size, [True] * size
+        if not (isinstance(mask, torch.Tensor) and mask.ndim == 2 and self.has_rows(_MASK)):
+            raise UnknownContent(f"{_MASK} is not of shape (B, T)")
+        on = mask.detach().cpu() != 0
+        count = on.sum(1).tolist()
+        start = on.to(torch.uint8).argmax(1).tolist()
+        last = on.flip(1).to(torch.uint8).argmax(1).tolist()
+        plain = (mask.detach().cpu() == on).all(1).tolist()  # 2 is a global token in Longformer
+        spans, ones = [], []
+        for s, n, back, p in zip(start, count, last, plain, strict=True):
+            whole = n > 0 and tokens - back - s == n and p
+            spans.append((s, s + n) if whole else (0, tokens))
+            ones.append(whole)
+        return spans, ones
+
+    def rows(self, salt: bytes, *, unpadded: bool) -> Rows:
+        """Digest every row.
+
+        Args:
+            salt: what else the activations depend on.
+            unpadded: leave the padding out, so that a row is the same in any batch; the place where
+                its tokens start stays in, because absolute positions depend on it.
+
+        Raises:
+            UnknownContent: the attention mask is not of shape (B, T).
+        """
+        size, tokens = self.size, self.tokens
+        spans, ones = self.spans
+        if not unpadded:
+            spans, ones = [(0, tokens or 0)] * size, [False] * size
+        base = hashlib.blake2b(salt, digest_size=16)
+        per_token: list[tuple[np.ndarray, int]] = []
+        per_row: list[np.ndarray] = []
+        mask: np.ndarray | None = None
+        for name, value in sorted(self.named.items()):
+            if name in NOT_HASHED:
+                continue
+            if not isinstance(value, torch.Tensor):
+                base.update(f"{name}={value!r};".encode())
+                continue
+            shape = tuple(value.shape)
+            if not self.has_rows(name):
+                base.update(f"{name}:{value.dtype}{shape};".encode())
+                base.update(_bytes_by_row(value, 1))
+                continue
+            content = _bytes_by_row(value, size)
+            if name == _MASK:
+                mask = content  # a row without a mask is a row whose mask is all ones
+            elif unpadded and name in _PER_TOKEN and shape[1:2] == (tokens,):
+                base.update(f"{name}:{value.dtype}{shape[2:]};".encode())
+                per_token.append((content, content.shape[1] // max(1, tokens)))
+            else:
+                base.update(f"{name}:{value.dtype}{shape[1:]};".encode())
+                per_row.append(content)
+        digests = []
+        for row, ((start, end), plain) in enumerate(zip(spans, ones, strict=True)):
+            digest = base.copy()
+            digest.update(b"%d:%d;" % (start, end))
+            for content, width in per_token:
+                digest.update(content[row, start * width : end * width])
+            for content in per_row:
+                digest.update(content[row])
+            if mask is not None and not plain:
+                digest.update(mask[row])
+            digests.append(digest.digest())
+        return Rows(tuple(digests), tuple(spans))
+
+    def identified(self, ids: Sequence[Any], salt: bytes, *, unpadded: bool) -> Rows:
+        """As `rows`, with the user's own identifiers in the place of the content."""
+        spans, _ = self.spans
+        if not unpadded:
+            spans = [(0, self.tokens or 0)] * self.size
+        digests = [
+            hashlib.blake2b(b"%r:%d:%d;" % (i, *span) + salt, digest_size=16).digest()
+            for i, span in zip(ids, spans, strict=True)
+        ]
+        return Rows(tuple(digests), tuple(spans))

@@ -1,0 +1,100 @@
+"""Notices when the prefix is not the function any more that its stored outputs came from."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import nn
+
+from ..layout import EMBEDDINGS, Layout
+
+
+class PrefixWeights:
+    """Watches embeddings and blocks below a level.
+
+    Looked at before every forward, which costs 0.1 ms for four blocks of BERT: the version counter
+    and address of every tensor, the modules' modes, and what PEFT notes about merged adapters. Only
+    writes through `tensor.data` leave none of these traces.
+    """
+
+    def __init__(self, model: nn.Module, layout: Layout) -> None:
+        self._model = model
+        self._layout = layout
+        self._modules: list[tuple[int, list[nn.Module]]] = []
+        self._seen: list[tuple[Any, ...]] = []
+        self._held: list[torch.Tensor] = []  # alive, so that no address or id is used twice
+
+    def watch(self, level: int) -> None:
+        """Take the state of the units below block `level` for the one to compare with."""
+        self._modules = []
+        for unit in range(EMBEDDINGS, level):
+            modules: dict[nn.Module, None] = {}
+            for path in self._layout.module_paths(unit):
+                modules.update(dict.fromkeys(self._model.get_submodule(path).modules()))
+            self._modules.append((unit, list(modules)))
+        self._seen = [_state(modules) for _, modules in self._modules]
+        self._held = list(self._tensors(level))
+
+    def lowest_change(self) -> int | None:
+        """Lowest watched unit that is not as it was; None when all are."""
+        for (unit, modules), seen in zip(self._modules, self._seen, strict=True):
+            if _state(modules) != seen:
+                return unit
+        return None
+
+    def adapters(self) -> bytes:
+        """Which adapters are in use: switching one off and on again gives the old function back."""
+        used = [
+            (m.__dict__.get("_disable_adapters"), m.__dict__.get("_active_adapter"))
+            for _, modules in self._modules
+            for m in modules
+            if "_disable_adapters" in m.__dict__
+        ]
+        return repr(used).encode() if used else b""
+
+    def trainable(self, level: int) -> str | None:
+        """Name of a parameter below `level` that requires grad."""
+        for name, tensor in self._named(level):
+            if tensor.requires_grad:
+                return name
+        return None
+
+    def fingerprint(self, level: int) -> bytes:
+        """64 bytes over names, dtypes, shapes and values of everything below block `level`."""
+        digest = hashlib.blake2b()
+        for name, tensor in self._named(level):
+            tensor = tensor.detach()
+            digest.update(f"{name}:{tensor.dtype}{tuple(tensor.shape)};".encode())
+            if tensor.numel():
+                flat = tensor.cpu().contiguous().reshape(-1)
+                digest.update(flat.view(torch.uint8).numpy())
+        return digest.digest()
+
+    def _named(self, level: int) -> Iterator[tuple[str, torch.Tensor]]:
+        for unit in range(EMBEDDINGS, level):
+            for path in self._layout.module_paths(unit):
+                module = self._model.get_submodule(path)
+                yield from module.named_parameters(path)
+                yield from module.named_buffers(path)
+
+    def _tensors(self, level: int) -> Iterator[torch.Tensor]:
+        for _, tensor in self._named(level):
+            yield tensor
+
+
+def _state(modules: list[nn.Module]) -> tuple[Any, ...]:
+    state: list[Any] = []
+    for module in modules:
+        own = module.__dict__
+        state.append(own["training"])
+        for tensors in (own["_parameters"], own["_buffers"]):
+            for tensor in tensors.values():
+                if tensor is not None:
+                    state += (id(tensor), tensor._version, tensor.data_ptr())
+        state += map(id, own["_modules"].values())
+        if "merged_adapters" in own:  # PEFT merges through `weight.data`
+            state.append(repr((own["merged_adapters"], own.get("scaling"))))
+    return tuple(state)

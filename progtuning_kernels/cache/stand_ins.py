@@ -1,0 +1,325 @@
+"""Takes modules out of one forward: in their places stand modules that return what is known.
+
+Entries of the parents' `_modules` are exchanged and put back within one forward, so that classes,
+instances and state dicts are never touched, and code that reads `block.attention_type` on the way
+still finds it: a stand-in hands attribute reads on to its original.
+
+What to return is learnt from one recorded forward. Of a prefix, the last module returns the
+boundary activations, the blocks below hand their input on, and embeddings return something of the
+right shape, from which models make masks and positions.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import nn
+
+from ..derived_classes import root_of
+from ..layout import EMBEDDINGS, Layout
+
+Run = Callable[[nn.Module, tuple[Any, ...], dict[str, Any]], Any]
+
+
+class UnservableError(ValueError):
+    """The model's prefix cannot be left out; the message says why."""
+
+
+class StopForward(Exception):
+    """Ends a forward whose boundary activations are known."""
+
+
+class StandIn(nn.Module):
+    """Stands in the place of `original` and runs `run(original, args, kwargs)`."""
+
+    def __init__(self, original: nn.Module, run: Run) -> None:
+        super().__init__()
+        self.training = original.training
+        self.__dict__["_original"] = original  # no child: it keeps its own parent
+        self.__dict__["_run"] = run
+        first = next(original.parameters(), None)
+        if first is not None:  # a model's dtype and device are those of the first that it finds
+            self._parameters["first"] = first
+
+    def __getattr__(self, name: str) -> Any:
+        if name.startswith("__"):
+            raise AttributeError(name)
+        return getattr(self.__dict__["_original"], name)
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        return self._run(self._original, args, kwargs)
+
+
+class Swaps:
+    """Stand-ins for modules of one model, by path."""
+
+    def __init__(self, model: nn.Module, runs: Mapping[str, Run]) -> None:
+        self._entries: list[tuple[dict[str, Any], str, nn.Module, StandIn]] = []
+        for path, run in runs.items():
+            parent, _, name = path.rpartition(".")
+            modules = model.get_submodule(parent)._modules
+            self._entries.append((modules, name, modules[name], StandIn(modules[name], run)))
+
+    def install(self) -> None:
+        for modules, name, _, stand_in in self._entries:
+            modules[name] = stand_in
+
+    def restore(self) -> None:
+        """Put the originals back; calling it again does nothing."""
+        for modules, name, original, stand_in in self._entries:
+            if modules.get(name) is stand_in:
+                modules[name] = original
+
+    @contextmanager
+    def installed(self) -> Iterator[None]:
+        self.install()
+        try:
+            yield
+        finally:
+            self.restore()
+
+
+def entering(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> torch.Tensor | None:
+    """The hidden states that a block is called with: its first tensor, or the one by that name."""
+    named = kwargs.get("hidden_states")
+    candidates = (*args, *([] if named is None else [named]), *kwargs.values())
+    return next((value for value in candidates if isinstance(value, torch.Tensor)), None)
+
+
+@dataclass(frozen=True)
+class Structure:
+    """How a module hands its hidden states on: alone, or at one place of a tuple or list.
+
+    Attributes:
+        kind: `tuple`, `list`, or None for the tensor alone.
+        length: places.
+        place: of the hidden states, the first tensor.
+        others: number of tensors at other places.
+    """
+
+    kind: type | None
+    length: int = 1
+    place: int = 0
+    others: int = 0
+
+    @classmethod
+    def of(cls, output: Any) -> Structure | None:
+        """None if there are no hidden states at any place that is known."""
+        if isinstance(output, torch.Tensor):
+            return cls(None)
+        if type(output) not in (tuple, list):
+            return None
+        places = [i for i, item in enumerate(output) if isinstance(item, torch.Tensor)]
+        if not places:
+            return None
+        others = sum(item is not None for item in output) - 1
+        return cls(type(output), len(output), places[0], others)
+
+    def hidden(self, output: Any) -> torch.Tensor:
+        return output if self.kind is None else output[self.place]
+
+    def wrap(self, hidden: torch.Tensor) -> Any:
+        """The same structure around other hidden states; None at all other places."""
+        if self.kind is None:
+            return hidden
+        return self.kind(hidden if i == self.place else None for i in range(self.length))
+
+
+@dataclass(frozen=True)
+class _Seen:
+    """One call of one module in a recorded forward."""
+
+    order: int
+    entered: torch.Size | None
+    structure: Structure | None
+    left: torch.Size | None
+    dtype: torch.dtype | None
+    hidden: torch.Tensor | None  # a copy: some models go on in place
+    random_state: torch.Tensor  # of the CPU, after the call
+
+
+@dataclass
+class Recording:
+    """Calls of the modules below a level, and of the block there, in one forward."""
+
+    calls: dict[str, list[_Seen]] = field(default_factory=dict)
+    count: int = 0
+
+    def swaps(self, model: nn.Module, layout: Layout, level: int) -> Swaps:
+        paths = [p for unit in range(EMBEDDINGS, level) for p in layout.module_paths(unit)]
+        kept = {p for unit in range(level) for p in layout.module_paths(unit)}
+        if level < layout.stacks[0].length:
+            paths.append(layout.block_paths[level])
+        self.calls = {path: [] for path in paths}
+        return Swaps(model, {path: self._recorder(path, path in kept) for path in paths})
+
+    def _recorder(self, path: str, keep: bool) -> Run:
+        def run(original: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+            order, self.count = self.count, self.count + 1
+            entered = entering(args, kwargs)
+            shape = None if entered is None else entered.shape
+            output = original(*args, **kwargs)
+            structure = Structure.of(output)
+            hidden = None if structure is None else structure.hidden(output)
+            self.calls[path].append(
+                _Seen(
+                    order,
+                    shape,
+                    structure,
+                    None if hidden is None else hidden.shape,
+                    None if hidden is None else hidden.dtype,
+                    hidden.detach().clone() if keep and hidden is not None else None,
+                    torch.get_rng_state(),
+                )
+            )
+            return output
+
+        return run
+
+
+class Level:
+    """How one model is run from, and up to, the boundary activations of one level.
+
+    Attributes:
+        hidden: the boundary activations of the recorded forward, (B, T, C).
+        others: tensors that the block below hands on beside them, and that are None when it is left
+            out; attention weights that nobody asked for (BLOOM) are, T5's relative bias is not.
+        random_state: of the CPU when they were there.
+    """
+
+    def __init__(
+        self, model: nn.Module, layout: Layout, level: int, recording: Recording, rows: int
+    ) -> None:
+        """
+        Raises:
+            UnservableError: the recorded forward shows that the prefix cannot be left out.
+        """
+        seen = recording.calls
+        for i in range(level):
+            times = len(seen[layout.block_paths[i]])
+            if times != 1:
+                raise UnservableError(f"block {i} runs {times} times in a forward")
+        stack = layout.stacks[0]
+        # a following stack may be another tower, which has run before
+        paths = layout.block_paths[: min(level + 1, stack.length)]
+        starts = [calls[0].order if (calls := seen[path]) else recording.count for path in paths]
+        if starts != sorted(starts):
+            raise UnservableError("its blocks do not run in their order")
+        starts.append(recording.count)
+        last, passing = "", {}
+        for i in range(level):
+            own = {
+                path: seen[path][0]
+                for path in layout.module_paths(i)
+                if len(seen[path]) == 1 and starts[i] <= seen[path][0].order < starts[i + 1]
+            }
+            block = seen[layout.block_paths[i]][0]
+            if block.structure is None:
+                raise UnservableError(f"block {i} returns no tensor, tuple or list")
+            same = {p: c for p, c in own.items() if c.structure and c.left == block.left}
+            last = max(same, key=lambda path: same[path].order)
+            passing.update({path: c.structure for path, c in same.items()})
+        at_last = seen[last][0]
+        self.hidden = at_last.hidden
+        if self.hidden.ndim != 3 or self.hidden.shape[0] != rows:
+            raise UnservableError(
+                f"hidden states of shape {tuple(self.hidden.shape)} are not (B, T, C)"
+            )
+        self.random_state = at_last.random_state
+        self._structure = at_last.structure
+        self.others = at_last.structure.others if level < stack.length else 0
+        del passing[last]
+        runs: dict[str, Run] = {path: _passing(structure) for path, structure in passing.items()}
+        runs[last] = self._feed
+        for path in layout.module_paths(EMBEDDINGS):
+            shared = [_shared_parts(path, other.path) for other in layout.stacks]
+            if shared[0] < max(shared):
+                continue  # those of another tower
+            calls = [call for call in seen[path] if call.order < at_last.order]
+            run = self._embeddings_run(model.get_submodule(path), calls, rows)
+            if run is not None:
+                runs[path] = run
+        self._fed: torch.Tensor | None = None
+        self._take: Callable[[torch.Tensor], None] | None = None
+        self._feeding = Swaps(model, runs)
+        self._taking = Swaps(model, {last: self._capture})
+
+    @property
+    def was_fed(self) -> bool:
+        """Whether the model has fetched what it was fed."""
+        return self._fed is None
+
+    def feed(self, hidden: torch.Tensor) -> Swaps:
+        """Swaps under which one forward takes `hidden` (B, T, C) for its boundary activations."""
+        self._fed = hidden
+        return self._feeding
+
+    def take(self, receive: Callable[[torch.Tensor], None]) -> Swaps:
+        """Swaps under which one forward hands its boundary activations to `receive`."""
+        self._take = receive
+        return self._taking
+
+    def forget(self) -> None:
+        self._fed = self._take = None
+
+    def _feed(self, original: nn.Module, args: Any, kwargs: Any) -> Any:
+        # from here on everything is itself again: a decoder may look its tokens up in the
+        # embeddings of the encoder
+        self._feeding.restore()
+        hidden, self._fed = self._fed, None
+        return self._structure.wrap(hidden)
+
+    def _capture(self, original: nn.Module, args: Any, kwargs: Any) -> Any:
+        self._taking.restore()
+        output = original(*args, **kwargs)
+        self._take(self._structure.hidden(output).detach())
+        return output
+
+    def _embeddings_run(self, module: nn.Module, calls: Sequence[_Seen], rows: int) -> Run | None:
+        """What a module of the embeddings can return instead of running; None if it must run."""
+        if not calls or any(c.structure is None or c.structure.kind for c in calls):
+            return None
+        dtypes = {call.dtype for call in calls}
+        if len(dtypes) > 1 or not calls[0].dtype.is_floating_point:
+            return None
+        (dtype,) = dtypes
+        own_forward = "forward" in module.__dict__
+        if root_of(type(module)).forward is nn.Embedding.forward and not own_forward:
+            width = (module.embedding_dim,)
+            return lambda original, args, kwargs: _zeros(
+                (e := entering(args, kwargs)).shape + width, dtype, e.device
+            )
+        if all(call.entered == call.left for call in calls):
+            return lambda original, args, kwargs: entering(args, kwargs)
+        if len(calls) == 1 and calls[0].left == self.hidden.shape:
+            return lambda original, args, kwargs: self._fed
+        if any(c.entered is None or {c.entered[0], c.left[0]} != {rows} for c in calls):
+            return None
+        known = {call.entered[1:]: call.left[1:] for call in calls}
+
+        def run(original: nn.Module, args: Any, kwargs: Any) -> Any:
+            entered = entering(args, kwargs)
+            if entered.shape[1:] not in known:
+                return original(*args, **kwargs)
+            shape = (entered.shape[0], *known[entered.shape[1:]])
+            return _zeros(shape, dtype, entered.device)
+
+        return run
+
+
+def _shared_parts(path: str, other: str) -> int:
+    """Number of leading parts that two qualified names have in common."""
+    pairs = enumerate(zip(path.split("."), other.split("."), strict=False))
+    return next((i for i, (a, b) in pairs if a != b), min(path.count("."), other.count(".")) + 1)
+
+
+def _zeros(shape: Sequence[int], dtype: torch.dtype, device: torch.device) -> torch.Tensor:
+    return torch.zeros((), dtype=dtype, device=device).expand(*shape)
+
+
+def _passing(structure: Structure) -> Run:
+    return lambda original, args, kwargs: structure.wrap(entering(args, kwargs))

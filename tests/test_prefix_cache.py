@@ -1,0 +1,988 @@
+"""The prefix cache: what it changes is time, and nothing else."""
+
+from __future__ import annotations
+
+import copy
+import pickle
+import time
+import warnings
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import peft
+import pytest
+import torch
+from proofs import FixedPlan, counted_runs, enable_checkpointing, gradients
+from tiny_models import BATCH, MODELS, tiny_inputs, tiny_model
+from torch import nn
+from transformers import Trainer, TrainingArguments
+
+from progtuning_kernels import (
+    FreezePlan,
+    MaskedAdamW,
+    MilestoneSchedule,
+    PatchHandle,
+    PrefixCache,
+    ProgressiveSchedule,
+    patch_model,
+)
+from progtuning_kernels.cache.break_even import BreakEven
+from progtuning_kernels.cache.content_keys import Call, UnknownContent
+from progtuning_kernels.integrations.hf_trainer import ProgtuningCallback
+from progtuning_kernels.layout import EMBEDDINGS
+from progtuning_kernels.patch import handle_of
+
+BLOCKS = 4
+BUDGET = 1 << 26
+# What cannot do without its prefix, by family and boundary, and why.
+REFUSED = {
+    ("t5-seq2seq-lm", 1): "more tensor",  # the relative bias, which block 1 gets from block 0
+    ("t5-sequence", 1): "more tensor",
+    **{("fsmt-seq2seq-lm", k): r"not \(B, T, C\)" for k in (1, 2, 3, 4)},  # time comes first
+}
+# Their loss or their head reads padding: rows are stored with it.
+WITH_PADDING = {"bert-qa", "distilbert-qa", "llama-qa", "siglip-contrastive"}
+# The experts above the boundary see zeros where they saw padding, in batches of another size.
+MIXTURES = {"mixtral-causal-lm", "qwen2-moe-causal-lm", "qwen3-moe-causal-lm"}
+
+
+@pytest.fixture(autouse=True)
+def _always_on(request, monkeypatch):
+    """Tiny blocks cost less than any cache: only the tests of that ask whether it pays."""
+    if "times" not in request.fixturenames:
+        monkeypatch.setattr(BreakEven, "verdict", lambda self, rows: None)
+
+
+@pytest.fixture
+def times() -> None:
+    """Asked for by tests in which the cache may switch itself off."""
+
+
+def _cache(**options: Any) -> PrefixCache:
+    return PrefixCache(BUDGET, device="cpu", **options)
+
+
+def _patch(
+    model: nn.Module, boundary: int = 2, *, cache: PrefixCache | None = None, **options: Any
+) -> PatchHandle:
+    plan = FreezePlan.from_boundary(boundary, BLOCKS, embeddings=False)
+    return patch_model(model, FixedPlan(plan), cache=cache, **options)
+
+
+def _pair(name: str, boundary: int = 2, **options: Any) -> tuple[PatchHandle, PatchHandle]:
+    """The same model patched with a cache and without."""
+    return (
+        _patch(tiny_model(name), boundary, cache=_cache(), **options),
+        _patch(tiny_model(name), boundary, **options),
+    )
+
+
+def _blocks(handle: PatchHandle) -> list[nn.Module]:
+    return [handle.model.get_submodule(path) for path in handle.layout.block_paths]
+
+
+@contextmanager
+def _embeddings_runs(handle: PatchHandle) -> Iterator[list[str]]:
+    """Paths of the modules of the embeddings that compute."""
+    runs: list[str] = []
+    hooks = [
+        handle.model.get_submodule(path).register_forward_pre_hook(
+            lambda *_, path=path: runs.append(path)
+        )
+        for path in handle.layout.module_paths(EMBEDDINGS)
+    ]
+    try:
+        yield runs
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
+@contextmanager
+def _rows_entering(block: nn.Module) -> Iterator[list[int]]:
+    rows: list[int] = []
+    hook = block.register_forward_pre_hook(lambda m, args: rows.append(args[0].shape[0]))
+    try:
+        yield rows
+    finally:
+        hook.remove()
+
+
+def _rows(inputs: dict[str, Any], rows: Sequence[int]) -> dict[str, Any]:
+    return {k: v[list(rows)] if isinstance(v, torch.Tensor) else v for k, v in inputs.items()}
+
+
+def _joined(*batches: dict[str, Any]) -> dict[str, Any]:
+    return {
+        k: torch.cat([b[k] for b in batches]) if isinstance(v, torch.Tensor) else v
+        for k, v in batches[0].items()
+    }
+
+
+def _repadded(inputs: dict[str, Any], *, more: int, pad: int = 0) -> dict[str, Any]:
+    """The same rows with `more` columns of padding (fewer, if negative) on the right."""
+    tokens = inputs["input_ids"].shape[1]
+    changed = {}
+    for name, value in inputs.items():
+        if not (isinstance(value, torch.Tensor) and value.ndim == 2 and value.shape[1] == tokens):
+            changed[name] = value
+        elif more < 0:
+            changed[name] = value[:, :more].contiguous()
+        else:
+            fill = {"labels": -100, "input_ids": pad}.get(name, 0)
+            changed[name] = nn.functional.pad(value, (0, more), value=fill)
+    return changed
+
+
+def _assert_same(found: dict, expected: dict, *, exact: bool = True) -> None:
+    assert found.keys() == expected.keys() and found
+    for name, gradient in expected.items():
+        if exact:
+            assert torch.equal(found[name], gradient), name
+        else:
+            scale = float(gradient.abs().max()) + 1e-6
+            assert float((found[name] - gradient).abs().max()) <= 1e-5 * scale, name
+
+
+@pytest.mark.parametrize("boundary", range(1, BLOCKS + 1))
+@pytest.mark.parametrize("name", MODELS)
+def test_every_family(name, boundary):
+    if name == "bart-seq2seq-lm" and boundary == BLOCKS:
+        return  # its head is tied: nothing is left to train
+    handle, plain = _pair(name, boundary)
+    batches = [tiny_inputs(name, seed=seed) for seed in (1, 2)]
+    losses = []
+    for epoch in range(3):
+        if epoch == 2:
+            with (
+                counted_runs(_blocks(handle)) as runs,
+                _embeddings_runs(handle) as embeddings,
+            ):
+                for inputs in batches:
+                    gradients(handle.model, inputs)
+        for inputs in batches:
+            expected = gradients(plain.model, inputs)
+            found = gradients(handle.model, inputs)
+            _assert_same(found, expected, exact=name not in MIXTURES)
+            with torch.no_grad():
+                losses.append(float(plain.model(**inputs).loss))
+    report = handle.cache_report()
+    assert str(report)
+    reason = REFUSED.get((name, boundary))
+    if reason is not None:
+        assert report.state == "bypassed" and report.served_steps == 0
+        with pytest.raises(AssertionError, match=reason):
+            raise AssertionError(report.reason)
+        return
+    assert report.state == "on", report
+    level = min(boundary, handle.layout.stacks[0].length)
+    assert report.level == level and report.rows == {level: 2 * BATCH}
+    assert report.misses == 2 * BATCH and report.hits == 3 * 2 * BATCH
+    assert report.served_steps == 3 * 2
+    assert all(runs[i] == 0 for i in range(level)), runs
+    if len(handle.layout.stacks) > 1:  # those of the other side run
+        other = "vision_model." if name.startswith("siglip") else "decoder."
+        embeddings = [path for path in embeddings if other not in path]
+    assert not embeddings
+    paths = handle.cache._paths.values()
+    per_token = any(path.per_token for path in paths)
+    assert all(p.unpadded for p in paths) == (per_token and name not in WITH_PADDING)
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "bert-sequence",
+        "bert-token",
+        "roberta-sequence",
+        "distilbert-sequence",
+        "deberta-v2-sequence",
+        "modernbert-sequence",
+        "gpt2-causal-lm",
+        "llama-causal-lm",
+        "gemma3-causal-lm",
+        "mixtral-causal-lm",
+        "t5-seq2seq-lm",
+    ],
+)
+def test_rows_are_found_in_other_batches_and_under_other_padding(name):
+    handle, plain = _pair(name, 2)
+    pad = 1 if "roberta" in name else 0
+    first, second = tiny_inputs(name, seed=1), tiny_inputs(name, seed=2)
+    for inputs in (first, second):
+        gradients(handle.model, inputs)
+    several = _joined(first, second)
+    batches = [
+        _rows(several, (5, 0, 2)),
+        _rows(several, (3, 1, 4, 0)),
+        _repadded(first, more=4, pad=pad),
+        _repadded(_rows(several, (2, 5)), more=-4),
+    ]
+    with counted_runs(_blocks(handle)) as runs:
+        found = [gradients(handle.model, inputs) for inputs in batches]
+    assert not runs[0] and not runs[1]
+    for inputs, grads in zip(batches, found, strict=True):
+        _assert_same(grads, gradients(plain.model, inputs), exact=False)
+    assert handle.cache_report().rows == {2: 2 * BATCH}
+
+
+def test_heads_that_read_padding_are_served_only_with_the_same_padding():
+    handle, plain = _pair("bert-qa", 2)
+    inputs = tiny_inputs("bert-qa")
+    longer = _repadded(inputs, more=3)
+    for batch in (inputs, longer, inputs, longer):
+        _assert_same(gradients(handle.model, batch), gradients(plain.model, batch))
+    report = handle.cache_report()
+    assert report.served_steps == 2 and report.misses == 2 * BATCH
+    assert "padding" in str(report)
+
+
+@pytest.mark.parametrize(
+    "name, rows",
+    [
+        ("bert-token", 2 * BATCH - 1),  # the row without padding is one and the same
+        ("llama-causal-lm", 2 * BATCH - 1),
+        ("bert-sequence", 2 * BATCH),  # its pooler reads the first column, padding included
+    ],
+)
+def test_left_padding_is_another_row(name, rows):
+    """BERT counts positions from the first column."""
+    handle, plain = _pair(name, 2)
+    inputs = tiny_inputs(name)
+    left = {k: v.clone() for k, v in inputs.items()}
+    for row, count in enumerate(inputs["attention_mask"].sum(1).tolist()):
+        for value in left.values():
+            if value.ndim == 2:
+                value[row] = value[row].roll(value.shape[1] - count)
+    for batch in (inputs, left, inputs, left):
+        found, expected = gradients(handle.model, batch), gradients(plain.model, batch)
+        _assert_same(found, expected, exact=False)
+    assert handle.cache_report().rows == {2: rows}
+    assert handle.cache_report().served_steps == 2
+
+
+def test_only_missing_rows_of_a_mixed_batch_run_the_prefix():
+    handle, plain = _pair("bert-sequence", 2)
+    several = _joined(*(tiny_inputs("bert-sequence", seed=seed) for seed in (1, 2)))
+    gradients(handle.model, _rows(several, (0, 1, 2, 3)))
+    for rows, ran in (((0, 1, 4), [1]), ((2, 4, 3), []), ((5, 0), [1]), ((0, 5, 4), [])):
+        batch = _rows(several, rows)
+        with _rows_entering(_blocks(handle)[0]) as entered:
+            found = gradients(handle.model, batch)
+        assert entered == ran
+        _assert_same(found, gradients(plain.model, batch), exact=False)
+    other = tiny_inputs("bert-sequence", seed=3)
+    batch = _joined(other, _rows(several, (0,)))
+    with _rows_entering(_blocks(handle)[0]) as entered:  # cheaper for all in the forward itself
+        found = gradients(handle.model, batch)
+    assert entered == [BATCH + 1]
+    _assert_same(found, gradients(plain.model, batch))
+    assert handle.cache_report().rows == {2: 2 * BATCH + BATCH}
+
+
+def _train(
+    model: nn.Module,
+    schedule: MilestoneSchedule | ProgressiveSchedule,
+    batches: Sequence[dict[str, Any]],
+    *,
+    accumulate: int = 1,
+    dropout: bool = False,
+    **options: Any,
+) -> tuple[list[float], PatchHandle]:
+    handle = patch_model(model, schedule, **options)
+    optimizer = MaskedAdamW(handle.param_groups(lr=1e-2, weight_decay=0.1), max_grad_norm=1.0)
+    losses = []
+    for i, batch in enumerate(batches):
+        loss = model(**batch).loss
+        loss.backward()
+        losses.append(float(loss))
+        if (i + 1) % accumulate == 0:
+            optimizer.step()
+            optimizer.zero_grad()
+            handle.advance()
+    return losses, handle
+
+
+@pytest.mark.parametrize("accumulate", [1, 2])
+@pytest.mark.parametrize(
+    "name", ["bert-sequence", "gpt2-causal-lm", "bart-sequence", "t5-sequence"]
+)
+def test_a_whole_run_is_the_same_with_dropout_in_what_trains(name, accumulate):
+    batches = [tiny_inputs(name, seed=seed) for seed in (1, 2, 3)] * (4 * accumulate)
+    results = []
+    for cache in (_cache(), None):
+        # functional dropout in code around the prefix would make it no fixed function
+        model = tiny_model(name, dropout=name in ("bert-sequence", "gpt2-causal-lm"))
+        torch.manual_seed(5)
+        losses, handle = _train(
+            model, ProgressiveSchedule(3, 12), batches, accumulate=accumulate, cache=cache
+        )
+        results.append((losses, model.state_dict(), torch.get_rng_state()))
+        if cache is not None:
+            assert handle.cache_report().served_steps
+    (losses, weights, random_state), (expected, plain_weights, plain_state) = results
+    assert losses == expected
+    assert all(torch.equal(weights[key], plain_weights[key]) for key in weights)
+    assert torch.equal(random_state, plain_state)
+
+
+def test_rows_move_up_when_the_boundary_rises():
+    inputs = [tiny_inputs("bert-sequence", seed=seed) for seed in (1, 2, 3)]
+    schedule = MilestoneSchedule({0: 1, 6: 3}, embeddings="never")
+    model = tiny_model("bert-sequence")
+    handle = patch_model(model, schedule, cache=_cache())
+    optimizer = MaskedAdamW(handle.param_groups(lr=1e-2))
+    runs_by_step = []
+    rows_by_step = []
+    for batch in inputs * 4:
+        with counted_runs(_blocks(handle)) as runs:
+            model(**batch).loss.backward()
+        runs_by_step.append([runs[i] for i in range(BLOCKS)])
+        rows_by_step.append(dict(handle.cache_report().rows))
+        optimizer.step()
+        optimizer.zero_grad()
+        handle.advance()
+    assert runs_by_step[3:6] == [[0, 1, 1, 1]] * 3
+    # the first step of a stage proves, by three forwards, that nothing is cut off or left out
+    assert runs_by_step[7:9] == [[0, 1, 1, 1]] * 2  # read at 1, stored at 3
+    assert runs_by_step[9:] == [[0, 0, 0, 1]] * 3
+    assert rows_by_step[5] == {1: 3 * BATCH}
+    assert rows_by_step[7] == {1: 2 * BATCH, 3: 2 * BATCH}
+    assert rows_by_step[9] == {1: BATCH, 3: 3 * BATCH}
+
+
+def test_a_mixed_batch_starts_from_the_level_that_each_row_has():
+    several = _joined(*(tiny_inputs("bert-sequence", seed=seed) for seed in (1, 2)))
+    schedule = MilestoneSchedule({0: 1, 1: 3}, embeddings="never")
+    handle = patch_model(tiny_model("bert-sequence"), schedule, cache=_cache())
+    plain = _patch(tiny_model("bert-sequence"), 3)
+    gradients(handle.model, _rows(several, (0, 1, 2, 3)))
+    handle.advance()
+    gradients(handle.model, _rows(several, (0, 4)))  # proves; both are at 3 now
+    batch = _rows(several, (0, 1, 2, 5, 4))
+    with (
+        _rows_entering(_blocks(handle)[0]) as at_zero,
+        _rows_entering(_blocks(handle)[1]) as at_one,
+    ):
+        found = gradients(handle.model, batch)
+    assert (at_zero, at_one) == ([1], [1, 2])
+    _assert_same(found, gradients(plain.model, batch), exact=False)
+    assert handle.cache_report().rows == {1: 2, 3: 5}  # row 0 stays until the boundary moves
+
+
+def _add(model: nn.Module) -> None:
+    with torch.no_grad():
+        model.bert.encoder.layer[0].output.dense.weight.add_(0.5)
+
+
+def _load(model: nn.Module) -> None:
+    model.load_state_dict(tiny_model("bert-sequence", seed=9).state_dict())
+
+
+def _replace(model: nn.Module) -> None:
+    dense = model.bert.encoder.layer[1].output.dense
+    dense.weight = nn.Parameter(dense.weight.detach() + 0.5, requires_grad=False)
+
+
+def _set_data(model: nn.Module) -> None:
+    table = model.bert.embeddings.word_embeddings
+    table.weight.data = table.weight.data + 0.5
+
+
+def _swap_module(model: nn.Module) -> None:
+    output = model.bert.encoder.layer[0].output
+    output.LayerNorm = nn.LayerNorm(32, eps=1e-3)
+
+
+@pytest.mark.parametrize("change", [_add, _load, _replace, _set_data, _swap_module])
+def test_no_stale_row_is_read_after_weights_change(change):
+    handle, plain = _pair("bert-sequence", 2)
+    inputs = tiny_inputs("bert-sequence")
+    for _ in range(2):
+        gradients(handle.model, inputs)
+    assert handle.cache_report().served_steps == 1
+    for model in (handle.model, plain.model):
+        torch.manual_seed(3)
+        change(model)
+        for name, p in model.named_parameters():
+            p.requires_grad_(
+                not name.startswith(("bert.emb", "bert.encoder.layer.0.", "bert.encoder.layer.1."))
+            )
+    for _ in range(3):
+        _assert_same(gradients(handle.model, inputs), gradients(plain.model, inputs))
+    assert handle.cache_report().served_steps > 1
+
+
+def test_blocks_that_thaw_and_train_take_their_rows_with_them():
+    schedule = MilestoneSchedule({0: 1, 2: 3, 4: 1, 6: 3, 8: 0}, embeddings="never")
+    batches = [tiny_inputs("bert-sequence")] * 10
+    cached, handle = _train(tiny_model("bert-sequence"), schedule, batches, cache=_cache())
+    plain, _ = _train(tiny_model("bert-sequence"), schedule, batches)
+    assert cached == plain
+    assert handle.cache_report().state == "bypassed"
+    assert handle.cache_report().rows == {}
+
+
+def test_weights_that_are_written_through_data_are_noticed_in_evaluation():
+    handle, plain = _pair("bert-sequence", 2)
+    inputs = tiny_inputs("bert-sequence")
+    for _ in range(2):
+        gradients(handle.model, inputs)
+    for model in (handle.model, plain.model):  # as averages of weights are swapped in
+        model.bert.encoder.layer[0].output.dense.weight.data.mul_(1.5)
+        model.eval()
+    with torch.no_grad():
+        assert torch.equal(handle.model(**inputs).logits, plain.model(**inputs).logits)
+    assert handle.cache_report().rows == {}
+
+
+def test_merging_and_switching_adapters():
+    def lora() -> nn.Module:
+        config = peft.LoraConfig(r=2, target_modules="all-linear", init_lora_weights=False)
+        torch.manual_seed(0)
+        return peft.get_peft_model(tiny_model("bert-sequence"), config)
+
+    handle, plain = _patch(lora(), 2, cache=_cache()), _patch(lora(), 2)
+    inputs = tiny_inputs("bert-sequence")
+
+    def check(*, served: int) -> None:
+        before = handle.cache_report().served_steps
+        with torch.no_grad():
+            assert torch.equal(handle.model(**inputs).logits, plain.model(**inputs).logits)
+        _assert_same(gradients(handle.model, inputs), gradients(plain.model, inputs))
+        assert handle.cache_report().served_steps == before + served
+
+    gradients(handle.model, inputs)
+    check(served=2)
+    with handle.model.disable_adapter(), plain.model.disable_adapter(), torch.no_grad():
+        assert torch.equal(handle.model(**inputs).logits, plain.model(**inputs).logits)
+    handle.reassert(), plain.reassert()
+    check(served=2)  # the adapters are back, and so are their rows
+    for model in (handle.model, plain.model):
+        model.base_model.merge_adapter()
+    with torch.no_grad():
+        assert torch.equal(handle.model(**inputs).logits, plain.model(**inputs).logits)
+
+
+def test_evaluation_reads_and_does_not_write():
+    handle, plain = _pair("bert-sequence", 2)
+    known, unknown = (tiny_inputs("bert-sequence", seed=seed) for seed in (1, 2))
+    gradients(handle.model, known)
+    for model in (handle.model, plain.model):
+        model.eval()
+    for context in (torch.no_grad, torch.inference_mode):
+        with context():
+            for inputs in (known, unknown):
+                with counted_runs(_blocks(handle)) as runs:
+                    found = handle.model(**inputs).logits
+                assert torch.equal(found, plain.model(**inputs).logits)
+                if context is torch.inference_mode:  # the first has proved the way
+                    assert (runs[0], runs[3]) == ((0, 1) if inputs is known else (1, 1))
+    report = handle.cache_report()
+    assert report.rows == {2: BATCH} and report.misses == BATCH and report.served_steps == 2
+    handle.model.train()
+    _assert_same(gradients(handle.model, known), gradients(plain.model.train(), known))
+
+
+@pytest.mark.parametrize("name", ["gpt2-causal-lm", "llama-causal-lm", "t5-seq2seq-lm"])
+def test_generation_runs_the_prefix(name):
+    handle, plain = _pair(name, 2)
+    inputs = tiny_inputs(name)
+    for _ in range(2):
+        gradients(handle.model, inputs)
+    prompt = {k: v[:1] for k, v in inputs.items() if k in ("input_ids", "attention_mask")}
+    tokens = [
+        model.eval().generate(**prompt, max_new_tokens=5, do_sample=False)
+        for model in (handle.model, plain.model)
+    ]
+    assert torch.equal(*tokens)
+    with torch.no_grad():
+        found, expected = (m(**inputs, use_cache=True) for m in (handle.model, plain.model))
+    assert torch.equal(found.logits, expected.logits)
+    assert found.past_key_values.get_seq_length() == expected.past_key_values.get_seq_length()
+    _assert_same(gradients(handle.model.train(), inputs), gradients(plain.model.train(), inputs))
+
+
+def test_keys_and_values_that_the_output_holds_in_evaluation_are_all_there():
+    handle = _patch(tiny_model("llama-causal-lm"), 2, cache=_cache())
+    inputs = tiny_inputs("llama-causal-lm")
+    for _ in range(2):
+        gradients(handle.model, inputs)
+    assert handle.cache_report().served_steps == 1
+    with torch.no_grad():
+        past = handle.model.eval()(**inputs).past_key_values
+    assert all(layer.keys is not None for layer in past.layers) and len(past.layers) == BLOCKS
+    assert any("keys and values" in reason for reason in handle.cache_report().bypasses)
+    with torch.no_grad():
+        handle.model(**inputs, use_cache=False)
+    assert handle.cache_report().served_steps == 2
+
+
+@pytest.mark.parametrize(
+    "name, more, reason",
+    [
+        ("bert-sequence", {"output_hidden_states": True}, "output_hidden_states"),
+        ("bert-sequence", {"output_attentions": True}, "output_attentions"),
+        ("qwen2-moe-causal-lm", {"output_router_logits": True}, "output_router_logits"),
+        ("llama-causal-lm", {"use_cache": True}, "use_cache=True"),
+        ("bert-sequence", {"attention_mask": torch.ones(BATCH, 1, 11, 11)}, "attention_mask"),
+        ("bert-sequence", {"inputs_embeds": None}, "inputs_embeds"),
+    ],
+)
+def test_forwards_that_want_the_prefix_get_it(name, more, reason):
+    handle, plain = _pair(name, 2)
+    inputs = {**tiny_inputs(name), **more}
+    if "inputs_embeds" in more:
+        inputs["inputs_embeds"] = torch.randn(BATCH, 11, 32)
+        del inputs["input_ids"]
+    for _ in range(2):
+        _assert_same(gradients(handle.model, inputs), gradients(plain.model, inputs))
+    report = handle.cache_report()
+    assert report.served_steps == 0 and report.rows == {}
+    assert sum(n for why, n in report.bypasses.items() if reason in why) == 2, report
+
+
+def test_stages_without_a_fixed_prefix_are_bypassed():
+    inputs = tiny_inputs("bert-sequence")
+
+    def reason(handle: PatchHandle) -> str:
+        for _ in range(2):
+            gradients(handle.model, inputs)
+        report = handle.cache_report()
+        assert report.state == "bypassed" and report.served_steps == 0
+        assert report.reason in str(handle.truncation_report())
+        return report.reason
+
+    assert "nothing below" in reason(_patch(tiny_model("bert-sequence"), 0, cache=_cache()))
+    model = tiny_model("bert-sequence", dropout=True)
+    assert "frozen_mode" in reason(_patch(model, 2, cache=_cache(), frozen_mode="train"))
+    model = tiny_model("bert-masked-lm")
+    handle = _patch(model, 2, cache=_cache(), tied="head_only")
+    inputs = tiny_inputs("bert-masked-lm")
+    assert "trains below" in reason(handle)
+
+
+@pytest.mark.parametrize(
+    "name, change, reason",
+    [
+        ("bart-sequence", lambda m: setattr(m.model.encoder, "dropout", 0.5), "no fixed function"),
+        ("bart-sequence", lambda m: setattr(m.model.encoder, "layerdrop", 0.5), "layerdrop"),
+        (
+            "llama-causal-lm",
+            lambda m: setattr(m.config, "rope_parameters", {"rope_type": "dynamic"}),
+            "dynamic",
+        ),
+        ("t5-sequence", lambda m: setattr(m.transformer.encoder.dropout, "p", 0.5), None),
+    ],
+)
+def test_prefixes_that_depend_on_chance_or_on_the_batch_are_refused(name, change, reason):
+    model = tiny_model(name)
+    change(model)
+    boundary = 2
+    handle = _patch(model, boundary, cache=_cache())
+    inputs = tiny_inputs(name)
+    for _ in range(2):
+        model(**inputs).loss.backward()
+    report = handle.cache_report()
+    if reason is None:  # that module belongs to block 1, which is held in eval mode
+        assert report.served_steps == 1
+    else:
+        assert report.served_steps == 0 and reason in report.reason
+
+
+def test_a_forward_that_raises_leaves_every_module_in_its_place():
+    handle, plain = _pair("bert-sequence", 2)
+    inputs = tiny_inputs("bert-sequence")
+    modules = dict(handle.model.named_modules())
+    for _ in range(2):
+        gradients(handle.model, inputs)
+
+    def fail(*_: Any) -> None:
+        raise RuntimeError("as asked")
+
+    hook = _blocks(handle)[3].register_forward_pre_hook(fail)
+    for _ in range(2):
+        with pytest.raises(RuntimeError, match="as asked"):
+            handle.model(**inputs)
+        assert dict(handle.model.named_modules()) == modules
+    hook.remove()
+
+    def interrupt(*_: Any) -> None:
+        raise KeyboardInterrupt
+
+    hook = handle.model.register_forward_pre_hook(interrupt)  # torch calls no hook after that
+    with pytest.raises(KeyboardInterrupt):
+        handle.model(**inputs)
+    hook.remove()
+    handle.truncation_report().assert_truncated()
+    assert dict(handle.model.named_modules()) == modules
+    with pytest.raises(RuntimeError, match="size"):
+        handle.model(**{**inputs, "input_ids": inputs["input_ids"][:, :7]})
+    assert dict(handle.model.named_modules()) == modules
+    _assert_same(gradients(handle.model, inputs), gradients(plain.model, inputs))
+    assert dict(handle.model.named_modules()) == modules
+
+
+def test_the_report_of_the_truncation_runs_the_prefix():
+    handle = _patch(tiny_model("bert-sequence"), 2, cache=_cache())
+    inputs = tiny_inputs("bert-sequence")
+    for _ in range(2):
+        gradients(handle.model, inputs)
+    before = handle.cache_report()
+    with counted_runs(_blocks(handle)) as runs:
+        report = handle.truncation_report()
+    report.assert_truncated()
+    assert [runs[i] for i in range(BLOCKS)] == [1] * BLOCKS
+    assert handle.cache_report() == before
+    assert "cache: on at block 2" in str(report)
+
+
+@pytest.mark.parametrize("autocast", [False, True])
+@pytest.mark.parametrize("checkpointed", [False, True])
+@pytest.mark.parametrize("name", ["bert-sequence", "llama-causal-lm"])
+def test_checkpointing_and_autocast(name, checkpointed, autocast):
+    handle, plain = _pair(name, 2)
+    inputs = tiny_inputs(name)
+    for model in (handle.model, plain.model):
+        if checkpointed:
+            enable_checkpointing(model)
+    with torch.autocast("cpu", dtype=torch.bfloat16, enabled=autocast):
+        for _ in range(3):
+            with counted_runs(_blocks(handle)) as runs:
+                found = gradients(handle.model, inputs)
+            _assert_same(found, gradients(plain.model, inputs))
+    assert [runs[i] for i in range(BLOCKS)] == [0, 0, *[1 + checkpointed] * 2]
+    assert handle.cache_report().served_steps == 2
+    if autocast:
+        with torch.no_grad():  # in another precision these are not the same rows
+            found, expected = (m(**inputs).loss for m in (handle.model, plain.model))
+        assert torch.equal(found, expected)
+        assert handle.cache_report().served_steps == 2
+
+
+def test_blocks_that_are_compiled_one_by_one():
+    handle, plain = _pair("bert-sequence", 2)
+    inputs = tiny_inputs("bert-sequence")
+    for model in (handle.model, plain.model):
+        for block in model.bert.encoder.layer:
+            block.compile(backend="eager")
+    for _ in range(3):
+        _assert_same(gradients(handle.model, inputs), gradients(plain.model, inputs))
+    assert handle.cache_report().served_steps == 2
+
+
+def test_a_model_compiled_whole_runs_its_prefix():
+    model = tiny_model("bert-sequence")
+    model.compile(backend="eager")
+    handle = _patch(model, 2, cache=_cache())
+    plain = _patch(tiny_model("bert-sequence"), 2)
+    inputs = tiny_inputs("bert-sequence")
+    for _ in range(2):
+        _assert_same(gradients(model, inputs), gradients(plain.model, inputs), exact=False)
+    assert "compiled" in handle.cache_report().reason
+
+
+def test_an_id_column_replaces_the_content():
+    handle, plain = (
+        _patch(tiny_model("bert-sequence"), 2, cache=_cache(id_column="sample_id")),
+        _patch(tiny_model("bert-sequence"), 2),
+    )
+    inputs = tiny_inputs("bert-sequence")
+    expected = gradients(plain.model, inputs)
+    for ids in (torch.arange(BATCH), torch.arange(BATCH), [0, 1, 2]):
+        _assert_same(gradients(handle.model, {**inputs, "sample_id": ids}), expected)
+    report = handle.cache_report()
+    assert report.served_steps == 2 and report.rows == {2: BATCH}
+    gradients(handle.model, {**inputs, "sample_id": torch.arange(BATCH) + 7})
+    assert handle.cache_report().rows == {2: 2 * BATCH}
+    _assert_same(gradients(handle.model, inputs), expected)  # none came: by content
+    assert any("sample_id" in reason for reason in handle.cache_report().bypasses)
+    handle.truncation_report().assert_truncated()
+
+
+@pytest.mark.parametrize("by_id", [False, True])
+def test_trainer(tmp_path, by_id):
+    rows = []
+    for seed in range(4):
+        inputs = tiny_inputs("bert-sequence", seed=seed)
+        rows += [{k: v[i] for k, v in inputs.items()} for i in range(BATCH)]
+    if by_id:
+        rows = [{**row, "sample_id": i} for i, row in enumerate(rows)]
+
+    def run(cache: PrefixCache | None) -> tuple[dict[str, torch.Tensor], Any]:
+        model = tiny_model("bert-sequence", dropout=True)
+        data = (
+            rows
+            if cache is not None or not by_id
+            else [{k: v for k, v in row.items() if k != "sample_id"} for row in rows]
+        )
+        reports = []
+
+        class Callback(ProgtuningCallback):
+            def on_train_end(self, args, state, control, **kwargs):
+                if cache is not None:
+                    reports.append(self.handle.cache_report())
+                super().on_train_end(args, state, control, **kwargs)
+
+        trainer = Trainer(
+            model,
+            TrainingArguments(
+                output_dir=str(tmp_path),
+                num_train_epochs=6,
+                per_device_train_batch_size=3,
+                gradient_accumulation_steps=2,
+                learning_rate=1e-2,
+                report_to="none",
+                save_strategy="no",
+                eval_strategy="epoch",
+                disable_tqdm=True,
+                use_cpu=True,
+                seed=7,
+                remove_unused_columns=not by_id,
+            ),
+            train_dataset=data,
+            eval_dataset=data[:6],
+            callbacks=[Callback(ProgressiveSchedule(3), cache=cache)],
+        )
+        trainer.train()
+        assert handle_of(model) is None
+        return model.state_dict(), reports
+
+    weights, (report,) = run(_cache(id_column="sample_id" if by_id else None))
+    assert report.served_steps > 4 and report.hits > 12
+    expected, _ = run(None)
+    for name, value in expected.items():
+        assert torch.allclose(weights[name], value, rtol=1e-4, atol=1e-6), name
+
+
+def test_resume_finds_the_rows_of_a_folder_again(tmp_path):
+    inputs = [tiny_inputs("bert-sequence", seed=seed) for seed in (1, 2)]
+    schedule = MilestoneSchedule({0: 1, 2: 3}, embeddings="never")
+    cache = {"device": "disk", "path": tmp_path / "rows"}
+    model = tiny_model("bert-sequence")
+    handle = patch_model(model, schedule, cache=PrefixCache(BUDGET, **cache))
+    optimizer = MaskedAdamW(handle.param_groups(lr=1e-2))
+    for batch in inputs * 2:
+        model(**batch).loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        handle.advance()
+    state, weights = handle.state_dict(), copy.deepcopy(model.state_dict())
+    expected = gradients(model, inputs[0])
+    handle.unpatch()
+
+    model = tiny_model("bert-sequence")
+    model.load_state_dict(weights)
+    handle = patch_model(model, schedule, cache=PrefixCache(BUDGET, **cache))
+    handle.load_state_dict(state)
+    gradients(model, inputs[1])  # proves
+    with counted_runs(_blocks(handle)) as runs:
+        _assert_same(gradients(model, inputs[0]), expected)
+    assert [runs[i] for i in range(BLOCKS)] == [0, 0, 0, 1]
+    handle.unpatch()
+
+    model = tiny_model("bert-sequence", seed=4)
+    with patch_model(model, schedule, cache=PrefixCache(BUDGET, **cache)) as handle:
+        gradients(model, inputs[0])
+        assert handle.cache_report().hits == 0
+
+
+def test_copies_pickles_and_the_unpatched_model_know_of_no_cache():
+    handle = _patch(tiny_model("bert-sequence"), 2, cache=_cache())
+    model, inputs = handle.model, tiny_inputs("bert-sequence")
+    for _ in range(2):
+        gradients(model, inputs)
+
+    def snapshot(model: nn.Module) -> dict[str, Any]:
+        return {path: (type(m), set(vars(m))) for path, m in model.named_modules()}
+
+    copies = [copy.deepcopy(model), pickle.loads(pickle.dumps(model))]
+    expected = gradients(model, inputs)
+    assert handle.cache_report().served_steps == 2
+    for copied in copies:
+        with counted_runs(list(copied.bert.encoder.layer)) as runs:
+            found = gradients(copied, inputs)
+        assert all(runs[i] == 1 for i in range(BLOCKS))
+        _assert_same(found, {k: v for k, v in expected.items() if k in found})
+    cache = handle.cache
+    handle.unpatch()
+    untouched = tiny_model("bert-sequence")
+    untouched(**inputs)
+    assert snapshot(model) == snapshot(untouched)
+    assert handle.cache is None and cache is not None
+    with pytest.raises(RuntimeError, match="without a cache|no cache"):
+        handle.cache_report()
+
+
+def test_one_cache_serves_one_model():
+    cache = _cache()
+    with _patch(tiny_model("bert-sequence"), 2, cache=cache):
+        with pytest.raises(ValueError, match="another patched model"):
+            _patch(tiny_model("bert-sequence"), 2, cache=cache)
+    handle = _patch(tiny_model("bert-sequence", seed=3), 2, cache=cache)
+    plain = _patch(tiny_model("bert-sequence", seed=3), 2)
+    inputs = tiny_inputs("bert-sequence")
+    for _ in range(2):
+        _assert_same(gradients(handle.model, inputs), gradients(plain.model, inputs))
+    with pytest.raises(ValueError, match="cache must be"):
+        patch_model(tiny_model("bert-sequence"), ProgressiveSchedule(2, 4), cache="on")
+    with pytest.raises(ValueError, match="max_bytes"):
+        PrefixCache(0)
+
+
+def test_automatic_cache():
+    plan = FreezePlan.from_boundary(2, BLOCKS, embeddings=False)
+    handle = patch_model(tiny_model("bert-sequence"), FixedPlan(plan), cache="auto")
+    for _ in range(2):
+        gradients(handle.model, tiny_inputs("bert-sequence"))
+    assert handle.cache_report().served_steps == 1
+
+
+def test_a_small_budget_computes_the_rest():
+    row = 11 * 32 * 4
+    cache = PrefixCache(4 * row, device="cpu")
+    handle = _patch(tiny_model("bert-sequence"), 2, cache=cache)
+    plain = _patch(tiny_model("bert-sequence"), 2)
+    batches = [tiny_inputs("bert-sequence", seed=seed) for seed in (1, 2, 3)]
+    for inputs in batches * 3:
+        _assert_same(gradients(handle.model, inputs), gradients(plain.model, inputs), exact=False)
+    report = handle.cache_report()
+    assert 0 < report.nbytes <= 4 * row and report.served_steps
+
+
+def test_it_switches_itself_off_where_reading_costs_more(times, monkeypatch):
+    handle, plain = _pair("bert-sequence", 2)
+    read = handle.cache._store.read
+
+    def slow(*args: Any, **kwargs: Any) -> torch.Tensor:
+        time.sleep(0.05)
+        return read(*args, **kwargs)
+
+    handle.cache._store.read = slow
+    batches = [tiny_inputs("bert-sequence", seed=seed) for seed in range(8)]
+    with warnings.catch_warnings(record=True) as seen:
+        warnings.simplefilter("always")
+        for inputs in batches * 2:
+            _assert_same(gradients(handle.model, inputs), gradients(plain.model, inputs))
+    assert sum("prefix cache is off" in str(w.message) for w in seen) == 1
+    report = handle.cache_report()
+    assert report.state == "off" and "reading a row takes" in report.reason
+    assert report.rows == {} and report.served_steps == 0
+    assert "off" in str(handle.truncation_report())
+
+
+def test_it_stays_on_where_the_prefix_is_dear(times):
+    handle, plain = _pair("bert-sequence", 2)
+    hook = _blocks(handle)[0].register_forward_pre_hook(lambda *_: time.sleep(0.02))
+    batches = [tiny_inputs("bert-sequence", seed=seed) for seed in range(6)]
+    for inputs in batches * 2:
+        gradients(handle.model, inputs)
+    hook.remove()
+    report = handle.cache_report()
+    assert report.state == "on" and report.served_steps == 6
+    assert report.prefix_ms * BATCH > 20 > report.read_ms * BATCH
+
+
+def test_data_that_never_comes_again(times):
+    row = 11 * 32 * 4
+    handle = _patch(tiny_model("bert-sequence"), 2, cache=PrefixCache(3 * row, device="cpu"))
+    hook = _blocks(handle)[0].register_forward_pre_hook(lambda *_: time.sleep(0.005))
+    with pytest.warns(UserWarning, match="others came without a hit"):
+        for seed in range(6):
+            gradients(handle.model, tiny_inputs("bert-sequence", seed=seed))
+    hook.remove()
+    assert handle.cache_report().state == "off"
+
+
+def test_verdicts(times):
+    counts = BreakEven()
+    for _ in range(4):
+        counts.add_prefix(30.0, 3)
+        assert counts.verdict(0) is None
+        counts.add_read(3.0, 3)
+    assert counts.verdict(0) is None
+    for _ in range(60):
+        counts.add_read(28.0, 3)
+    assert "reading a row takes 9.333 ms, computing it 10.000 ms" in counts.verdict(0)
+    counts = BreakEven()
+    counts.misses, counts.refused = 201, 1
+    assert "budget holds 100 rows" in counts.verdict(100)
+    counts.hits = 1
+    assert counts.verdict(100) is None
+    counts = BreakEven()
+    counts.misses = 200_001
+    assert "augmentation" in counts.verdict(200_001)
+
+
+def _digests(inputs: dict[str, Any], **options: Any) -> tuple[bytes, ...]:
+    return Call((), (), inputs).rows(b"", **{"unpadded": True, **options}).digests
+
+
+def test_what_a_row_is_recognised_by():
+    inputs = tiny_inputs("bert-sequence")
+    base = _digests(inputs)
+    assert len(set(base)) == BATCH and all(len(d) == 16 for d in base)
+    assert _digests({**inputs, "labels": inputs["labels"] + 1}) == base
+    assert _digests({**inputs, "return_dict": True, "num_items_in_batch": torch.tensor(3)}) == base
+    assert _digests(_repadded(inputs, more=5)) == base
+    assert _digests(_repadded(inputs, more=5), unpadded=False) != _digests(inputs, unpadded=False)
+    assert _digests({"input_ids": inputs["input_ids"]})[0] == base[0]  # no mask: all ones
+    ids = inputs["input_ids"].clone()
+    ids[2, -1] = 50  # padding
+    assert _digests({**inputs, "input_ids": ids}) == base
+    ids[2, 0] += 1
+    assert _digests({**inputs, "input_ids": ids})[:2] == base[:2]
+    assert _digests({**inputs, "input_ids": ids})[2] != base[2]
+    for name in ("token_type_ids", "position_ids", "anything"):
+        zeros = torch.zeros_like(inputs["input_ids"])
+        changed = zeros.clone()
+        changed[1, 2] = 1
+        one, other = (_digests({**inputs, name: value}) for value in (zeros, changed))
+        assert [a == b for a, b in zip(one, other, strict=True)] == [True, False, True]
+        assert not set(one) & set(base)
+    holes = inputs["attention_mask"].clone()
+    holes[0, 3] = 0
+    assert _digests({**inputs, "attention_mask": holes})[0] != base[0]
+    assert Call((), (), {**inputs, "attention_mask": holes}).spans[0][0] == (0, 11)
+    assert _digests({**inputs, "scale": 2.0}) != base
+    shared = {**inputs, "position_ids": torch.arange(11)[None]}
+    assert not set(_digests(shared)) & set(base)
+    pixels = tiny_inputs("vit-image")
+    assert len(set(_digests(pixels))) == BATCH
+    with pytest.raises(UnknownContent, match="is a list"):
+        _ = Call((), (), {**inputs, "images": [1, 2]}).signature
+    with pytest.raises(UnknownContent, match="no argument"):
+        _ = Call((), (), {"scale": torch.tensor(1.0)}).size
+
+
+def test_positional_arguments():
+    handle, plain = _pair("bert-sequence", 2)
+    inputs = tiny_inputs("bert-sequence")
+    several = _joined(inputs, tiny_inputs("bert-sequence", seed=2))
+    for rows in ((0, 1, 2), (0, 1, 2, 3), (3, 0)):
+        batch = _rows(several, rows)
+        found = []
+        for model in (handle.model, plain.model):
+            model.zero_grad()
+            output = model(batch["input_ids"], batch["attention_mask"], labels=batch["labels"])
+            output.loss.backward()
+            found.append({n: p.grad for n, p in model.named_parameters() if p.grad is not None})
+        _assert_same(*found, exact=False)
+    assert handle.cache_report().served_steps == 2
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("device", ["cuda", "cpu"])
+@pytest.mark.parametrize("name", ["bert-sequence", "llama-causal-lm", "vit-image"])
+def test_on_a_gpu(name, device):
+    cache = PrefixCache(BUDGET, device=device)
+    handle = _patch(tiny_model(name).cuda(), 2, cache=cache)
+    plain = _patch(tiny_model(name).cuda(), 2)
+    batches = [{k: v.cuda() for k, v in tiny_inputs(name, seed=seed).items()} for seed in range(3)]
+    for inputs in batches * 3:
+        found, expected = gradients(handle.model, inputs), gradients(plain.model, inputs)
+        for key, gradient in expected.items():
+            assert torch.allclose(found[key], gradient, rtol=1e-3, atol=1e-5), key
+    report = handle.cache_report()
+    assert report.served_steps == 6 and report.prefix_ms and report.read_ms
