@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Literal
 
+import torch
 from torch import nn
 
 from .adapters import FrozenColumns
@@ -33,8 +34,9 @@ class ActiveSet:
         self._scan()
 
     @property
-    def device_type(self) -> str:
-        return next(slot.parameter.device.type for slot in self._slots)
+    def device(self) -> torch.device:
+        """Where the first parameter is."""
+        return self._slots[0].parameter.device
 
     @property
     def trainable_params(self) -> int:
@@ -61,6 +63,13 @@ class ActiveSet:
         if trained == slot.units or slot.sliced:
             return trained
         return trained if self._tied == "head_only" and trained == (self._layout.head,) else ()
+
+    def freezes_with(self, slot: ParameterSlot) -> int:
+        """The unit whose freezing is the parameter's, under a schedule that freezes upwards."""
+        if slot.sliced:
+            return slot.units[-1]  # trains while any of its columns does
+        both = slot.units == (EMBEDDINGS, self._layout.head)
+        return slot.units[-1] if both and self._tied == "head_only" else slot.units[0]
 
     def frozen_by(self, plan: FreezePlan) -> Iterator[ParameterSlot]:
         """Parameters that were trainable when the model was patched and that `plan` freezes."""

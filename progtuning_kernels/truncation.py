@@ -71,12 +71,15 @@ class TruncationReport:
     """Per unit: parameters, active parameters, autograd nodes and bytes saved for backward.
 
     `print(report)` shows it as a table. Nodes and bytes are None before the first forward. `tied`
-    says, a line each, which parameters several units use and what follows from it.
+    says, a line each, which parameters several units use and what follows from it; `kernels`, in
+    one line, how many modules run freeze-aware ops, and `cache` what the prefix cache does.
     """
 
     units: tuple[UnitReport, ...]
     boundary: int
     tied: tuple[str, ...] = ()
+    kernels: str | None = None
+    cache: str | None = None
 
     @property
     def saved_bytes(self) -> int | None:
@@ -157,7 +160,7 @@ class TruncationReport:
             ).rstrip()
             for row in rows
         ]
-        return "\n".join([*lines, *self.tied])
+        return "\n".join([*lines, *self.tied, *filter(None, [self.kernels, self.cache])])
 
 
 def _some(names: Sequence[str]) -> str:
@@ -277,7 +280,8 @@ def _count_nodes(
 
 
 def _storages(tensors: Iterable[torch.Tensor]) -> set[int]:
-    return {t.untyped_storage().data_ptr() for t in tensors}
+    # by identity: on the meta device, where plans are measured, no storage has an address
+    return {t.untyped_storage()._cdata for t in tensors}
 
 
 def measure_forward(
@@ -314,8 +318,8 @@ def measure_forward(
     def pack(tensor: torch.Tensor) -> torch.Tensor:
         saved[clock.unit] += tensor.numel() * tensor.element_size()
         storage = tensor.untyped_storage()
-        if storage.data_ptr() not in owned and storage.data_ptr() not in kept:
-            kept[storage.data_ptr()] = tensor.detach()
+        if storage._cdata not in owned and storage._cdata not in kept:
+            kept[storage._cdata] = tensor.detach()
             held[clock.unit] += storage.nbytes()
         return tensor.detach()  # returning the tensor itself would tie it to its own graph node
 

@@ -10,7 +10,10 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
 os.environ.setdefault("MPLBACKEND", "Agg")
 
-import torch  # noqa: E402  (after the environment is set)
+import quick_interpreter  # noqa: E402  (after the environment is set)
+import torch  # noqa: E402
+
+quick_interpreter.install()
 
 # tiny tensors gain nothing from a second thread, and on a busy machine its barriers cost tenfold
 torch.set_num_threads(1)

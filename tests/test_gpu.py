@@ -8,6 +8,7 @@ from tiny_models import tiny_inputs, tiny_model
 from torch import nn
 
 from progtuning_kernels import MaskedAdamW, MilestoneSchedule, ProgressiveSchedule, patch_model
+from progtuning_kernels.swaps.deferred_logits import defer
 
 pytestmark = pytest.mark.gpu
 
@@ -97,3 +98,60 @@ def test_memory_falls_with_the_stages():
         held.append(torch.cuda.memory_allocated())
         handle.advance()
     assert held == sorted(set(held), reverse=True)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize(
+    "name", ["bert-masked-lm", "gemma2-causal-lm", "gpt2-causal-lm", "modernbert-sequence"]
+)
+def test_swapped_kernels_train_as_the_original(name, dtype):
+    losses = {}
+    for kernels in ("off", "on"):
+        model = tiny_model(name).to("cuda", dtype)
+        handle = patch_model(model, MilestoneSchedule({0: 0, 5: 2}), kernels=kernels)
+        assert (handle.kernel_report().swapped > 0) == (kernels == "on"), handle.kernel_report()
+        optimizer = MaskedAdamW(handle.param_groups(lr=1e-3), max_grad_norm=1.0)
+        losses[kernels] = []
+        for step in range(10):
+            inputs = {k: v.cuda() for k, v in tiny_inputs(name, seed=step).items()}
+            loss = model(**inputs).loss
+            losses[kernels].append(loss.item())
+            loss.backward()
+            optimizer.step()
+            optimizer.zero_grad()
+            handle.advance()
+    tolerance = 1e-4 if dtype == torch.float32 else 2e-2
+    assert losses["on"] == pytest.approx(losses["off"], rel=tolerance)
+
+
+def test_a_model_patched_on_the_cpu_is_swapped_when_it_has_moved():
+    model = tiny_model("llama-causal-lm")
+    handle = patch_model(model, MilestoneSchedule({0: 1}), kernels="on")
+    assert handle.kernel_report().swapped == 0
+    model.cuda()
+    model(**{k: v.cuda() for k, v in tiny_inputs("llama-causal-lm").items()}).loss.backward()
+    assert handle.kernel_report().swapped == 14
+
+
+def test_small_models_keep_their_own_layer_norms():
+    model = tiny_model("bert-sequence").cuda()
+    rows = patch_model(model, MilestoneSchedule({0: 0})).kernel_report().rows
+    because = {row.kind: row.because for row in rows}
+    assert "MB of its input on" in because["LayerNorm"]
+
+
+def test_a_deferred_loss_takes_a_part_of_the_memory():
+    peaks = {}
+    for kernels in ("off", "on"):
+        torch.cuda.empty_cache()
+        head = nn.Linear(256, 32_000, bias=False, device="cuda", dtype=torch.bfloat16)
+        hidden = torch.randn(16, 1024, 256, device="cuda", dtype=torch.bfloat16, requires_grad=True)
+        labels = torch.randint(32_000, (16 * 1024,), device="cuda")
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        logits = head(hidden) if kernels == "off" else defer(hidden, head.weight, None)
+        loss = nn.functional.cross_entropy(logits.float().view(-1, 32_000), labels)
+        loss.backward()
+        peaks[kernels] = torch.cuda.max_memory_allocated() - before
+        del head, hidden, labels, logits, loss
+    assert peaks["on"] < peaks["off"] / 4, peaks

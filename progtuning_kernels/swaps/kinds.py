@@ -1,0 +1,309 @@
+"""Recognises, by structure, modules that a freeze-aware op can run, and says how.
+
+What a module computes is never taken from its name: how a norm casts and what an activation is are
+found by trying them on random numbers, and `checks.py` then compares the whole.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Hashable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from .. import _backend
+from ..ops import activation, geglu, gelu, layer_norm, rms_norm, swiglu
+from ..ops import norm as norms
+from .deferred_logits import defer
+
+HEAD = "language-model head and loss"
+GATED_MLP = "gated MLP"
+GELU = "GELU"
+_PLAIN = (Tensor, nn.Parameter)
+_EPS_NAMES = ("variance_epsilon", "eps", "epsilon", "norm_eps")
+
+
+@dataclass(frozen=True)
+class Swap:
+    """How an op runs a module.
+
+    Attributes:
+        kind: what the module is, for the report.
+        settings: all that `forward` depends on beside the module's own tensors.
+        forward: (module, *inputs) -> output.
+        inputs: number of positional inputs; called with others, the module runs its own forward.
+        op: the op that runs it.
+        width: elements of one row of the (first) input.
+        growth: elements that the op handles for one of the input.
+        inner: attributes of the modules that are bypassed.
+        stand_ins: modules to put in for the check, which is then about the op alone.
+    """
+
+    kind: str
+    settings: Hashable
+    forward: Callable[..., Any]
+    op: _backend.Op
+    width: int
+    inputs: int = 1
+    growth: float = 1.0
+    inner: tuple[str, ...] = ()
+    stand_ins: tuple[str, ...] = ()
+
+
+class CannotSwap(Exception):
+    """The module looks like one that an op runs, and is not; the message says why."""
+
+
+def recognise(module: nn.Module) -> Swap | None:
+    """The swap for a module; None for one that no op runs.
+
+    Raises:
+        CannotSwap: with the reason, in one line.
+    """
+    for find in (_layer_norm, _output_layer, _gated_mlp, _rms_norm, _written_out_gelu):
+        swap = find(module)
+        if swap is not None:
+            return swap
+    return None
+
+
+def language_model_head(module: nn.Linear) -> Swap:
+    """The swap for a head over a vocabulary: see `deferred_logits.py`."""
+    own_class = type(module)
+
+    def forward(self: nn.Linear, hidden: Tensor) -> Tensor:
+        demanded = hidden.requires_grad or self.weight.requires_grad
+        # FSDP2 takes the weight away again as soon as the module's own forward is over
+        sharded = hasattr(type(self), "_get_fsdp_state") or type(self.weight) not in _PLAIN
+        if sharded or not (torch.is_grad_enabled() and demanded and hidden.dim() > 1):
+            return own_class.forward(self, hidden)
+        return defer(hidden, self.weight, self.bias)
+
+    return Swap(
+        HEAD,
+        own_class,
+        forward,
+        _backend.OPS["linear_cross_entropy"],
+        module.in_features,
+        growth=module.out_features / module.in_features,
+    )
+
+
+def _is_layer_norm(module: nn.Module) -> bool:
+    return (
+        isinstance(module, nn.LayerNorm)
+        and type(module).forward is nn.LayerNorm.forward
+        and len(module.normalized_shape) == 1
+    )
+
+
+def _layer_norm(module: nn.Module) -> Swap | None:
+    if not _is_layer_norm(module):
+        return None
+
+    def forward(self: nn.LayerNorm, x: Tensor) -> Tensor:
+        return layer_norm(x, self.weight, self.bias, self.eps)
+
+    return Swap("LayerNorm", None, forward, norms.LAYER_NORM, module.normalized_shape[0])
+
+
+def _output_layer(module: nn.Module) -> Swap | None:
+    """dense, dropout, and a LayerNorm of the sum with the residual, as in BERT."""
+    children = dict(module.named_children())
+    if set(children) != {"dense", "dropout", "LayerNorm"} or module._parameters:
+        return None
+    norm, dropout = children["LayerNorm"], children["dropout"]
+    if not _is_layer_norm(norm) or type(dropout) is not nn.Dropout:
+        return None
+    norm_class = type(norm)
+
+    def forward(self: nn.Module, hidden: Tensor, residual: Tensor) -> Tensor:
+        inner, drop = self.LayerNorm, self.dropout
+        hidden = self.dense(hidden)
+        if type(inner) is not norm_class:  # wrapped since, FSDP2 unshards it in its own forward
+            return inner(drop(hidden) + residual)
+        p = drop.p if drop.training else 0.0
+        return layer_norm(hidden, inner.weight, inner.bias, inner.eps, residual=residual, dropout=p)
+
+    return Swap(
+        "dropout + residual + LayerNorm",
+        norm_class,
+        forward,
+        norms.LAYER_NORM,
+        norm.normalized_shape[0],
+        inputs=2,
+        inner=("dropout", "LayerNorm"),
+        stand_ins=("dense",),
+    )
+
+
+def _rms_norm(module: nn.Module) -> Swap | None:
+    names = [name for name in _EPS_NAMES if isinstance(getattr(module, name, None), float)]
+    if isinstance(module, nn.RMSNorm) and module.eps is None:
+        names = ["eps"]
+    parameters = module._parameters
+    weight = parameters.get("weight")
+    if len(names) != 1 or list(parameters) != ["weight"] or weight is None or weight.dim() != 1:
+        return None
+    if module._modules or module._buffers:
+        return None
+    name = names[0]
+    for cast, offset in (("before_weight", 0.0), ("after_weight", 0.0), ("after_weight", 1.0)):
+        if _same_norm(module, name, cast, offset):
+            break
+    else:
+        raise CannotSwap("it is none of the known forms of RMSNorm")
+
+    def forward(self: nn.Module, x: Tensor) -> Tensor:
+        return rms_norm(x, self.weight, _eps(self, name, x), cast=cast, offset=offset)
+
+    settings = (name, cast, offset)
+    return Swap("RMSNorm", settings, forward, norms.RMS_NORM, weight.numel())
+
+
+def _eps(module: nn.Module, name: str, x: Tensor) -> float:
+    eps = getattr(module, name)
+    return torch.finfo(x.dtype).eps if eps is None else eps
+
+
+def _same_norm(module: nn.Module, name: str, cast: norms.Cast, offset: float) -> bool:
+    """Whether a copy in bfloat16, where the order of roundings shows, gives the op's numbers."""
+    twin = copy.deepcopy(module).to("cpu", torch.bfloat16)
+    generator = torch.Generator().manual_seed(0)
+    width = twin.weight.numel()
+    x = torch.randn(64, width, generator=generator).bfloat16()
+    with torch.no_grad():
+        twin.weight.copy_(torch.rand(width, generator=generator) + 0.5)
+        try:
+            expected = type(module).forward(twin, x)
+        except Exception as error:
+            raise CannotSwap(f"its forward takes more than x: {_backend.one_line(error)}") from None
+        if not isinstance(expected, Tensor) or expected.shape != x.shape:
+            raise CannotSwap("its forward returns more than the norm of x")
+        form = norms.Norm(_eps(twin, name, x), False, offset, cast == "before_weight")
+        found = norms.reference(x, twin.weight, None, form)
+    # sums in another order move a few roundings, another order of roundings a third of them
+    return (expected != found).float().mean().item() < 0.02
+
+
+@dataclass(frozen=True)
+class _GatedNames:
+    """Attributes of a gated MLP: down(dropout(act(gate(x)) * up(x))).
+
+    Attributes:
+        gate: of the layer that makes the gate, or gate and up side by side where `up` is None.
+    """
+
+    gate: str
+    up: str | None
+    down: str
+
+
+_GATED = (
+    _GatedNames("gate_proj", "up_proj", "down_proj"),
+    _GatedNames("gate_up_proj", None, "down_proj"),
+    _GatedNames("wi_0", "wi_1", "wo"),
+    _GatedNames("Wi", None, "Wo"),
+    _GatedNames("w1", "w3", "w2"),
+)
+
+
+def _gated_mlp(module: nn.Module) -> Swap | None:
+    children = dict(module.named_children())
+    for names in _GATED:
+        layers = [name for name in (names.gate, names.up, names.down) if name is not None]
+        if all(name in children for name in layers):
+            break
+    else:
+        return None
+    others = {name: child for name, child in children.items() if name not in layers}
+    dropouts = [name for name, child in others.items() if type(child) is nn.Dropout]
+    acts = [name for name in others if name not in dropouts]
+    if module._parameters or len(acts) != 1 or len(dropouts) > 1:
+        return None
+    act, dropout = acts[0], dropouts[0] if dropouts else None
+    kind = activation_kind(children[act])
+    if kind is None:
+        raise CannotSwap(f"no op for its activation {type(children[act]).__name__}")
+    gate, down = children[names.gate], children[names.down]
+    width, inside = getattr(gate, "in_features", None), getattr(down, "in_features", None)
+    if width is None or inside is None:
+        raise CannotSwap(f"its {names.gate} or {names.down} is no linear layer")
+
+    def forward(self: nn.Module, x: Tensor) -> Tensor:
+        children = self._modules
+        gate = children[names.gate](x)
+        if names.up is None:
+            gate, up = gate.chunk(2, dim=-1)
+        else:
+            up = children[names.up](x)
+        if kind == "silu":
+            hidden = swiglu(gate, up)
+        else:
+            hidden = geglu(gate, up, approximate=kind)
+        if dropout is not None:
+            hidden = children[dropout](hidden)
+        down = children[names.down]
+        dtype = getattr(getattr(down, "weight", None), "dtype", hidden.dtype)
+        if dtype.is_floating_point and not torch.is_autocast_enabled(x.device.type):
+            hidden = hidden.to(dtype)  # T5 keeps its last layer in float32
+        return down(hidden)
+
+    return Swap(
+        GATED_MLP,
+        (names, act, dropout, kind),
+        forward,
+        _backend.OPS["swiglu" if kind == "silu" else "geglu"],
+        width,
+        growth=inside / width,
+        inner=(act,),
+    )
+
+
+def _written_out_gelu(module: nn.Module) -> Swap | None:
+    """GELUs composed in Python, of up to eight operations and as many saved tensors."""
+    if module._parameters or module._modules or "gelu" not in type(module).__name__.lower():
+        return None
+    kind = activation_kind(module)
+    if kind not in ("none", "tanh"):
+        return None
+
+    def forward(self: nn.Module, x: Tensor) -> Tensor:
+        return gelu(x, approximate=kind)
+
+    return Swap(GELU, kind, forward, activation.GELU, 64)
+
+
+def activation_kind(module: nn.Module) -> activation.Kind | None:
+    """Which activation of `ops.activation` a module computes, found by trying it."""
+    x = torch.linspace(-6, 6, 97)
+    known = {
+        "silu": F.silu(x),
+        "none": F.gelu(x),
+        "tanh": F.gelu(x, approximate="tanh"),
+    }
+    try:
+        with torch.no_grad():
+            y = type(module).forward(module, x)
+    except Exception:
+        return None
+    for kind, expected in known.items():
+        # the two GELUs differ by 4.7e-4
+        if isinstance(y, Tensor) and torch.allclose(y, expected, rtol=1e-5, atol=1e-6):
+            return kind
+    return None
+
+
+def bypassed(module: nn.Module, names: Sequence[str]) -> str | None:
+    """Why what happens in the modules of these names must not be bypassed."""
+    for name in names:
+        child = module._modules[name]
+        if child._forward_hooks or child._forward_pre_hooks or child._backward_hooks:
+            return f"a hook on its {name}"
+        if "forward" in child.__dict__ or child._compiled_call_impl is not None:
+            return f"its {name} has a forward of its own"
+    return None

@@ -1,0 +1,284 @@
+"""Which modules of a model run a freeze-aware op, which keep their own forward, and why."""
+
+from __future__ import annotations
+
+import os
+from collections import defaultdict
+from collections.abc import Callable, Hashable, Iterator
+from dataclasses import dataclass
+from typing import Any, Literal, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from .. import _backend
+from ..derived_classes import base_of, derive
+from ..layout import Layout
+from . import checks
+from .kinds import GELU, HEAD, CannotSwap, Swap, bypassed, language_model_head, recognise
+
+Kernels = Literal["auto", "on", "off"]
+
+# What decides in eager mode is CPU time. Forward and backward of one op of ours take about 40 us of
+# it (autograd.Function 9 + 17, the launcher the rest), each kernel of the original about 5. The
+# difference has to be earned back by traffic: 35 us are 170 MB on a GPU of 4.3 TB/s, three passes
+# over 50 MB. Predicted, not measured on a GPU.
+_OUR_CALL_US, _KERNEL_CALL_US = 40, 5
+_BYTES_PER_US = 50e6 / 35
+# Of logits. Deferring them saves memory, not time, and a short loss is not worth the machinery.
+_LEAST_LOGITS_BYTES = 64 * 2**20
+
+
+@dataclass(frozen=True)
+class KernelRow:
+    """Modules of one class that met the same fate.
+
+    Attributes:
+        kind: what they are, e.g. "RMSNorm".
+        module_class: name of their class.
+        count: how many there are.
+        example: path of the first.
+        swapped: whether an op runs them.
+        because: from which size on, or why not.
+    """
+
+    kind: str
+    module_class: str
+    count: int
+    example: str
+    swapped: bool
+    because: str
+
+
+@dataclass(frozen=True)
+class KernelReport:
+    """Which modules run freeze-aware ops; `print` it.
+
+    Attributes:
+        rows: one per kind, class and reason; empty where nothing was considered.
+        nothing: why no module was considered, None where some were.
+    """
+
+    rows: tuple[KernelRow, ...]
+    nothing: str | None = None
+
+    @property
+    def swapped(self) -> int:
+        """Number of swapped modules."""
+        return sum(row.count for row in self.rows if row.swapped)
+
+    def summary(self) -> str:
+        """The report in one line."""
+        if self.nothing is not None:
+            return f"kernels: nothing is swapped: {self.nothing}"
+        kept = sum(row.count for row in self.rows if not row.swapped)
+        return f"kernels: {self.swapped} modules swapped, {kept} keep their own forward"
+
+    def __str__(self) -> str:
+        if not self.rows:
+            return self.summary()
+        cells = [("kind", "class", "modules", "first", "swapped", "because")]
+        for row in self.rows:
+            swapped = "yes" if row.swapped else "no"
+            first = (row.kind, row.module_class, str(row.count), row.example)
+            cells.append((*first, swapped, row.because))
+        widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
+        lines = [
+            "  ".join(cell.ljust(w) for cell, w in zip(line, widths, strict=True)).rstrip()
+            for line in cells
+        ]
+        return "\n".join(lines)
+
+
+class _Verdict(NamedTuple):
+    """What was found about all modules of one class, settings, shapes and dtypes."""
+
+    made: type | None  # the class that runs the op
+    because: str
+
+
+class _Found(NamedTuple):
+    path: str
+    module: nn.Module
+    swap: Swap | None
+    kind: str
+    reason: str | None  # why it cannot be swapped, known before any check
+
+
+class KernelSwaps:
+    """The swaps of one model.
+
+    Args:
+        model: the model that `layout` describes.
+        kernels: "auto" swaps where it pays, which each call decides by the bytes at hand; "on"
+            swaps for any size, which captured graphs want; "off" never.
+    """
+
+    def __init__(self, model: nn.Module, layout: Layout, kernels: Kernels) -> None:
+        self._model = model
+        self._layout = layout
+        self._kernels = kernels
+        self._device: torch.device | None = None
+        self._verdicts: dict[Hashable, _Verdict] = {}
+        self._swapped: list[nn.Module] = []
+        self.report = KernelReport((), "no device was looked at")
+
+    def follow(self, device: torch.device) -> None:
+        """Swap for this type of device, if the last call was for another."""
+        if self._device is not None and self._device.type == device.type:
+            return
+        self.restore()
+        self._device = device
+        nothing = _reason_for_nothing(self._kernels, device)
+        self.report = KernelReport((), nothing) if nothing else self._swap_all(device)
+
+    def restore(self) -> None:
+        """Every module back to its own class."""
+        for module in self._swapped:
+            base = base_of(type(module))
+            if base is not None:
+                module.__class__ = base
+        self._swapped.clear()
+        self._device = None
+
+    def _swap_all(self, device: torch.device) -> KernelReport:
+        groups: dict[tuple[str, str, bool, str], list[str]] = defaultdict(list)
+        for found in list(self._candidates()):
+            if found.swap is None or found.reason is not None:
+                verdict = _Verdict(None, found.reason or "")
+            else:
+                verdict = self._judge(found.module, found.swap, device)
+            name = type(found.module).__name__
+            key = (found.kind, name, verdict.made is not None, verdict.because)
+            groups[key].append(found.path)
+            if verdict.made is not None:
+                found.module.__class__ = verdict.made
+                self._swapped.append(found.module)
+        rows = [
+            KernelRow(kind, name, len(paths), paths[0], swapped, because)
+            for (kind, name, swapped, because), paths in groups.items()
+        ]
+        return KernelReport(tuple(rows), None if rows else "no module of a kind that an op runs")
+
+    def _candidates(self) -> Iterator[_Found]:
+        """Modules that an op runs or might, without those inside a swapped one."""
+        bypassed_ids: set[int] = set()
+        heads = {id(module) for module in self._heads()}
+        for path, module in self._model.named_modules():
+            if id(module) in bypassed_ids:
+                continue
+            kind = type(module).__name__
+            try:
+                swap = language_model_head(module) if id(module) in heads else recognise(module)
+            except CannotSwap as error:
+                yield _Found(path, module, None, kind, str(error))
+                continue
+            if swap is None:
+                continue
+            reason = _reason_against(module, swap)
+            if reason is None:
+                bypassed_ids |= {id(module._modules[name]) for name in swap.inner}
+            yield _Found(path, module, swap, swap.kind, reason)
+
+    def _heads(self) -> Iterator[nn.Module]:
+        """Linear layers of the head with as many outputs as the vocabulary has words."""
+        config = getattr(self._model, "config", None)
+        configs = [config, getattr(config, "text_config", None), getattr(config, "decoder", None)]
+        sizes = {getattr(c, "vocab_size", None) for c in configs} - {None}
+        for path in self._layout.module_paths(self._layout.head):
+            for module in self._model.get_submodule(path).modules():
+                if type(module) is nn.Linear and module.out_features in sizes:
+                    yield module
+
+    def _judge(self, module: nn.Module, swap: Swap, device: torch.device) -> _Verdict:
+        key = (type(module), swap.kind, swap.settings, *_signature(module))
+        if key not in self._verdicts:
+            self._verdicts[key] = self._examine(module, swap, device)
+        return self._verdicts[key]
+
+    def _examine(self, module: nn.Module, swap: Swap, device: torch.device) -> _Verdict:
+        floats = [p for p in self._model.parameters() if p.dtype in checks.TOLERANCE]
+        own = next((p for p in module.parameters() if p.dtype in checks.TOLERANCE), None)
+        if not floats and own is None:
+            return _Verdict(None, "no parameter of a dtype that the op computes in")
+        dtype = (floats[0] if own is None else own).dtype
+        sample = [torch.empty(2, swap.width, dtype=dtype, device=device), None, None]
+        try:
+            chosen = _backend.select(swap.op, sample).name
+        except RuntimeError as error:
+            return _Verdict(None, _backend.one_line(error))
+        if chosen == "reference":
+            return _Verdict(None, "the op would run its reference, which is the module's own code")
+        differs = checks.difference(module, swap, device, dtype)
+        if differs is not None:
+            return _Verdict(None, differs)
+        calls = 0 if swap.kind == HEAD else checks.kernel_calls(module, swap, device, dtype)
+        if swap.kind == GELU and calls == 1:
+            return _Verdict(None, "torch's own is one kernel, too, that moves the same bytes")
+        from_bytes = self._from_bytes(swap, calls, device)
+        because = "at any size"
+        if from_bytes:
+            because = f"from {from_bytes / 1e6:.0f} MB of its input on; a launch outweighs less"
+        key = (swap.kind, swap.settings, from_bytes)
+        return _Verdict(
+            derive(type(module), key, _members(type(module), swap, from_bytes)), because
+        )
+
+    def _from_bytes(self, swap: Swap, calls: int, device: torch.device) -> int:
+        """Bytes of the module's input from which on it runs the op, which saves `calls` kernels."""
+        # the interpreter is there to run the kernels; on a CPU it has no launch to weigh
+        if self._kernels == "on" or device.type == "cpu":
+            return 0
+        if swap.kind == HEAD:
+            return int(_LEAST_LOGITS_BYTES / swap.growth)
+        lost_us = max(_OUR_CALL_US - _KERNEL_CALL_US * calls, 0)
+        return int(lost_us * _BYTES_PER_US / swap.growth)
+
+
+def _reason_for_nothing(kernels: Kernels, device: torch.device) -> str | None:
+    if kernels == "off":
+        return 'kernels="off"'
+    forced = os.environ.get(_backend.ENVIRONMENT_VARIABLE)
+    if forced == "reference":
+        return f"{_backend.ENVIRONMENT_VARIABLE}=reference, which is the model's own code"
+    reason = _backend.triton_reason(device)
+    if reason is not None and device.type == "cpu":
+        return f"on a CPU the reference is the model's own code ({reason})"
+    return reason
+
+
+def _reason_against(module: nn.Module, swap: Swap) -> str | None:
+    if "forward" in module.__dict__:
+        return "it has a forward of its own, as accelerate and kernel hubs give it"
+    if module._compiled_call_impl is not None:
+        return "it is compiled"
+    for parameter in module.parameters():
+        if type(parameter) not in (Tensor, nn.Parameter):
+            return f"its parameters are of type {type(parameter).__name__}"
+        if parameter.is_meta:
+            return "its parameters are on the meta device"
+    return bypassed(module, swap.inner)
+
+
+def _signature(module: nn.Module) -> Iterator[Hashable]:
+    """What beside class and settings may decide whether a swap fits."""
+    for part in module.modules():
+        yield type(part)
+        for name, parameter in part._parameters.items():
+            if parameter is not None:
+                yield name, tuple(parameter.shape), parameter.dtype
+
+
+def _members(base: type, swap: Swap, from_bytes: int) -> dict[str, Callable[..., Any]]:
+    run, inputs = swap.forward, swap.inputs
+
+    def forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        # compiled code keeps the original, which the compiler fuses with its neighbours
+        if kwargs or len(args) != inputs or torch.compiler.is_compiling():
+            return base.forward(self, *args, **kwargs)
+        x = args[0]
+        if x.numel() * x.element_size() < from_bytes:
+            return base.forward(self, *args)
+        return run(self, *args)
+
+    return {"forward": forward}
