@@ -1,11 +1,14 @@
 """layer_norm and rms_norm: the models' bits, exactly the demanded gradients, and four GPUs' code.
 
+Accuracy under dropout is that of plain torch with the mask that Triton drew.
+
 TRITON_INTERPRET counts only where it is set before triton is imported, so the functions named
 check_* run in one process of their own.
 """
 
 from __future__ import annotations
 
+import functools
 import itertools
 import os
 import re
@@ -16,9 +19,11 @@ import pytest
 import torch
 from accuracy import assert_at_least_as_accurate, in_fp64
 from torch import Tensor
+from torch.utils.checkpoint import checkpoint
 from triton_builds import compile_for, resources, run_checks
 
 from progtuning_kernels.ops import norm as norms
+from progtuning_kernels.ops.low_precision import philox
 from progtuning_kernels.ops.norm import layer_norm, layer_norm_op, rms_norm, rms_norm_op
 
 FLOAT32, BFLOAT16, FLOAT16 = torch.float32, torch.bfloat16, torch.float16
@@ -28,6 +33,7 @@ EPS = 1e-2  # large enough to matter
 SHAPES = [(1, 1), (3, 1), (3, 3), (17, 63), (1, 257), (3, 768), (3, 1025)]
 RESIDUALS = ("none", "inside", "returned")
 INPUTS = ("x", "residual", "weight", "bias")
+P = 0.3  # 1 / (1 - P) is no power of two
 
 
 def _layer_norm(x, residual, weight, bias, **keywords):
@@ -43,7 +49,34 @@ def _gemma_norm(x, residual, weight, bias, **keywords):
     return rms_norm(x, weight, EPS, residual=residual, **keywords)
 
 
+def _ones_dropped_out(shape: tuple[int, ...], p: float = P) -> Tensor:
+    """dropout(1), by Triton."""
+    ones = torch.ones(shape)
+    keywords = dict(residual=torch.zeros(shape), return_sum=True, implementation="triton")
+    return layer_norm(ones, None, None, EPS, dropout=p, **keywords)[1]
+
+
+@functools.cache
+def _kept(shape: tuple[int, ...]) -> Tensor:
+    """The first mask after a seed of 7."""
+    torch.manual_seed(7)
+    return _ones_dropped_out(shape) != 0
+
+
+def _dropout_norm(x, residual, weight, bias, *, implementation, **keywords):
+    """The reference is plain torch with Triton's mask."""
+    keywords |= dict(implementation=implementation)
+    if implementation == "triton":
+        torch.manual_seed(7)
+        return _layer_norm(x, residual, weight, bias, dropout=P, **keywords)
+    x = torch.where(_kept(tuple(x.shape)), x * (1 / (1 - P)), 0.0)
+    return _layer_norm(x, residual, weight, bias, **keywords)
+
+
 OPS = {"layer_norm": _layer_norm, "rms_norm": _rms_norm, "gemma": _gemma_norm}
+IN_TRITON = OPS | {"dropout": _dropout_norm}
+LAYER_NORMS = ("layer_norm", "dropout")
+CASES = [pair for pair in itertools.product(IN_TRITON, RESIDUALS) if pair != ("dropout", "none")]
 
 
 def _inputs(op: str, residual: str, rows: int, columns: int, dtype: torch.dtype) -> list[Tensor]:
@@ -54,7 +87,7 @@ def _inputs(op: str, residual: str, rows: int, columns: int, dtype: torch.dtype)
 
     x, r = draw(rows, columns) + 0.5, draw(rows, columns)
     weight, bias = draw(columns) + 1, draw(columns)
-    return [x, None if residual == "none" else r, weight, bias if op == "layer_norm" else None]
+    return [x, None if residual == "none" else r, weight, bias if op in LAYER_NORMS else None]
 
 
 def _upstream(results: list[Tensor]) -> list[Tensor]:
@@ -69,7 +102,7 @@ def _run(op, residual, tensors, upstream, demanded, implementation) -> dict[str,
         wanted = name in demanded
         leaves.append(None if tensor is None else tensor.detach().requires_grad_(wanted))
     keywords = dict(implementation=implementation, return_sum=residual == "returned")
-    results = OPS[op](*leaves, **keywords)
+    results = IN_TRITON[op](*leaves, **keywords)
     results = list(results) if isinstance(results, tuple) else [results]
     named = dict(zip(("y", "h"), results, strict=False))
     upstream = _upstream(results) if upstream is None else upstream
@@ -100,7 +133,7 @@ def _compare(op, residual, tensors, demanded, roundings=1.0) -> dict[str, Tensor
 
 def _combinations(op: str, residual: str) -> list[tuple[str, ...]]:
     names = [name for name in INPUTS if (name, residual) != ("residual", "none")]
-    names = [name for name in names if (name, op) in {("bias", "layer_norm")} or name != "bias"]
+    names = [name for name in names if op in LAYER_NORMS or name != "bias"]
     counts = range(len(names) + 1)
     return [c for count in counts for c in itertools.combinations(names, count)]
 
@@ -114,25 +147,25 @@ def poisoned():
     torch.use_deterministic_algorithms(False)
 
 
-@pytest.mark.parametrize("residual", RESIDUALS)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("op", OPS)
+@pytest.mark.parametrize("op, residual", CASES)
 def check_at_least_as_accurate_as_torch(op, dtype, residual, poisoned):
     for rows, columns in SHAPES:
         # In a row of one element the gradient is what cancellation leaves: 1 - normalised^2.
         roundings = 64.0 if columns == 1 and dtype == FLOAT32 else 1.0
+        if (op, columns, dtype) == ("dropout", 3, FLOAT32):
+            roundings = 8.0  # of the 6 or so elements kept; over many seeds Triton's error is less
         _compare(op, residual, _inputs(op, residual, rows, columns, dtype), INPUTS, roundings)
 
 
-@pytest.mark.parametrize("residual", RESIDUALS)
-@pytest.mark.parametrize("op", OPS)
+@pytest.mark.parametrize("op, residual", CASES)
 def check_every_combination_of_demands(op, residual, poisoned, monkeypatch):
     """What is not demanded is not computed, and nothing is kept for it."""
     from progtuning_kernels.ops import norm_triton
 
     computed, kept = [], []
     kernel, apply = norm_triton.backward_kernel, norm_triton._Norm.apply
-    places = [kernel.arg_names.index(name) for name in ("dh", "dweight", "dbias")]
+    places = [kernel.arg_names.index(name) for name in ("dx", "dh", "dweight", "dbias", "seed")]
 
     class SpyOnKernel:
         def __getitem__(self, grid):
@@ -154,16 +187,20 @@ def check_every_combination_of_demands(op, residual, poisoned, monkeypatch):
         computed.clear()
         kept.clear()
         named = _compare(op, residual, _inputs(op, residual, 3, 63, dtype), demanded)
+        drops = op == "dropout" and "x" in demanded
         demands_h = "x" in demanded or "residual" in demanded
+        separately = "residual" in demanded if drops else demands_h  # where dx is not dh
         if not demanded:
             assert not computed and not kept
             continue
-        assert computed == [[demands_h, "weight" in demanded, "bias" in demanded]]
-        rows, weight, mean, rstd = kept[0]
+        parameters = ["weight" in demanded, "bias" in demanded]
+        assert computed == [[drops, separately, *parameters, drops]]
+        rows, weight, mean, rstd, seed = kept[0]
         statistics = demands_h or "weight" in demanded
         assert [t is not None for t in (rows, rstd)] == [statistics] * 2
-        assert (mean is not None) == (statistics and op == "layer_norm")
+        assert (mean is not None) == (statistics and op in LAYER_NORMS)
         assert (weight is not None) == demands_h
+        assert (seed is not None) == drops
         if residual == "returned":
             assert named["h"].requires_grad == demands_h
 
@@ -184,7 +221,7 @@ def check_missing_parameters_and_unused_results(op, poisoned):
 
 
 @pytest.mark.parametrize("dtype", [BFLOAT16, FLOAT16], ids=str)
-@pytest.mark.parametrize("op", OPS)
+@pytest.mark.parametrize("op", IN_TRITON)
 def check_rounds_where_the_models_do(op, dtype, poisoned):
     """One rounding more or less would change a tenth of the results, a sum's order very few."""
     tensors = _inputs(op, "inside", 3, 1025, dtype)
@@ -195,14 +232,16 @@ def check_rounds_where_the_models_do(op, dtype, poisoned):
 
 def check_a_row_of_other_dtype(poisoned):
     x, residual, weight, bias = _inputs("layer_norm", "returned", 17, 63, FLOAT32)
-    _compare("layer_norm", "returned", [x.to(BFLOAT16), residual, weight, bias], INPUTS)
+    for op in LAYER_NORMS:
+        _compare(op, "returned", [x.to(BFLOAT16), residual, weight, bias], INPUTS)
+        _compare(op, "inside", [x, residual.to(FLOAT16), weight, bias], INPUTS)
     for op in ("rms_norm", "gemma"):  # float32 norms in a bfloat16 model
         mixed = [x.to(BFLOAT16), residual.to(BFLOAT16), weight, None]
         found = _compare(op, "returned", mixed, INPUTS)
         assert found["y"].dtype == (FLOAT32 if op == "rms_norm" else BFLOAT16)
 
 
-@pytest.mark.parametrize("op", OPS)
+@pytest.mark.parametrize("op", IN_TRITON)
 def check_other_strides(op, poisoned):
     x, residual, weight, bias = _inputs(op, "returned", 30, 63, FLOAT32)
     wide = torch.randn(30, 126)
@@ -219,6 +258,8 @@ def check_other_strides(op, poisoned):
         bias = torch.stack((bias, bias), dim=1)[:, 0]
     weight = torch.ones(1).expand(63)
     _compare(op, "returned", [x, residual, weight, bias], INPUTS)
+    if op == "dropout":  # only with a residual
+        return
     leaf = x[0].clone().requires_grad_()
     y = OPS[op](leaf, None, weight, bias, implementation="triton")
     y.sum().backward()  # its gradient has strides of 0
@@ -227,7 +268,7 @@ def check_other_strides(op, poisoned):
     torch.testing.assert_close(leaf.grad, same.grad, rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.parametrize("op", OPS)
+@pytest.mark.parametrize("op", IN_TRITON)
 def check_no_rows(op, poisoned):
     tensors = _inputs(op, "returned", 0, 63, FLOAT32)
     for demanded in (INPUTS, ("x",), ("weight", "bias")):
@@ -271,19 +312,180 @@ def check_large_offsets_of_rows():
     _compare("layer_norm", "none", tensors, INPUTS, roundings=1000.0)
 
 
-def check_elements_beyond_32_bits(monkeypatch):
+@pytest.mark.parametrize("op", LAYER_NORMS)
+def check_elements_beyond_32_bits(op, monkeypatch):
     """The third row begins 2**31 elements behind the first; what lies between is never touched."""
     # the interpreter would copy all memory of its arguments onto itself
     monkeypatch.setattr(torch.UntypedStorage, "copy_", lambda self, source: self)
     stride, columns = 2**30, 63
     memory = torch.empty(2 * stride + 1024, dtype=BFLOAT16)
-    far, near = [], _inputs("layer_norm", "returned", 3, columns, BFLOAT16)
+    far, near = [], _inputs(op, "returned", 3, columns, BFLOAT16)
     for i, rows in enumerate([*near[:2], *_upstream(near[:2])]):
         far.append(memory.as_strided((3, columns), (stride, 1), i * columns).copy_(rows))
-    wide = _run("layer_norm", "returned", [*far[:2], *near[2:]], far[2:], INPUTS, "triton")
-    close = _run("layer_norm", "returned", near, None, INPUTS, "triton")
+    wide = _run(op, "returned", [*far[:2], *near[2:]], far[2:], INPUTS, "triton")
+    close = _run(op, "returned", near, None, INPUTS, "triton")
     for name, expected in close.items():
         assert torch.equal(wide[name], expected), name
+
+
+def check_dropped_elements_are_those_of_philox(poisoned):
+    """Of the words that a column and a row have, whatever the shape; no two calls have the same."""
+    rows, columns = torch.arange(5)[:, None].expand(5, 72), torch.arange(72).expand(5, 72)
+    zero = torch.zeros_like(rows)
+    torch.manual_seed(3)
+    seeds = [int(torch.randint(2**63 - 1, (1,))) for _ in range(3)]
+    assert min(seeds) >= 2**32  # both words of the key count
+    torch.manual_seed(3)
+    for seed, p, width in zip(seeds, (0.1, 0.5, 0.9), (63, 2, 72), strict=True):
+        words = torch.stack(philox(seed, (columns // 4, rows, zero, zero)))
+        above_lowest = words.gather(0, (columns % 4)[None])[0] ^ 2**31  # of signed words
+        expected = above_lowest >= round(p * 2**32)
+        kept = _ones_dropped_out((5, width), p)
+        assert torch.equal(kept != 0, expected[:, :width])
+        assert torch.equal(kept[kept != 0].unique(), torch.tensor([1 / (1 - p)]))
+
+
+def check_dropped_elements_are_independent():
+    """Rates and correlations within 4 standard errors."""
+    torch.manual_seed(0)
+    kept = torch.stack([_ones_dropped_out((24, 2048)) != 0 for _ in range(2)]).double()
+    deviation = (P * (1 - P)) ** 0.5
+    assert (kept.mean((1, 2)) - (1 - P)).abs().max() < 4 * deviation / kept[0].numel() ** 0.5
+    kept = (kept - (1 - P)) / deviation
+    first = kept[0]
+    pairs = [(kept[0], kept[1])]
+    pairs += [(first[:, lag:], first[:, :-lag]) for lag in (1, 2, 3, 4, 8, 512)]
+    pairs += [(first[lag:], first[:-lag]) for lag in (1, 2, 16)]
+    pairs += [(first[1:, 1:], first[:-1, :-1]), (kept[0, :, 1:], kept[1, :, :-1])]
+    for one, other in pairs:
+        assert abs((one * other).mean()) < 4 / one.numel() ** 0.5
+
+
+def check_a_seed_repeats_what_is_dropped():
+    torch.manual_seed(11)
+    masks = [_ones_dropped_out((3, 257)) for _ in range(3)]
+    torch.manual_seed(11)
+    again = [_ones_dropped_out((3, 257)) for _ in range(3)]
+    for mask, same in zip(masks, again, strict=True):
+        assert torch.equal(mask, same)
+    assert not any(torch.equal(a, b) for a, b in itertools.combinations(masks, 2))
+
+
+def check_no_dropout_draws_nothing(poisoned):
+    x, residual, weight, bias = _inputs("dropout", "returned", 3, 63, BFLOAT16)
+    torch.manual_seed(11)
+    before = torch.get_rng_state()
+    keywords = dict(return_sum=True, implementation="triton")
+    without = _layer_norm(x, residual, weight, bias, dropout=0.0, **keywords)
+    assert torch.equal(torch.get_rng_state(), before)
+    for mine, expected in zip(
+        without, _layer_norm(x, residual, weight, bias, **keywords), strict=True
+    ):
+        assert torch.equal(mine, expected)
+    _layer_norm(x, residual, weight, bias, dropout=P, **keywords)
+    assert not torch.equal(torch.get_rng_state(), before)
+
+
+@pytest.mark.filterwarnings("ignore::RuntimeWarning")  # numpy's, of infinity times 0
+def check_all_dropped_out(poisoned):
+    """What is not finite in x is dropped too."""
+    x, residual, weight, bias = _inputs("dropout", "returned", 3, 63, FLOAT32)
+    x[0, 1], x[1, 2], x[2, 3] = torch.inf, -torch.inf, torch.nan
+    leaves = [t.requires_grad_() for t in (x, residual, weight, bias)]
+    keywords = dict(dropout=1.0, return_sum=True, implementation="triton")
+    y, h = _layer_norm(*leaves, **keywords)
+    assert torch.equal(h, residual)
+    upstream = _upstream([y, h])
+    dx, *found = torch.autograd.grad([y, h], leaves, upstream)
+    assert torch.equal(dx, torch.zeros_like(x))
+    y = _layer_norm(residual, None, weight, bias, implementation="triton")
+    expected = torch.autograd.grad([y, residual.clone()], leaves[1:], upstream)
+    for mine, theirs in zip(found, expected, strict=True):
+        torch.testing.assert_close(mine, theirs, rtol=1e-5, atol=1e-5)
+
+
+def check_extreme_probabilities():
+    from progtuning_kernels.ops.norm_triton import draw_dropout
+
+    expected = {1e-12: (-(2**31), 1.0), 0.5: (-1, 2.0), 1 - 1e-12: (2**31 - 1, 1e12)}
+    for p, (last, scale) in expected.items():
+        dropout = draw_dropout(p, torch.device("cpu"))
+        assert (dropout.last_dropped, dropout.scale) == (last, pytest.approx(scale, rel=1e-3))
+        assert dropout.seed.dtype == torch.int64
+    assert draw_dropout(1.0, torch.device("cpu"))[1:] == (2**31 - 1, 0.0)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def check_backward_drops_what_forward_dropped(dtype, poisoned):
+    """Of two calls, in another order, after other random numbers."""
+    calls = []
+    for seed in (1, 2):
+        x, residual, weight, bias = _inputs("dropout", "returned", 17, 63, dtype)
+        torch.manual_seed(seed)
+        leaves = [x.requires_grad_(), residual.requires_grad_()]
+        keywords = dict(dropout=P, return_sum=True, implementation="triton")
+        y, _ = _layer_norm(*leaves, weight, bias, **keywords)
+        torch.manual_seed(seed)
+        calls.append((leaves, y, _ones_dropped_out((17, 63)) != 0))
+    torch.rand(3)
+    for leaves, y, kept in calls:
+        dx, dresidual = torch.autograd.grad(y, leaves, _upstream([y]))
+        assert torch.equal(dx != 0, kept)
+        expected = torch.where(kept, dresidual.double() / (1 - P), 0.0)
+        tolerance = 2 * torch.finfo(dtype).eps  # dresidual is rounded too
+        torch.testing.assert_close(dx.double(), expected, rtol=tolerance, atol=0)
+
+
+@pytest.mark.parametrize("dtype", [BFLOAT16, FLOAT16], ids=str)
+def check_gradients_of_what_is_dropped_out_are_rounded_once(dtype, poisoned):
+    """A rounding of dh before its scaling would change a fifth of the results."""
+    x, residual, weight, bias = _inputs("dropout", "returned", 3, 1025, dtype)
+    leaf = x.requires_grad_()
+    y, h = _dropout_norm(leaf, residual, weight, bias, return_sum=True, implementation="triton")
+    upstream = _upstream([y])
+    (mine,) = torch.autograd.grad(y, leaf, upstream)
+    exact, weight, bias, *upstream = in_fp64([h, weight, bias, *upstream])
+    y = _layer_norm(exact.requires_grad_(), None, weight, bias, implementation="reference")
+    (truth,) = torch.autograd.grad(y, exact, upstream)
+    truth = torch.where(_kept((3, 1025)), truth / (1 - P), 0.0)
+    assert (mine == truth.to(dtype)).double().mean() > 0.99
+
+
+def check_dropout_of_unused_results(poisoned):
+    """Where only the sum is used, and where it has a gradient of other strides."""
+    for dtype, demanded in itertools.product((BFLOAT16, FLOAT32), ((1, 1), (1, 0), (0, 1))):
+        x, residual, weight, bias = _inputs("dropout", "returned", 17, 63, FLOAT32)
+        leaves = [x.to(dtype).requires_grad_(demanded[0] == 1)]
+        leaves += [residual.requires_grad_(demanded[1] == 1), weight.requires_grad_()]
+        keywords = dict(return_sum=True, implementation="triton")
+        _dropout_norm(*leaves, bias, **keywords)[1].sum().backward()
+        assert leaves[2].grad is None
+        scaled = _kept((17, 63)) / torch.tensor(1 - P)
+        for leaf, expected in zip(leaves, (scaled, torch.ones(17, 63)), strict=False):
+            if leaf.requires_grad:
+                assert torch.equal(leaf.grad, expected.to(leaf.dtype))
+            else:
+                assert leaf.grad is None
+
+
+def check_checkpoints_drop_the_same(poisoned):
+    x, residual, weight, bias = _inputs("dropout", "inside", 17, 63, FLOAT32)
+
+    def two_layers(x, residual):
+        keywords = dict(residual=residual, dropout=P, implementation="triton")
+        y = layer_norm(x, weight, bias, EPS, **keywords)
+        return layer_norm(y.tanh(), weight, bias, EPS, **keywords)
+
+    found = []
+    for call in (two_layers, functools.partial(checkpoint, two_layers, use_reentrant=False)):
+        torch.manual_seed(5)
+        leaves = [t.clone().requires_grad_() for t in (x, residual)]
+        y = call(*leaves)
+        torch.rand(3)
+        y.square().sum().backward()
+        found.append([y, *(leaf.grad for leaf in leaves)])
+    for plain, recomputed in zip(*found, strict=True):
+        assert torch.equal(plain, recomputed)
 
 
 def check_operators_run_triton(poisoned):
@@ -355,6 +557,23 @@ def test_the_reference_has_the_bits_of_the_models(name, dtype):
         strict=True,
     ):
         torch.testing.assert_close(a, b, rtol=tolerance, atol=tolerance)
+
+
+@pytest.mark.parametrize("p", [0.1, 1.0])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_the_reference_drops_out_as_torch_does(dtype, p):
+    inputs = [t.requires_grad_() for t in _inputs("dropout", "returned", 5, 63, dtype)]
+    x, residual, weight, bias = inputs
+    torch.manual_seed(7)
+    mine = _layer_norm(*inputs, dropout=p, return_sum=True, implementation="reference")
+    torch.manual_seed(7)
+    h = torch.nn.functional.dropout(x, p) + residual
+    theirs = torch.nn.functional.layer_norm(h, (63,), weight, bias, EPS), h
+    upstream = _upstream(theirs)
+    gradients = [torch.autograd.grad(results, inputs, upstream) for results in (mine, theirs)]
+    for a, b in zip((*mine, *gradients[0]), (*theirs, *gradients[1]), strict=True):
+        assert torch.equal(a, b)
+    assert p < 1 or torch.equal(mine[1], residual)
 
 
 @pytest.mark.parametrize("op", OPS)
@@ -468,6 +687,28 @@ def test_compiles_in_one_graph(op, residual):
         torch.testing.assert_close(compiled(*tensors), function(*tensors))
 
 
+def test_compiles_dropout_in_one_graph():
+    """As plain torch: the same random numbers."""
+    torch._dynamo.reset()
+
+    def function(*tensors):
+        return _layer_norm(*tensors, dropout=P, return_sum=True)
+
+    compiled = torch.compile(function, fullgraph=True, backend="aot_eager")
+    tensors = _inputs("dropout", "returned", 5, 63, FLOAT32)
+    for dtype in (FLOAT32, BFLOAT16):  # under autocast
+        found = []
+        with torch.autocast("cpu", BFLOAT16, enabled=dtype == BFLOAT16):
+            for call in (function, compiled):
+                torch.manual_seed(7)
+                leaves = [t.to(dtype, copy=True).requires_grad_() for t in tensors]
+                results = call(*leaves)
+                torch.autograd.backward(results, _upstream(results))
+                found.append([*results, *(leaf.grad for leaf in leaves)])
+        torch.testing.assert_close(*found)
+        assert 0 < (found[0][2] == 0).double().mean() < 1
+
+
 def test_reasons_and_errors(monkeypatch):
     monkeypatch.delenv("PROGTUNING_BACKEND", raising=False)
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
@@ -484,6 +725,11 @@ def test_reasons_and_errors(monkeypatch):
         layer_norm(x.long(), None, None, EPS)
     with pytest.raises(ValueError, match="return_sum needs a residual"):
         layer_norm(x, None, None, EPS, return_sum=True)
+    for wrong in (-0.1, 1.1, float("nan")):
+        with pytest.raises(ValueError, match=r"dropout must be in \[0, 1\], got"):
+            layer_norm(x, None, None, EPS, residual=x, dropout=wrong)
+    with pytest.raises(ValueError, match="dropout needs a residual"):
+        layer_norm(x, None, None, EPS, dropout=0.1)
     with pytest.raises(ValueError, match="offset needs"):
         rms_norm(x, weight, EPS, offset=1.0)
     with pytest.raises(ValueError, match="cast must be one of"):
@@ -528,7 +774,7 @@ def _variants(columns: int) -> dict[str, tuple]:
 
     from progtuning_kernels.ops import norm_triton as nt
 
-    block = triton.next_power_of_2(columns)
+    block = nt.block_of(columns)
     constants = dict(C=columns, BLOCK=block)
     rows = dict.fromkeys(("x", "residual", "weight", "bias", "y", "h"), "*bf16")
     strides = dict.fromkeys(("x_stride", "residual_stride"), "i32")
@@ -538,6 +784,10 @@ def _variants(columns: int) -> dict[str, tuple]:
     back |= dict.fromkeys(("mean", "rstd", "dweight", "dbias"), "*fp32")
     back |= dict.fromkeys(("n_rows", "dy_stride", "dsum_stride", "h_stride"), "i32")
     only_dh = {name: kind for name, kind in back.items() if name not in ("dweight", "dbias")}
+    dropout = {"seed": "*i64", "last_dropped": "i32", "scale": "fp32"}
+    both = {"dx": "*bf16", **dropout}
+    only_dx = {name: kind for name, kind in only_dh.items() if name not in ("dh", "dsum")} | both
+    of_x = {"x": "*bf16", "y": "*bf16", "x_stride": "i32", **dropout}
     of_backward = constants | dict(CENTER=True)
     of_dh = of_backward | dict(dweight=None, dbias=None)
     options = nt.options(block)
@@ -545,6 +795,10 @@ def _variants(columns: int) -> dict[str, tuple]:
         "forward": (nt.forward_kernel, kinds, of_forward, options),
         "backward": (nt.backward_kernel, back, of_backward, options),
         "dx only": (nt.backward_kernel, only_dh, of_dh, options),
+        "forward, dropout": (nt.forward_kernel, kinds | dropout, of_forward, options),
+        "backward, dropout": (nt.backward_kernel, back | both, of_backward, options),
+        "dx only, dropout": (nt.backward_kernel, only_dx, of_dh, options),
+        "dropout": (nt.dropout_kernel, of_x, constants, options),
         "sums": (
             nt.sum_partials_kernel,
             {"partials": "*fp32", "first": "*bf16", "second": "*bf16", "n_partials": "i32"},

@@ -1,6 +1,6 @@
 """layer_norm and rms_norm: a norm over the last dimension that computes the gradients demanded.
 
-    h = x + residual          (rounded to its dtype, as torch does; h = x without a residual)
+    h = dropout(x) + residual  (each rounded to its dtype, as torch does; h = x without a residual)
     layer_norm:  y = (h - mean(h)) / sqrt(var(h) + eps) * weight + bias
     rms_norm:    y = h / sqrt(mean(h^2) + eps) * (offset + weight)
 
@@ -14,10 +14,15 @@
 - The reference is what the models compute, in their order of operations, differentiated by
   autograd; only T5 in half precision rounds the gradient of x once more. Triton differs from it
   in the order of sums, and rounds a gradient once, at its end.
+- dropout, only of layer_norm and before a residual, as in post-norm encoders (BERT): zeros with
+  probability p, the other elements over 1 - p. The reference draws the models' own random numbers.
+  Triton draws one number, its seed, from the same generator of torch, and keeps that instead of the
+  mask: checkpointing, which restores the generator, recomputes the same mask. What is dropped is 0
+  even where x is not finite.
 - Triton's gradients of weight and bias are sums over a number of parts that depends on the number
   of rows alone, in a fixed order: the same bits at every call, and on every GPU of one kind.
-- Under torch.compile, h is plain torch, which the compiler fuses with its neighbours, and the norm
-  is one custom operator.
+- Under torch.compile, h and its dropout are plain torch, which the compiler fuses with their
+  neighbours, and the norm is one custom operator.
 """
 
 from __future__ import annotations
@@ -72,6 +77,12 @@ def reference(h: Tensor, weight: Tensor | None, bias: Tensor | None, norm: Norm)
     return (normalised * (norm.offset + scale if norm.offset else scale)).to(h.dtype)
 
 
+def _sum(x: Tensor, residual: Tensor | None, dropout: float = 0.0) -> Tensor:
+    if dropout:
+        x = torch.nn.functional.dropout(x, dropout, training=True)
+    return x if residual is None else x + residual
+
+
 def _reference(
     x: Tensor,
     residual: Tensor | None,
@@ -79,8 +90,9 @@ def _reference(
     bias: Tensor | None,
     norm: Norm,
     return_sum: bool,
+    dropout: float = 0.0,
 ) -> Result:
-    h = x if residual is None else x + residual
+    h = _sum(x, residual, dropout)
     y = reference(h, weight, bias, norm)
     return (y, h) if return_sum else y
 
@@ -92,10 +104,11 @@ def _triton(
     bias: Tensor | None,
     norm: Norm,
     return_sum: bool,
+    dropout: float = 0.0,
 ) -> Result:
     from . import norm_triton
 
-    return norm_triton.norm(x, residual, weight, bias, norm, return_sum)
+    return norm_triton.norm(x, residual, weight, bias, norm, return_sum, dropout)
 
 
 def _explicit_forward(
@@ -189,29 +202,36 @@ def layer_norm(
     eps: float,
     *,
     residual: Tensor | None = None,
+    dropout: float = 0.0,
     return_sum: bool = False,
     implementation: str | None = None,
 ) -> Result:
-    """LayerNorm over the last dimension of x + residual.
+    """LayerNorm over the last dimension of dropout(x) + residual.
 
     Args:
         x: (..., C). residual: of the same shape, or None.
         weight, bias: (C,), or None.
         eps: added to the variance.
-        return_sum: return (y, x + residual).
+        dropout: probability in [0, 1]: x is dropped out before the residual is added, and the
+            elements that are kept are scaled by 1 / (1 - dropout). Only with a residual.
+        return_sum: return (y, dropout(x) + residual).
         implementation: "triton" or "reference"; None chooses (see `_backend.select`).
     """
     _check("layer_norm", x, residual, weight, bias, return_sum)
+    if not 0 <= dropout <= 1:
+        raise ValueError(f"layer_norm: dropout must be in [0, 1], got {dropout}")
+    if dropout and residual is None:
+        raise ValueError("layer_norm: dropout needs a residual")
     tensors = [x, residual, weight, bias]
     norm = Norm(eps, center=True)
     if torch.compiler.is_compiling():
         if torch.is_autocast_enabled(x.device.type):
-            return _reference(*tensors, norm, return_sum)
-        h = x if residual is None else x + residual
+            return _reference(*tensors, norm, return_sum, dropout)
+        h = _sum(x, residual, dropout)
         y = layer_norm_op(h, weight, bias, eps, implementation)[0]
         return (y, h) if return_sum else y
     function = _backend.select(LAYER_NORM, tensors, implementation).function
-    return function(*tensors, norm, return_sum)
+    return function(*tensors, norm, return_sum, dropout)
 
 
 def rms_norm(
@@ -245,7 +265,7 @@ def rms_norm(
     if offset and cast_first:
         raise ValueError('rms_norm: an offset needs cast="after_weight"')
     if torch.compiler.is_compiling():
-        h = x if residual is None else x + residual
+        h = _sum(x, residual)
         y = rms_norm_op(h, weight, eps, offset, cast_first, implementation)[0]
         return (y, h) if return_sum else y
     norm = Norm(eps, center=False, offset=offset, cast_first=cast_first)
@@ -339,7 +359,8 @@ def _backward(
         return _explicit_backward(dy, h, weight, mean, rstd, norm, demanded)
     from . import norm_triton
 
-    dtypes = [h.dtype if weight is None else weight.dtype] * 2
+    dtypes = [h.dtype, *[h.dtype if weight is None else weight.dtype] * 2]
+    demanded = [False, *demanded]  # x is h
     gradients = norm_triton.backward(dy, None, h, weight, mean, rstd, norm, demanded, dtypes)
     return [gradient for gradient in gradients if gradient is not None]
 

@@ -4,6 +4,10 @@ Backward is one kernel for whatever is demanded. Where the gradient of weight or
 takes every P-th row and keeps their sums in registers; P of them go to memory, and a second kernel
 adds them in a fixed order. P depends on the number of rows alone, and nothing is added atomically.
 
+Dropout's mask is computed where it is needed, in forward and again in backward: 32 random bits of
+Philox per element, a function of a seed, the row and the column. The seed is one number of torch's
+generator of the device, drawn on the device.
+
 Accumulation is float32. Roots and quotients are the IEEE ones: there is one per row.
 """
 
@@ -26,6 +30,35 @@ SUM_ROWS, SUM_COLUMNS = 32, 32
 SUM_OPTIONS = {"num_warps": 4, "enable_fp_fusion": True}
 # Triton's interpreter truncates to bfloat16 where the GPU rounds.
 ROUND_BY_BITS = tl.constexpr(bool(triton.knobs.runtime.interpret))
+
+
+class Dropout(NamedTuple):
+    """Of x, as the kernels take it; without a seed there is none.
+
+    Attributes:
+        seed: (1,) int64.
+        last_dropped: signed 32-bit words up to this one drop their element.
+        scale: of the elements that are kept.
+    """
+
+    seed: Tensor | None = None
+    last_dropped: int | None = None
+    scale: float | None = None
+
+
+NO_DROPOUT = Dropout()
+
+
+def draw_dropout(p: float, device: torch.device) -> Dropout:
+    """A new mask; p: in (0, 1]. Takes one number of torch's generator of the device."""
+    seed = torch.randint(2**63 - 1, (1,), device=device)
+    dropped = max(1, round(p * 2**32))  # of the 2**32 words
+    return Dropout(seed, dropped - 1 - 2**31, 1 / (1 - p) if p < 1 else 0.0)
+
+
+def block_of(columns: int) -> int:
+    """Columns that a program holds; a multiple of four, which one call of Philox serves."""
+    return max(4, triton.next_power_of_2(columns))
 
 
 def options(block: int) -> dict[str, int | bool]:
@@ -62,6 +95,29 @@ def _mean(x, C: tl.constexpr):
 
 
 @triton.jit
+def _dropped_out(x, seed, last_dropped, scale, row, BLOCK: tl.constexpr):
+    """float32 (BLOCK,), the row of that number: less than 2**31, as there is a program for each."""
+    fours = tl.arange(0, BLOCK // 4)  # counters of 64 bits would choose another generator
+    zero = fours * 0
+    rows = zero + row.to(tl.int32)
+    w0, w1, w2, w3 = tl.philox(tl.load(seed), fours, rows, zero, zero, n_rounds=7)
+    # column i of the four: word i; join adds the innermost dimension
+    words = tl.reshape(tl.join(tl.join(w0, w2), tl.join(w1, w3)), [BLOCK])
+    return tl.where(words.to(tl.int32, bitcast=True) > last_dropped, x * scale, 0.0)
+
+
+@triton.jit(do_not_specialize=["last_dropped"])
+def dropout_kernel(x, y, seed, last_dropped, scale, x_stride, C: tl.constexpr, BLOCK: tl.constexpr):
+    """One row."""
+    row = tl.program_id(0).to(tl.int64)
+    columns = tl.arange(0, BLOCK)
+    inside = columns < C
+    values = _load(x + row * x_stride + columns, inside)
+    values = _dropped_out(values, seed, last_dropped, scale, row, BLOCK)
+    _store(y + row * C + columns, values, inside)
+
+
+@triton.jit(do_not_specialize=["last_dropped"])
 def forward_kernel(
     x,
     residual,
@@ -71,6 +127,9 @@ def forward_kernel(
     h,
     mean,
     rstd,
+    seed,
+    last_dropped,
+    scale,
     x_stride,
     residual_stride,
     eps,
@@ -84,13 +143,17 @@ def forward_kernel(
     """One row. residual, weight, bias, h, mean, rstd: None where there is none.
 
     Args:
+        seed, last_dropped, scale: see `Dropout`; of x.
         x_stride, residual_stride: elements between rows; of y and h they are C.
-        SUM_TYPE: dtype of x + residual.
+        SUM_TYPE: dtype of h.
     """
     row = tl.program_id(0).to(tl.int64)
     columns = tl.arange(0, BLOCK)
     inside = columns < C
     values = _load(x + row * x_stride + columns, inside)
+    if seed is not None:
+        values = _dropped_out(values, seed, last_dropped, scale, row, BLOCK)
+        values = _rounded(values, x.dtype.element_ty).to(tl.float32)
     if residual is not None:
         values = values + _load(residual + row * residual_stride + columns, inside)
         values = _rounded(values, SUM_TYPE).to(tl.float32)
@@ -114,7 +177,7 @@ def forward_kernel(
     _store(y + row * C + columns, result, inside)
 
 
-@triton.jit(do_not_specialize=["n_rows"])
+@triton.jit(do_not_specialize=["n_rows", "last_dropped"])
 def backward_kernel(
     dy,
     dsum,
@@ -122,9 +185,13 @@ def backward_kernel(
     weight,
     mean,
     rstd,
+    dx,
     dh,
     dweight,
     dbias,
+    seed,
+    last_dropped,
+    scale,
     n_rows,
     dy_stride,
     dsum_stride,
@@ -139,7 +206,9 @@ def backward_kernel(
     Args:
         dsum: gradient of h from elsewhere, to be added; or None.
         h, mean, rstd: None where only dbias is demanded.
-        dh, dweight, dbias: what is demanded, or None; the last two are (P, C) float32.
+        dx: gradient of x where x was dropped out; elsewhere it is dh.
+        dx, dh, dweight, dbias: what is demanded, or None; the last two are (P, C) float32.
+        seed, last_dropped, scale: see `Dropout`; None without dx.
     """
     program = tl.program_id(0).to(tl.int64)
     columns = tl.arange(0, BLOCK)
@@ -162,7 +231,7 @@ def backward_kernel(
             normalised = normalised * row_rstd  # outside the row anything finite; gradient is 0
             if dweight is not None:
                 weight_sum += gradient * normalised
-            if dh is not None:
+            if dx is not None or dh is not None:
                 if weight is not None:
                     gradient = gradient * (_load(weight + columns, inside) + offset)
                 result = gradient - normalised * _mean(gradient * normalised, C)
@@ -171,7 +240,11 @@ def backward_kernel(
                 result = result * row_rstd
                 if dsum is not None:
                     result = result + _load(dsum + row * dsum_stride + columns, inside)
-                _store(dh + row * C + columns, result, inside)
+                if dh is not None:
+                    _store(dh + row * C + columns, result, inside)
+                if dx is not None:
+                    result = _dropped_out(result, seed, last_dropped, scale, row, BLOCK)
+                    _store(dx + row * C + columns, result, inside)
     if dweight is not None:
         tl.store(dweight + program * C + columns, weight_sum, mask=inside)
     if dbias is not None:
@@ -210,7 +283,7 @@ _TYPES = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16:
 
 
 class Forward(NamedTuple):
-    """y; x + residual if there is one and it was asked for; statistics of the rows if asked for."""
+    """y; h if there is a residual and it was asked for; statistics of the rows if asked for."""
 
     y: Tensor
     h: Tensor | None
@@ -233,6 +306,7 @@ def forward(
     *,
     statistics: bool,
     keep_sum: bool = False,
+    dropout: Dropout = NO_DROPOUT,
 ) -> Forward:
     """Without autograd. keep_sum: h is stored."""
     columns, device = x.shape[-1], x.device
@@ -249,10 +323,10 @@ def forward(
     residual = None if residual is None else _rows(residual)
     weight = None if weight is None else weight.contiguous()
     bias = None if bias is None else bias.contiguous()
-    block = triton.next_power_of_2(columns)
+    block = block_of(columns)
     with _backend.device_guard(device):
         forward_kernel[len(x),](
-            *(x, residual, weight, bias, y, h, mean, rstd),
+            *(x, residual, weight, bias, y, h, mean, rstd, *dropout),
             *(x.stride(0), 0 if residual is None else residual.stride(0), norm.eps, norm.offset),
             *(norm.center, norm.cast_first, _TYPES[dtype], columns, block),
             **options(block),
@@ -270,18 +344,21 @@ def backward(
     norm: Norm,
     demanded: Sequence[bool],
     dtypes: Sequence[torch.dtype | None],
-) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-    """The gradients of h, weight and bias that are demanded, None for the others.
+    dropout: Dropout = NO_DROPOUT,
+) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
+    """The gradients of x, h, weight and bias that are demanded, None for the others.
 
     Args:
         dsum: gradient of h that is to be added; None: none.
         h, mean, rstd: may be None where only the gradient of bias is demanded.
-        dtypes: of weight and bias.
+        demanded: that of x only where it differs from that of h, by dropout.
+        dtypes: of x, weight and bias.
     """
-    wants_h, *wants_parameters = demanded
+    wants_x, wants_h, *wants_parameters = demanded
     columns, device = dy.shape[-1], dy.device
     dy_rows = _rows(dy)
-    n_rows, block = len(dy_rows), triton.next_power_of_2(columns)
+    n_rows, block = len(dy_rows), block_of(columns)
+    dx = torch.empty(h.shape, dtype=dtypes[0], device=device) if wants_x else None
     dh = torch.empty(h.shape, dtype=h.dtype, device=device) if wants_h else None
     sums: list[Tensor | None] = [None, None]
     if any(wants_parameters):
@@ -292,17 +369,18 @@ def backward(
     else:
         programs = n_rows
     if programs == 0:
-        return dh, None, None
+        return dx, dh, None, None
     h_rows = None if h is None else _rows(h)
     dsum = None if dsum is None else _rows(dsum)
     weight = None if weight is None else weight.contiguous()
     gradients = [
         torch.empty(columns, dtype=dtype, device=device) if wanted else None
-        for wanted, dtype in zip(wants_parameters, dtypes, strict=True)
+        for wanted, dtype in zip(wants_parameters, dtypes[1:], strict=True)
     ]
     with _backend.device_guard(device):
         backward_kernel[programs,](
-            *(dy_rows, dsum, h_rows, weight, mean, rstd, dh, *sums, n_rows, dy_rows.stride(0)),
+            *(dy_rows, dsum, h_rows, weight, mean, rstd, dx, dh, *sums),
+            *(*(dropout if wants_x else NO_DROPOUT), n_rows, dy_rows.stride(0)),
             *(0 if rows is None else rows.stride(0) for rows in (dsum, h_rows)),
             *(norm.offset, norm.center, columns, block),
             **options(block),
@@ -313,24 +391,42 @@ def backward(
                 *(partials, *(present + [None])[:2], programs, columns, SUM_ROWS, SUM_COLUMNS),
                 **SUM_OPTIONS,
             )
-    return dh, *gradients
+    return dx, dh, *gradients
+
+
+def dropped_out(x: Tensor, dropout: Dropout, dtype: torch.dtype) -> Tensor:
+    """x with the elements dropped that `dropout` drops, in that dtype."""
+    y = torch.empty(x.shape, dtype=dtype, device=x.device)
+    if x.numel() == 0:
+        return y
+    rows = _rows(x)
+    columns, block = rows.shape[1], block_of(rows.shape[1])
+    with _backend.device_guard(x.device):
+        dropout_kernel[len(rows),](
+            *(rows, y, *dropout, rows.stride(0), columns, block), **options(block)
+        )
+    return y
 
 
 class _Norm(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, x, residual, weight, bias, norm, return_sum):
+    def forward(ctx, x, residual, weight, bias, norm, return_sum, dropout):
         demands_x, demands_residual, demands_weight, _ = ctx.needs_input_grad[:4]
         demands_h = demands_x or demands_residual
         # the gradient of bias needs no rows
         statistics = demands_h or demands_weight
         keep_sum = residual is not None and (return_sum or statistics)
         y, h, mean, rstd = forward(
-            x, residual, weight, bias, norm, statistics=statistics, keep_sum=keep_sum
+            *(x, residual, weight, bias, norm),
+            statistics=statistics,
+            keep_sum=keep_sum,
+            dropout=dropout,
         )
         ctx.norm = norm
         ctx.dtypes = [None if t is None else t.dtype for t in (x, residual, weight, bias)]
         saved = (x if residual is None else h) if statistics else None
-        ctx.save_for_backward(saved, weight if demands_h else None, mean, rstd)
+        seed, ctx.last_dropped, ctx.scale = dropout if demands_x else NO_DROPOUT
+        ctx.save_for_backward(saved, weight if demands_h else None, mean, rstd, seed)
         ctx.set_materialize_grads(False)
         if not return_sum:
             return y
@@ -343,18 +439,24 @@ class _Norm(torch.autograd.Function):
     def backward(ctx, dy, dsum=None):
         demands_x, demands_residual, *demands_parameters = ctx.needs_input_grad[:4]
         x_dtype, residual_dtype, *dtypes = ctx.dtypes
-        demanded = [demands_x or demands_residual, *demands_parameters]
+        drops = ctx.scale is not None
+        demanded = [drops, demands_residual or demands_x and not drops, *demands_parameters]
         if dy is None:
-            dh, dweight, dbias = dsum, None, None
+            dx, dh, dweight, dbias = None, dsum, None, None
+            if drops and dsum is not None:
+                dropout = Dropout(ctx.saved_tensors[-1], ctx.last_dropped, ctx.scale)
+                dx = dropped_out(dsum, dropout, x_dtype)
         else:
-            h, weight, mean, rstd = ctx.saved_tensors
-            dsum = dsum if demanded[0] else None
-            dh, dweight, dbias = backward(
-                dy, dsum, h, weight, mean, rstd, ctx.norm, demanded, dtypes
+            h, weight, mean, rstd, seed = ctx.saved_tensors
+            dropout = Dropout(seed, ctx.last_dropped, ctx.scale)
+            dsum = dsum if demands_x or demands_residual else None
+            dx, dh, dweight, dbias = backward(
+                *(dy, dsum, h, weight, mean, rstd, ctx.norm, demanded, [x_dtype, *dtypes], dropout)
             )
-        dx = dh.to(x_dtype) if demands_x and dh is not None else None
+        if demands_x and not drops and dh is not None:
+            dx = dh.to(x_dtype)
         dresidual = dh.to(residual_dtype) if demands_residual and dh is not None else None
-        return dx, dresidual, dweight, dbias, None, None
+        return dx, dresidual, dweight, dbias, None, None, None
 
 
 def norm(
@@ -364,10 +466,12 @@ def norm(
     bias: Tensor | None,
     norm: Norm,
     return_sum: bool,
+    dropout: float = 0.0,
 ) -> Result:
-    """y, or (y, x + residual), with autograd where something requires a gradient."""
+    """y, or (y, dropout(x) + residual), with autograd where something requires a gradient."""
     tensors = (x, residual, weight, bias)
+    drop = draw_dropout(dropout, x.device) if dropout else NO_DROPOUT
     if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors):
-        return _Norm.apply(*tensors, norm, return_sum)
-    done = forward(*tensors, norm, statistics=False, keep_sum=return_sum)
+        return _Norm.apply(*tensors, norm, return_sum, drop)
+    done = forward(*tensors, norm, statistics=False, keep_sum=return_sum, dropout=drop)
     return (done.y, done.h) if return_sum else done.y
