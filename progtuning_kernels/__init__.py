@@ -5,25 +5,45 @@ says; see README.md for the manual.
 """
 
 from ._backend import backend_report
+from .cache import CacheReport, PrefixCache
 from .families import UnsupportedModelError, register_family
 from .optim import MaskedAdamW, release_frozen_state
 from .patch import PatchHandle, patch_model
-from .schedules import FreezePlan, MilestoneSchedule, ProgressiveSchedule
+from .planner import TrainingPlan, plan_training
+from .schedule_files import schedule_from_file
+from .schedules import (
+    AdaptiveSchedule,
+    AnnealedSchedule,
+    CyclicBlockSchedule,
+    FreezePlan,
+    MilestoneSchedule,
+    ProgressiveSchedule,
+    RandomBlockSchedule,
+)
 from .truncation import TruncationError, TruncationReport
 
 __version__ = "0.1.0"
 
 __all__ = [
+    "AdaptiveSchedule",
+    "AnnealedSchedule",
+    "CacheReport",
+    "CyclicBlockSchedule",
     "FreezePlan",
     "MaskedAdamW",
     "MilestoneSchedule",
     "PatchHandle",
+    "PrefixCache",
     "ProgressiveSchedule",
+    "RandomBlockSchedule",
+    "TrainingPlan",
     "TruncationError",
     "TruncationReport",
     "UnsupportedModelError",
     "backend_report",
     "patch_model",
+    "plan_training",
     "register_family",
     "release_frozen_state",
+    "schedule_from_file",
 ]

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
-from typing import Any, get_args
+from typing import Any, Literal, get_args
 
 import torch
 from torch import nn
@@ -18,10 +18,13 @@ from . import freeze_events
 from .active_set import ActiveSet, TiedPolicy
 from .adapters import check_adapters, rank_allocation_end
 from .boundary import Boundary, FrozenMode
+from .cache import CacheReport, PrefixCache, PrefixServer, automatic_cache
 from .checkpointing import drop_input_grads, make_nonreentrant
+from .gradient_norms import GradientNorms
 from .gradient_paths import GradientPaths
 from .layout import EMBEDDINGS, Layout, find_layout, parameter_slots
-from .schedules import FreezePlan, Schedule
+from .schedules import FreezePlan, ObservingSchedule, Schedule
+from .swaps import KernelReport, Kernels, KernelSwaps
 from .truncation import TruncationReport, UnitReport, measure_forward
 
 _HANDLE = "_progtuning_handle"
@@ -42,11 +45,28 @@ class _Forward:
         return torch.autocast(device_type, dtype=dtype)
 
 
-def _before_forward(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+def _before_forward(
+    model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
     """Forward pre-hook. It finds the handle through the model: a copy of the model has none."""
     handle = handle_of(model)
-    if handle is None or torch.compiler.is_compiling() or not torch.is_grad_enabled():
-        return
+    if handle is None or torch.compiler.is_compiling():
+        return None
+    cache = handle.cache
+    if cache is not None:
+        kwargs = cache.before_forward(args, kwargs, proved=handle.proved)
+        if cache.busy:
+            return args, kwargs
+    if torch.is_grad_enabled():
+        _before_training_forward(handle, args, kwargs)
+    if cache is not None:
+        cache.install()
+    return args, kwargs
+
+
+def _before_training_forward(
+    handle: PatchHandle, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> None:
     handle.before_training_forward()
     device_type, autocast = handle.device_type, None
     if torch.amp.is_autocast_available(device_type) and torch.is_autocast_enabled(device_type):
@@ -68,6 +88,8 @@ class PatchHandle:
             the user had frozen more than the plan does.
         device_type: where the model's parameters are, "cpu" or "cuda".
         last_forward: inputs of the last training forward, held for `truncation_report`.
+        proved: whether a forward under the plan in force has shown that nothing is cut off.
+        cache: serves forwards without their prefix; None without `cache=`.
     """
 
     def __init__(
@@ -78,31 +100,44 @@ class PatchHandle:
         *,
         frozen_mode: FrozenMode,
         tied: TiedPolicy,
+        kernels: Kernels,
+        cache: PrefixCache | None,
+        step: int,
     ) -> None:
         self.model = model
         self.schedule = schedule
         self.layout = layout
-        self.step = 0
+        self.step = step
         self.boundary = 0
         self._active = ActiveSet(model, layout, tied)
         self._boundary = Boundary(model, layout, frozen_mode)
+        self._kernels = KernelSwaps(model, layout, kernels)
         self._listeners: list[Callable[[PatchHandle], None]] = []
-        self._proved = False  # that nothing is cut off, by a forward under the plan in force
+        self._frozen: set[int] = set()  # units that hold no active tensor
+        self.proved = False
         # what was changed for checkpointing, to be put back: see checkpointing.py
         self._embeddings_frozen = False
         self._reentrant: list[tuple[nn.Module, Any, Any]] = []
         self._input_grads: list[nn.Module] = []
         self.last_forward: _Forward | None = None
+        self._norms: GradientNorms | None = None
+        if isinstance(schedule, ObservingSchedule):
+            self._norms = GradientNorms(model, layout, schedule)
+            self._norms.begin(step)
 
-        self.plan = schedule.plan(0, layout.num_blocks)
+        self.plan = schedule.plan(step, layout.num_blocks)
         check_adapters(model, layout)
         self._allocation_end = rank_allocation_end(model)
         for step, plan in self._plans_to_check():
             self._check_plan(step, plan)
-        self.device_type = self._active.device_type
+        self.device_type = self._active.device.type
+        self.cache: PrefixServer | None = None
+        if cache is not None:
+            self.cache = PrefixServer(model, layout, cache, fixed=frozen_mode == "eval")
         self._hook = model.register_forward_pre_hook(_before_forward, with_kwargs=True)
         model.__dict__[_HANDLE] = self
         try:
+            self._kernels.follow(self._active.device)
             self._apply()
         except BaseException:
             self.unpatch()
@@ -155,9 +190,20 @@ class PatchHandle:
             True when the plan changed.
 
         Raises:
-            RuntimeError: the model is not patched any more.
+            RuntimeError: the model is not patched any more, or a schedule that decides by gradient
+                norms has seen none.
         """
+        self.observe()
         return self.seek(self.step + 1)
+
+    def observe(self) -> None:
+        """Let a schedule that decides by gradient norms have those of the step just made.
+
+        `advance` does it; a checkpoint written between `optimizer.step()` and `advance()`, or a
+        loop that moves by `seek`, wants this call before it. Calling it again does nothing.
+        """
+        if self._norms is not None:
+            self._norms.end()
 
     def seek(self, step: int) -> bool:
         """Jump to the plan of optimizer step `step`, as after a resume; True when it changed."""
@@ -168,6 +214,8 @@ class PatchHandle:
         if changed:
             self._check_plan(step, plan)
         self.step, self.plan = step, plan
+        if self._norms is not None:
+            self._norms.begin(step)
         if changed:
             self._apply()
         else:
@@ -189,7 +237,7 @@ class PatchHandle:
         self._listeners.append(listener)
 
     def param_groups(
-        self, lr: float | None = None, weight_decay: float = 0.0
+        self, lr: float | None = None, weight_decay: float = 0.0, *, by_unit: bool = False
     ) -> list[dict[str, Any]]:
         """Two groups over all parameters, frozen ones included: they never change afterwards.
 
@@ -199,10 +247,20 @@ class PatchHandle:
             lr: learning rate to write into the groups; None leaves it to the optimizer.
             weight_decay: decay of the first group, which holds matrices; biases and norm weights
                 (one dimension or none) are in the second, without decay.
+            by_unit: up to two groups per unit instead, each with its number in "unit" (-1 the
+                embeddings, 0..L-1 the blocks, L the head), for rates that differ between units.
+                What several units use is in the one that it freezes with. An update of more than 8
+                groups takes more than one call.
         """
         slots = list(parameter_slots(self.model, self.layout))
         names = {id(slot.parameter): slot.name for slot in slots}
-        groups = decay_groups([slot.parameter for slot in slots], weight_decay)
+        if by_unit:
+            groups = []
+            for unit in self.layout.units:
+                own = [s.parameter for s in slots if self._active.freezes_with(s) == unit]
+                groups += [{**g, "unit": unit} for g in decay_groups(own, weight_decay)]
+        else:
+            groups = decay_groups([slot.parameter for slot in slots], weight_decay)
         for group in groups:
             group["param_names"] = [names[id(p)] for p in group["params"]]
         if lr is not None:
@@ -218,7 +276,7 @@ class PatchHandle:
         """
         uses = {}
         if (last := self.last_forward) is not None:
-            with last.context():
+            with last.context(), nullcontext() if self.cache is None else self.cache.paused():
                 paths = GradientPaths(self.model, self.layout, self.boundary, compiled=True)
                 try:
                     uses = measure_forward(
@@ -248,16 +306,38 @@ class PatchHandle:
             ),
             boundary=self.boundary,
             tied=tuple(tied),
+            kernels=self._kernels.report.summary(),
+            cache=None if self.cache is None else self.cache.report().summary(),
         )
 
+    def cache_report(self) -> CacheReport:
+        """What the prefix cache did in the stage at hand, and why it did not do more.
+
+        Raises:
+            RuntimeError: the model was patched without a cache.
+        """
+        if self.cache is None:
+            raise RuntimeError("there is no cache: patch_model(model, schedule, cache=...)")
+        return self.cache.report()
+
+    def kernel_report(self) -> KernelReport:
+        """Which modules run freeze-aware ops, which keep their own forward, and why."""
+        return self._kernels.report
+
     def state_dict(self) -> dict[str, Any]:
-        """Everything a resumed run needs: the plan is a function of the step."""
-        return {
+        """Everything a resumed run needs: the plan is a function of the step, and of the decisions
+        of a schedule that makes any. Numbers, strings, lists and dicts only.
+        """
+        state = {
             "format": 1,
             "step": self.step,
             "num_blocks": self.num_blocks,
             "schedule": repr(self.schedule),
         }
+        if self._norms is not None:
+            state["decisions"] = self.schedule.state_dict()
+            state["gradient_norms"] = self._norms.state_dict()
+        return state
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Go to the step of a saved run.
@@ -273,7 +353,11 @@ class PatchHandle:
             )
         if state["schedule"] != repr(self.schedule):
             raise ValueError(f"saved under {state['schedule']}, this run has {self.schedule!r}")
+        if self._norms is not None:
+            self.schedule.load_state_dict(state["decisions"])
         self.seek(state["step"])
+        if self._norms is not None:
+            self._norms.load_state_dict(state["gradient_norms"])
 
     def unpatch(self) -> None:
         """Put the model back as it was found, but for what the user froze in the meantime.
@@ -282,7 +366,11 @@ class PatchHandle:
         """
         if handle_of(self.model) is not self:
             return
+        if self.cache is not None:
+            self.cache.close()
+            self.cache = None
         self._boundary.restore()
+        self._kernels.restore()
         self._active.restore()
         for module, function, replaced in self._reentrant:
             if module._gradient_checkpointing_func is replaced:
@@ -290,6 +378,8 @@ class PatchHandle:
         for module in self._input_grads:
             module.enable_input_require_grads()
         self._hook.remove()
+        if self._norms is not None:
+            self._norms.remove()
         self._listeners.clear()
         self.last_forward = None
         del self.model.__dict__[_HANDLE]
@@ -301,24 +391,33 @@ class PatchHandle:
         Raises (from the forward):
             UnsupportedModelError, RuntimeError: as `GradientPaths`.
         """
+        if (device := self._active.device).type != self.device_type:
+            self._follow(device)
         if (
             self._embeddings_frozen
         ):  # block 0 may train; its input does not require grad all the same
             self._input_grads += drop_input_grads(self.model, self.layout)
             self._reentrant += make_nonreentrant(self.model, self.layout)
-        if not self._proved:
+        if not self.proved:
             paths = GradientPaths(self.model, self.layout, self.boundary)
 
             def finish(model: nn.Module, args: Any, output: Any) -> None:
                 hook.remove()
                 paths.remove()
-                self._proved = output is not None  # None: the forward has raised
+                self.proved = output is not None  # None: the forward has raised
 
             hook = self.model.register_forward_hook(finish, always_call=True)
 
+    def _follow(self, device: torch.device) -> None:
+        """The model has moved: other kernels, below the classes that the boundary has put on."""
+        self.device_type = device.type
+        self._boundary.restore()
+        self._kernels.follow(device)
+        self._boundary.move(self._frozen, self.boundary)
+
     def _plans_to_check(self) -> Iterator[tuple[int, FreezePlan]]:
-        """The first and the last plan, and every one before AdaLoRA has allocated its ranks."""
-        steps = {0}
+        """The first, this, the last, and every plan before AdaLoRA has allocated its ranks."""
+        steps = {0, self.step}
         if total := self.schedule.total_steps:
             steps |= {total - 1}
             if self._allocation_end is not None:
@@ -345,8 +444,13 @@ class PatchHandle:
         if self._embeddings_frozen:
             blocks = range(self.num_blocks)
             self.boundary = next((i for i in blocks if i in active), self.num_blocks)
+        self._frozen = frozen
         self._boundary.move(frozen, self.boundary)
-        self._proved = False
+        if self.cache is not None:
+            self.cache.move(self.boundary)
+        self.proved = False
+        if self._norms is not None:
+            self._norms.install()
         freeze_events.announce()
         for listener in self._listeners:
             listener(self)
@@ -370,7 +474,10 @@ def patch_model(
     *,
     frozen_mode: FrozenMode = "eval",
     tied: TiedPolicy = "frozen",
+    kernels: Kernels = "auto",
+    cache: PrefixCache | Literal["auto"] | None = None,
     blocks: str | Sequence[str] | None = None,
+    step: int = 0,
 ) -> PatchHandle:
     """Patch `model` in place so that it trains only what `schedule` says.
 
@@ -385,8 +492,17 @@ def patch_model(
         tied: what happens to a weight shared by embeddings and LM head once the embeddings are
             frozen: "frozen" freezes it, "head_only" goes on training it with the gradient of its
             use in the head (the lookup is then not differentiated).
+        kernels: "auto" lets norms, gated MLPs, BERT's output layers and the head with its loss run
+            freeze-aware ops where these are there and pay, which the size of every call decides;
+            "on" takes them at any size; "off" leaves all modules alone. Each kind is compared with
+            the original first; `handle.kernel_report()` says what became of it.
+        cache: keeps what the frozen prefix computes for a sample and reads it in later epochs;
+            "auto" takes a quarter of the CPU memory that is free. It switches itself off where it
+            does not pay; `handle.cache_report()` says so.
         blocks: qualified name of the block list where discovery cannot choose; several, in the
             order in which they run.
+        step: optimizer steps done; for an optimizer that has its state already, which would lose
+            that of tensors that the plan of step 0 freezes.
 
     Returns:
         The handle; call `handle.advance()` once per optimizer step.
@@ -401,10 +517,23 @@ def patch_model(
         raise ValueError(f"frozen_mode must be 'eval' or 'train', got {frozen_mode!r}")
     if tied not in get_args(TiedPolicy):
         raise ValueError(f"tied must be 'frozen' or 'head_only', got {tied!r}")
+    if kernels not in get_args(Kernels):
+        raise ValueError(f"kernels must be 'auto', 'on' or 'off', got {kernels!r}")
+    if not (cache is None or cache == "auto" or isinstance(cache, PrefixCache)):
+        raise ValueError(f"cache must be a PrefixCache, 'auto' or None, got {cache!r}")
     if handle_of(model) is not None:
         raise ValueError("the model is patched already: call handle.unpatch() first")
     layout = find_layout(model, blocks)
-    return PatchHandle(model, schedule, layout, frozen_mode=frozen_mode, tied=tied)
+    return PatchHandle(
+        model,
+        schedule,
+        layout,
+        frozen_mode=frozen_mode,
+        tied=tied,
+        kernels=kernels,
+        cache=automatic_cache() if cache == "auto" else cache,
+        step=step,
+    )
 
 
 def handle_of(model: nn.Module) -> PatchHandle | None:

@@ -24,7 +24,7 @@ import torch
 
 from ..layout import EMBEDDINGS, Layout, find_layout, parameter_slots
 from ..optim import state_bytes
-from ..schedules import ProgressiveSchedule
+from ..schedules import AnnealedSchedule, ObservingSchedule
 from ..truncation import measure_forward
 from . import methods, metrics, models
 from .batches import (
@@ -98,7 +98,7 @@ class Run:
         )
         self.total_steps = s.max_steps or s.epochs * self.order.steps_per_epoch
         with as_user_error():
-            self.schedule = ProgressiveSchedule(s.stages, self.total_steps, embeddings=s.embeddings)
+            self.schedule = methods.build_schedule(s, self.total_steps)
             self.layout: Layout = find_layout(base, s.block_lists)
             self.schedule.plan(0, self.layout.num_blocks)
         self.num_params = sum(p.numel() for p in base.parameters())
@@ -116,11 +116,7 @@ class Run:
         else:
             self.trained = methods.plain(model, s, base)
         self.initial_active_params = self.trained.active_params()
-        from transformers import get_linear_schedule_with_warmup
-
-        self.scheduler = get_linear_schedule_with_warmup(
-            self.trained.optimizer, round(s.warmup * self.total_steps), self.total_steps
-        )
+        self.scheduler = self._lr_scheduler()
         self.records = Records()
         self.step = 0
 
@@ -141,7 +137,11 @@ class Run:
         stage_steps: list[dict[str, Any]] = [
             r for r in self.records.steps if r["stage"] == self.schedule.stage(self.step)
         ]
-        with progress.running(self.name, self.step, self.total_steps, self.settings.stages):
+        # how many an adaptive schedule will make of it is not known yet
+        stages = None
+        if not isinstance(self.schedule, ObservingSchedule):
+            stages = self.schedule.stage(self.total_steps - 1) + 1
+        with progress.running(self.name, self.step, self.total_steps, stages):
             self._train_steps(progress, stage_steps)
         self._save_model()
         trained = self.records.train_seconds - trained_before
@@ -150,6 +150,21 @@ class Run:
         write_json(output / "metrics.json", result)
         shutil.rmtree(output / "checkpoints", ignore_errors=True)
         return result
+
+    def _lr_scheduler(self) -> torch.optim.lr_scheduler.LambdaLR:
+        """Warm-up and linear decay; under an annealed schedule each unit's own cosine decays."""
+        warmup, optimizer = round(self.settings.warmup * self.total_steps), self.trained.optimizer
+        if isinstance(self.schedule, AnnealedSchedule) and self.trained.handle is not None:
+            with as_user_error():
+                factors = self.schedule.lr_factors(
+                    optimizer.param_groups,
+                    self.layout.num_blocks,
+                    base=lambda step: min(1.0, step / max(1, warmup)) if warmup else 1.0,
+                )
+            return torch.optim.lr_scheduler.LambdaLR(optimizer, factors)
+        from transformers import get_linear_schedule_with_warmup
+
+        return get_linear_schedule_with_warmup(optimizer, warmup, self.total_steps)
 
     def _train_steps(self, progress: TrainProgress, stage_steps: list[dict[str, Any]]) -> None:
         """All steps that are left; `stage_steps` are those already done in the stage at hand."""
@@ -164,8 +179,8 @@ class Run:
             progress.update(stage, record, self._tokens_per_second(stage_steps))
             last_of_stage = self.step == self.total_steps or self.schedule.stage(self.step) != stage
             if last_of_stage:
-                self._finish_stage(stage, stage_steps)
-                progress.evaluated(stage, self.records.evaluations[-1])
+                if self._finish_stage(stage, stage_steps):
+                    progress.evaluated(stage, self.records.evaluations[-1])
             every = self.settings.checkpoint_every
             if every and self.step % every == 0 and self.step < self.total_steps:
                 self._save_checkpoint()
@@ -201,7 +216,7 @@ class Run:
                 loss = self.trained.model(**batch).loss * weight
             loss.backward()
             loss_sum += loss.detach()
-        lr = self.scheduler.get_last_lr()[0]
+        lr = self.scheduler.get_last_lr()[-1]  # of the head, where units have rates of their own
         if measure:
             grads = [p.grad for p in self.trained.model.parameters() if p.grad is not None]
             self.records.stages[-1]["gradient_bytes"] = sum(g.nbytes for g in grads)
@@ -255,23 +270,32 @@ class Run:
         recent = steps[-20:]
         return sum(r["tokens"] for r in recent) / (sum(r["step_ms"] for r in recent) / 1e3)
 
-    def _finish_stage(self, stage: int, steps: list[dict[str, Any]]) -> None:
-        evaluation = {
-            "step": self.step,
-            "stage": stage,
-            **self._evaluate(),
-            "train_seconds": self.records.train_seconds,
-        }
-        self.records.evaluations.append(evaluation)
+    def _finish_stage(self, stage: int, steps: list[dict[str, Any]]) -> bool:
+        """Close the stage's record.
+
+        Returns:
+            Whether it was evaluated: of many short stages, two dozen in a run are.
+        """
         seconds = sum(r["step_ms"] for r in steps) / 1e3
         self.records.stages[-1] |= {
             "last_step": self.step,
             "train_seconds": seconds,
             "step_ms_median": statistics.median(r["step_ms"] for r in steps),
             "tokens_per_second": sum(r["tokens"] for r in steps) / seconds,
-            "metric": evaluation["metric"],
-            "loss": evaluation["loss"],
         }
+        evaluations = self.records.evaluations
+        since = self.step - (evaluations[-1]["step"] if evaluations else 0)
+        if self.step < self.total_steps and since < self.total_steps // 24:
+            return False
+        evaluation = {
+            "step": self.step,
+            "stage": stage,
+            **self._evaluate(),
+            "train_seconds": self.records.train_seconds,
+        }
+        evaluations.append(evaluation)
+        self.records.stages[-1] |= {key: evaluation[key] for key in ("metric", "loss")}
+        return True
 
     @torch.no_grad()
     def _evaluate(self) -> dict[str, float]:
@@ -347,7 +371,8 @@ class Run:
         }
 
     def _identity(self) -> dict[str, Any]:
-        return self.settings.identity() | {"autocast": str(self.autocast_dtype)}
+        settings = {"autocast": str(self.autocast_dtype), "schedule": repr(self.schedule)}
+        return self.settings.identity() | settings
 
     def _data_digest(self) -> str:
         """Of all token ids and labels of both splits."""

@@ -12,7 +12,8 @@ from ..layout import Layout
 from ..optim import MaskedAdamW
 from ..optim.masked_adamw import StateDtype
 from ..patch import PatchHandle, decay_groups, patch_model
-from ..schedules import FreezePlan, ProgressiveSchedule
+from ..schedule_files import KINDS, make_schedule, schedule_from_file
+from ..schedules import AnnealedSchedule, FreezePlan, ProgressiveSchedule, Schedule
 from .errors import UserError, as_user_error
 from .settings import TrainSettings
 
@@ -21,6 +22,40 @@ STATE_DTYPES: dict[str, StateDtype] = {
     "bf16": torch.bfloat16,
     "8bit": "8bit",
 }
+
+
+# What a name alone stands for: LISA's 20 steps (its published scripts), the 50 of BAdam in
+# LLaMA-Factory, and AutoFreeze's percentile.
+_NAMED = {
+    "random": {"blocks": 2, "period": 20},
+    "cyclic": {"blocks": 1, "period": 50},
+    "adaptive": {"interval": 50, "percentile": 50},
+}
+
+
+def build_schedule(s: TrainSettings, total_steps: int) -> Schedule:
+    """The schedule that `--schedule` asks for, bound to the length of the run.
+
+    Raises:
+        ValueError, OSError: a bad setting, or a file that cannot be read.
+    """
+    if s.schedule == "progressive":
+        return ProgressiveSchedule(s.stages, total_steps, embeddings=s.embeddings)
+    if (s.stages, s.embeddings) != (TrainSettings.stages, TrainSettings.embeddings):
+        raise ValueError(
+            "--stages and --embeddings are for the progressive schedule; others have their own "
+            "settings, in a file"
+        )
+    if s.schedule in _NAMED:
+        schedule = make_schedule({"schedule": s.schedule, **_NAMED[s.schedule]})
+    elif s.schedule in KINDS or "." not in s.schedule:
+        names = ", ".join(("progressive", *_NAMED))
+        raise ValueError(f"--schedule is {names} or a file, got {s.schedule!r}")
+    else:
+        schedule = schedule_from_file(s.schedule)
+    if schedule.total_steps is None:
+        schedule.bind(total_steps)
+    return schedule
 
 
 @dataclass
@@ -62,7 +97,7 @@ class Trained:
 def progressive(
     model: nn.Module,
     s: TrainSettings,
-    schedule: ProgressiveSchedule,
+    schedule: Schedule,
     layout: Layout,
     base: nn.Module,
 ) -> Trained:
@@ -75,7 +110,9 @@ def progressive(
             blocks=[stack.path for stack in layout.stacks],
         )
         optimizer = MaskedAdamW(
-            handle.param_groups(weight_decay=s.weight_decay),
+            handle.param_groups(
+                weight_decay=s.weight_decay, by_unit=isinstance(schedule, AnnealedSchedule)
+            ),
             lr=s.lr,
             max_grad_norm=s.max_grad_norm or None,
             state_dtype=STATE_DTYPES[s.state_dtype],

@@ -28,8 +28,12 @@ class TrainProgress:
         self._console.print(text, soft_wrap=True)
 
     @contextmanager
-    def running(self, name: str, step: int, total_steps: int, stages: int) -> Iterator[None]:
-        """Show a run from `step` on; the terminal is given back whatever happens."""
+    def running(self, name: str, step: int, total_steps: int, stages: int | None) -> Iterator[None]:
+        """Show a run from `step` on; the terminal is given back whatever happens.
+
+        Args:
+            stages: None where their number is not known.
+        """
         self._start(name, step, total_steps, stages)
         try:
             yield
@@ -38,7 +42,7 @@ class TrainProgress:
                 self._bar.stop()
                 self._bar = None
 
-    def _start(self, name: str, step: int, total_steps: int, stages: int) -> None:
+    def _start(self, name: str, step: int, total_steps: int, stages: int | None) -> None:
         self._name, self._total, self._stages = name, total_steps, stages
         self._next_line = step
         if step:
@@ -61,7 +65,7 @@ class TrainProgress:
         self._bar.start()
 
     def update(self, stage: int, record: dict[str, Any], tokens_per_second: float) -> None:
-        stage_text = f"{stage + 1}/{self._stages}"
+        stage_text = self._stage_text(stage)
         loss, speed = f"{record['loss']:.4f}", f"{tokens_per_second:,.0f}"
         if self._bar is not None:
             self._bar.update(
@@ -75,9 +79,12 @@ class TrainProgress:
                 soft_wrap=True,
             )
 
+    def _stage_text(self, stage: int) -> str:
+        return f"{stage + 1}" if self._stages is None else f"{stage + 1}/{self._stages}"
+
     def evaluated(self, stage: int, evaluation: dict[str, Any]) -> None:
         self._console.print(
-            f"{self._name}: stage {stage + 1}/{self._stages} done after step {evaluation['step']}, "
+            f"{self._name}: stage {self._stage_text(stage)} done after step {evaluation['step']}, "
             f"validation {evaluation['metric']:.4f}, loss {evaluation['loss']:.4f}",
             soft_wrap=True,
         )

@@ -20,6 +20,7 @@ _FREE = {
     "overwrite",
     "device",
     "metric",
+    "schedule",  # a file may move; what it says is compared
 }
 
 
@@ -36,6 +37,7 @@ class TrainSettings:
     label_column: str | None = None
     task: Task = "classification"
     method: Method = "progressive"
+    schedule: str = "progressive"
     stages: int = 3
     embeddings: str = "first_stage"
     frozen_mode: str = "eval"

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 from rich.table import Table
@@ -11,6 +11,11 @@ from rich.table import Table
 from .datasets import Columns, TextData, build_data, read_hub, read_rows
 from .errors import UserError, as_user_error
 from .settings import TrainSettings
+
+if TYPE_CHECKING:
+    from ..schedules import FreezePlan
+
+_MOST_ROWS = 20  # of a plan: a random schedule may have a stage every few steps
 
 
 def load_data(s: TrainSettings) -> TextData:
@@ -62,8 +67,9 @@ def docstring_data(train_rows: int, validation_rows: int) -> TextData:
 def plan_table(s: TrainSettings, data: TextData) -> Table:
     """What a run would do, stage by stage, without loading weights."""
     from ..patch import patch_model
-    from ..schedules import MilestoneSchedule, ProgressiveSchedule
+    from ..schedules import MilestoneSchedule, ObservingSchedule
     from .batches import Order
+    from .methods import build_schedule
     from .models import load_model_and_tokenizer
 
     if s.task == "causal-lm" and s.max_steps is None:
@@ -72,7 +78,7 @@ def plan_table(s: TrainSettings, data: TextData) -> Table:
     order = Order([1] * len(data.train), batch_size=s.batch_size, accumulate=s.accumulate, seed=0)
     total_steps = s.max_steps or s.epochs * order.steps_per_epoch
     with as_user_error():
-        schedule = ProgressiveSchedule(s.stages, total_steps, embeddings=s.embeddings)
+        schedule = build_schedule(s, total_steps)
         used = MilestoneSchedule({}, embeddings="always") if s.method == "full" else schedule
         handle = patch_model(model, used, tied=s.tied, blocks=s.block_lists)
     table = Table(title=f"{s.method}, {total_steps:,} steps, {handle.num_blocks} blocks")
@@ -80,14 +86,14 @@ def plan_table(s: TrainSettings, data: TextData) -> Table:
     for i, name in enumerate(columns):
         table.add_column(name, justify="left" if i == 2 else "right")
     updates = 0
-    firsts = [-(-t * total_steps // s.stages) for t in range(s.stages)]
+    stages = [schedule.stage(step) for step in range(total_steps)]
+    firsts = [0, *(i for i in range(1, total_steps) if stages[i] != stages[i - 1])]
     for stage, (first, end) in enumerate(zip(firsts, [*firsts[1:], total_steps], strict=True)):
-        handle.seek(first)
+        with as_user_error():
+            handle.seek(first)
         updates += handle.active_params * (end - first)
-        lowest = handle.plan.trainable.index(True)
-        trained = f"blocks {lowest}-{handle.num_blocks - 1}, head"
-        if handle.plan.embeddings:
-            trained = f"embeddings, {trained}"
+        if stage >= _MOST_ROWS:
+            continue
         # below the boundary a block costs its forward, above it a frozen one all but its dW
         below = handle.boundary
         above = handle.plan.trainable[below:].count(False)
@@ -95,7 +101,7 @@ def plan_table(s: TrainSettings, data: TextData) -> Table:
         table.add_row(
             str(stage + 1),
             f"{first + 1:,}-{end:,}",
-            trained,
+            _trained_units(handle.plan),
             f"{handle.active_params / 1e6:,.2f}",
             f"{cost:.3f}",
         )
@@ -105,7 +111,25 @@ def plan_table(s: TrainSettings, data: TextData) -> Table:
         "1 - 2f/3, f the frozen share of the blocks (1 - f/3 where the embeddings go on training); "
         "embeddings and head left out."
     )
+    if len(firsts) > _MOST_ROWS:
+        table.caption += f" The first {_MOST_ROWS} of {len(firsts)} stages."
+    if isinstance(schedule, ObservingSchedule):
+        table.caption += " What an adaptive schedule freezes later is decided while it trains."
     return table
+
+
+def _trained_units(plan: FreezePlan) -> str:
+    """For example "embeddings, blocks 0-1, 3-3, head"."""
+    runs: list[list[int]] = []
+    for i in (i for i, on in enumerate(plan.trainable) if on):
+        if runs and runs[-1][1] == i - 1:
+            runs[-1][1] = i
+        else:
+            runs.append([i, i])
+    parts = ["embeddings"] if plan.embeddings else []
+    if runs:
+        parts.append("blocks " + ", ".join(f"{first}-{last}" for first, last in runs))
+    return ", ".join([*parts, "head"] if plan.head else parts)
 
 
 def run(options: Mapping[str, Any], *, dry_run: bool) -> None:

@@ -1,0 +1,178 @@
+"""Gradient norms per block, for schedules that decide by them.
+
+They are taken inside backward, by a hook on every active parameter of a block: when
+`handle.advance()` is called gradients may be zeroed, or gone (an optimizer that updates inside
+backward frees them block by block). Under accumulation the last micro-batch of a window counts:
+only then is a gradient whole. A block costs one foreach norm in a step that the schedule observes,
+one Python call per tensor in others, and nothing under other schedules. Sums stay on the device;
+the host waits for them at a decision, and where a state dict is made in the steps that count (the
+Trainer's callback makes one after every step).
+
+Ranks: at a decision the sums of squares are added over all of them and the first one's result is
+sent to the others, so that every rank decides by the same bits. Where every rank holds its own
+gradient (as in `DistributedDataParallel`, which reduces after the hooks) a norm is then the root
+mean square of the ranks' own; where they hold shards it is that of the whole, but for a constant
+factor, which no relative change shows.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.autograd import Variable
+
+from .layout import Layout
+from .schedules import ObservingSchedule
+
+
+class _Block:
+    def __init__(self, parameters: list[Tensor]) -> None:
+        self.parameters = parameters
+        self.ready: set[int] = set()  # ids of those whose gradient has come in this backward
+        self.square: Tensor | None = None  # of the norm in the last backward; 0-dim float32
+
+
+class GradientNorms:
+    """Watches the blocks of one model for one schedule.
+
+    Args:
+        model: the model that `layout` describes.
+        schedule: says which steps it observes.
+    """
+
+    def __init__(self, model: nn.Module, layout: Layout, schedule: ObservingSchedule) -> None:
+        self._model = model
+        self._layout = layout
+        self._schedule = schedule
+        self._step = 0
+        self._ended = False
+        self._blocks: dict[int, _Block] = {}
+        self._handles: list[torch.utils.hooks.RemovableHandle] = []
+        self._awaits_end = False  # of the backward that is running
+        # (L + 1,): sums of squares over the steps of an interval, and how many steps
+        self._sums: Tensor | None = None
+        self._seen = False  # whether any gradient came in this interval
+
+    def install(self) -> None:
+        """Hooks on the parameters that are active now, none on others.
+
+        Called before optimizers hear of a change of plan, so that a hook here runs before one that
+        frees the gradient.
+        """
+        self.remove()
+        self._blocks = {}
+        for i, path in enumerate(self._layout.block_paths):
+            active = [p for p in self._model.get_submodule(path).parameters() if p.requires_grad]
+            if active:
+                self._blocks[i] = _Block(active)
+        for i, block in self._blocks.items():
+            for p in block.parameters:
+                hook = self._hook(i, block)
+                self._handles.append(p.register_post_accumulate_grad_hook(hook))
+
+    def remove(self) -> None:
+        for handle in self._handles:
+            handle.remove()
+        self._handles.clear()
+        self._awaits_end = False
+
+    def begin(self, step: int) -> None:
+        """The next backward passes belong to `step`; what was measured of another is dropped."""
+        if step not in (self._step, self._step + 1):
+            self._sums, self._seen = None, False
+        self._step, self._ended = step, False
+        for block in self._blocks.values():
+            block.square = None
+            block.ready.clear()
+
+    def end(self) -> None:
+        """The step is made: its norms count, and the schedule decides if it is time to.
+
+        Calling it again does nothing. A step with a NaN or an infinity is left out; where nothing
+        else is there, so is the decision.
+
+        Raises:
+            RuntimeError: the interval is over, and no backward ran in the steps that count.
+        """
+        if self._ended or not self._schedule.observes(self._step):
+            return
+        self._ended = True
+        squares = {i: b.square for i, b in self._blocks.items() if b.square is not None}
+        if squares:
+            self._seen = True
+            self._add(squares)
+        if self._schedule.decides(self._step):
+            if not self._seen:
+                raise RuntimeError(
+                    f"{self._schedule!r}: no gradient of any block was seen in the steps up to "
+                    f"{self._step}; it needs a backward through the patched model in each"
+                )
+            norms = self._norms()
+            self._sums, self._seen = None, False
+            if norms is not None:
+                self._schedule.observe(self._step, norms, self._layout.num_blocks)
+
+    def state_dict(self) -> dict[str, Any]:
+        """The sums of an interval that is not over; reading them waits for the device."""
+        return {"sums": None if self._sums is None else self._sums.tolist()}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        sums = state["sums"]
+        self._seen = sums is not None
+        self._sums = None if sums is None else torch.tensor(sums, dtype=torch.float32)
+
+    def _hook(self, index: int, block: _Block):
+        def gradient_is_there(p: Tensor) -> None:
+            if not self._schedule.observes(self._step):
+                return
+            if p.grad is None:
+                raise RuntimeError(
+                    f"{self._schedule!r}: an optimizer has freed a gradient of block {index} "
+                    "before its norm was taken: build it after patch_model"
+                )
+            if not self._awaits_end:
+                self._awaits_end = True
+                Variable._execution_engine.queue_callback(self._end_of_backward)
+            block.ready.add(id(p))
+            if len(block.ready) == len(block.parameters):
+                self._measure(block)
+
+        return gradient_is_there
+
+    def _end_of_backward(self) -> None:
+        self._awaits_end = False
+        for block in self._blocks.values():
+            if block.ready:  # some of its parameters had no gradient in this backward
+                self._measure(block)
+
+    @torch.no_grad()
+    def _measure(self, block: _Block) -> None:
+        block.ready.clear()
+        grads = [p.grad for p in block.parameters if p.grad is not None]
+        grads = [g.to_local() if hasattr(g, "to_local") else g for g in grads]
+        if grads:
+            norms = torch._foreach_norm(grads, 2, dtype=torch.float32)
+            block.square = torch.stack(norms).square().sum()
+
+    @torch.no_grad()
+    def _add(self, squares: dict[int, Tensor]) -> None:
+        device = next(iter(squares.values())).device
+        row = torch.zeros(self._layout.num_blocks + 1, device=device)
+        row[-1] = 1
+        for i, square in squares.items():
+            row[i] = square.to(device, non_blocking=True)
+        row = torch.where(row.isfinite().all(), row, torch.zeros_like(row))
+        self._sums = row if self._sums is None else self._sums.to(device) + row
+
+    def _norms(self) -> Sequence[float] | None:
+        """Root mean square over steps and ranks; None where every step had a non-finite one."""
+        sums = self._sums
+        distributed = torch.distributed
+        if distributed.is_available() and distributed.is_initialized():
+            distributed.all_reduce(sums)
+            distributed.broadcast(sums, src=0)
+        *squares, steps = sums.tolist()
+        return [(square / steps) ** 0.5 for square in squares] if steps else None

@@ -1,0 +1,117 @@
+"""Schedules from small files, for the command line and for configs under version control.
+
+    schedule = "cyclic"
+    blocks = 1
+    period = 50
+    order = "random"
+
+`schedule` is a key of `KINDS`; the other keys are the arguments of its class, by their own names
+(`steps` of milestones is a table of step = boundary). `anneal = true`, or a table with `scaled`,
+wraps it in `AnnealedSchedule`. TOML needs Python 3.11 (`tomllib`); JSON is always read, YAML where
+PyYAML is installed, which transformers brings.
+"""
+
+from __future__ import annotations
+
+import inspect
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from ._backend import one_line
+from .schedules import (
+    AdaptiveSchedule,
+    AnnealedSchedule,
+    CyclicBlockSchedule,
+    MilestoneSchedule,
+    ProgressiveSchedule,
+    RandomBlockSchedule,
+    Schedule,
+)
+
+KINDS: dict[str, type] = {
+    "progressive": ProgressiveSchedule,
+    "milestones": MilestoneSchedule,
+    "random": RandomBlockSchedule,
+    "cyclic": CyclicBlockSchedule,
+    "adaptive": AdaptiveSchedule,
+}
+
+
+def make_schedule(settings: Mapping[str, Any]) -> Schedule:
+    """The schedule that a file's content describes.
+
+    Raises:
+        ValueError: one line that names the setting.
+    """
+    settings = dict(settings)
+    kind, anneal = settings.pop("schedule", None), settings.pop("anneal", False)
+    if not isinstance(kind, str) or kind not in KINDS:
+        raise ValueError(f"schedule must be one of {', '.join(KINDS)}, got {kind!r}")
+    cls = KINDS[kind]
+    if cls is MilestoneSchedule:
+        # keys of TOML and JSON are strings
+        settings["milestones"] = _whole_numbers(settings.pop("steps", None))
+    parameters = inspect.signature(cls).parameters
+    for name in settings:
+        if name not in parameters:
+            allowed = ", ".join("steps" if p == "milestones" else p for p in parameters)
+            raise ValueError(f"{kind} has no setting {name!r}; it has {allowed}")
+    for name, parameter in parameters.items():
+        if parameter.default is parameter.empty and name not in settings:
+            raise ValueError(f"{kind} needs {name}")
+    try:
+        schedule = cls(**settings)
+        if anneal is False:
+            return schedule
+        return AnnealedSchedule(schedule, **({} if anneal is True else anneal))
+    except TypeError as error:  # a text where a number belongs, a list where a text does
+        raise ValueError(f"{kind}: a setting is of the wrong type ({one_line(error)})") from error
+
+
+def schedule_from_file(path: str | Path) -> Schedule:
+    """Read a schedule from a .toml, .yaml, .yml or .json file; see the top of this file.
+
+    Raises:
+        ValueError: one line: the file is no such file, or describes no schedule.
+        OSError: it cannot be read.
+    """
+    path = Path(path)
+    try:
+        content = _parse(path)
+        if not isinstance(content, Mapping):
+            raise ValueError("expected settings, one per line")
+        return make_schedule(content)
+    except ValueError as error:
+        raise ValueError(f"{path}: {one_line(error)}") from error
+
+
+def _parse(path: Path) -> Any:
+    text = path.read_text(encoding="utf-8")
+    kind = path.suffix.lower()
+    if kind == ".toml":
+        try:
+            import tomllib
+        except ImportError:
+            raise ValueError("TOML needs Python 3.11: write it as JSON or YAML") from None
+        return tomllib.loads(text)
+    if kind == ".json":
+        return json.loads(text)
+    if kind in (".yaml", ".yml"):
+        try:
+            import yaml
+        except ImportError:
+            raise ValueError("YAML needs: pip install pyyaml") from None
+        try:
+            return yaml.safe_load(text)
+        except yaml.YAMLError as error:
+            raise ValueError(" ".join(str(error).split())) from error
+    raise ValueError("a schedule is a .toml, .yaml, .yml or .json file")
+
+
+def _whole_numbers(steps: Any) -> dict[int, int]:
+    try:
+        return {int(step): int(boundary) for step, boundary in steps.items()}
+    except (AttributeError, TypeError, ValueError):
+        raise ValueError(f"steps must be a table of step = boundary, got {steps!r}") from None
