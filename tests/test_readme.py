@@ -16,6 +16,7 @@ from family_table import family_table
 from tiny_models import tiny_inputs, tiny_model
 
 from progtuning_kernels import (
+    AnnealedSchedule,
     MaskedAdamW,
     MilestoneSchedule,
     ProgressiveSchedule,
@@ -104,6 +105,36 @@ def test_optimizer_table_is_that_of_the_stored_results():
         for path in sorted(RESULTS.glob("*/optimizer.json"))
     ]
     assert tables and all(table in _between("optimizer") for table in tables)
+
+
+def test_cache_table_is_that_of_the_stored_results():
+    prefix_cache = _benchmark("prefix_cache")
+    tables = [
+        prefix_cache.table(json.loads(path.read_text()))
+        for path in sorted(RESULTS.glob("*/prefix_cache.json"))
+    ]
+    assert tables and all(table in _between("cache") for table in tables)
+
+
+def test_cache_snippet_runs():
+    (code,) = _python("The prefix cache")
+    names = {"patch_model": patch_model, "ProgressiveSchedule": ProgressiveSchedule, "steps": 6}
+    names["model"] = tiny_model("bert-sequence")
+    exec(compile(code, "README.md", "exec"), names)
+    names["model"](**tiny_inputs("bert-sequence")).loss.backward()
+    assert names["handle"].cache_report().state == "bypassed"  # nothing is frozen in stage 1
+
+
+def test_schedules_snippet_runs():
+    (code,) = _python("Schedules")
+    code = code.replace("ProgressiveSchedule(12,", "ProgressiveSchedule(4,")  # of 4 blocks
+    names = {"patch_model": patch_model, "ProgressiveSchedule": ProgressiveSchedule}
+    names |= {"AnnealedSchedule": AnnealedSchedule, "MaskedAdamW": MaskedAdamW, "total_steps": 8}
+    names |= {"LambdaLR": torch.optim.lr_scheduler.LambdaLR, "model": tiny_model("bert-sequence")}
+    exec(compile(code, "README.md", "exec"), names)
+    for _ in range(3):
+        names["scheduler"].step()
+    assert len({group["lr"] for group in names["optimizer"].param_groups}) > 2
 
 
 def test_optimizer_snippet_trains():

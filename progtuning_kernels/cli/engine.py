@@ -7,6 +7,7 @@ moment goes on from its newest checkpoint to the same bits (on CPU).
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import json
 import math
@@ -111,7 +112,7 @@ class Run:
             model = models.wrap_lora(base, s.task, s.lora_rank)
             paths = [f"base_model.model.{stack.path}" for stack in self.layout.stacks]
             self.layout = find_layout(model, paths)
-        if s.method in ("progressive", "progressive-lora"):
+        if s.method.startswith("progressive"):
             self.trained = methods.progressive(model, s, self.schedule, self.layout, base)
         else:
             self.trained = methods.plain(model, s, base)
@@ -223,6 +224,10 @@ class Run:
         self.trained.update()
         if measure:
             self.records.stages[-1]["state_bytes"] = state_bytes(self.trained.optimizer)
+        handle = self.trained.handle
+        if handle is not None and handle.cache is not None:
+            # of the stage so far: with the next plan its counts begin anew
+            self.records.stages[-1]["cache"] = dataclasses.asdict(handle.cache_report())
         self.trained.advance()
         self.scheduler.step()
         self.step += 1
@@ -244,9 +249,10 @@ class Run:
         plan = self.trained.plan(self.layout.num_blocks)
         longest = sorted(self.encoded.train, key=lambda row: len(row["input_ids"]))
         batch = self._batch(longest[-self.settings.batch_size :])
-        with self._autocast():
-            uses = measure_forward(self.trained.model, self.layout, (), batch).values()
         handle = self.trained.handle
+        cached = handle is not None and handle.cache is not None
+        with self._autocast(), handle.cache.paused() if cached else nullcontext():
+            uses = measure_forward(self.trained.model, self.layout, (), batch).values()
         # LoRA leaves the embeddings and most of the head frozen, whatever the plan says of them
         active = {
             unit

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
+from ..cache import PrefixCache
 from ..layout import Layout
 from ..optim import MaskedAdamW
 from ..optim.masked_adamw import StateDtype
@@ -16,6 +17,7 @@ from ..schedule_files import KINDS, make_schedule, schedule_from_file
 from ..schedules import AnnealedSchedule, FreezePlan, ProgressiveSchedule, Schedule
 from .errors import UserError, as_user_error
 from .settings import TrainSettings
+from .sizes import parse_bytes
 
 STATE_DTYPES: dict[str, StateDtype] = {
     "fp32": torch.float32,
@@ -94,6 +96,19 @@ class Trained:
         return getattr(self.optimizer, "skipped_steps", 0)
 
 
+def prefix_cache(s: TrainSettings) -> PrefixCache | str | None:
+    """What `--method` and `--cache` ask for.
+
+    Raises:
+        UserError: `--cache` is neither "auto" nor a size, or for a method that has none.
+    """
+    if s.method != "progressive-cache":
+        if s.cache != TrainSettings.cache:
+            raise UserError(f"--cache is for --method progressive-cache, not {s.method}")
+        return None
+    return s.cache if s.cache == "auto" else PrefixCache(parse_bytes(s.cache))
+
+
 def progressive(
     model: nn.Module,
     s: TrainSettings,
@@ -107,6 +122,7 @@ def progressive(
             schedule,
             frozen_mode=s.frozen_mode,
             tied=s.tied,
+            cache=prefix_cache(s),
             blocks=[stack.path for stack in layout.stacks],
         )
         optimizer = MaskedAdamW(

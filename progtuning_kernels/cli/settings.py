@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 Task = Literal["classification", "causal-lm"]
-Method = Literal["full", "progressive", "lora", "progressive-lora"]
+Method = Literal["full", "progressive", "progressive-cache", "lora", "progressive-lora"]
 Precision = Literal["auto", "fp32", "bf16"]
 StateDtype = Literal["fp32", "bf16", "8bit"]
 
@@ -20,6 +20,7 @@ _FREE = {
     "overwrite",
     "device",
     "metric",
+    "cache",
     "schedule",  # a file may move; what it says is compared
 }
 
@@ -43,6 +44,7 @@ class TrainSettings:
     frozen_mode: str = "eval"
     tied: str = "frozen"
     blocks: str | None = None
+    cache: str = "auto"
     lora_rank: int = 8
     epochs: int = 3
     max_steps: int | None = None

@@ -17,17 +17,18 @@ FORMAT = 1
 
 MISSING = "–"
 
-_METHODS = ("full", "progressive", "lora", "progressive-lora")
+_METHODS = ("full", "progressive", "progressive-cache", "lora", "progressive-lora")
 
 # Okabe and Ito's palette, made for colour-blind readers: one colour and one marker per method.
 _STYLES = {
     "full": ("#0072B2", "o"),
     "progressive": ("#D55E00", "s"),
+    "progressive-cache": ("#E69F00", "P"),
     "lora": ("#009E73", "^"),
     "progressive-lora": ("#CC79A7", "D"),
 }
 
-_SPARE_STYLES = (("#56B4E9", "v"), ("#E69F00", "P"), ("#000000", "X"))
+_SPARE_STYLES = (("#56B4E9", "v"), ("#000000", "X"))
 
 EXPECTED = "expected from block FLOPs"
 

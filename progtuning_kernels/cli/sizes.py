@@ -1,0 +1,26 @@
+"""Sizes of memory on the command line."""
+
+from __future__ import annotations
+
+import re
+
+from .errors import UserError
+
+_POWERS = {"": 0, "K": 1, "M": 2, "G": 3, "T": 4}
+
+
+def parse_bytes(text: str) -> int:
+    """Bytes of "24GiB", "80GB" or "17179869184".
+
+    Raises:
+        UserError: not a positive size.
+    """
+    match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([KMGT]?)(i?)B?", text.strip(), re.IGNORECASE)
+    size = 0
+    if match:
+        number, unit, binary = match.groups()
+        power = _POWERS[unit.upper()]
+        size = int(float(number) * (1024 if binary else 1000) ** power)
+    if size < 1:
+        raise UserError(f"{text!r} is no size of memory: give one such as 24GiB")
+    return size
