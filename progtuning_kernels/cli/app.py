@@ -47,14 +47,26 @@ def app() -> None:
 @click.option("--task", **_choice("classification", "causal-lm"), help="What to train for.")
 @click.option(
     "--method",
-    **_choice("progressive", "full", "lora", "progressive-lora"),
-    help="Or what to compare it with.",
+    **_choice("progressive", "progressive-cache", "full", "lora", "progressive-lora"),
+    help="progressive-cache keeps what frozen blocks compute for a row and reads it in later "
+    "epochs; the others are there to compare with.",
 )
-@click.option("--stages", **_positive(3), help="Stages of the schedule.")
+@click.option(
+    "--cache",
+    default="auto",
+    help="Memory for progressive-cache, such as 8GiB; auto: a quarter of what is free.",
+)
+@click.option(
+    "--schedule",
+    default="progressive",
+    help="progressive, random (LISA), cyclic (BAdam), adaptive (AutoFreeze), or a .toml, .yaml or "
+    ".json file (examples/random_blocks.toml).",
+)
+@click.option("--stages", **_positive(3), help="Stages of the progressive schedule.")
 @click.option(
     "--embeddings",
     **_choice("first_stage", "always", "never"),
-    help="When the embeddings train; under always, backward is never truncated.",
+    help="When the embeddings train in it; under always, backward is never truncated.",
 )
 @click.option(
     "--frozen-mode", **_choice("eval", "train"), help="Mode of frozen blocks: eval has no dropout."
@@ -120,6 +132,61 @@ def train(dry_run: bool, **options: Any) -> None:
     command.run(options, dry_run=dry_run)
 
 
+@app.command(
+    epilog="Example: progtuning plan --model Llama-3-8B/config.json --seq-len 2048 --batch-size 4 "
+    "--dtype bf16 --optimizer adamw-8bit --device cuda --memory 80GB"
+)
+@click.option("--model", default="minilm", help="Folder, config.json or hub id; no weights needed.")
+@click.option(
+    "--task",
+    **_choice("auto", "classification", "causal-lm"),
+    help="auto: a language model if the config says so, otherwise classification.",
+)
+@click.option("--stages", **_positive(3), help="Stages of the schedule.")
+@click.option(
+    "--embeddings", **_choice("first_stage", "always", "never"), help="When the embeddings train."
+)
+@click.option(
+    "--tied",
+    **_choice("frozen", "head_only"),
+    help="What a weight shared by embeddings and LM head does once the embeddings are frozen.",
+)
+@click.option(
+    "--blocks",
+    help="Path of the block list where it cannot be found; several with commas, in order.",
+)
+@click.option("--batch-size", **_positive(32), help="Rows per micro-batch.")
+@click.option("--seq-len", **_positive(128), help="Tokens per row.")
+@click.option(
+    "--padding/--no-padding", default=True, help="Whether rows are padded, and attention masked."
+)
+@click.option(
+    "--dtype",
+    **_choice("fp32", "bf16", "fp16"),
+    help="Of weights, activations and gradients; autocast is not modelled.",
+)
+@click.option(
+    "--optimizer",
+    **_choice("adamw", "adamw-bf16", "adamw-8bit"),
+    help="Moments of MaskedAdamW: fp32, bf16 or 8-bit.",
+)
+@click.option("--master-weights", is_flag=True, help="fp32 copies of weights in bf16 or fp16.")
+@click.option("--in-backward", is_flag=True, help="Update inside backward, unit by unit.")
+@click.option("--gradient-checkpointing", is_flag=True, help="Compute blocks again in backward.")
+@click.option("--cache", is_flag=True, help="Count what a prefix cache keeps, and its steps.")
+@click.option("--memory", help="What has to suffice, such as 24GiB.")
+@click.option("--steps", **_positive(), help="Optimizer steps of the run.")
+@click.option("--device", default="auto", help="auto, cpu, cuda, ...: where it will run.")
+@click.option("--calibrate", is_flag=True, help="Time two blocks, embeddings and head here.")
+@click.option("--suggest-batch", is_flag=True, help="Rows of a micro-batch that every stage fits.")
+@click.option("--json", is_flag=True, help="Print JSON instead of the table.")
+def plan(**options: Any) -> None:
+    """Show what every stage of a run would cost: operations, memory, time."""
+    from . import plan_command
+
+    plan_command.run(options)
+
+
 @app.command(epilog="Example: progtuning demo --seeds 3")
 @click.option("--model", default="minilm", help=_MINILM)
 @click.option(
@@ -131,8 +198,8 @@ def train(dry_run: bool, **options: Any) -> None:
     "--method",
     "methods",
     multiple=True,
-    type=click.Choice(["full", "progressive", "lora", "progressive-lora"]),
-    default=["full", "progressive"],
+    type=click.Choice(["full", "progressive", "progressive-cache", "lora", "progressive-lora"]),
+    default=["full", "progressive", "progressive-cache"],
     help="What to compare; once for every method.",
 )
 @click.option("--seeds", **_positive(1), help="Repeat every method with so many seeds.")

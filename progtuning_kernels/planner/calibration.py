@@ -1,0 +1,246 @@
+"""Measures what the units of a model cost on a device: two of its blocks, its embeddings, its head.
+
+A copy of the model with two blocks and random weights makes real steps; hooks on the blocks cut
+their time into the parts of which the step of any stage is composed. Memory is that of two blocks,
+embeddings and head, with their gradients and optimizer state.
+"""
+
+from __future__ import annotations
+
+import time
+from collections import defaultdict
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+from torch.utils import _pytree as pytree
+
+from ..active_set import TiedPolicy
+from ..boundary import FrozenMode
+from ..layout import EMBEDDINGS, Layout, find_layout
+from ..optim import MaskedAdamW
+from ..schedules import FreezePlan
+from .example_batch import on_device
+from .meta_step import loss_of, meta_copy
+from .stage_flags import StageFlags, StageState
+
+_MIN_ROUNDS = 3  # after one that warms up
+
+
+class CannotCalibrate(Exception):
+    """The message says why."""
+
+
+@dataclass(frozen=True)
+class UnitCosts:
+    """Seconds of one micro-batch.
+
+    Attributes:
+        embeddings: forward and backward. embeddings_frozen: forward under no_grad.
+        block: forward and backward, with the gradient of its input.
+        block_lowest: the same without the gradient of its input, which nothing below needs.
+        block_frozen: forward under no_grad.
+        block_between: a frozen block through which the gradient passes to what trains below; 0
+            where it was not asked for.
+        head: forward, loss and backward.
+        update: of the optimizer, per parameter.
+    """
+
+    embeddings: float
+    embeddings_frozen: float
+    block: float
+    block_lowest: float
+    block_frozen: float
+    block_between: float
+    head: float
+    update: float
+
+    def step_s(self, state: StageState, num_blocks: int, *, cached: bool = False) -> float:
+        """Seconds of one step in a stage; `cached`: without the prefix."""
+        seconds = self.head + self.update * state.trainable_params
+        if EMBEDDINGS in state.active:
+            seconds += self.embeddings
+        elif not (cached and state.boundary):
+            seconds += self.embeddings_frozen
+        for i in range(num_blocks):
+            if i < state.boundary:
+                seconds += 0 if cached else self.block_frozen
+            elif i not in state.active:
+                seconds += self.block_between
+            elif i == state.boundary and EMBEDDINGS not in state.active:
+                seconds += self.block_lowest
+            else:
+                seconds += self.block
+        return seconds
+
+
+def _two_block_model(
+    model: nn.Module, layout: Layout, dtype: torch.dtype, device: torch.device
+) -> nn.Module:
+    if len(layout.stacks) != 1 or layout.num_blocks < 2:
+        raise CannotCalibrate("it takes one stack of two blocks or more")
+    kinds = {
+        tuple((n, tuple(p.shape)) for n, p in model.get_submodule(path).named_parameters())
+        for path in layout.block_paths
+    }
+    if len(kinds) > 1:
+        raise CannotCalibrate("the blocks have parameters of different shapes")
+    small = meta_copy(model, dtype)
+    del small.get_submodule(layout.stacks[0].path)[2:]
+    small.to_empty(device=device)
+    with torch.no_grad():
+        for p in small.parameters():
+            # zeros and tiny numbers would take other paths through a processor than weights do
+            p.normal_(0, 0.02) if p.ndim >= 2 else p.fill_(0.5)
+        for buffer in small.buffers():
+            buffer.zero_()  # positions of 0, angles of 0: as quick to compute with as others
+    return small
+
+
+class _Sections:
+    """Seconds between the events of a step, by name of the section that ends with the event."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+        self._last = 0.0
+        self.seconds: dict[str, list[float]] = defaultdict(list)
+
+    def start(self) -> None:
+        self._last = self._now()
+
+    def end(self, section: str) -> None:
+        now = self._now()
+        self.seconds[section].append(now - self._last)
+        self._last = self._now()
+
+    def _now(self) -> float:
+        if self._device.type == "cuda":
+            torch.cuda.synchronize(self._device)
+        return time.perf_counter()
+
+    def least(self, *sections: str) -> float:
+        """Sum of each section's least: what else runs on a machine only adds."""
+        return sum(min(self.seconds[s]) for s in sections)
+
+
+def _hidden_states(values: Any) -> torch.Tensor | None:
+    floating = (
+        t for t in pytree.tree_leaves(values) if isinstance(t, torch.Tensor) and t.ndim >= 2
+    )
+    return next((t for t in floating if t.is_floating_point()), None)
+
+
+def _timed_step(
+    model: nn.Module,
+    layout: Layout,
+    inputs: Mapping[str, Any],
+    optimizer: MaskedAdamW,
+    clock: _Sections,
+    name: str,
+) -> None:
+    """One step; sections are "full block 0 forward" and the like; `name` is their first word."""
+    handles = []
+
+    def on_gradient(hidden: torch.Tensor | None, section: str) -> None:
+        if hidden is not None and hidden.requires_grad:
+            hidden.register_hook(lambda _: clock.end(f"{name} {section} backward"))
+
+    def entering(_: nn.Module, args: Any, kwargs: Any) -> None:
+        clock.end(f"{name} embeddings forward")
+        on_gradient(_hidden_states((args, kwargs)), "block 0")
+
+    def leaving(i: int) -> Callable[..., None]:
+        def note(_: nn.Module, args: Any, output: Any) -> None:
+            clock.end(f"{name} block {i} forward")
+            on_gradient(_hidden_states(output), "head" if i else "block 1")
+
+        return note
+
+    first, second = (model.get_submodule(path) for path in layout.block_paths)
+    handles.append(first.register_forward_pre_hook(entering, with_kwargs=True))
+    handles += [b.register_forward_hook(leaving(i)) for i, b in enumerate((first, second))]
+    try:
+        clock.start()
+        loss = loss_of(model(**inputs))
+        clock.end(f"{name} head forward")
+        loss.backward()
+        clock.end(f"{name} last backward")
+        optimizer.step()
+        clock.end(f"{name} update")
+        optimizer.zero_grad()
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def measure_units(
+    model: nn.Module,
+    layout: Layout,
+    inputs: Mapping[str, Any],
+    *,
+    dtype: torch.dtype,
+    device: torch.device,
+    state_dtype: Any,
+    master_weights: bool,
+    tied: TiedPolicy,
+    frozen_mode: FrozenMode,
+    between: bool,
+    seconds: float = 2.0,
+) -> UnitCosts:
+    """Time real steps of a two-block copy, in turns, for about `seconds`; the least are returned.
+
+    Args:
+        model: the one that is planned; its weights are not used.
+        inputs: on the meta device.
+        between: measure frozen blocks that the gradient passes as well.
+        seconds: at least four rounds are made, whatever they take.
+
+    Raises:
+        CannotCalibrate: blocks that differ, or a step that fails.
+    """
+    small = _two_block_model(model, layout, dtype, device)
+    blocks = find_layout(small, [layout.stacks[0].path])
+    vocabulary = getattr(getattr(model, "config", None), "vocab_size", None)
+    batch = on_device(inputs, device, vocabulary)
+    flags = StageFlags(small, blocks, tied, frozen_mode)
+    optimizer = MaskedAdamW(
+        small.parameters(), lr=1e-6, state_dtype=state_dtype, master_weights=master_weights
+    )
+    plans = {
+        "full": FreezePlan((True, True), embeddings=True),
+        "lowest": FreezePlan((False, True)),
+    }
+    if between:
+        plans["between"] = FreezePlan((False, True), embeddings=True)
+    clock, params = _Sections(device), 0
+    began = time.perf_counter()
+    try:
+        with torch.enable_grad():
+            rounds = 0
+            while rounds <= _MIN_ROUNDS or time.perf_counter() - began < seconds:
+                for name, plan in plans.items():
+                    state = flags.put(plan)
+                    params = state.trainable_params if name == "full" else params
+                    _timed_step(small, blocks, batch, optimizer, clock, name)
+                if not rounds:
+                    clock.seconds.clear()
+                rounds += 1
+    except (RuntimeError, IndexError, TypeError, ValueError, AttributeError) as error:
+        raise CannotCalibrate(f"a step of two blocks fails: {error}") from error
+    # forward of the lower block: the upper one is where memory grows to its peak, which in a
+    # whole model a single block pays for
+    block = clock.least("full block 0 forward")
+    block += clock.least("full block 0 backward", "full block 1 backward") / 2
+    passed = clock.least("between block 0 forward", "between block 0 backward") if between else 0.0
+    return UnitCosts(
+        embeddings=clock.least("full embeddings forward", "full last backward"),
+        embeddings_frozen=clock.least("lowest embeddings forward"),
+        block=block,
+        block_lowest=clock.least("lowest block 1 forward", "lowest last backward"),
+        block_frozen=clock.least("lowest block 0 forward"),
+        block_between=passed,
+        head=clock.least("full head forward", "full head backward"),
+        update=clock.least("full update") / params,
+    )

@@ -1,0 +1,373 @@
+"""One training step on the meta device: operations and bytes are counted, nothing is computed.
+
+The model's own forward and its autograd graph run, so that no formula of an architecture is needed.
+What depends on the device is put right on the way: attention goes to the kernel that would run
+there, and dropout keeps what it keeps there.
+"""
+
+from __future__ import annotations
+
+import copy
+import weakref
+from collections import defaultdict
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+from torch.nn import functional as F
+from torch.nn.attention import SDPBackend
+from torch.overrides import TorchFunctionMode
+from torch.utils import _pytree as pytree
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.flop_counter import FlopCounterMode
+
+from ..layout import Layout, parameter_slots
+
+aten = torch.ops.aten
+
+
+def _attention_flops(query: Any, key: Any, value: Any, *_: Any, **__: Any) -> int:
+    """Two matmuls over the whole square, causal or not, as torch counts them: 2 n m (d + d_v)."""
+    return _score_elements(query, key) * 2 * (query[-1] + value[-1])
+
+
+def _attention_backward_flops(
+    grad: Any, query: Any, key: Any, value: Any, *_: Any, **__: Any
+) -> int:
+    """dQ and dK over d, dP and dV over d_v: 2 n m (2 d + 2 d_v)."""
+    return _score_elements(query, key) * 4 * (query[-1] + value[-1])
+
+
+def _recomputing_backward_flops(
+    grad: Any, query: Any, key: Any, value: Any, *_: Any, **__: Any
+) -> int:
+    """The same, and the scores once more, which torch counts on GPUs: 2 n m d."""
+    scores = _score_elements(query, key) * 2 * query[-1]
+    return scores + _attention_backward_flops(grad, query, key, value)
+
+
+def _score_elements(query: Any, key: Any) -> int:
+    batch, heads, rows, _ = query
+    return batch * heads * rows * key[-2]
+
+
+# torch 2.13 leaves the CPU's fused attention out of its count: here it counts as the unfused one.
+# The GPU's it counts as here, but stops at grouped queries.
+_GPU_KERNELS = ("flash_attention", "efficient_attention", "cudnn_attention")
+_FLOPS = {
+    aten._scaled_dot_product_flash_attention_for_cpu: _attention_flops,
+    aten._scaled_dot_product_flash_attention_for_cpu_backward: _attention_backward_flops,
+    **{getattr(aten, f"_scaled_dot_product_{kind}"): _attention_flops for kind in _GPU_KERNELS},
+    **{
+        getattr(aten, f"_scaled_dot_product_{kind}_backward"): _recomputing_backward_flops
+        for kind in _GPU_KERNELS
+    },
+}
+
+
+class TargetKernels(TorchFunctionMode):
+    """Lets meta tensors take the paths that real ones would take on `device`.
+
+    A question about values is answered with no: "is nothing masked?", which transformers asks to
+    leave a mask out, is the usual one, and rows have padding.
+
+    Attributes:
+        attention: names of the attention kernels that were taken.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        super().__init__()
+        self._device = device
+        # a GPU that is not there cannot be asked which kernel it takes
+        self.asks_device = device.type == "cpu" or torch.cuda.is_available()
+        self.attention: set[str] = set()
+
+    def __torch_function__(
+        self, func: Callable[..., Any], types: Any, args: Any = (), kwargs: Any = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        if func is torch.Tensor.__bool__ and args[0].is_meta:
+            return False
+        if func is F.scaled_dot_product_attention:
+            return self._attend(*args, **kwargs)
+        if func is F.dropout and self._device.type == "cuda":
+            return self._drop(*args, **kwargs)
+        return func(*args, **kwargs)
+
+    @staticmethod
+    def _drop(x: torch.Tensor, p: float = 0.5, training: bool = True, inplace: bool = False) -> Any:
+        """A GPU keeps one byte an element, the CPU the scaled noise in the input's dtype."""
+        return torch.native_dropout(x, p, True)[0] if training and p > 0 else x
+
+    def _attend(
+        self,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        attn_mask: torch.Tensor | None = None,
+        dropout_p: float = 0.0,
+        is_causal: bool = False,
+        scale: float | None = None,
+        enable_gqa: bool = False,
+    ) -> torch.Tensor:
+        options = dict(scale=scale, enable_gqa=enable_gqa)
+        inputs = (query, key, value, attn_mask)
+        backend = self._choose(inputs, dropout_p, is_causal, options)
+        self.attention.add(backend.name.removesuffix("_ATTENTION").lower())
+        if backend not in (
+            SDPBackend.FLASH_ATTENTION,
+            SDPBackend.EFFICIENT_ATTENTION,
+            SDPBackend.CUDNN_ATTENTION,
+        ):
+            return F.scaled_dot_product_attention(
+                query, key, value, attn_mask, dropout_p, is_causal, **options
+            )
+        if attn_mask is not None and attn_mask.dtype == torch.bool:
+            # as torch does: every fused kernel adds its mask, and keeps it for backward
+            added = torch.zeros_like(attn_mask, dtype=query.dtype)
+            attn_mask = added.masked_fill_(attn_mask.logical_not(), float("-inf"))
+        if self._device.type == "cpu":
+            return aten._scaled_dot_product_flash_attention_for_cpu(
+                query, key, value, dropout_p, is_causal, attn_mask=attn_mask, scale=scale
+            )[0]
+        if backend is SDPBackend.FLASH_ATTENTION:
+            return aten._scaled_dot_product_flash_attention(
+                query, key, value, dropout_p, is_causal, False, scale=scale
+            )[0]
+        if attn_mask is not None:
+            attn_mask = attn_mask.expand(*query.shape[:-1], key.shape[-2])
+        grad = torch.is_grad_enabled() and any(t.requires_grad for t in (query, key, value))
+        kernel = (
+            aten._scaled_dot_product_efficient_attention
+            if backend is SDPBackend.EFFICIENT_ATTENTION
+            else aten._scaled_dot_product_cudnn_attention
+        )
+        return kernel(query, key, value, attn_mask, grad, dropout_p, is_causal, scale=scale)[0]
+
+    def _choose(
+        self,
+        inputs: tuple[torch.Tensor | None, ...],
+        dropout_p: float,
+        is_causal: bool,
+        options: dict[str, Any],
+    ) -> SDPBackend:
+        query, mask = inputs[0], inputs[3]
+        if query.ndim != 4:
+            return SDPBackend.MATH
+        if self.asks_device:
+            # one row of memory that is never touched: the choice does not depend on the batch
+            row = [
+                t
+                if t is None
+                else torch.empty_strided(
+                    (1, *t.shape[1:]), t.stride(), dtype=t.dtype, device=self._device
+                ).requires_grad_(t.requires_grad)
+                for t in inputs
+            ]
+            return SDPBackend(torch._fused_sdp_choice(*row, dropout_p, is_causal, **options))
+        half = query.dtype in (torch.bfloat16, torch.float16)
+        if half and mask is None and query.shape[-1] <= 256:
+            return SDPBackend.FLASH_ATTENTION
+        return SDPBackend.MATH if options["enable_gqa"] else SDPBackend.EFFICIENT_ATTENTION
+
+
+class LiveBytes(TorchDispatchMode):
+    """Bytes of the storages that are alive, while it is entered.
+
+    Attributes:
+        live: now, without what was there before.
+        peak: the most so far.
+    """
+
+    def __init__(self, model: nn.Module, inputs: Mapping[str, Any]) -> None:
+        super().__init__()
+        self.live = self.peak = 0
+        before = (*model.parameters(), *model.buffers(), *pytree.tree_leaves(inputs))
+        tensors = [t for t in before if isinstance(t, torch.Tensor)]
+        self._before = [t.untyped_storage() for t in tensors]  # held: addresses are used again
+        self._known: dict[int, Any] = {storage._cdata: None for storage in self._before}
+
+    def __torch_dispatch__(
+        self, func: Callable[..., Any], types: Any, args: Any = (), kwargs: Any = None
+    ) -> Any:
+        output = func(*args, **(kwargs or {}))
+        for t in pytree.tree_leaves(output):
+            if isinstance(t, torch.Tensor):
+                self._note(t.untyped_storage())
+        return output
+
+    def _note(self, storage: torch.UntypedStorage) -> None:
+        key, size = storage._cdata, storage.nbytes()
+        if key in self._known:
+            return
+
+        def freed(_: Any) -> None:
+            del self._known[key]
+            self.live -= size
+
+        self._known[key] = weakref.ref(storage, freed)
+        self.live += size
+        self.peak = max(self.peak, self.live)
+
+
+@dataclass(frozen=True)
+class StepFlops:
+    """Operations of one micro-batch: matmuls, convolutions and attention; a multiplication and an
+    addition are two.
+
+    Attributes:
+        forward: of the whole forward. prefix: the part of it below the boundary.
+        backward: with what checkpointing computes again.
+        attention: names of the attention kernels.
+    """
+
+    forward: int
+    prefix: int
+    backward: int
+    attention: frozenset[str]
+
+
+def meta_copy(model: nn.Module, dtype: torch.dtype) -> nn.Module:
+    """The same model with weights on the meta device, in train mode; `model` is left alone.
+
+    Args:
+        dtype: of the floating-point parameters. Buffers keep theirs.
+    """
+    memo: dict[int, Any] = {}
+    for module in model.modules():
+        own = [*module._parameters.values(), *module._buffers.values(), *module.__dict__.values()]
+        for t in own:
+            if not isinstance(t, torch.Tensor) or id(t) in memo:
+                continue
+            if isinstance(t, nn.Parameter):
+                wanted = dtype if t.is_floating_point() else t.dtype
+                empty = torch.empty_like(t, device="meta", dtype=wanted)
+                memo[id(t)] = nn.Parameter(empty, requires_grad=t.requires_grad)
+            else:
+                memo[id(t)] = torch.empty_like(t, device="meta")
+    return copy.deepcopy(model, memo).train()
+
+
+def loss_of(output: Any) -> torch.Tensor:
+    """What backward starts from: the loss, or the sum of what a model without a loss returns.
+
+    Raises:
+        ValueError: nothing in the output requires grad.
+    """
+    if getattr(output, "loss", None) is not None:
+        return output.loss
+    for t in pytree.tree_leaves(output):
+        if isinstance(t, torch.Tensor) and t.requires_grad:
+            return t.sum()
+    raise ValueError("nothing in the model's output requires grad")
+
+
+def _backward(loss: torch.Tensor) -> None:
+    # `loss.backward()` leaves every torch function mode for as long as it runs, and what a
+    # checkpoint computes again would then take other kernels than before
+    torch.autograd.graph._engine_run_backward(
+        (loss,),
+        (torch.ones_like(loss),),
+        False,
+        False,
+        (),
+        allow_unreachable=True,
+        accumulate_grad=True,
+    )
+
+
+@contextmanager
+def _gradients_dropped_per_unit(model: nn.Module, layout: Layout) -> Iterator[None]:
+    """Drop a unit's gradients when its last one has come, as an update inside backward does."""
+    waiting: dict[int, set[nn.Parameter]] = defaultdict(set)
+    members: dict[int, list[nn.Parameter]] = defaultdict(list)
+    handles = []
+
+    def arrived(unit: int) -> Callable[[nn.Parameter], None]:
+        def note(parameter: nn.Parameter) -> None:
+            waiting[unit].discard(parameter)
+            if not waiting[unit]:
+                for member in members[unit]:
+                    member.grad = None
+
+        return note
+
+    for slot in parameter_slots(model, layout):
+        if slot.parameter.requires_grad:
+            waiting[slot.home].add(slot.parameter)
+            members[slot.home].append(slot.parameter)
+            hook = arrived(slot.home)
+            handles.append(slot.parameter.register_post_accumulate_grad_hook(hook))
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def count_flops(
+    model: nn.Module,
+    layout: Layout,
+    inputs: Mapping[str, Any],
+    *,
+    boundary: int,
+    device: torch.device,
+) -> StepFlops:
+    """Count the operations of a forward and a backward.
+
+    Args:
+        model: on the meta device, its flags set for the stage.
+        inputs: the model's arguments, on the meta device.
+        boundary: the effective one; the block below it ends the prefix.
+        device: where the step would run.
+    """
+    kernels, counter = TargetKernels(device), FlopCounterMode(display=False, custom_mapping=_FLOPS)
+    prefix = 0
+
+    def leave_prefix(*_: Any) -> None:
+        nonlocal prefix
+        prefix = counter.get_total_flops()
+
+    with ExitStack() as stack:
+        if boundary:
+            last = model.get_submodule(layout.block_paths[boundary - 1])
+            stack.callback(last.register_forward_hook(leave_prefix).remove)
+        stack.enter_context(kernels)
+        stack.enter_context(counter)
+        loss = loss_of(model(**inputs))
+        forward = counter.get_total_flops()
+        _backward(loss)
+    model.zero_grad(set_to_none=True)
+    backward = counter.get_total_flops() - forward
+    return StepFlops(forward, prefix, backward, frozenset(kernels.attention))
+
+
+def peak_live_bytes(
+    model: nn.Module,
+    layout: Layout,
+    inputs: Mapping[str, Any],
+    *,
+    device: torch.device,
+    in_backward: bool,
+) -> int:
+    """The most that activations, temporaries and gradients take together in one step.
+
+    Not counted in one run with the operations: torch's counter keeps what a checkpoint computes
+    again alive to the end.
+
+    Args:
+        model, inputs, device: as for `count_flops`.
+        in_backward: gradients of a unit are dropped as soon as they are complete.
+    """
+    memory = LiveBytes(model, inputs)
+    with ExitStack() as stack:
+        if in_backward:
+            stack.enter_context(_gradients_dropped_per_unit(model, layout))
+        stack.enter_context(TargetKernels(device))
+        stack.enter_context(memory)
+        _backward(loss_of(model(**inputs)))
+    model.zero_grad(set_to_none=True)
+    return memory.peak

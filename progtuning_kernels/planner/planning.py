@@ -1,0 +1,310 @@
+"""`plan_training`: composes what every stage of a schedule costs from steps on the meta device."""
+
+from __future__ import annotations
+
+import copy
+import math
+import warnings
+from bisect import bisect_left
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
+from typing import Any, get_args
+
+import torch
+from torch import nn
+
+from .._backend import one_line
+from ..active_set import TiedPolicy
+from ..boundary import FrozenMode
+from ..cache import PrefixCache
+from ..derived_classes import derived_classes
+from ..layout import find_layout
+from ..schedules import FreezePlan, ProgressiveSchedule, Schedule
+from .calibration import CannotCalibrate, UnitCosts, measure_units
+from .example_batch import example_batch, on_meta
+from .meta_step import meta_copy
+from .stage_flags import StageFlags
+from .stage_meter import (
+    STATE_DTYPES,
+    MeasuredStage,
+    OptimizerName,
+    Options,
+    StageMeter,
+    largest_batch,
+)
+from .training_plan import Remedy, StagePlan, TrainingPlan
+
+# A distinct plan of a model of 32 blocks takes 2 s, and nobody reads a longer table.
+_MOST_PLANS = 64
+# Length of a run that no one has named: every number of stages up to 12 divides it.
+_ANY_LENGTH = math.lcm(*range(1, 13))
+
+
+def _stage_starts(schedule: Schedule, total_steps: int) -> list[int]:
+    """First steps of the stages, whose numbers grow with the step: found by bisection."""
+    steps, starts = range(total_steps), [0]
+    while True:
+        current = schedule.stage(starts[-1])
+        following = bisect_left(steps, current + 1, lo=starts[-1], key=schedule.stage)
+        if following == total_steps:
+            return starts
+        starts.append(following)
+
+
+def _with_length(schedule: Schedule, steps: int | None) -> Schedule:
+    """The schedule, or a copy of it that knows how long the run is."""
+    if hasattr(schedule, "observe"):
+        raise ValueError(
+            f"{type(schedule).__name__} decides while it trains: plan a MilestoneSchedule that "
+            "freezes as you expect it to"
+        )
+    if steps is None and schedule.total_steps is not None:
+        return schedule
+    if steps is None and not isinstance(schedule, ProgressiveSchedule):
+        raise ValueError("the schedule does not know the length of the run: give steps=")
+    return copy.deepcopy(schedule).bind(steps or _ANY_LENGTH)
+
+
+def plan_training(
+    model: nn.Module,
+    schedule: Schedule,
+    *,
+    batch_size: int,
+    seq_len: int,
+    dtype: torch.dtype = torch.float32,
+    optimizer: OptimizerName = "adamw",
+    master_weights: bool = False,
+    in_backward: bool = False,
+    cache: bool | PrefixCache = False,
+    steps: int | None = None,
+    memory_bytes: int | None = None,
+    device: torch.device | str | None = None,
+    padding: bool = True,
+    inputs: Mapping[str, Any] | None = None,
+    frozen_mode: FrozenMode = "eval",
+    tied: TiedPolicy = "frozen",
+    blocks: str | Sequence[str] | None = None,
+    suggest_batch: bool = False,
+    calibrate: bool = False,
+) -> TrainingPlan:
+    """Say what every stage of a run costs, without weights and without training.
+
+    The model's own forward and backward run on the meta device, once for every distinct plan of the
+    schedule, while operations (torch's counter), saved activations and live bytes are counted.
+    Modules are counted as they are, without freeze-aware kernels. Autocast is not modelled.
+
+    Args:
+        model: an unpatched model; it is not changed. Its weights may be on the meta device:
+            `with torch.device("meta"): AutoModelForCausalLM.from_config(config)`. Gradient
+            checkpointing counts if it is switched on.
+        schedule: as for `patch_model`.
+        batch_size, seq_len: rows of a micro-batch, and tokens in each.
+        dtype: of weights, activations and gradients.
+        optimizer: `MaskedAdamW` with moments in float32 ("adamw"), bfloat16 or 8 bits.
+        master_weights: it keeps float32 copies of weights of fewer bits.
+        in_backward: it updates inside backward, so that one unit's gradients are alive at a time.
+        cache: count what a `PrefixCache` would keep of a row, in its `dtype`, and time steps
+            without the prefix.
+        steps: optimizer steps of the run; None: as the schedule says, or equal stages.
+        memory_bytes: what a stage has to fit in.
+        device: where it will run: which attention kernel is taken and what dropout keeps depend on
+            it. None: where the model is, or from the meta device a GPU if there is one.
+        padding: rows are padded, so that there is an attention mask.
+        inputs: arguments of the model in place of tokens and labels, `batch_size` in dimension 0.
+        frozen_mode, tied, blocks: as for `patch_model`.
+        suggest_batch: for every stage, the rows of a micro-batch that fit in `memory_bytes`, or in
+            the peak of the run if none is given.
+        calibrate: time real steps of two blocks, embeddings and head on `device`, for about two
+            seconds (four rounds at least), and compose stages from that.
+
+    Raises:
+        UnsupportedModelError: the model cannot be cut into units.
+        ValueError: a setting out of range; a schedule that does not fit, has no length, has more
+            than 64 different plans, or decides while it trains; a model that is patched, or that
+            asks for values of its data and so cannot run on the meta device.
+        TypeError: not a module, such as a config.
+    """
+    if not isinstance(model, nn.Module):
+        raise TypeError(
+            f"model must be an nn.Module, got {type(model).__name__}; of a config build one "
+            'without weights: with torch.device("meta"): AutoModel....from_config(config)'
+        )
+    if set(map(type, model.modules())) & set(derived_classes()):
+        raise ValueError("the model is patched: plan before, or call handle.unpatch() first")
+    if optimizer not in get_args(OptimizerName):
+        choices = ", ".join(map(repr, get_args(OptimizerName)))
+        raise ValueError(f"optimizer must be one of {choices}, got {optimizer!r}")
+    if batch_size < 1 or seq_len < 1:
+        raise ValueError(f"batch_size={batch_size} and seq_len={seq_len} must be positive")
+    if device is None:
+        here = next(model.parameters()).device
+        device = ("cuda" if torch.cuda.is_available() else "cpu") if here.type == "meta" else here
+    target = torch.device(device)
+    timed = _with_length(schedule, steps)
+    options = Options(
+        optimizer=optimizer,
+        master_weights=master_weights,
+        in_backward=in_backward,
+        cache=PrefixCache(1) if cache is True else cache or None,
+        device=target,
+    )
+    copied = meta_copy(model, dtype)
+    layout = find_layout(copied, blocks)
+    starts = _stage_starts(timed, timed.total_steps)
+    plans = [timed.plan(start, layout.num_blocks) for start in starts]
+    if len(set(plans)) > _MOST_PLANS:
+        raise ValueError(
+            f"{len(set(plans))} different plans in {timed.total_steps:,} steps, more than the "
+            f"{_MOST_PLANS} that a table holds: give fewer steps="
+        )
+    everything = FreezePlan((True,) * layout.num_blocks, embeddings=True)
+    flags = StageFlags(copied, layout, tied, frozen_mode)
+    with _no_data(model):
+        if inputs is None:
+            batch = example_batch(copied, batch_size, seq_len, padding=padding, device=target)
+        else:
+            batch = on_meta(inputs, batch_size, batch_size)
+        meter = StageMeter(copied, layout, flags, batch, options)
+        full = meter.measure(everything)
+        measured = [meter.measure(plan) for plan in plans]
+
+    notes = [_attention_note(target, full, padding=padding)]
+    if timed.total_steps == _ANY_LENGTH and steps is None and schedule.total_steps is None:
+        notes.append(f"the run has no length yet: steps are those of one of {_ANY_LENGTH:,}")
+    costs = None
+    if calibrate:
+        try:
+            costs = measure_units(
+                model,
+                layout,
+                batch,
+                dtype=dtype,
+                device=target,
+                state_dtype=STATE_DTYPES[optimizer],
+                master_weights=master_weights,
+                tied=tied,
+                frozen_mode=frozen_mode,
+                between=any(m.passes_frozen_blocks for m in measured),
+            )
+            notes.append(f"times: real steps of two blocks on {target}")
+        except CannotCalibrate as reason:
+            notes.append(f"not calibrated: {one_line(reason)}")
+    stages = [
+        replace(_with_times(m, full, costs, layout.num_blocks), first_step=start, steps=end - start)
+        for m, start, end in zip(measured, starts, [*starts[1:], timed.total_steps], strict=True)
+    ]
+    peak = max(range(len(stages)), key=lambda i: stages[i].peak_bytes)
+    with _no_data(model):
+        if suggest_batch:
+            limit = stages[peak].peak_bytes if memory_bytes is None else memory_bytes
+            best = {
+                plan: _suggestion(meter, plan, batch, batch_size, limit)
+                for plan in dict.fromkeys(plans)
+            }
+            stages = [
+                replace(stage, suggested_batch_size=best[plan])
+                for stage, plan in zip(stages, plans, strict=True)
+            ]
+        remedies = _remedies(meter, plans[peak], stages[peak], options, batch, batch_size)
+    return TrainingPlan(
+        title=(
+            f"{type(model).__name__}, {layout.num_blocks} blocks, {batch_size} rows of {seq_len} "
+            f"tokens, {str(dtype).removeprefix('torch.')}, {optimizer}"
+            + ", master weights" * master_weights
+            + ", in backward" * in_backward
+        ),
+        stages=tuple(stages),
+        full=_with_times(full, full, costs, layout.num_blocks),
+        memory_bytes=memory_bytes,
+        remedies=tuple(remedies),
+        notes=tuple(notes),
+        calibrated=costs is not None,
+    )
+
+
+@contextmanager
+def _no_data(model: nn.Module) -> Iterator[None]:
+    """Say what has happened to a model that asks for values on the meta device."""
+    try:
+        yield
+    except (NotImplementedError, RuntimeError) as error:
+        name = type(model).__name__
+        raise ValueError(f"{name} cannot be planned without data: {one_line(error)}") from error
+
+
+def _attention_note(device: torch.device, full: MeasuredStage, *, padding: bool) -> str:
+    kernels = ", ".join(sorted(full.flops.attention)) or "the model's own"
+    known = device.type == "cpu" or torch.cuda.is_available()
+    assumed = "" if known else " (assumed: there is none here)"
+    mask = "with a mask, as rows are padded" if padding else "rows without padding"
+    return f"attention on {device.type}: {kernels}{assumed}, {mask}"
+
+
+def _with_times(
+    measured: MeasuredStage, full: MeasuredStage, costs: UnitCosts | None, num_blocks: int
+) -> StagePlan:
+    figures, flops = measured.figures, measured.flops
+    has_cache = figures.cache_bytes_per_sample is not None
+    if costs is None:
+        cached = (figures.flops - flops.prefix) / full.figures.flops
+        ratio = figures.flops / full.figures.flops
+        return replace(figures, step_ratio=ratio, cached_step_ratio=cached if has_cache else None)
+    whole = costs.step_s(full.state, num_blocks)
+    seconds = costs.step_s(measured.state, num_blocks)
+    cached = costs.step_s(measured.state, num_blocks, cached=True) / whole
+    return replace(
+        figures,
+        step_ratio=seconds / whole,
+        step_ms=seconds * 1e3,
+        cached_step_ratio=cached if has_cache else None,
+    )
+
+
+def _suggestion(
+    meter: StageMeter, plan: FreezePlan, batch: Mapping[str, Any], rows: int, limit: int
+) -> int:
+    return largest_batch(
+        lambda n: meter.peak_bytes(plan, inputs=on_meta(batch, rows, n)), rows, limit
+    )
+
+
+def _remedies(
+    meter: StageMeter,
+    plan: FreezePlan,
+    stage: StagePlan,
+    options: Options,
+    batch: Mapping[str, Any],
+    rows: int,
+) -> list[Remedy]:
+    """What each option alone makes of the peak, where it lowers it."""
+    found = []
+    for name, words in (("adamw-8bit", "8-bit state"), ("adamw-bf16", "bf16 moments")):
+        state = meter.state_bytes(plan, name)
+        found.append(Remedy(words, stage.peak_bytes - stage.state_bytes + state))
+    if not options.in_backward:
+        within = meter.peak_bytes(plan, in_backward=True)
+        found.append(Remedy("in_backward (without exact clipping)", within))
+    if plan.embeddings:
+        without = replace(plan, embeddings=False)
+        found.append(Remedy('embeddings="never"', meter.peak_bytes(without)))
+    if rows > 1:
+        half = on_meta(batch, rows, rows // 2)
+        found.append(Remedy(f"a micro-batch of {rows // 2}", meter.peak_bytes(plan, inputs=half)))
+    if _switch_checkpointing_on(meter.model):  # last, as it stays on in the copy
+        found.append(Remedy("gradient checkpointing", meter.peak_bytes(plan)))
+    lower = (remedy for remedy in found if remedy.peak_bytes < stage.peak_bytes)
+    return sorted(lower, key=lambda remedy: remedy.peak_bytes)
+
+
+def _switch_checkpointing_on(model: nn.Module) -> bool:
+    """Whether it was off, and a Hugging Face model that has it."""
+    if not getattr(model, "supports_gradient_checkpointing", False) or any(
+        getattr(module, "gradient_checkpointing", False) for module in model.modules()
+    ):
+        return False
+    model.config.use_cache = False  # transformers would do it, and say so
+    with warnings.catch_warnings():  # 5.23 has another name for it, 5.0 has not
+        warnings.simplefilter("ignore", FutureWarning)
+        model.gradient_checkpointing_enable({"use_reentrant": False})
+    return True

@@ -1,0 +1,198 @@
+"""The result of planning, and its table."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+
+@dataclass(frozen=True)
+class StagePlan:
+    """What one stage costs.
+
+    Attributes:
+        first_step: its first optimizer step, from 0.
+        steps: optimizer steps in it.
+        boundary: the effective boundary.
+        trains: units that train, in words.
+        trainable_params: elements that an optimizer step updates.
+        weight_bytes: of all parameters and buffers.
+        gradient_bytes: of the trained parameters; under in_backward those of the largest unit.
+        state_bytes: of the optimizer, with master weights.
+        activation_bytes: of distinct tensors that a forward keeps for backward.
+        peak_bytes: weights, state, and the most that activations, temporaries and gradients take
+            together. An allocator's rounding, workspaces of libraries and a GPU's context (about
+            0.5 GiB) come on top.
+        forward_flops, backward_flops: of one micro-batch; a multiplication and an addition are two.
+        step_ratio: time of a step relative to full training: of measured unit costs where the plan
+            is calibrated, otherwise of the operations, the optimizer left out.
+        step_ms: milliseconds of a step of one micro-batch; None where it is not calibrated.
+        cache_bytes_per_sample: of one row's boundary activations; None without cache, and in a
+            stage without prefix.
+        cached_step_ratio: of a step whose rows are all in the cache; None as above.
+        suggested_batch_size: rows of a micro-batch that take no more memory than is given, or than
+            the peak of the run; None where none was asked for.
+    """
+
+    first_step: int
+    steps: int
+    boundary: int
+    trains: str
+    trainable_params: int
+    weight_bytes: int
+    gradient_bytes: int
+    state_bytes: int
+    activation_bytes: int
+    peak_bytes: int
+    forward_flops: int
+    backward_flops: int
+    step_ratio: float
+    step_ms: float | None = None
+    cache_bytes_per_sample: int | None = None
+    cached_step_ratio: float | None = None
+    suggested_batch_size: int | None = None
+
+    @property
+    def flops(self) -> int:
+        return self.forward_flops + self.backward_flops
+
+
+@dataclass(frozen=True)
+class Remedy:
+    """An option that lowers the peak, and the peak bytes of the same stage with it."""
+
+    option: str
+    peak_bytes: int
+
+
+@dataclass(frozen=True)
+class TrainingPlan:
+    """What a run costs, stage by stage. `print(plan)` shows it as a table.
+
+    Attributes:
+        title: the model and the shape of a micro-batch.
+        stages: in the order of the run.
+        full: one step of full training, to compare with.
+        memory_bytes: what was given; None: nothing to fit.
+        remedies: what would lower the peak, the most effective first.
+        notes: what was assumed, a line each.
+        calibrated: whether times come from a measurement on this machine.
+    """
+
+    title: str
+    stages: tuple[StagePlan, ...]
+    full: StagePlan
+    memory_bytes: int | None
+    remedies: tuple[Remedy, ...]
+    notes: tuple[str, ...]
+    calibrated: bool
+
+    @property
+    def total_steps(self) -> int:
+        return sum(stage.steps for stage in self.stages)
+
+    @property
+    def run_ratio(self) -> float:
+        """Time of the whole run relative to full training; without cache."""
+        return sum(s.steps * s.step_ratio for s in self.stages) / self.total_steps
+
+    @property
+    def cached_run_ratio(self) -> float | None:
+        """The same if every row of a stage with a prefix is in the cache; None without one.
+
+        A run comes near it with many epochs a stage: the first epoch of each computes and stores.
+        """
+        if all(s.cached_step_ratio is None for s in self.stages):
+            return None
+        times = (
+            s.steps * (s.step_ratio if s.cached_step_ratio is None else s.cached_step_ratio)
+            for s in self.stages
+        )
+        return sum(times) / self.total_steps
+
+    @property
+    def peak_stage(self) -> int:
+        """Index of the stage that takes most memory; the first of several."""
+        return max(range(len(self.stages)), key=lambda i: self.stages[i].peak_bytes)
+
+    @property
+    def peak_bytes(self) -> int:
+        return self.stages[self.peak_stage].peak_bytes
+
+    @property
+    def fits(self) -> bool | None:
+        """Whether every stage fits in `memory_bytes`; None if no memory was given."""
+        return None if self.memory_bytes is None else self.peak_bytes <= self.memory_bytes
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values, for JSON."""
+        return asdict(self) | {
+            "total_steps": self.total_steps,
+            "run_ratio": self.run_ratio,
+            "cached_run_ratio": self.cached_run_ratio,
+            "peak_stage": self.peak_stage,
+            "peak_bytes": self.peak_bytes,
+            "fits": self.fits,
+        }
+
+    def __str__(self) -> str:
+        return "\n".join([self.title, "", *_table(self._rows()), "", *self._conclusions()])
+
+    def _rows(self) -> list[list[str]]:
+        head = ["stage", "steps", "trains", "params (M)", "GFLOP fwd", "bwd", "weights"]
+        head += ["gradients", "state", "activations", "peak", "step / full"]
+        timed = self.calibrated
+        cached = any(s.cache_bytes_per_sample is not None for s in self.stages)
+        suggested = any(s.suggested_batch_size is not None for s in self.stages)
+        head += ["ms"] * timed + ["cache / row", "with cache"] * cached
+        head += ["rows"] * suggested + ["fits"] * (self.memory_bytes is not None)
+        rows = [head]
+        for name, s in [*((str(i + 1), s) for i, s in enumerate(self.stages)), ("full", self.full)]:
+            row = [name, f"{s.steps:,}" if s.steps else "", s.trains]
+            row += [f"{s.trainable_params / 1e6:,.2f}"]
+            row += [f"{flops / 1e9:,.1f}" for flops in (s.forward_flops, s.backward_flops)]
+            sizes = (s.weight_bytes, s.gradient_bytes, s.state_bytes, s.activation_bytes)
+            row += [_size(n) for n in (*sizes, s.peak_bytes)] + [f"{s.step_ratio:.3f}"]
+            row += [f"{s.step_ms:,.1f}" if s.step_ms is not None else ""] * timed
+            if cached:
+                size, ratio = s.cache_bytes_per_sample, s.cached_step_ratio
+                row += ["-", "-"] if size is None else [_size(size), f"{ratio:.3f}"]
+            row += [str(s.suggested_batch_size or "")] * suggested
+            if self.memory_bytes is not None:
+                row += ["yes" if s.peak_bytes <= self.memory_bytes else "NO"]
+            rows.append(row)
+        return rows
+
+    def _conclusions(self) -> list[str]:
+        how = "measured unit costs" if self.calibrated else "operations, the optimizer left out"
+        lines = [f"whole run / full training: {self.run_ratio:.3f} (by {how})"]
+        if (cached := self.cached_run_ratio) is not None:
+            lines[0] += f"; {cached:.3f} once the cache holds every row"
+        number = self.peak_stage + 1
+        peak = f"the peak is stage {number}: {_size(self.peak_bytes)}"
+        if self.memory_bytes is not None:
+            verdict = "fits in" if self.fits else "does NOT fit in"
+            peak += f", which {verdict} {_size(self.memory_bytes)}"
+        lines.append(f"{peak}; later stages lower the mean, not the peak")
+        if self.remedies:
+            lines.append(f"stage {number} would take at its peak:")
+            lines += [f"  {_size(r.peak_bytes):>9}  with {r.option}" for r in self.remedies]
+        return [*lines, *self.notes]
+
+
+def _size(count: int) -> str:
+    if count >= 2**30:
+        return f"{count / 2**30:,.2f} GiB"
+    return f"{count / 2**20:,.1f} MiB" if count >= 2**20 else f"{count / 2**10:,.1f} KiB"
+
+
+def _table(rows: Sequence[Sequence[str]]) -> list[str]:
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    return [
+        "  ".join(
+            text.ljust(w) if c in (0, 2) else text.rjust(w)
+            for c, (text, w) in enumerate(zip(row, widths, strict=True))
+        ).rstrip()
+        for row in rows
+    ]

@@ -1,0 +1,93 @@
+"""`progtuning plan`: folders and config files without weights, and every bad call one line."""
+
+from __future__ import annotations
+
+import json
+import shutil
+
+import pytest
+import transformers
+from test_cli_train import _one_line_error
+
+from progtuning_kernels.cli.app import main
+from progtuning_kernels.cli.plan_command import parse_bytes
+
+_SMALL = ["--seq-len", "16", "--batch-size", "4", "--device", "cpu"]
+
+
+def _planned(capsys, *arguments: object) -> dict:
+    capsys.readouterr()
+    main(["plan", *_SMALL, "--json", *map(str, arguments)])
+    return json.loads(capsys.readouterr().out)
+
+
+def test_table_of_a_folder(model_folders, capsys):
+    arguments = ["--stages", "4", "--steps", "40", "--memory", "1GiB", "--cache"]
+    main(["plan", "--model", str(model_folders["bert"]), *_SMALL, *arguments, "--suggest-batch"])
+    out = capsys.readouterr().out
+    assert "BertForSequenceClassification, 4 blocks, 4 rows of 16 tokens" in out
+    assert "embeddings, blocks 0-3, head" in out and "blocks 3, head" in out
+    assert "the peak is stage 1" in out and "fits in 1.00 GiB" in out
+    assert "cache / row" in out and "rows" in out and "gradient checkpointing" in out
+
+
+def test_a_config_file_is_enough(model_folders, tmp_path, capsys):
+    shutil.copy(model_folders["gpt2"] / "config.json", tmp_path / "config.json")
+    whole = _planned(capsys, "--model", model_folders["gpt2"])
+    plan = _planned(capsys, "--model", tmp_path / "config.json")
+    assert plan == whole
+    assert plan["title"].startswith("GPT2LMHeadModel")  # as the config says
+    model = transformers.AutoModelForCausalLM.from_pretrained(model_folders["gpt2"])
+    assert plan["full"]["trainable_params"] == sum(p.numel() for p in model.parameters())
+    classified = _planned(capsys, "--model", tmp_path / "config.json", "--task", "classification")
+    assert classified["title"].startswith("GPT2ForSequenceClassification")
+
+
+def test_options_reach_the_plan(model_folders, capsys):
+    model = ["--model", model_folders["bert"]]
+    plain = _planned(capsys, *model)
+    stage = plain["stages"][0]
+    small = ["--dtype", "bf16", "--optimizer", "adamw-bf16", "--embeddings", "never"]
+    changed = _planned(capsys, *model, *small)["stages"][0]
+    for field in ("weight_bytes", "state_bytes", "trainable_params", "activation_bytes"):
+        assert changed[field] < stage[field], field
+    masters = ["--dtype", "bf16", "--master-weights", "--in-backward", "--gradient-checkpointing"]
+    changed = _planned(capsys, *model, *masters)["stages"][0]
+    assert changed["state_bytes"] == pytest.approx(1.5 * stage["state_bytes"], rel=0.01)
+    assert changed["gradient_bytes"] < stage["gradient_bytes"] / 4
+    assert changed["activation_bytes"] < stage["activation_bytes"] / 4
+    fused = ["--model", model_folders["bert-without-dropout"]]  # whose kernel keeps its mask
+    with_mask, without = (_planned(capsys, *fused, *more) for more in ([], ["--no-padding"]))
+    assert without["full"]["activation_bytes"] < with_mask["full"]["activation_bytes"]
+    calibrated = _planned(capsys, *model, "--calibrate")
+    assert calibrated["calibrated"] and calibrated["stages"][0]["step_ms"] > 0
+
+
+@pytest.mark.parametrize(
+    ("extra", "message"),
+    [
+        (["--model", "nowhere/at-all"], "cannot load the config of 'nowhere/at-all'"),
+        (["--stages", "5"], "stages=5 is more than the 4 blocks there are"),
+        (["--steps", "2"], "total_steps=2 is fewer than stages=3"),
+        (["--seq-len", "64"], "--seq-len 64 is above the model's 32 tokens"),
+        (["--memory", "lots"], "'lots' is no size of memory: give one such as 24GiB"),
+        (["--blocks", "bert.layers"], "has no module at 'bert.layers'"),
+        (["--optimizer", "sgd"], "--optimizer"),
+        (["--device", "cuda:77"], "device 'cuda:77' cannot be used"),
+        (["--batch-size", "0"], "--batch-size"),
+    ],
+)
+def test_bad_calls_get_one_line(model_folders, capsys, extra, message):
+    model = ["--model", str(model_folders["bert"])]
+    assert message in _one_line_error(capsys, ["plan", *model, *_SMALL, *extra])
+
+
+def test_help_has_an_example(capsys):
+    main(["plan", "--help"])
+    assert "Example: progtuning plan --model" in capsys.readouterr().out
+
+
+def test_sizes_of_memory():
+    sizes = {"24GiB": 24 << 30, "80GB": 80 * 10**9, "1.5 gib": 3 << 29, "512m": 512 * 10**6}
+    assert {text: parse_bytes(text) for text in sizes} == sizes
+    assert parse_bytes("1000") == 1000

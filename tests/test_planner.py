@@ -1,0 +1,423 @@
+"""Plans against real runs: parameters, operations, bytes and times of every stage."""
+
+from __future__ import annotations
+
+import copy
+import json
+import resource
+import time
+from statistics import median
+
+import pytest
+import torch
+import transformers as hf
+from tiny_models import tiny_model
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
+
+import progtuning_kernels.planner.planning as planning
+from progtuning_kernels import (
+    AdaptiveSchedule,
+    CyclicBlockSchedule,
+    MaskedAdamW,
+    MilestoneSchedule,
+    PrefixCache,
+    ProgressiveSchedule,
+    RandomBlockSchedule,
+    plan_training,
+)
+from progtuning_kernels.patch import patch_model
+from progtuning_kernels.planner.calibration import UnitCosts
+from progtuning_kernels.planner.stage_flags import StageState
+from progtuning_kernels.planner.stage_meter import largest_batch
+
+ROWS, TOKENS = 6, 24
+SCHEDULES = {
+    "progressive": ProgressiveSchedule(4, 8),
+    "always": ProgressiveSchedule(2, 8, embeddings="always"),
+    "head only": MilestoneSchedule({0: 0, 2: 3, 4: 4, 6: 1}).bind(8),
+    "cyclic": CyclicBlockSchedule(1, 2).bind(8),
+}
+
+
+def _batch(model: torch.nn.Module) -> dict[str, torch.Tensor]:
+    ids = torch.randint(3, 97, (ROWS, TOKENS))
+    mask = torch.ones_like(ids)
+    mask[1:, -5:] = 0
+    labels = torch.arange(ROWS) % 3 if "Classification" in type(model).__name__ else ids
+    return {"input_ids": ids, "attention_mask": mask, "labels": labels}
+
+
+def _plan(model, schedule, **options):
+    return plan_training(model, schedule, batch_size=ROWS, seq_len=TOKENS, **options)
+
+
+@pytest.mark.parametrize("schedule", SCHEDULES.values(), ids=list(SCHEDULES))
+@pytest.mark.parametrize(
+    ("name", "dropout"),
+    [
+        ("bert-sequence", True),
+        ("bert-masked-lm", False),
+        ("gpt2-causal-lm", True),
+        ("llama-causal-lm", False),
+        ("llama-sequence", False),
+        ("t5-seq2seq-lm", False),
+    ],
+)
+def test_stages_are_those_of_a_real_run(name, dropout, schedule):
+    model = tiny_model(name, dropout=dropout)
+    plan = _plan(model, schedule, device="cpu")
+    batch = _batch(model)
+    handle = patch_model(model, copy.deepcopy(schedule), kernels="off")
+    optimizer = MaskedAdamW(handle.param_groups())
+    assert [s.steps for s in plan.stages] == [8 // len(plan.stages)] * len(plan.stages)
+    for stage in plan.stages:
+        handle.seek(stage.first_step)
+        assert stage.boundary == handle.boundary
+        assert stage.trainable_params == handle.active_params
+        # of the CPU's attention kernels torch's counter sees but this one
+        with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
+            loss = model(**batch).loss
+            forward = counter.get_total_flops()
+            loss.backward()
+        assert stage.forward_flops == pytest.approx(forward, rel=0.02)
+        backward = counter.get_total_flops() - forward
+        assert stage.backward_flops == pytest.approx(backward, rel=0.02)
+        active = [p for p in model.parameters() if p.grad is not None]
+        assert stage.gradient_bytes == sum(p.grad.nbytes for p in active)
+        optimizer.step()
+        state = sum(t.nbytes for p in active for t in optimizer.state[p].values())
+        assert stage.state_bytes == state
+        optimizer.zero_grad()
+        model(**batch)
+        measured = handle.truncation_report().activation_bytes
+        assert stage.activation_bytes == pytest.approx(measured, rel=0.01)
+    whole = sum(t.nbytes for t in (*model.parameters(), *model.buffers()))
+    assert {s.weight_bytes for s in plan.stages} == {whole}
+
+
+@pytest.mark.parametrize("name", ["bert-sequence", "gpt2-causal-lm", "llama-causal-lm"])
+def test_checkpointing_is_planned_as_it_runs(name):
+    model = tiny_model(name)
+    model.config.use_cache = False
+    model.gradient_checkpointing_enable({"use_reentrant": False})
+    plan = _plan(model, SCHEDULES["progressive"], device="cpu")
+    batch = _batch(model)
+    handle = patch_model(model, ProgressiveSchedule(4, 8), kernels="off")
+    for stage in plan.stages:
+        handle.seek(stage.first_step)
+        with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
+            model(**batch).loss.backward()
+        assert stage.flops == pytest.approx(counter.get_total_flops(), rel=0.02)
+        measured = handle.truncation_report().activation_bytes
+        assert stage.activation_bytes == pytest.approx(measured, rel=0.01)
+    plain = _plan(tiny_model(name), SCHEDULES["progressive"], device="cpu")
+    assert plain.stages[0].peak_bytes > plan.stages[0].peak_bytes
+    remedies = {r.option: r.peak_bytes for r in plain.remedies}
+    assert remedies["gradient checkpointing"] == plan.stages[0].peak_bytes
+
+
+def test_state_bytes_are_those_of_the_optimizer():
+    sizes = {}
+    for name, dtype in (("adamw", torch.float32), ("adamw-bf16", torch.bfloat16)):
+        for masters in (False, True):
+            model = tiny_model("bert-sequence").to(torch.bfloat16)
+            options = dict(optimizer=name, master_weights=masters, dtype=torch.bfloat16)
+            stage = _plan(model, ProgressiveSchedule(2, 4), **options).stages[0]
+            optimizer = MaskedAdamW(model.parameters(), state_dtype=dtype, master_weights=masters)
+            for p in model.parameters():
+                p.grad = torch.zeros_like(p)
+            optimizer.step()
+            state = optimizer.state.values()
+            assert stage.state_bytes == sum(t.nbytes for s in state for t in s.values())
+            assert stage.gradient_bytes == 2 * stage.trainable_params
+            sizes[name, masters] = stage.state_bytes
+    assert sizes["adamw-bf16", False] < 0.51 * sizes["adamw", False]
+    model = _meta(hf.BertForSequenceClassification, hf.BertConfig(num_hidden_layers=2))
+    eight = plan_training(
+        model, ProgressiveSchedule(2), batch_size=2, seq_len=8, optimizer="adamw-8bit"
+    ).stages[0]
+    assert eight.state_bytes == pytest.approx((2 + 8 / 256) * eight.trainable_params, rel=0.01)
+
+
+def _meta(cls, config) -> torch.nn.Module:
+    with torch.device("meta"):
+        return cls(config)
+
+
+def test_parts_of_the_peak_and_what_lowers_it():
+    model = tiny_model("bert-sequence")
+    plan = _plan(model, ProgressiveSchedule(4, 8), memory_bytes=1 << 40)
+    assert plan.peak_stage == 0 and plan.fits and plan.peak_bytes == plan.stages[0].peak_bytes
+    for field in ("gradient_bytes", "state_bytes", "activation_bytes", "peak_bytes"):
+        sizes = [getattr(s, field) for s in plan.stages]
+        assert sizes == sorted(set(sizes), reverse=True), field
+    for s in plan.stages:
+        floor = s.weight_bytes + s.state_bytes + max(s.gradient_bytes, s.activation_bytes)
+        assert floor <= s.peak_bytes <= floor + s.gradient_bytes + s.activation_bytes
+    remedies = {r.option: r.peak_bytes for r in plan.remedies}
+    assert list(remedies.values()) == sorted(remedies.values())
+    assert remedies['embeddings="never"'] < plan.peak_bytes
+    bf16 = _plan(model, ProgressiveSchedule(4, 8), optimizer="adamw-bf16")
+    assert remedies["bf16 moments"] == bf16.peak_bytes
+    assert "8-bit state" not in remedies  # every tensor is too small for it
+    never = _plan(model, ProgressiveSchedule(4, 8, embeddings="never"))
+    assert remedies['embeddings="never"'] == never.peak_bytes
+    text = str(plan)
+    assert "the peak is stage 1" in text and "not the peak" in text
+    small = _plan(model, ProgressiveSchedule(4, 8), memory_bytes=plan.peak_bytes - 1)
+    assert small.fits is False and "does NOT fit in" in str(small)
+    json.dumps(plan.to_dict())
+
+
+def test_updates_in_backward_hold_the_gradients_of_one_unit():
+    # few tokens and many weights, so that the peak is made of gradients
+    sizes = dict(hidden_size=64, num_attention_heads=2, intermediate_size=512, vocab_size=97)
+    model = _meta(hf.BertForSequenceClassification, hf.BertConfig(**sizes, num_hidden_layers=6))
+    options = dict(batch_size=1, seq_len=4)
+    plain = plan_training(model, ProgressiveSchedule(3, 6), **options)
+    within = plan_training(model, ProgressiveSchedule(3, 6), **options, in_backward=True)
+    block = 4 * sum(p.numel() for p in model.bert.encoder.layer[0].parameters())
+    assert [s.gradient_bytes for s in within.stages] == [block] * 3
+    remedies = {r.option: r.peak_bytes for r in plain.remedies}
+    assert remedies["in_backward (without exact clipping)"] == within.peak_bytes
+    assert plain.peak_bytes - within.peak_bytes > 4 * block
+    assert "in backward" in str(within)
+
+
+def test_the_run_is_what_its_stages_make_of_it():
+    model = tiny_model("llama-causal-lm")
+    plan = _plan(model, MilestoneSchedule({0: 0, 2: 3}), steps=8)
+    assert [(s.first_step, s.steps) for s in plan.stages] == [(0, 2), (2, 6)]
+    ratio = plan.stages[1].flops / plan.full.flops
+    assert plan.stages[0].step_ratio == pytest.approx(1) and ratio < 0.8
+    assert plan.run_ratio == pytest.approx((2 + 6 * ratio) / 8)
+    assert plan.cached_run_ratio is None
+    equal = _plan(model, ProgressiveSchedule(4))
+    assert len({s.steps for s in equal.stages}) == 1 and "no length yet" in str(equal)
+    always = _plan(model, ProgressiveSchedule(4, 8, embeddings="always"))
+    assert always.run_ratio > equal.run_ratio
+
+
+def test_cached_rows_and_steps_without_prefix():
+    model = tiny_model("bert-sequence")
+    for cache, token in ((True, 4 * 32), (PrefixCache(1, dtype="8bit"), 4 + 32)):
+        plan = _plan(model, ProgressiveSchedule(4, 8), cache=cache)
+        assert [s.cache_bytes_per_sample for s in plan.stages] == [None] + 3 * [TOKENS * token]
+    first, *later = plan.stages
+    assert first.cached_step_ratio is None
+    assert all(s.cached_step_ratio < s.step_ratio for s in later)
+    # boundary 2 of 4: half of the blocks' forward is left, and the head's
+    half = plan.full.forward_flops / 2 + later[1].backward_flops
+    assert later[1].cached_step_ratio == pytest.approx(half / plan.full.flops, rel=0.01)
+    assert plan.cached_run_ratio < plan.run_ratio and "with cache" in str(plan)
+
+
+def test_larger_micro_batches_for_later_stages():
+    model, schedule, tokens = (
+        tiny_model("bert-sequence"),
+        ProgressiveSchedule(2, 4),
+        {"seq_len": 24},
+    )
+    plan = plan_training(model, schedule, batch_size=64, **tokens, suggest_batch=True)
+    rows = [s.suggested_batch_size for s in plan.stages]
+    assert rows[0] == 64 and rows == sorted(set(rows))
+    for i, suggested in enumerate(rows):
+        used = plan_training(model, schedule, batch_size=suggested, **tokens).stages[i]
+        assert 0.85 * plan.peak_bytes < used.peak_bytes <= plan.peak_bytes
+    small = plan_training(
+        model,
+        schedule,
+        batch_size=64,
+        **tokens,
+        suggest_batch=True,
+        memory_bytes=plan.peak_bytes // 2,
+    )
+    assert 0 < small.stages[0].suggested_batch_size < 40
+
+
+@pytest.mark.parametrize("start", [1, 7, 64, 500])
+def test_largest_batch(start):
+    def peak(rows: int) -> int:
+        return max(1000, 300 + 10 * rows, 50 * (rows - 60))
+
+    for limit, best in ((1000, 70), (1500, 90), (1501, 90), (999, 0)):
+        found = largest_batch(peak, start, limit)
+        assert best - 10 <= found <= best and peak(max(found, 1)) <= max(limit, 1000)
+        assert found % 8 == 0 or found < 8
+
+
+def test_memory_of_a_gpu_that_is_not_there():
+    if torch.cuda.is_available():
+        pytest.skip("its kernels are asked for, not assumed")
+    sizes = dict(hidden_size=64, num_attention_heads=2, intermediate_size=128, vocab_size=97)
+    model = _meta(hf.BertForSequenceClassification, hf.BertConfig(**sizes, num_hidden_layers=2))
+    options = dict(batch_size=4, seq_len=128, dtype=torch.bfloat16)
+    cpu, gpu, flash = (
+        plan_training(model, ProgressiveSchedule(2, 4), **options, **more)
+        for more in (
+            dict(device="cpu"),
+            dict(device="cuda"),
+            dict(device="cuda", padding=False),
+        )
+    )
+    # on a CPU dropout takes the unfused kernel, which keeps the scores: (B, heads, T, T)
+    scores = 4 * 2 * 128 * 128 * 2
+    assert cpu.full.activation_bytes > gpu.full.activation_bytes + 2 * 2 * scores
+    assert "math" in str(cpu) and "efficient (assumed" in str(gpu) and "flash (ass" in str(flash)
+    assert flash.full.activation_bytes < gpu.full.activation_bytes
+    assert gpu.full.flops == pytest.approx(cpu.full.flops, rel=0.06)  # scores twice
+
+
+def test_a_llama_of_8_billion_parameters_is_planned_without_its_memory():
+    config = hf.LlamaConfig(
+        hidden_size=4096,
+        num_hidden_layers=32,
+        num_attention_heads=32,
+        num_key_value_heads=8,
+        intermediate_size=14336,
+        vocab_size=128256,
+    )
+    began = time.monotonic()
+    plan = plan_training(
+        _meta(hf.LlamaForCausalLM, config),
+        ProgressiveSchedule(4, 1000),
+        batch_size=1,
+        seq_len=2048,
+        dtype=torch.bfloat16,
+        optimizer="adamw-8bit",
+        device="cuda",
+    )
+    assert time.monotonic() - began < 60
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss < 2e6  # KiB
+    assert plan.full.trainable_params == 8_030_261_248
+    matrices = 2 * 2048 * (8_030_261_248 - 128256 * 4096)
+    attention = 32 * 4 * 2048**2 * 4096
+    assert plan.full.forward_flops == pytest.approx(matrices + attention, rel=0.001)
+
+
+def test_a_step_is_the_sum_of_its_units():
+    costs = UnitCosts(
+        embeddings=1e3,
+        embeddings_frozen=1e2,
+        block=20.0,
+        block_lowest=15.0,
+        block_frozen=7.0,
+        block_between=11.0,
+        head=3.0,
+        update=0.5,
+    )
+    full = StageState(0, frozenset({-1, 0, 1, 2, 3, 4}), 8)
+    assert costs.step_s(full, 4) == 1e3 + 4 * 20 + 3 + 4
+    upper = StageState(2, frozenset({2, 3, 4}), 4)
+    assert costs.step_s(upper, 4) == 1e2 + 2 * 7 + 15 + 20 + 3 + 2
+    assert costs.step_s(upper, 4, cached=True) == 15 + 20 + 3 + 2
+    assert costs.step_s(StageState(1, frozenset({1, 3}), 2), 4) == 1e2 + 7 + 15 + 11 + 20 + 3 + 1
+    assert costs.step_s(StageState(0, frozenset({-1, 3}), 2), 4) == 1e3 + 3 * 11 + 20 + 3 + 1
+    assert costs.step_s(StageState(4, frozenset({4}), 2), 4) == 1e2 + 4 * 7 + 3 + 1
+
+
+def test_calibrated_times_are_near_measured_ones():
+    sizes = dict(hidden_size=128, num_attention_heads=4, intermediate_size=512, vocab_size=2000)
+    model = hf.BertForSequenceClassification(hf.BertConfig(**sizes, num_hidden_layers=6))
+    options = dict(batch_size=16, seq_len=32, calibrate=True)
+    plan = plan_training(model, ProgressiveSchedule(3, 6), **options)
+    assert plan.calibrated and "ms" in str(plan).splitlines()[2]
+    handle = patch_model(model.train(), ProgressiveSchedule(3, 6), kernels="off")
+    optimizer = MaskedAdamW(handle.param_groups(lr=1e-5))
+    ids = torch.randint(2000, (16, 32))
+    batch = {"input_ids": ids, "attention_mask": (ids > 100).long(), "labels": ids[:, 0] % 2}
+    seconds = [[] for _ in plan.stages]
+    for _ in range(7):
+        for stage, times in zip(plan.stages, seconds, strict=True):
+            handle.seek(stage.first_step)
+            for _ in range(2):  # the first one builds the stage's buckets
+                began = time.perf_counter()
+                model(**batch).loss.backward()
+                optimizer.step()
+                optimizer.zero_grad()
+            times.append(time.perf_counter() - began)
+    for stage, times in zip(plan.stages, seconds, strict=True):
+        ratio = median(a / b for a, b in zip(times, seconds[0], strict=True))
+        assert stage.step_ratio == pytest.approx(ratio, rel=0.4)
+
+
+def test_models_that_cannot_be_calibrated_are_planned_by_operations(monkeypatch):
+    plan = _plan(tiny_model("t5-seq2seq-lm"), ProgressiveSchedule(2, 4), calibrate=True)
+    assert not plan.calibrated and "not calibrated: it takes one stack" in str(plan)
+    assert plan.stages[1].step_ms is None and 0 < plan.stages[1].step_ratio < 1
+
+
+def test_planning_leaves_the_model_alone():
+    model = tiny_model("bert-sequence").eval()
+    model.bert.embeddings.requires_grad_(False)
+    before = copy.deepcopy(model.state_dict())
+    flags = [p.requires_grad for p in model.parameters()]
+    state = torch.get_rng_state()
+    schedule = ProgressiveSchedule(2)
+    plan = _plan(model, schedule)
+    assert torch.equal(torch.get_rng_state(), state) and schedule.total_steps is None
+    assert not model.training and [p.requires_grad for p in model.parameters()] == flags
+    assert all(torch.equal(t, before[name]) for name, t in model.state_dict().items())
+    assert all(p.grad is None for p in model.parameters())
+    # what the user has frozen stays frozen
+    assert plan.full.trainable_params == sum(
+        p.numel() for p in model.parameters() if p.requires_grad
+    )
+
+
+def test_own_modules_take_their_inputs():
+    class Own(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.inlet = torch.nn.Linear(8, 16)
+            self.layers = torch.nn.ModuleList(torch.nn.Linear(16, 16) for _ in range(4))
+
+        def forward(self, x):
+            x = self.inlet(x)
+            for layer in self.layers:
+                x = torch.relu(layer(x))
+            return x
+
+    inputs = {"x": torch.randn(5, 3, 8)}
+    options = dict(batch_size=5, seq_len=3)
+    plan = plan_training(Own(), ProgressiveSchedule(2, 4), **options, inputs=inputs)
+    assert plan.stages[1].backward_flops == 2 * (2 * 15 * 16 * 16) + 2 * 15 * 16 * 16
+    with pytest.raises(ValueError, match=r"does not take input_ids: give its arguments as inputs"):
+        plan_training(Own(), ProgressiveSchedule(2, 4), **options)
+
+
+class _Asking(torch.nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.layers = torch.nn.ModuleList(torch.nn.Linear(4, 4) for _ in range(2))
+
+    def forward(self, input_ids):
+        return self.layers[1](self.layers[0](torch.ones(int(input_ids.max()), 4)))
+
+
+def test_refusals():
+    model = tiny_model("bert-sequence")
+    schedule = ProgressiveSchedule(2, 4)
+    for error, match, call in (
+        (TypeError, r'torch.device\("meta"\)', lambda: _plan(model.config, schedule)),
+        (ValueError, "optimizer must be", lambda: _plan(model, schedule, optimizer="sgd")),
+        (ValueError, "more than the 4 blocks", lambda: _plan(model, ProgressiveSchedule(5, 9))),
+        (ValueError, "give steps=", lambda: _plan(model, MilestoneSchedule({}))),
+        (ValueError, "while it trains", lambda: _plan(model, AdaptiveSchedule(5), steps=9)),
+        (
+            ValueError,
+            "must be positive",
+            lambda: plan_training(model, schedule, batch_size=0, seq_len=1),
+        ),
+        (ValueError, "without data", lambda: _plan(_Asking(), ProgressiveSchedule(2, 4))),
+    ):
+        with pytest.raises(error, match=match):
+            call()
+    with pytest.raises(ValueError, match="more than the 1 that a table holds: give fewer steps="):
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(planning, "_MOST_PLANS", 1)
+            _plan(model, RandomBlockSchedule(1, 1), steps=50)
+    patch_model(model, MilestoneSchedule({0: 2}))
+    with pytest.raises(ValueError, match="plan before"):
+        _plan(model, schedule)
