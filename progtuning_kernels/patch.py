@@ -310,6 +310,18 @@ class PatchHandle:
             cache=None if self.cache is None else self.cache.report().summary(),
         )
 
+    def prefetch(self, **batch: Any) -> None:
+        """Tell the prefix cache which batch comes next, where the loop knows: it starts reading.
+
+        Call it under the autocast that the model will be called under. Without a cache, or where
+        nothing of the batch is stored, it does nothing.
+
+        Args:
+            batch: the model's arguments, best still on the CPU.
+        """
+        if self.cache is not None:
+            self.cache.prefetch(batch)
+
     def cache_report(self) -> CacheReport:
         """What the prefix cache did in the stage at hand, and why it did not do more.
 

@@ -683,6 +683,40 @@ def test_a_model_compiled_whole_runs_its_prefix():
     assert "compiled" in handle.cache_report().reason
 
 
+@pytest.mark.parametrize("id_column", [None, "sample"])
+def test_a_batch_announced_is_read_ahead_under_its_own_keys(monkeypatch, id_column):
+    handle = _patch(tiny_model("bert-sequence"), cache=_cache(id_column=id_column))
+    store = handle.cache._store
+    batches = [tiny_inputs("bert-sequence", seed=seed) for seed in range(2)]
+    if id_column:
+        for i, batch in enumerate(batches):
+            batch["sample"] = torch.arange(BATCH) + BATCH * i
+    ahead, read = [], []
+    monkeypatch.setattr(store, "prefetch", lambda level, keys: ahead.append((level, keys)))
+    real = store.read
+    monkeypatch.setattr(
+        store,
+        "read",
+        lambda level, keys, *a, **k: read.append((level, keys)) or real(level, keys, *a, **k),
+    )
+    handle.prefetch(**batches[0])  # nothing is stored yet
+    assert not ahead
+    for batch in batches:
+        gradients(handle.model, dict(batch))
+    read.clear()
+    before = handle.cache_report()
+    handle.prefetch(**batches[1])
+    assert (handle.cache_report().hits, handle.cache_report().bypasses) == (
+        before.hits,
+        before.bypasses,
+    )
+    gradients(handle.model, dict(batches[1]))
+    assert ahead == read[:1] and ahead[0][0] == 2
+    handle.prefetch(inputs_embeds=torch.zeros(3, 4, 8))  # a hint that says nothing
+    _patch(tiny_model("bert-sequence")).prefetch(**batches[0])
+    assert len(ahead) == 1
+
+
 def test_an_id_column_replaces_the_content():
     handle, plain = (
         _patch(tiny_model("bert-sequence"), 2, cache=_cache(id_column="sample_id")),

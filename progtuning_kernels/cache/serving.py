@@ -220,6 +220,33 @@ class PrefixServer:
         for swaps in self._pending:
             swaps.install()
 
+    def prefetch(self, kwargs: Mapping[str, Any]) -> None:
+        """Start reading the rows of a batch that comes soon. A hint, and never an error.
+
+        Args:
+            kwargs: the model's arguments, on any device; on a GPU their content has to be waited
+                for.
+        """
+        if self._reason is not None or self._paused or not self._store.rows(self.level):
+            return
+        kwargs = dict(kwargs)
+        column = self._cache.id_column
+        ids = None if column is None else kwargs.pop(column, None)
+        call = Call(self._names, (), kwargs)
+        context = _context(self._model, next(self._model.parameters()).device.type)
+        try:
+            if self._bypass(call) is not None:
+                return
+            kind = (call.signature, context, self._model.training)
+            path = self._known_path(kind, _padding(call))
+            if path is None or path.reason is not None:
+                return
+            salt = repr(context).encode() + self._weights.adapters()
+            rows = self._rows(call, ids, salt, unpadded=path.unpadded)
+        except UnknownContent:
+            return
+        self._store.prefetch(self.level, self.keys(self.level, rows))
+
     def _finish(self) -> None:
         """Every module in its own place again, also after a forward that was interrupted."""
         for swaps in self._pending:
