@@ -174,6 +174,30 @@ class TargetKernels(TorchFunctionMode):
         return SDPBackend.MATH if options["enable_gqa"] else SDPBackend.EFFICIENT_ATTENTION
 
 
+class _SaysCpu(TorchFunctionMode):
+    """Meta tensors say that they are on the CPU, and go back to the meta device if sent there.
+
+    Up to transformers 5.0 rotary embeddings ask whether autocast is on for the device of their
+    input, which torch refuses to answer for "meta".
+    """
+
+    def __torch_function__(
+        self, func: Callable[..., Any], types: Any, args: Any = (), kwargs: Any = None
+    ) -> Any:
+        if args and isinstance(args[0], torch.Tensor) and args[0].is_meta:
+            if func == torch.Tensor.device.__get__:
+                return torch.device("cpu")
+            args, kwargs = pytree.tree_map_only(
+                torch.device, lambda _: torch.device("meta"), (args, kwargs)
+            )
+        return func(*args, **(kwargs or {}))
+
+    def surround(self, module: nn.Module) -> None:
+        """Be in force while `module` runs."""
+        module.register_forward_pre_hook(lambda *_: self.__enter__() and None)
+        module.register_forward_hook(lambda *_: self.__exit__(None, None, None), always_call=True)
+
+
 class LiveBytes(TorchDispatchMode):
     """Bytes of the storages that are alive, while it is entered.
 
@@ -248,7 +272,13 @@ def meta_copy(model: nn.Module, dtype: torch.dtype) -> nn.Module:
                 memo[id(t)] = nn.Parameter(empty, requires_grad=t.requires_grad)
             else:
                 memo[id(t)] = torch.empty_like(t, device="meta")
-    return copy.deepcopy(model, memo).train()
+    copied = copy.deepcopy(model, memo).train()
+    if hasattr(copied, "tie_weights") and all(p.is_meta for p in model.parameters()):
+        copied.tie_weights()  # transformers 5.0 leaves that out of a model built on the meta device
+    for module in copied.modules():
+        if module._buffers and next(module.parameters(), None) is None:  # as rotary embeddings are
+            _SaysCpu().surround(module)
+    return copied
 
 
 def loss_of(output: Any) -> torch.Tensor:

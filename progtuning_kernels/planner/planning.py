@@ -170,8 +170,9 @@ def plan_training(
         measured = [meter.measure(plan) for plan in plans]
 
     notes = [_attention_note(target, full, padding=padding)]
-    if timed.total_steps == _ANY_LENGTH and steps is None and schedule.total_steps is None:
-        notes.append(f"the run has no length yet: steps are those of one of {_ANY_LENGTH:,}")
+    length_known = steps is not None or schedule.total_steps is not None
+    if not length_known:
+        notes.append("the run has no length yet: steps are shares of it")
     costs = None
     if calibrate:
         try:
@@ -220,6 +221,7 @@ def plan_training(
         remedies=tuple(remedies),
         notes=tuple(notes),
         calibrated=costs is not None,
+        length_known=length_known,
     )
 
 

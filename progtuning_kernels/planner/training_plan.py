@@ -78,6 +78,7 @@ class TrainingPlan:
         remedies: what would lower the peak, the most effective first.
         notes: what was assumed, a line each.
         calibrated: whether times come from a measurement on this machine.
+        length_known: whether `steps` are those of the run; otherwise they are in its proportions.
     """
 
     title: str
@@ -87,6 +88,7 @@ class TrainingPlan:
     remedies: tuple[Remedy, ...]
     notes: tuple[str, ...]
     calibrated: bool
+    length_known: bool = True
 
     @property
     def total_steps(self) -> int:
@@ -149,7 +151,8 @@ class TrainingPlan:
         head += ["rows"] * suggested + ["fits"] * (self.memory_bytes is not None)
         rows = [head]
         for name, s in [*((str(i + 1), s) for i, s in enumerate(self.stages)), ("full", self.full)]:
-            row = [name, f"{s.steps:,}" if s.steps else "", s.trains]
+            steps = f"{s.steps:,}" if self.length_known else f"{s.steps / self.total_steps:.0%}"
+            row = [name, steps if s.steps else "", s.trains]
             row += [f"{s.trainable_params / 1e6:,.2f}"]
             row += [f"{flops / 1e9:,.1f}" for flops in (s.forward_flops, s.backward_flops)]
             sizes = (s.weight_bytes, s.gradient_bytes, s.state_bytes, s.activation_bytes)
