@@ -6,6 +6,7 @@ says; see README.md for the manual.
 
 from ._backend import backend_report
 from .cache import CacheReport, PrefixCache
+from .contribution import Contribution, measure_contribution
 from .families import UnsupportedModelError, register_family
 from .optim import MaskedAdamW, release_frozen_state
 from .patch import PatchHandle, patch_model
@@ -28,6 +29,7 @@ __all__ = [
     "AdaptiveSchedule",
     "AnnealedSchedule",
     "CacheReport",
+    "Contribution",
     "CyclicBlockSchedule",
     "FreezePlan",
     "MaskedAdamW",
@@ -41,6 +43,7 @@ __all__ = [
     "TruncationReport",
     "UnsupportedModelError",
     "backend_report",
+    "measure_contribution",
     "patch_model",
     "plan_training",
     "register_family",

@@ -7,8 +7,17 @@
 
 `schedule` is a key of `KINDS`; the other keys are the arguments of its class, by their own names
 (`steps` of milestones is a table of step = boundary). `anneal = true`, or a table with `scaled`,
-wraps it in `AnnealedSchedule`. TOML needs Python 3.11 (`tomllib`); JSON is always read, YAML where
-PyYAML is installed, which transformers brings.
+wraps it in `AnnealedSchedule`. The weights of progressive may come from what `progtuning
+contribution` has written, named from the schedule's own folder, with the measure where it has
+several:
+
+    schedule = "progressive"
+    stages = 3
+    weights_from = "contribution.json"
+    measure = "train"
+
+TOML needs Python 3.11 (`tomllib`); JSON is always read, YAML where PyYAML is installed, which
+transformers brings.
 """
 
 from __future__ import annotations
@@ -82,7 +91,7 @@ def schedule_from_file(path: str | Path) -> Schedule:
         content = _parse(path)
         if not isinstance(content, Mapping):
             raise ValueError("expected settings, one per line")
-        return make_schedule(content)
+        return make_schedule(_with_weights(content, path.parent))
     except ValueError as error:
         raise ValueError(f"{path}: {one_line(error)}") from error
 
@@ -108,6 +117,29 @@ def _parse(path: Path) -> Any:
         except yaml.YAMLError as error:
             raise ValueError(" ".join(str(error).split())) from error
     raise ValueError("a schedule is a .toml, .yaml, .yml or .json file")
+
+
+def _with_weights(settings: Mapping[str, Any], folder: Path) -> dict[str, Any]:
+    """The settings with the weights that `weights_from` names in place of the name."""
+    settings = dict(settings)
+    if "weights_from" not in settings:
+        return settings
+    if "weights" in settings:
+        raise ValueError("weights and weights_from exclude each other")
+    path, measure = folder / str(settings.pop("weights_from")), settings.pop("measure", None)
+    stored = json.loads(path.read_text(encoding="utf-8"))
+    measures = stored.get("measures") if isinstance(stored, dict) else None
+    if not isinstance(measures, dict) or not measures:
+        raise ValueError(f"{path} holds no contribution of blocks")
+    if measure is None and len(measures) == 1:
+        (measure,) = measures
+    if measure not in measures:
+        names = ", ".join(measures)
+        raise ValueError(f"measure must be one of {names} in {path}, got {measure!r}")
+    settings["weights"] = measures[measure]["weights"]
+    if settings["weights"] is None:
+        raise ValueError(f"no block contributes anything by {measure} in {path}")
+    return settings
 
 
 def _whole_numbers(steps: Any) -> dict[int, int]:

@@ -26,7 +26,7 @@ def test_demo_trains_three_ways_and_writes_a_report(tmp_path, capsys):
     assert "Methods compared" in out and "Stages" in out
     report = tmp_path / "demo" / "report"
     assert f"report: {report / 'report.html'}" in out
-    assert len(list(report.glob("*.png"))) == 5
+    assert len(list(report.glob("*.png"))) == 8
 
     main(["report", *map(str, (tmp_path / "demo").iterdir()), "--output", str(tmp_path / "again")])
     assert (tmp_path / "again" / "report.html").stat().st_size > 100_000

@@ -232,11 +232,11 @@ def test_non_finite_steps_are_counted_and_written(call, tmp_path, monkeypatch, c
 
     step = engine.Run._train_step
 
-    def poisoned(run, window, stage, *, measure):
+    def poisoned(run, *window, measure):
         if run.step == 4:
             with torch.no_grad():
                 run.trained.base.classifier.weight[0, 0] = float("nan")
-        return step(run, window, stage, measure=measure)
+        return step(run, *window, measure=measure)
 
     monkeypatch.setattr(engine.Run, "_train_step", poisoned)
     main(call("--max-steps", 6))

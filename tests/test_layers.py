@@ -16,7 +16,7 @@ LAYERS = [
     | {"swaps", "cache", "gradient_norms"},
     {"active_set"},
     {"patch", "planner"},
-    {"integrations", "report"},
+    {"integrations", "report", "contribution"},
     {"cli", "__init__"},
     {"__main__"},
 ]

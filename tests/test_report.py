@@ -432,7 +432,12 @@ def drawn(monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
     return figures
 
 
-ALL_PLOTS = ["loss", "metric_over_seconds", "metric_over_steps", "stages", "units"]
+ALL_PLOTS = [
+    *("loss", "loss_over_seconds", "loss_over_updates"),
+    *("metric_over_seconds", "metric_over_steps", "metric_over_updates", "stages", "units"),
+]
+# without stages nobody knows how many parameters a step has updated
+WITHOUT_STAGES = [name for name in ALL_PLOTS[:6] if "updates" not in name]
 
 
 def test_report_is_one_file_that_holds_its_plots(
@@ -451,6 +456,7 @@ def test_report_is_one_file_that_holds_its_plots(
     for header, *rows in (cells(comparison_table(runs)), cells(stage_table(runs))):
         assert all(cell in page.text for row in (header, *rows) for cell in row)
     for stage in stored[-1]["stages"]:
+        assert f"{stage['tokens_per_second']:,.0f}" in page.text
         assert f"{stage['gradient_bytes'] / 1024**2:.1f}" in page.text
         assert f"{stage['first_step']}-{stage['last_step']}" in page.text
     share = 100 * stored[-1]["summary"]["updates_saved_share"]
@@ -465,8 +471,8 @@ def test_report_is_one_file_that_holds_its_plots(
     [
         ([make_metrics("progressive")], ALL_PLOTS),
         ([make_metrics("full", stages=1)], ALL_PLOTS),
-        ([make_metrics("full") | {"stages": [], "summary": {}}], ALL_PLOTS[:3]),
-        ([make_metrics() | {"steps": [], "evaluations": []}], ALL_PLOTS[3:]),
+        ([make_metrics("full") | {"stages": [], "summary": {}}], WITHOUT_STAGES),
+        ([make_metrics() | {"steps": [], "evaluations": []}], ALL_PLOTS[6:]),
         ([make_metrics() | {"steps": [], "evaluations": [], "stages": []}], []),
     ],
     ids=["one run", "one stage", "no stages", "stages only", "nothing"],
@@ -518,9 +524,9 @@ def test_plots_show_the_stored_figures(
     heights = [
         [bar.get_height() for bar in ax.patches if bar.get_height()] for ax in drawn["stages"].axes
     ]
-    keys = ("step_ms_median", "state_bytes", "gradient_bytes", "activation_bytes")
-    for key, shown in zip(keys, heights, strict=True):
-        scale = 1 if key == "step_ms_median" else 1024**2
+    keys = ("step_ms_median", "tokens_per_second", "state_bytes")
+    for key, shown in zip((*keys, "gradient_bytes", "activation_bytes"), heights, strict=True):
+        scale = 1024**2 if key.endswith("bytes") else 1
         pairs = [(stored[first], stored[first + 1], i) for first in (0, 2) for i in range(3)]
         means = [(a["stages"][i][key] + b["stages"][i][key]) / 2 / scale for a, b, i in pairs]
         assert shown == pytest.approx(means)
@@ -540,6 +546,24 @@ def test_plots_show_the_stored_figures(
     raw = [entry["loss"] for entry in stored[2]["steps"]]
     assert any(list(line.get_ydata()) == raw and line.get_alpha() < 0.5 for line in loss.lines)
 
+    run, steps = stored[2], stored[2]["steps"]
+    seconds = np.cumsum([step["step_ms"] / 1e3 for step in steps])
+    updates = np.cumsum([run["stages"][step["stage"]]["active_params"] for step in steps]) / 1e9
+    assert updates[-1] == run["summary"]["updates"] / 1e9
+    for name, ends in (("loss_over_seconds", seconds), ("loss_over_updates", updates)):
+        (ax,) = drawn[name].axes
+        faint = [line for line in ax.lines if list(line.get_ydata()) == raw]
+        assert list(faint[0].get_xdata()) == pytest.approx(list(ends))
+        assert [text.get_text() for text in ax.texts] == ["k=0", "k=2", "k=4"]
+        edges = np.array([max(0, ax.get_xlim()[0]), *ends[[49, 99, 149]]])
+        middles = (edges[1:] + edges[:-1]) / 2
+        assert [text.xy[0] for text in ax.texts] == pytest.approx(list(middles))
+    (ax,) = drawn["metric_over_updates"].axes
+    line = next(x for x in ax.lines if x.get_label() == "progressive (mean of 2 runs)")
+    at = [updates[entry["step"] - 1] for entry in run["evaluations"]]
+    assert list(line.get_xdata()) == pytest.approx(at)
+    assert ax.get_xlabel() == "parameter updates (billions)"
+
     trainable = [
         [colour == to_hex("#D55E00") for colour in map(to_hex, unit.get_facecolor())]
         for unit in drawn["units"].axes[1].collections
@@ -550,13 +574,81 @@ def test_plots_show_the_stored_figures(
     assert edges == [0.5, 50.5, 100.5]
 
 
+def with_cache(metrics: dict[str, Any]) -> dict[str, Any]:
+    """The run as the method progressive-cache stores it: bypassed, then half, then all read."""
+    stages = metrics["stages"]
+    for stage, (state, hits) in zip(
+        stages, (("bypassed", 0), ("on", 400), ("on", 800)), strict=True
+    ):
+        on = state == "on"
+        stage["cache"] = {
+            "state": state,
+            "reason": "" if on else "nothing <is> frozen",
+            "level": stage["boundary"],
+            "rows": {str(stage["boundary"]): 1234} if on else {},
+            "hits": hits,
+            "misses": 800 - hits if on else 0,
+            "nbytes": 5 * 2**20 if on else 0,
+            "prefix_ms": 1.25 if on else None,
+            "read_ms": 0.0625 if on else None,
+        }
+    return metrics | {"method": "progressive-cache", "name": "progressive-cache-seed0"}
+
+
+def test_what_the_cache_did_is_shown_stage_by_stage(
+    store: Callable[[dict[str, Any]], Run], tmp_path: Path, drawn: dict[str, Any]
+) -> None:
+    plain = [store(make_metrics(method)) for method in ("full", "progressive")]
+    without = References(write_report(plain, tmp_path / "plain").html.read_text()).text
+    assert "Prefix cache" not in without and len(drawn["stages"].axes) == 5
+    cached = store(with_cache(make_metrics()))
+    source = write_report([*plain, cached], tmp_path / "out").html.read_text()
+    section = source.split("Prefix cache")[1].split("<h2>")[0]
+    rows = [
+        "bypassed 0 0 0 – 0.0 – – nothing <is> frozen",
+        "on 1,234 400 400 50.0 5.0 1.250 0.062 ",
+        "on 1,234 800 0 100.0 5.0 1.250 0.062 ",
+    ]
+    found = re.findall(r"<tr>(.*?)</tr>", section)[1:]
+    texts = [[References(cell).text for cell in row.split("</td>")[:-1]] for row in found]
+    assert [" ".join(row[2:]) for row in texts] == rows
+    assert [row[:2] for row in texts] == [["progressive-cache", str(i)] for i in (1, 2, 3)]
+
+    header, *lines = cells(stage_table([*plain, cached]))
+    expected = header.index("Step / full, expected from block FLOPs")
+    # a third of the blocks frozen and half of the rows read, two thirds and all
+    shares = [1, 1 - (2 / 3 + 1 / 6) / 3, 1 - 2 / 3]
+    assert [row[expected] for row in lines[6:]] == [f"{share:.3f}" for share in shares]
+    axes = drawn["stages"].axes
+    heights = [bar.get_height() for bar in axes[5].patches]
+    assert axes[5].get_ylabel() == "rows read from the cache (%)"
+    assert heights[-2:] == [50, 100] and all(map(math.isnan, heights[:-2]))
+
+
+def test_contribution_of_blocks_is_drawn_a_panel_per_measure(
+    tmp_path: Path, drawn: dict[str, Any]
+) -> None:
+    panels = [
+        ("train", "fall in validation loss", [0.1, -0.2, 0.3]),
+        ("skip", "rise in validation loss", [1.0, 2.0, 3.0]),
+        ("gradient", "gradient norm", [5.0, 4.0, 0.0]),
+    ]
+    path = report.write_contribution_plot(panels, tmp_path / "contribution.png")
+    assert path.read_bytes().startswith(PNG)
+    axes = drawn["contribution"].axes
+    for ax, (name, label, values) in zip(axes, panels, strict=True):
+        assert (ax.get_title(), ax.get_ylabel()) == (name, label)
+        assert [bar.get_height() for bar in ax.patches] == values
+    assert len({bar.get_facecolor() for ax in axes for bar in ax.patches}) == 3
+
+
 def test_missing_figure_is_a_gap_in_a_plot_not_a_zero(
     store: Callable[[dict[str, Any]], Run], tmp_path: Path, drawn: dict[str, Any]
 ) -> None:
     metrics = make_metrics()
     del metrics["stages"][1]["state_bytes"]
     write_report([store(metrics)], tmp_path / "out")
-    heights = [bar.get_height() for bar in drawn["stages"].axes[1].patches]
+    heights = [bar.get_height() for bar in drawn["stages"].axes[2].patches]
     assert len(heights) == 3 and math.isnan(heights[1])
 
 

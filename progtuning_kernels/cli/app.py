@@ -187,6 +187,66 @@ def plan(**options: Any) -> None:
     plan_command.run(options)
 
 
+@app.command(
+    epilog="Example: progtuning contribution --dataset docstrings --measure all --output "
+    "runs/contribution"
+)
+@click.option("--train-file", type=_PATH, help="Training rows: .jsonl, .json, .csv or .tsv.")
+@click.option("--validation-file", type=_PATH, help="Validation rows.")
+@click.option(
+    "--dataset", help='Instead of files: a hub data set "owner/name:config", or "docstrings".'
+)
+@click.option("--model", default="minilm", help=_MINILM)
+@click.option("--task", **_choice("classification", "causal-lm"), help="What the loss is of.")
+@click.option(
+    "--measure",
+    **_choice("all", "train", "skip", "gradient"),
+    help="train: embeddings, head and one block at a time, as in the paper; skip: the block's "
+    "input in place of its output; gradient: the norm over its parameters.",
+)
+@click.option("--steps", **_positive(50), help="Of each training of train; batches of gradient.")
+@click.option(
+    "--tune-steps",
+    type=click.IntRange(min=0),
+    help="Steps of full training before skip and gradient, which a new head makes noise of; 0 for "
+    "a model that is fine-tuned. [default: --steps]",
+)
+@click.option(
+    "--blocks",
+    help="Path of the block list where it cannot be found; several with commas, in order.",
+)
+@click.option("--text-column", help="Found if named text, text_a, sentence, sentence1, ...")
+@click.option("--pair-column", help="Second text of a pair; found if named text_b, ...")
+@click.option("--label-column", help="Found if named label or labels.")
+@click.option("--batch-size", **_positive(32), help="Rows per batch.")
+@click.option("--max-length", type=click.IntRange(min=2), default=128, help="Tokens per row.")
+@click.option("--lr", **_not_negative(1e-4), help="Peak learning rate.")
+@click.option("--max-grad-norm", **_not_negative(1.0), help="0: no clipping.")
+@click.option(
+    "--precision", **_choice("auto", "fp32", "bf16"), help="auto: bf16 autocast on GPUs that do it."
+)
+@click.option(
+    "--metric",
+    type=click.Choice(["accuracy", "f1", "matthews", "pearson", "spearman", "perplexity"]),
+    help="Shown beside the loss.",
+)
+@click.option("--seed", type=click.IntRange(min=0), default=0)
+@click.option("--max-train-rows", **_positive(), help="Use the first rows only.")
+@click.option("--max-validation-rows", **_positive(), help="Use the first rows only.")
+@click.option("--device", default="auto", help="auto, cpu, cuda, cuda:1, ...")
+@click.option(
+    "--output",
+    type=_PATH,
+    default=Path("runs/contribution"),
+    help="Gets contribution.json and contribution.png.",
+)
+def contribution(**options: Any) -> None:
+    """Measure what every block contributes, for a schedule with weights."""
+    from . import contribution_command
+
+    contribution_command.run(options)
+
+
 @app.command(epilog="Example: progtuning demo --seeds 3")
 @click.option("--model", default="minilm", help=_MINILM)
 @click.option(

@@ -17,7 +17,7 @@ import random
 import shutil
 import statistics
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any
@@ -40,7 +40,7 @@ from .batches import (
 from .checkpoints import check_same_run, load_newest_checkpoint, save_checkpoint
 from .datasets import TextData
 from .errors import UserError, as_user_error
-from .output import RUN_FILES, check_run_folder, empty_folder
+from .output import RUN_FILES, empty_folder
 from .progress import TrainProgress
 from .provenance import provenance
 from .settings import TrainSettings
@@ -75,7 +75,6 @@ class Run:
         self.settings = s = settings
         self.name = name
         self.data = data
-        check_run_folder(s.output, resume=s.resume, overwrite=s.overwrite)
         kind = "regression" if data.label_names is None else "classification"
         self.figures = metrics.FIGURES["causal-lm" if s.task == "causal-lm" else kind]
         self.metric_name = s.metric or self.figures[0]
@@ -153,6 +152,16 @@ class Run:
         shutil.rmtree(output / "checkpoints", ignore_errors=True)
         return result
 
+    def fit(self, on_step: Callable[[int], None]) -> None:
+        """All steps, and nothing else: no evaluation, no file.
+
+        Args:
+            on_step: called with the number of steps done.
+        """
+        for window in self.order.windows(self.step, self.total_steps):
+            self._train_step(window, None, self.schedule.stage(self.step), measure=False)
+            on_step(self.step)
+
     def _lr_scheduler(self) -> torch.optim.lr_scheduler.LambdaLR:
         """Warm-up and linear decay; under an annealed schedule each unit's own cosine decays."""
         warmup, optimizer = round(self.settings.warmup * self.total_steps), self.trained.optimizer
@@ -189,12 +198,12 @@ class Run:
             if every and self.step % every == 0 and self.step < self.total_steps:
                 self._save_checkpoint()
 
-    def _autocast(self) -> AbstractContextManager:
+    def autocast(self) -> AbstractContextManager:
         if self.autocast_dtype is None:
             return nullcontext()
         return torch.autocast(self.device.type, dtype=self.autocast_dtype)
 
-    def _batch(self, rows: Sequence[dict[str, Any]]) -> Batch:
+    def batch(self, rows: Sequence[dict[str, Any]]) -> Batch:
         return {k: v.to(self.device) for k, v in self.collate(rows).items()}
 
     def _weights(self, window: list[list[int]]) -> list[float]:
@@ -219,9 +228,9 @@ class Run:
         cached = handle is not None and handle.cache is not None
         parts = zip(window, [*window[1:], ahead], self._weights(window), strict=True)
         for rows, following, weight in parts:
-            batch = self._batch([self.encoded.train[i] for i in rows])
+            batch = self.batch([self.encoded.train[i] for i in rows])
             tokens += sum(len(self.encoded.train[i]["input_ids"]) for i in rows)
-            with self._autocast():
+            with self.autocast():
                 if cached and following is not None:
                     handle.prefetch(**self.collate([self.encoded.train[i] for i in following]))
                 loss = self.trained.model(**batch).loss * weight
@@ -257,10 +266,10 @@ class Run:
         """What is known when a stage begins; its widest batch shows what a forward saves."""
         plan = self.trained.plan(self.layout.num_blocks)
         longest = sorted(self.encoded.train, key=lambda row: len(row["input_ids"]))
-        batch = self._batch(longest[-self.settings.batch_size :])
+        batch = self.batch(longest[-self.settings.batch_size :])
         handle = self.trained.handle
         cached = handle is not None and handle.cache is not None
-        with self._autocast(), handle.cache.paused() if cached else nullcontext():
+        with self.autocast(), handle.cache.paused() if cached else nullcontext():
             uses = measure_forward(self.trained.model, self.layout, (), batch).values()
         # LoRA leaves the embeddings and most of the head frozen, whatever the plan says of them
         active = {
@@ -305,7 +314,7 @@ class Run:
         evaluation = {
             "step": self.step,
             "stage": stage,
-            **self._evaluate(),
+            **self.evaluate(),
             "train_seconds": self.records.train_seconds,
         }
         evaluations.append(evaluation)
@@ -313,15 +322,15 @@ class Run:
         return True
 
     @torch.no_grad()
-    def _evaluate(self) -> dict[str, float]:
+    def evaluate(self) -> dict[str, float]:
         """Mean loss and figures over the validation rows; rows of similar length go together."""
         model = self.trained.model.eval()
         rows = sorted(self.encoded.validation, key=lambda row: len(row["input_ids"]))
         size = 2 * self.settings.batch_size
         loss_sum, weight_sum, logits, labels = 0.0, 0, [], []
         for i in range(0, len(rows), size):
-            batch = self._batch(rows[i : i + size])
-            with self._autocast():
+            batch = self.batch(rows[i : i + size])
+            with self.autocast():
                 output = model(**batch)
             if self.causal_lm:
                 weight = int((batch["labels"][:, 1:] != -100).sum())

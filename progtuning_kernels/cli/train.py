@@ -10,6 +10,7 @@ from rich.table import Table
 
 from .datasets import Columns, TextData, build_data, read_hub, read_rows
 from .errors import UserError, as_user_error
+from .output import check_run_folder
 from .settings import TrainSettings
 
 if TYPE_CHECKING:
@@ -143,6 +144,7 @@ def run(options: Mapping[str, Any], *, dry_run: bool) -> None:
     from .engine import Run
     from .progress import TrainProgress
 
+    check_run_folder(s.output, resume=s.resume, overwrite=s.overwrite)
     result = Run(s, load_data(s), name=s.output.name).train(TrainProgress(console))
     summary = result["summary"]
     console.print(_summary_lines(result, summary), highlight=False)

@@ -5,7 +5,14 @@ repeats of each other: they share a row, and figures become mean ± standard err
 shown in MiB (2**20 bytes).
 """
 
-from .document import ReportPaths, comparison_table, markdown_table, stage_table, write_report
+from .document import (
+    ReportPaths,
+    comparison_table,
+    markdown_table,
+    stage_table,
+    write_contribution_plot,
+    write_report,
+)
 from .runs import FORMAT, MISSING, Run, load_run
 
 __all__ = [
@@ -17,5 +24,6 @@ __all__ = [
     "load_run",
     "markdown_table",
     "stage_table",
+    "write_contribution_plot",
     "write_report",
 ]

@@ -11,11 +11,13 @@ from pathlib import Path
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
-from .plots import PLOTS
+from .plots import PLOTS, contribution_figure
 from .runs import (
     MISSING,
     Row,
     Run,
+    cache_hit_share,
+    cache_of,
     distinct,
     expected_step_ratio,
     full_row,
@@ -59,10 +61,11 @@ def comparison_table(runs: Sequence[Run]) -> Table:
 def stage_table(runs: Sequence[Run]) -> Table:
     """One row per stage of each run, with the expected and the measured relative step cost.
 
-    report.html has the steps and the gradient bytes of each stage as well.
+    report.html has the steps, tokens per second and gradient bytes of each stage as well.
     """
     cells = _stage_cells(runs)
-    kept = [i for i, name in enumerate(cells.headers) if name not in ("Steps", "Gradients (MiB)")]
+    left_out = ("Steps", "Tokens / s", "Gradients (MiB)")
+    kept = [i for i, name in enumerate(cells.headers) if name not in left_out]
     narrow = [[line[i] for i in kept] for line in (cells.headers, *cells.rows)]
     return _rich_table("Stages (k: the boundary)", _Cells(narrow[0], narrow[1:]))
 
@@ -110,6 +113,7 @@ def write_report(runs: Sequence[Run], out_dir: str | Path) -> ReportPaths:
             notices=_notices(rows),
             comparison=_comparison(runs),
             stages=_stage_cells(runs),
+            cache=_cache_cells(runs),
             figures=figures,
             shared_options=shared,
             differing_options=differing,
@@ -121,6 +125,22 @@ def write_report(runs: Sequence[Run], out_dir: str | Path) -> ReportPaths:
         encoding="utf-8",
     )
     return ReportPaths(html=html, plots=plots)
+
+
+def write_contribution_plot(
+    panels: Sequence[tuple[str, str, Sequence[float]]], path: str | Path
+) -> Path:
+    """Write bars of what every block contributes, a panel per measure, as a PNG file.
+
+    Args:
+        panels: measure ("train", "skip" or "gradient"), label of its axis, one value per block.
+
+    Raises:
+        ImportError: matplotlib is missing; one line that names the extra.
+    """
+    with _need("matplotlib.style").context("default"):
+        contribution_figure(panels).savefig(path, dpi=140)
+    return Path(path)
 
 
 def _need(module: str) -> ModuleType:
@@ -202,6 +222,7 @@ def _stage_cells(runs: Sequence[Run]) -> _Cells:
             show(number(stage, "step_ms_median"), ",.1f"),
             show(ratio(number(stage, "step_ms_median"), base_ms), ".3f"),
             show(expected_step_ratio(run, stage), ".3f"),
+            show(number(stage, "tokens_per_second"), ",.0f"),
             show(number(stage, "state_bytes"), ",.1f", mib),
             show(number(stage, "gradient_bytes"), ",.1f", mib),
             show(number(stage, "activation_bytes"), ",.1f", mib),
@@ -218,6 +239,7 @@ def _stage_cells(runs: Sequence[Run]) -> _Cells:
             "Step (ms)",
             "Step / full, measured",
             "Step / full, expected from block FLOPs",
+            "Tokens / s",
             "State (MiB)",
             "Gradients (MiB)",
             "Saved activations (MiB)",
@@ -225,6 +247,52 @@ def _stage_cells(runs: Sequence[Run]) -> _Cells:
         ],
         rows=[cells(row, run, stage) for row in rows for run in row.runs for stage in run.stages],
     )
+
+
+def _cache_cells(runs: Sequence[Run]) -> _Cells:
+    """One row per stage that had a prefix cache; no rows where no run had one."""
+    rows = group_runs(runs)
+    return _Cells(
+        headers=[
+            "Run",
+            "Stage",
+            "State",
+            "Stored rows",
+            "Rows read",
+            "Rows computed",
+            "Read (%)",
+            "Size (MiB)",
+            "Computing a row (ms)",
+            "Reading a row (ms)",
+            "Why not on",
+        ],
+        rows=[
+            [
+                row.label if len(row.runs) == 1 else run.name,
+                str(stage["stage"] + 1),
+                str(cache.get("state") or MISSING),
+                show(_stored_rows(cache), ",.0f"),
+                show(number(cache, "hits"), ",.0f"),
+                show(number(cache, "misses"), ",.0f"),
+                show(cache_hit_share(stage), ".1f", 100),
+                show(number(cache, "nbytes"), ",.1f", 1 / 2**20),
+                show(number(cache, "prefix_ms"), ".3f"),
+                show(number(cache, "read_ms"), ".3f"),
+                str(cache.get("reason") or ""),
+            ]
+            for row in rows
+            for run in row.runs
+            for stage in run.stages
+            if (cache := cache_of(stage)) is not None
+        ],
+    )
+
+
+def _stored_rows(cache: Mapping[str, Any]) -> float | None:
+    levels = cache.get("rows")
+    if not isinstance(levels, dict):
+        return None
+    return sum(numbers([number(levels, level) for level in levels]))
 
 
 def _rich_table(title: str, cells: _Cells) -> Table:

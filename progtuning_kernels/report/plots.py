@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -12,6 +12,8 @@ from .runs import (
     EXPECTED,
     Row,
     Run,
+    axis_positions,
+    cache_hit_share,
     expected_step_ratio,
     full_step_ms,
     mean,
@@ -30,6 +32,16 @@ if TYPE_CHECKING:
 _LINES = ("-", "--", ":", "-.")
 
 _HATCHES = ("", "///", "...", "xxx")
+
+# label and scale of what a curve can be drawn over
+_AXES = {
+    "step": ("optimizer step", 1.0),
+    "train_seconds": ("training time (s)", 1.0),
+    "updates": ("parameter updates (billions)", 1e-9),
+}
+
+# One colour per measure of contribution, of the same palette as the methods'.
+_MEASURE_COLOURS = {"train": "#0072B2", "skip": "#D55E00", "gradient": "#009E73"}
 
 
 def _figure(height: float, columns: int = 1, lines: int = 1) -> tuple[Figure, list[Axes]]:
@@ -96,26 +108,39 @@ def _draw_curves(
     return drawn
 
 
-def _shade_stages(ax: Axes, rows: Sequence[Row]) -> None:
-    """Bands and boundary labels of the run with most plans, the labels above the axes."""
+def _curve(run: Run, entries: Sequence[Mapping[str, Any]], axis: str, y: str) -> np.ndarray:
+    """A figure of steps or evaluations over an axis, as (2, n)."""
+    scale = _AXES[axis][1]
+    at = axis_positions(run, axis)
+    placed = [entry | {"at": scale * at[entry["step"]]} for entry in entries if entry["step"] in at]
+    return _points(placed, "at", y)
+
+
+def _shade_stages(ax: Axes, rows: Sequence[Row], axis: str) -> None:
+    """Bands and boundary labels of the run with most plans, the labels above the axes.
+
+    The limits of the axes stay as they are.
+    """
 
     def plans(row: Row) -> int:
         run = row.runs[0]
         return len({tuple(trainable_units(run, stage)) for stage in run.stages})
 
     row = max(rows, key=plans)
-    stages = row.runs[0].stages
     if plans(row) < 2:
         return
-    every = math.ceil(len(stages) / 14)  # 14 labels of "k=12" fit into 8 inches
-    for index, stage in enumerate(stages):
-        first, last = stage["first_step"] - 0.5, stage["last_step"] + 0.5
+    left, right = ax.get_xlim()
+    last_label, last = -math.inf, right
+    for index, (stage, edges) in enumerate(_stage_spans(row.runs[0], axis)):
+        first, last = (min(max(edge, left), right) for edge in edges)
         if index % 2:
             ax.axvspan(first, last, color="black", alpha=0.06, linewidth=0)
-        if index % every == 0:
+        middle = (first + last) / 2
+        if middle - last_label >= (right - left) / 14:  # 14 labels of "k=12" fit into 8 inches
+            last_label = middle
             ax.annotate(
                 f"k={stage['boundary']}",
-                ((first + last) / 2, 1),
+                (middle, 1),
                 xycoords=("data", "axes fraction"),
                 xytext=(0, 3),
                 textcoords="offset points",
@@ -123,6 +148,21 @@ def _shade_stages(ax: Axes, rows: Sequence[Row]) -> None:
                 fontsize=8,
                 color=row.style[0],
             )
+    if last < right:  # other runs go on for longer, or with more updates
+        ax.axvline(last, color="black", alpha=0.3, linewidth=0.8, linestyle=":")
+    ax.set_xlim(left, right)
+
+
+def _stage_spans(run: Run, axis: str) -> Iterator[tuple[Mapping[str, Any], tuple[float, float]]]:
+    """The stages that the run's figures reach, and where each begins and ends on the axis."""
+    scale = _AXES[axis][1]
+    at = {0: 0.0} | axis_positions(run, axis)
+    for stage in run.stages:
+        first, last = stage["first_step"], stage["last_step"]
+        if axis == "step":
+            yield stage, (first - 0.5, last + 0.5)
+        elif first - 1 in at and last in at:
+            yield stage, (scale * at[first - 1], scale * at[last])
 
 
 def _legend(figure: Figure, ax: Axes) -> None:
@@ -135,27 +175,35 @@ def _legend(figure: Figure, ax: Axes) -> None:
     )
 
 
-def _loss_plot(rows: Sequence[Row]) -> Figure | None:
+def _loss_plot(rows: Sequence[Row], axis: str) -> Figure | None:
     figure, (ax,) = _figure(4.2)
-    if not _draw_curves(ax, rows, lambda run: _points(run.steps, "step", "loss"), smooth=True):
+    if not _draw_curves(ax, rows, lambda run: _curve(run, run.steps, axis, "loss"), smooth=True):
         return None
-    _shade_stages(ax, rows)
-    ax.set(xlabel="optimizer step", ylabel="training loss")
+    ax.set(xlabel=_AXES[axis][0], ylabel="training loss")
     ax.margins(x=0.01)
+    _shade_stages(ax, rows, axis)
     _legend(figure, ax)
     return figure
 
 
-def _metric_plot(rows: Sequence[Row], x: str, x_label: str) -> Figure | None:
+def _metric_plot(rows: Sequence[Row], axis: str) -> Figure | None:
     figure, (ax,) = _figure(4.2)
-    if not _draw_curves(ax, rows, lambda run: _points(run.evaluations, x, "metric"), marker=True):
+
+    def curve(run: Run) -> np.ndarray:
+        if axis == "updates":
+            return _curve(run, run.evaluations, axis, "metric")
+        return _points(run.evaluations, axis, "metric")
+
+    if not _draw_curves(ax, rows, curve, marker=True):
         return None
-    if x == "step":
-        _shade_stages(ax, rows)
-    ax.set(xlabel=x_label, ylabel=f"validation {_plain(rows[0].runs[0].metric_name)}")
+    ax.set(xlabel=_AXES[axis][0], ylabel=f"validation {_plain(rows[0].runs[0].metric_name)}")
     ax.set_xlim(left=0)
+    _shade_stages(ax, rows, axis)
     _legend(figure, ax)
     return figure
+
+
+_STEP_LABEL = "step, median (ms)"
 
 
 def _stage_plot(rows: Sequence[Row]) -> Figure | None:
@@ -163,21 +211,29 @@ def _stage_plot(rows: Sequence[Row]) -> Figure | None:
     if not rows:
         return None
     base_ms = full_step_ms(rows)
-    figure, axes = _figure(6.4, columns=2, lines=2)
-    panels = (
-        ("step_ms_median", "step, median (ms)", 1.0),
-        ("state_bytes", "optimizer state (MiB)", 2**-20),
-        ("gradient_bytes", "gradients (MiB)", 2**-20),
-        ("activation_bytes", "saved activations (MiB)", 2**-20),
-    )
+    panels: list[tuple[Callable[[Mapping[str, Any]], float | None], str, float]] = [
+        (lambda stage: number(stage, "step_ms_median"), _STEP_LABEL, 1.0),
+        (lambda stage: number(stage, "tokens_per_second"), "tokens per second", 1.0),
+        (lambda stage: number(stage, "state_bytes"), "optimizer state (MiB)", 2**-20),
+        (lambda stage: number(stage, "gradient_bytes"), "gradients (MiB)", 2**-20),
+        (lambda stage: number(stage, "activation_bytes"), "saved activations (MiB)", 2**-20),
+        (cache_hit_share, "rows read from the cache (%)", 100.0),
+    ]
+    figure, axes = _figure(9.0, columns=2, lines=3)
+    if all(cache_hit_share(stage) is None for row in rows for stage in row.runs[0].stages):
+        del panels[-1]
+        axes.pop().remove()
     bars = sum(len(row.runs[0].stages) for row in rows)
     every = math.ceil(bars / 14)  # 14 numbers of two digits fit under half of 8 inches
-    for ax, (key, label, scale) in zip(axes, panels, strict=True):
+    for ax, (figure_of, label, scale) in zip(axes, panels, strict=True):
         start, ticks = 0.0, {}
         for row in rows:
             stages = row.runs[0].stages
             at = start + np.arange(len(stages))
-            repeats = [[_stage_number(run, i, key) for run in row.runs] for i in range(len(stages))]
+            repeats = [
+                [figure_of(run.stages[i]) for run in row.runs if i < len(run.stages)]
+                for i in range(len(stages))
+            ]
             # nan, because a figure that is not there is a gap and not a zero.
             heights = [scale * (mean(known) if numbers(known) else math.nan) for known in repeats]
             errors = [scale * (standard_error(known) or math.nan) for known in repeats]
@@ -192,7 +248,7 @@ def _stage_plot(rows: Sequence[Row]) -> Figure | None:
             )
             ax.errorbar(at, heights, errors, fmt="none", ecolor="black", capsize=2, lw=1)
             expected = [expected_step_ratio(row.runs[0], stage) for stage in stages]
-            if key == "step_ms_median" and base_ms is not None and None not in expected:
+            if label is _STEP_LABEL and base_ms is not None and None not in expected:
                 levels = base_ms * np.array(expected)
                 lines = ax.hlines(levels, at - 0.45, at + 0.45, "black", linestyles=":", lw=1.6)
                 if row is rows[0]:
@@ -210,10 +266,6 @@ def _stage_plot(rows: Sequence[Row]) -> Figure | None:
         ax.set_ylim(bottom=0)
     _legend(figure, axes[0])
     return figure
-
-
-def _stage_number(run: Run, index: int, key: str) -> float | None:
-    return number(run.stages[index], key) if index < len(run.stages) else None
 
 
 def _unit_plot(rows: Sequence[Row]) -> Figure | None:
@@ -268,31 +320,69 @@ def _unit_plot(rows: Sequence[Row]) -> Figure | None:
     return figure
 
 
+def contribution_figure(panels: Sequence[tuple[str, str, Sequence[float]]]) -> Figure:
+    """One panel of bars per measure.
+
+    Args:
+        panels: name of the measure, label of its axis, one value per block.
+    """
+    figure, axes = _figure(3.2, columns=len(panels))
+    for ax, (name, label, values) in zip(axes, panels, strict=True):
+        ax.bar(range(len(values)), values, width=0.8, color=_MEASURE_COLOURS[name])
+        ax.axhline(0, color="black", linewidth=0.8)
+        ax.set(title=name, xlabel="block (0 at the input)", ylabel=label)
+        every = math.ceil(len(values) * len(panels) / 36)  # 36 numbers of two digits in 8 inches
+        ax.set_xticks(range(0, len(values), every))
+        ax.tick_params(axis="x", length=0)
+    return figure
+
+
+_BANDS = "Bands: the stages of the run with most plans; k: the boundary of each; dotted: its end."
+_STRONG = "Strong line: moving mean over a 30th of the run; faint lines: every step of every run."
+
 PLOTS: tuple[tuple[str, str, str, Callable[[Sequence[Row]], Any]], ...] = (
     (
         "loss",
         "Training loss over steps",
-        "Strong line: moving mean over a 30th of the run; faint lines: every step of every run. "
-        "Bands: the stages of the run with most plans; k: the boundary of each.",
-        _loss_plot,
+        f"{_STRONG} {_BANDS}",
+        lambda rows: _loss_plot(rows, "step"),
+    ),
+    (
+        "loss_over_seconds",
+        "Training loss over time",
+        f"Training seconds, evaluation left out. {_STRONG} {_BANDS}",
+        lambda rows: _loss_plot(rows, "train_seconds"),
+    ),
+    (
+        "loss_over_updates",
+        "Training loss over parameter updates",
+        f"A step updates as many parameters as are active in it. {_STRONG} {_BANDS}",
+        lambda rows: _loss_plot(rows, "updates"),
     ),
     (
         "metric_over_seconds",
         "Validation metric over time",
-        "Training seconds, evaluation left out. Faint lines: single runs.",
-        lambda rows: _metric_plot(rows, "train_seconds", "training time (s)"),
+        f"Training seconds, evaluation left out. Faint lines: single runs. {_BANDS}",
+        lambda rows: _metric_plot(rows, "train_seconds"),
     ),
     (
         "metric_over_steps",
         "Validation metric over steps",
-        "The same evaluations over optimizer steps. Faint lines: single runs.",
-        lambda rows: _metric_plot(rows, "step", "optimizer step"),
+        f"The same evaluations over optimizer steps. Faint lines: single runs. {_BANDS}",
+        lambda rows: _metric_plot(rows, "step"),
+    ),
+    (
+        "metric_over_updates",
+        "Validation metric over parameter updates",
+        f"The same evaluations over parameters updated. Faint lines: single runs. {_BANDS}",
+        lambda rows: _metric_plot(rows, "updates"),
     ),
     (
         "stages",
         "What a step costs, stage by stage",
         "One bar per stage, from the first to the last; error bars: standard error over seeds. "
-        "Dotted: the full step times the expected relative cost, counted in block FLOPs.",
+        "Dotted: the full step times the expected relative cost, counted in block FLOPs, with the "
+        "rows that the cache served.",
         _stage_plot,
     ),
     (

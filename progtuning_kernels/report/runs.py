@@ -207,19 +207,59 @@ def trainable_units(run: Run, stage: Mapping[str, Any]) -> list[bool]:
     return [bool(stage.get("embeddings")), *map(bool, blocks), bool(stage.get("head", True))]
 
 
+def axis_positions(run: Run, axis: str) -> dict[int, float]:
+    """Where the end of each step lies on an axis, up to the first step without the figure.
+
+    Args:
+        axis: "step", its number; "train_seconds" or "updates", which add up: seconds of training,
+            and parameters updated (those active in the step's stage, as the stage stored them).
+    """
+    active = {stage["stage"]: number(stage, "active_params") for stage in run.stages}
+    positions: dict[int, float] = {}
+    total = 0.0
+    for entry in run.steps:
+        if axis == "step":
+            total = float(entry["step"])
+        else:
+            step_ms = number(entry, "step_ms")
+            seconds = None if step_ms is None else step_ms / 1e3
+            more = seconds if axis == "train_seconds" else active.get(entry.get("stage"))
+            if more is None:
+                break
+            total += more
+        positions[entry["step"]] = total
+    return positions
+
+
 def expected_step_ratio(run: Run, stage: Mapping[str, Any]) -> float | None:
     """Step cost relative to the full step, counting block FLOPs only.
 
     Forward, input gradient and weight gradient cost a third each. A frozen block below the boundary
     saves the two gradients (1 - 2f/3 when all of them are there), one above it the weight gradient
-    (1 - f/3). Adapters change what a block computes, so the rule says nothing about them.
+    (1 - f/3), and one below it the forward as well for rows that came from the cache (1 - f).
+    Adapters change what a block computes, so the rule says nothing about them.
     """
-    if run.method not in ("full", "progressive") or run.model["num_blocks"] == 0:
+    methods = ("full", "progressive", "progressive-cache")
+    if run.method not in methods or run.model["num_blocks"] == 0:
         return None
     embeddings, *blocks, _ = trainable_units(run, stage)
     below = 0 if embeddings else next((i for i, on in enumerate(blocks) if on), len(blocks))
     inside = blocks[below:].count(False)
-    return 1 - (2 * below + inside) / (3 * len(blocks))
+    cached = below * (cache_hit_share(stage) or 0.0)
+    return 1 - (2 * below + inside + cached) / (3 * len(blocks))
+
+
+def cache_of(stage: Mapping[str, Any]) -> Mapping[str, Any] | None:
+    """What the prefix cache did in the stage; None where there was none."""
+    cache = stage.get("cache")
+    return cache if isinstance(cache, dict) else None
+
+
+def cache_hit_share(stage: Mapping[str, Any]) -> float | None:
+    """Share of the stage's rows that came from the cache; None where none was asked for one."""
+    cache = cache_of(stage) or {}
+    hits, misses = number(cache, "hits"), number(cache, "misses")
+    return None if hits is None or misses is None else ratio(hits, hits + misses)
 
 
 def distinct(values: Iterable[object]) -> list[str]:
