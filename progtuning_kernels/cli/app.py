@@ -122,7 +122,11 @@ def app() -> None:
     "--checkpoint-every", type=click.IntRange(min=0), default=200, help="Steps; 0: never."
 )
 @click.option("--keep-checkpoints", **_positive(2), help="How many of the newest stay.")
-@click.option("--resume", is_flag=True, help="Go on from the newest checkpoint, to the same bits.")
+@click.option(
+    "--resume",
+    is_flag=True,
+    help="Go on from the newest checkpoint; to the same bits, but for progressive-cache.",
+)
 @click.option("--overwrite", is_flag=True, help="Empty --output first.")
 @click.option("--dry-run", is_flag=True, help="Print the plan, train nothing.")
 def train(dry_run: bool, **options: Any) -> None:
