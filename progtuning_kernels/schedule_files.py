@@ -88,7 +88,7 @@ def schedule_from_file(path: str | Path) -> Schedule:
     """
     path = Path(path)
     try:
-        content = _parse(path)
+        content = read_settings(path)
         if not isinstance(content, Mapping):
             raise ValueError("expected settings, one per line")
         return make_schedule(_with_weights(content, path.parent))
@@ -96,7 +96,12 @@ def schedule_from_file(path: str | Path) -> Schedule:
         raise ValueError(f"{path}: {one_line(error)}") from error
 
 
-def _parse(path: Path) -> Any:
+def read_settings(path: Path) -> Any:
+    """The content of a .toml, .yaml, .yml or .json file.
+
+    Raises:
+        ValueError: it is no such file, or cannot be read here.
+    """
     text = path.read_text(encoding="utf-8")
     kind = path.suffix.lower()
     if kind == ".toml":
@@ -116,7 +121,7 @@ def _parse(path: Path) -> Any:
             return yaml.safe_load(text)
         except yaml.YAMLError as error:
             raise ValueError(" ".join(str(error).split())) from error
-    raise ValueError("a schedule is a .toml, .yaml, .yml or .json file")
+    raise ValueError("expected a .toml, .yaml, .yml or .json file")
 
 
 def _with_weights(settings: Mapping[str, Any], folder: Path) -> dict[str, Any]:
