@@ -1,8 +1,8 @@
 """The accuracy study: GLUE tasks, every method, several seeds, from files given by a path.
 
-    python benchmarks/accuracy.py --data FOLDER [--task cola] [--method full] [--seeds 3]
-    python benchmarks/accuracy.py --table FOLDER          # the README's tables, from stored runs
-    python benchmarks/accuracy.py --figure FOLDER PNG     # score against time
+    python benchmarks/accuracy_study.py --data FOLDER [--task cola] [--method full] [--seeds 3]
+    python benchmarks/accuracy_study.py --table FOLDER       # the README's tables, from stored runs
+    python benchmarks/accuracy_study.py --figure FOLDER PNG  # score against time
 
 `FOLDER/<task>/train.jsonl` and `validation.jsonl` hold the rows (`text`, or `text_a` and `text_b`,
 and `label`). What trains is in `benchmarks/experiments/accuracy.toml`. A finished run is one JSON
@@ -21,6 +21,7 @@ import json
 import math
 import shutil
 import statistics
+import sys
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -34,7 +35,7 @@ from progtuning_kernels.cli.settings import TrainSettings
 from progtuning_kernels.cli.train import load_data
 from progtuning_kernels.schedule_files import read_settings
 
-EXPERIMENT = Path(__file__).parent / "experiments" / "accuracy.toml"
+EXPERIMENT = Path(__file__).resolve().parent / "experiments" / "accuracy.toml"
 NAMES = {"rte": "RTE", "mrpc": "MRPC", "cola": "CoLA", "sst2": "SST-2", "stsb": "STS-B"}
 METRICS = {
     "matthews": "Matthews correlation",
@@ -75,6 +76,8 @@ def stored(result: Mapping[str, Any], method: str) -> dict[str, Any]:
 
 
 def run(arguments: argparse.Namespace) -> None:
+    # a script's folder is on the path: transformers would take kernels.py for a package it knows
+    sys.path[:] = [entry for entry in sys.path if Path(entry).resolve() != EXPERIMENT.parents[1]]
     experiment = read_settings(EXPERIMENT)
     tasks = arguments.task or [*experiment["tasks"]]
     methods = arguments.method or [*experiment["methods"]]
