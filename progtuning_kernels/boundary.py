@@ -17,7 +17,7 @@ from typing import Any, Literal, NamedTuple
 import torch
 from torch import nn
 
-from .derived_classes import derive, derived_classes
+from .derived_classes import derive, derived_classes, without_derived_ancestors
 from .layout import EMBEDDINGS, Layout
 
 FrozenMode = Literal["eval", "train"]
@@ -131,7 +131,7 @@ class Boundary:
 
     def _switch(self, path: str, *, no_grad: bool, frozen: bool) -> None:
         module = self._model.get_submodule(path)
-        base = unfrozen_class(type(module))
+        base = unfrozen_class(without_derived_ancestors(type(module)))
         hold_eval = frozen and self._hold_eval
         if hold_eval and path not in self._modes:
             self._modes[path] = [(m, m.training) for m in module.modules()]

@@ -12,6 +12,7 @@ from typing import Any
 
 _classes: dict[tuple[type, Hashable], type] = {}
 _bases: dict[type, type] = {}
+_settled: dict[type, type] = {}
 
 
 def base_of(cls: type) -> type | None:
@@ -24,6 +25,27 @@ def root_of(cls: type) -> type:
     while cls in _bases:
         cls = _bases[cls]
     return cls
+
+
+def without_derived_ancestors(cls: type) -> type:
+    """What `cls` would be had its bases been the original ones when somebody else made it.
+
+    FSDP2 makes a class of its own out of the class that a module has at that moment. Where that is
+    one of ours, its changes would stay in for good, below whatever is derived later.
+    """
+    if cls in _bases or not any(ancestor in _bases for ancestor in cls.__mro__):
+        return cls
+    if cls not in _settled:
+        bases = tuple(without_derived_ancestors(root_of(base)) for base in cls.__bases__)
+        # without `forward`: `__init_subclass__` of transformers' blocks has put our own into it,
+        # and makes it anew. FSDP2 adds nothing but `__deepcopy__`.
+        own = {
+            name: value
+            for name, value in vars(cls).items()
+            if name.startswith("__") and name not in ("__dict__", "__weakref__")
+        }
+        _settled[cls] = type(cls)(cls.__name__, bases, own)
+    return _settled[cls]
 
 
 def derived_classes() -> list[type]:

@@ -8,11 +8,11 @@ one Python call per tensor in others, and nothing under other schedules. Sums st
 the host waits for them at a decision, and where a state dict is made in the steps that count (the
 Trainer's callback makes one after every step).
 
-Ranks: at a decision the sums of squares are added over all of them and the first one's result is
-sent to the others, so that every rank decides by the same bits. Where every rank holds its own
-gradient (as in `DistributedDataParallel`, which reduces after the hooks) a norm is then the root
-mean square of the ranks' own; where they hold shards it is that of the whole, but for a constant
-factor, which no relative change shows.
+Ranks: `DistributedDataParallel` reduces gradients after the hooks of their tensors, some of them at
+the end of backward, so norms are then taken after that. At a decision the sums of squares are added
+over all ranks and the first one's result is sent to the others, so that every rank decides by the
+same bits. Where ranks hold shards, a norm is that of the whole but for a constant factor, which no
+relative change shows.
 """
 
 from __future__ import annotations
@@ -41,6 +41,10 @@ class GradientNorms:
     Args:
         model: the model that `layout` describes.
         schedule: says which steps it observes.
+
+    Attributes:
+        reduced_at_end: gradients are whole at the end of backward only, as under
+            `DistributedDataParallel`.
     """
 
     def __init__(self, model: nn.Module, layout: Layout, schedule: ObservingSchedule) -> None:
@@ -52,6 +56,7 @@ class GradientNorms:
         self._blocks: dict[int, _Block] = {}
         self._handles: list[torch.utils.hooks.RemovableHandle] = []
         self._awaits_end = False  # of the backward that is running
+        self.reduced_at_end = False
         # (L + 1,): sums of squares over the steps of an interval, and how many steps
         self._sums: Tensor | None = None
         self._seen = False  # whether any gradient came in this interval
@@ -137,15 +142,22 @@ class GradientNorms:
                 self._awaits_end = True
                 Variable._execution_engine.queue_callback(self._end_of_backward)
             block.ready.add(id(p))
-            if len(block.ready) == len(block.parameters):
+            if len(block.ready) == len(block.parameters) and not self.reduced_at_end:
                 self._measure(block)
 
         return gradient_is_there
 
     def _end_of_backward(self) -> None:
         self._awaits_end = False
+        if self.reduced_at_end:
+            # the last bucket is waited for in a callback of its own, queued after this one
+            Variable._execution_engine.queue_callback(self._measure_rest)
+        else:
+            self._measure_rest()
+
+    def _measure_rest(self) -> None:
         for block in self._blocks.values():
-            if block.ready:  # some of its parameters had no gradient in this backward
+            if block.ready:  # not measured yet: some of its parameters may have no gradient
                 self._measure(block)
 
     @torch.no_grad()

@@ -9,7 +9,6 @@ to the parameters that they were computed from.
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Callable
 from typing import Any
 
@@ -18,17 +17,9 @@ import torch.utils.checkpoint
 from torch import nn
 from torch.utils import _pytree as pytree
 
+from .call_stack import called_from
 from .families import UnsupportedModelError
 from .layout import Layout, ParameterSlot, parameter_slots
-
-
-def _inside_checkpoint() -> bool:
-    frame = sys._getframe()
-    while frame is not None:
-        if frame.f_code.co_filename == torch.utils.checkpoint.__file__:
-            return True
-        frame = frame.f_back
-    return False
 
 
 class GradientPaths:
@@ -79,7 +70,7 @@ class GradientPaths:
             if not torch.is_grad_enabled():
                 trains = unit >= self._boundary and path in self._layout.block_paths
                 # a model may run a part of itself under no_grad by its own will
-                if trains and not tensors and _inside_checkpoint():
+                if trains and not tensors and called_from(torch.utils.checkpoint.__file__):
                     raise RuntimeError(
                         f"{path} trains but runs without autograd above a frozen prefix, as "
                         "reentrant checkpointing makes it: pass use_reentrant=False"

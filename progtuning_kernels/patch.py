@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
+from datetime import timedelta
 from typing import Any, Literal, get_args
 
 import torch
@@ -20,6 +21,8 @@ from .adapters import check_adapters, rank_allocation_end
 from .boundary import Boundary, FrozenMode
 from .cache import CacheReport, PrefixCache, PrefixServer, automatic_cache
 from .checkpointing import drop_input_grads, make_nonreentrant
+from .derived_classes import without_derived_ancestors
+from .distributed import Wrapper, refuse_flat_parameters, shards_of, surrounding
 from .gradient_norms import GradientNorms
 from .gradient_paths import GradientPaths
 from .layout import EMBEDDINGS, Layout, find_layout, parameter_slots
@@ -120,6 +123,7 @@ class PatchHandle:
         self._reentrant: list[tuple[nn.Module, Any, Any]] = []
         self._input_grads: list[nn.Module] = []
         self.last_forward: _Forward | None = None
+        self._wrapper: Wrapper | None = None
         self._norms: GradientNorms | None = None
         if isinstance(schedule, ObservingSchedule):
             self._norms = GradientNorms(model, layout, schedule)
@@ -139,6 +143,8 @@ class PatchHandle:
         try:
             self._kernels.follow(self._active.device)
             self._apply()
+            if shards_of(model):
+                self.attach(model)
         except BaseException:
             self.unpatch()
             raise
@@ -231,6 +237,37 @@ class PatchHandle:
         `advance()` wants this call before it.
         """
         self._active.reassert()
+
+    def attach(self, wrapped: nn.Module, *, timeout: timedelta | None = None) -> PatchHandle:
+        """Tell the handle what surrounds the model on several processes, after wrapping it.
+
+        Every change of plan then keeps it right before the first forward of the stage: DDP's
+        gradient buckets are built anew over the active tensors, FSDP2 stops gathering weights that
+        backward does not reach, and ranks compare what they train. The first training forward
+        finds a DDP or FSDP2 by itself; call this where that forward is compiled as a whole
+        (`torch.compile` around DDP), or to set the timeout. All ranks call it at the same place.
+
+        Args:
+            wrapped: the `DistributedDataParallel` around the model, the sharded model, either
+                inside `torch.compile`; the model itself where there is one process.
+            timeout: how long a rank waits for the others at a change of plan; None: as long as the
+                process group waits in a collective.
+
+        Returns:
+            The handle itself.
+
+        Raises:
+            ValueError: `wrapped` does not hold the model.
+            UnsupportedModelError: FSDP1, DeepSpeed or DataParallel.
+            RuntimeError: the ranks do not train the same. So do `advance()` and `seek()` later.
+        """
+        self._wrapper = Wrapper(self.model, self.layout, wrapped, timeout=timeout)
+        if self._norms is not None:
+            self._norms.reduced_at_end = self._wrapper.ddp is not None
+        if self._wrapper.sharded:
+            self._put_on_shards()
+        self._wrapper.follow(step=self.step, boundary=self.boundary)
+        return self
 
     def on_change(self, listener: Callable[[PatchHandle], None]) -> None:
         """Call `listener(handle)` after every change of plan."""
@@ -395,6 +432,9 @@ class PatchHandle:
         self._listeners.clear()
         self.last_forward = None
         del self.model.__dict__[_HANDLE]
+        if self._wrapper is not None:
+            self._wrapper.release()
+            self._wrapper = None
         freeze_events.announce()
 
     def before_training_forward(self) -> None:
@@ -403,11 +443,12 @@ class PatchHandle:
         Raises (from the forward):
             UnsupportedModelError, RuntimeError: as `GradientPaths`.
         """
+        if not self.proved:
+            self._find_wrapper()
         if (device := self._active.device).type != self.device_type:
             self._follow(device)
-        if (
-            self._embeddings_frozen
-        ):  # block 0 may train; its input does not require grad all the same
+        if self._embeddings_frozen:
+            # block 0 may train; its input does not require grad all the same
             self._input_grads += drop_input_grads(self.model, self.layout)
             self._reentrant += make_nonreentrant(self.model, self.layout)
         if not self.proved:
@@ -419,6 +460,26 @@ class PatchHandle:
                 self.proved = output is not None  # None: the forward has raised
 
             hook = self.model.register_forward_hook(finish, always_call=True)
+
+    def _find_wrapper(self) -> None:
+        """Attach whatever runs this forward, if that is somebody new."""
+        refuse_flat_parameters(self.model)
+        found = surrounding(self.model)
+        if found is not None and (self._wrapper is None or not self._wrapper.holds(found)):
+            self.attach(found)
+
+    def _put_on_shards(self) -> None:
+        """`fully_shard` has replaced parameters, and made classes out of those it found."""
+        self._boundary.restore()
+        self._kernels.restore()
+        for module in self.model.modules():
+            cls = without_derived_ancestors(type(module))
+            if cls is not type(module):
+                module.__class__ = cls
+        self._kernels.follow(self._active.device)
+        self._boundary.move(self._frozen, self.boundary)
+        if self._norms is not None:
+            self._norms.install()
 
     def _follow(self, device: torch.device) -> None:
         """The model has moved: other kernels, below the classes that the boundary has put on."""
@@ -449,6 +510,8 @@ class PatchHandle:
             )
 
     def _apply(self) -> None:
+        if self._wrapper is not None:
+            self._wrapper.reshard()
         active = self._active.apply(self.plan)
         frozen = set(self.layout.units) - active
         self._embeddings_frozen = EMBEDDINGS in frozen
@@ -463,6 +526,8 @@ class PatchHandle:
         self.proved = False
         if self._norms is not None:
             self._norms.install()
+        if self._wrapper is not None:
+            self._wrapper.follow(step=self.step, boundary=self.boundary)
         freeze_events.announce()
         for listener in self._listeners:
             listener(self)
@@ -535,6 +600,7 @@ def patch_model(
         raise ValueError(f"cache must be a PrefixCache, 'auto' or None, got {cache!r}")
     if handle_of(model) is not None:
         raise ValueError("the model is patched already: call handle.unpatch() first")
+    refuse_flat_parameters(model)
     layout = find_layout(model, blocks)
     return PatchHandle(
         model,

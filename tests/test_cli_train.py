@@ -376,6 +376,11 @@ def test_bad_calls_get_one_line(call, capsys, extra, message):
     assert message in _one_line_error(capsys, call(*extra, model=model))
 
 
+def test_several_processes_are_sent_elsewhere(call, capsys, monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    assert "examples/accelerate_loop.py" in _one_line_error(capsys, call())
+
+
 @pytest.mark.parametrize(
     ("content", "message"),
     [

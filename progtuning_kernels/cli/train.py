@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -134,6 +135,11 @@ def _trained_units(plan: FreezePlan) -> str:
 
 
 def run(options: Mapping[str, Any], *, dry_run: bool) -> None:
+    if int(os.environ.get("WORLD_SIZE", 1)) > 1:
+        raise UserError(
+            "progtuning train runs in one process; on several, use the Trainer with "
+            "ProgtuningCallback, or a loop of your own (examples/accelerate_loop.py), by torchrun"
+        )
     s = TrainSettings(**options)
     console = Console()
     if dry_run:

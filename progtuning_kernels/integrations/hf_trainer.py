@@ -9,7 +9,9 @@ from typing import Any
 from accelerate.state import GradientState
 from torch import nn
 from torch.optim import Optimizer
-from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from tqdm.auto import tqdm
+from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers.utils import logging
 
 from ..optim import MaskedOptimizer, release_frozen_state
 from ..patch import PatchHandle, handle_of, patch_model
@@ -22,6 +24,8 @@ _PARKED = "_progtuning_max_grad_norm"
 # name of a class: the Trainer would look for a callback of that class.
 _DECISIONS = "progtuning"
 _handles: weakref.WeakSet[PatchHandle] = weakref.WeakSet()  # made by callbacks, not by the user
+# below transformers' root, so that its verbosity decides
+logger = logging.get_logger("transformers.progtuning_kernels")
 
 
 def _inner(optimizer: Optimizer) -> Optimizer:
@@ -32,6 +36,11 @@ def _accumulates() -> bool:
     return not GradientState().sync_gradients
 
 
+def _progress_bars() -> weakref.WeakSet[tqdm]:
+    """All that are alive: the Trainer hands callbacks everything but its own."""
+    return weakref.WeakSet(getattr(tqdm, "_instances", ()))
+
+
 class ProgtuningCallback(TrainerCallback):
     """Patches the model when training begins, applies the plan before every step, unpatches.
 
@@ -39,6 +48,10 @@ class ProgtuningCallback(TrainerCallback):
     parameters is released from whichever optimizer it is. The plan is a function of
     `state.global_step`, so a resumed run is where it was without anything saved; the decisions of a
     schedule that makes any are in the Trainer's own state.
+
+    Every log of a training loss gets `stage` (counted from 1), `boundary` and `active_share` (of
+    what was trainable when training began); the Trainer's progress bar says the stage, and a change
+    of stage is one line at transformers' verbosity "info".
 
         trainer = Trainer(model, args, ..., callbacks=[ProgtuningCallback(ProgressiveSchedule(3))])
 
@@ -48,7 +61,8 @@ class ProgtuningCallback(TrainerCallback):
 
     Raises (when training begins):
         UnsupportedModelError, ValueError: as `patch_model`.
-        RuntimeError: more than one process or GPU, which this version does not support.
+        RuntimeError: several GPUs in one process, or `torch_compile` on several processes without
+            `attach`.
     """
 
     def __init__(self, schedule: Schedule, **patch_options: Any) -> None:
@@ -57,6 +71,26 @@ class ProgtuningCallback(TrainerCallback):
         self.handle: PatchHandle | None = None
         self._patch_options = patch_options
         self._binds = schedule.total_steps is None
+        self._trainer: weakref.ref[Trainer] | None = None
+        self._bars_of_others = weakref.WeakSet[tqdm]()
+        self._shown: int | None = None  # the stage that the progress bar shows
+
+    def attach(self, trainer: Trainer) -> None:
+        """Tell the callback its Trainer; `torch_compile` on several processes needs it."""
+        self._trainer = weakref.ref(trainer)
+
+    def on_init_end(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        *,
+        model: nn.Module,
+        **kwargs: Any,
+    ) -> None:
+        # a model left patched by a train() that ended in an exception: put right before this
+        # Trainer makes an optimizer, which is over what requires grad
+        self._clean_up(args, model)
 
     def on_train_begin(
         self,
@@ -68,10 +102,11 @@ class ProgtuningCallback(TrainerCallback):
         optimizer: Optimizer,
         **kwargs: Any,
     ) -> None:
-        if args.world_size > 1:
+        trainer = None if self._trainer is None else self._trainer()
+        if args.world_size > 1 and args.torch_compile and trainer is None:
             raise RuntimeError(
-                f"ProgtuningCallback: {args.world_size} processes; this version trains in one "
-                "process only (gradient buckets are not rebuilt when the plan changes)"
+                "ProgtuningCallback: with torch_compile on several processes it cannot find what "
+                "surrounds the model: call callback.attach(trainer) after making the Trainer"
             )
         if args.n_gpu > 1:
             raise RuntimeError(
@@ -98,6 +133,8 @@ class ProgtuningCallback(TrainerCallback):
             model, self.schedule, step=state.global_step, **self._patch_options
         )
         _handles.add(self.handle)
+        if trainer is not None and args.world_size > 1:
+            self.handle.attach(trainer.model_wrapped)
         if isinstance(self.schedule, ObservingSchedule) and saved is not None:
             self.handle.load_state_dict(saved)
         self._release(optimizer)  # a checkpoint is older than the plan of the step that follows it
@@ -109,6 +146,8 @@ class ProgtuningCallback(TrainerCallback):
             _inner(optimizer).max_grad_norm = args.max_grad_norm
             setattr(args, _PARKED, args.max_grad_norm)
             args.max_grad_norm = 0.0
+        self._bars_of_others = _progress_bars()  # the Trainer's is made after this
+        self._shown = None
 
     def on_step_begin(
         self,
@@ -123,6 +162,8 @@ class ProgtuningCallback(TrainerCallback):
         # both plans
         if self.handle.seek(state.global_step):
             self._release(optimizer)
+        if self._shown != self.handle.stage:
+            self._show_stage(state)
 
     def on_optimizer_step(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -144,10 +185,19 @@ class ProgtuningCallback(TrainerCallback):
         state: TrainerState,
         control: TrainerControl,
         logs: dict[str, Any] | None = None,
+        *,
+        model: nn.Module,
         **kwargs: Any,
     ) -> None:
-        if logs is not None and "loss" in logs and self.handle is not None:
-            logs["stage"] = self.schedule.stage(max(0, state.global_step - 1))
+        if logs is None or self.handle is None:
+            return
+        if "loss" in logs:
+            logs |= (shown := self._numbers())
+            state.log_history[-1] |= shown  # the Trainer has copied the logs already
+        elif "total_flos" in logs:
+            # the last word of a run. The best model is loaded next, and what `unpatch` puts back
+            # (columns of frozen blocks in prefix tuning) must not be written over it
+            self._clean_up(args, model)
 
     def on_train_end(
         self,
@@ -159,6 +209,31 @@ class ProgtuningCallback(TrainerCallback):
         **kwargs: Any,
     ) -> None:
         self._clean_up(args, model)
+
+    def _numbers(self) -> dict[str, Any]:
+        """What a log says of the plan in force."""
+        share = self.handle.active_params / self.handle.trainable_params
+        return {
+            "stage": self.handle.stage + 1,
+            "boundary": self.handle.boundary,
+            "active_share": round(share, 4),
+        }
+
+    def _show_stage(self, state: TrainerState) -> None:
+        """In the Trainer's progress bar, and as a line for those who asked for such lines."""
+        self._shown = self.handle.stage
+        text = f"stage {self._shown + 1}"
+        if not isinstance(self.schedule, ObservingSchedule):
+            text += f"/{self.schedule.stage(self.schedule.total_steps - 1) + 1}"
+        for bar in _progress_bars():
+            if bar not in self._bars_of_others and bar.total == state.max_steps:
+                bar.set_description(text)
+        numbers = self._numbers()
+        logger.info(
+            f"  {text} from step {state.global_step}: boundary {numbers['boundary']} of "
+            f"{self.handle.num_blocks} blocks, {numbers['active_share']:.1%} of the trainable "
+            "parameters active"
+        )
 
     @staticmethod
     def _release(optimizer: Optimizer) -> None:

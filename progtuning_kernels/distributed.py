@@ -1,0 +1,314 @@
+"""Keeps what surrounds a model on several processes right when the plan changes.
+
+`DistributedDataParallel` decides when it is built which gradients it reduces, and in which buckets.
+A gradient that stops coming later leaves a bucket waiting (one step goes unreduced, the next
+raises), and one that starts coming is not reduced at all (ranks drift apart without an error). So
+the reducer is built anew, over the active tensors alone, before the first forward of a stage:
+milliseconds, without a broadcast, and only active gradients are sent from then on.
+
+FSDP2 (`fully_shard`) needs nothing for its gradients: a frozen block has none to scatter. Its
+backward would gather the weights of one frozen block too many, the one below the boundary, ahead of
+time; that is switched off.
+
+Plans are functions of the step, so ranks agree without a word. Where they do not all the same (a
+schedule or seed of its own on one rank, a missed `advance()`, a layer that one rank froze),
+gradients would be added up that belong to different tensors, or every rank would wait for another.
+So they compare what they train whenever it changes, through the store that torch's process groups
+began with, not by a collective, which is what would hang.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import itertools
+import sys
+from collections.abc import Sequence
+from datetime import timedelta
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import nn
+from torch.nn.parallel import DataParallel, DistributedDataParallel
+
+from .call_stack import called_from
+from .families import UnsupportedModelError
+from .layout import Layout, parameter_slots
+
+_AGREED = "agreed"
+_meetings = itertools.count()  # every rank makes its wrappers in the same order
+
+
+def _loaded(module: str, name: str) -> type | tuple[()]:
+    """A class of a module, `()` (nothing is an instance of it) while nobody has imported that."""
+    return getattr(sys.modules.get(module), name, ())
+
+
+def shards_of(model: nn.Module) -> list[nn.Module]:
+    """The modules of a model that `fully_shard` was called on."""
+    fsdp = _loaded("torch.distributed.fsdp", "FSDPModule")
+    return [module for module in model.modules() if isinstance(module, fsdp)]
+
+
+def refuse_flat_parameters(model: nn.Module) -> None:
+    """FSDP1 and ZeRO-3 keep parameters in flat pieces that cannot freeze block by block.
+
+    Raises:
+        UnsupportedModelError: the model is in the hands of one of them.
+    """
+    cure = (
+        "shard it by torch.distributed.fsdp.fully_shard (FSDP2), block by block; in accelerate: "
+        "fsdp_version=2"
+    )
+    name = type(model).__name__
+    fsdp1 = _loaded("torch.distributed.fsdp", "FullyShardedDataParallel")
+    parameters = [*model.parameters()]
+    flat = any(getattr(p, "_fsdp_flattened", False) for p in parameters) or any(
+        isinstance(module, fsdp1) for module in model.modules()
+    )
+    # inside its forward FSDP1 has put tensors without a trace of it in the place of flat pieces
+    if flat or (fsdp1 and called_from(sys.modules[fsdp1.__module__].__file__)):
+        raise UnsupportedModelError(
+            f"{name}: FSDP1 (FullyShardedDataParallel) keeps gradients and state of frozen "
+            f"parameters, and wants a flat piece to train as a whole: {cure}"
+        )
+    if any(hasattr(p, "ds_id") for p in parameters):
+        raise UnsupportedModelError(
+            f"{name}: DeepSpeed ZeRO-3 fixes what trains when it starts, and leaves blocks that "
+            f"thaw later untrained: {cure}"
+        )
+
+
+def surrounding(model: nn.Module) -> DistributedDataParallel | nn.Module | None:
+    """What runs `model` at this moment: called inside a forward of it.
+
+    Returns:
+        The `DistributedDataParallel` whose forward this is; the model itself if it is sharded; else
+        None.
+    """
+    ddp = DistributedDataParallel._get_active_ddp_module()
+    if ddp is not None and any(module is model for module in ddp.modules()):
+        return ddp
+    return model if shards_of(model) else None
+
+
+def _unwrap(wrapped: nn.Module) -> nn.Module:
+    """Without `torch.compile` and DeepSpeed-like engines around it, down to what talks to ranks.
+
+    Raises:
+        UnsupportedModelError: a wrapper that does not follow changes of what trains.
+    """
+    while not isinstance(wrapped, DistributedDataParallel):
+        if isinstance(wrapped, DataParallel):
+            raise UnsupportedModelError(
+                "DataParallel copies the model to every GPU in each forward, without its patch: "
+                "use DistributedDataParallel, one process per GPU (torchrun)"
+            )
+        if type(wrapped).__name__ == "DeepSpeedEngine":
+            raise UnsupportedModelError(
+                "DeepSpeed keeps flat copies of what trained when it started: use DDP or FSDP2"
+            )
+        inner = getattr(wrapped, "_orig_mod", None)
+        if not isinstance(inner, nn.Module):
+            break
+        wrapped = inner
+    return wrapped
+
+
+class Wrapper:
+    """What surrounds one patched model on several processes.
+
+    Args:
+        model: the patched model.
+        layout: its cut into units.
+        wrapped: what is called in training: the model inside `DistributedDataParallel`, a sharded
+            model, either inside `torch.compile`; or the model itself.
+        timeout: how long a rank waits for the others at a change of plan; None: as long as the
+            process group does.
+
+    Raises:
+        ValueError: `wrapped` does not hold the model.
+        UnsupportedModelError: a wrapper that does not follow changes of what trains.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        layout: Layout,
+        wrapped: nn.Module,
+        *,
+        timeout: timedelta | None = None,
+    ) -> None:
+        inner = _unwrap(wrapped)
+        if not any(module is model for module in inner.modules()):
+            raise ValueError(
+                f"attach() takes what surrounds the patched {type(model).__name__}; this "
+                f"{type(wrapped).__name__} does not hold it"
+            )
+        refuse_flat_parameters(inner)
+        self._model = model
+        self._layout = layout
+        self.ddp = inner if isinstance(inner, DistributedDataParallel) else None
+        self._root = None if self.ddp is not None or not shards_of(model) else inner
+        self._lowest: nn.Module | None = None  # FSDP2: what must not gather what lies below it
+        self._ranks = self._all_ranks()
+        self._timeout = timeout or self._group_timeout()
+        self._meeting = f"progtuning/{next(_meetings)}/{min(self._ranks, default=0)}"
+        self._round = 0
+
+    @property
+    def sharded(self) -> bool:
+        return self._root is not None
+
+    def holds(self, found: nn.Module) -> bool:
+        """Whether `found`, of `surrounding`, is what this was made for."""
+        return found is self.ddp or (self.sharded and found is self._model)
+
+    def reshard(self) -> None:
+        """Shards in place of gathered weights, which an evaluation leaves behind.
+
+        Flags are set on what a module holds; FSDP2 copies them from the shard when it gathers, not
+        back.
+        """
+        for module in shards_of(self._model) if self.sharded else ():
+            module.reshard()
+
+    def follow(self, *, step: int, boundary: int) -> None:
+        """The plan has changed; every rank calls this before its first forward under it.
+
+        Raises:
+            RuntimeError: another rank trains something else or did not come in time. It is raised
+                on every rank that came.
+        """
+        slots = parameter_slots(self._model, self._layout)
+        names = [slot.name for slot in slots if slot.parameter.requires_grad]
+        self._agree(step, f"step {step}, boundary {boundary}, {len(names)} active tensors", names)
+        self._rebuild(boundary)
+
+    def release(self) -> None:
+        """The model is not patched any more: what is active again is reduced again."""
+        self._rebuild(boundary=0)
+
+    def _rebuild(self, boundary: int) -> None:
+        if self.ddp is not None:
+            _rebuild_reducer(self.ddp)
+        if self._root is not None:
+            self._stop_gathering_below(boundary)
+
+    def _agree(self, step: int, what: str, names: Sequence[str]) -> None:
+        if len(self._ranks) < 2:
+            return
+        digest = hashlib.sha256("\n".join([str(step), *names]).encode()).hexdigest()
+        rank, chief = dist.get_rank(), self._ranks[0]
+        store = dist.distributed_c10d._get_default_store()
+        place = f"{self._meeting}/{self._round}"
+        self._round += 1
+        store.set(f"{place}/{rank}", f"{digest} {what}")
+        if rank == chief:
+            verdict = self._compare(store, place, step)
+            store.set(f"{place}/verdict", verdict)
+            if verdict != _AGREED:
+                self._let_others_read(store, place)
+        else:
+            # the chief says who is missing, if it gets to that first
+            patience = self._timeout + timedelta(seconds=5)
+            try:
+                store.wait([f"{place}/verdict"], patience)
+            except RuntimeError as error:
+                raise RuntimeError(
+                    f"rank {chief} did not come to the change of plan at step {step} within "
+                    f"{self._timeout.total_seconds():.0f} s: {error}"
+                ) from error
+            verdict = store.get(f"{place}/verdict").decode()
+            store.set(f"{place}/{rank}/has read", "")
+        if verdict != _AGREED:
+            raise RuntimeError(verdict)
+
+    def _let_others_read(self, store: Any, place: str) -> None:
+        """The store may live in this process, which is about to end with an error."""
+        came = [rank for rank in self._ranks[1:] if store.check([f"{place}/{rank}"])]
+        with contextlib.suppress(RuntimeError):
+            store.wait([f"{place}/{rank}/has read" for rank in came], timedelta(seconds=5))
+
+    def _compare(self, store: Any, place: str, step: int) -> str:
+        """What to tell every rank: `_AGREED`, or what is wrong."""
+        keys = {rank: f"{place}/{rank}" for rank in self._ranks}
+        try:
+            store.wait([*keys.values()], self._timeout)
+        except RuntimeError:
+            missing = [rank for rank, key in keys.items() if not store.check([key])]
+            return (
+                f"rank {', '.join(map(str, missing))} did not come to the change of plan at step "
+                f"{step} within {self._timeout.total_seconds():.0f} s: every rank needs the same "
+                "schedule, and one handle.advance() per optimizer step"
+            )
+        said = {rank: store.get(key).decode().split(" ", 1) for rank, key in keys.items()}
+        groups: dict[str, list[int]] = {}
+        for rank, (digest, _) in said.items():
+            groups.setdefault(digest, []).append(rank)
+        if len(groups) == 1:
+            return _AGREED
+        descriptions = "; ".join(
+            f"rank {', '.join(map(str, ranks))}: {said[ranks[0]][1]}" for ranks in groups.values()
+        )
+        return (
+            f"ranks do not train the same: {descriptions}. Every rank needs the same schedule and "
+            "seed, the same frozen layers, and one handle.advance() per optimizer step"
+        )
+
+    def _all_ranks(self) -> list[int]:
+        if self.ddp is not None:
+            return dist.get_process_group_ranks(self.ddp.process_group)
+        if self._root is None:
+            return []
+        sharded = _loaded("torch.distributed.tensor", "DTensor")
+        for p in self._model.parameters():
+            if isinstance(p, sharded):
+                return sorted(p.device_mesh.mesh.flatten().tolist())
+        return [*range(dist.get_world_size())]  # inside a forward: gathered at this moment
+
+    def _group_timeout(self) -> timedelta:
+        if len(self._ranks) < 2:
+            return timedelta(0)
+        group = dist.group.WORLD if self.ddp is None else self.ddp.process_group
+        device = next(self._model.parameters()).device
+        return group._get_backend(torch.device(device.type)).options._timeout
+
+    def _stop_gathering_below(self, boundary: int) -> None:
+        """Backward ends in block `boundary`; FSDP2 would gather the one below it ahead of time."""
+        if self._lowest is not None:
+            self._lowest.set_modules_to_backward_prefetch([])
+            self._lowest = None
+        if boundary == 0:
+            return
+        inside = self._layout.block_paths[boundary : boundary + 1]
+        lowest = self._model.get_submodule(inside[0]) if inside else self._root
+        shards = shards_of(lowest)
+        # with shards of its own inside, which of them ends backward is not known
+        alone = shards[:1] == [lowest] and (len(shards) == 1 or lowest is self._root)
+        if alone and not lowest._get_fsdp_state()._states_to_backward_prefetch:
+            # an explicit list takes the place of the default; the module itself is there already
+            lowest.set_modules_to_backward_prefetch([lowest])
+            self._lowest = lowest
+
+
+def _rebuild_reducer(ddp: DistributedDataParallel) -> None:
+    """A new reducer in place, as unpickling a DDP makes it; the wrapper keeps all its hooks.
+
+    Parameters are not broadcast: they are the same on all ranks, as every update was.
+    """
+    parameters, sparse = ddp._build_params_for_reducer()
+    names = ddp._build_debug_param_to_name_mapping(parameters)
+    hooks, ddp._comm_hooks = ddp._comm_hooks, []
+    ddp._remove_autograd_hooks()
+    ddp._ddp_init_helper(parameters, sparse, names, ddp.static_graph)
+    if ddp.static_graph:
+        ddp._static_graph_delay_allreduce_enqueued = False
+        ddp.reducer._set_static_graph()
+        ddp.logger._set_static_graph()
+    ddp._has_rebuilt_buckets = False
+    for hook, state in hooks:
+        ddp.register_comm_hook(state, hook)
+    if ddp.mixed_precision is not None:
+        ddp.reducer._set_mixed_precision_param_dtype(ddp.mixed_precision.param_dtype)

@@ -1,0 +1,571 @@
+"""Two processes train as one does, under DDP and FSDP2, through every change of plan."""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from datetime import timedelta
+from pathlib import Path
+
+import pytest
+import torch
+import torch.distributed as dist
+from tiny_models import tiny_inputs, tiny_model
+from torch import nn
+from torch.nn.parallel import DataParallel, DistributedDataParallel
+from torch.optim.lr_scheduler import LambdaLR
+from transformers import (
+    AutoModelForSequenceClassification,
+    Trainer,
+    TrainerCallback,
+    TrainingArguments,
+)
+
+from progtuning_kernels import (
+    AdaptiveSchedule,
+    CyclicBlockSchedule,
+    MaskedAdamW,
+    MilestoneSchedule,
+    ProgressiveSchedule,
+    RandomBlockSchedule,
+    patch_model,
+)
+from progtuning_kernels.derived_classes import derived_classes
+from progtuning_kernels.families import UnsupportedModelError
+from progtuning_kernels.integrations.hf_trainer import ProgtuningCallback
+from progtuning_kernels.layout import parameter_slots
+from progtuning_kernels.schedules import AnnealedSchedule
+
+WORLD, STEPS, ROWS = 2, 9, 4
+OPTIONS = dict(lr=0.02, betas=(0.8, 0.95), eps=1e-3, weight_decay=0.1, max_grad_norm=0.5)
+SCHEDULES = {
+    "progressive": lambda: ProgressiveSchedule(3, STEPS),
+    "never": lambda: ProgressiveSchedule(3, STEPS, embeddings="never"),
+    "always": lambda: ProgressiveSchedule(3, STEPS, embeddings="always"),
+    "weights": lambda: ProgressiveSchedule(3, STEPS, weights=[1, 1, 1, 5]),
+    "milestones": lambda: MilestoneSchedule({3: 2, 6: 4}),
+    "random": lambda: RandomBlockSchedule(2, 2, seed=1),
+    "random-truncated": lambda: RandomBlockSchedule(1, 2, seed=1, embeddings="never"),
+    "cyclic": lambda: CyclicBlockSchedule(1, 2, order="random", seed=3),
+    "adaptive": lambda: AdaptiveSchedule(2, percentile=60),
+    "annealed": lambda: AnnealedSchedule(ProgressiveSchedule(3, STEPS)),
+}
+
+
+def batch(step: int, rank: int | None) -> dict[str, torch.Tensor]:
+    """`ROWS` rows of a step: all of them, or those of a rank."""
+    inputs = [tiny_inputs("bert-sequence", seed=10 * step + i) for i in range(2)]
+    rows = {k: torch.cat([x[k] for x in inputs])[:ROWS] for k in inputs[0]}
+    if rank is None:
+        return rows
+    share = ROWS // WORLD
+    return {k: v[rank * share : (rank + 1) * share] for k, v in rows.items()}
+
+
+def optimizer_of(handle, **options):
+    annealed = isinstance(handle.schedule, AnnealedSchedule)
+    optimizer = MaskedAdamW(
+        handle.param_groups(weight_decay=0.1, by_unit=annealed), **{**OPTIONS, **options}
+    )
+    if not annealed:
+        return optimizer, None
+    factors = handle.schedule.lr_factors(optimizer.param_groups, handle.num_blocks)
+    return optimizer, LambdaLR(optimizer, factors)
+
+
+def train(called: nn.Module, handle, optimizer, scheduler, rank, *, on_step=None, until=STEPS):
+    """Losses of steps up to `until`."""
+    losses = []
+    while handle.step < until:
+        loss = called(**batch(handle.step, rank)).loss
+        loss.backward()
+        if on_step is not None:
+            on_step(handle)
+        optimizer.step()
+        optimizer.zero_grad()
+        handle.advance()
+        if scheduler is not None:
+            scheduler.step()
+        losses.append(float(loss.detach()))
+    return losses
+
+
+def reference(schedule) -> tuple[nn.Module, object]:
+    """The run of one process."""
+    model = tiny_model("bert-sequence").train()
+    handle = patch_model(model, schedule)
+    train(model, handle, *optimizer_of(handle), None)
+    return model, handle
+
+
+def assert_same_weights(model: nn.Module, expected: nn.Module, what: str) -> None:
+    for (name, p), q in zip(model.named_parameters(), expected.parameters(), strict=True):
+        p = p.full_tensor() if hasattr(p, "full_tensor") else p
+        torch.testing.assert_close(
+            p.detach(), q.detach(), rtol=1e-5, atol=2e-6, msg=lambda m, n=name: f"{what}, {n}: {m}"
+        )
+
+
+def same_on_ranks(model: nn.Module) -> bool:
+    own = torch.cat([p.detach().flatten() for p in model.parameters()])
+    first = own.clone()
+    dist.broadcast(first, src=0)
+    return torch.equal(own, first)
+
+
+class CountingHook:
+    """Bytes that DDP's reducer sends, one entry per bucket."""
+
+    def __init__(self) -> None:
+        self.bytes = 0
+
+    def hook(self, state, bucket):
+        self.bytes += bucket.buffer().nbytes
+        tensor = bucket.buffer().div_(WORLD)
+        return dist.all_reduce(tensor, async_op=True).get_future().then(lambda f: f.value()[0])
+
+
+def active_bytes(model: nn.Module) -> int:
+    return sum(p.numel() * 4 for p in model.parameters() if p.requires_grad)
+
+
+def check_ddp(rank: int) -> None:
+    for name, make in SCHEDULES.items():
+        expected, alone = reference(make())
+        model = tiny_model("bert-sequence").train()
+        before = name in ("random", "adaptive", "progressive")  # patched before it is wrapped
+        if before:
+            handle = patch_model(model, make())
+        ddp = DistributedDataParallel(model)
+        if not before:
+            handle = patch_model(model, make())
+        counted = CountingHook()
+        ddp.register_comm_hook(None, counted.hook)
+        sent, planned, plans = [], [], set()
+
+        def note(handle, counted=counted, sent=sent, planned=planned, plans=plans):
+            plans.add(handle.plan)
+            sent.append(counted.bytes)
+            planned.append(active_bytes(handle.model))
+            counted.bytes = 0
+            for slot in parameter_slots(handle.model, handle.layout):
+                assert (slot.parameter.grad is not None) == slot.parameter.requires_grad
+
+        train(ddp, handle, *optimizer_of(handle), rank, on_step=note)
+        assert sent == planned, f"{name}: {sent} bytes were reduced, {planned} are active"
+        assert len(plans) > 1, name
+        assert same_on_ranks(model), name
+        assert_same_weights(model, expected, name)
+        if name == "adaptive":
+            assert handle.schedule.state_dict() != make().state_dict()
+            ours, theirs = (h.schedule.state_dict()["decisions"] for h in (handle, alone))
+            assert [d[::2] for d in ours] == [d[::2] for d in theirs]
+        handle.unpatch()
+        ddp(**batch(0, rank)).loss.backward()
+        assert counted.bytes == active_bytes(model) > max(planned[-2:])  # everything, as before
+
+
+def check_ddp_options(rank: int) -> None:
+    """What a wrapper was made with, and what hangs on it, survives; so does accumulation."""
+    expected, _ = reference(ProgressiveSchedule(3, STEPS))
+    for options in (
+        {"find_unused_parameters": True},
+        {"static_graph": True},
+        {"gradient_as_bucket_view": True},
+        {"bucket_cap_mb": 0.001},
+    ):
+        model = tiny_model("bert-sequence").train()
+        ddp = DistributedDataParallel(model, **options)
+        calls = []
+        ddp.register_forward_pre_hook(lambda *_, calls=calls: calls.append(1))
+        handle = patch_model(model, ProgressiveSchedule(3, STEPS)).attach(ddp)
+        train(ddp, handle, *optimizer_of(handle), rank)
+        assert len(calls) == STEPS
+        assert_same_weights(model, expected, str(options))
+
+    # two micro-batches of one row each, the first without reduction
+    model = tiny_model("bert-sequence").train()
+    ddp = DistributedDataParallel(model)
+    handle = patch_model(model, ProgressiveSchedule(3, STEPS))
+    optimizer, _ = optimizer_of(handle)
+    for step in range(STEPS):
+        rows = batch(step, rank)
+        for i, context in enumerate((ddp.no_sync, contextlib.nullcontext)):
+            with context():
+                (ddp(**{k: v[i : i + 1] for k, v in rows.items()}).loss / 2).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        handle.advance()
+    assert_same_weights(model, expected, "accumulation")
+
+    # compiled as a whole, DDP is not seen in the forward: it has to be attached
+    model = tiny_model("bert-sequence").train()
+    compiled = torch.compile(DistributedDataParallel(model), backend="eager")
+    handle = patch_model(model, ProgressiveSchedule(3, STEPS)).attach(compiled)
+    train(compiled, handle, *optimizer_of(handle), rank)
+    assert_same_weights(model, expected, "compiled")
+
+
+def shard(model: nn.Module, handle=None) -> None:
+    from torch.distributed.fsdp import fully_shard
+
+    for block in model.bert.encoder.layer:
+        fully_shard(block)
+    fully_shard(model)
+
+
+class Collectives:
+    """All-gathers and bytes of reduce-scatters of FSDP2, forward and backward apart."""
+
+    def __init__(self) -> None:
+        self.gathers, self.scattered_bytes = 0, 0
+        # FSDP2 calls them by these names from torch 2.13 on, by the older ones before
+        new = hasattr(dist, "all_gather_single")
+        names = ("all_gather_single", "reduce_scatter_single")
+        names = names if new else ("all_gather_into_tensor", "reduce_scatter_tensor")
+        gather, scatter = (getattr(dist, name) for name in names)
+
+        def counted_gather(*args, **kwargs):
+            self.gathers += 1
+            return gather(*args, **kwargs)
+
+        def counted_scatter(*args, **kwargs):
+            self.scattered_bytes += kwargs["input"].nbytes
+            return scatter(*args, **kwargs)
+
+        setattr(dist, names[0], counted_gather)
+        setattr(dist, names[1], counted_scatter)
+
+
+def check_fsdp2(rank: int) -> None:
+    counted = Collectives()
+    for name, make in SCHEDULES.items():
+        expected, alone = reference(make())
+        model = tiny_model("bert-sequence").train()
+        before = name in ("never", "cyclic", "adaptive")  # frozen blocks get sharded, too
+        if before:
+            handle = patch_model(model, make(), kernels="off")
+        shard(model)
+        if not before:
+            handle = patch_model(model, make(), kernels="off")
+        optimizer, scheduler = optimizer_of(handle)
+        left_gathered = False
+        while handle.step < STEPS:
+            counted.gathers = counted.scattered_bytes = 0
+            loss = model(**batch(handle.step, rank)).loss
+            forward, counted.gathers = counted.gathers, 0
+            # the root and four blocks; after an evaluation the root still is, within a stage
+            assert forward == 5 - left_gathered, name
+            loss.backward()
+            # blocks from the boundary on; the root keeps its weights from the forward
+            what = f"{name}, step {handle.step}, boundary {handle.boundary}: {counted.gathers}"
+            assert counted.gathers == handle.num_blocks - handle.boundary, what
+            # to the byte, but for rows that do not divide by the ranks
+            planned = active_bytes(model)
+            assert planned <= counted.scattered_bytes <= 1.05 * planned + 256, name
+            optimizer.step()
+            optimizer.zero_grad()
+            evaluates = handle.step in (1, 2, 4, 5)
+            if evaluates:
+                model.eval()
+                with torch.no_grad():
+                    model(**batch(0, rank))
+                model.train()
+            changed = handle.advance()
+            left_gathered = evaluates and not changed
+            if scheduler is not None:
+                scheduler.step()
+        assert_same_weights(model, expected, name)
+        if name == "adaptive":
+            ours, theirs = (h.schedule.state_dict()["decisions"] for h in (handle, alone))
+            assert [d[::2] for d in ours] == [d[::2] for d in theirs]
+        for module in model.modules():
+            ours = [cls in derived_classes() for cls in type(module).__mro__]
+            assert not any(ours[1:]), f"{name}: {type(module).__mro__}"  # on top, if anywhere
+        handle.unpatch()
+        assert not any(cls in derived_classes() for m in model.modules() for cls in type(m).__mro__)
+        assert all(p.requires_grad for p in model.parameters())
+
+
+def check_fsdp1(rank: int) -> None:
+    from torch.distributed.fsdp import FullyShardedDataParallel
+
+    for options in ({"use_orig_params": True}, {}):
+        model = tiny_model("bert-sequence")
+        wrapped = FullyShardedDataParallel(model, device_id=torch.device("cpu"), **options)
+        for given in (wrapped, model):
+            with pytest.raises(UnsupportedModelError, match="FSDP1.*fully_shard"):
+                patch_model(given, ProgressiveSchedule(2, 4))
+        model = tiny_model("bert-sequence")
+        handle = patch_model(model, ProgressiveSchedule(2, 4))
+        wrapped = FullyShardedDataParallel(model, device_id=torch.device("cpu"), **options)
+        with pytest.raises(UnsupportedModelError, match="FSDP1.*fully_shard"):
+            handle.attach(wrapped)
+        with pytest.raises(UnsupportedModelError, match="FSDP1.*fully_shard"):
+            wrapped(**batch(0, rank))
+
+
+def check_mismatch(rank: int) -> None:
+    def message(action) -> str:
+        started = time.perf_counter()
+        with pytest.raises(RuntimeError) as caught:
+            action()
+        assert time.perf_counter() - started < 20
+        dist.barrier()
+        return str(caught.value)
+
+    # a schedule of its own
+    model = tiny_model("bert-sequence").train()
+    ddp = DistributedDataParallel(model)
+    handle = patch_model(model, MilestoneSchedule({0: 1 + rank, 5: 3}))
+    text = message(lambda: ddp(**batch(0, rank)))
+    assert "ranks do not train the same: rank 0: step 0, boundary 1" in text
+    assert "rank 1: step 0, boundary 2" in text
+
+    # a layer that one rank froze
+    model = tiny_model("bert-sequence").train()
+    ddp = DistributedDataParallel(model)
+    handle = patch_model(model, MilestoneSchedule({2: 1})).attach(ddp)
+    if rank == 1:
+        model.bert.encoder.layer[3].attention.requires_grad_(False)
+    assert "active tensors" in message(lambda: handle.seek(2))
+
+    # a step that was not counted: the rank that missed it never comes to the meeting
+    model = tiny_model("bert-sequence").train()
+    ddp = DistributedDataParallel(model)
+    handle = patch_model(model, MilestoneSchedule({2: 1}))
+    handle.attach(ddp, timeout=timedelta(seconds=1))
+    handle.seek(1)
+    if rank == 0:
+        assert "rank 1 did not come to the change of plan at step 2 within 1 s" in message(
+            handle.advance
+        )
+    else:
+        dist.barrier()
+
+    # an agreement afterwards is one again
+    model = tiny_model("bert-sequence").train()
+    handle = patch_model(model, MilestoneSchedule({2: 1})).attach(DistributedDataParallel(model))
+    assert handle.seek(2)
+
+
+def trainer_of(folder: str, model: nn.Module, callback, *, rows: int, **arguments):
+    data = [
+        {k: v[i] for k, v in batch(step, None).items()} for step in range(3) for i in range(ROWS)
+    ]
+    return Trainer(
+        model,
+        TrainingArguments(
+            output_dir=folder,
+            max_steps=STEPS,
+            per_device_train_batch_size=rows,
+            learning_rate=0.02,
+            adam_epsilon=1e-3,
+            weight_decay=0.1,
+            max_grad_norm=0.5,
+            report_to="none",
+            disable_tqdm=True,
+            use_cpu=True,
+            # else the Trainer takes a mean over rows for a sum, and doubles the loss of two ranks
+            average_tokens_across_devices=False,
+            **{"save_strategy": "no", **arguments},
+        ),
+        train_dataset=data,
+        callbacks=[callback],
+    )
+
+
+class StopAfter(TrainerCallback):
+    def __init__(self, step: int) -> None:
+        self._step = step
+
+    def on_step_end(self, args, state, control, **kwargs):
+        control.should_training_stop = state.global_step == self._step
+
+
+def check_trainer(rank: int) -> None:
+    """The callback alone is enough, resume included."""
+    expected = torch.load(os.environ["PROGTUNING_TEST_EXPECTED"], weights_only=True)
+    folder = f"{os.environ['PROGTUNING_TEST_EXPECTED']}-runs"
+    for options in (
+        {},
+        {"ddp_find_unused_parameters": False},
+        {"gradient_accumulation_steps": 2, "rows": 1},
+        {"torch_compile": True, "torch_compile_backend": "eager"},
+    ):
+        model = tiny_model("bert-sequence")
+        callback = ProgtuningCallback(ProgressiveSchedule(3))
+        rows = options.pop("rows", ROWS // WORLD)
+        trainer = trainer_of(folder, model, callback, rows=rows, **options)
+        if "torch_compile" in options:
+            with pytest.raises(RuntimeError, match=r"callback.attach\(trainer\)"):
+                trainer.train()
+            callback.attach(trainer)
+        trainer.train()
+        assert same_on_ranks(model)
+        kind = "accumulated" if "gradient_accumulation_steps" in options else "plain"
+        for name, p in model.named_parameters():
+            torch.testing.assert_close(p.detach(), expected[kind][name], rtol=1e-5, atol=2e-6)
+
+    # stopped in stage 2, and resumed
+    for stop in (True, False):
+        model = tiny_model("bert-sequence")
+        callback = ProgtuningCallback(ProgressiveSchedule(3, STEPS))
+        trainer = trainer_of(folder, model, callback, rows=2, save_strategy="steps", save_steps=5)
+        if stop:
+            trainer.add_callback(StopAfter(5))
+        trainer.train(resume_from_checkpoint=None if stop else f"{folder}/checkpoint-5")
+    for name, p in model.named_parameters():
+        torch.testing.assert_close(p.detach(), expected["plain"][name], rtol=1e-5, atol=2e-6)
+
+
+CHECKS = {
+    "trainer": check_trainer,
+    "ddp": check_ddp,
+    "ddp_options": check_ddp_options,
+    "fsdp2": check_fsdp2,
+    "fsdp1": check_fsdp1,
+    "mismatch": check_mismatch,
+}
+
+
+def run(rank: int, name: str, store: str) -> None:
+    torch.set_num_threads(1)
+    # as torchrun sets them, for the Trainer
+    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(WORLD)}
+    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29400"}
+    file = dist.FileStore(store, WORLD)
+    dist.init_process_group(
+        "gloo", store=file, rank=rank, world_size=WORLD, timeout=timedelta(seconds=60)
+    )
+    try:
+        CHECKS[name](rank)
+        dist.barrier()  # nobody leaves while another still talks to it
+    finally:
+        dist.destroy_process_group()
+
+
+@pytest.mark.skipif(not dist.is_available(), reason="torch without distributed")
+@pytest.mark.parametrize("name", CHECKS)
+def test_two_ranks(name, tmp_path, monkeypatch):
+    if name == "trainer":
+        expected = {}
+        for kind, accumulate in (("plain", 1), ("accumulated", 2)):
+            model = tiny_model("bert-sequence")
+            callback = ProgtuningCallback(ProgressiveSchedule(3))
+            rows, options = ROWS // accumulate, {"gradient_accumulation_steps": accumulate}
+            trainer_of(str(tmp_path), model, callback, rows=rows, **options).train()
+            expected[kind] = model.state_dict()
+        torch.save(expected, tmp_path / "expected.pt")
+        monkeypatch.setenv("PROGTUNING_TEST_EXPECTED", str(tmp_path / "expected.pt"))
+    sys.path.insert(0, str(Path(__file__).parent))  # spawned processes import this file by name
+    torch.multiprocessing.spawn(run, (name, str(tmp_path / "store")), nprocs=WORLD)
+
+
+def train_or_die(rank: int, folder: str, victim: int | None) -> None:
+    torch.set_num_threads(1)
+    store = dist.FileStore(f"{folder}/store-{victim}", WORLD)
+    dist.init_process_group(
+        "gloo", store=store, rank=rank, world_size=WORLD, timeout=timedelta(seconds=10)
+    )
+    model = tiny_model("bert-sequence").train()
+    ddp = DistributedDataParallel(model)
+    handle = patch_model(model, ProgressiveSchedule(3, STEPS)).attach(ddp)
+    optimizer, _ = optimizer_of(handle)
+    path = Path(folder) / "checkpoint.pt"
+    if path.exists():
+        saved = torch.load(path, weights_only=True)
+        handle.load_state_dict(saved["handle"])
+        model.load_state_dict(saved["model"])
+        optimizer.load_state_dict(saved["optimizer"])
+    try:
+        while handle.step < STEPS:
+            if rank == 0 and handle.step == 4 and victim is not None:
+                state = {"handle": handle.state_dict(), "model": model.state_dict()}
+                torch.save(state | {"optimizer": optimizer.state_dict()}, path)
+            if rank == victim and handle.step == 5:
+                os.kill(os.getpid(), signal.SIGKILL)
+            train(ddp, handle, optimizer, None, rank, until=handle.step + 1)
+    except RuntimeError as error:
+        Path(folder, f"error-{rank}").write_text(str(error))
+        os._exit(1)
+    if rank == 0:
+        torch.save(model.state_dict(), f"{folder}/weights.pt")
+    dist.destroy_process_group()
+
+
+@pytest.mark.skipif(not dist.is_available(), reason="torch without distributed")
+def test_a_killed_rank_ends_the_others_and_the_run_resumes(tmp_path):
+    sys.path.insert(0, str(Path(__file__).parent))
+    context = torch.multiprocessing.get_context("spawn")
+    for victim in (1, None):
+        ranks = [
+            context.Process(target=train_or_die, args=(r, str(tmp_path), victim))
+            for r in range(WORLD)
+        ]
+        for process in ranks:
+            process.start()
+        for process in ranks:
+            process.join(timeout=90)
+        codes = [process.exitcode for process in ranks]
+        assert codes == ([1, -signal.SIGKILL] if victim == 1 else [0, 0])
+    assert (tmp_path / "error-0").read_text(), "the other rank says what happened"
+    expected, _ = reference(ProgressiveSchedule(3, STEPS))
+    model = tiny_model("bert-sequence")
+    model.load_state_dict(torch.load(tmp_path / "weights.pt", weights_only=True))
+    assert_same_weights(model, expected, "resumed")
+
+
+def test_the_accelerate_example_runs_under_torchrun(model_folders, tmp_path):
+    rows = [{"text": f"w{i % 90} w3 w7", "label": int(i % 90 < 45)} for i in range(48)]
+    (tmp_path / "rows.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    example = Path(__file__).parent.parent / "examples" / "accelerate_loop.py"
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+    arguments = ["--model", model_folders["bert"], "--train-file", tmp_path / "rows.jsonl"]
+    arguments += ["--output", tmp_path / "out", "--batch-size", 4, "--cpu"]
+    done = subprocess.run(
+        [*launch, *map(str, [example, *arguments])],
+        capture_output=True,
+        text=True,
+        timeout=120,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+    )
+    assert done.returncode == 0, done.stderr
+    model = AutoModelForSequenceClassification.from_pretrained(tmp_path / "out")
+    start = AutoModelForSequenceClassification.from_pretrained(model_folders["bert"])
+    changed = model.bert.encoder.layer[0].output.dense.weight
+    assert not torch.equal(changed, start.bert.encoder.layer[0].output.dense.weight)
+
+
+def test_attach_takes_what_surrounds_the_model():
+    model, other = tiny_model("bert-sequence"), tiny_model("bert-sequence")
+    with patch_model(model, ProgressiveSchedule(2, 4)) as handle:
+        assert handle.attach(model) is handle  # one process: nothing to do
+        with pytest.raises(ValueError, match="does not hold it"):
+            handle.attach(other)
+        with pytest.raises(UnsupportedModelError, match="one process per GPU"):
+            handle.attach(DataParallel(model))
+        engine = type("DeepSpeedEngine", (nn.Module,), {})()
+        engine.module = model
+        with pytest.raises(UnsupportedModelError, match="use DDP or FSDP2"):
+            handle.attach(engine)
+
+
+def test_zero_3_is_refused():
+    model = tiny_model("bert-sequence")
+    model.bert.encoder.layer[0].output.dense.weight.ds_id = 7
+    with pytest.raises(UnsupportedModelError, match="ZeRO-3.*fully_shard"):
+        patch_model(model, ProgressiveSchedule(2, 4))
+
+
+def test_copies_know_no_wrapper():
+    model = tiny_model("bert-sequence")
+    with patch_model(model, ProgressiveSchedule(2, 4)) as handle:
+        handle.attach(model)
+        copy.deepcopy(model)
