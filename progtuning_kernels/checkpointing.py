@@ -62,5 +62,14 @@ def drop_input_grads(model: nn.Module, layout: Layout) -> list[nn.Module]:
         own = module.__dict__
         if own.get("_require_grads_hooks") or own.get("_require_grads_hook"):
             module.disable_input_require_grads()
+            _drop_forgotten_hooks(module)
             found.append(module)
     return found
+
+
+def _drop_forgotten_hooks(module: nn.Module) -> None:
+    """Switched on twice, as TRL does with adapters, the first hooks are in nobody's list."""
+    for part in module.modules():
+        for key, hook in list(part._forward_hooks.items()):
+            if getattr(hook, "__name__", None) == "make_inputs_require_grads":
+                del part._forward_hooks[key]

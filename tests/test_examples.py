@@ -3,13 +3,26 @@
 from __future__ import annotations
 
 import json
+import runpy
 import subprocess
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
-from transformers import AutoModelForSequenceClassification
+import pytest
+import torch
+from accelerate.state import AcceleratorState, GradientState
+from torch.nn.modules.module import register_module_forward_hook
+from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
+from transformers.models.bert.modeling_bert import BertLayer
+from transformers.models.gpt2.modeling_gpt2 import GPT2Block
+
+from progtuning_kernels import ProgressiveSchedule
 
 EXAMPLES = Path(__file__).parent.parent / "examples"
+MARK = "# progtuning"
+BLOCKS = 4
 
 
 def test_progressive_lora(model_folders, tmp_path):
@@ -34,3 +47,92 @@ def test_progressive_lora(model_folders, tmp_path):
     model = AutoModelForSequenceClassification.from_pretrained(tmp_path / "out" / "model")
     assert not any("lora" in name for name, _ in model.named_parameters())
     assert (tmp_path / "out" / "adapter" / "adapter_config.json").exists()
+
+
+@contextmanager
+def _differentiated_blocks() -> Iterator[list[bool]]:
+    """Whether the output of a block requires grad, for every block that a training forward runs."""
+    seen: list[bool] = []
+
+    def look(module, inputs, output):
+        if isinstance(module, BertLayer | GPT2Block) and torch.is_grad_enabled():
+            hidden = output[0] if isinstance(output, tuple) else output
+            seen.append(hidden.requires_grad)
+
+    hook = register_module_forward_hook(look)
+    try:
+        yield seen
+    finally:
+        hook.remove()
+
+
+@pytest.fixture
+def _no_accelerator_of_another_test():
+    AcceleratorState._reset_state(reset_partial_state=True)
+    GradientState._reset_state()
+
+
+SCRIPTS = {  # name: (model folder, what loads the result, micro-batches per step)
+    "trainer_classification": ("bert", AutoModelForSequenceClassification, 1),
+    "trainer_causal_lm": ("gpt2", AutoModelForCausalLM, 2),
+    "accelerate_loop": ("bert", AutoModelForSequenceClassification, 2),
+}
+
+
+@pytest.mark.parametrize("marked", [True, False])
+@pytest.mark.parametrize("name", SCRIPTS)
+@pytest.mark.usefixtures("_no_accelerator_of_another_test")
+def test_a_working_script_and_three_lines(
+    name, marked, model_folders, text_files, tmp_path, monkeypatch
+):
+    lines = (EXAMPLES / f"{name}.py").read_text().splitlines(keepends=True)
+    ours = [line for line in lines if line.rstrip().endswith(MARK)]
+    assert 1 <= len(ours) <= 3
+    assert not any("progtuning" in line for line in _code(lines) if line not in ours)
+    script = tmp_path / f"{name}.py"
+    script.write_text("".join(line for line in lines if marked or line not in ours))
+
+    kind, auto_model, window = SCRIPTS[name]
+    train, validation = text_files
+    arguments = ["--batch-size", "8", "--epochs", "1", "--lr", "1e-3"]
+    if name == "trainer_causal_lm":
+        train, validation = (_as_text(path, tmp_path) for path in (train, validation))
+        arguments += ["--block-size", "16"]
+    if window > 1:
+        arguments += ["--accumulate", str(window)]
+    if name != "accelerate_loop":
+        arguments += ["--validation-file", str(validation)]
+    output = tmp_path / "out"
+    arguments += ["--model", str(model_folders[kind]), "--train-file", str(train)]
+    monkeypatch.setattr(sys, "argv", [str(script), *arguments, "--output", str(output)])
+    with _differentiated_blocks() as seen:
+        runpy.run_path(str(script), run_name="__main__")
+
+    forwards = len(seen) // BLOCKS
+    steps = -(-forwards // window)
+    assert steps >= 3
+    schedule = ProgressiveSchedule(3, steps)
+    boundaries = [schedule.plan(i // window, BLOCKS).boundary for i in range(forwards)]
+    assert boundaries[0] == 0 < boundaries[-1]
+    expected = [block >= k if marked else True for k in boundaries for block in range(BLOCKS)]
+    assert seen == expected
+
+    model, loading = auto_model.from_pretrained(output, output_loading_info=True)
+    assert not loading["missing_keys"] and not loading["unexpected_keys"]
+    before = auto_model.from_pretrained(model_folders[kind])
+    assert any(
+        not torch.equal(weight, before.get_parameter(name))
+        for name, weight in model.base_model.named_parameters(prefix=model.base_model_prefix)
+    )
+
+
+def _code(lines: list[str]) -> list[str]:
+    """Lines of a script after its docstring, comments left out."""
+    end = next(i for i, line in enumerate(lines) if i and line.startswith('"""'))
+    return [line for line in lines[end + 1 :] if not line.lstrip().startswith("#")]
+
+
+def _as_text(rows: Path, folder: Path) -> Path:
+    path = folder / f"{rows.stem}.txt"
+    path.write_text("\n".join(json.loads(row)["text"] for row in rows.read_text().splitlines()))
+    return path

@@ -2,14 +2,20 @@
 
 from __future__ import annotations
 
+import json
 from types import SimpleNamespace
 
 import peft
 import pytest
 import torch
+from safetensors.torch import load_file
 from tiny_models import BATCH, tiny_inputs, tiny_model
 from torch import nn
-from transformers import Trainer, TrainerCallback, TrainingArguments
+from torch.nn.utils import get_total_norm
+from tqdm.auto import tqdm
+from transformers import EarlyStoppingCallback, Trainer, TrainerCallback, TrainingArguments
+from transformers.trainer_utils import SchedulerType
+from transformers.utils import logging
 
 from progtuning_kernels import MaskedAdamW, ProgressiveSchedule, patch_model
 from progtuning_kernels.integrations.hf_trainer import ProgtuningCallback
@@ -32,35 +38,57 @@ class _Recorder(TrainerCallback):
                 trainer_clips_at=args.max_grad_norm,
                 state_bytes=state_bytes(optimizer),
                 gradients={n for n, p in model.named_parameters() if p.grad is not None},
+                norm=float(
+                    get_total_norm([p.grad for p in model.parameters() if p.grad is not None])
+                ),
+                stochastic={n for n, m in model.named_modules() if m.training},
                 weights={n: p.detach().clone() for n, p in model.named_parameters()},
             )
         )
 
 
-def _trainer(
-    folder, *, model=None, callbacks=(), steps: int = STEPS, optimizer=None, **arguments
-) -> Trainer:
+def _rows(name: str) -> list[dict[str, torch.Tensor]]:
     rows = []
     for seed in range(6):
-        inputs = tiny_inputs("bert-sequence", seed=seed)
+        inputs = tiny_inputs(name, seed=seed)
         rows += [{k: v[i] for k, v in inputs.items()} for i in range(BATCH)]
+    return rows
+
+
+def _trainer(
+    folder,
+    *,
+    model=None,
+    callbacks=(),
+    steps: int = STEPS,
+    optimizer=None,
+    rows=None,
+    compute_metrics=None,
+    **arguments,
+) -> Trainer:
+    rows = _rows("bert-sequence") if rows is None else rows
     return Trainer(
         tiny_model("bert-sequence", dropout=True) if model is None else model,
         TrainingArguments(
             output_dir=str(folder),
             max_steps=steps,
-            per_device_train_batch_size=4,
             learning_rate=1e-2,
             weight_decay=0.1,
-            lr_scheduler_type="linear",
             logging_steps=1,
             report_to="none",
-            disable_tqdm=True,
             use_cpu=True,
             seed=7,
-            **{"save_strategy": "no", **arguments},
+            **{
+                "per_device_train_batch_size": 4,
+                "lr_scheduler_type": "linear",
+                "disable_tqdm": True,
+                "save_strategy": "no",
+                **arguments,
+            },
         ),
         train_dataset=rows,
+        eval_dataset=rows[:BATCH],
+        compute_metrics=compute_metrics,
         callbacks=list(callbacks),
         optimizer_cls_and_kwargs=optimizer,
     )
@@ -88,7 +116,7 @@ def test_stages_follow_global_steps_and_state_is_released(tmp_path, accumulate, 
         for name, weight in after.weights.items():
             changed = not torch.equal(weight, before.weights[name])
             assert changed == (name in after.gradients), name
-    assert "'stage': 3" in capsys.readouterr().out
+    assert "'stage': 4, 'boundary': 3, 'active_share': '0." in capsys.readouterr().out
     assert handle_of(trainer.model) is None
     assert all(p.requires_grad for p in trainer.model.parameters())
     assert all(module.training for module in trainer.model.modules())
@@ -152,11 +180,16 @@ def test_columns_of_frozen_blocks_are_right_in_every_checkpoint(tmp_path):
         assert not torch.equal(seen[step][:, frozen:], seen[step - 1][:, frozen:])
 
 
+@pytest.mark.parametrize("optimizer", [None, (MaskedAdamW, {"lr": 1e-2})])
 @pytest.mark.parametrize("saved_at", [3, 4, 5])
-def test_resumed_run_is_the_uninterrupted_one(tmp_path, saved_at):
-    straight = _trainer(tmp_path / "a", callbacks=[ProgtuningCallback(ProgressiveSchedule(4))])
+def test_resumed_run_is_the_uninterrupted_one(tmp_path, saved_at, optimizer):
+    straight = _trainer(
+        tmp_path / "a",
+        callbacks=[ProgtuningCallback(ProgressiveSchedule(4))],
+        optimizer=optimizer,
+    )
     straight.train()
-    arguments = dict(save_strategy="steps", save_steps=saved_at)
+    arguments = dict(save_strategy="steps", save_steps=saved_at, optimizer=optimizer)
     _trainer(
         tmp_path / "b", callbacks=[ProgtuningCallback(ProgressiveSchedule(4))], **arguments
     ).train()
@@ -240,13 +273,17 @@ def test_an_interrupted_run_leaves_nothing_that_the_next_cannot_put_right(tmp_pa
     assert handle_of(broken.model) is not None
     again = _trainer(
         tmp_path,
+        model=broken.model,
         callbacks=[ProgtuningCallback(ProgressiveSchedule(2))],
         optimizer=optimizer,
         max_grad_norm=0.05,
     )
-    again.model, again.args = broken.model, broken.args
+    again.args = broken.args
+    before = _weights(again)
     again.train()
     assert handle_of(again.model) is None and again.args.max_grad_norm == 0.05
+    for name, weight in _weights(again).items():  # what the broken run had frozen trains, too
+        assert not torch.equal(weight, before[name]), name
 
 
 def test_the_users_own_patch_is_not_taken_away(tmp_path):
@@ -265,11 +302,265 @@ def test_keep_is_kept_under_the_trainer(tmp_path):
     assert len({step.state_bytes for step in recorder.steps}) == 1
 
 
-@pytest.mark.parametrize(
-    ("world_size", "n_gpu", "message"), [(2, 1, "2 processes"), (1, 2, "over 2 GPUs")]
-)
-def test_several_processes_and_gpus_are_refused(world_size, n_gpu, message):
+def test_several_gpus_in_one_process_are_refused():
     callback = ProgtuningCallback(ProgressiveSchedule(2))
-    arguments = SimpleNamespace(world_size=world_size, n_gpu=n_gpu)
-    with pytest.raises(RuntimeError, match=message):
+    arguments = SimpleNamespace(world_size=1, n_gpu=2)
+    with pytest.raises(RuntimeError, match="over 2 GPUs"):
         callback.on_train_begin(arguments, None, None, model=tiny_model("bert-qa"), optimizer=None)
+
+
+class _Forwards(TrainerCallback):
+    """(optimizer steps done, boundary) at every training forward."""
+
+    def __init__(self) -> None:
+        self.seen: list[tuple[int, int]] = []
+
+    def on_train_begin(self, args, state, control, model=None, **kwargs):
+        def look(model, *inputs):
+            if model.training:
+                self.seen.append((state.global_step, handle_of(model).boundary))
+
+        self._hook = model.register_forward_pre_hook(look)
+
+    def on_train_end(self, args, state, control, **kwargs):
+        self._hook.remove()
+
+
+def test_the_plan_is_there_before_the_first_forward_of_a_step(tmp_path):
+    forwards = _Forwards()
+    _trainer(
+        tmp_path,
+        callbacks=[ProgtuningCallback(ProgressiveSchedule(4)), forwards],
+        per_device_train_batch_size=3,  # 6 micro-batches an epoch, so no window is short
+        gradient_accumulation_steps=2,
+    ).train()
+    assert forwards.seen == [(step, step // 2) for step in range(STEPS) for _ in range(2)]
+
+
+def test_clipping_is_over_active_gradients_alone(tmp_path):
+    recorder = _Recorder()
+    trainer = _trainer(
+        tmp_path,
+        callbacks=[ProgtuningCallback(ProgressiveSchedule(4)), recorder],
+        max_grad_norm=0.01,
+    )
+    trainer.train()
+    logged = [log["grad_norm"] for log in trainer.state.log_history if "grad_norm" in log]
+    assert len(logged) == STEPS and min(logged) > 0.02  # clipped at every step
+    assert [step.norm for step in recorder.steps] == pytest.approx([0.01] * STEPS, rel=1e-3)
+    active = [len(step.gradients) for step in recorder.steps]
+    assert active == sorted(active, reverse=True) and active[0] > active[-1]
+
+
+def test_accumulation_weighs_tokens_as_one_batch_does(tmp_path):
+    """Rows of a causal LM count 11, 9 and 7 tokens: a mean of means would be another loss."""
+    runs = []
+    for rows, accumulate in ((4, 1), (2, 2), (1, 4)):
+        trainer = _trainer(
+            tmp_path,
+            model=tiny_model("llama-causal-lm"),
+            rows=_rows("llama-causal-lm")[:16],
+            callbacks=[ProgtuningCallback(ProgressiveSchedule(2))],
+            per_device_train_batch_size=rows,
+            gradient_accumulation_steps=accumulate,
+        )
+        trainer.train()
+        logs = [log for log in trainer.state.log_history if "loss" in log]
+        assert [log["boundary"] for log in logs] == [0] * 4 + [2] * 4
+        runs.append(([log["loss"] for log in logs], _weights(trainer)))
+    (losses, weights), *others = runs
+    for other_losses, other_weights in others:
+        assert other_losses == pytest.approx(losses, rel=1e-4)
+        for name, weight in weights.items():
+            torch.testing.assert_close(other_weights[name], weight, rtol=1e-3, atol=1e-4)
+
+
+_NEED_ARGUMENTS = {"cosine_with_min_lr", "cosine_warmup_with_min_lr", "warmup_stable_decay"}
+
+
+@pytest.mark.parametrize("scheduler", sorted({s.value for s in SchedulerType} - _NEED_ARGUMENTS))
+def test_schedulers_see_the_groups_that_they_began_with(tmp_path, scheduler):
+    rates, groups = [], []
+
+    class _Groups(TrainerCallback):
+        def on_step_end(self, args, state, control, optimizer=None, **kwargs):
+            groups.append([list(map(id, group["params"])) for group in optimizer.param_groups])
+
+    for callbacks in ([], [ProgtuningCallback(ProgressiveSchedule(4)), _Groups()]):
+        trainer = _trainer(
+            tmp_path,
+            callbacks=callbacks,
+            lr_scheduler_type=scheduler,
+            warmup_steps=2,
+            eval_strategy="steps",
+            eval_steps=2,
+        )
+        trainer.train()
+        logs = trainer.state.log_history
+        rates.append([log["learning_rate"] for log in logs if "learning_rate" in log])
+    everything = sorted(map(id, trainer.model.parameters()))
+    assert len(groups) == STEPS and all(seen == groups[0] for seen in groups)
+    assert sorted(parameter for group in groups[0] for parameter in group) == everything
+    assert len(rates[0]) == STEPS and rates[0] == rates[1]
+
+
+class _FallingScore:
+    """A metric that is worse at every evaluation: the first checkpoint is the best."""
+
+    def __init__(self) -> None:
+        self.calls = 0
+
+    def __call__(self, prediction) -> dict[str, float]:
+        self.calls += 1
+        return {"score": -float(self.calls)}
+
+
+_BEST_FIRST = dict(
+    eval_strategy="steps",
+    eval_steps=2,
+    save_strategy="steps",
+    save_steps=2,
+    load_best_model_at_end=True,
+    metric_for_best_model="score",
+)
+
+
+@pytest.mark.parametrize("adapted", [None, "lora", "prefix"])
+def test_the_best_model_of_an_earlier_stage_is_what_remains(tmp_path, adapted):
+    model = tiny_model("bert-sequence", dropout=True) if adapted is None else _adapted(adapted)
+    trainable = {n for n, p in model.named_parameters() if p.requires_grad}
+    trainer = _trainer(
+        tmp_path,
+        model=model,
+        callbacks=[ProgtuningCallback(ProgressiveSchedule(4))],
+        compute_metrics=_FallingScore(),
+        **_BEST_FIRST,
+    )
+    trainer.train()
+    assert trainer.state.best_model_checkpoint.endswith("checkpoint-2")
+    best, last = (
+        load_file(
+            tmp_path / f"checkpoint-{step}" / f"{'adapter_' if adapted else ''}model.safetensors"
+        )
+        for step in (2, STEPS)
+    )
+    kept = model.state_dict() if adapted is None else peft.get_peft_model_state_dict(model)
+    assert kept.keys() == best.keys()
+    assert all(torch.equal(kept[name], weight) for name, weight in best.items())
+    assert any(not torch.equal(last[name], weight) for name, weight in best.items())
+    assert handle_of(model) is None
+    if adapted != "lora":  # PEFT loads adapters for inference: `is_trainable=False`
+        assert {n for n, p in model.named_parameters() if p.requires_grad} == trainable
+
+
+def test_early_stopping_unpatches(tmp_path):
+    recorder = _Recorder()
+    trainer = _trainer(
+        tmp_path,
+        callbacks=[
+            ProgtuningCallback(ProgressiveSchedule(4)),
+            recorder,
+            EarlyStoppingCallback(early_stopping_patience=1),
+        ],
+        compute_metrics=_FallingScore(),
+        optimizer=(MaskedAdamW, {"lr": 1e-2}),
+        max_grad_norm=0.05,
+        **_BEST_FIRST,
+    )
+    trainer.train()
+    assert [step.boundary for step in recorder.steps] == [0, 0, 1, 1]  # and no further
+    assert handle_of(trainer.model) is None and trainer.args.max_grad_norm == 0.05
+    assert all(p.requires_grad for p in trainer.model.parameters())
+
+
+def test_evaluation_between_steps_changes_nothing(tmp_path):
+    ends, recorders = [], []
+    for arguments in ({}, dict(eval_strategy="steps", eval_steps=1, eval_on_start=True)):
+        recorders.append(recorder := _Recorder())
+        trainer = _trainer(
+            tmp_path,
+            model=tiny_model("bert-sequence"),
+            callbacks=[ProgtuningCallback(ProgressiveSchedule(4)), recorder],
+            **arguments,
+        )
+        trainer.train()
+        ends.append(_weights(trainer))
+    assert len([log for log in trainer.state.log_history if "eval_loss" in log]) == STEPS + 1
+    assert all(torch.equal(weight, ends[0][name]) for name, weight in ends[1].items())
+    for plain, evaluated in zip(recorders[0].steps, recorders[1].steps, strict=True):
+        assert plain.stochastic == evaluated.stochastic
+    assert "bert.encoder.layer.2" not in evaluated.stochastic  # the last stage is frozen up to it
+    assert "bert.encoder.layer.3" in evaluated.stochastic
+
+
+class _SavedBytes(TrainerCallback):
+    """Bytes handed to autograd for backward, per optimizer step."""
+
+    def __init__(self) -> None:
+        self.steps: list[int] = []
+
+    def _count(self, tensor):
+        self.steps[-1] += tensor.nbytes
+        return tensor
+
+    def on_step_begin(self, args, state, control, **kwargs):
+        self.steps.append(0)
+        self._hooks = torch.autograd.graph.saved_tensors_hooks(self._count, lambda tensor: tensor)
+        self._hooks.__enter__()
+
+    def on_pre_optimizer_step(self, args, state, control, **kwargs):
+        self._hooks.__exit__()
+
+
+def test_a_compiled_model_is_truncated(tmp_path):
+    ends, saved = [], []
+    for arguments in ({}, dict(torch_compile=True, torch_compile_backend="eager")):
+        torch._dynamo.reset()
+        saved.append(counter := _SavedBytes())
+        trainer = _trainer(
+            tmp_path,
+            model=tiny_model("bert-sequence"),
+            callbacks=[ProgtuningCallback(ProgressiveSchedule(2)), counter],
+            steps=4,
+            **arguments,
+        )
+        trainer.train()
+        assert handle_of(trainer.model) is None
+        ends.append(_weights(trainer))
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] > 0
+    eager, compiled = (counter.steps for counter in saved)
+    assert eager == compiled and eager[0] > 1.8 * eager[2]
+    for name, weight in ends[0].items():
+        torch.testing.assert_close(ends[1][name], weight, rtol=1e-4, atol=1e-5)
+
+
+def test_the_progress_bar_and_the_logs_say_the_stage(tmp_path, capsys, caplog):
+    verbosity = logging.get_verbosity()
+    logging.set_verbosity_info()
+    logging.enable_propagation()
+    outer = tqdm(total=STEPS, desc="runs")
+    try:
+        trainer = _trainer(
+            tmp_path,
+            callbacks=[ProgtuningCallback(ProgressiveSchedule(4))],
+            disable_tqdm=False,
+            save_strategy="steps",
+            save_steps=STEPS,
+        )
+        trainer.train()
+        assert outer.desc == "runs"
+    finally:
+        outer.close()
+        logging.set_verbosity(verbosity)
+        logging.disable_propagation()
+    printed = capsys.readouterr()
+    for stage in range(1, 5):
+        assert f"stage {stage}/4:" in printed.err
+        assert f"'stage': {stage}, 'boundary': {stage - 1}" in printed.out + printed.err
+    lines = list(dict.fromkeys(line for line in caplog.messages if "from step" in line))
+    assert lines[2].startswith("  stage 3/4 from step 4: boundary 2 of 4 blocks, ")
+    saved = json.loads((tmp_path / f"checkpoint-{STEPS}" / "trainer_state.json").read_text())
+    logs = [log for log in saved["log_history"] if "loss" in log]
+    assert [log["stage"] for log in logs] == [1, 1, 2, 2, 3, 3, 4, 4]
+    shares = [log["active_share"] for log in logs]
+    assert shares[0] == 1.0 and shares == sorted(shares, reverse=True) and shares[-1] < 0.5
