@@ -6,6 +6,7 @@ says; see README.md for the manual.
 
 from ._backend import backend_report
 from .cache import CacheReport, PrefixCache
+from .checkpoints import CheckpointError, load_checkpoint, save_checkpoint
 from .contribution import Contribution, measure_contribution
 from .families import UnsupportedModelError, register_family
 from .optim import MaskedAdamW, release_frozen_state
@@ -29,6 +30,7 @@ __all__ = [
     "AdaptiveSchedule",
     "AnnealedSchedule",
     "CacheReport",
+    "CheckpointError",
     "Contribution",
     "CyclicBlockSchedule",
     "FreezePlan",
@@ -43,10 +45,12 @@ __all__ = [
     "TruncationReport",
     "UnsupportedModelError",
     "backend_report",
+    "load_checkpoint",
     "measure_contribution",
     "patch_model",
     "plan_training",
     "register_family",
     "release_frozen_state",
+    "save_checkpoint",
     "schedule_from_file",
 ]

@@ -98,12 +98,17 @@ class ActiveSet:
         for slot, on in zip(self._slots, self._flags, strict=True):
             slot.parameter.requires_grad_(on)
         self.reassert()  # with the columns that were frozen before
+        self.hold_columns(plan)
+        return {unit for used in units for unit in used}
+
+    def hold_columns(self, plan: FreezePlan) -> None:
+        """Frozen columns of a table are from now on what they are at this moment."""
+        units = [(slot, self.active_units(slot, plan)) for slot in self._slots if slot.sliced]
         self._frozen_columns = [
             FrozenColumns.of(slot, [unit for unit in slot.units if unit not in used])
-            for slot, used in zip(self._slots, units, strict=True)
-            if slot.sliced and used and used != slot.units
+            for slot, used in units
+            if used and used != slot.units
         ]
-        return {unit for used in units for unit in used}
 
     def reassert(self) -> None:
         """Freeze again what was switched on, drop its gradient, put frozen columns back."""

@@ -188,7 +188,8 @@ class Wrapper:
 
     def release(self) -> None:
         """The model is not patched any more: what is active again is reduced again."""
-        self._rebuild(boundary=0)
+        if dist.is_initialized():  # a script may end its process group first
+            self._rebuild(boundary=0)
 
     def _rebuild(self, boundary: int) -> None:
         if self.ddp is not None:

@@ -23,6 +23,7 @@ from .cache import CacheReport, PrefixCache, PrefixServer, automatic_cache
 from .checkpointing import drop_input_grads, make_nonreentrant
 from .derived_classes import without_derived_ancestors
 from .distributed import Wrapper, refuse_flat_parameters, shards_of, surrounding
+from .families import UnsupportedModelError
 from .gradient_norms import GradientNorms
 from .gradient_paths import GradientPaths
 from .layout import EMBEDDINGS, Layout, find_layout, parameter_slots
@@ -258,10 +259,16 @@ class PatchHandle:
 
         Raises:
             ValueError: `wrapped` does not hold the model.
-            UnsupportedModelError: FSDP1, DeepSpeed or DataParallel.
+            UnsupportedModelError: FSDP1, DeepSpeed or DataParallel; FSDP2 with a prefix cache.
             RuntimeError: the ranks do not train the same. So do `advance()` and `seek()` later.
         """
-        self._wrapper = Wrapper(self.model, self.layout, wrapped, timeout=timeout)
+        wrapper = Wrapper(self.model, self.layout, wrapped, timeout=timeout)
+        if wrapper.sharded and self.cache is not None:
+            raise UnsupportedModelError(
+                "a prefix cache takes blocks out of the model, which fully_shard gathers all the "
+                "same: patch without cache=, or use DistributedDataParallel"
+            )
+        self._wrapper = wrapper
         if self._norms is not None:
             self._norms.reduced_at_end = self._wrapper.ddp is not None
         if self._wrapper.sharded:
@@ -389,7 +396,7 @@ class PatchHandle:
         return state
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go to the step of a saved run.
+        """Go to the step of a saved run, whose weights have been loaded before.
 
         Raises:
             ValueError: the state belongs to a model or a schedule other than this one.
@@ -404,6 +411,7 @@ class PatchHandle:
             raise ValueError(f"saved under {state['schedule']}, this run has {self.schedule!r}")
         if self._norms is not None:
             self.schedule.load_state_dict(state["decisions"])
+        self._active.hold_columns(self.plan)  # loaded with the weights; not to be put back
         self.seek(state["step"])
         if self._norms is not None:
             self._norms.load_state_dict(state["gradient_norms"])

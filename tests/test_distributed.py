@@ -32,9 +32,12 @@ from progtuning_kernels import (
     CyclicBlockSchedule,
     MaskedAdamW,
     MilestoneSchedule,
+    PrefixCache,
     ProgressiveSchedule,
     RandomBlockSchedule,
+    load_checkpoint,
     patch_model,
+    save_checkpoint,
 )
 from progtuning_kernels.derived_classes import derived_classes
 from progtuning_kernels.families import UnsupportedModelError
@@ -204,6 +207,22 @@ def check_ddp_options(rank: int) -> None:
         handle.advance()
     assert_same_weights(model, expected, "accumulation")
 
+    # every rank caches its own rows; they come again after three steps
+    models = []
+    for options in ({}, {"cache": PrefixCache(1 << 24)}):
+        model = tiny_model("bert-sequence").train()
+        ddp = DistributedDataParallel(model)
+        handle = patch_model(model, MilestoneSchedule({0: 2}), **options)
+        optimizer, _ = optimizer_of(handle)
+        for step in range(STEPS):
+            ddp(**batch(step % 3, rank)).loss.backward()
+            optimizer.step()
+            optimizer.zero_grad()
+            handle.advance()
+        models.append(model)
+    assert handle.cache_report().hits > 0
+    assert_same_weights(*models, "cache")
+
     # compiled as a whole, DDP is not seen in the forward: it has to be attached
     model = tiny_model("bert-sequence").train()
     compiled = torch.compile(DistributedDataParallel(model), backend="eager")
@@ -212,7 +231,7 @@ def check_ddp_options(rank: int) -> None:
     assert_same_weights(model, expected, "compiled")
 
 
-def shard(model: nn.Module, handle=None) -> None:
+def shard(model: nn.Module) -> None:
     from torch.distributed.fsdp import fully_shard
 
     for block in model.bert.encoder.layer:
@@ -288,9 +307,17 @@ def check_fsdp2(rank: int) -> None:
         for module in model.modules():
             ours = [cls in derived_classes() for cls in type(module).__mro__]
             assert not any(ours[1:]), f"{name}: {type(module).__mro__}"  # on top, if anywhere
+        if name == "progressive":
+            handle.truncation_report().assert_truncated()
         handle.unpatch()
         assert not any(cls in derived_classes() for m in model.modules() for cls in type(m).__mro__)
         assert all(p.requires_grad for p in model.parameters())
+
+    model = tiny_model("bert-sequence")
+    patch_model(model, ProgressiveSchedule(2, 4), cache=PrefixCache(1 << 20))
+    shard(model)
+    with pytest.raises(UnsupportedModelError, match="prefix cache"):
+        model(**batch(0, rank))
 
 
 def check_fsdp1(rank: int) -> None:
@@ -478,17 +505,11 @@ def train_or_die(rank: int, folder: str, victim: int | None) -> None:
     ddp = DistributedDataParallel(model)
     handle = patch_model(model, ProgressiveSchedule(3, STEPS)).attach(ddp)
     optimizer, _ = optimizer_of(handle)
-    path = Path(folder) / "checkpoint.pt"
-    if path.exists():
-        saved = torch.load(path, weights_only=True)
-        handle.load_state_dict(saved["handle"])
-        model.load_state_dict(saved["model"])
-        optimizer.load_state_dict(saved["optimizer"])
+    load_checkpoint(f"{folder}/checkpoints", handle, optimizer)
     try:
         while handle.step < STEPS:
-            if rank == 0 and handle.step == 4 and victim is not None:
-                state = {"handle": handle.state_dict(), "model": model.state_dict()}
-                torch.save(state | {"optimizer": optimizer.state_dict()}, path)
+            if handle.step == 4:
+                save_checkpoint(f"{folder}/checkpoints", handle, optimizer)
             if rank == victim and handle.step == 5:
                 os.kill(os.getpid(), signal.SIGKILL)
             train(ddp, handle, optimizer, None, rank, until=handle.step + 1)
@@ -516,6 +537,7 @@ def test_a_killed_rank_ends_the_others_and_the_run_resumes(tmp_path):
         codes = [process.exitcode for process in ranks]
         assert codes == ([1, -signal.SIGKILL] if victim == 1 else [0, 0])
     assert (tmp_path / "error-0").read_text(), "the other rank says what happened"
+    assert [path.stem for path in (tmp_path / "checkpoints").iterdir()] == ["step-00000004"]
     expected, _ = reference(ProgressiveSchedule(3, STEPS))
     model = tiny_model("bert-sequence")
     model.load_state_dict(torch.load(tmp_path / "weights.pt", weights_only=True))

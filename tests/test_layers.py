@@ -10,13 +10,13 @@ import pytest
 PACKAGE = Path(__file__).parent.parent / "progtuning_kernels"
 # a module may import from lower layers, and within a folder from its own
 LAYERS = [
-    {"_backend", "schedules", "families", "freeze_events", "derived_classes"},
+    {"_backend", "schedules", "families", "freeze_events", "derived_classes", "call_stack"},
     {"ops", "layout", "schedule_files"},
     {"optim", "boundary", "truncation", "gradient_paths", "checkpointing", "adapters"}
-    | {"swaps", "cache", "gradient_norms"},
+    | {"swaps", "cache", "gradient_norms", "distributed"},
     {"active_set"},
     {"patch", "planner"},
-    {"integrations", "report", "contribution"},
+    {"integrations", "report", "contribution", "checkpoints"},
     {"cli", "__init__"},
     {"__main__"},
 ]

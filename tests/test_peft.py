@@ -356,3 +356,16 @@ def test_state_of_frozen_adapters_is_released():
         handle.advance()
     steps = [a - b for a, b in zip(sizes, sizes[1:], strict=False)]
     assert len(set(steps)) == 1 and steps[0] > 0  # one block's adapters less at every stage
+
+
+def test_loaded_columns_of_frozen_blocks_are_not_put_back():
+    """Block 1 on trains from step 0; loaded weights are those of a run that trained all of them."""
+    model = ADAPTERS["prefix"](tiny_model("bert-sequence"))
+    handle = patch_model(model, MilestoneSchedule({0: 1, 2: 2}))
+    loaded = torch.randn_like(_prefix_table(model))
+    for step in (0, 3):
+        with torch.no_grad():
+            _prefix_table(model).copy_(loaded)
+        handle.load_state_dict(handle.state_dict() | {"step": step})
+        handle.reassert()
+        assert torch.equal(_prefix_table(model), loaded), step

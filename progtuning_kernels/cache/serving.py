@@ -113,6 +113,7 @@ class PrefixServer:
         self._pending: list[Swaps] = []  # of the forward that comes
         self._grads_before: bool | None = None
         self._foreign: set[int] = set()  # levels with rows of an earlier process
+        self._expected: str | None = None  # fingerprint that those should be bound to
 
     # stages
 
@@ -163,6 +164,30 @@ class PrefixServer:
         self._finish()
         self._paths.clear()
         self._cache.close(self._store)
+
+    def manifest(self) -> dict[str, str | None]:
+        """Where rows are kept, and what for: for a checkpoint."""
+        path = self._cache.path
+        return {"path": None if path is None else os.fspath(path), "fingerprint": self._bound}
+
+    def expect(self, manifest: dict[str, str | None]) -> None:
+        """Take over the manifest of the run that this one continues; warn of rows out of reach.
+
+        Rows are found by what they were computed from. One folder is found again under the same
+        name, or wherever that name leads to now.
+        """
+        there, here = manifest["path"], self._cache.path
+        if there is None:
+            return
+        if here is None or (there != os.fspath(here) and not _same_folder(there, here)):
+            warnings.warn(
+                f"the rows of the prefix cache are in {there}, this run's cache is "
+                f"{'in memory' if here is None else f'in {os.fspath(here)}'}: rows are computed "
+                "anew",
+                stacklevel=4,
+            )
+            return
+        self._expected = manifest["fingerprint"]
 
     @contextmanager
     def paused(self) -> Iterator[None]:
@@ -358,6 +383,13 @@ class PrefixServer:
             self._bound = hashlib.blake2b(about + weights, digest_size=16).hexdigest()
             self._store.bind(self._bound)
             self._foreign = {level for level in self._store.levels() if self._store.rows(level)}
+            if self._expected not in (None, self._bound):
+                warnings.warn(
+                    f"{self._cache.path} held rows of another model, configuration or version of "
+                    "its weights: they were dropped",
+                    stacklevel=5,
+                )
+            self._expected = None
         for level in {self.level, *self._store.levels()}:
             if level <= self.level and level not in self._tokens:
                 kept = self._cache.path is not None
@@ -782,6 +814,10 @@ def _configs(config: Any) -> list[Any]:
         return []
     text = getattr(config, "get_text_config", None)
     return [config] if text is None else [config, text()]
+
+
+def _same_folder(one: str | os.PathLike[str], other: str | os.PathLike[str]) -> bool:
+    return os.path.realpath(one) == os.path.realpath(other)
 
 
 def _batch_dependent_rope(rope: Any) -> str | None:

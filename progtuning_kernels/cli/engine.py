@@ -17,6 +17,7 @@ import random
 import shutil
 import statistics
 import time
+import warnings
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
@@ -24,6 +25,7 @@ from typing import Any
 
 import torch
 
+from ..checkpoints import load_checkpoint, save_checkpoint
 from ..layout import EMBEDDINGS, Layout, find_layout, parameter_slots
 from ..optim import state_bytes
 from ..schedules import AnnealedSchedule, ObservingSchedule
@@ -37,7 +39,7 @@ from .batches import (
     encode_causal_lm,
     encode_classification,
 )
-from .checkpoints import check_same_run, load_newest_checkpoint, save_checkpoint
+from .checkpoints import check_same_run
 from .datasets import TextData
 from .errors import UserError, as_user_error
 from .output import RUN_FILES, empty_folder
@@ -54,7 +56,6 @@ class Records:
     evaluations: list[dict[str, Any]] = field(default_factory=list)
     stages: list[dict[str, Any]] = field(default_factory=list)
     updates: int = 0
-    skipped_steps: int = 0  # before the newest resume
     other_seconds: float = 0.0  # evaluation, measuring, saving
 
     @property
@@ -132,7 +133,7 @@ class Run:
         if self.settings.overwrite:
             empty_folder(output, RUN_FILES)
         output.mkdir(parents=True, exist_ok=True)
-        if self.settings.resume and not self._resume():
+        if self.settings.resume and not self._resume(progress):
             progress.note(f"{self.name}: no checkpoint in {output}, starts from the beginning")
         trained_before = self.records.train_seconds
         stage_steps: list[dict[str, Any]] = [
@@ -383,7 +384,7 @@ class Run:
                 "train_seconds": records.train_seconds,
                 "total_seconds": records.train_seconds + records.other_seconds,
                 "steps": self.step,
-                "skipped_steps": records.skipped_steps + self.trained.skipped_steps(),
+                "skipped_steps": self.trained.skipped_steps(),
                 "updates": records.updates,
                 "updates_full": updates_full,
                 "updates_saved_share": 1 - records.updates / updates_full,
@@ -408,46 +409,47 @@ class Run:
     def _parameters(self) -> list[list[Any]]:
         return [[name, list(p.shape)] for name, p in self.trained.model.named_parameters()]
 
-    def _save_checkpoint(self) -> None:
-        state = {
+    def _same_run(self) -> dict[str, Any]:
+        """What a checkpoint is compared with."""
+        return {
             "parameters": self._parameters(),
             "settings": self._identity(),
             "data": self._data_digest(),
-            "model": self.trained.model.state_dict(),
-            "optimizer": self.trained.optimizer.state_dict(),
-            "scheduler": self.scheduler.state_dict(),
-            "handle": None if self.trained.handle is None else self.trained.handle.state_dict(),
-            "records": vars(self.records)
-            | {"skipped_steps": self.records.skipped_steps + self.trained.skipped_steps()},
-            "torch_rng": torch.get_rng_state(),
-            "cuda_rng": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [],
         }
-        folder = self.settings.output / "checkpoints"
-        save_checkpoint(folder, self.step, state, keep=self.settings.keep_checkpoints)
 
-    def _resume(self) -> bool:
+    def _save_checkpoint(self) -> None:
+        save_checkpoint(
+            self.settings.output / "checkpoints",
+            self.trained.handle or self.trained.model,
+            self.trained.optimizer,
+            scheduler=self.scheduler,
+            extra={
+                **self._same_run(),
+                "step": self.step,
+                "records": vars(self.records),
+            },
+            keep=self.settings.keep_checkpoints,
+            step=self.step,
+        )
+
+    def _resume(self, progress: TrainProgress) -> bool:
         """Go on from the newest checkpoint; False if there is none."""
-        state = load_newest_checkpoint(self.settings.output / "checkpoints")
+        with as_user_error(), warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            state = load_checkpoint(
+                self.settings.output / "checkpoints",
+                self.trained.handle or self.trained.model,
+                self.trained.optimizer,
+                scheduler=self.scheduler,
+                check=lambda saved: check_same_run(saved, self._same_run()),
+            )
+        for warning in caught:  # of a damaged checkpoint
+            progress.note(f"{self.name}: {warning.message}")
         if state is None:
             if (self.settings.output / "metrics.json").exists():
                 raise UserError(f"the run in {self.settings.output} is finished")
             return False
-        current = {
-            "parameters": self._parameters(),
-            "settings": self._identity(),
-            "data": self._data_digest(),
-        }
-        check_same_run(state, current)
-        self.trained.model.load_state_dict(state["model"])
-        if self.trained.handle is not None:
-            self.trained.handle.load_state_dict(state["handle"])
-        self.trained.optimizer.load_state_dict(state["optimizer"])
-        self.scheduler.load_state_dict(state["scheduler"])
-        self.records = Records(**state["records"])
-        self.step = state["step"]
-        torch.set_rng_state(state["torch_rng"])
-        if state["cuda_rng"]:
-            torch.cuda.set_rng_state_all(state["cuda_rng"])
+        self.records, self.step = Records(**state["records"]), state["step"]
         return True
 
     def _save_model(self) -> None:
