@@ -14,6 +14,7 @@ import torch
 import transformers
 from family_table import family_table
 from tiny_models import tiny_inputs, tiny_model
+from torch.nn.parallel import DistributedDataParallel
 
 from progtuning_kernels import (
     AnnealedSchedule,
@@ -123,6 +124,34 @@ def test_cache_snippet_runs():
     exec(compile(code, "README.md", "exec"), names)
     names["model"](**tiny_inputs("bert-sequence")).loss.backward()
     assert names["handle"].cache_report().state == "bypassed"  # nothing is frozen in stage 1
+
+
+def test_several_processes_snippet_trains(tmp_path):
+    (code,) = _python("Several processes")
+    model = tiny_model("bert-sequence")
+    names = {"patch_model": patch_model, "ProgressiveSchedule": ProgressiveSchedule, "steps": 6}
+    names |= {"DistributedDataParallel": DistributedDataParallel, "MaskedAdamW": MaskedAdamW}
+    names |= {"model": model, "loader": [tiny_inputs("bert-sequence", seed=i) for i in range(6)]}
+    start = model.classifier.weight.detach().clone()
+    store = torch.distributed.FileStore(str(tmp_path / "store"), 1)
+    torch.distributed.init_process_group("gloo", store=store, rank=0, world_size=1)
+    try:
+        exec(compile(code, "README.md", "exec"), names)
+    finally:
+        torch.distributed.destroy_process_group()
+    assert names["handle"].step == 6 and not torch.equal(model.classifier.weight, start)
+
+
+def test_checkpoints_snippet_saves_and_finds(tmp_path):
+    (code,) = _python("Checkpoints")
+    for found in (None, {"epoch": 0}):
+        handle = patch_model(tiny_model("bert-sequence"), ProgressiveSchedule(2, 4))
+        optimizer = MaskedAdamW(handle.param_groups())
+        scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1.0)
+        names = {"handle": handle, "optimizer": optimizer, "scheduler": scheduler}
+        names["folder"] = tmp_path
+        exec(compile(code, "README.md", "exec"), names)
+        assert names["extra"] == found
 
 
 def test_schedules_snippet_runs():
