@@ -157,6 +157,25 @@ def table(folder: Path) -> str:
     return "\n".join(lines).rstrip()
 
 
+def contribution_table(folder: Path) -> str:
+    """How far the measures of `progtuning contribution` agree on the order of the blocks.
+
+    From `<folder>/contribution/<task>.json`, as the command writes them.
+    """
+    rows = []
+    for task in NAMES:
+        path = folder / "contribution" / f"{task}.json"
+        if not path.exists():
+            continue
+        stored = json.loads(path.read_text())
+        found = {tuple(c["between"]): c["spearman"] for c in stored["rank_correlations"]}
+        pairs = [("train", "skip"), ("train", "gradient"), ("skip", "gradient")]
+        cells = [f"{found[pair]:+.2f}" for pair in pairs]
+        rows.append(f"| {NAMES[task]}, {stored['config']['steps']} steps | {' | '.join(cells)} |")
+    heads = ("Spearman, blocks of MiniLM", "train – skip", "train – gradient", "skip – gradient")
+    return "\n".join([f"| {' | '.join(heads)} |", "| --- | ---: | ---: | ---: |", *rows])
+
+
 def figure(folder: Path, path: Path) -> None:
     """Score against time, one panel per task, a point per method with its standard error."""
     import matplotlib
@@ -208,6 +227,7 @@ def main() -> None:
     try:
         if arguments.table is not None:
             print(table(arguments.table))
+            print(contribution_table(arguments.table))
         elif arguments.figure is not None:
             figure(*arguments.figure)
         elif arguments.data is None:
