@@ -313,6 +313,16 @@ def check_fsdp2(rank: int) -> None:
         assert not any(cls in derived_classes() for m in model.modules() for cls in type(m).__mro__)
         assert all(p.requires_grad for p in model.parameters())
 
+    # frozen blocks get sharded, and thaw before any forward: as after a resume
+    model = tiny_model("bert-sequence").train()
+    handle = patch_model(model, SCHEDULES["cyclic"]())
+    frozen_blocks = handle.boundary
+    shard(model)
+    handle.seek(next(s for s in range(STEPS) if handle.schedule.plan(s, 4).boundary == 0))
+    assert frozen_blocks and handle.boundary == 0
+    for module in model.modules():
+        assert not any(cls in derived_classes() for cls in type(module).__mro__[1:])
+
     model = tiny_model("bert-sequence")
     patch_model(model, ProgressiveSchedule(2, 4), cache=PrefixCache(1 << 20))
     shard(model)
