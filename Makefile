@@ -1,11 +1,14 @@
 # The commands of the README. Everything is installed into .venv, once.
 PYTHON ?= python3
 ARGS ?=
+OUT ?= runs/bench
+DATA ?= glue
+EXPERIMENTS ?= minilm minilm-whole minilm-ablation minilm-peers minilm-8bit llama-20m
 CONSTRAINTS ?= constraints.txt
 BIN := .venv/bin
 SOURCES := pyproject.toml setup.py $(CONSTRAINTS) $(wildcard csrc/*)
 
-.PHONY: demo test lint bench clean
+.PHONY: demo test lint bench bench-compare gpu-suite accuracy clean
 
 demo: .venv/.demo ## fine-tune a pretrained model fully and progressively, and compare
 	$(BIN)/progtuning demo $(ARGS)
@@ -17,8 +20,22 @@ lint: .venv/.test ## style and format check
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 
-bench: .venv/.demo ## MaskedAdamW against torch's fused AdamW
-	$(BIN)/python benchmarks/optimizer.py $(ARGS)
+bench: .venv/.bench ## this machine's CPU: the optimizer, and whole training runs against other packages
+	$(BIN)/python benchmarks/optimizer.py --output $(OUT)
+	set -e; for name in $(EXPERIMENTS); do \
+	  $(BIN)/python benchmarks/run.py benchmarks/experiments/$$name.toml --output $(OUT) $(ARGS); done
+	$(BIN)/python benchmarks/plot.py $(OUT) --docs $(OUT)
+
+bench-compare: .venv/.bench ## this commit against a saved one: ARGS="--benchmark-save=NAME", then ARGS="--benchmark-compare"
+	$(BIN)/python -m pytest benchmarks/test_speed.py $(ARGS)
+
+accuracy: .venv/.demo ## every method and schedule on GLUE tasks, in pieces: make accuracy DATA=FOLDER ARGS="--task cola"
+	$(BIN)/python benchmarks/accuracy_study.py --data $(DATA) --output $(OUT) $(ARGS)
+
+# not in .venv: the GPU's machine has a torch of its own, and may have no network
+gpu-suite: OUT = runs/gpu-suite
+gpu-suite: ## everything that needs a GPU, in 8 minutes: make gpu-suite OUT=FOLDER PYTHON=python3
+	$(PYTHON) benchmarks/gpu_suite.py --output $(OUT) $(ARGS)
 
 clean: ## forget the environment and everything built
 	rm -rf .venv build *.egg-info progtuning_kernels/_build.json progtuning_kernels/_C*.so
@@ -38,4 +55,9 @@ clean: ## forget the environment and everything built
 .venv/.test: .venv/.torch $(SOURCES)
 	@echo "Installing progtuning_kernels and what its tests need ..."
 	@$(BIN)/pip install --quiet --disable-pip-version-check -c $(CONSTRAINTS) -e ".[demo,test]"
+	@touch $@
+
+.venv/.bench: .venv/.torch $(SOURCES)
+	@echo "Installing progtuning_kernels and the packages that benchmarks compare with ..."
+	@$(BIN)/pip install --quiet --disable-pip-version-check -c $(CONSTRAINTS) -e ".[demo,test,bench]"
 	@touch $@

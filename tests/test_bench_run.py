@@ -1,0 +1,444 @@
+"""benchmarks/run.py: no number without a green gate; runs are composed as they say."""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib.util
+import json
+import subprocess
+import sys
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+import torch
+from torch import nn
+
+from progtuning_kernels import ProgressiveSchedule, patch_model
+
+BENCHMARKS = Path(__file__).parent.parent / "benchmarks"
+CPU = torch.device("cpu")
+
+
+@pytest.fixture(scope="module")
+def run() -> ModuleType:
+    spec = importlib.util.spec_from_file_location("run", BENCHMARKS / "run.py")
+    module = importlib.util.module_from_spec(spec)
+    sys.modules["run"] = module  # its dataclasses look themselves up
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.fixture(scope="module")
+def parts(run) -> tuple[ModuleType, ModuleType, ModuleType, ModuleType]:
+    return tuple(sys.modules[name] for name in ("training", "gate", "runs", "providers"))
+
+
+def _work(training: ModuleType, shape: str = "tiny BERT", **changes):
+    work = training.Work(shape, "fp32", 4, 16, stages=3, batches=3, epochs=2, device=CPU)
+    return dataclasses.replace(work, **changes)
+
+
+EXPERIMENT = """
+title = "tiny"
+device = "cpu"
+shape = "tiny BERT"
+precision = "fp32"
+rows = 4
+tokens = 16
+stages = 3
+batches = 3
+epochs = 2
+steps_per_epoch = 10
+epochs_per_stage = [1, 3]
+providers = ["full", "naive freezing", "ours", "ours, cache", "ours, kernels off"]
+
+[[targets]]
+of = ["ours", "ours, cache"]
+over = "full"
+limit = 0.01
+
+[[targets]]
+of = "ours"
+over = "naive freezing"
+limit = 1000.0
+stage = "later"
+
+[[targets]]
+of = "ours"
+over = "full"
+limit = 0.5
+metric = "peak_allocated_bytes"
+"""
+
+
+def _main(run, monkeypatch, *arguments: object) -> None:
+    monkeypatch.setattr(sys, "argv", ["run.py", *map(str, arguments)])
+    run.main()
+
+
+def test_an_experiment_from_end_to_end(run, tmp_path, monkeypatch, capsys):
+    path = tmp_path / "tiny.toml"
+    path.write_text(EXPERIMENT)
+    _main(run, monkeypatch, path, "--output", tmp_path)
+    out = capsys.readouterr().out
+    content = json.loads((tmp_path / "training" / "tiny.json").read_text())
+    assert {"commit", "dirty", "date", "device", "versions"} <= content["meta"].keys()
+    names = ["full", "naive freezing", "ours", "ours, cache", "ours, kernels off"]
+    assert list(content["providers"]) == content["experiment"]["providers"] == names
+    assert content["providers"]["ours, kernels off"].keys() == {"reason"}
+    assert "ours, kernels off: no number: on a CPU no module is swapped" in out
+    full, naive, ours, cached = (content["providers"][name] for name in names[:4])
+    for entry in (full, naive, ours, cached):
+        assert entry["gate"]["gradient_error"] < 1e-5
+        assert len(entry["losses"]) == 3 * 3 * 2
+        assert 0.3 < entry["composed_over_measured"] < 3
+        for stage in entry["stages"]:
+            epoch = stage["later_epochs"]
+            assert 0 < epoch["step_ms_p20"] <= epoch["step_ms"] <= epoch["step_ms_p80"]
+        assert [r["epochs_per_stage"] for r in entry["whole_runs"]] == [1, 3]
+    # what a stage holds, by the plan alone: embeddings train in the first
+    trained = [s["trainable_params"] for s in ours["stages"]]
+    assert trained == [s["trainable_params"] for s in naive["stages"]]
+    assert trained[0] == full["stages"][2]["trainable_params"] > trained[1] > trained[2]
+    assert [s["state_bytes"] for s in ours["stages"]] == [
+        pytest.approx(8 * count, rel=0.05) for count in trained
+    ]
+    assert [s["gradient_bytes_after_backward"] for s in ours["stages"]] == [4 * n for n in trained]
+    assert naive["stages"][2]["state_bytes"] == naive["stages"][0]["state_bytes"]
+    saved = [s["saved_bytes"] for s in ours["stages"]]
+    assert saved[0] > saved[1] > saved[2] > 0
+    assert "cache: on at block 4" in cached["note"] and cached["losses"] == pytest.approx(
+        ours["losses"]
+    )
+    met = [verdict["met"] for verdict in content["verdicts"]]
+    assert met == [True, False, None]
+    assert out.count("\nmet: ") == out.count("\nNOT met: ") == out.count("\nnot measured: ") == 1
+    _main(run, monkeypatch, "--verdict", tmp_path)
+    assert capsys.readouterr().out.strip() in out
+
+
+def test_a_budget_leaves_its_targets_not_measured(run, tmp_path, monkeypatch, capsys):
+    path = tmp_path / "tiny.toml"
+    path.write_text(EXPERIMENT)
+    _main(run, monkeypatch, path, "--output", tmp_path, "--budget-s", "0")
+    content = json.loads((tmp_path / "training" / "tiny.json").read_text())
+    assert {entry["reason"] for entry in content["providers"].values()} == {"not reached"}
+    assert capsys.readouterr().out.count("\nnot measured: ") == 3
+
+
+def test_who_fails_in_a_run_is_left_out(run, parts):
+    training, _, runs, providers = parts
+    broken = providers.PROVIDERS["full"]
+
+    def build(work):
+        session = broken.build(work)
+        session.update = lambda: 1 / 0
+        return session
+
+    sides = {"full": broken, "broken": dataclasses.replace(broken, build=build)}
+    records: dict = {}
+    for run_s in (1, 2):
+        failed = runs.train(sides, _work(training), 2, records)
+        assert failed == {"broken": "ZeroDivisionError: division by zero"}
+        assert len(records["full"].run_s) == run_s and not records["broken"].run_s
+    assert len(records["full"].losses) == 18 and len(records["full"].later_ms[0]) == 2 * 3
+
+
+def test_a_run_in_a_process_of_its_own(run, tmp_path, monkeypatch):
+    path = tmp_path / "tiny.toml"
+    path.write_text(EXPERIMENT.replace("epochs = 2", "epochs = 1"))
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    monkeypatch.setattr(run, "BASELINE", "ours")  # one process is enough
+    _main(run, monkeypatch, path, "--isolate", "--only", "ours", "--output", tmp_path)
+    content = json.loads((tmp_path / "training" / "tiny.json").read_text())
+    assert content["experiment"]["isolated"] and set(content["providers"]) == {"ours"}
+    assert len(content["providers"]["ours"]["losses"]) == 9
+
+
+@pytest.mark.parametrize("shape", ["tiny BERT", "tiny Llama"])
+def test_the_plan_by_names_is_the_library_s(parts, shape):
+    training, *_ = parts
+    work = _work(training, shape, batches=1, epochs=1)
+    model = work.model()
+    assert work.boundaries == (0, 2, 4)
+    for stage, boundary in enumerate(work.boundaries):
+        with patch_model(model, ProgressiveSchedule(3, 3), step=stage):
+            active = {name for name, p in model.named_parameters() if p.requires_grad}
+        named = {n for n, _ in model.named_parameters() if training.trains(n, stage, boundary)}
+        assert active == named
+
+
+def test_rows_are_the_same_in_every_epoch_and_in_other_company(parts):
+    training, *_ = parts
+    for shape in ("tiny BERT", "tiny Llama"):
+        work = _work(training, shape)
+        epochs = [work.epoch(number) for number in range(2)]
+        rows = [{tuple(r) for b in e for r in b["input_ids"].tolist()} for e in epochs]
+        assert rows[0] == rows[1] and len(rows[0]) == 12
+        assert not torch.equal(epochs[0][0]["input_ids"], epochs[1][0]["input_ids"])
+        lengths = torch.cat([b["attention_mask"].sum(1) for b in epochs[0]])
+        assert lengths.min() >= 8 and lengths.unique().numel() > 2
+
+
+def _provider(parts, name: str = "naive freezing", **changes):
+    return dataclasses.replace(parts[3].PROVIDERS[name], **changes)
+
+
+def _with_session(parts, change, name: str = "naive freezing", **changes):
+    """A provider that does something wrong."""
+    provider = _provider(parts, name, **changes)
+
+    def build(work):
+        session = provider.build(work)
+        change(work, session)
+        return session
+
+    return dataclasses.replace(provider, build=build)
+
+
+def _scale_gradient(work, session):
+    backward = session.backward
+
+    def scaled(batch):
+        loss = backward(batch)
+        next(p for p in session.model.parameters() if p.grad is not None).grad.mul_(1.001)
+        return loss
+
+    session.backward = scaled
+
+
+def _freeze_late(work, session):
+    begin = session.begin
+    session.begin = lambda step: begin(max(0, step - 1))
+
+
+def _half_the_rows(work, session):
+    backward = session.backward
+    session.backward = lambda batch: backward({n: t[:2] for n, t in batch.items()})
+
+
+def _other_update(work, session):
+    optimizer = torch.optim.SGD(session.model.parameters(), lr=work.lr)
+
+    def update():
+        optimizer.step()
+        optimizer.zero_grad()
+
+    session.update = update
+
+
+def _no_update_in_the_last_stage(work, session):
+    update, done = session.update, []
+
+    def most():
+        done.append(1)
+        update() if len(done) < 3 else session.model.zero_grad()
+
+    session.update = most
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (_scale_gradient, "gradients of stage 1 are"),
+        (_freeze_late, "in stage 2, 37 tensors have a gradient and should not"),
+        (_half_the_rows, "loss "),
+        (_other_update, "in stage 2, plain torch has"),
+        (_no_update_in_the_last_stage, "off plain torch's AdamW"),
+    ],
+)
+def test_the_gate_is_red(parts, change, message):
+    training, gate, *_ = parts
+    gate = gate.Gate(_work(training), rows=4)
+    assert gate.check(_provider(parts))["gradient_error"] < 1e-6
+    with pytest.raises(training.Refused, match="gate is red") as refused:
+        gate.check(_with_session(parts, change))
+    assert message in str(refused.value)
+
+
+def test_the_gate_of_ours_in_all_its_forms(parts):
+    training, gate, _, providers = parts
+    gate = gate.Gate(_work(training), rows=4)
+    for name, provider in providers.PROVIDERS.items():
+        if name.startswith("ours") and not provider.compiles and "kernels" not in name:
+            assert gate.check(provider)["loss_error"] < 1e-3
+    # clipping by the norm of the step before is another rule where it clips
+    gate.work = dataclasses.replace(gate.work, clip=1e-3)
+    with pytest.raises(training.Refused, match="gate is red"):
+        gate.check(_provider(parts, "ours, in backward", clips_otherwise=False))
+
+
+def test_the_gate_of_another_rule_asks_for_the_loss_and_for_learning(parts):
+    training, gate, *_ = parts
+    gate = gate.Gate(_work(training), rows=4)
+    other = dict(same_rule=False, lr=1e-3)
+    assert gate.check(_provider(parts, "full", **other))["loss_fell_by"] > 0
+    with pytest.raises(training.Refused, match="starts from loss"):
+        gate.check(_with_session(parts, _half_the_rows, "full", **other))
+    with pytest.raises(training.Refused, match="has become"):
+        gate.check(_provider(parts, "full", same_rule=False, lr=0.0))
+
+
+@pytest.mark.parametrize("precision", ["bf16", "bf16-autocast"])
+def test_the_gate_in_bfloat16(parts, precision):
+    training, gate, *_ = parts
+    gate = gate.Gate(_work(training, "tiny Llama", precision=precision), rows=4)
+    for name in ("naive freezing", "ours", "ours, cache"):
+        assert 0 <= gate.check(_provider(parts, name))["gradient_error"] < 0.05
+    with pytest.raises(training.Refused, match="19 tensors have a gradient"):
+        gate.check(_with_session(parts, _freeze_late))
+
+
+def test_whole_runs_are_composed_of_first_steps_and_medians(parts):
+    training, _, runs, _ = parts
+    work = _work(training, stages=2)
+    record = runs.Record.of(2)
+    record.first_ms = [[100.0], [50.0]]
+    record.filling_ms = [[10.0, 10.0, 40.0], [6.0, 6.0]]
+    record.later_ms = [[10.0], [2.0, 2.0]]
+    record.losses, record.run_s = [1.0] * 12, [0.5]
+    options = dict(epochs=[1, 3], steps_per_epoch=100)
+    cached = runs.summarise(_provider(parts, "ours, cache"), work, record, **options)
+    once, thrice = cached["whole_runs"]
+    assert once["first_steps_extra_s"] == pytest.approx((90 + 44) / 1e3)
+    assert once["run_s"] == pytest.approx((99 * 10 + 100 + 99 * 6 + 50) / 1e3)
+    assert thrice["run_s"] == pytest.approx(once["run_s"] + 2 * 100 * (10 + 2) / 1e3)
+    composed_s = (2 * 10 + 100 + 3 * 10 + 2 * 6 + 50 + 3 * 2) / 1e3  # 3 batches, 2 epochs
+    assert cached["composed_over_measured"] == pytest.approx(composed_s / 0.5)
+    plain = runs.summarise(_provider(parts), work, record, **options)
+    assert plain["stages"][1]["first_epoch"]["step_ms"] == 4.0  # one median of both epochs
+    assert [stage["boundary"] for stage in plain["stages"]] == [0, 3]
+
+
+@pytest.mark.parametrize("together", [1, 2, 7])
+def test_the_first_step_of_a_stage_is_timed_alone(parts, together):
+    training, _, runs, _ = parts
+    work = _work(training)
+    stretches = list(runs._stretches(work, together))
+    assert sum(stretches, []) == list(range(18))
+    for steps in stretches:
+        assert len(steps) <= together and len({s // work.batches for s in steps}) == 1
+        assert steps == [steps[0]] or steps[0] % work.steps_of_stage
+
+
+def test_bytes_of_an_optimizer(parts):
+    runs = parts[2]
+    weight = nn.Parameter(torch.zeros(10))
+    half = torch.zeros(8)[:4]
+    kept = {weight: {"m": torch.zeros(10), "same": half, "view": half[1:], "weight": weight.data}}
+    assert runs.tensor_bytes(kept, but={runs._address(weight)}) == 40 + 32
+
+
+def _content(run, **peaks):
+    targets = [
+        run.Target(("ours", "ours, cache"), "full", 1.5),
+        run.Target(("ours",), "full", 0.5, "peak_allocated_bytes"),
+    ]
+    seconds = {"full": 30.0, "ours": 24.0, "ours, cache": 15.0}
+    providers = {
+        name: {
+            "whole_runs": [{"epochs_per_stage": 1, "run_s": s}],
+            "stages": [{"peak_allocated_bytes": peaks[name]}] if name in peaks else [{}],
+        }
+        for name, s in seconds.items()
+    }
+    experiment = {"title": "t", "stages": 3, "targets": [dataclasses.asdict(t) for t in targets]}
+    return {"experiment": experiment, "providers": providers}
+
+
+def test_verdicts_say_by_how_much(run):
+    speed, memory = run.verdicts(_content(run))
+    assert speed.met and "2.000 (ours, cache), +33.3% of 1.5" in str(speed)
+    assert memory.met is None and str(memory).startswith("not measured: ")
+    content = _content(run, full=100, ours=60)
+    memory = run.verdicts(content)[1]
+    assert memory.met is False and "0.600 (ours), +20.0% of 0.5" in str(memory)
+    content["providers"]["ours, cache"] = {"reason": "gate is red"}
+    speed = run.verdicts(content)[0]
+    assert speed.met is False and str(speed).startswith("NOT met: ") and "-16.7%" in str(speed)
+
+
+@pytest.mark.parametrize(
+    "path", sorted(BENCHMARKS.glob("experiments/*.toml")), ids=lambda p: p.stem
+)
+def test_stored_experiments_can_be_read(run, parts, path):
+    if "providers" not in path.read_text():
+        pytest.skip("of another benchmark")
+    experiment = run.read_experiment(path)
+    work = experiment.work(CPU)
+    assert len(work.boundaries) == 3 and work.precision in parts[0].PRECISIONS
+    assert run.BASELINE in experiment.providers
+    for target in experiment.targets:
+        assert {*target.of, target.over} <= set(experiment.providers)
+        assert target.epochs_per_stage in experiment.epochs_per_stage
+
+
+def test_a_wrong_experiment_is_one_line(run, tmp_path):
+    path = tmp_path / "wrong.toml"
+    for wrong, message in (
+        (EXPERIMENT.replace('"ours, cache",', '"theirs",'), "no provider 'theirs'"),
+        (EXPERIMENT.replace("rows = 4", "row = 4"), "row"),
+        ('interleave = "rows"\n' + EXPERIMENT, "interleave is steps or runs, not 'rows'"),
+        ("title = ", "wrong.toml"),
+    ):
+        path.write_text(wrong)
+        with pytest.raises(SystemExit, match=message):
+            run.read_experiment(path)
+
+
+def _suite(*arguments: str) -> subprocess.CompletedProcess:
+    command = [sys.executable, str(BENCHMARKS / "gpu_suite.py"), *arguments]
+    return subprocess.run(command, capture_output=True, text=True)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="it would measure")
+def test_the_suite_without_a_gpu(tmp_path):
+    done = _suite("--output", str(tmp_path / "out"))
+    assert done.returncode == 2 and done.stdout.startswith("no GPU here")
+    assert len(done.stdout.splitlines()) == 1 and not (tmp_path / "out").exists()
+
+
+def test_the_suite_rehearses(tmp_path, monkeypatch):
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    done = _suite("--output", str(tmp_path), "--rehearse")
+    suite = json.loads((tmp_path / "suite.json").read_text())
+    assert done.returncode == 0, (tmp_path / "suite.log").read_text()
+    assert {part["outcome"] for part in suite["parts"]} == {"done"}
+    files = sorted(p.relative_to(tmp_path).as_posix() for p in tmp_path.rglob("*") if p.is_file())
+    assert files == ["kernels.json", "suite.json", "suite.log", "training/rehearsal.json"]
+    assert done.stdout.count("rehearsal: ours, cache against full") == 1
+    assert any("kernels at most 5 %" in verdict["target"] for verdict in suite["verdicts"])
+    again = _suite("--output", str(tmp_path), "--rehearse")
+    assert again.returncode == 1 and again.stderr.strip().endswith("would be mixed")
+
+
+def test_a_part_that_fails_or_takes_too_long(tmp_path, monkeypatch, capsys):
+    spec = importlib.util.spec_from_file_location("gpu_suite", BENCHMARKS / "gpu_suite.py")
+    suite = importlib.util.module_from_spec(spec)
+    sys.modules["gpu_suite"] = suite
+    spec.loader.exec_module(suite)
+    running = suite.Suite(tmp_path, suite.BUDGET_S)
+    sleeps = ("-c", "print('begun', flush=True); import time; time.sleep(60)")
+    running.run(suite.Part("fails", ("-c", "1 / 0"), 20, output=False))
+    running.run(suite.Part("sleeps", sleeps, 3, output=False))
+    running.budget_s = 0
+    running.run(suite.Part("late", sleeps, 3, output=False))
+    outcomes = [part["outcome"] for part in running.parts]
+    assert outcomes == ["failed with 1", "cut off", "out of time"]
+    log = (tmp_path / "suite.log").read_text()
+    assert "ZeroDivisionError" in log and "begun" in log
+    assert json.loads((tmp_path / "suite.json").read_text())["parts"] == running.parts
+
+
+def test_the_gpu_form_fits_its_budget_and_its_files():
+    spec = importlib.util.spec_from_file_location("gpu_suite", BENCHMARKS / "gpu_suite.py")
+    suite = importlib.util.module_from_spec(spec)
+    sys.modules["gpu_suite"] = suite
+    spec.loader.exec_module(suite)
+    parts = suite.gpu_parts()
+    assert sum(part.output for part in parts) + 2 <= 8  # a JSON each, suite.json and suite.log
+    for part in parts:
+        paths = [word for word in part.command if "/" in word]
+        assert all((BENCHMARKS.parent / path).exists() for path in paths)
+    assert len({part.name for part in parts}) == len(parts)
