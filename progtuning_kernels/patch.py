@@ -276,6 +276,13 @@ class PatchHandle:
         self._wrapper.follow(step=self.step, boundary=self.boundary)
         return self
 
+    def accept_weights(self) -> None:
+        """Weights have been loaded: frozen columns are not put back over them.
+
+        That concerns the table of prefix tuning alone, which `reassert` restores after every step.
+        """
+        self._active.hold_columns(self.plan)
+
     def on_change(self, listener: Callable[[PatchHandle], None]) -> None:
         """Call `listener(handle)` after every change of plan."""
         self._listeners.append(listener)
@@ -411,7 +418,7 @@ class PatchHandle:
             raise ValueError(f"saved under {state['schedule']}, this run has {self.schedule!r}")
         if self._norms is not None:
             self.schedule.load_state_dict(state["decisions"])
-        self._active.hold_columns(self.plan)  # loaded with the weights; not to be put back
+        self.accept_weights()
         self.seek(state["step"])
         if self._norms is not None:
             self._norms.load_state_dict(state["gradient_norms"])

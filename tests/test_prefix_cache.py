@@ -348,8 +348,9 @@ def test_rows_move_up_when_the_boundary_rises():
     assert runs_by_step[7:9] == [[0, 1, 1, 1]] * 2  # read at 1, stored at 3
     assert runs_by_step[9:] == [[0, 0, 0, 1]] * 3
     assert rows_by_step[5] == {1: 3 * BATCH}
-    assert rows_by_step[7] == {1: 2 * BATCH, 3: 2 * BATCH}
-    assert rows_by_step[9] == {1: BATCH, 3: 3 * BATCH}
+    assert rows_by_step[6] == {1: 2 * BATCH, 3: BATCH}
+    assert rows_by_step[7] == {1: BATCH, 3: 2 * BATCH}
+    assert rows_by_step[9] == {3: 3 * BATCH}
 
 
 def test_a_mixed_batch_starts_from_the_level_that_each_row_has():
@@ -368,7 +369,7 @@ def test_a_mixed_batch_starts_from_the_level_that_each_row_has():
         found = gradients(handle.model, batch)
     assert (at_zero, at_one) == ([1], [1, 2])
     _assert_same(found, gradients(plain.model, batch), exact=False)
-    assert handle.cache_report().rows == {1: 2, 3: 5}  # row 0 stays until the boundary moves
+    assert handle.cache_report().rows == {1: 1, 3: 5}  # row 3 was not asked for since
 
 
 def _add(model: nn.Module) -> None:

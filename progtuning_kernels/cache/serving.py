@@ -633,6 +633,7 @@ class _Forward:
         self._level = server.level
         self._keys = server.keys(self._level, rows)
         self._length = path.length(call)
+        self._lower: set[int] = set()  # levels below that hold some of the rows
 
     def plan(self) -> None:
         server, size = self._server, self._call.size
@@ -641,6 +642,7 @@ class _Forward:
                 self._take()
             return
         best = self._best_levels()
+        self._lower = set(best) - {0, self._level}
         missing = best.count(0)
         if self._grads:
             server._counts.hits += size - missing
@@ -700,7 +702,7 @@ class _Forward:
             return self._take() if self._grads else None
         self._feed(level, hidden)
         if self._grads and level < self._level:
-            self._take(consumed=level)
+            self._take(whole=False)
 
     def _serve_mixed(self, best: Sequence[int]) -> None:
         """Missing rows by a forward of their own that ends at the boundary, the rest read."""
@@ -742,14 +744,14 @@ class _Forward:
         self._server._pending.append(self._path.levels[level].feed(hidden))
         self._server._served += 1
 
-    def _take(self, consumed: int = 0) -> None:
-        """Store what arrives at the boundary in the forward that comes.
+    def _take(self, *, whole: bool = True) -> None:
+        """Store what arrives at the boundary in the forward that comes; rows leave lower levels.
 
         Args:
-            consumed: lower level that the rows come from; they leave it.
+            whole: it runs the whole prefix, and shows what that costs.
         """
         server, path = self._server, self._path
-        started = None if consumed else server._watch.now()
+        started = server._watch.now() if whole else None
 
         def receive(hidden: torch.Tensor) -> None:
             size = hidden.shape[0]
@@ -759,8 +761,8 @@ class _Forward:
             if self._length is None:
                 self._length = path.lengths[self._call.shapes] = hidden.shape[1]
                 spans = ((0, self._length),) * size
-            if consumed:  # first: a full store has no room for a row twice
-                server._store.drop(consumed, server.keys(consumed, self._rows))
+            for level in self._lower:  # first: a full store has no room for a row twice
+                server._store.drop(level, server.keys(level, self._rows))
             if server.store_rows(self._level, self._keys, hidden, spans):
                 if server._counts.wants_reads:
                     self._rows = Rows(self._rows.digests, spans)

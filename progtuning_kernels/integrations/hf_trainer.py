@@ -185,19 +185,11 @@ class ProgtuningCallback(TrainerCallback):
         state: TrainerState,
         control: TrainerControl,
         logs: dict[str, Any] | None = None,
-        *,
-        model: nn.Module,
         **kwargs: Any,
     ) -> None:
-        if logs is None or self.handle is None:
-            return
-        if "loss" in logs:
+        if logs is not None and "loss" in logs and self.handle is not None:
             logs |= (shown := self._numbers())
             state.log_history[-1] |= shown  # the Trainer has copied the logs already
-        elif "total_flos" in logs:
-            # the last word of a run. The best model is loaded next, and what `unpatch` puts back
-            # (columns of frozen blocks in prefix tuning) must not be written over it
-            self._clean_up(args, model)
 
     def on_train_end(
         self,
@@ -208,6 +200,8 @@ class ProgtuningCallback(TrainerCallback):
         model: nn.Module,
         **kwargs: Any,
     ) -> None:
+        if self.handle is not None and handle_of(model) is self.handle:
+            self.handle.accept_weights()  # the best model may have been loaded
         self._clean_up(args, model)
 
     def _numbers(self) -> dict[str, Any]:
