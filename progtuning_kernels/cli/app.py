@@ -191,6 +191,37 @@ def plan(**options: Any) -> None:
     plan_command.run(options)
 
 
+@app.command(epilog="Example: progtuning bench --model minilm --batch-size 32 --seq-len 64")
+@click.option("--model", default="minilm", help="Folder, config.json or hub id; random weights.")
+@click.option(
+    "--task",
+    **_choice("auto", "classification", "causal-lm"),
+    help="auto: a language model if the config says so, otherwise classification.",
+)
+@click.option("--stages", **_positive(3), help="Stages of the schedule.")
+@click.option(
+    "--embeddings", **_choice("first_stage", "always", "never"), help="When the embeddings train."
+)
+@click.option(
+    "--blocks",
+    help="Path of the block list where it cannot be found; several with commas, in order.",
+)
+@click.option("--batch-size", **_positive(32), help="Rows per batch.")
+@click.option("--seq-len", **_positive(64), help="Tokens per row.")
+@click.option(
+    "--precision", **_choice("auto", "fp32", "bf16"), help="auto: bf16 autocast on GPUs that do it."
+)
+@click.option("--epochs", **_positive(2), help="Of four batches, timed, in every stage.")
+@click.option("--cache", default="1GiB", help="Memory of the prefix cache.")
+@click.option("--device", default="auto", help="auto, cpu, cuda, ...")
+@click.option("--json", is_flag=True, help="Print JSON instead of the table.")
+def bench(**options: Any) -> None:
+    """Time a step of every stage on this machine: full, frozen by hand, and this library's."""
+    from . import bench_command
+
+    bench_command.run(options)
+
+
 @app.command(
     epilog="Example: progtuning contribution --dataset docstrings --measure all --output "
     "runs/contribution"

@@ -1,0 +1,71 @@
+"""`progtuning bench`: a gate, then times of every stage by every way to train it."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+
+from progtuning_kernels.cli import bench_command
+from progtuning_kernels.cli.app import main
+
+
+def _call(model_folders, *more, model="bert"):
+    arguments = ["bench", "--model", str(model_folders[model]), "--batch-size", "2"]
+    return main([*arguments, "--seq-len", "8", "--stages", "2", "--epochs", "1", *more])
+
+
+@pytest.mark.parametrize("model", ["bert", "gpt2"])
+def test_every_way_is_timed_in_every_stage(model_folders, capsys, model):
+    _call(model_folders, "--json", "--task", "classification", model=model)
+    content = json.loads(capsys.readouterr().out)
+    rows = {(row["stage"], row["method"]): row for row in content["rows"]}
+    methods = ["full", "frozen by hand", "progressive", "progressive, cache"]
+    assert [*rows] == [(stage, name) for stage in (1, 2) for name in methods]
+    assert all(0 < r["step_ms_p20"] <= r["step_ms"] <= r["step_ms_p80"] for r in rows.values())
+    assert content["gate_largest_difference"] <= 1e-5
+    state = {key: row["state_bytes"] for key, row in rows.items()}
+    assert state[1, "progressive"] == state[2, "full"] > state[2, "progressive"] > 0
+    assert state[2, "frozen by hand"] == state[1, "frozen by hand"]  # kept, by hand
+    boundaries = [rows[stage, "full"]["boundary"] for stage in (1, 2)]
+    assert boundaries == [0, 2] and rows[2, "progressive, cache"]["cache"] in ("on", "off")
+
+
+def test_the_table_fits_a_terminal(model_folders, capsys):
+    _call(model_folders)
+    out = capsys.readouterr().out
+    assert "gate: gradients within" in out and "…" not in out
+    assert out.count("loss 0.") + out.count("loss 1.") == 8
+    assert max(map(len, out.splitlines()[1:])) <= 80
+
+
+def test_no_time_is_printed_when_the_gate_is_red(model_folders, capsys, monkeypatch):
+    plain = bench_command._plain
+
+    def wrong(model, active, autocast):
+        made = plain(model, active, autocast)
+        for p in model.parameters():
+            p.register_hook(lambda g: 1.01 * g)
+        return made
+
+    monkeypatch.setattr(bench_command, "_plain", wrong)
+    with pytest.raises(SystemExit) as ended:
+        _call(model_folders)
+    captured = capsys.readouterr()
+    assert ended.value.code == 2 and "gate: losses or gradients differ by 9.9e-03" in captured.err
+    assert " ms" not in captured.out
+
+
+@pytest.mark.parametrize(
+    ("more", "message"),
+    [
+        (["--seq-len", "4096"], "is above the model's 32 tokens"),
+        (["--stages", "9"], "9"),
+        (["--cache", "much"], "'much' is no size of memory"),
+    ],
+)
+def test_bad_calls_get_one_line(model_folders, capsys, more, message):
+    with pytest.raises(SystemExit) as ended:
+        _call(model_folders, *more)
+    err = capsys.readouterr().err
+    assert ended.value.code == 2 and err.count("\n") == 1 and message in err
