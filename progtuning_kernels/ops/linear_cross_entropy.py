@@ -282,6 +282,8 @@ def _run(
     weight_dtype = wide if chunk_rows < n or dtype == torch.float16 else dtype
     losses = torch.empty(n, dtype=wide, device=device)
     logits_buffer = torch.empty((chunk_rows, padded(classes)), dtype=dtype, device=device)
+    # no product may depend on the padding, but those in bfloat16 on CPUs with AMX multiply it by 0
+    logits_buffer[:, classes:] = 0
     d_hidden = torch.empty(hidden.shape, dtype=dtype, device=device) if need_hidden else None
     d_weight = d_bias = None
     with torch.autocast(device.type, enabled=False):
