@@ -117,6 +117,21 @@ def test_cache_table_is_that_of_the_stored_results():
     assert tables and all(table in _between("cache") for table in tables)
 
 
+def test_training_table_is_that_of_the_stored_results():
+    plot = _benchmark("plot")
+    tables = [plot.table(plot.load(folder.parent)) for folder in RESULTS.glob("*/training")]
+    assert tables and all(table in _between("training") for table in tables)
+
+
+def test_study_tables_are_those_of_the_stored_results():
+    study = _benchmark("accuracy_study")
+    folders = [folder.parent for folder in RESULTS.glob("*/accuracy")]
+    assert folders and all(study.table(folder) in _between("accuracy") for folder in folders)
+    folders = [folder.parent for folder in RESULTS.glob("*/contribution")]
+    shown = _between("contribution")
+    assert folders and all(study.contribution_table(folder) in shown for folder in folders)
+
+
 def test_cache_snippet_runs():
     (code,) = _python("The prefix cache")
     names = {"patch_model": patch_model, "ProgressiveSchedule": ProgressiveSchedule, "steps": 6}
