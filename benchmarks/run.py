@@ -34,18 +34,17 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from gate import Gate
+from providers import PROVIDERS
+from runs import Record, summarise, train
+from training import Work, reason
+
+from progtuning_kernels.cli.provenance import provenance
 
 FOLDER = Path(__file__).resolve().parent
-sys.path.insert(0, str(FOLDER))
-from gate import Gate  # noqa: E402
-from providers import PROVIDERS  # noqa: E402
-from runs import Record, summarise, train  # noqa: E402
-from training import Work, reason  # noqa: E402
-
-# transformers would take kernels.py here for a package that it knows
+# a script's folder is on the path: transformers, which is imported later, would take kernels.py
+# here for a package that it knows
 sys.path[:] = [entry for entry in sys.path if Path(entry or ".").resolve() != FOLDER]
-
-from progtuning_kernels.cli.provenance import provenance  # noqa: E402
 
 BASELINE = "full"
 

@@ -16,19 +16,19 @@ from pathlib import Path
 
 import pytest
 import torch
+from optimizer import CLIP, WORKLOADS, wait
+from providers import PROVIDERS
 from torch import nn
+from training import Work
+
+from progtuning_kernels import MaskedAdamW
+from progtuning_kernels.ops import masked_norm
 
 pytest.importorskip("pytest_benchmark")
+# pytest has put this folder on the path: transformers, which is imported later, would take
+# kernels.py here for a package that it knows
 FOLDER = Path(__file__).resolve().parent
-sys.path.insert(0, str(FOLDER))
-from optimizer import CLIP, WORKLOADS, wait  # noqa: E402
-from providers import PROVIDERS  # noqa: E402
-from training import Work  # noqa: E402
-
 sys.path[:] = [entry for entry in sys.path if Path(entry or ".").resolve() != FOLDER]
-
-from progtuning_kernels import MaskedAdamW  # noqa: E402
-from progtuning_kernels.ops import masked_norm  # noqa: E402
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 STATE_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "8-bit": "8bit"}

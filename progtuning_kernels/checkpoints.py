@@ -119,9 +119,7 @@ def load_checkpoint(
     Nothing is changed before everything has been compared.
 
     Random numbers go on where they were, on each rank. Under another number of ranks than they were
-    saved with, every rank gets new ones, from the saved seed, the step and its own number; and the
-    gradient norms of an adaptive schedule's interval, which a rank takes of its own gradients, are
-    those of the first.
+    saved with, every rank gets new ones, from the saved seed, the step and its own number.
 
     Args:
         folder, handle, optimizer, scheduler: as `save_checkpoint` had them.
@@ -151,7 +149,8 @@ def load_checkpoint(
     rank, ranks = _rank(), content["ranks"]
     own = ranks[rank] if len(ranks) == _world_size() else ranks[0]
     if patched is not None:
-        patched.load_state_dict(own["handle"])
+        sharded = any(_is_sharded(p) for p in model.parameters())
+        patched.load_state_dict(_handle_state(ranks, rank, was=path.is_dir(), sharded=sharded))
         if patched.cache is not None and own["cache"] is not None:
             patched.cache.expect(own["cache"])
     optimizer.load_state_dict(_by_index(model, optimizer, content["optimizer"]))
@@ -306,6 +305,31 @@ def _of_this_rank(model: nn.Module, patched: PatchHandle | None) -> dict[str, An
         "handle": None if patched is None else patched.state_dict(),
         "cache": None if patched is None or patched.cache is None else patched.cache.manifest(),
     }
+
+
+def _handle_state(
+    ranks: list[dict[str, Any]], rank: int, *, was: bool, sharded: bool
+) -> dict[str, Any]:
+    """The handle's state for this rank, from those of the ranks that saved.
+
+    They differ in the sums of squared gradient norms of an adaptive schedule's interval, where each
+    rank had a shard of every gradient: the whole is cut into equal parts, whose sum is all that
+    counts.
+
+    Args:
+        was, sharded: whether gradients were in shards there, and whether they are here.
+    """
+    if len(ranks) == _world_size() and was == sharded:
+        return ranks[rank]["handle"]
+    state = ranks[0]["handle"]
+    sums = [
+        r["handle"].get("gradient_norms", {}).get("sums") for r in (ranks if was else ranks[:1])
+    ]
+    if None in sums:
+        return state
+    parts = _world_size() if sharded else 1
+    squares = [sum(column) / parts for column in zip(*(s[:-1] for s in sums), strict=True)]
+    return {**state, "gradient_norms": {"sums": [*squares, sums[0][-1]]}}
 
 
 def _gpus(model: nn.Module) -> list[torch.device]:

@@ -203,11 +203,14 @@ class Wrapper:
         digest = hashlib.sha256("\n".join([str(step), *names]).encode()).hexdigest()
         rank, chief = dist.get_rank(), self._ranks[0]
         store = dist.distributed_c10d._get_default_store()
-        place = f"{self._meeting}/{self._round}"
+        place, before = (f"{self._meeting}/{self._round - i}" for i in range(2))
         self._round += 1
         store.set(f"{place}/{rank}", f"{digest} {what}")
+        store.delete_key(f"{before}/{rank}")  # the chief has read it: there was a verdict
         if rank == chief:
             verdict = self._compare(store, place, step)
+            if verdict == _AGREED:  # all have come here, and so have read the last verdict
+                store.delete_key(f"{before}/verdict")
             store.set(f"{place}/verdict", verdict)
             if verdict != _AGREED:
                 self._let_others_read(store, place)
@@ -222,7 +225,8 @@ class Wrapper:
                     f"{self._timeout.total_seconds():.0f} s: {error}"
                 ) from error
             verdict = store.get(f"{place}/verdict").decode()
-            store.set(f"{place}/{rank}/has read", "")
+            if verdict != _AGREED:
+                store.set(f"{place}/{rank}/has read", "")
         if verdict != _AGREED:
             raise RuntimeError(verdict)
 

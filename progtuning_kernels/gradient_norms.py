@@ -9,10 +9,10 @@ the host waits for them at a decision, and where a state dict is made in the ste
 Trainer's callback makes one after every step).
 
 Ranks: `DistributedDataParallel` reduces gradients after the hooks of their tensors, some of them at
-the end of backward, so norms are then taken after that. At a decision the sums of squares are added
-over all ranks and the first one's result is sent to the others, so that every rank decides by the
-same bits. Where ranks hold shards, a norm is that of the whole but for a constant factor, which no
-relative change shows.
+the end of backward, so norms are then taken after that. At a decision the sums of squares are
+added over all ranks and the first one's result is sent to the others, so that every rank decides by
+the same bits. A norm is that of the whole gradient, whether ranks hold it or shards of it, so that
+a run may go on with another number of ranks.
 """
 
 from __future__ import annotations
@@ -45,6 +45,7 @@ class GradientNorms:
     Attributes:
         reduced_at_end: gradients are whole at the end of backward only, as under
             `DistributedDataParallel`.
+        sharded: every rank holds a shard of each gradient, not the whole.
     """
 
     def __init__(self, model: nn.Module, layout: Layout, schedule: ObservingSchedule) -> None:
@@ -57,6 +58,7 @@ class GradientNorms:
         self._handles: list[torch.utils.hooks.RemovableHandle] = []
         self._awaits_end = False  # of the backward that is running
         self.reduced_at_end = False
+        self.sharded = False
         # (L + 1,): sums of squares over the steps of an interval, and how many steps
         self._sums: Tensor | None = None
         self._seen = False  # whether any gradient came in this interval
@@ -180,11 +182,14 @@ class GradientNorms:
         self._sums = row if self._sums is None else self._sums.to(device) + row
 
     def _norms(self) -> Sequence[float] | None:
-        """Root mean square over steps and ranks; None where every step had a non-finite one."""
-        sums = self._sums
+        """Root mean square over steps; None where every step had a non-finite norm."""
+        sums, ranks = self._sums, 1
         distributed = torch.distributed
         if distributed.is_available() and distributed.is_initialized():
             distributed.all_reduce(sums)
             distributed.broadcast(sums, src=0)
+            ranks = distributed.get_world_size()
         *squares, steps = sums.tolist()
+        if self.sharded:
+            steps /= ranks  # each of them has counted every step, but only its part of the squares
         return [(square / steps) ** 0.5 for square in squares] if steps else None

@@ -270,7 +270,8 @@ class PatchHandle:
             )
         self._wrapper = wrapper
         if self._norms is not None:
-            self._norms.reduced_at_end = self._wrapper.ddp is not None
+            self._norms.reduced_at_end = wrapper.ddp is not None
+            self._norms.sharded = wrapper.sharded
         if self._wrapper.sharded:
             self._put_on_shards()
         self._wrapper.follow(step=self.step, boundary=self.boundary)

@@ -784,3 +784,26 @@ def test_shards_go_from_any_number_of_ranks_to_any_other(tmp_path):
     sys.path.insert(0, str(Path(__file__).parent))  # a spawned process imports this file by name
     # one process that has trained nothing yet, and can therefore be forked
     torch.multiprocessing.spawn(run, (str(tmp_path),), nprocs=1)
+
+
+def test_norms_of_an_interval_go_to_any_number_of_ranks(monkeypatch):
+    """Squares of shards add up to those of the whole, which every rank holds or has a share of."""
+
+    def saved(*sums):
+        return [{"handle": {"step": 3, "gradient_norms": {"sums": [*s, 2.0]}}} for s in sums]
+
+    def loaded(ranks, world_size, **kinds):
+        monkeypatch.setattr(module, "_world_size", lambda: world_size)
+        state = module._handle_state(ranks, world_size - 1, **kinds)
+        assert state["step"] == 3
+        return state["gradient_norms"]["sums"]
+
+    shards, whole = saved([1.0, 4.0], [2.0, 8.0]), saved([3.0, 12.0])
+    assert loaded(shards, 2, was=True, sharded=True) == [2.0, 8.0, 2.0]  # its own
+    assert loaded(shards, 1, was=True, sharded=False) == [3.0, 12.0, 2.0]
+    assert loaded(shards, 4, was=True, sharded=True) == [0.75, 3.0, 2.0]
+    assert loaded(whole, 2, was=False, sharded=True) == [1.5, 6.0, 2.0]
+    assert loaded(whole * 2, 3, was=False, sharded=False) == [3.0, 12.0, 2.0]
+    assert loaded(shards, 2, was=True, sharded=False) == [3.0, 12.0, 2.0]
+    plain = [{"handle": {"step": 3}}] * 2
+    assert module._handle_state(plain, 0, was=True, sharded=False) == {"step": 3}

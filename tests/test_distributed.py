@@ -115,6 +115,13 @@ def assert_same_weights(model: nn.Module, expected: nn.Module, what: str) -> Non
         )
 
 
+def assert_same_decisions(schedule: AdaptiveSchedule, expected: AdaptiveSchedule) -> None:
+    ours, theirs = (s.state_dict()["decisions"] for s in (schedule, expected))
+    assert ours and [d[::2] for d in ours] == [d[::2] for d in theirs]
+    for (_, norms, _), (_, others, _) in zip(ours, theirs, strict=True):
+        assert norms == pytest.approx(others, rel=1e-4)  # of the whole gradient, wherever it lies
+
+
 def same_on_ranks(model: nn.Module) -> bool:
     own = torch.cat([p.detach().flatten() for p in model.parameters()])
     first = own.clone()
@@ -167,8 +174,7 @@ def check_ddp(rank: int) -> None:
         assert_same_weights(model, expected, name)
         if name == "adaptive":
             assert handle.schedule.state_dict() != make().state_dict()
-            ours, theirs = (h.schedule.state_dict()["decisions"] for h in (handle, alone))
-            assert [d[::2] for d in ours] == [d[::2] for d in theirs]
+            assert_same_decisions(handle.schedule, alone.schedule)
         handle.unpatch()
         ddp(**batch(0, rank)).loss.backward()
         assert counted.bytes == active_bytes(model) > max(planned[-2:])  # everything, as before
@@ -302,8 +308,7 @@ def check_fsdp2(rank: int) -> None:
                 scheduler.step()
         assert_same_weights(model, expected, name)
         if name == "adaptive":
-            ours, theirs = (h.schedule.state_dict()["decisions"] for h in (handle, alone))
-            assert [d[::2] for d in ours] == [d[::2] for d in theirs]
+            assert_same_decisions(handle.schedule, alone.schedule)
         for module in model.modules():
             ours = [cls in derived_classes() for cls in type(module).__mro__]
             assert not any(ours[1:]), f"{name}: {type(module).__mro__}"  # on top, if anywhere
