@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -26,6 +26,32 @@ def _not_negative(default: float) -> dict[str, Any]:
 
 def _choice(*values: str) -> dict[str, Any]:
     return {"type": click.Choice(values), "default": values[0]}
+
+
+_blocks_option = click.option(
+    "--blocks",
+    help="Path of the block list where it cannot be found; several with commas, in order.",
+)
+
+
+def _schedule_of_a_config(command: Callable[..., Any]) -> Callable[..., Any]:
+    """The options of a command that needs no weights."""
+    options = (
+        click.option(
+            "--task",
+            **_choice("auto", "classification", "causal-lm"),
+            help="auto: a language model if the config says so, otherwise classification.",
+        ),
+        click.option("--stages", **_positive(3), help="Stages of the schedule."),
+        click.option(
+            "--embeddings",
+            **_choice("first_stage", "always", "never"),
+            help="When the embeddings train.",
+        ),
+    )
+    for option in reversed(options):
+        command = option(command)
+    return command
 
 
 @click.group(context_settings={"show_default": True, "max_content_width": 100})
@@ -76,10 +102,7 @@ def app() -> None:
     **_choice("frozen", "head_only"),
     help="What a weight shared by embeddings and LM head does once the embeddings are frozen.",
 )
-@click.option(
-    "--blocks",
-    help="Path of the block list where it cannot be found; several with commas, in order.",
-)
+@_blocks_option
 @click.option("--lora-rank", **_positive(8), help="Rank of LoRA adapters.")
 @click.option("--text-column", help="Found if named text, text_a, sentence, sentence1, ...")
 @click.option("--pair-column", help="Second text of a pair; found if named text_b, ...")
@@ -141,24 +164,13 @@ def train(dry_run: bool, **options: Any) -> None:
     "--dtype bf16 --optimizer adamw-8bit --device cuda --memory 80GB"
 )
 @click.option("--model", default="minilm", help="Folder, config.json or hub id; no weights needed.")
-@click.option(
-    "--task",
-    **_choice("auto", "classification", "causal-lm"),
-    help="auto: a language model if the config says so, otherwise classification.",
-)
-@click.option("--stages", **_positive(3), help="Stages of the schedule.")
-@click.option(
-    "--embeddings", **_choice("first_stage", "always", "never"), help="When the embeddings train."
-)
+@_schedule_of_a_config
 @click.option(
     "--tied",
     **_choice("frozen", "head_only"),
     help="What a weight shared by embeddings and LM head does once the embeddings are frozen.",
 )
-@click.option(
-    "--blocks",
-    help="Path of the block list where it cannot be found; several with commas, in order.",
-)
+@_blocks_option
 @click.option("--batch-size", **_positive(32), help="Rows per micro-batch.")
 @click.option("--seq-len", **_positive(128), help="Tokens per row.")
 @click.option(
@@ -193,19 +205,8 @@ def plan(**options: Any) -> None:
 
 @app.command(epilog="Example: progtuning bench --model minilm --batch-size 32 --seq-len 64")
 @click.option("--model", default="minilm", help="Folder, config.json or hub id; random weights.")
-@click.option(
-    "--task",
-    **_choice("auto", "classification", "causal-lm"),
-    help="auto: a language model if the config says so, otherwise classification.",
-)
-@click.option("--stages", **_positive(3), help="Stages of the schedule.")
-@click.option(
-    "--embeddings", **_choice("first_stage", "always", "never"), help="When the embeddings train."
-)
-@click.option(
-    "--blocks",
-    help="Path of the block list where it cannot be found; several with commas, in order.",
-)
+@_schedule_of_a_config
+@_blocks_option
 @click.option("--batch-size", **_positive(32), help="Rows per batch.")
 @click.option("--seq-len", **_positive(64), help="Tokens per row.")
 @click.option(
@@ -216,7 +217,10 @@ def plan(**options: Any) -> None:
 @click.option("--device", default="auto", help="auto, cpu, cuda, ...")
 @click.option("--json", is_flag=True, help="Print JSON instead of the table.")
 def bench(**options: Any) -> None:
-    """Time a step of every stage on this machine: full, frozen by hand, and this library's."""
+    """Time a step of every stage here: full, frozen by hand, this library's, and cached.
+
+    Four copies of the model, with their optimizers, are held at once.
+    """
     from . import bench_command
 
     bench_command.run(options)
@@ -246,10 +250,7 @@ def bench(**options: Any) -> None:
     help="Steps of full training before skip and gradient, which a new head makes noise of; 0 for "
     "a model that is fine-tuned. [default: --steps]",
 )
-@click.option(
-    "--blocks",
-    help="Path of the block list where it cannot be found; several with commas, in order.",
-)
+@_blocks_option
 @click.option("--text-column", help="Found if named text, text_a, sentence, sentence1, ...")
 @click.option("--pair-column", help="Second text of a pair; found if named text_b, ...")
 @click.option("--label-column", help="Found if named label or labels.")
