@@ -6,6 +6,7 @@ import json
 
 import pytest
 
+from progtuning_kernels.cache.row_store import RowStore
 from progtuning_kernels.cli import bench_command
 from progtuning_kernels.cli.app import main
 
@@ -31,7 +32,14 @@ def test_every_way_is_timed_in_every_stage(model_folders, capsys, model):
     assert boundaries == [0, 2] and rows[2, "progressive, cache"]["cache"] in ("on", "off")
 
 
-def test_the_table_fits_a_terminal(model_folders, capsys):
+def test_the_table_fits_a_terminal(model_folders, capsys, monkeypatch):
+    step = bench_command._Contender.step
+
+    def slow(self, batch):
+        loss, step_ms = step(self, batch)
+        return loss, step_ms + 98_765
+
+    monkeypatch.setattr(bench_command._Contender, "step", slow)
     _call(model_folders)
     out = capsys.readouterr().out
     assert "gate: gradients within" in out and "…" not in out
@@ -53,6 +61,16 @@ def test_no_time_is_printed_when_the_gate_is_red(model_folders, capsys, monkeypa
         _call(model_folders)
     captured = capsys.readouterr()
     assert ended.value.code == 2 and "gate: losses or gradients differ by 9.9e-03" in captured.err
+    assert " ms" not in captured.out
+
+
+def test_the_cache_has_to_pass_the_gate_too(model_folders, capsys, monkeypatch):
+    read = RowStore.read
+    monkeypatch.setattr(RowStore, "read", lambda self, *a, **k: 1.01 * read(self, *a, **k))
+    with pytest.raises(SystemExit) as ended:
+        _call(model_folders)
+    captured = capsys.readouterr()
+    assert ended.value.code == 2 and "gate: losses or gradients differ" in captured.err
     assert " ms" not in captured.out
 
 
