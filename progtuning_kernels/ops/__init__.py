@@ -4,6 +4,7 @@ Importing this package registers every op with `_backend`.
 """
 
 from .activation import bias_gelu, geglu, gelu, swiglu
+from .dropout import dropout
 from .linear_cross_entropy import linear_cross_entropy
 from .masked_norm import masked_norm
 from .masked_update import masked_update
@@ -11,6 +12,7 @@ from .norm import layer_norm, rms_norm
 
 __all__ = [
     "bias_gelu",
+    "dropout",
     "geglu",
     "gelu",
     "layer_norm",

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from .. import _backend
 from ..derived_classes import base_of, derive
 from ..layout import Layout
-from . import checks
+from . import checks, cpu_dropout
 from .kinds import GELU, HEAD, CannotSwap, Swap, bypassed, language_model_head, recognise
 
 Kernels = Literal["auto", "on", "off"]
@@ -105,6 +105,18 @@ class _Found(NamedTuple):
     reason: str | None  # why it cannot be swapped, known before any check
 
 
+# paths of modules by kind, class name, whether they are swapped, and why
+_Groups = dict[tuple[str, str, bool, str], list[str]]
+
+
+def _report(groups: _Groups) -> KernelReport:
+    rows = [
+        KernelRow(kind, name, len(paths), paths[0], swapped, because)
+        for (kind, name, swapped, because), paths in groups.items()
+    ]
+    return KernelReport(tuple(rows), None if rows else "no module of a kind that an op runs")
+
+
 class KernelSwaps:
     """The swaps of one model.
 
@@ -130,7 +142,12 @@ class KernelSwaps:
         self.restore()
         self._device = device
         nothing = _reason_for_nothing(self._kernels, device)
-        self.report = KernelReport((), nothing) if nothing else self._swap_all(device)
+        if nothing is not None:
+            self.report = KernelReport((), nothing)
+        elif device.type == "cpu" and _backend.triton_reason(device) is not None:
+            self.report = self._swap_dropout()
+        else:
+            self.report = self._swap_all(device)
 
     def restore(self) -> None:
         """Every module back to its own class."""
@@ -141,8 +158,42 @@ class KernelSwaps:
         self._swapped.clear()
         self._device = None
 
+    def _swap_dropout(self) -> KernelReport:
+        """Dropout and attention that drops: what has an op of ours on a CPU."""
+        from_bytes = 0 if self._kernels == "on" else cpu_dropout.FROM_BYTES
+        because = "at any size"
+        if from_bytes:
+            because = (
+                f"from {from_bytes // 1024} KiB that are dropped from on; a call outweighs less"
+            )
+        differs = cpu_dropout.attention_differs()
+        kinds = [
+            (
+                "dropout",
+                [*cpu_dropout.dropouts(self._model)],
+                cpu_dropout.dropout_members,
+                None,
+            ),
+            (
+                "attention with dropout",
+                [*cpu_dropout.attentions(self._model, self._layout)],
+                cpu_dropout.attention_members,
+                differs,
+            ),
+        ]
+        groups: _Groups = defaultdict(list)
+        for kind, found, members, reason in kinds:
+            for path, module in found:
+                base = type(module)
+                against = reason or _own_forward(module)
+                groups[kind, base.__name__, against is None, against or because].append(path)
+                if against is None:
+                    module.__class__ = derive(base, (kind, from_bytes), members(base, from_bytes))
+                    self._swapped.append(module)
+        return _report(groups)
+
     def _swap_all(self, device: torch.device) -> KernelReport:
-        groups: dict[tuple[str, str, bool, str], list[str]] = defaultdict(list)
+        groups: _Groups = defaultdict(list)
         for found in list(self._candidates()):
             if found.swap is None or found.reason is not None:
                 verdict = _Verdict(None, found.reason or "")
@@ -154,11 +205,7 @@ class KernelSwaps:
             if verdict.made is not None:
                 found.module.__class__ = verdict.made
                 self._swapped.append(found.module)
-        rows = [
-            KernelRow(kind, name, len(paths), paths[0], swapped, because)
-            for (kind, name, swapped, because), paths in groups.items()
-        ]
-        return KernelReport(tuple(rows), None if rows else "no module of a kind that an op runs")
+        return _report(groups)
 
     def _candidates(self) -> Iterator[_Found]:
         """Modules that an op runs or might, without those inside a swapped one."""
@@ -242,14 +289,23 @@ def _reason_for_nothing(kernels: Kernels, device: torch.device) -> str | None:
     if forced == "reference":
         return f"{_backend.ENVIRONMENT_VARIABLE}=reference, which is the model's own code"
     reason = _backend.triton_reason(device)
-    if reason is not None and device.type == "cpu":
-        return f"on a CPU the reference is the model's own code ({reason})"
-    return reason
+    if reason is None or device.type != "cpu":
+        return reason
+    if forced == "triton":
+        return f"{_backend.ENVIRONMENT_VARIABLE}=triton: {reason}"
+    against = cpu_dropout.reason_against()
+    return against and f"on a CPU dropout alone has an op of ours, and it cannot run: {against}"
+
+
+def _own_forward(module: nn.Module) -> str | None:
+    if "forward" in module.__dict__:
+        return "it has a forward of its own, as accelerate and kernel hubs give it"
+    return None
 
 
 def _reason_against(module: nn.Module, swap: Swap) -> str | None:
-    if "forward" in module.__dict__:
-        return "it has a forward of its own, as accelerate and kernel hubs give it"
+    if (own := _own_forward(module)) is not None:
+        return own
     if module._compiled_call_impl is not None:
         return "it is compiled"
     for parameter in module.parameters():
