@@ -1,6 +1,7 @@
 # The commands of the README. Everything is installed into .venv, once.
 PYTHON ?= python3
 ARGS ?=
+WORKERS ?= 2
 OUT ?= runs/bench
 DATA ?= glue
 EXPERIMENTS ?= minilm minilm-whole minilm-ablation minilm-peers minilm-8bit llama-20m
@@ -13,15 +14,16 @@ SOURCES := pyproject.toml setup.py $(CONSTRAINTS) $(wildcard csrc/*)
 demo: .venv/.demo ## fine-tune a pretrained model fully and progressively, and compare
 	$(BIN)/progtuning demo $(ARGS)
 
-test: .venv/.test ## the whole test suite
-	$(BIN)/python -m pytest $(ARGS)
+test: .venv/.test ## the whole test suite, a file at a time on each of WORKERS
+	$(BIN)/python -m pytest -n $(WORKERS) --dist loadfile $(ARGS)
 
 lint: .venv/.test ## style and format check
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 
-bench: .venv/.bench ## this machine's CPU: the optimizer, and whole training runs against other packages
+bench: .venv/.bench ## this machine's CPU: the optimizer, dropout, and whole training runs against other packages
 	$(BIN)/python benchmarks/optimizer.py --output $(OUT)
+	$(BIN)/python benchmarks/dropout.py --output $(OUT)
 	set -e; for name in $(EXPERIMENTS); do \
 	  $(BIN)/python benchmarks/run.py benchmarks/experiments/$$name.toml --output $(OUT) $(ARGS); done
 	$(BIN)/python benchmarks/plot.py $(OUT) --docs $(OUT)

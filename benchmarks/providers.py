@@ -225,7 +225,7 @@ def _ours(work: Work, *, cached: bool = False, compiled: bool = False, **options
     """options: of `patch_model` (frozen_mode, kernels), the others of `MaskedAdamW`."""
     model = work.model()
     patching = {name: options.pop(name) for name in ("frozen_mode", "kernels") if name in options}
-    if work.forced_kernels and work.device.type == "cuda" and "kernels" not in patching:
+    if work.forced_kernels and "kernels" not in patching:
         patching["kernels"] = "on"
     cache = PrefixCache(4 * GIB, device=work.device.type) if cached else None
     handle = patch_model(model, _schedule(work), cache=cache, **patching)
@@ -288,12 +288,6 @@ def _ours_without_truncation(work: Work) -> Session:
     return Session(model, _backward(work, model), update, lambda: optimizer.state, begin)
 
 
-def _ours_without_kernels(work: Work) -> Session:
-    if work.device.type == "cpu":
-        raise Refused("on a CPU no module is swapped: the same as ours")
-    return _ours(work, kernels="off")
-
-
 def _planned(build: Callable[[Work], Session], **settings: Any) -> Provider:
     return Provider(build, follows_plan=True, **settings)
 
@@ -344,5 +338,5 @@ PROVIDERS: dict[str, Provider] = {
     "ours, torch's AdamW": _planned(_ours_with_torch_adamw),
     "ours, frozen state kept": _planned(_with(on_freeze="keep")),
     "ours, frozen dropout kept": _planned(_with(frozen_mode="train")),
-    "ours, kernels off": _planned(_ours_without_kernels),
+    "ours, kernels off": _planned(_with(kernels="off")),
 }
