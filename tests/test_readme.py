@@ -117,6 +117,14 @@ def test_cache_table_is_that_of_the_stored_results():
     assert tables and all(table in _between("cache") for table in tables)
 
 
+def test_dropout_table_is_that_of_the_stored_results():
+    dropout = _benchmark("dropout")
+    tables = [
+        dropout.table(json.loads(path.read_text())) for path in RESULTS.glob("*/dropout.json")
+    ]
+    assert tables and all(table in _between("dropout") for table in tables)
+
+
 def test_training_table_is_that_of_the_stored_results():
     plot = _benchmark("plot")
     tables = [plot.table(plot.load(folder.parent)) for folder in RESULTS.glob("*/training")]

@@ -1,7 +1,8 @@
 """Freeze-aware ops in a model: what is swapped, that it trains as before, and the way back.
 
 TRITON_INTERPRET counts only where it is set before triton is imported, so the functions named
-check_* run in one process of their own. Without it nothing is swapped on a CPU.
+check_* run in one process of their own. Without it dropout alone is swapped on a CPU: see
+test_dropout.py.
 """
 
 from __future__ import annotations
@@ -314,7 +315,7 @@ def check_a_model_that_moves_is_swapped_anew(monkeypatch):
         model_swaps._backend, "triton_reason", lambda d: answers.get(d.type) or real(d)
     )
     handle = patch_model(model, MilestoneSchedule({0: 1}))
-    assert "not yet" in handle.kernel_report().summary()
+    assert handle.kernel_report().swapped == 0
     answers.clear()
     handle.device_type = "elsewhere"  # as if it had been patched there
     handle._kernels._device = None
@@ -329,12 +330,12 @@ def test_in_the_interpreter():
     run_checks(__file__)
 
 
-def test_on_a_cpu_nothing_is_swapped_and_the_report_says_so():
+def test_on_a_cpu_nothing_is_swapped_that_drops_nothing_and_the_report_says_so():
     model = tiny_model("bert-sequence")
     handle = patch_model(model, MilestoneSchedule({0: 0}))
     report = handle.kernel_report()
     assert report.swapped == 0 and not report.rows
-    assert "on a CPU the reference is the model's own code" in str(report)
+    assert "no module of a kind that an op runs" in str(report)
     assert "nothing is swapped" in str(handle.truncation_report())
     assert all(type(m) is root_of(type(m)) for m in model.modules())
 
