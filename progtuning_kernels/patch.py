@@ -585,9 +585,9 @@ def patch_model(
         tied: what happens to a weight shared by embeddings and LM head once the embeddings are
             frozen: "frozen" freezes it, "head_only" goes on training it with the gradient of its
             use in the head (the lookup is then not differentiated).
-        kernels: "auto" lets norms, gated MLPs, BERT's output layers and the head with its loss run
-            freeze-aware ops where these are there and pay, which the size of every call decides;
-            "on" takes them at any size; "off" leaves all modules alone. Each kind is compared with
+        kernels: "auto" lets norms, gated MLPs, BERT's output layers and the head with its loss, on
+            a CPU dropout instead, run freeze-aware ops where these are there and pay, which the
+            size of every call decides; "on" takes them at any size; "off" leaves all modules alone. Each kind is compared with
             the original first; `handle.kernel_report()` says what became of it.
         cache: keeps what the frozen prefix computes for a sample and reads it in later epochs;
             "auto" takes a quarter of the CPU memory that is free. It switches itself off where it

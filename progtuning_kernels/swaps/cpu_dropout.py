@@ -24,7 +24,6 @@ from ..ops.dropout import OP, dropout
 # Forward and backward of ours take 80 us more than torch's two small kernels; 16,384 numbers cost
 # torch that much more than us.
 FROM_BYTES = 2**16
-_ATEN = torch.ops.aten
 
 
 def reason_against() -> str | None:
@@ -81,7 +80,18 @@ def attention(
     scores = query @ (key.transpose(-2, -1) * root)  # (B, heads, T, T)
     if attn_mask is not None:
         scores = scores.add_(attn_mask)
-    return dropout(_ATEN._safe_softmax(scores, -1), dropout_p) @ value
+    return dropout(_softmax(scores), dropout_p) @ value
+
+
+def _softmax(scores: Tensor) -> Tensor:
+    """Over the keys; 0 for a query that sees none, where the ordinary softmax is NaN throughout.
+
+    torch looks for such queries in all scores; the first column of the result tells as well.
+    """
+    found = scores.softmax(-1)
+    if not found.detach()[..., 0].isnan().any():
+        return found
+    return torch.ops.aten._safe_softmax(scores, -1)
 
 
 @functools.cache
