@@ -7,16 +7,15 @@ import ctypes
 import math
 import pickle
 import shutil
-import subprocess
 import sys
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from csrc_builds import one_per_instruction_set
 from proofs import enable_checkpointing
 from tiny_models import MODELS, tiny_inputs, tiny_model
 from torch import Tensor, nn
@@ -233,19 +232,8 @@ extern "C" bool product(const void* x, const uint8_t* bits, float scale, int64_t
 @native_only
 @pytest.mark.skipif(shutil.which("g++") is None, reason="no g++")
 def test_instruction_sets_do_not_change_the_bits(tmp_path):
-    csrc, cpuinfo = Path(__file__).parent.parent / "csrc", Path("/proc/cpuinfo")
-    known = cpuinfo.read_text() if cpuinfo.exists() else ""
-    (tmp_path / "shim.cpp").write_text(SHIM)
-    flags = {"default": []} | {isa: [f"-m{isa}"] for isa in ("avx2", "avx512f") if isa in known}
-    builds = {}
-    for isa, extra in flags.items():
-        command = ["g++", "-O3", "-std=c++17", "-fPIC", "-shared", "-ffp-contract=off", *extra]
-        command += ["-DPROGTUNING_ONE_ISA", f"-I{csrc}", "shim.cpp", csrc / "dropout_cpu.cpp"]
-        builds[isa] = subprocess.Popen([*command, "-o", f"{isa}.so"], cwd=tmp_path)
     count, pointer = 20_001, ctypes.c_void_p
-    for isa, build in builds.items():
-        assert build.wait() == 0
-        library = ctypes.CDLL(str(tmp_path / f"{isa}.so"))
+    for isa, library in one_per_instruction_set(tmp_path, SHIM, "dropout_cpu.cpp"):
         draw, product = library.bits, library.product
         draw.argtypes = [pointer, ctypes.c_int, ctypes.c_int64, ctypes.c_double, pointer]
         product.argtypes = [pointer, pointer, ctypes.c_float, ctypes.c_int64, ctypes.c_int, pointer]

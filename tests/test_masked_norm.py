@@ -1,13 +1,12 @@
 import ctypes
 import math
 import shutil
-import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 import torch
 from accuracy import assert_at_least_as_accurate, in_fp64, relative_error
+from csrc_builds import one_per_instruction_set
 from torch import Tensor
 
 from progtuning_kernels import _backend
@@ -168,19 +167,8 @@ extern "C" bool norm(const void* x, int64_t n, int dtype, float* out) {
 @native_only
 @pytest.mark.skipif(shutil.which("g++") is None, reason="no g++")
 def test_instruction_sets_do_not_change_the_bits(tmp_path):
-    csrc = Path(__file__).parent.parent / "csrc"
-    cpuinfo = Path("/proc/cpuinfo")
-    known = cpuinfo.read_text() if cpuinfo.exists() else ""
-    (tmp_path / "shim.cpp").write_text(SHIM)
-    flags = {"default": []} | {isa: [f"-m{isa}"] for isa in ("avx2", "avx512f") if isa in known}
-    builds = {}
-    for isa, extra in flags.items():
-        command = ["g++", "-O3", "-std=c++17", "-fPIC", "-shared", "-ffp-contract=off", *extra]
-        command += ["-DPROGTUNING_ONE_ISA", f"-I{csrc}", "shim.cpp", csrc / "masked_norm_cpu.cpp"]
-        builds[isa] = subprocess.Popen([*command, "-o", f"{isa}.so"], cwd=tmp_path)
-    for isa, build in builds.items():
-        assert build.wait() == 0
-        norm = ctypes.CDLL(str(tmp_path / f"{isa}.so")).norm
+    for isa, library in one_per_instruction_set(tmp_path, SHIM, "masked_norm_cpu.cpp"):
+        norm = library.norm
         norm.argtypes = [ctypes.c_void_p, ctypes.c_int64, ctypes.c_int, ctypes.c_void_p]
         for dtype in CPU_DTYPES:
             code, out = _backend.dtype_code(dtype), torch.zeros(())
