@@ -587,8 +587,9 @@ def patch_model(
             use in the head (the lookup is then not differentiated).
         kernels: "auto" lets norms, gated MLPs, BERT's output layers and the head with its loss, on
             a CPU dropout instead, run freeze-aware ops where these are there and pay, which the
-            size of every call decides; "on" takes them at any size; "off" leaves all modules alone. Each kind is compared with
-            the original first; `handle.kernel_report()` says what became of it.
+            size of every call decides; "on" takes them at any size; "off" leaves all modules
+            alone. Each kind is compared with the original first; `handle.kernel_report()` says
+            what became of it.
         cache: keeps what the frozen prefix computes for a sample and reads it in later epochs;
             "auto" takes a quarter of the CPU memory that is free. It switches itself off where it
             does not pay; `handle.cache_report()` says so.
