@@ -30,6 +30,7 @@ from progtuning_kernels.patch import patch_model
 from progtuning_kernels.planner.calibration import UnitCosts
 from progtuning_kernels.planner.stage_flags import StageState
 from progtuning_kernels.planner.stage_meter import largest_batch
+from progtuning_kernels.swaps import cpu_dropout
 
 ROWS, TOKENS = 6, 24
 SCHEDULES = {
@@ -40,11 +41,13 @@ SCHEDULES = {
 }
 
 
-def _batch(model: torch.nn.Module) -> dict[str, torch.Tensor]:
-    ids = torch.randint(3, 97, (ROWS, TOKENS))
+def _batch(
+    model: torch.nn.Module, rows: int = ROWS, tokens: int = TOKENS
+) -> dict[str, torch.Tensor]:
+    ids = torch.randint(3, 97, (rows, tokens))
     mask = torch.ones_like(ids)
     mask[1:, -5:] = 0
-    labels = torch.arange(ROWS) % 3 if "Classification" in type(model).__name__ else ids
+    labels = torch.arange(rows) % 3 if "Classification" in type(model).__name__ else ids
     return {"input_ids": ids, "attention_mask": mask, "labels": labels}
 
 
@@ -94,6 +97,27 @@ def test_stages_are_those_of_a_real_run(name, dropout, schedule):
         assert stage.activation_bytes == pytest.approx(measured, rel=0.01)
     whole = sum(t.nbytes for t in (*model.parameters(), *model.buffers()))
     assert {s.weight_bytes for s in plan.stages} == {whole}
+
+
+@pytest.mark.skipif(cpu_dropout.reason_against() is not None, reason="no dropout of ours")
+@pytest.mark.parametrize("name", ["bert-sequence", "gpt2-causal-lm"])
+def test_dropout_on_a_cpu_is_planned_to_keep_bits(name):
+    model = tiny_model(name, dropout=True)
+    options = dict(batch_size=24, seq_len=30, dtype=torch.float32, device="cpu")
+    plan = plan_training(model, SCHEDULES["progressive"], **options)
+    batch = _batch(model, rows=24, tokens=30)
+    measured = {}
+    for kernels in ("off", "auto"):
+        with patch_model(model, ProgressiveSchedule(4, 8), kernels=kernels) as handle:
+            for stage in plan.stages:
+                handle.seek(stage.first_step)
+                model(**batch)
+                found = handle.truncation_report().activation_bytes
+                measured.setdefault(stage.first_step, {})[kernels] = found
+    for stage in plan.stages:
+        found = measured[stage.first_step]
+        assert found["auto"] < 0.95 * found["off"]
+        assert stage.activation_bytes == pytest.approx(found["auto"], rel=0.01)
 
 
 @pytest.mark.parametrize("name", ["bert-sequence", "gpt2-causal-lm", "llama-causal-lm"])

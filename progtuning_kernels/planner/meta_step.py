@@ -25,6 +25,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
 from ..layout import Layout, parameter_slots
+from ..swaps import cpu_dropout
 
 aten = torch.ops.aten
 
@@ -68,6 +69,20 @@ _FLOPS = {
 }
 
 
+class _KeepsBits(torch.autograd.Function):
+    """`ops.dropout` by what it keeps."""
+
+    @staticmethod
+    def forward(ctx: Any, x: torch.Tensor) -> torch.Tensor:
+        count = (x.numel() + 7) // 8
+        ctx.save_for_backward(torch.empty(count, dtype=torch.uint8, device=x.device))
+        return torch.empty_like(x)
+
+    @staticmethod
+    def backward(ctx: Any, grad: torch.Tensor) -> torch.Tensor:
+        return torch.empty_like(grad)
+
+
 class TargetKernels(TorchFunctionMode):
     """Lets meta tensors take the paths that real ones would take on `device`.
 
@@ -84,6 +99,9 @@ class TargetKernels(TorchFunctionMode):
         # a GPU that is not there cannot be asked which kernel it takes
         self.asks_device = device.type == "cpu" or torch.cuda.is_available()
         self.attention: set[str] = set()
+        # what `patch_model` would put in where it trains
+        self._keeps_bits = device.type == "cpu" and cpu_dropout.reason_against() is None
+        self._attends_by_parts = self._keeps_bits and cpu_dropout.attention_differs() is None
 
     def __torch_function__(
         self, func: Callable[..., Any], types: Any, args: Any = (), kwargs: Any = None
@@ -93,14 +111,23 @@ class TargetKernels(TorchFunctionMode):
             return False
         if func is F.scaled_dot_product_attention:
             return self._attend(*args, **kwargs)
-        if func is F.dropout and self._device.type == "cuda":
+        if func is F.dropout:
             return self._drop(*args, **kwargs)
         return func(*args, **kwargs)
 
-    @staticmethod
-    def _drop(x: torch.Tensor, p: float = 0.5, training: bool = True, inplace: bool = False) -> Any:
-        """A GPU keeps one byte an element, the CPU the scaled noise in the input's dtype."""
-        return torch.native_dropout(x, p, True)[0] if training and p > 0 else x
+    def _drop(
+        self, x: torch.Tensor, p: float = 0.5, training: bool = True, inplace: bool = False
+    ) -> Any:
+        """A GPU keeps a byte an element, torch on a CPU the scaled noise in the input's dtype, and
+        `ops.dropout` a bit."""
+        if not training or p == 0:
+            return x
+        if self._device.type == "cuda":
+            return torch.native_dropout(x, p, True)[0]
+        enough = x.numel() * x.element_size() >= cpu_dropout.FROM_BYTES
+        if self._keeps_bits and enough and not inplace and p < 1:
+            return _KeepsBits.apply(x)
+        return F.dropout(x, p, True, inplace)
 
     def _attend(
         self,
@@ -122,6 +149,14 @@ class TargetKernels(TorchFunctionMode):
             SDPBackend.EFFICIENT_ATTENTION,
             SDPBackend.CUDNN_ATTENTION,
         ):
+            if (
+                self._attends_by_parts
+                and query.dtype is torch.float32
+                and cpu_dropout.drops_enough(query, key, dropout_p, cpu_dropout.FROM_BYTES)
+            ):
+                return cpu_dropout.composed_attention(
+                    query, key, value, attn_mask, is_causal, **options, drop=_KeepsBits.apply
+                )
             return F.scaled_dot_product_attention(
                 query, key, value, attn_mask, dropout_p, is_causal, **options
             )

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -45,32 +45,52 @@ def attention(
 ) -> Tensor:
     """`F.scaled_dot_product_attention`, whose dropout, on a CPU, is `ops.dropout`.
 
-    With dropout torch takes its composite implementation there; these are its operations.
-
     Args:
         query, key, value: (B, heads, T, width).
         attn_mask, dropout_p, is_causal, scale, enable_gqa: as torch has them.
         from_bytes: of probabilities; for fewer torch's own runs.
     """
-    rows = query.numel() // max(query.size(-1), 1)
-    is_ours = (
-        0 < dropout_p < 1
+    options = dict(scale=scale, enable_gqa=enable_gqa)
+    if (
+        drops_enough(query, key, dropout_p, from_bytes)
         and all(type(t) is Tensor and t.dtype is torch.float32 for t in (query, key, value))
         and query.device.type == "cpu"
-        and 4 * rows * key.size(-2) >= max(from_bytes, 1)
         and not (is_causal and attn_mask is not None)
         and not torch.is_autocast_enabled("cpu")
-    )
-    if not is_ours:
-        return F.scaled_dot_product_attention(
-            query, key, value, attn_mask, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa
+    ):
+        return composed_attention(
+            query, key, value, attn_mask, is_causal, **options, drop=lambda x: dropout(x, dropout_p)
         )
+    return F.scaled_dot_product_attention(
+        query, key, value, attn_mask, dropout_p, is_causal, **options
+    )
+
+
+def drops_enough(query: Tensor, key: Tensor, dropout_p: float, from_bytes: int) -> bool:
+    """Whether attention drops, and at least that many bytes of probabilities in float32."""
+    rows = query.numel() // max(query.size(-1), 1)
+    return 0 < dropout_p < 1 and 4 * rows * key.size(-2) >= max(from_bytes, 1)
+
+
+def composed_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attn_mask: Tensor | None,
+    is_causal: bool,
+    scale: float | None,
+    enable_gqa: bool,
+    *,
+    drop: Callable[[Tensor], Tensor],
+) -> Tensor:
+    """The operations of the composite implementation that torch takes where it drops on a CPU."""
     scale = 1 / math.sqrt(query.size(-1)) if scale is None else scale
     # a root each for query and key; the sign, if there is one, goes with the query
     root = math.sqrt(abs(scale))
     query = query * (-root if scale < 0 else root)
     if is_causal:
-        attn_mask = torch.ones(query.size(-2), key.size(-2), dtype=torch.bool).tril()
+        square = query.size(-2), key.size(-2)
+        attn_mask = torch.ones(square, dtype=torch.bool, device=query.device).tril()
     if attn_mask is not None and attn_mask.dtype is torch.bool:
         zeros = torch.zeros_like(attn_mask, dtype=query.dtype)
         attn_mask = zeros.masked_fill_(attn_mask.logical_not(), -math.inf)
@@ -80,7 +100,7 @@ def attention(
     scores = query @ (key.transpose(-2, -1) * root)  # (B, heads, T, T)
     if attn_mask is not None:
         scores = scores.add_(attn_mask)
-    return dropout(_softmax(scores), dropout_p) @ value
+    return drop(_softmax(scores)) @ value
 
 
 def _softmax(scores: Tensor) -> Tensor:
@@ -89,7 +109,7 @@ def _softmax(scores: Tensor) -> Tensor:
     torch looks for such queries in all scores; the first column of the result tells as well.
     """
     found = scores.softmax(-1)
-    if not found.detach()[..., 0].isnan().any():
+    if found.is_meta or not found.detach()[..., 0].isnan().any():
         return found
     return torch.ops.aten._safe_softmax(scores, -1)
 
