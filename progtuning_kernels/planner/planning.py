@@ -92,7 +92,8 @@ def plan_training(
 
     The model's own forward and backward run on the meta device, once for every distinct plan of the
     schedule, while operations (torch's counter), saved activations and live bytes are counted.
-    Modules are counted as they are, without freeze-aware kernels. Autocast is not modelled.
+    Modules are counted as they are, without freeze-aware kernels but for dropout on a CPU. Autocast
+    is not modelled.
 
     Args:
         model: an unpatched model; it is not changed. Its weights may be on the meta device:
