@@ -147,6 +147,24 @@ def test_who_fails_in_a_run_is_left_out(run, parts):
     assert len(records["full"].losses) == 18 and len(records["full"].later_ms[0]) == 2 * 3
 
 
+def test_a_red_gate_leaves_no_number(run, parts, tmp_path, monkeypatch, capsys):
+    broken = _with_session(parts, _scale_gradient)
+    monkeypatch.setitem(run.PROVIDERS, "naive freezing", broken)
+    path = tmp_path / "tiny.toml"
+    path.write_text(EXPERIMENT.replace("epochs = 2", "epochs = 1"))
+    _main(run, monkeypatch, path, "--only", "naive freezing", "--output", tmp_path)
+    content = json.loads((tmp_path / "training" / "tiny.json").read_text())
+    (reason,) = content["providers"]["naive freezing"].values()
+    assert reason.startswith("gate is red: gradients of stage 1")
+    assert content["providers"]["full"]["losses"]
+    assert [verdict["met"] for verdict in content["verdicts"]] == [None] * 3
+    out = capsys.readouterr().out
+    assert out.count("naive freezing: no number: gate is red") == 1
+    assert (
+        "naive freezing " in out.split("stages; whole runs")[1].split("no number: gate is red")[0]
+    )
+
+
 def test_a_run_in_a_process_of_its_own(run, tmp_path, monkeypatch):
     path = tmp_path / "tiny.toml"
     path.write_text(EXPERIMENT.replace("epochs = 2", "epochs = 1"))

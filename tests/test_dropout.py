@@ -9,6 +9,7 @@ import pickle
 import shutil
 import sys
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -120,6 +121,39 @@ def test_an_unknown_generator_and_functorch_run_plain_torch(monkeypatch):
     handle = patch_model(_dropping("bert-sequence"), MilestoneSchedule({0: 0}))
     assert "unknown generator" in str(handle.kernel_report())
     assert not handle.kernel_report().swapped
+
+
+@pytest.mark.skipif(
+    _backend.native_reason(torch.device("cpu")) is not None, reason="no native extension"
+)
+def test_the_way_to_draw_is_found_where_it_is_known():
+    cpuinfo = Path("/proc/cpuinfo")
+    if not cpuinfo.exists() or "AuthenticAMD" not in cpuinfo.read_text():
+        pytest.skip("a processor on which it has not been seen")
+    assert op._random_source() == _backend.native_extension().random_sources["mt19937"]
+
+
+@native_only
+def test_compiled_code_keeps_torchs():
+    code = []
+
+    def backend(graph: torch.fx.GraphModule, inputs: Any) -> Any:
+        code.append(str(graph.graph))
+        return graph.forward
+
+    torch.compile(lambda x: dropout(x, 0.5), backend=backend, fullgraph=True)(torch.ones(9))
+    assert "dropout" in code[0] and "progtuning" not in code[0]
+
+
+@native_only
+def test_in_place_stays_in_place():
+    model = _dropping("bert-sequence")
+    module = model.bert.embeddings.dropout
+    module.inplace = True
+    with patch_model(model, MilestoneSchedule({0: 0}), kernels="on"):
+        assert type(module) is not nn.Dropout
+        x = torch.ones(2, 50)
+        assert module(x) is x and x.unique().numel() == 2
 
 
 @native_only
