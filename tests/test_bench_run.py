@@ -446,6 +446,7 @@ def test_a_part_that_fails_or_takes_too_long(tmp_path, monkeypatch, capsys):
     running.run(suite.Part("late", sleeps, 3, output=False))
     outcomes = [part["outcome"] for part in running.parts]
     assert outcomes == ["failed with 1", "cut off", "out of time"]
+    assert running.parts[1]["wall_s"] < 30  # it would have slept for 60
     log = (tmp_path / "suite.log").read_text()
     assert "ZeroDivisionError" in log and "begun" in log
     assert json.loads((tmp_path / "suite.json").read_text())["parts"] == running.parts
