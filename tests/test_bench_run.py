@@ -407,6 +407,14 @@ def test_a_wrong_experiment_is_one_line(run, tmp_path):
             run.read_experiment(path)
 
 
+def _suite_module() -> ModuleType:
+    spec = importlib.util.spec_from_file_location("gpu_suite", BENCHMARKS / "gpu_suite.py")
+    module = importlib.util.module_from_spec(spec)
+    sys.modules["gpu_suite"] = module  # its dataclasses look themselves up
+    spec.loader.exec_module(module)
+    return module
+
+
 def _suite(*arguments: str) -> subprocess.CompletedProcess:
     command = [sys.executable, str(BENCHMARKS / "gpu_suite.py"), *arguments]
     return subprocess.run(command, capture_output=True, text=True)
@@ -434,10 +442,7 @@ def test_the_suite_rehearses(tmp_path, monkeypatch):
 
 
 def test_a_part_that_fails_or_takes_too_long(tmp_path, monkeypatch, capsys):
-    spec = importlib.util.spec_from_file_location("gpu_suite", BENCHMARKS / "gpu_suite.py")
-    suite = importlib.util.module_from_spec(spec)
-    sys.modules["gpu_suite"] = suite
-    spec.loader.exec_module(suite)
+    suite = _suite_module()
     running = suite.Suite(tmp_path, suite.BUDGET_S)
     sleeps = ("-c", "print('begun', flush=True); import time; time.sleep(60)")
     running.run(suite.Part("fails", ("-c", "1 / 0"), 20, output=False))
@@ -452,11 +457,20 @@ def test_a_part_that_fails_or_takes_too_long(tmp_path, monkeypatch, capsys):
     assert json.loads((tmp_path / "suite.json").read_text())["parts"] == running.parts
 
 
+def test_the_exit_status_says_that_a_part_failed(tmp_path, monkeypatch):
+    suite = _suite_module()
+    for code, status in (("1 / 0", 1), ("0", 0)):
+        part = suite.Part("one", ("-c", code), 20, output=False)
+        monkeypatch.setattr(suite, "rehearsal_parts", lambda part=part: [part])
+        words = ["gpu_suite.py", "--rehearse", "--output", str(tmp_path / str(status))]
+        monkeypatch.setattr(sys, "argv", words)
+        with pytest.raises(SystemExit) as ended:
+            suite.main()
+        assert ended.value.code == status
+
+
 def test_the_gpu_form_fits_its_budget_and_its_files():
-    spec = importlib.util.spec_from_file_location("gpu_suite", BENCHMARKS / "gpu_suite.py")
-    suite = importlib.util.module_from_spec(spec)
-    sys.modules["gpu_suite"] = suite
-    spec.loader.exec_module(suite)
+    suite = _suite_module()
     parts = suite.gpu_parts()
     assert sum(part.output for part in parts) + 2 <= 8  # a JSON each, suite.json and suite.log
     for part in parts:
