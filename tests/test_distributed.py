@@ -459,10 +459,6 @@ def check_trainer(rank: int) -> None:
         for name, p in model.named_parameters():
             torch.testing.assert_close(p.detach(), expected[kind][name], rtol=1e-5, atol=2e-6)
 
-    try:  # the Trainer loads its optimizer's state to this device, which torch 2.10 does not know
-        torch.serialization.default_restore_location(torch.UntypedStorage(1), "cpu:0")
-    except RuntimeError:
-        return
     # stopped in stage 2, and resumed
     for stop in (True, False):
         model = tiny_model("bert-sequence")
@@ -470,7 +466,12 @@ def check_trainer(rank: int) -> None:
         trainer = trainer_of(folder, model, callback, rows=2, save_strategy="steps", save_steps=5)
         if stop:
             trainer.add_callback(StopAfter(5))
-        trainer.train(resume_from_checkpoint=None if stop else f"{folder}/checkpoint-5")
+        try:
+            trainer.train(resume_from_checkpoint=None if stop else f"{folder}/checkpoint-5")
+        except RuntimeError as error:  # transformers 5.0 loads to a device that torch refuses
+            if "tagged with cpu:0" not in str(error):
+                raise
+            return
     for name, p in model.named_parameters():
         torch.testing.assert_close(p.detach(), expected["plain"][name], rtol=1e-5, atol=2e-6)
 
