@@ -216,8 +216,8 @@ def check_ddp_options(rank: int) -> None:
     assert_same_weights(model, expected, "accumulation")
 
     # every rank caches its own rows; they come again after three steps. Tiny blocks may cost less
-    # than any cache, which is not asked here, and with torch 2.10 and transformers 5.0 the broadcast
-    # of buffers counts as a change of the prefix
+    # than any cache, which is not asked here, and with torch 2.10 and transformers 5.0 buffers that
+    # are broadcast count as a change of the prefix
     models = []
     with mock.patch.object(BreakEven, "verdict", lambda self, rows: None):
         for options in ({}, {"cache": PrefixCache(1 << 24)}):
