@@ -101,7 +101,7 @@ def test_stages_are_those_of_a_real_run(name, dropout, schedule):
 
 @pytest.mark.skipif(cpu_dropout.reason_against() is not None, reason="no dropout of ours")
 @pytest.mark.parametrize("name", ["bert-sequence", "gpt2-causal-lm"])
-def test_dropout_on_a_cpu_is_planned_to_keep_bits(name):
+def test_dropout_on_a_cpu_is_planned_to_keep_bits(name, monkeypatch):
     model = tiny_model(name, dropout=True)
     options = dict(batch_size=24, seq_len=30, dtype=torch.float32, device="cpu")
     plan = plan_training(model, SCHEDULES["progressive"], **options)
@@ -118,6 +118,10 @@ def test_dropout_on_a_cpu_is_planned_to_keep_bits(name):
         found = measured[stage.first_step]
         assert found["auto"] < 0.95 * found["off"]
         assert stage.activation_bytes == pytest.approx(found["auto"], rel=0.01)
+    monkeypatch.setenv("PROGTUNING_BACKEND", "reference")  # then patch_model puts nothing in
+    for stage in plan_training(model, SCHEDULES["progressive"], **options).stages:
+        found = measured[stage.first_step]
+        assert stage.activation_bytes == pytest.approx(found["off"], rel=0.01)
 
 
 @pytest.mark.parametrize("name", ["bert-sequence", "gpt2-causal-lm", "llama-causal-lm"])

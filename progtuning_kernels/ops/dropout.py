@@ -25,7 +25,7 @@ from torch import Tensor
 
 from .. import _backend
 
-_NATIVE_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+NATIVE_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
 def reference(x: Tensor, p: float) -> Tensor:
@@ -117,7 +117,7 @@ def _reason_against_native(x: Tensor) -> str | None:
     reason = _backend.native_reason(x.device)
     if reason is not None:
         return reason
-    if x.dtype not in _NATIVE_DTYPES:
+    if x.dtype not in NATIVE_DTYPES:
         return f"no native kernel for {x.dtype}"
     if type(x) not in (Tensor, torch.nn.Parameter) or torch._C._are_functorch_transforms_active():
         return "no plain tensor"

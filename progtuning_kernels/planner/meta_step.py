@@ -25,6 +25,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
 from ..layout import Layout, parameter_slots
+from ..ops.dropout import NATIVE_DTYPES
 from ..swaps import cpu_dropout
 
 aten = torch.ops.aten
@@ -125,7 +126,8 @@ class TargetKernels(TorchFunctionMode):
         if self._device.type == "cuda":
             return torch.native_dropout(x, p, True)[0]
         enough = x.numel() * x.element_size() >= cpu_dropout.FROM_BYTES
-        if self._keeps_bits and enough and not inplace and p < 1:
+        fits = x.is_contiguous() and x.dtype in NATIVE_DTYPES and not inplace and p < 1
+        if self._keeps_bits and enough and fits:
             return _KeepsBits.apply(x)
         return F.dropout(x, p, True, inplace)
 

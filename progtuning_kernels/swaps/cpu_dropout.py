@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import functools
 import math
+import os
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -18,6 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
+from .. import _backend
 from ..layout import Layout
 from ..ops.dropout import OP, dropout
 
@@ -28,6 +30,9 @@ FROM_BYTES = 2**16
 
 def reason_against() -> str | None:
     """Why `ops.dropout` would run plain torch here, in one line; None if it would not."""
+    forced = os.environ.get(_backend.ENVIRONMENT_VARIABLE)
+    if forced in ("triton", "reference"):
+        return f"{_backend.ENVIRONMENT_VARIABLE}={forced}"
     return OP.implementations[0].reason_against(torch.empty(2))
 
 

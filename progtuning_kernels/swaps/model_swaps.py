@@ -291,8 +291,6 @@ def _reason_for_nothing(kernels: Kernels, device: torch.device) -> str | None:
     reason = _backend.triton_reason(device)
     if reason is None or device.type != "cpu":
         return reason
-    if forced == "triton":
-        return f"{_backend.ENVIRONMENT_VARIABLE}=triton: {reason}"
     against = cpu_dropout.reason_against()
     return against and f"on a CPU dropout alone has an op of ours, and it cannot run: {against}"
 
