@@ -59,7 +59,7 @@ class ActiveSet:
         """Units in which the parameter is active under `plan`; () when it is frozen."""
         if not self._user_trainable[slot.name]:
             return ()
-        trained = tuple(unit for unit in slot.units if self._trains(unit, plan))
+        trained = tuple(unit for unit in slot.units if self.trains(unit, plan))
         if trained == slot.units or slot.sliced:
             return trained
         return trained if self._tied == "head_only" and trained == (self._layout.head,) else ()
@@ -100,6 +100,12 @@ class ActiveSet:
         self.reassert()  # with the columns that were frozen before
         self.hold_columns(plan)
         return {unit for used in units for unit in used}
+
+    def move(self, plan: FreezePlan) -> bool:
+        """Parameters have moved to other units; whether that changed a flag."""
+        before = self._flags
+        self.apply(plan)
+        return self._flags != before
 
     def hold_columns(self, plan: FreezePlan) -> None:
         """Frozen columns of a table are from now on what they are at this moment."""
@@ -150,7 +156,7 @@ class ActiveSet:
         state = "trains" if slot.parameter.requires_grad else "is frozen"
         return f"tied: {slot.name} is used by {users}; it {state} ({why})"
 
-    def _trains(self, unit: int, plan: FreezePlan) -> bool:
+    def trains(self, unit: int, plan: FreezePlan) -> bool:
         if unit == EMBEDDINGS:
             return plan.embeddings
         return plan.head if unit == self._layout.head else plan.trainable[unit]

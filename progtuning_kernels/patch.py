@@ -71,7 +71,7 @@ def _before_forward(
 def _before_training_forward(
     handle: PatchHandle, args: tuple[Any, ...], kwargs: dict[str, Any]
 ) -> None:
-    handle.before_training_forward()
+    handle.before_training_forward((args, kwargs))
     device_type, autocast = handle.device_type, None
     if torch.amp.is_autocast_available(device_type) and torch.is_autocast_enabled(device_type):
         autocast = (device_type, torch.get_autocast_dtype(device_type))
@@ -113,12 +113,16 @@ class PatchHandle:
         self.layout = layout
         self.step = step
         self.boundary = 0
+        # head until a forward shows a unit that is computed from them: so nothing is cut off, and
+        # no state of a resumed run is dropped, on a guess
+        layout.found.update(dict.fromkeys(layout.unruled(model), layout.head))
         self._active = ActiveSet(model, layout, tied)
         self._boundary = Boundary(model, layout, frozen_mode)
         self._kernels = KernelSwaps(model, layout, kernels)
         self._listeners: list[Callable[[PatchHandle], None]] = []
         self._frozen: set[int] = set()  # units that hold no active tensor
         self.proved = False
+        self._units_changed = False  # by a forward, since the plan was applied
         # what was changed for checkpointing, to be put back: see checkpointing.py
         self._embeddings_frozen = False
         self._reentrant: list[tuple[nn.Module, Any, Any]] = []
@@ -329,7 +333,13 @@ class PatchHandle:
         uses = {}
         if (last := self.last_forward) is not None:
             with last.context(), nullcontext() if self.cache is None else self.cache.paused():
-                paths = GradientPaths(self.model, self.layout, self.boundary, compiled=True)
+                paths = GradientPaths(
+                    self.model,
+                    self.layout,
+                    self.boundary,
+                    freezes=self._freezes(),
+                    compiled=True,
+                )
                 try:
                     uses = measure_forward(
                         self.model, self.layout, last.args, last.kwargs, boundary=self.boundary
@@ -453,12 +463,17 @@ class PatchHandle:
             self._wrapper = None
         freeze_events.announce()
 
-    def before_training_forward(self) -> None:
+    def before_training_forward(self, inputs: Any) -> None:
         """Keep checkpointing truncated; prove, once under every plan, that nothing is cut off.
+
+        Args:
+            inputs: the model's arguments.
 
         Raises (from the forward):
             UnsupportedModelError, RuntimeError: as `GradientPaths`.
         """
+        if self._units_changed:
+            self._apply()
         if not self.proved:
             self._find_wrapper()
         if (device := self._active.device).type != self.device_type:
@@ -468,14 +483,37 @@ class PatchHandle:
             self._input_grads += drop_input_grads(self.model, self.layout)
             self._reentrant += make_nonreentrant(self.model, self.layout)
         if not self.proved:
-            paths = GradientPaths(self.model, self.layout, self.boundary)
+            paths = GradientPaths(
+                self.model, self.layout, self.boundary, freezes=self._freezes(), inputs=inputs
+            )
 
             def finish(model: nn.Module, args: Any, output: Any) -> None:
                 hook.remove()
                 paths.remove()
-                self.proved = output is not None  # None: the forward has raised
+                if output is not None:  # None: the forward has raised
+                    self._move_parameters(paths.finish(output))
+                    self.proved = True
 
             hook = self.model.register_forward_hook(finish, always_call=True)
+
+    def _freezes(self) -> set[int]:
+        """Units that are frozen now, or by a plan that is known already."""
+        if isinstance(self.schedule, ObservingSchedule):
+            return set(self.layout.units)
+        plans = [self.plan, *(plan for _, plan in self._plans_to_check())]
+        units = set(self._frozen)
+        for plan in plans:
+            units.update(u for u in self.layout.units if not self._active.trains(u, plan))
+        return units
+
+    def _move_parameters(self, found: bool) -> None:
+        """A forward has shown where bare parameters belong; flags follow before backward.
+
+        The rest of the plan follows before the next forward: this one is inside whatever wraps it.
+        """
+        if found and self._active.move(self.plan):
+            self._units_changed = True
+            freeze_events.announce()
 
     def _find_wrapper(self) -> None:
         """Attach whatever runs this forward, if that is somebody new."""
@@ -526,6 +564,7 @@ class PatchHandle:
             )
 
     def _apply(self) -> None:
+        self._units_changed = False
         if self._wrapper is not None:
             self._wrapper.reshard()
         active = self._active.apply(self.plan)

@@ -12,6 +12,7 @@ import torch
 from torch import nn
 from torch.utils import _pytree as pytree
 
+from .forward_hooks import ForwardHooks
 from .layout import EMBEDDINGS, Layout, parameter_slots
 
 
@@ -202,8 +203,9 @@ class _UnitClock:
         for unit in self._layout.units:
             for path in self._layout.module_paths(unit):
                 module = self._model.get_submodule(path)
-                handles.append(module.register_forward_pre_hook(self._entering(unit)))
-                handles.append(module.register_forward_hook(self._leaving(unit, path)))
+                handles.append(
+                    ForwardHooks(module, self._entering(unit), self._leaving(unit, path))
+                )
                 for name, inner in module.named_modules(prefix=path):
                     if inner is not module and inner._forward_hooks:
                         handles.append(inner.register_forward_hook(self._noting(unit, name)))
@@ -226,7 +228,7 @@ class _UnitClock:
         ended = [stack for stack in self._layout.stacks if stack.blocks[-1] == unit]
         is_end = bool(ended) and path == self._layout.module_paths(unit)[-1]
 
-        def leave(module: nn.Module, args: Any, output: Any) -> None:
+        def leave(module: nn.Module, output: Any) -> None:
             if is_end:
                 self._unfinished.discard(ended[0].first)
                 self._through |= unit == self._layout.head - 1
