@@ -33,7 +33,7 @@ class GradientPaths:
     Args:
         model: the model that `layout` describes.
         layout: its cut into units; units of bare parameters are written into `layout.found`.
-        boundary: the effective boundary.
+        no_grad: units that run without autograd.
         freezes: units that are frozen now or will be.
         inputs: the model's arguments.
         compiled: watch compiled modules too. Only for a forward that is forced to run eagerly:
@@ -50,15 +50,15 @@ class GradientPaths:
         self,
         model: nn.Module,
         layout: Layout,
-        boundary: int,
         *,
+        no_grad: Collection[int],
         freezes: Collection[int],
         inputs: Any = (),
         compiled: bool = False,
     ) -> None:
         self._model = model
         self._layout = layout
-        self._boundary = boundary
+        self._no_grad = no_grad
         self._freezes = freezes
         self._slots = {id(slot.parameter): slot for slot in parameter_slots(model, layout)}
         # fully_shard puts other tensors in the places of parameters for as long as a block runs
@@ -120,7 +120,7 @@ class GradientPaths:
         def check(module: nn.Module, args: Any, kwargs: Any) -> None:
             tensors = [t for t in _tensors((args, kwargs)) if t.requires_grad]
             if not torch.is_grad_enabled():
-                trains = unit >= self._boundary and path in self._layout.block_paths
+                trains = unit not in self._no_grad and path in self._layout.block_paths
                 # a model may run a part of itself under no_grad by its own will
                 if trains and not tensors and called_from(torch.utils.checkpoint.__file__):
                     raise RuntimeError(
@@ -149,7 +149,7 @@ class GradientPaths:
                 f"shape {tuple(leaf.shape)} that is none of the model's, whose gradient freezing "
                 f"{label} would cut off; patch a module that holds both"
             )
-        if id(leaf) in self._given and unit < self._boundary:
+        if id(leaf) in self._given and unit in self._no_grad:
             raise RuntimeError(
                 f"{path} ({label}) is frozen and cuts off the gradient of an input of shape "
                 f"{tuple(leaf.shape)} that requires grad: detach the input, or run this forward "

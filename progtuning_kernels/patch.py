@@ -333,13 +333,7 @@ class PatchHandle:
         uses = {}
         if (last := self.last_forward) is not None:
             with last.context(), nullcontext() if self.cache is None else self.cache.paused():
-                paths = GradientPaths(
-                    self.model,
-                    self.layout,
-                    self.boundary,
-                    freezes=self._freezes(),
-                    compiled=True,
-                )
+                paths = self._watch_paths(compiled=True)
                 try:
                     uses = measure_forward(
                         self.model, self.layout, last.args, last.kwargs, boundary=self.boundary
@@ -483,9 +477,7 @@ class PatchHandle:
             self._input_grads += drop_input_grads(self.model, self.layout)
             self._reentrant += make_nonreentrant(self.model, self.layout)
         if not self.proved:
-            paths = GradientPaths(
-                self.model, self.layout, self.boundary, freezes=self._freezes(), inputs=inputs
-            )
+            paths = self._watch_paths(inputs=inputs)
 
             def finish(model: nn.Module, args: Any, output: Any) -> None:
                 hook.remove()
@@ -496,13 +488,20 @@ class PatchHandle:
 
             hook = self.model.register_forward_hook(finish, always_call=True)
 
+    def _watch_paths(self, **options: Any) -> GradientPaths:
+        no_grad = set(range(self.boundary))
+        if self._embeddings_frozen:
+            no_grad.add(EMBEDDINGS)
+        return GradientPaths(
+            self.model, self.layout, no_grad=no_grad, freezes=self._freezes(), **options
+        )
+
     def _freezes(self) -> set[int]:
         """Units that are frozen now, or by a plan that is known already."""
         if isinstance(self.schedule, ObservingSchedule):
             return set(self.layout.units)
-        plans = [self.plan, *(plan for _, plan in self._plans_to_check())]
         units = set(self._frozen)
-        for plan in plans:
+        for plan in (self.plan, *(plan for _, plan in self._plans_to_check())):
             units.update(u for u in self.layout.units if not self._active.trains(u, plan))
         return units
 
@@ -543,8 +542,10 @@ class PatchHandle:
         self._boundary.move(self._frozen, self.boundary)
 
     def _plans_to_check(self) -> Iterator[tuple[int, FreezePlan]]:
-        """The first, this, the last, and every plan before AdaLoRA has allocated its ranks."""
-        steps = {0, self.step}
+        """The first, this, every milestone, the last, and every plan before AdaLoRA has allocated
+        its ranks.
+        """
+        steps = {0, self.step, *getattr(self.schedule, "milestones", ())}
         if total := self.schedule.total_steps:
             steps |= {total - 1}
             if self._allocation_end is not None:

@@ -251,7 +251,10 @@ class _UnitClock:
 
 
 def _count_nodes(
-    outputs: Any, clock: _UnitClock, units_by_parameter: Mapping[int, int]
+    outputs: Any,
+    clock: _UnitClock,
+    units_by_parameter: Mapping[int, int],
+    bare: Mapping[int, int],
 ) -> dict[int, int]:
     tensors = [t for t in pytree.tree_leaves(outputs) if isinstance(t, torch.Tensor)]
     pending = [t.grad_fn for t in tensors if t.grad_fn is not None]
@@ -270,7 +273,12 @@ def _count_nodes(
     for node in sorted(found.difference(leaves), key=lambda node: node._sequence_nr()):
         # nothing runs earlier than what it reads: a decoder's code transposes the encoder's output
         # between its own embeddings and its first block
-        read = (units[following] for following, _ in node.next_functions if following in units)
+        inputs = [following for following, _ in node.next_functions]
+        read = [units[following] for following in inputs if following in units]
+        # between two blocks, what reads a bare parameter belongs where that does
+        read += [
+            bare.get(id(getattr(following, "variable", None)), EMBEDDINGS) for following in inputs
+        ]
         units[node] = max(clock.unit_at(node._sequence_nr()), *read, EMBEDDINGS)
     for leaf in leaves:  # one that is no parameter of the model counts where it is used
         own = units_by_parameter.get(id(leaf.variable))
@@ -334,7 +342,8 @@ def measure_forward(
         stack.enter_context(clock.watch())
         stack.enter_context(torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t))
         outputs = model(*args, **kwargs)
-    nodes = _count_nodes(outputs, clock, units_by_parameter)
+    bare = {id(p): layout.unit_of(name) for name, p in layout.unruled(model).items()}
+    nodes = _count_nodes(outputs, clock, units_by_parameter, bare)
     return {
         unit: UnitUse(nodes[unit], saved[unit], held[unit], tuple(clock.requiring_grad[unit]))
         for unit in layout.units
