@@ -21,6 +21,9 @@ class ActiveSet:
     Args:
         model: the model that `layout` describes.
         tied: what a weight shared by embeddings and head does once the embeddings are frozen.
+
+    Attributes:
+        units: those that hold an active parameter under the plan in force.
     """
 
     def __init__(self, model: nn.Module, layout: Layout, tied: TiedPolicy) -> None:
@@ -28,6 +31,7 @@ class ActiveSet:
         self._layout = layout
         self._tied = tied
         self._slots: list[ParameterSlot] = []
+        self.units: set[int] = set()
         self._flags: list[bool] = []  # of the plan in force, one a slot
         self._user_trainable: dict[str, bool] = {}
         self._frozen_columns: list[FrozenColumns] = []
@@ -85,12 +89,8 @@ class ActiveSet:
                 "freezes everything that was trainable when the model was patched"
             )
 
-    def apply(self, plan: FreezePlan) -> set[int]:
-        """Set every flag as `plan` says.
-
-        Returns:
-            The units that hold an active parameter.
-        """
+    def apply(self, plan: FreezePlan) -> None:
+        """Set every flag as `plan` says."""
         self._note_user_freezes()
         self._scan()
         units = [self.active_units(slot, plan) for slot in self._slots]
@@ -99,7 +99,7 @@ class ActiveSet:
             slot.parameter.requires_grad_(on)
         self.reassert()  # with the columns that were frozen before
         self.hold_columns(plan)
-        return {unit for used in units for unit in used}
+        self.units = {unit for used in units for unit in used}
 
     def move(self, plan: FreezePlan) -> bool:
         """Parameters have moved to other units; whether that changed a flag."""

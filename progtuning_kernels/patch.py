@@ -122,7 +122,6 @@ class PatchHandle:
         self._listeners: list[Callable[[PatchHandle], None]] = []
         self._frozen: set[int] = set()  # units that hold no active tensor
         self.proved = False
-        self._units_changed = False  # by a forward, since the plan was applied
         # what was changed for checkpointing, to be put back: see checkpointing.py
         self._embeddings_frozen = False
         self._reentrant: list[tuple[nn.Module, Any, Any]] = []
@@ -466,8 +465,6 @@ class PatchHandle:
         Raises (from the forward):
             UnsupportedModelError, RuntimeError: as `GradientPaths`.
         """
-        if self._units_changed:
-            self._apply()
         if not self.proved:
             self._find_wrapper()
         if (device := self._active.device).type != self.device_type:
@@ -483,7 +480,8 @@ class PatchHandle:
                 hook.remove()
                 paths.remove()
                 if output is not None:  # None: the forward has raised
-                    self._move_parameters(paths.finish(output))
+                    if paths.finish(output) and self._active.move(self.plan):
+                        self._follow_moved()
                     self.proved = True
 
             hook = self.model.register_forward_hook(finish, always_call=True)
@@ -504,15 +502,6 @@ class PatchHandle:
         for plan in (self.plan, *(plan for _, plan in self._plans_to_check())):
             units.update(u for u in self.layout.units if not self._active.trains(u, plan))
         return units
-
-    def _move_parameters(self, found: bool) -> None:
-        """A forward has shown where bare parameters belong; flags follow before backward.
-
-        The rest of the plan follows before the next forward: this one is inside whatever wraps it.
-        """
-        if found and self._active.move(self.plan):
-            self._units_changed = True
-            freeze_events.announce()
 
     def _find_wrapper(self) -> None:
         """Attach whatever runs this forward, if that is somebody new."""
@@ -565,28 +554,37 @@ class PatchHandle:
             )
 
     def _apply(self) -> None:
-        self._units_changed = False
         if self._wrapper is not None:
             self._wrapper.reshard()
-        active = self._active.apply(self.plan)
-        frozen = set(self.layout.units) - active
-        self._embeddings_frozen = EMBEDDINGS in frozen
-        self.boundary = 0
-        if self._embeddings_frozen:
-            blocks = range(self.num_blocks)
-            self.boundary = next((i for i in blocks if i in active), self.num_blocks)
-        self._frozen = frozen
-        self._boundary.move(frozen, self.boundary)
+        self._active.apply(self.plan)
+        self._follow_flags()
         if self.cache is not None:
             self.cache.move(self.boundary)
         self.proved = False
+        for listener in self._listeners:
+            listener(self)
+
+    def _follow_moved(self) -> None:
+        """A forward has shown that bare parameters belong elsewhere: before its backward."""
+        before = self.boundary
+        self._follow_flags()
+        if self.cache is not None and self.boundary != before:
+            self.cache.move(self.boundary)
+
+    def _follow_flags(self) -> None:
+        """Everything else that hangs on which parameters are active."""
+        self._frozen = set(self.layout.units) - self._active.units
+        self._embeddings_frozen = EMBEDDINGS in self._frozen
+        self.boundary = 0
+        if self._embeddings_frozen:
+            blocks = range(self.num_blocks)
+            self.boundary = next((i for i in blocks if i not in self._frozen), self.num_blocks)
+        self._boundary.move(self._frozen, self.boundary)
         if self._norms is not None:
             self._norms.install()
         if self._wrapper is not None:
             self._wrapper.follow(step=self.step, boundary=self.boundary)
         freeze_events.announce()
-        for listener in self._listeners:
-            listener(self)
 
 
 def decay_groups(parameters: Sequence[nn.Parameter], weight_decay: float) -> list[dict[str, Any]]:
