@@ -480,7 +480,7 @@ class PatchHandle:
                 hook.remove()
                 paths.remove()
                 if output is not None:  # None: the forward has raised
-                    if paths.finish(output) and self._active.move(self.plan):
+                    if paths.finish(output):
                         self._follow_moved()
                     self.proved = True
 
@@ -567,7 +567,11 @@ class PatchHandle:
     def _follow_moved(self) -> None:
         """A forward has shown that bare parameters belong elsewhere: before its backward."""
         before = self.boundary
-        self._follow_flags()
+        moved = self._active.move(self.plan)
+        for step, plan in self._plans_to_check():
+            self._check_plan(step, plan)
+        if moved:
+            self._follow_flags()
         if self.cache is not None and self.boundary != before:
             self.cache.move(self.boundary)
 

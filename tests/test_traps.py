@@ -444,6 +444,16 @@ def test_a_resumed_run_keeps_the_state_of_what_is_used_above_the_boundary():
         assert torch.equal(parameter, runs[1][name]), name
 
 
+def test_a_model_that_trains_nothing_but_what_enters_below_block_0_is_refused():
+    model = _Bare().requires_grad_(False)
+    model.prompts.requires_grad_(True)
+    handle = patch_model(model, MilestoneSchedule({5: 2}))
+    with pytest.raises(ValueError, match="freezes everything that was trainable"):
+        model(IDS)
+    handle.unpatch()
+    assert model.prompts.requires_grad
+
+
 class _Wrapped(nn.Module):
     """Two stacks; what runs before the encoder's blocks is registered after them."""
 
