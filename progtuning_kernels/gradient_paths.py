@@ -18,6 +18,7 @@ from torch import nn
 from torch.utils import _pytree as pytree
 
 from .call_stack import called_from
+from .cures import cure_for
 from .families import UnsupportedModelError
 from .layout import Layout, ParameterSlot, parameter_slots
 
@@ -46,6 +47,7 @@ class GradientPaths:
         self._boundary = boundary
         self._slots = {id(slot.parameter): slot for slot in parameter_slots(model, layout)}
         self._seen: set[Any] = set()
+        self._ran: list[str] = []  # paths of the modules called, in their order
         self._handles: list[Any] = []
         for unit in layout.units[:-1]:
             for path in layout.module_paths(unit):
@@ -62,6 +64,7 @@ class GradientPaths:
 
     def _hook(self, unit: int, path: str) -> Callable[..., None]:
         def check(module: nn.Module, args: Any, kwargs: Any) -> None:
+            self._ran.append(path)
             tensors = [
                 t
                 for t in pytree.tree_leaves((args, kwargs))
@@ -101,22 +104,4 @@ class GradientPaths:
             f"{type(self._model).__name__}: {path} ({first}) is computed from {slot.name} "
             f"({later}), whose gradient freezing {first} would cut off"
         )
-        stacks = layout.stacks
-        here = next((s for s in stacks if unit in s.blocks), None)
-        there = next((s for s in stacks if slot.units[0] in s.blocks), None)
-        if here is not None and there is not None and here is not there:
-            order = [s.path for s in stacks if s is not there]
-            order.insert(order.index(here.path), there.path)
-            cure = f"name the block lists in the order in which they run: blocks={order}"
-        elif here is not None and here is there:
-            cure = "its blocks run more than once or in another order, so they cannot be frozen so"
-        else:
-            model_type = getattr(getattr(self._model, "config", None), "model_type", "...")
-            if here is None:  # taken for embeddings, but runs later
-                rule, where = ("head", path)
-            else:
-                rule, where = ("embeddings", slot.name.rpartition(".")[0])
-            pattern = where.replace(".", r"\.") + r"\."
-            cure = f"register_family({model_type!r}, {rule}=r{pattern!r}) before patching"
-            cure = cure.replace(r"\\", "\\")
-        return f"{found}; {cure}"
+        return f"{found}; {cure_for(self._model, layout, slot, path, self._ran)}"

@@ -12,6 +12,7 @@ PACKAGE = Path(__file__).parent.parent / "progtuning_kernels"
 LAYERS = [
     {"_backend", "schedules", "families", "freeze_events", "derived_classes", "call_stack"},
     {"ops", "layout", "schedule_files"},
+    {"cures"},
     {"optim", "boundary", "truncation", "gradient_paths", "checkpointing", "adapters"}
     | {"swaps", "cache", "gradient_norms", "distributed"},
     {"active_set"},
