@@ -137,14 +137,25 @@ class Layout:
 
 
 def _ruled_unit(name: str, families: Sequence[Family], head: int) -> int | None:
-    """Unit that a family's rules give to a parameter name or to a path that ends in a dot."""
+    """Unit that a family's rules give to a parameter name or to a path that ends in a dot.
+
+    The rule that names it to its end goes first, then those that so name a module around it.
+    """
+    parts = name.removesuffix(".").split(".")
+    around = [".".join(parts[:i]) + "." for i in range(len(parts) - 1, 0, -1)]
+    exact = (_matched(path, families, head, end=r"\Z") for path in (name, *around))
+    found = next((unit for unit in exact if unit is not None), None)
+    return _matched(name, families, head) if found is None else found
+
+
+def _matched(name: str, families: Sequence[Family], head: int, end: str = "") -> int | None:
     for family in families:
         for pattern, unit in (
             (family.head, head),
             (family.embeddings, EMBEDDINGS),
             (family.first_block, 0),
         ):
-            if pattern and re.search(pattern, name):
+            if pattern and re.search(f"(?:{pattern}){end}", name):
                 return unit
     return None
 
@@ -405,9 +416,11 @@ def _outside_units(
         """Give a module beside the stacks in `near` its unit, or each part of it one."""
         found = ruled(f"{path}.", near)
         unit = unit if found is None else found
-        inside = [f"{name}." for name, part in module.named_modules(prefix=path) if part != module]
-        inside += [name for name, _ in module.named_parameters(prefix=path)]
-        parted = found is None and any(ruled(name, near) is not None for name in inside)
+        parameters = [name for name, _ in module.named_parameters(prefix=path)]
+        modules = [f"{name}." for name, part in module.named_modules(prefix=path) if part != module]
+        parted = any(ruled(name, near) not in (None, unit) for name in (*modules, *parameters))
+        # named to its end, a parameter alone is meant: what its module computes may be needed later
+        parted |= any(_matched(n, families, head, end=r"\Z") is not None for n in parameters)
         # what has no forward is not called: its parts are
         if type(module).forward is nn.Module.forward or parted:
             containers[path] = unit
