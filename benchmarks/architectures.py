@@ -3,7 +3,8 @@
 Every architecture that transformers builds from its default config is built without memory (on the
 meta device) and handed to discovery. Then a shrunken config of it is tried: where such a model runs
 on random input, its gradients at every boundary are compared with those of plain freezing, and the
-truncation is asserted. No model of a hub is needed.
+truncation is asserted. Where a model is refused, the cure that the message names is applied to the
+letter, and the model tried again. No model of a hub is needed.
 
     python benchmarks/architectures.py --output benchmarks/results/<device>/architectures.json
 """
@@ -11,14 +12,16 @@ truncation is asserted. No model of a hub is needed.
 from __future__ import annotations
 
 import argparse
+import ast
 import contextlib
 import inspect
 import json
 import os
+import re
 import signal
 import warnings
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -38,12 +41,15 @@ from progtuning_kernels import (
     TruncationError,
     UnsupportedModelError,
     patch_model,
+    register_family,
 )
 from progtuning_kernels.cli.provenance import provenance
+from progtuning_kernels.families import FAMILIES
 from progtuning_kernels.layout import EMBEDDINGS, Layout, find_layout, parameter_slots
 
 BATCH, TOKENS, VOCABULARY = 2, 8, 101
 SECONDS = 60  # for one architecture
+ROUNDS = 20  # of following a cure
 # What makes a config small: the first pattern that an attribute's name fits. Zeros stay.
 SMALL: list[tuple[tuple[str, ...], int]] = [
     (("vocab_size",), VOCABULARY),
@@ -196,8 +202,17 @@ def _frozen_by_hand(model: nn.Module, layout: Layout, plan: FreezePlan) -> None:
             slot.parameter.requires_grad_(False)
 
 
-def _prove(build: Any, config: Any) -> dict[str, Any]:
+def prove(
+    build: Callable[[], nn.Module],
+    inputs: Callable[[nn.Module], dict[str, Any]],
+    blocks: str | list[str] | None = None,
+) -> dict[str, Any]:
     """Compare every boundary with plain freezing.
+
+    Args:
+        build: makes the model; it gets the same weights every time.
+        inputs: makes the model's inputs.
+        blocks: as in `patch_model`.
 
     Returns:
         {"boundaries": how many were proved, "bit_equal": whether gradients agree to the bit}.
@@ -210,17 +225,21 @@ def _prove(build: Any, config: Any) -> dict[str, Any]:
         fresh.load_state_dict(state)
         return fresh
 
-    layout = find_layout(model())
-    inputs = _inputs(model(), config)
+    layout = find_layout(model(), blocks)
+    batch = inputs(model())
     try:
-        gradients = _gradients(model(), inputs)
+        gradients = _gradients(model(), batch)
     except Exception:  # of any model's own kind
-        if {"input_ids", "pixel_values"} - inputs.keys():
+        if {"input_ids", "pixel_values"} - batch.keys():
             raise
-        del inputs["pixel_values"]  # it wants image tokens in the text, or patches: text alone
-        gradients = _gradients(model(), inputs)
+        del batch["pixel_values"]  # it wants image tokens in the text, or patches: text alone
+        gradients = _gradients(model(), batch)
     if not gradients:
         raise RuntimeError("the model returns nothing that can be trained")
+    # a forward that trains everything shows where bare parameters belong
+    with patch_model(model(), MilestoneSchedule({1: 1}), blocks=blocks) as handle:
+        _gradients(handle.model, batch)
+        layout = handle.layout
     proved, bit_equal = 0, True
     for boundary in range(1, layout.num_blocks + 1):
         schedule = MilestoneSchedule({0: boundary}, embeddings="never")
@@ -230,10 +249,10 @@ def _prove(build: Any, config: Any) -> dict[str, Any]:
         if not any(p.requires_grad for p in plain.parameters()):
             continue  # a model without head
         torch.manual_seed(2)
-        expected = _gradients(plain, inputs)
-        handle = patch_model(patched, schedule, frozen_mode="train")
+        expected = _gradients(plain, batch)
+        handle = patch_model(patched, schedule, frozen_mode="train", blocks=blocks)
         torch.manual_seed(2)
-        found = _gradients(patched, inputs)
+        found = _gradients(patched, batch)
         if found.keys() != expected.keys():
             names = sorted(found.keys() ^ expected.keys())
             raise TruncationError(
@@ -266,23 +285,80 @@ def survey(model_type: str, class_name: str) -> dict[str, Any]:
                 model = cls(config)
     except Exception as error:
         return {"class": class_name, "status": "not built", "reason": _line(error)}
-    row: dict[str, Any] = {"class": class_name}
+    known = dict(FAMILIES)
     try:
-        layout = find_layout(model)
+        return {"class": class_name} | cured(lambda blocks: _attempt(model, config, blocks))
+    finally:
+        FAMILIES.clear()
+        FAMILIES.update(known)
+
+
+def _attempt(model: nn.Module, config: Any, blocks: str | list[str] | None) -> dict[str, Any]:
+    """Cut the model, and prove its shrunken twin."""
+    cls = type(model)
+    try:
+        layout = find_layout(model, blocks)
     except UnsupportedModelError as error:
-        return row | {"status": "refused", "reason": _line(error)}
-    row |= {"status": "cut", "stacks": {s.path: s.length for s in layout.stacks}}
+        return {"status": "refused", "reason": str(error)}
+    row = {"status": "cut", "stacks": {s.path: s.length for s in layout.stacks}}
     try:
         with _time_limit():
             small = _shrink(config)
-            row |= {"status": "proved", **_prove(lambda: cls(small), small)}
+            proof = prove(lambda: cls(small), lambda model: _inputs(model, small), blocks)
+            row |= {"status": "proved", **proof}
     except UnsupportedModelError as error:
-        row |= {"status": "refused at the first forward", "reason": _line(error)}
+        row |= {"status": "refused at the first forward", "reason": str(error)}
     except TruncationError as error:
         row |= {"status": "wrong", "reason": _line(error)}
     except Exception as error:  # the shrunken config does not fit, or the input is another
         row |= {"reason": _line(error)}
     return row
+
+
+def printed_cure(message: str) -> str | None:
+    """The call or argument that a refusal names; None where it names none."""
+    found = re.search(
+        r"register_family\('[^']*', \w+=r'[^']*'\)|blocks=('[^']*'|\[[^]]*\])", message
+    )
+    return None if found is None else found.group()
+
+
+def cured(attempt: Callable[[str | list[str] | None], dict[str, Any]]) -> dict[str, Any]:
+    """What becomes of a model, and of the cures that its refusals name, followed to the letter.
+
+    `FAMILIES` keeps the rules that they registered.
+
+    Args:
+        attempt: tries the model with these `blocks`; returns a row with "status" and "reason".
+
+    Returns:
+        The row of the first attempt. Where that is refused, "cures" holds what was passed or
+        called in turn, "cured" the row of the last attempt, and "cure" what came of it: it "works",
+        to the proof; "cuts" the model, which then did not run; is "repeated"; is said to be "none";
+        or is "not said".
+    """
+    blocks: str | list[str] | None = None
+    row = first = attempt(blocks)
+    cures: list[str] = []
+    while row["status"].startswith("refused"):
+        cure = printed_cure(row["reason"])
+        if cure is None:
+            outcome = "none" if "there is no cure" in row["reason"] else "not said"
+            break
+        if cure in cures or len(cures) == ROUNDS:
+            outcome = "repeated"
+            break
+        cures.append(cure)
+        if cure.startswith("blocks="):
+            blocks = ast.literal_eval(cure.removeprefix("blocks="))
+        else:
+            eval(cure, {"register_family": register_family})
+        row = attempt(blocks)
+    else:
+        if not cures or row["status"] == "wrong":
+            return row
+        outcome = "works" if row["status"] == "proved" else "cuts"
+    return first | {"cure": outcome, "cures": cures} | ({"cured": row} if cures else {})
 
 
 def summary(content: dict[str, Any]) -> str:

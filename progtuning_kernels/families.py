@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping
 from dataclasses import dataclass, fields, replace
 from typing import Any
 
@@ -13,10 +14,12 @@ class UnsupportedModelError(ValueError):
 
 @dataclass(frozen=True)
 class Family:
-    """What structure alone gets wrong for one `config.model_type`.
+    """What structure alone gets wrong for one `config.model_type`, or for one class of modules.
 
     The first five are regular expressions, searched in parameter names and in module paths that end
-    in a dot.
+    in a dot, both as they are in the patched model. Where several fit, shared goes before after,
+    and these before head, embeddings and first_block. A module of which a rule names a part is cut
+    into its parts.
 
     Attributes:
         head: these are head although they are registered before the last block.
@@ -44,6 +47,8 @@ _EARLY_NORM = Family(after=r"\.norm\.")
 _PER_LAYER = Family(embeddings=r"(^|\.)(ple|embed_tokens_per_layer|per_layer_\w+)\.")
 _AUDIO_PROMPTS = Family(embeddings=r"(^|\.)(audio_\w+|num_speakers|duration_delta)_(proj|embed)\.")
 _LOGIT_SCALE = Family(head=r"(^|\.)logit_(scale|bias)\b")
+# Taken for head structurally: they spread the embeddings over AltUp's four streams.
+_ALTUP = Family(embeddings=r"(^|\.)(altup_projections|embed_tokens_per_layer|per_layer_\w+)\.")
 _FOUR_LISTS = Family(blocks=("attentions",), beside=("layer_norm1", "ffns", "layer_norm2"))
 
 FAMILIES: dict[str, Family] = {
@@ -51,6 +56,17 @@ FAMILIES: dict[str, Family] = {
     "opt": Family(after=r"decoder\.(final_layer_norm|project_out)\."),
     **dict.fromkeys(("t5gemma", "t5gemma2"), _EARLY_NORM),
     "wav2vec2-conformer": Family(after=r"encoder\.layer_norm\."),
+    # Their other encoder norms before `layers`, where it is registered in both.
+    **dict.fromkeys(
+        (
+            "Wav2Vec2EncoderStableLayerNorm",
+            "HubertEncoderStableLayerNorm",
+            "UniSpeechEncoderStableLayerNorm",
+            "UniSpeechSatEncoderStableLayerNorm",
+            "WavLMEncoderStableLayerNorm",
+        ),
+        Family(after=r"encoder\.layer_norm\."),
+    ),
     "qianfan_ocr_vision": Family(after=r"(^|\.)layernorm\."),
     "jina_embeddings_v3": Family(after=r"(^|\.)pooler\."),
     # Relative positions that every block uses.
@@ -72,6 +88,7 @@ FAMILIES: dict[str, Family] = {
     **dict.fromkeys(("bart", "mbart", "plbart", "mvp", "led", "blenderbot-small"), _LATE_NORM),
     # So are tables of one vector a token and block.
     **dict.fromkeys(("gemma4_text", "embedding_gemma2_text"), _PER_LAYER),
+    "gemma3n_text": _ALTUP,
     "git": Family(blocks=("encoder.layer",), embeddings=r"(^|\.)visual_projection\."),
     **dict.fromkeys(("pocket_tts", "gradium_phonon_tts"), _AUDIO_PROMPTS),
     # The temperature of the contrastive loss stands beside the towers.
@@ -94,14 +111,17 @@ FAMILIES: dict[str, Family] = {
 
 
 def register_family(model_type: str, **rules: Any) -> Family:
-    """Say where a model of this `config.model_type` keeps what structure alone gets wrong.
+    """Say where models of one kind keep what structure alone gets wrong.
 
-    Rules given for a type that has some already are added to those.
+    Rules add to those that the kind has already, those of one field too: patterns are joined by
+    "or", lists made longer.
 
-        register_family("mine", embeddings=r"encoder\\.late_norm\\.")
+        register_family("mine", embeddings=r"^encoder\\.late_norm\\.")
+        register_family("MyEncoder", embeddings=r"^encoder\\.late_norm\\.")
 
     Args:
-        model_type: `model.config.model_type`.
+        model_type: `model.config.model_type`, or the name of a class, for models without config.
+            The model may be of that kind, or hold a module that is.
         rules: fields of `Family`.
 
     Returns:
@@ -110,16 +130,29 @@ def register_family(model_type: str, **rules: Any) -> Family:
     Raises:
         ValueError: an unknown rule, or a pattern that is no regular expression.
     """
+    FAMILIES[model_type] = joined(FAMILIES.get(model_type, Family()), rules)
+    return FAMILIES[model_type]
+
+
+def joined(family: Family, rules: Mapping[str, Any]) -> Family:
+    """The family with more rules; see `register_family`."""
     names = {field.name for field in fields(Family)}
+    new: dict[str, Any] = {}
     for name, rule in rules.items():
         if name not in names:
             raise ValueError(f"unknown rule {name!r}; there is {', '.join(sorted(names))}")
+        old = getattr(family, name)
         if name in ("blocks", "beside"):
-            rules[name] = (rule,) if isinstance(rule, str) else tuple(rule)
+            added = (rule,) if isinstance(rule, str) else tuple(rule)
+            new[name] = tuple(dict.fromkeys(old + added))
             continue
         try:
             re.compile(rule)
+            if old is not None:  # a cell of a notebook may run again
+                known = old == rule or old.startswith(f"{rule}|") or old.endswith(f"|{rule}")
+                rule = old if known else f"{old}|{rule}"
+            re.compile(rule)
+            new[name] = rule
         except (re.error, TypeError) as error:
             raise ValueError(f"{name}={rule!r} is no regular expression: {error}") from None
-    FAMILIES[model_type] = replace(FAMILIES.get(model_type, Family()), **rules)
-    return FAMILIES[model_type]
+    return replace(family, **new)

@@ -13,6 +13,7 @@ is computed from them, and with the head if none is.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Collection, Iterable, Iterator
 from typing import Any
 
@@ -22,9 +23,10 @@ from torch import nn
 from torch.utils import _pytree as pytree
 
 from .call_stack import called_from
+from .cures import cure_for
 from .families import UnsupportedModelError
 from .forward_hooks import Before, ForwardHooks
-from .layout import EMBEDDINGS, Layout, ParameterSlot, parameter_slots
+from .layout import EMBEDDINGS, Layout, ParameterSlot, parameter_slots, register_call
 
 
 class GradientPaths:
@@ -67,6 +69,7 @@ class GradientPaths:
         self._checked: dict[Any, int] = {}  # lowest unit that a node was followed for
         self._readers: dict[int, int] = {}  # lowest unit computed from a parameter, by its id
         self._given = {id(leaf) for leaf in _leaves(_tensors(inputs))}
+        self._ran: list[str] = []  # paths of the modules called, in their order
         self._hooks: list[ForwardHooks] = []
         self._blind = False
         for unit in layout.units[:-1]:
@@ -109,15 +112,16 @@ class GradientPaths:
             if slot is None or id(leaf) in self._unruled or id(leaf) in self._readers:
                 continue
             if slot.units == (EMBEDDINGS,):
-                path = slot.name.rpartition(".")[0]
+                pattern = rf"^{re.escape(slot.name.rpartition('.')[0])}\."
                 raise UnsupportedModelError(
                     f"{type(self._model).__name__}: no block is computed from {slot.name}, which "
-                    "would stop training with the embeddings all the same; "
-                    + self._cure("head", path)
+                    "would stop training with the embeddings all the same; call "
+                    f"{register_call(self._model, 'head', pattern)} before patching"
                 )
 
     def _hook(self, unit: int, path: str) -> Before:
         def check(module: nn.Module, args: Any, kwargs: Any) -> None:
+            self._ran.append(path)
             tensors = [t for t in _tensors((args, kwargs)) if t.requires_grad]
             if not torch.is_grad_enabled():
                 trains = unit not in self._no_grad and path in self._layout.block_paths
@@ -163,27 +167,7 @@ class GradientPaths:
             f"{type(self._model).__name__}: {path} ({first}) is computed from {slot.name} "
             f"({later}), whose gradient freezing {first} would cut off"
         )
-        stacks = layout.stacks
-        here = next((s for s in stacks if unit in s.blocks), None)
-        there = next((s for s in stacks if slot.units[0] in s.blocks), None)
-        if here is not None and there is not None and here is not there:
-            order = [s.path for s in stacks if s is not there]
-            order.insert(order.index(here.path), there.path)
-            cure = f"name the block lists in the order in which they run: blocks={order}"
-        elif here is not None and here is there:
-            cure = "its blocks run more than once or in another order, so they cannot be frozen so"
-        else:
-            if here is None:  # taken for embeddings, but runs later
-                cure = self._cure("head", path)
-            else:
-                cure = self._cure("embeddings", slot.name.rpartition(".")[0])
-        return f"{found}; {cure}"
-
-    def _cure(self, rule: str, where: str) -> str:
-        model_type = getattr(getattr(self._model, "config", None), "model_type", "...")
-        pattern = where.replace(".", r"\.") + r"\."
-        cure = f"register_family({model_type!r}, {rule}=r{pattern!r}) before patching"
-        return cure.replace(r"\\", "\\")
+        return f"{found}; {cure_for(self._model, layout, slot, path, self._ran)}"
 
 
 def _tensors(values: Any) -> list[torch.Tensor]:

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import re
 from collections import defaultdict
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from types import MappingProxyType
@@ -27,6 +27,8 @@ EMBEDDINGS = -1  # unit number of the embeddings; blocks are 0..L-1, the head is
 
 # Stacks that read what the others computed, wherever they are registered.
 _RUNS_LAST = re.compile(r"(^|\.)(decoder|language_model|text_decoder|talker)(\.|$)")
+_LISTS = (nn.ModuleList, nn.ModuleDict)  # they have no forward
+_IN_ORDER = (nn.ModuleList, nn.Sequential)
 # PEFT's prefix tuning: one table whose columns are keys and values of block 0, of block 1, ...
 _SLICED = re.compile(r"(^|\.)prompt_encoder\.[^.]+\.embedding\.weight$")
 
@@ -100,14 +102,23 @@ class Layout:
         """Unit that the parameter of this qualified name sits in."""
         if name in self.found:
             return self.found[name]
-        owner = name.rpartition(".")[0]
-        path = owner
-        while path:
-            if path in self._unit_of_path:
-                return self._unit_of_path[path]
-            path = path.rpartition(".")[0]
+        module = self.module_of(name)
+        if module is not None:
+            return self._unit_of_path[module]
         ruled = _ruled_unit(name, self.families, self.head)
+        owner = name.rpartition(".")[0]
         return self.containers.get(owner, self.head) if ruled is None else ruled
+
+    def unit_of_module(self, path: str) -> int | None:
+        """Unit of a block, or of a module in `outside`; None for any other."""
+        return self._unit_of_path.get(path)
+
+    def module_of(self, name: str) -> str | None:
+        """Block, or module in `outside`, that holds the parameter; None if it is bare."""
+        path = name.rpartition(".")[0]
+        while path and path not in self._unit_of_path:
+            path = path.rpartition(".")[0]
+        return path or None
 
     def units_of(self, name: str) -> tuple[int, ...]:
         """Units that use the parameter: all blocks of a stack for what its blocks share."""
@@ -141,14 +152,25 @@ class Layout:
 
 
 def _ruled_unit(name: str, families: Sequence[Family], head: int) -> int | None:
-    """Unit that a family's rules give to a parameter name or to a path that ends in a dot."""
+    """Unit that a family's rules give to a parameter name or to a path that ends in a dot.
+
+    The rule that names it to its end goes first, then those that so name a module around it.
+    """
+    parts = name.removesuffix(".").split(".")
+    around = [".".join(parts[:i]) + "." for i in range(len(parts) - 1, 0, -1)]
+    exact = (_matched(path, families, head, end=r"\Z") for path in (name, *around))
+    found = next((unit for unit in exact if unit is not None), None)
+    return _matched(name, families, head) if found is None else found
+
+
+def _matched(name: str, families: Sequence[Family], head: int, end: str = "") -> int | None:
     for family in families:
         for pattern, unit in (
             (family.head, head),
             (family.embeddings, EMBEDDINGS),
             (family.first_block, 0),
         ):
-            if pattern and re.search(pattern, name):
+            if pattern and re.search(f"(?:{pattern}){end}", name):
                 return unit
     return None
 
@@ -157,18 +179,27 @@ def _is_shared(name: str, families: Sequence[Family]) -> bool:
     return any(f.shared and re.search(f.shared, name) for f in families)
 
 
-def _outermost_lists(model: nn.Module) -> dict[str, nn.ModuleList]:
-    found: dict[str, nn.ModuleList] = {}
+def _outermost_lists(model: nn.Module) -> dict[str, nn.Module]:
+    """Every list that may hold blocks: module lists, or else sequences of equal modules."""
+    found: dict[str, nn.Module] = {}
+    equal: dict[str, nn.Module] = {}
     for path, module in model.named_modules():
-        if not isinstance(module, nn.ModuleList) or not len(module):
-            continue
-        if any(path.startswith(outer + ".") for outer in found):
+        if any(path.startswith(outer + ".") for outer in (*found, *equal)):
             continue  # experts or branches inside a block
-        if any(isinstance(item, nn.ModuleList) for item in module):
+        items = list(module.children())
+        if not items or any(isinstance(item, _LISTS) for item in items):
             continue  # a list of lists: no item has a forward of its own
-        if all(next(item.parameters(), None) is not None for item in module):
+        if not all(next(item.parameters(), None) is not None for item in items):
+            continue
+        if isinstance(module, nn.ModuleList):
             found[path] = module
-    return found
+        elif isinstance(module, nn.Sequential) and _one_class(module) and len(items) > 1:
+            equal[path] = module
+    return found or equal
+
+
+def _one_class(modules: nn.Module) -> bool:
+    return len({type(module) for module in modules.children()}) == 1
 
 
 def _in_order(paths: Sequence[str]) -> list[str]:
@@ -178,21 +209,23 @@ def _in_order(paths: Sequence[str]) -> list[str]:
 def _choose_stacks(model: nn.Module, families: Sequence[Family]) -> list[str]:
     lists = _outermost_lists(model)
     name = type(model).__name__
-    if not lists:
-        raise UnsupportedModelError(
-            f"{name}: no list of blocks found (an nn.ModuleList of layers); "
-            'name it with blocks="path.to.the.list"'
-        )
     for family in families:
-        named = [p for end in family.blocks for p in lists if f".{p}".endswith(f".{end}")]
+        every = [p for p, m in model.named_modules() if isinstance(m, (*_LISTS, nn.Sequential))]
+        named = [p for end in family.blocks for p in every if f".{p}".endswith(f".{end}")]
         if named:
             return named
+    if not lists:
+        raise UnsupportedModelError(
+            f"{name}: no list of blocks found (an nn.ModuleList of layers); {_which(model)}"
+        )
     config = getattr(model, "config", None)
     depth = getattr(config, "num_hidden_layers", None)
     paired = bool(getattr(config, "is_encoder_decoder", False))
     # transformers' blocks can be checkpointed, and say so in their class
     marked = [
-        p for p, m in lists.items() if all(hasattr(type(b), "gradient_checkpointing") for b in m)
+        p
+        for p, m in lists.items()
+        if all(hasattr(type(b), "gradient_checkpointing") for b in m.children())
     ]
     if isinstance(depth, int) and not paired:
         fitting = [p for p in (marked or lists) if len(lists[p]) == depth]
@@ -200,14 +233,17 @@ def _choose_stacks(model: nn.Module, families: Sequence[Family]) -> list[str]:
             return _in_order(fitting)
         if not fitting and len(lists) == 1:
             ((path, modules),) = lists.items()
-            if not marked and depth % len(modules) == 0:
+            if not marked and len(modules) < depth and depth % len(modules) == 0:
                 raise UnsupportedModelError(
                     f"{name}: its blocks share weights ({path} holds {len(modules)} "
-                    f"module(s) for {depth} layers), so they cannot be frozen one by one"
+                    f"module(s) for {depth} layers), so they cannot be frozen one by one; there is "
+                    "no cure: a module that runs as several layers freezes as one"
                 )
     if marked:
         return _in_order(marked)
-    equal = [p for p, m in lists.items() if len(m) > 1 and len({type(b) for b in m}) == 1]
+    if len(lists) == 1 and len(next(iter(lists.values()))) > 1:
+        return list(lists)
+    equal = [p for p, m in lists.items() if len(m) > 1 and _one_class(m)]
     if paired:
         sides = [
             [p for p in equal if re.search(rf"(^|\.){side}\.[^.]+$", p)]
@@ -215,51 +251,162 @@ def _choose_stacks(model: nn.Module, families: Sequence[Family]) -> list[str]:
         ]
         if [len(side) for side in sides] == [1, 1]:
             return [side[0] for side in sides]
-    if len(equal) != 1:
-        listing = ", ".join(f"{p} ({len(m)})" for p, m in lists.items())
-        raise UnsupportedModelError(
-            f"{name}: cannot tell which list holds the blocks among {listing}; "
-            'name it with blocks="path.to.the.list", or several in the order in which they run'
-        )
-    return equal
+    if len(equal) == 1:
+        return equal
+    # stages, each a list of blocks: they run in their order, and so does what is made like them
+    parents = {p.rpartition(".")[0] for p in lists}
+    nested = {p for p in parents if isinstance(model.get_submodule(p), nn.ModuleList)}
+    if len(nested) == 1:
+        (parent,) = nested
+        kinds = {type(b) for p, m in lists.items() if p.startswith(f"{parent}.") for b in m}
+        return [p for p, m in lists.items() if {type(b) for b in m} <= kinds]
+    listing = ", ".join(f"{p} ({len(m)})" for p, m in lists.items())
+    raise UnsupportedModelError(
+        f"{name}: cannot tell which list holds the blocks among {listing}; {_which(model)}"
+    )
 
 
-def _blocks_at(model: nn.Module, path: str) -> list[str]:
-    """Paths of the blocks in the list at `path`."""
-    try:
-        blocks = model.get_submodule(path)
-    except AttributeError:
-        raise UnsupportedModelError(f"{type(model).__name__} has no module at {path!r}") from None
-    if not isinstance(blocks, nn.ModuleList | nn.Sequential) or not len(blocks):
-        raise UnsupportedModelError(f"{path!r} is a {type(blocks).__name__}, not a list of blocks")
-    if any(isinstance(block, nn.ModuleList | nn.ModuleDict) for block in blocks):
-        raise UnsupportedModelError(f"{path!r} is a list of lists, which have no forward")
+def _which(model: nn.Module) -> str:
+    """What to pass as `blocks`: the modules of one class that hold the most parameters."""
+
+    def size(modules: Iterable[nn.Module]) -> int:
+        return sum(p.numel() for module in modules for p in module.parameters())
+
+    lists: dict[frozenset[type], list[str]] = defaultdict(list)
+    children: dict[frozenset[type], list[str]] = {}
+    for path, module in model.named_modules():
+        own = {f"{path}.{n}".lstrip("."): c for n, c in module.named_children() if size([c])}
+        kinds = frozenset(type(child) for child in own.values())
+        if any(issubclass(kind, _LISTS) for kind in kinds):
+            continue
+        if isinstance(module, (*_LISTS, nn.Sequential)):
+            inside = any(path.startswith(p + ".") for found in lists.values() for p in found)
+            if path and len(own) > 1 and not inside:
+                lists[kinds].append(path)
+        elif len(own) > 1 and not children:  # layers held one by one
+            for child_path, child in own.items():
+                children.setdefault(frozenset([type(child)]), []).append(child_path)
+            children = {k: found for k, found in children.items() if len(found) > 1} or {
+                kinds: list(own)
+            }
+    for groups in (lists, children):
+        for paths in sorted(
+            groups.values(), key=lambda g: size(map(model.get_submodule, g)), reverse=True
+        ):
+            try:
+                find_layout(model, paths)
+            except UnsupportedModelError:
+                continue
+            several = "" if len(paths) == 1 else ", in the order in which they run"
+            named = paths[0] if len(paths) == 1 else paths
+            return f"name what the blocks are{several}: blocks={named!r}"
+    return "there is no cure: no two modules in it run one after the other"
+
+
+def _blocks_at(model: nn.Module, path: str) -> Iterator[tuple[str, list[str]]]:
+    """Every list of blocks at `path` with the paths of its blocks; a module that is no list is one
+    block, a list of lists is its lists in their order.
+    """
+    module = model.get_submodule(path)
     # by their own names: a Sequential may have others than numbers
-    return [f"{path}.{name}" for name in blocks._modules]
+    inside = [f"{path}.{name}" for name in module._modules]
+    if not isinstance(module, (*_LISTS, nn.Sequential)):
+        yield path, [path]
+    elif any(isinstance(item, _LISTS) for item in module.children()):
+        for item in inside:
+            yield from _blocks_at(model, item)
+    elif inside:
+        yield path, inside
+
+
+def _stacks_at(model: nn.Module, paths: Sequence[str]) -> tuple[list[Stack], list[str]]:
+    """The stacks that `paths` name, and the paths of their blocks."""
+    modules = dict(model.named_modules(remove_duplicate=False))
+    stacks: list[Stack] = []
+    blocks: list[str] = []
+    for path in paths:
+        if path not in modules:
+            raise UnsupportedModelError(
+                f"{type(model).__name__} has no module at {path!r}; {_which(model)}"
+            )
+        for found, inside in _blocks_at(model, path):
+            stacks.append(Stack(found, len(blocks), len(inside)))
+            blocks += inside
+    names = list(paths)
+    if len(blocks) < 2 and not (blocks and isinstance(modules[names[0]], (*_LISTS, nn.Sequential))):
+        what = f"a {type(modules[names[0]]).__name__}, not a list of blocks" if names else "nothing"
+        raise UnsupportedModelError(f"blocks={names!r} is {what}; {_which(model)}")
+    twice = [p for p in blocks if blocks.count(p) > 1 or any(p.startswith(f"{b}.") for b in blocks)]
+    if twice:
+        raise UnsupportedModelError(f"blocks={names!r} names {twice[0]} twice: name it once")
+    return stacks, blocks
 
 
 def _check_no_sharing(model: nn.Module, layout: Layout) -> None:
-    owners: dict[int, set[int]] = defaultdict(set)
+    owners: dict[int, dict[int, str]] = defaultdict(dict)
     for i, path in enumerate(layout.block_paths):
-        for name, parameter in model.get_submodule(path).named_parameters():
+        block = model.get_submodule(path)
+        for name, parameter in block.named_parameters(remove_duplicate=False):
             if len(layout.units_of(f"{path}.{name}")) == 1:
-                owners[id(parameter)].add(i)
-    shared = sorted(next((o for o in owners.values() if len(o) > 1), ()))
-    if shared:
+                owners[id(parameter)][i] = name
+    shared = next((names for names in owners.values() if len(names) > 1), None)
+    if shared is None:
+        return
+    found = (
+        f"{type(model).__name__}: its blocks share weights (blocks {sorted(shared)} hold the same "
+        "parameter), so they cannot be frozen one by one"
+    )
+    modules = [model.get_submodule(layout.block_paths[i]) for i in shared]
+    if len({id(module) for module in modules}) < len(modules):
         raise UnsupportedModelError(
-            f"{type(model).__name__}: its blocks share weights (blocks {shared} hold the same "
-            "parameter), so they cannot be frozen one by one"
+            f"{found}; there is no cure: a module that runs as several blocks freezes as one"
         )
+    patterns = []
+    for i, name in shared.items():
+        path = layout.block_paths[i]
+        stack = next(s for s in layout.stacks if i in s.blocks)
+        place = re.escape(path)
+        if stack.path != path:
+            place = re.escape(stack.path) + r"\.[^.]+"
+        patterns.append(rf"^{place}\.{_shared_part(modules, name)}")
+    cure = register_call(model, "shared", "|".join(dict.fromkeys(patterns)))
+    raise UnsupportedModelError(
+        f"{found}; to let it train only while all of them do, call {cure} before patching"
+    )
 
 
-def _families_of(model: nn.Module) -> tuple[Family, ...]:
-    """Rules of the model and of the models inside it (a vision tower, a language model)."""
-    types: dict[str, None] = {}
+def _shared_part(blocks: Sequence[nn.Module], name: str) -> str:
+    """Pattern of the outermost module that is the same in all `blocks`, or of the parameter."""
+    parts = name.split(".")
+    held = [dict(block.named_parameters(remove_duplicate=False)) for block in blocks]
+    for length in range(1, len(parts)):
+        part = ".".join(parts[:length]) + "."
+        ids = [{id(p) for n, p in own.items() if n.startswith(part)} for own in held]
+        if all(own == ids[0] for own in ids):
+            return re.escape(part)
+    return f"{re.escape(name)}$"
+
+
+def _kinds_of(model: nn.Module) -> list[str]:
+    """What the rules of a family may be registered for: classes and types of its modules."""
+    kinds: dict[str, None] = {}
     for module in model.modules():
+        kinds |= dict.fromkeys(cls.__name__ for cls in type(module).__mro__)
         model_type = getattr(module.__dict__.get("config"), "model_type", None)
         if isinstance(model_type, str):
-            types[model_type] = None
-    return tuple(FAMILIES[t] for t in types if t in FAMILIES)
+            kinds[model_type] = None
+    return list(kinds)
+
+
+def kind_of(model: nn.Module) -> str:
+    """What a rule for this very model is registered for."""
+    own = getattr(getattr(model, "config", None), "model_type", None)
+    return own if own in _kinds_of(model) else type(model).__name__
+
+
+def register_call(model: nn.Module, rule: str, pattern: str) -> str:
+    """The call that gives this model a rule, as a user types it."""
+    return f"register_family({kind_of(model)!r}, {rule}=r'{pattern}')"
 
 
 def _outside_units(
@@ -272,13 +419,40 @@ def _outside_units(
     outside: dict[str, int] = {}
     containers: dict[str, int] = {}
 
-    def after(stack: Stack) -> int:
+    def after(stack: Stack | None) -> int:
+        if stack is None:
+            return EMBEDDINGS
         return head if stack is stacks[-1] else stack.blocks[-1]
 
-    def visit(module: nn.Module, prefix: str) -> None:
+    def ruled(name: str, near: Sequence[Stack]) -> int | None:
+        if _is_shared(name, families):
+            return min(s.first for s in near)
+        if any(f.after and re.search(f.after, name) for f in families):
+            return after(max(near, key=lambda s: s.first))
+        return _ruled_unit(name, families, head)
+
+    def place(module: nn.Module, path: str, unit: int, near: Sequence[Stack]) -> None:
+        """Give a module beside the stacks in `near` its unit, or each part of it one."""
+        found = ruled(f"{path}.", near)
+        unit = unit if found is None else found
+        parameters = [name for name, _ in module.named_parameters(prefix=path)]
+        modules = [f"{name}." for name, part in module.named_modules(prefix=path) if part != module]
+        parted = any(ruled(name, near) not in (None, unit) for name in (*modules, *parameters))
+        # named to its end, a parameter alone is meant: what its module computes may be needed later
+        parted |= any(_matched(n, families, head, end=r"\Z") is not None for n in parameters)
+        # what has no forward is not called: its parts are
+        if type(module).forward is nn.Module.forward or parted:
+            containers[path] = unit
+            for name, child in module.named_children():
+                place(child, f"{path}.{name}", unit, near)
+        else:
+            outside[path] = unit
+
+    def visit(module: nn.Module, prefix: str, before: Stack | None) -> None:
+        children = dict(module.named_children())
         inside = {
             name: [s for s in stacks if f"{s.path}.".startswith(f"{prefix}{name}.")]
-            for name, _ in module.named_children()
+            for name in children
         }
         # what stands beside a base model is its head, in whatever order the two are registered
         # (XLM-RoBERTa's classifier comes first)
@@ -287,28 +461,35 @@ def _outside_units(
             module.get_submodule(module.base_model_prefix), base[0].path
         )
         containers[prefix.removesuffix(".")] = head if is_whole else EMBEDDINGS
-        last: Stack | None = stacks[-1] if is_whole else None  # the one registered last so far
-        for name, child in module.named_children():
+        near = [s for found in inside.values() for s in found]
+        # lists of blocks in one list of lists, and what stands between them in lists of their own
+        stages = [
+            found
+            for name, found in inside.items()
+            if len(found) > 1
+            and [s.path for s in found] == [f"{prefix}{name}.{i}" for i in range(len(found))]
+        ]
+        between = stages[0] if stages else []
+        last = stacks[-1] if is_whole else before  # the one registered last so far
+        for name, child in children.items():
             path = prefix + name
-            ruled = _ruled_unit(path + ".", families, head)
-            beside_stacks = [s for found in inside.values() for s in found]
             if path in by_path:
                 last = by_path[path]
             elif inside[name]:
-                visit(child, path + ".")
+                # what stands in a list runs in the list's order
+                visit(child, f"{path}.", last if isinstance(module, _IN_ORDER) else None)
                 last = inside[name][-1]
             elif name in beside and last is not None and isinstance(child, nn.ModuleList):
                 outside.update({f"{path}.{i}": last.first + i for i in range(len(child))})
-            elif _is_shared(path + ".", families):
-                outside[path] = min(s.first for s in beside_stacks)
-            elif any(f.after and re.search(f.after, path + ".") for f in families):
-                outside[path] = after(max(beside_stacks, key=lambda s: s.first))
-            elif ruled is not None:
-                outside[path] = ruled
+            elif isinstance(child, nn.ModuleList) and len(child) == len(between) > 0:
+                containers[path] = EMBEDDINGS
+                ahead = between if last is between[-1] else [before, *between[:-1]]
+                for i, stage in enumerate(ahead):
+                    place(child[i], f"{path}.{i}", after(stage), near)
             else:
-                outside[path] = EMBEDDINGS if last is None else after(last)
+                place(child, path, after(last), near)
 
-    visit(model, "")
+    visit(model, "", None)
     return outside, containers
 
 
@@ -325,30 +506,30 @@ def _has_upstream(base: nn.Module, stack_path: str) -> bool:
     return _has_upstream(base, stack_path) if not isinstance(base, nn.ModuleList) else False
 
 
-def find_layout(model: nn.Module, blocks: str | Sequence[str] | None = None) -> Layout:
+def find_layout(
+    model: nn.Module,
+    blocks: str | Sequence[str] | None = None,
+    *,
+    rules: Mapping[str, Family] = MappingProxyType({}),
+) -> Layout:
     """Cut `model` into units.
 
     Args:
         model: any module that runs blocks.
         blocks: qualified name of the block list where discovery cannot choose; several, in the
-            order in which they run.
+            order in which they run, of lists or of single modules that are a block each.
+        rules: families that count instead of those in `FAMILIES`.
 
     Raises:
         UnsupportedModelError: no block list, several that fit, or blocks that share weights.
     """
-    families = _families_of(model)
+    table = {**FAMILIES, **rules}
+    families = tuple(table[kind] for kind in _kinds_of(model) if kind in table)
     if blocks is None:
         paths = _choose_stacks(model, families)
     else:
         paths = [blocks] if isinstance(blocks, str) else list(blocks)
-    stacks: list[Stack] = []
-    block_paths: list[str] = []
-    for path in paths:
-        found = _blocks_at(model, path)
-        stacks.append(Stack(path, len(block_paths), len(found)))
-        block_paths += found
-    if not stacks or len(set(block_paths)) < len(block_paths):
-        raise UnsupportedModelError(f"blocks={blocks!r} names no list, or one list twice")
+    stacks, block_paths = _stacks_at(model, paths)
     outside, containers = _outside_units(model, stacks, families)
     layout = Layout(
         stacks=tuple(stacks),

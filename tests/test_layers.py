@@ -13,6 +13,7 @@ LAYERS = [
     {"_backend", "schedules", "families", "freeze_events", "derived_classes", "call_stack"}
     | {"forward_hooks"},
     {"ops", "layout", "schedule_files"},
+    {"cures"},
     {"optim", "boundary", "truncation", "gradient_paths", "checkpointing", "adapters"}
     | {"swaps", "cache", "gradient_norms", "distributed"},
     {"active_set"},

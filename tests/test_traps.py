@@ -271,11 +271,11 @@ def test_a_norm_that_is_taken_for_head_is_named_and_the_cure_works(order, famili
             model(IDS)
             break
         except UnsupportedModelError as error:
-            cures.append(re.search(r"register_family\(.*?\)", str(error)).group())
+            cures.append(re.search(r"register_family\(.*?'\)", str(error)).group())
         handle.unpatch()
         eval(cures[-1], {"register_family": register_family})
     assert len(cures) == 1 + (order == "early out")
-    assert families["homemade"].embeddings == r"norm\."
+    assert families["homemade"].embeddings == r"^norm\."
     handle.unpatch()
     handle = patch_model(model, MilestoneSchedule({0: 2}))
     model(IDS).backward()
@@ -286,7 +286,9 @@ def test_what_is_taken_for_embeddings_but_runs_later_is_named(families):
     model = _Homemade(order="early out")
     register_family("homemade", embeddings=r"norm\.")
     handle = patch_model(model, MilestoneSchedule({5: 2}))
-    pattern = r"out \(embeddings\) is computed from .*register_family\('homemade', head=r'out\\.'\)"
+    pattern = (
+        r"out \(embeddings\) is computed from .*register_family\('homemade', head=r'\^out\\.'\)"
+    )
     with pytest.raises(UnsupportedModelError, match=pattern):
         model(IDS)
     handle.unpatch()
@@ -297,24 +299,6 @@ def test_what_is_taken_for_embeddings_but_runs_later_is_named(families):
     assert model.out.weight.grad is not None
 
 
-def test_blocks_that_run_in_another_order_are_refused():
-    model = _Homemade()
-    order = [1, 0, 2, 3]
-    run = nn.ModuleList.__iter__
-
-    class Swapped(nn.ModuleList):
-        def __iter__(self):
-            blocks = list(run(self))
-            return iter([blocks[i] for i in order])
-
-    model.layers.__class__ = Swapped
-    patch_model(model, MilestoneSchedule({5: 2}))
-    with pytest.raises(
-        UnsupportedModelError, match=r"layers.0 \(block 0\).*layers.1.*another order"
-    ):
-        model(IDS)
-
-
 def test_blocks_that_run_in_a_loop_are_refused():
     model = _Homemade()
     patch_model(model, MilestoneSchedule({5: 2}))
@@ -322,7 +306,9 @@ def test_blocks_that_run_in_a_loop_are_refused():
     model = _Homemade()
     model.passes = 2
     patch_model(model, MilestoneSchedule({5: 2}))
-    with pytest.raises(UnsupportedModelError, match=r"layers.0 \(block 0\).*more than once"):
+    with pytest.raises(
+        UnsupportedModelError, match=r"layers.0 \(block 0\).*no cure.*more than once"
+    ):
         model(IDS)
 
 
