@@ -68,6 +68,22 @@ def _before_forward(
     return args, kwargs
 
 
+def _after_forward(model: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+    """Forward hook, called after an exception too: `output` is None then.
+
+    There is one, for good: torch calls such hooks while it iterates over them, and one that took
+    itself away there would hide the error of the forward behind one of its own.
+    """
+    handle = handle_of(model)
+    if handle is None or torch.compiler.is_compiling():
+        return
+    if handle.cache is not None:
+        if handle.cache.busy:
+            return
+        handle.cache.after_forward(raised=output is None)
+    handle.end_proof(found=output is not None)
+
+
 def _before_training_forward(
     handle: PatchHandle, args: tuple[Any, ...], kwargs: dict[str, Any]
 ) -> None:
@@ -119,6 +135,7 @@ class PatchHandle:
         self._listeners: list[Callable[[PatchHandle], None]] = []
         self._frozen: set[int] = set()  # units that hold no active tensor
         self.proved = False
+        self._paths: GradientPaths | None = None  # of the forward that proves
         # what was changed for checkpointing, to be put back: see checkpointing.py
         self._embeddings_frozen = False
         self._reentrant: list[tuple[nn.Module, Any, Any]] = []
@@ -139,7 +156,10 @@ class PatchHandle:
         self.cache: PrefixServer | None = None
         if cache is not None:
             self.cache = PrefixServer(model, layout, cache, fixed=frozen_mode == "eval")
-        self._hook = model.register_forward_pre_hook(_before_forward, with_kwargs=True)
+        self._hooks = [
+            model.register_forward_pre_hook(_before_forward, with_kwargs=True),
+            model.register_forward_hook(_after_forward, always_call=True),
+        ]
         model.__dict__[_HANDLE] = self
         try:
             self._kernels.follow(self._active.device)
@@ -442,7 +462,9 @@ class PatchHandle:
                 module._gradient_checkpointing_func = function
         for module in self._input_grads:
             module.enable_input_require_grads()
-        self._hook.remove()
+        for hook in self._hooks:
+            hook.remove()
+        self.end_proof(found=False)
         if self._norms is not None:
             self._norms.remove()
         self._listeners.clear()
@@ -468,14 +490,14 @@ class PatchHandle:
             self._input_grads += drop_input_grads(self.model, self.layout)
             self._reentrant += make_nonreentrant(self.model, self.layout)
         if not self.proved:
-            paths = GradientPaths(self.model, self.layout, self.boundary)
+            self.end_proof(found=False)  # torch calls no hook after a KeyboardInterrupt
+            self._paths = GradientPaths(self.model, self.layout, self.boundary)
 
-            def finish(model: nn.Module, args: Any, output: Any) -> None:
-                hook.remove()
-                paths.remove()
-                self.proved = output is not None  # None: the forward has raised
-
-            hook = self.model.register_forward_hook(finish, always_call=True)
+    def end_proof(self, *, found: bool) -> None:
+        """The forward that `GradientPaths` watches, if any, is over."""
+        if self._paths is not None:
+            self._paths.remove()
+            self._paths, self.proved = None, found
 
     def _find_wrapper(self) -> None:
         """Attach whatever runs this forward, if that is somebody new."""

@@ -12,6 +12,7 @@ from __future__ import annotations
 import hashlib
 import inspect
 import os
+import random
 import time
 import warnings
 from collections import Counter
@@ -20,14 +21,16 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
+import numpy as np
 import torch
 from torch import nn
 from torch.utils import _pytree as pytree
 
 from ..layout import Layout
 from .break_even import BreakEven, Stopwatch
-from .content_keys import Call, Rows, UnknownContent
+from .content_keys import READ_ABOVE, Call, Rows, UnknownContent
 from .prefix_cache import CacheReport, PrefixCache
+from .prefix_inputs import Extremes, Follow, place_of
 from .prefix_weights import PrefixWeights
 from .stand_ins import Level, Recording, StopForward, Swaps, UnservableError
 
@@ -53,6 +56,7 @@ class _Path:
         unpadded: rows are stored without padding. False where something above the boundary reads
             the hidden states of padding.
         draws: code around the prefix draws random numbers, to no effect (BART's layerdrop of 0).
+        consumed: arguments of `READ_ABOVE` that the prefix reads all the same.
         keys_and_values: the output holds those of all blocks.
         dtype: of the boundary activations.
         width: C.
@@ -64,6 +68,7 @@ class _Path:
     levels: dict[int, Level] = field(default_factory=dict)
     unpadded: bool = True
     draws: bool = False
+    consumed: frozenset[str] = frozenset()
     keys_and_values: bool = False
     dtype: torch.dtype = torch.float32
     width: int = 0
@@ -71,7 +76,7 @@ class _Path:
     lengths: dict[Any, int] = field(default_factory=dict)
 
     def length(self, call: Call) -> int | None:
-        return call.tokens if self.per_token else self.lengths.get(call.shapes)
+        return call.tokens if self.per_token else self.lengths.get(call.shapes(self.consumed))
 
 
 class PrefixServer:
@@ -111,6 +116,7 @@ class PrefixServer:
         self._counts = BreakEven()
         self._watch = Stopwatch("cpu")
         self._pending: list[Swaps] = []  # of the forward that comes
+        self._failed: tuple[Any, str] | None = None  # what could not be learnt for it, and why
         self._grads_before: bool | None = None
         self._foreign: set[int] = set()  # levels with rows of an earlier process
         self._expected: str | None = None  # fingerprint that those should be bound to
@@ -233,17 +239,19 @@ class PrefixServer:
         return kwargs
 
     def install(self) -> None:
-        """Put the stand-ins of the forward that comes in their places, for as long as it runs."""
-        if self.busy or not self._pending:
+        """Put the stand-ins of the forward that comes in their places, until `after_forward`."""
+        if not self.busy:
+            for swaps in self._pending:
+                swaps.install()
+
+    def after_forward(self, *, raised: bool) -> None:
+        """Every module in its own place again."""
+        if self.busy:
             return
-
-        def finish(model: nn.Module, args: Any, output: Any) -> None:
-            hook.remove()
-            self._finish()
-
-        hook = self._model.register_forward_hook(finish, always_call=True)
-        for swaps in self._pending:
-            swaps.install()
+        if self._failed is not None and not raised:
+            kind, reason = self._failed
+            self._paths[kind] = _Path(reason)
+        self._finish()
 
     def prefetch(self, kwargs: Mapping[str, Any]) -> None:
         """Start reading the rows of a batch that comes soon. A hint, and never an error.
@@ -267,7 +275,7 @@ class PrefixServer:
             if path is None or path.reason is not None:
                 return
             salt = repr(context).encode() + self._weights.adapters()
-            rows = self._rows(call, ids, salt, unpadded=path.unpadded)
+            rows = self._rows(call, ids, salt, path)
         except UnknownContent:
             return
         self._store.prefetch(self.level, self.keys(self.level, rows))
@@ -276,7 +284,7 @@ class PrefixServer:
         """Every module in its own place again, also after a forward that was interrupted."""
         for swaps in self._pending:
             swaps.restore()
-        self._pending = []
+        self._pending, self._failed = [], None
         for path in self._paths.values():
             for level in path.levels.values():
                 level.forget()
@@ -315,9 +323,11 @@ class PrefixServer:
         if path is None:
             if len(self._paths) >= _MAX_PATHS:
                 return f"more than {_MAX_PATHS} kinds of arguments"
-            path = self._learn(call, padded=bool(padding))
-            if path is None:
-                return None  # the forward itself is about to raise the same
+            try:
+                path = self._learn(call, padded=bool(padding))
+            except Exception as error:  # the forward itself is about to raise the same; or else
+                self._failed = (kind, padding), f"a trial of its forward raises {_line(error)}"
+                return None
             self._paths[kind, padding] = path
         if path.reason is not None:
             return path.reason
@@ -325,7 +335,7 @@ class PrefixServer:
             return "the output holds keys and values of all blocks: pass use_cache=False"
         started = time.perf_counter()
         salt = repr(context).encode() + self._weights.adapters()
-        rows = self._rows(call, ids, salt, unpadded=path.unpadded)
+        rows = self._rows(call, ids, salt, path)
         hash_ms = (time.perf_counter() - started) * 1e3 if call.device.type == "cpu" else 0.0
         self._bind()
         if not path.unpadded or not path.per_token:
@@ -343,15 +353,15 @@ class PrefixServer:
                 return path
         return None
 
-    def _rows(self, call: Call, ids: Any, salt: bytes, *, unpadded: bool) -> Rows:
+    def _rows(self, call: Call, ids: Any, salt: bytes, path: _Path) -> Rows:
         if ids is None:
             if self._cache.id_column is not None:
                 self._bypasses[f"no {self._cache.id_column!r}: recognised by content"] += 1
-            return call.rows(salt, unpadded=unpadded)
+            return call.rows(salt, unpadded=path.unpadded, consumed=path.consumed)
         listed = ids.tolist() if isinstance(ids, torch.Tensor) else list(ids)
         if len(listed) != call.size:
             raise UnknownContent(f"{len(listed)} identifiers for {call.size} rows")
-        return call.identified(listed, salt, unpadded=unpadded)
+        return call.identified(listed, salt, unpadded=path.unpadded)
 
     # weights
 
@@ -427,7 +437,7 @@ class PrefixServer:
         numbers.
         """
         device = next(self._model.parameters()).device
-        random_state = _random_state(device)
+        random_state, host = _random_state(device), _host_random_state()
         buffers = [(b, b._version, b.clone()) for b in self._model.buffers()]
         self.busy = True
         try:
@@ -443,38 +453,44 @@ class PrefixServer:
                     if buffer._version != version:
                         buffer.copy_(kept)
             _set_random_state(random_state, device)
+            _set_host_random_state(host)
 
-    def _learn(self, call: Call, *, padded: bool) -> _Path | None:
-        """Run one batch both ways; None if it does not even run plainly."""
+    def _run(self, call: Call) -> Any:
+        """A forward of its own; the caller's dicts stay as they are."""
+        own = call.changed()
+        return self._model(*own.args, **own.kwargs)
+
+    def _learn(self, call: Call, *, padded: bool) -> _Path:
+        """Run one batch both ways.
+
+        Raises:
+            Exception: whatever the model raises when it runs plainly.
+        """
         path = _Path()
         device = next(self._model.parameters()).device
-        recording = Recording()
+        recording = Recording(lambda: (_random_state(device), _host_random_state()))
         with self._aside():
-            start = _random_state(device)
-            try:
-                with recording.swaps(self._model, self._layout, self.level).installed():
-                    expected = self._model(*call.args, **call.kwargs)
-            except Exception:
-                return None
+            start, host = recording.random_state()
+            with recording.watching(self._model, self._layout, self.level):
+                expected = self._run(call)
             end = _random_state(device)
             lower = {at for at in self._store.levels() if at in self._tokens and at < self.level}
             try:
                 for at in sorted({self.level, *lower}, reverse=True):
                     level = Level(self._model, self._layout, at, recording, call.size)
-                    path.draws |= not torch.equal(level.random_state, start[0])
+                    state, host_state = level.random_state
+                    if host_state != host:
+                        raise UnservableError(
+                            "code below the boundary draws random numbers of Python or numpy"
+                        )
+                    path.draws |= not _equal_states(state, start)
                     path.levels[at] = level
                 top = path.levels[self.level]
                 path.dtype, path.width = top.hidden.dtype, top.hidden.shape[2]
                 path.per_token = top.hidden.shape[1] == call.tokens
-                path.lengths[call.shapes] = top.hidden.shape[1]
                 path.keys_and_values = _has_keys_and_values(expected)
-                if path.draws:
-                    torch.manual_seed(len(call.named))  # other numbers than before
-                    again = self.compute(path, call)
-                    if _difference(top.hidden, again) > _TOLERANCE.get(path.dtype, 0.0):
-                        raise UnservableError(
-                            "the prefix is no fixed function: dropout outside the frozen modules"
-                        )
+                self._find_inputs(path, call)
+                path.lengths[call.shapes(path.consumed)] = top.hidden.shape[1]
                 choices = (True, False) if padded and path.per_token else (path.per_token,)
                 for path.unpadded in choices:
                     problems = (
@@ -490,9 +506,58 @@ class PrefixServer:
                     raise UnservableError(problem)
             except UnservableError as unservable:
                 path.reason = str(unservable)
+            except Exception as error:  # the model's own code, in a forward that ends early
+                path.reason = f"a forward up to the boundary raises {_line(error)}"
         for level in path.levels.values():
             level.hidden = None
         return path
+
+    def _find_inputs(self, path: _Path, call: Call) -> None:
+        """Compute the boundary activations again, and watch what they are computed from.
+
+        Raises:
+            UnservableError: they are no function of arguments and watched tensors alone.
+        """
+        top = path.levels[self.level].hidden
+
+        def same(again: torch.Tensor) -> bool:
+            return _difference(top, again) <= _TOLERANCE.get(path.dtype, 0.0)
+
+        tensors = {n: v for n, v in call.named.items() if isinstance(v, torch.Tensor)}
+        follow = Follow(tensors, self._weights.tensors)
+        with follow.watching():
+            again = self.compute(path, call)
+        fixed = same(again)
+        if path.draws:
+            for high in (False, True):
+                with Extremes(high=high):
+                    fixed = fixed and same(self.compute(path, call))
+        if not fixed:
+            raise UnservableError(
+                "the prefix is no fixed function: dropout outside the frozen modules, or another "
+                "state that a forward changes"
+            )
+        path.consumed = follow.read_by(again) & READ_ABOVE
+        plain = {n for n in call.named if n in READ_ABOVE and n not in tensors}
+        if plain:  # a number or a flag cannot be watched: the prefix must do without
+            try:
+                without = call.changed(lambda name, value: None if name in plain else value)
+                if not same(self.compute(path, without)):
+                    path.consumed |= plain
+            except Exception:
+                path.consumed |= plain
+        for tensor in follow.foreign_to(again):
+            place = place_of(tensor, self._model)
+            if place is None:
+                raise UnservableError(
+                    f"the prefix reads a tensor of shape {tuple(tensor.shape)} that is no argument "
+                    "and that no module holds"
+                )
+            if tensor.requires_grad:
+                raise UnservableError(f"the prefix reads {place[1]}, which trains")
+            if self._weights.watch_place(place) and self._cache.path is not None:
+                for at in self._store.levels():
+                    self._forget(at)  # their keys were made without it
 
     def _compare(
         self,
@@ -516,9 +581,9 @@ class PrefixServer:
         swaps = level.feed(hidden)
         try:
             with swaps.installed():
-                found = self._model(*call.args, **call.kwargs)
+                found = self._run(call)
         except Exception as error:  # the model's own code wants more than a stand-in gives
-            return f"without the prefix its forward raises {type(error).__name__}: {error}"
+            return f"without the prefix its forward raises {_line(error)}"
         fed = level.was_fed
         level.forget()
         if not fed:
@@ -563,7 +628,7 @@ class PrefixServer:
             for entry in swaps:
                 entry.install()
             with torch.no_grad():
-                self._model(*call.args, **call.kwargs)
+                self._run(call)
         except StopForward:
             pass
         finally:
@@ -573,6 +638,8 @@ class PrefixServer:
             torch.clear_autocast_cache()
             if random_state is not None:
                 _set_random_state(random_state, device)
+        if not taken:
+            raise UnservableError(f"block {self.level - 1} is not called through its list")
         return taken[0]
 
     # reporting
@@ -759,7 +826,8 @@ class _Forward:
                 server._watch.stop(started, lambda ms: server._counts.add_prefix(ms, size))
             spans = self._rows.spans
             if self._length is None:
-                self._length = path.lengths[self._call.shapes] = hidden.shape[1]
+                self._length = hidden.shape[1]
+                path.lengths[self._call.shapes(path.consumed)] = self._length
                 spans = ((0, self._length),) * size
             for level in self._lower:  # first: a full store has no room for a row twice
                 server._store.drop(level, server.keys(level, self._rows))
@@ -838,6 +906,23 @@ def _context(model: nn.Module, device_type: str) -> tuple[Any, ...]:
         autocast = torch.get_autocast_dtype(device_type)
     # accelerate puts autocast into a forward of the instance's own
     return (autocast, "forward" in model.__dict__)
+
+
+def _line(error: Exception) -> str:
+    text = str(error).strip().partition("\n")[0]
+    return f"{type(error).__name__}: {text}"
+
+
+def _host_random_state() -> tuple[Any, ...]:
+    """Of Python's and numpy's global generators: wav2vec2 draws its masks from numpy's."""
+    name, words, *rest = np.random.get_state()
+    return random.getstate(), (name, words.tobytes(), *rest)
+
+
+def _set_host_random_state(state: tuple[Any, ...]) -> None:
+    own, (name, words, *rest) = state
+    random.setstate(own)
+    np.random.set_state((name, np.frombuffer(words, np.uint32), *rest))
 
 
 def _random_state(device: torch.device) -> tuple[torch.Tensor, ...]:
