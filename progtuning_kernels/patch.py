@@ -61,6 +61,7 @@ def _before_forward(
         kwargs = cache.before_forward(args, kwargs, proved=handle.proved)
         if cache.busy:
             return args, kwargs
+    handle.end_proof(found=False)  # torch calls no hook after a KeyboardInterrupt
     if torch.is_grad_enabled():
         _before_training_forward(handle, args, kwargs)
     if cache is not None:
@@ -490,7 +491,6 @@ class PatchHandle:
             self._input_grads += drop_input_grads(self.model, self.layout)
             self._reentrant += make_nonreentrant(self.model, self.layout)
         if not self.proved:
-            self.end_proof(found=False)  # torch calls no hook after a KeyboardInterrupt
             self._paths = GradientPaths(self.model, self.layout, self.boundary)
 
     def end_proof(self, *, found: bool) -> None:

@@ -17,9 +17,9 @@ from typing import Any
 import numpy as np
 import torch
 
-# What a loss, a decoder or the output's form reads, as a rule: two labels for one text share its row
-# where a trial of the model has shown that nothing below the boundary reads them. An argument under
-# any other name is hashed.
+# What a loss, a decoder or the form of the output reads, as a rule: where a trial of the model has
+# shown that nothing below the boundary reads them, two labels for one text share its row. Whatever
+# has another name is hashed.
 READ_ABOVE = frozenset(
     {
         "labels",
@@ -47,6 +47,9 @@ _PER_TOKEN = ("input_ids", "token_type_ids", "position_ids")
 # Arguments whose first dimension is the batch, most telling first.
 _INPUTS = ("input_ids", "pixel_values", "input_features", "input_values")
 _MASK = "attention_mask"
+# Code looks at these as a whole to leave work out (a mask of ones, one sequence a row), and to no
+# other effect.
+READ_BY_BATCHES = frozenset({_MASK, *_PER_TOKEN, *_INPUTS})
 _NOT_ROWS = {"cache_position", "num_items_in_batch"}
 
 

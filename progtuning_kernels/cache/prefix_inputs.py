@@ -26,7 +26,8 @@ _WAYS_OUT = (
     torch.Tensor.__dlpack__,
 )
 _VALUE_TAGS = {torch.Tag.data_dependent_output, torch.Tag.dynamic_output_shape}
-_UNIFORM = (torch.ops.aten.rand, torch.ops.aten.rand_like)
+_UNIFORM = (torch.ops.aten.rand, torch.ops.aten.rand_like, torch.ops.aten.uniform_)
+_COINS = (torch.ops.aten.bernoulli, torch.ops.aten.bernoulli_)
 _NOBODY: frozenset[str] = frozenset()
 
 Place = tuple[MutableMapping[str, Any], str]
@@ -54,12 +55,15 @@ class _Exits(TorchFunctionMode):
 class Follow(TorchDispatchMode):
     """Knows, in one forward, which arguments every tensor comes from.
 
-    Too many at times (a tensor of zeros in an argument's shape counts as computed from it), never
-    too few: an argument whose values leave the tensors counts as read by everything.
+    Too many at times (zeros in an argument's shape count as computed from it), never too few.
 
     Args:
         arguments: the tensors to follow, by name.
         known: tensors whose changes are noticed anyway.
+
+    Attributes:
+        escaped: names of the arguments whose values left the tensors, for a number, a branch or a
+            shape: everything may come from them.
     """
 
     def __init__(
@@ -71,7 +75,7 @@ class Follow(TorchDispatchMode):
             self._mark(tensor, self._names.get(_storage(tensor), _NOBODY) | {name})
         for tensor in known:
             self._names.setdefault(_storage(tensor), _NOBODY)
-        self._escaped: frozenset[str] = _NOBODY
+        self.escaped: frozenset[str] = _NOBODY
         self._foreign: dict[str, torch.Tensor] = {}
 
     @contextmanager
@@ -81,15 +85,14 @@ class Follow(TorchDispatchMode):
 
     def read_by(self, tensor: torch.Tensor) -> frozenset[str]:
         """Names of the arguments that `tensor` was computed from."""
-        return (self._of([tensor]) | self._escaped) - self._foreign.keys()
+        return self._of([tensor]) | self.escaped
 
     def foreign_to(self, tensor: torch.Tensor) -> list[torch.Tensor]:
         """What `tensor` was computed from beside arguments and what is known."""
-        names = self._of([tensor]) | self._escaped
-        return [there for name, there in self._foreign.items() if name in names]
+        return [self._foreign[name] for name in self.read_by(tensor) & self._foreign.keys()]
 
     def escape(self, values: Any) -> None:
-        self._escaped |= self._of(_tensors(values))
+        self.escaped |= self._of(_tensors(values))
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
@@ -107,8 +110,8 @@ class Follow(TorchDispatchMode):
             if func._schema.is_mutable:  # in place, or into `out`
                 for tensor in read:
                     self._mark(tensor, self._of([tensor]) | names)
-            if not _VALUE_TAGS.isdisjoint(func.tags):
-                self._escaped |= names
+            if not _VALUE_TAGS.isdisjoint(func.tags) and not _picks_rows(func, read):
+                self.escaped |= names
         return output
 
     def _notice(self, tensor: torch.Tensor) -> None:
@@ -124,8 +127,14 @@ class Follow(TorchDispatchMode):
         return _NOBODY.union(*(self._names.get(_storage(t), _NOBODY) for t in tensors))
 
 
+def _picks_rows(func: Any, read: list[torch.Tensor]) -> bool:
+    """Whether this is `table[numbers]`, whose shape depends on no value, as `x[mask]`'s does."""
+    masks = (torch.bool, torch.uint8)
+    return func is torch.ops.aten.index.Tensor and all(t.dtype not in masks for t in read[1:])
+
+
 class Extremes(TorchDispatchMode):
-    """Uniform random numbers come out at one end, so that what is rare happens in every forward.
+    """Random numbers come out at one end, so that what is rare happens in every forward.
 
     Label dropout with a rate of 0.1 spares a batch of four in two forwards out of three.
     """
@@ -138,6 +147,10 @@ class Extremes(TorchDispatchMode):
         output = func(*args, **(kwargs or {}))
         if func.overloadpacket in _UNIFORM:
             output.fill_(1 - torch.finfo(output.dtype).eps if self._high else 0.0)
+        elif func.overloadpacket in _COINS:
+            share = args[-1] if isinstance(args[-1], torch.Tensor | float) else 0.5
+            share = torch.as_tensor(share)
+            output.copy_(share >= 1 if self._high else share > 0)
         return output
 
 

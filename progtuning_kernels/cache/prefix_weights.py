@@ -56,15 +56,15 @@ class PrefixWeights:
         """Those of the watched units."""
         return self._held
 
-    def lowest_change(self) -> int | None:
-        """Lowest watched unit that is not as it was; None when all are."""
+    def lowest_change(self) -> tuple[int, str] | None:
+        """Lowest watched unit that is not as it was, and what changed; None when all are."""
         for (held, key), tensor, state in self._places:
             if held.get(key) is not tensor or (tensor._version, tensor.data_ptr()) != state:
                 self._places.clear()  # found again, if it is still read
-                return EMBEDDINGS
+                return EMBEDDINGS, key
         for (unit, modules), seen in zip(self._modules, self._seen, strict=True):
             if _state(modules) != seen:
-                return unit
+                return unit, self._layout.unit_label(unit)
         return None
 
     def adapters(self) -> bytes:
@@ -85,8 +85,8 @@ class PrefixWeights:
         return None
 
     def fingerprint(self, level: int) -> bytes:
-        """64 bytes over names, dtypes, shapes and values of everything below block `level`, and of what
-        it reads elsewhere.
+        """64 bytes over names, dtypes, shapes and values of everything below block `level`, and of
+        what that reads elsewhere.
         """
         digest = hashlib.blake2b()
         places = ((key, tensor) for (_, key), tensor, _ in self._places)

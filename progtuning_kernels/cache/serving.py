@@ -28,7 +28,7 @@ from torch.utils import _pytree as pytree
 
 from ..layout import Layout
 from .break_even import BreakEven, Stopwatch
-from .content_keys import READ_ABOVE, Call, Rows, UnknownContent
+from .content_keys import READ_ABOVE, READ_BY_BATCHES, Call, Rows, UnknownContent
 from .prefix_cache import CacheReport, PrefixCache
 from .prefix_inputs import Extremes, Follow, place_of
 from .prefix_weights import PrefixWeights
@@ -40,6 +40,7 @@ _TOLERANCE = {torch.float32: 1e-5, torch.float64: 1e-9, torch.float16: 2e-3, tor
 # Between a stored row and the same row computed anew, in another batch and another precision.
 _STORED_TOLERANCE = {None: 1e-3, torch.float16: 2e-2, torch.bfloat16: 5e-2, "8bit": 1e-1}
 _PROBE_EVERY = 256  # served forwards; one row each
+_MAX_CHANGES = 8  # of one thing, with no served forward in between; each is learnt anew
 _MAX_PATHS = 8  # kinds of arguments in one stage; each costs two forwards
 _KEYS_AND_VALUES = ("past_key_values", "cache_params", "mems")
 _MUST_BE_OFF = ("output_hidden_states", "output_attentions", "output_router_logits")
@@ -112,6 +113,7 @@ class PrefixServer:
         self._bound: str | None = None
         self._paths: dict[tuple[Any, frozenset[str]], _Path] = {}  # by arguments and padding
         self._bypasses: Counter[str] = Counter()
+        self._changes: Counter[str] = Counter()  # since a forward was served
         self._served = 0
         self._counts = BreakEven()
         self._watch = Stopwatch("cpu")
@@ -135,6 +137,7 @@ class PrefixServer:
         self._weights.watch(level)
         self._paths.clear()
         self._bypasses.clear()
+        self._changes.clear()
         self._counts, self._served, self._off = BreakEven(), 0, False
         parameter = next(self._model.parameters())
         self._watch = Stopwatch(parameter.device.type)
@@ -145,6 +148,8 @@ class PrefixServer:
         model, config = self._model, getattr(self._model, "config", None)
         if not self.level:
             return "nothing below the boundary is frozen"
+        if (kind := next(model.parameters()).device.type) not in ("cpu", "cuda", "meta"):
+            return f"the random numbers of {kind} devices are not watched"
         if not self._fixed:
             return 'frozen_mode="train": frozen units are no fixed function'
         if (name := self._weights.trainable(self.level)) is not None:
@@ -311,6 +316,8 @@ class PrefixServer:
         grads = torch.is_grad_enabled()
         self._watch.poll()
         self._forget_changed()
+        if self._reason is not None:
+            return None
         if grads and (verdict := self._counts.verdict(self._store.rows(self.level))):
             self._switch_off(verdict)
             return None
@@ -367,9 +374,11 @@ class PrefixServer:
 
     def _forget_changed(self) -> None:
         """Drop what was computed from weights that are not there any more."""
-        unit = self._weights.lowest_change()
-        if unit is None:
+        change = self._weights.lowest_change()
+        if change is None:
             return
+        unit, name = change
+        self._changes[name] += 1
         for level in {*self._store.levels(), *self._tokens}:
             if level > unit:
                 self._forget(level)
@@ -377,6 +386,8 @@ class PrefixServer:
             self._bound = None
         self._paths.clear()
         self._weights.watch(self.level)
+        if self._changes[name] > _MAX_CHANGES and self._reason is None:
+            self._switch_off(f"what the prefix reads ({name}) changes between forwards")
 
     def _forget(self, level: int) -> None:
         self._store.drop(level)
@@ -519,9 +530,10 @@ class PrefixServer:
             UnservableError: they are no function of arguments and watched tensors alone.
         """
         top = path.levels[self.level].hidden
+        tolerance = _TOLERANCE.get(path.dtype, 0.0)
 
         def same(again: torch.Tensor) -> bool:
-            return _difference(top, again) <= _TOLERANCE.get(path.dtype, 0.0)
+            return _difference(top, again) <= tolerance
 
         tensors = {n: v for n, v in call.named.items() if isinstance(v, torch.Tensor)}
         follow = Follow(tensors, self._weights.tensors)
@@ -537,6 +549,17 @@ class PrefixServer:
                 "the prefix is no fixed function: dropout outside the frozen modules, or another "
                 "state that a forward changes"
             )
+        for name in sorted(follow.escaped & tensors.keys() - READ_BY_BATCHES):
+            raise UnservableError(
+                f"code below the boundary takes values of {name} for a number, a branch or a shape"
+            )
+        if (half := call.size // 2) and not _close_rows(
+            self.compute(path, call.take(range(half, call.size))),
+            top[half:],
+            call.spans[0][half:] if path.per_token else None,
+            max(tolerance, _STORED_TOLERANCE[None]),
+        ):
+            raise UnservableError("the prefix computes a row from other rows of its batch")
         path.consumed = follow.read_by(again) & READ_ABOVE
         plain = {n for n in call.named if n in READ_ABOVE and n not in tensors}
         if plain:  # a number or a flag cannot be watched: the prefix must do without
@@ -650,6 +673,7 @@ class PrefixServer:
         state = "on" if self._reason is None else "off" if self._off else "bypassed"
         reason = self._reason or ""
         refusals = {p.reason for p in self._paths.values()}
+        refusals = refusals or set(self._bypasses)
         if self._reason is None and refusals and None not in refusals:
             state, reason = "bypassed", "; ".join(sorted(refusals))
         warned = list(store.warnings)
@@ -810,6 +834,7 @@ class _Forward:
     def _feed(self, level: int, hidden: torch.Tensor) -> None:
         self._server._pending.append(self._path.levels[level].feed(hidden))
         self._server._served += 1
+        self._server._changes.clear()
 
     def _take(self, *, whole: bool = True) -> None:
         """Store what arrives at the boundary in the forward that comes; rows leave lower levels.
@@ -927,13 +952,14 @@ def _set_host_random_state(state: tuple[Any, ...]) -> None:
 
 def _random_state(device: torch.device) -> tuple[torch.Tensor, ...]:
     state = (torch.get_rng_state(),)
-    return state if device.type != "cuda" else (*state, torch.cuda.get_rng_state(device))
+    # a model may be spread over several
+    return state if device.type != "cuda" else (*state, *torch.cuda.get_rng_state_all())
 
 
 def _set_random_state(state: tuple[torch.Tensor, ...], device: torch.device) -> None:
     torch.set_rng_state(state[0])
     if len(state) > 1:
-        torch.cuda.set_rng_state(state[1], device)
+        torch.cuda.set_rng_state_all(state[1:])
 
 
 def _equal_states(one: tuple[torch.Tensor, ...], other: tuple[torch.Tensor, ...]) -> bool:
@@ -956,6 +982,14 @@ def _floats(output: Any) -> list[torch.Tensor]:
         output = {k: v for k, v in output.items() if k not in _KEYS_AND_VALUES}
     leaves = pytree.tree_leaves(output, is_leaf=_is_past)
     return [t for t in leaves if isinstance(t, torch.Tensor) and t.is_floating_point()]
+
+
+def _close_rows(one: torch.Tensor, other: torch.Tensor, spans: Any, tolerance: float) -> bool:
+    """Whether rows (B, T, C) are the same within their spans, all of them if None."""
+    if spans is None:
+        return _difference(one, other) <= tolerance
+    pairs = zip(one, other, spans, strict=True)
+    return all(_difference(a[s:e], b[s:e]) <= tolerance for a, b, (s, e) in pairs)
 
 
 def _difference(one: torch.Tensor, other: torch.Tensor) -> float:
