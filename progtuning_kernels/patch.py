@@ -61,11 +61,28 @@ def _before_forward(
         kwargs = cache.before_forward(args, kwargs, proved=handle.proved)
         if cache.busy:
             return args, kwargs
+    handle.end_proof()  # torch calls no hook after a KeyboardInterrupt
     if torch.is_grad_enabled():
         _before_training_forward(handle, args, kwargs)
     if cache is not None:
         cache.install()
     return args, kwargs
+
+
+def _after_forward(model: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+    """Forward hook, called after an exception too: `output` is None then.
+
+    There is one, for good: torch calls such hooks while it iterates over them, and one that took
+    itself away there would hide the error of the forward behind one of its own.
+    """
+    handle = handle_of(model)
+    if handle is None or torch.compiler.is_compiling():
+        return
+    if handle.cache is not None:
+        if handle.cache.busy:
+            return
+        handle.cache.after_forward(raised=output is None)
+    handle.end_proof(output)
 
 
 def _before_training_forward(
@@ -122,6 +139,7 @@ class PatchHandle:
         self._listeners: list[Callable[[PatchHandle], None]] = []
         self._frozen: set[int] = set()  # units that hold no active tensor
         self.proved = False
+        self._paths: GradientPaths | None = None  # of the forward that proves
         # what was changed for checkpointing, to be put back: see checkpointing.py
         self._embeddings_frozen = False
         self._reentrant: list[tuple[nn.Module, Any, Any]] = []
@@ -142,7 +160,10 @@ class PatchHandle:
         self.cache: PrefixServer | None = None
         if cache is not None:
             self.cache = PrefixServer(model, layout, cache, fixed=frozen_mode == "eval")
-        self._hook = model.register_forward_pre_hook(_before_forward, with_kwargs=True)
+        self._hooks = [
+            model.register_forward_pre_hook(_before_forward, with_kwargs=True),
+            model.register_forward_hook(_after_forward, always_call=True),
+        ]
         model.__dict__[_HANDLE] = self
         try:
             self._kernels.follow(self._active.device)
@@ -445,7 +466,9 @@ class PatchHandle:
                 module._gradient_checkpointing_func = function
         for module in self._input_grads:
             module.enable_input_require_grads()
-        self._hook.remove()
+        for hook in self._hooks:
+            hook.remove()
+        self.end_proof()
         if self._norms is not None:
             self._norms.remove()
         self._listeners.clear()
@@ -474,17 +497,22 @@ class PatchHandle:
             self._input_grads += drop_input_grads(self.model, self.layout)
             self._reentrant += make_nonreentrant(self.model, self.layout)
         if not self.proved:
-            paths = self._watch_paths(inputs=inputs)
+            self._paths = self._watch_paths(inputs=inputs)
 
-            def finish(model: nn.Module, args: Any, output: Any) -> None:
-                hook.remove()
-                paths.remove()
-                if output is not None:  # None: the forward has raised
-                    if paths.finish(output):
-                        self._follow_moved()
-                    self.proved = True
+    def end_proof(self, output: Any = None) -> None:
+        """The forward that `GradientPaths` watches, if any, is over.
 
-            hook = self.model.register_forward_hook(finish, always_call=True)
+        Args:
+            output: None: it has raised.
+        """
+        paths, self._paths = self._paths, None
+        if paths is None:
+            return
+        paths.remove()
+        if output is not None:
+            if paths.finish(output):
+                self._follow_moved()
+            self.proved = True
 
     def _watch_paths(self, **options: Any) -> GradientPaths:
         no_grad = set(range(self.boundary))

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
 from torch import nn
 
 from ..layout import EMBEDDINGS, Layout
+from .prefix_inputs import Place
 
 
 class PrefixWeights:
@@ -26,6 +27,7 @@ class PrefixWeights:
         self._modules: list[tuple[int, list[nn.Module]]] = []
         self._seen: list[tuple[Any, ...]] = []
         self._held: list[torch.Tensor] = []  # alive, so that no address or id is used twice
+        self._places: list[tuple[Place, torch.Tensor, tuple[int, int]]] = []
 
     def watch(self, level: int) -> None:
         """Take the state of the units below block `level` for the one to compare with."""
@@ -38,11 +40,31 @@ class PrefixWeights:
         self._seen = [_state(modules) for _, modules in self._modules]
         self._held = list(self._tensors(level))
 
-    def lowest_change(self) -> int | None:
-        """Lowest watched unit that is not as it was; None when all are."""
+    def watch_place(self, place: Place) -> bool:
+        """Watch a tensor that the prefix reads and some other module holds; False if it is known.
+
+        Whatever level is watched then: rows of lower ones may come from it too.
+        """
+        held, key = place
+        if any(other is held and name == key for (other, name), _, _ in self._places):
+            return False
+        self._places.append((place, held[key], (held[key]._version, held[key].data_ptr())))
+        return True
+
+    @property
+    def tensors(self) -> Sequence[torch.Tensor]:
+        """Those of the watched units."""
+        return self._held
+
+    def lowest_change(self) -> tuple[int, str] | None:
+        """Lowest watched unit that is not as it was, and what changed; None when all are."""
+        for (held, key), tensor, state in self._places:
+            if held.get(key) is not tensor or (tensor._version, tensor.data_ptr()) != state:
+                self._places.clear()  # found again, if it is still read
+                return EMBEDDINGS, key
         for (unit, modules), seen in zip(self._modules, self._seen, strict=True):
             if _state(modules) != seen:
-                return unit
+                return unit, self._layout.unit_label(unit)
         return None
 
     def adapters(self) -> bytes:
@@ -63,9 +85,12 @@ class PrefixWeights:
         return None
 
     def fingerprint(self, level: int) -> bytes:
-        """64 bytes over names, dtypes, shapes and values of everything below block `level`."""
+        """64 bytes over names, dtypes, shapes and values of everything below block `level`, and of
+        what that reads elsewhere.
+        """
         digest = hashlib.blake2b()
-        for name, tensor in self._named(level):
+        places = ((key, tensor) for (_, key), tensor, _ in self._places)
+        for name, tensor in (*self._named(level), *places):
             tensor = tensor.detach()
             digest.update(f"{name}:{tensor.dtype}{tuple(tensor.shape)};".encode())
             if tensor.numel():

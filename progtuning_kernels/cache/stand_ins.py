@@ -50,6 +50,10 @@ class StandIn(nn.Module):
             raise AttributeError(name)
         return getattr(self.__dict__["_original"], name)
 
+    def state_dict(self, *args: Any, **kwargs: Any) -> Any:
+        # after a KeyboardInterrupt it may stand here still, and what a handler saves is whole
+        return self._original.state_dict(*args, **kwargs)
+
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         return self._run(self._original, args, kwargs)
 
@@ -139,30 +143,53 @@ class _Seen:
     left: torch.Size | None
     dtype: torch.dtype | None
     hidden: torch.Tensor | None  # a copy: some models go on in place
-    random_state: torch.Tensor  # of the CPU, after the call
+    random_state: Any  # after the call
 
 
 @dataclass
 class Recording:
-    """Calls of the modules below a level, and of the block there, in one forward."""
+    """Calls of the modules below a level, and of the block there, in one forward.
 
+    Hooks note them, and every module is in its own place: transformers installs hooks for hidden
+    states in the first forward that asks for them, for good, on whatever stands there.
+
+    Attributes:
+        random_state: returns the state of every generator that a model may draw from.
+    """
+
+    random_state: Callable[[], Any]
     calls: dict[str, list[_Seen]] = field(default_factory=dict)
     count: int = 0
 
-    def swaps(self, model: nn.Module, layout: Layout, level: int) -> Swaps:
+    @contextmanager
+    def watching(self, model: nn.Module, layout: Layout, level: int) -> Iterator[None]:
         paths = [p for unit in range(EMBEDDINGS, level) for p in layout.module_paths(unit)]
         kept = {p for unit in range(level) for p in layout.module_paths(unit)}
         if level < layout.stacks[0].length:
             paths.append(layout.block_paths[level])
         self.calls = {path: [] for path in paths}
-        return Swaps(model, {path: self._recorder(path, path in kept) for path in paths})
+        hooks: list[Any] = []
+        try:
+            for path in paths:
+                enter, leave = self._hooks(path, path in kept)
+                module = model.get_submodule(path)
+                hooks.append(module.register_forward_pre_hook(enter, with_kwargs=True))
+                hooks.append(module.register_forward_hook(leave))
+            yield
+        finally:
+            for hook in hooks:
+                hook.remove()
 
-    def _recorder(self, path: str, keep: bool) -> Run:
-        def run(original: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-            order, self.count = self.count, self.count + 1
-            entered = entering(args, kwargs)
-            shape = None if entered is None else entered.shape
-            output = original(*args, **kwargs)
+    def _hooks(self, path: str, keep: bool) -> tuple[Callable[..., None], Callable[..., None]]:
+        entered: list[tuple[int, torch.Size | None]] = []
+
+        def enter(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            tensor = entering(args, kwargs)
+            entered.append((self.count, None if tensor is None else tensor.shape))
+            self.count += 1
+
+        def leave(module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+            order, shape = entered.pop()
             structure = Structure.of(output)
             hidden = None if structure is None else structure.hidden(output)
             self.calls[path].append(
@@ -173,12 +200,11 @@ class Recording:
                     None if hidden is None else hidden.shape,
                     None if hidden is None else hidden.dtype,
                     hidden.detach().clone() if keep and hidden is not None else None,
-                    torch.get_rng_state(),
+                    self.random_state(),
                 )
             )
-            return output
 
-        return run
+        return enter, leave
 
 
 class Level:
@@ -188,7 +214,7 @@ class Level:
         hidden: the boundary activations of the recorded forward, (B, T, C).
         others: tensors that the block below hands on beside them, and that are None when it is left
             out; attention weights that nobody asked for (BLOOM) are, T5's relative bias is not.
-        random_state: of the CPU when they were there.
+        random_state: of all generators when they were there.
     """
 
     def __init__(
