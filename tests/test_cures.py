@@ -289,6 +289,28 @@ class NamedLayers(_Model):
         return self.out(x)
 
 
+class Whole(nn.Sequential):
+    """The model itself is a sequence."""
+
+    def __init__(self):
+        super().__init__(nn.Linear(WIDTH, WIDTH), nn.Tanh(), _Layer(), _Layer())
+
+    def forward(self, x):
+        return {"out": super().forward(x)}
+
+
+class Mixed(_Model):
+    """A small list beside the layers, which stand in a sequence of several kinds."""
+
+    def make(self):
+        self.body = nn.Sequential(nn.Linear(WIDTH, WIDTH), _Layer(), nn.Tanh(), _Layer())
+        self.heads = nn.ModuleList([nn.Linear(WIDTH, WIDTH), nn.LayerNorm(WIDTH)])
+
+    def run(self, x):
+        x = self.body(x)
+        return self.heads[0](x) + self.heads[1](x)
+
+
 class OnlyLinears(_Model):
     def make(self):
         self.first, self.second = nn.Linear(WIDTH, WIDTH), nn.Linear(WIDTH, WIDTH)
@@ -371,6 +393,8 @@ CURED = [
     Attributes,
     Sequences,
     NamedLayers,
+    Whole,
+    Mixed,
     OnlyLinears,
     SharedInside,
     SharedTensor,
