@@ -368,6 +368,13 @@ def summary(content: dict[str, Any]) -> str:
     proved = [row for row in rows if row["status"] == "proved"]
     rounded = sum(not row["bit_equal"] for row in proved)
     boundaries = sum(row["boundaries"] for row in proved)
+    cures = Counter(row["cure"] for row in rows if "cure" in row)
+    followed = (
+        f"What a refusal tells to call was called, to the letter: {cures['works']} models then "
+        f"proved right, {cures['cuts']} more were cut and did not run, for {cures['none']} the "
+        f"refusal says that nothing helps, and for {cures['repeated'] + cures['not said']} it led "
+        "nowhere. "
+    )
     version = content["meta"]["versions"]["transformers"]
     return (
         f"Of the {built} architectures that transformers {version} builds from its default "
@@ -375,7 +382,8 @@ def summary(content: dict[str, Any]) -> str:
         f"{stacks[3]} more) and {counts['refused']} are refused with a reason. {len(proved)} of "
         f"them also ran, shrunken, on random input: at all {boundaries:,} boundaries the gradients "
         f"were those of plain freezing ({rounded} to rounding, the others to the bit) and nothing "
-        f"was left below; {counts['wrong']} were wrong, {late} refused by the first forward. The "
+        f"was left below; {counts['wrong']} were wrong, {late} refused by the first forward. "
+        f"{followed if cures else ''}The "
         "rest did not run on a blindly shrunken config; for them your first forward decides. "
         "(`benchmarks/architectures.py`)"
     )
