@@ -236,6 +236,10 @@ def prove(
         gradients = _gradients(model(), batch)
     if not gradients:
         raise RuntimeError("the model returns nothing that can be trained")
+    # a forward that trains everything shows where bare parameters belong
+    with patch_model(model(), MilestoneSchedule({1: 1}), blocks=blocks) as handle:
+        _gradients(handle.model, batch)
+        layout = handle.layout
     proved, bit_equal = 0, True
     for boundary in range(1, layout.num_blocks + 1):
         schedule = MilestoneSchedule({0: boundary}, embeddings="never")

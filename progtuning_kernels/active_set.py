@@ -21,6 +21,9 @@ class ActiveSet:
     Args:
         model: the model that `layout` describes.
         tied: what a weight shared by embeddings and head does once the embeddings are frozen.
+
+    Attributes:
+        units: those that hold an active parameter under the plan in force.
     """
 
     def __init__(self, model: nn.Module, layout: Layout, tied: TiedPolicy) -> None:
@@ -28,6 +31,7 @@ class ActiveSet:
         self._layout = layout
         self._tied = tied
         self._slots: list[ParameterSlot] = []
+        self.units: set[int] = set()
         self._flags: list[bool] = []  # of the plan in force, one a slot
         self._user_trainable: dict[str, bool] = {}
         self._frozen_columns: list[FrozenColumns] = []
@@ -59,7 +63,7 @@ class ActiveSet:
         """Units in which the parameter is active under `plan`; () when it is frozen."""
         if not self._user_trainable[slot.name]:
             return ()
-        trained = tuple(unit for unit in slot.units if self._trains(unit, plan))
+        trained = tuple(unit for unit in slot.units if self.trains(unit, plan))
         if trained == slot.units or slot.sliced:
             return trained
         return trained if self._tied == "head_only" and trained == (self._layout.head,) else ()
@@ -85,12 +89,8 @@ class ActiveSet:
                 "freezes everything that was trainable when the model was patched"
             )
 
-    def apply(self, plan: FreezePlan) -> set[int]:
-        """Set every flag as `plan` says.
-
-        Returns:
-            The units that hold an active parameter.
-        """
+    def apply(self, plan: FreezePlan) -> None:
+        """Set every flag as `plan` says."""
         self._note_user_freezes()
         self._scan()
         units = [self.active_units(slot, plan) for slot in self._slots]
@@ -99,7 +99,13 @@ class ActiveSet:
             slot.parameter.requires_grad_(on)
         self.reassert()  # with the columns that were frozen before
         self.hold_columns(plan)
-        return {unit for used in units for unit in used}
+        self.units = {unit for used in units for unit in used}
+
+    def move(self, plan: FreezePlan) -> bool:
+        """Parameters have moved to other units; whether that changed a flag."""
+        before = self._flags
+        self.apply(plan)
+        return self._flags != before
 
     def hold_columns(self, plan: FreezePlan) -> None:
         """Frozen columns of a table are from now on what they are at this moment."""
@@ -150,7 +156,7 @@ class ActiveSet:
         state = "trains" if slot.parameter.requires_grad else "is frozen"
         return f"tied: {slot.name} is used by {users}; it {state} ({why})"
 
-    def _trains(self, unit: int, plan: FreezePlan) -> bool:
+    def trains(self, unit: int, plan: FreezePlan) -> bool:
         if unit == EMBEDDINGS:
             return plan.embeddings
         return plan.head if unit == self._layout.head else plan.trainable[unit]

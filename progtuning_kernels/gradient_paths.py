@@ -3,13 +3,18 @@
 Frozen units run under `no_grad`. That is right if nothing in a unit is computed from a parameter
 that trains longer than the unit does: a decoder block frozen before the encoder would cut the
 encoder's gradient off, and so would an input norm that was taken for head, without any error. One
-training forward shows it: here every module's inputs are followed through the autograd graph down
-to the parameters that they were computed from.
+training forward shows it: here every unit's inputs are followed through the autograd graph down
+to the leaves that they were computed from, and so is what the model returns.
+
+The graph also says where the bare parameters of wrappers and other containers belong (a logit
+scale, loss weights, a mask token), which no order of registration tells: with the first unit that
+is computed from them, and with the head if none is.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import re
+from collections.abc import Collection, Iterable, Iterator
 from typing import Any
 
 import torch
@@ -20,7 +25,8 @@ from torch.utils import _pytree as pytree
 from .call_stack import called_from
 from .cures import cure_for
 from .families import UnsupportedModelError
-from .layout import Layout, ParameterSlot, parameter_slots
+from .forward_hooks import Before, ForwardHooks
+from .layout import EMBEDDINGS, Layout, ParameterSlot, parameter_slots, register_call
 
 
 class GradientPaths:
@@ -28,50 +34,97 @@ class GradientPaths:
 
     Args:
         model: the model that `layout` describes.
-        layout: its cut into units.
-        boundary: the effective boundary.
+        layout: its cut into units; units of bare parameters are written into `layout.found`.
+        no_grad: units that run without autograd.
+        freezes: units that are frozen now or will be.
+        inputs: the model's arguments.
         compiled: watch compiled modules too. Only for a forward that is forced to run eagerly:
             another one would compile the hooks into its graph, where they stay.
 
-    Raises (from the forward that is watched):
-        UnsupportedModelError: a unit is computed from a parameter of a later unit.
+    Raises (from the forward that is watched, or from `finish`):
+        UnsupportedModelError: a unit is computed from a parameter of a later unit, or from one that
+            the model does not hold; embeddings that no unit is computed from.
         RuntimeError: blocks that train are checkpointed by the reentrant variant above a frozen
-            prefix, which trains nothing.
+            prefix, which trains nothing; an input wants a gradient that is cut off.
     """
 
     def __init__(
-        self, model: nn.Module, layout: Layout, boundary: int, *, compiled: bool = False
+        self,
+        model: nn.Module,
+        layout: Layout,
+        *,
+        no_grad: Collection[int],
+        freezes: Collection[int],
+        inputs: Any = (),
+        compiled: bool = False,
     ) -> None:
         self._model = model
         self._layout = layout
-        self._boundary = boundary
+        self._no_grad = no_grad
+        self._freezes = freezes
         self._slots = {id(slot.parameter): slot for slot in parameter_slots(model, layout)}
-        self._seen: set[Any] = set()
+        # fully_shard puts other tensors in the places of parameters for as long as a block runs
+        self._sharded = any(hasattr(s.parameter, "to_local") for s in self._slots.values())
+        self._unruled = {id(p): name for name, p in layout.unruled(model).items()}
+        self._checked: dict[Any, int] = {}  # lowest unit that a node was followed for
+        self._readers: dict[int, int] = {}  # lowest unit computed from a parameter, by its id
+        self._given = {id(leaf) for leaf in _leaves(_tensors(inputs))}
         self._ran: list[str] = []  # paths of the modules called, in their order
-        self._handles: list[Any] = []
+        self._hooks: list[ForwardHooks] = []
+        self._blind = False
         for unit in layout.units[:-1]:
             for path in layout.module_paths(unit):
                 module = model.get_submodule(path)
                 if compiled or module._compiled_call_impl is None:
-                    hook = self._hook(unit, path)
-                    self._handles.append(module.register_forward_pre_hook(hook, with_kwargs=True))
+                    self._hooks.append(ForwardHooks(module, self._hook(unit, path)))
+                else:
+                    self._blind = True
 
     def remove(self) -> None:
-        for handle in self._handles:
-            handle.remove()
-        self._handles.clear()
-        self._seen.clear()
+        for hook in self._hooks:
+            hook.remove()
+        self._hooks.clear()
+        self._checked.clear()
 
-    def _hook(self, unit: int, path: str) -> Callable[..., None]:
+    def finish(self, output: Any) -> bool:
+        """After the forward: what it shows of parameters whose place was a guess.
+
+        Returns:
+            Whether the unit of any parameter has changed.
+        """
+        found = self._layout.found
+        before = dict(found)
+        for key, name in self._unruled.items():
+            reader = self._readers.get(key)
+            if reader is not None:
+                first = EMBEDDINGS if reader == 0 else reader
+                found[name] = min(found.get(name, first), first)
+            elif self._blind:  # who reads it was not to be seen: as registered
+                found.pop(name, None)
+        self._refuse_late_embeddings(output)
+        return found != before
+
+    def _refuse_late_embeddings(self, output: Any) -> None:
+        if EMBEDDINGS not in self._freezes or self._blind:
+            return
+        for leaf in _leaves(_tensors(output), self._checked):
+            slot = self._slots.get(id(leaf))
+            if slot is None or id(leaf) in self._unruled or id(leaf) in self._readers:
+                continue
+            if slot.units == (EMBEDDINGS,):
+                pattern = rf"^{re.escape(slot.name.rpartition('.')[0])}\."
+                raise UnsupportedModelError(
+                    f"{type(self._model).__name__}: no block is computed from {slot.name}, which "
+                    "would stop training with the embeddings all the same; call "
+                    f"{register_call(self._model, 'head', pattern)} before patching"
+                )
+
+    def _hook(self, unit: int, path: str) -> Before:
         def check(module: nn.Module, args: Any, kwargs: Any) -> None:
             self._ran.append(path)
-            tensors = [
-                t
-                for t in pytree.tree_leaves((args, kwargs))
-                if isinstance(t, torch.Tensor) and t.requires_grad
-            ]
+            tensors = [t for t in _tensors((args, kwargs)) if t.requires_grad]
             if not torch.is_grad_enabled():
-                trains = unit >= self._boundary and path in self._layout.block_paths
+                trains = unit not in self._no_grad and path in self._layout.block_paths
                 # a model may run a part of itself under no_grad by its own will
                 if trains and not tensors and called_from(torch.utils.checkpoint.__file__):
                     raise RuntimeError(
@@ -79,23 +132,33 @@ class GradientPaths:
                         "reentrant checkpointing makes it: pass use_reentrant=False"
                     )
                 return
-            for tensor in tensors:
-                self._follow(tensor, unit, path)
+            for leaf in _leaves(tensors, self._checked, unit):
+                self._check(leaf, unit, path)
 
         return check
 
-    def _follow(self, tensor: torch.Tensor, unit: int, path: str) -> None:
-        """Check every parameter that `tensor` depends on and that no earlier tensor did."""
-        pending = [tensor.grad_fn]
-        while pending:
-            node = pending.pop()
-            if node is None or node in self._seen:
-                continue
-            self._seen.add(node)
-            slot = self._slots.get(id(getattr(node, "variable", None)))
-            if slot is not None and slot.units[0] > unit:
+    def _check(self, leaf: torch.Tensor, unit: int, path: str) -> None:
+        """`path`, a module of `unit`, is computed from `leaf`, a parameter or another tensor."""
+        slot = self._slots.get(id(leaf))
+        if slot is not None:
+            self._readers[id(leaf)] = min(unit, self._readers.get(id(leaf), unit))
+            if id(leaf) not in self._unruled and slot.units[0] > unit:
                 raise UnsupportedModelError(self._explain(slot, unit, path))
-            pending += [following for following, _ in node.next_functions]
+            return
+        label = self._layout.unit_label(unit)
+        outside = isinstance(leaf, nn.Parameter) and not self._sharded
+        if outside and unit in self._freezes:
+            raise UnsupportedModelError(
+                f"{type(self._model).__name__}: {path} ({label}) is computed from a parameter of "
+                f"shape {tuple(leaf.shape)} that is none of the model's, whose gradient freezing "
+                f"{label} would cut off; patch a module that holds both"
+            )
+        if id(leaf) in self._given and unit in self._no_grad:
+            raise RuntimeError(
+                f"{path} ({label}) is frozen and cuts off the gradient of an input of shape "
+                f"{tuple(leaf.shape)} that requires grad: detach the input, or run this forward "
+                "after handle.unpatch()"
+            )
 
     def _explain(self, slot: ParameterSlot, unit: int, path: str) -> str:
         layout = self._layout
@@ -105,3 +168,34 @@ class GradientPaths:
             f"({later}), whose gradient freezing {first} would cut off"
         )
         return f"{found}; {cure_for(self._model, layout, slot, path, self._ran)}"
+
+
+def _tensors(values: Any) -> list[torch.Tensor]:
+    return [t for t in pytree.tree_leaves(values) if isinstance(t, torch.Tensor)]
+
+
+def _leaves(
+    tensors: Iterable[torch.Tensor], checked: dict[Any, int] | None = None, unit: int = 0
+) -> Iterator[torch.Tensor]:
+    """Leaves that require grad and that `tensors` are computed from, or are.
+
+    Args:
+        checked: autograd nodes that need not be followed again, with the lowest unit that they were
+            followed for; those of this call are added.
+        unit: the unit that the tensors belong to.
+    """
+    checked = {} if checked is None else checked
+    pending = []
+    for tensor in tensors:
+        if tensor.grad_fn is not None:
+            pending.append(tensor.grad_fn)
+        elif tensor.requires_grad:
+            yield tensor
+    while pending:
+        node = pending.pop()
+        if checked.get(node, unit + 1) <= unit:
+            continue
+        checked[node] = unit
+        if (leaf := getattr(node, "variable", None)) is not None:
+            yield leaf
+        pending += [following for following, _ in node.next_functions if following is not None]

@@ -15,7 +15,7 @@ from __future__ import annotations
 import re
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from types import MappingProxyType
 
@@ -62,7 +62,8 @@ class Layout:
         outside: unit of every module that stands outside the blocks, outermost only, with or
             without parameters (GPT-2's embedding dropout is one).
         containers: unit of the bare parameters of every module on the way down to a stack, the
-            model itself ("") included.
+            model itself ("") included, as the order of registration has it.
+        found: units of such parameters as forwards have shown them; they come before `containers`.
         families: exceptions to the structural rules, the whole model's first.
     """
 
@@ -71,6 +72,7 @@ class Layout:
     outside: Mapping[str, int]
     containers: Mapping[str, int]
     families: tuple[Family, ...]
+    found: dict[str, int] = field(default_factory=dict)
 
     @property
     def num_blocks(self) -> int:
@@ -98,6 +100,8 @@ class Layout:
 
     def unit_of(self, name: str) -> int:
         """Unit that the parameter of this qualified name sits in."""
+        if name in self.found:
+            return self.found[name]
         module = self.module_of(name)
         if module is not None:
             return self._unit_of_path[module]
@@ -120,9 +124,20 @@ class Layout:
         """Units that use the parameter: all blocks of a stack for what its blocks share."""
         if _SLICED.search(name):
             return tuple(self.stacks[-1].blocks)
-        if any(f.shared and re.search(f.shared, name) for f in self.families):
+        if _is_shared(name, self.families):
             return tuple(self._nearest_stack(name).blocks)
         return (self.unit_of(name),)
+
+    def unruled(self, model: nn.Module) -> dict[str, nn.Parameter]:
+        """Bare parameters of containers that no rule places: only a forward shows who uses them."""
+        found = {}
+        for path in self.containers:
+            for attribute, parameter in model.get_submodule(path)._parameters.items():
+                name = f"{path}.{attribute}" if path else attribute
+                ruled = _ruled_unit(name, self.families, self.head) is not None
+                if parameter is not None and not (ruled or _is_shared(name, self.families)):
+                    found[name] = parameter
+        return found
 
     @cached_property
     def _unit_of_path(self) -> dict[str, int]:
@@ -158,6 +173,10 @@ def _matched(name: str, families: Sequence[Family], head: int, end: str = "") ->
             if pattern and re.search(f"(?:{pattern}){end}", name):
                 return unit
     return None
+
+
+def _is_shared(name: str, families: Sequence[Family]) -> bool:
+    return any(f.shared and re.search(f.shared, name) for f in families)
 
 
 def _outermost_lists(model: nn.Module) -> dict[str, nn.Module]:
@@ -414,7 +433,7 @@ def _outside_units(
         return head if stack is stacks[-1] else stack.blocks[-1]
 
     def ruled(name: str, near: Sequence[Stack]) -> int | None:
-        if any(f.shared and re.search(f.shared, name) for f in families):
+        if _is_shared(name, families):
             return min(s.first for s in near)
         if any(f.after and re.search(f.after, name) for f in families):
             return after(max(near, key=lambda s: s.first))

@@ -71,7 +71,7 @@ def _before_forward(
 def _before_training_forward(
     handle: PatchHandle, args: tuple[Any, ...], kwargs: dict[str, Any]
 ) -> None:
-    handle.before_training_forward()
+    handle.before_training_forward((args, kwargs))
     device_type, autocast = handle.device_type, None
     if torch.amp.is_autocast_available(device_type) and torch.is_autocast_enabled(device_type):
         autocast = (device_type, torch.get_autocast_dtype(device_type))
@@ -113,6 +113,9 @@ class PatchHandle:
         self.layout = layout
         self.step = step
         self.boundary = 0
+        # head until a forward shows a unit that is computed from them: so nothing is cut off, and
+        # no state of a resumed run is dropped, on a guess
+        layout.found.update(dict.fromkeys(layout.unruled(model), layout.head))
         self._active = ActiveSet(model, layout, tied)
         self._boundary = Boundary(model, layout, frozen_mode)
         self._kernels = KernelSwaps(model, layout, kernels)
@@ -329,7 +332,7 @@ class PatchHandle:
         uses = {}
         if (last := self.last_forward) is not None:
             with last.context(), nullcontext() if self.cache is None else self.cache.paused():
-                paths = GradientPaths(self.model, self.layout, self.boundary, compiled=True)
+                paths = self._watch_paths(compiled=True)
                 try:
                     uses = measure_forward(
                         self.model, self.layout, last.args, last.kwargs, boundary=self.boundary
@@ -453,8 +456,11 @@ class PatchHandle:
             self._wrapper = None
         freeze_events.announce()
 
-    def before_training_forward(self) -> None:
+    def before_training_forward(self, inputs: Any) -> None:
         """Keep checkpointing truncated; prove, once under every plan, that nothing is cut off.
+
+        Args:
+            inputs: the model's arguments.
 
         Raises (from the forward):
             UnsupportedModelError, RuntimeError: as `GradientPaths`.
@@ -468,14 +474,34 @@ class PatchHandle:
             self._input_grads += drop_input_grads(self.model, self.layout)
             self._reentrant += make_nonreentrant(self.model, self.layout)
         if not self.proved:
-            paths = GradientPaths(self.model, self.layout, self.boundary)
+            paths = self._watch_paths(inputs=inputs)
 
             def finish(model: nn.Module, args: Any, output: Any) -> None:
                 hook.remove()
                 paths.remove()
-                self.proved = output is not None  # None: the forward has raised
+                if output is not None:  # None: the forward has raised
+                    if paths.finish(output):
+                        self._follow_moved()
+                    self.proved = True
 
             hook = self.model.register_forward_hook(finish, always_call=True)
+
+    def _watch_paths(self, **options: Any) -> GradientPaths:
+        no_grad = set(range(self.boundary))
+        if self._embeddings_frozen:
+            no_grad.add(EMBEDDINGS)
+        return GradientPaths(
+            self.model, self.layout, no_grad=no_grad, freezes=self._freezes(), **options
+        )
+
+    def _freezes(self) -> set[int]:
+        """Units that are frozen now, or by a plan that is known already."""
+        if isinstance(self.schedule, ObservingSchedule):
+            return set(self.layout.units)
+        units = set(self._frozen)
+        for plan in (self.plan, *(plan for _, plan in self._plans_to_check())):
+            units.update(u for u in self.layout.units if not self._active.trains(u, plan))
+        return units
 
     def _find_wrapper(self) -> None:
         """Attach whatever runs this forward, if that is somebody new."""
@@ -505,8 +531,10 @@ class PatchHandle:
         self._boundary.move(self._frozen, self.boundary)
 
     def _plans_to_check(self) -> Iterator[tuple[int, FreezePlan]]:
-        """The first, this, the last, and every plan before AdaLoRA has allocated its ranks."""
-        steps = {0, self.step}
+        """The first, this, every milestone, the last, and every plan before AdaLoRA has allocated
+        its ranks.
+        """
+        steps = {0, self.step, *getattr(self.schedule, "milestones", ())}
         if total := self.schedule.total_steps:
             steps |= {total - 1}
             if self._allocation_end is not None:
@@ -528,25 +556,39 @@ class PatchHandle:
     def _apply(self) -> None:
         if self._wrapper is not None:
             self._wrapper.reshard()
-        active = self._active.apply(self.plan)
-        frozen = set(self.layout.units) - active
-        self._embeddings_frozen = EMBEDDINGS in frozen
-        self.boundary = 0
-        if self._embeddings_frozen:
-            blocks = range(self.num_blocks)
-            self.boundary = next((i for i in blocks if i in active), self.num_blocks)
-        self._frozen = frozen
-        self._boundary.move(frozen, self.boundary)
+        self._active.apply(self.plan)
+        self._follow_flags()
         if self.cache is not None:
             self.cache.move(self.boundary)
         self.proved = False
+        for listener in self._listeners:
+            listener(self)
+
+    def _follow_moved(self) -> None:
+        """A forward has shown that bare parameters belong elsewhere: before its backward."""
+        before = self.boundary
+        moved = self._active.move(self.plan)
+        for step, plan in self._plans_to_check():
+            self._check_plan(step, plan)
+        if moved:
+            self._follow_flags()
+        if self.cache is not None and self.boundary != before:
+            self.cache.move(self.boundary)
+
+    def _follow_flags(self) -> None:
+        """Everything else that hangs on which parameters are active."""
+        self._frozen = set(self.layout.units) - self._active.units
+        self._embeddings_frozen = EMBEDDINGS in self._frozen
+        self.boundary = 0
+        if self._embeddings_frozen:
+            blocks = range(self.num_blocks)
+            self.boundary = next((i for i in blocks if i not in self._frozen), self.num_blocks)
+        self._boundary.move(self._frozen, self.boundary)
         if self._norms is not None:
             self._norms.install()
         if self._wrapper is not None:
             self._wrapper.follow(step=self.step, boundary=self.boundary)
         freeze_events.announce()
-        for listener in self._listeners:
-            listener(self)
 
 
 def decay_groups(parameters: Sequence[nn.Parameter], weight_decay: float) -> list[dict[str, Any]]:

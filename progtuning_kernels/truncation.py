@@ -12,6 +12,7 @@ import torch
 from torch import nn
 from torch.utils import _pytree as pytree
 
+from .forward_hooks import ForwardHooks
 from .layout import EMBEDDINGS, Layout, parameter_slots
 
 
@@ -202,8 +203,9 @@ class _UnitClock:
         for unit in self._layout.units:
             for path in self._layout.module_paths(unit):
                 module = self._model.get_submodule(path)
-                handles.append(module.register_forward_pre_hook(self._entering(unit)))
-                handles.append(module.register_forward_hook(self._leaving(unit, path)))
+                handles.append(
+                    ForwardHooks(module, self._entering(unit), self._leaving(unit, path))
+                )
                 for name, inner in module.named_modules(prefix=path):
                     if inner is not module and inner._forward_hooks:
                         handles.append(inner.register_forward_hook(self._noting(unit, name)))
@@ -226,7 +228,7 @@ class _UnitClock:
         ended = [stack for stack in self._layout.stacks if stack.blocks[-1] == unit]
         is_end = bool(ended) and path == self._layout.module_paths(unit)[-1]
 
-        def leave(module: nn.Module, args: Any, output: Any) -> None:
+        def leave(module: nn.Module, output: Any) -> None:
             if is_end:
                 self._unfinished.discard(ended[0].first)
                 self._through |= unit == self._layout.head - 1
@@ -249,7 +251,10 @@ class _UnitClock:
 
 
 def _count_nodes(
-    outputs: Any, clock: _UnitClock, units_by_parameter: Mapping[int, int]
+    outputs: Any,
+    clock: _UnitClock,
+    units_by_parameter: Mapping[int, int],
+    bare: Mapping[int, int],
 ) -> dict[int, int]:
     tensors = [t for t in pytree.tree_leaves(outputs) if isinstance(t, torch.Tensor)]
     pending = [t.grad_fn for t in tensors if t.grad_fn is not None]
@@ -268,7 +273,12 @@ def _count_nodes(
     for node in sorted(found.difference(leaves), key=lambda node: node._sequence_nr()):
         # nothing runs earlier than what it reads: a decoder's code transposes the encoder's output
         # between its own embeddings and its first block
-        read = (units[following] for following, _ in node.next_functions if following in units)
+        inputs = [following for following, _ in node.next_functions]
+        read = [units[following] for following in inputs if following in units]
+        # between two blocks, what reads a bare parameter belongs where that does
+        read += [
+            bare.get(id(getattr(following, "variable", None)), EMBEDDINGS) for following in inputs
+        ]
         units[node] = max(clock.unit_at(node._sequence_nr()), *read, EMBEDDINGS)
     for leaf in leaves:  # one that is no parameter of the model counts where it is used
         own = units_by_parameter.get(id(leaf.variable))
@@ -332,7 +342,8 @@ def measure_forward(
         stack.enter_context(clock.watch())
         stack.enter_context(torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t))
         outputs = model(*args, **kwargs)
-    nodes = _count_nodes(outputs, clock, units_by_parameter)
+    bare = {id(p): layout.unit_of(name) for name, p in layout.unruled(model).items()}
+    nodes = _count_nodes(outputs, clock, units_by_parameter, bare)
     return {
         unit: UnitUse(nodes[unit], saved[unit], held[unit], tuple(clock.requiring_grad[unit]))
         for unit in layout.units

@@ -388,7 +388,6 @@ CURED = [
     Configured,
     SomeParts,
     PartOfTheHead,
-    BareParameter,
     EarlyAndLate,
     LateAndEarly,
     InTheMiddle,
@@ -429,6 +428,11 @@ def test_the_cure_works(build):
     row = _followed(build)
     assert row["status"] == "refused" and row["cure"] == "works", row
     assert row["cured"]["boundaries"] >= 1
+
+
+def test_a_bare_parameter_needs_no_cure():
+    row = _followed(BareParameter)
+    assert row == {"status": "proved", "boundaries": 3, "bit_equal": True}
 
 
 @pytest.mark.parametrize("build", [Twice, Loop, OneLinear])

@@ -182,6 +182,22 @@ def check_ddp(rank: int) -> None:
         assert counted.bytes == active_bytes(model) > max(planned[-2:])  # everything, as before
 
 
+class Shifted(nn.Module):
+    """BERT, a bare parameter before its blocks, and one after them."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner = tiny_model("bert-sequence")
+        self.shift = nn.Parameter(torch.full((32,), 0.1))
+        self.scale = nn.Parameter(torch.ones(()))
+
+    def forward(self, input_ids, labels, **kwargs):
+        vectors = self.inner.get_input_embeddings()(input_ids) + self.shift
+        output = self.inner(inputs_embeds=vectors, labels=labels, **kwargs)
+        output.loss = output.loss * self.scale.exp()
+        return output
+
+
 def check_ddp_options(rank: int) -> None:
     """What a wrapper was made with, and what hangs on it, survives; so does accumulation."""
     expected, _ = reference(ProgressiveSchedule(3, STEPS))
@@ -199,6 +215,17 @@ def check_ddp_options(rank: int) -> None:
         train(ddp, handle, *optimizer_of(handle), rank)
         assert len(calls) == STEPS
         assert_same_weights(model, expected, str(options))
+
+    # what the first forward shows of bare parameters is reduced as it trains from then on
+    models = []
+    for wrapped in (False, True):
+        model = Shifted().train()
+        called = DistributedDataParallel(model) if wrapped else model
+        handle = patch_model(model, ProgressiveSchedule(3, STEPS, embeddings="never"))
+        train(called, handle, *optimizer_of(handle), rank if wrapped else None)
+        models.append(model)
+    assert torch.equal(models[1].shift, Shifted().shift) and models[1].scale != 1
+    assert_same_weights(*models, "bare parameters")
 
     # two micro-batches of one row each, the first without reduction
     model = tiny_model("bert-sequence").train()

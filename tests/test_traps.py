@@ -16,6 +16,7 @@ from torch.utils.checkpoint import checkpoint
 
 from progtuning_kernels import (
     FreezePlan,
+    MaskedAdamW,
     MilestoneSchedule,
     TruncationError,
     UnsupportedModelError,
@@ -348,3 +349,226 @@ def test_a_forward_of_the_instance_runs_without_autograd_as_well():
     handle.truncation_report().assert_truncated()
     handle.unpatch()
     assert len({type(block) for block in model.model.layers}) == 1
+
+
+class _Bare(_Homemade):
+    """Bare parameters beside the blocks, each used at another place."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.position = nn.Parameter(torch.ones(3, 8))  # before block 0
+        self.middle = nn.Parameter(torch.ones(8))  # enters at block 2
+        self.prompts = nn.Parameter(torch.ones(4, 8))  # a row enters at every block
+        self.pooling = nn.Parameter(torch.ones(4))  # over the outputs of all blocks
+        self.scale = nn.Parameter(torch.ones(()))
+        self.loss_weight = nn.Parameter(torch.ones(()))  # used by the loop alone
+
+    def forward(self, ids: torch.Tensor) -> torch.Tensor:  # (B, T) -> ()
+        hidden = self.norm(self.embed(ids) + self.position)
+        outputs = []
+        for i, layer in enumerate(self.layers):
+            hidden = layer(hidden + self.prompts[i] + (self.middle if i == 2 else 0))
+            outputs.append(hidden)
+        pooled = torch.stack(outputs, -1) @ self.pooling
+        return (self.out(pooled) * self.scale.exp()).square().mean()
+
+
+USED_ABOVE = {"pooling", "scale", "loss_weight"}
+
+
+@pytest.mark.parametrize("embeddings", ["first_stage", "never"])
+@pytest.mark.parametrize("compiled", [False, True])
+def test_a_bare_parameter_trains_as_long_as_the_first_unit_that_reads_it(embeddings, compiled):
+    torch.compiler.reset()
+    model = _Bare()
+    if compiled:  # no hook sees who reads what: as the order of registration has it
+        for layer in model.layers:
+            layer.compile(backend="eager")
+    handle = patch_model(model, MilestoneSchedule({1: 1, 2: 2, 3: 4}, embeddings=embeddings))
+    for boundary in (0, 1, 2, 4):
+        (model(IDS) * model.loss_weight).backward()
+        trained = {n for n, p in model.named_parameters() if "." not in n and p.grad is not None}
+        early = boundary == 0 and embeddings == "first_stage"
+        expected = USED_ABOVE | ({"position", "prompts"} if early else set())
+        if boundary <= 2:
+            expected |= {"middle"}
+        if compiled:
+            expected = expected | USED_ABOVE if early else set()
+        assert trained == expected, f"boundary {boundary}"
+        flags = {n for n, p in model.named_parameters() if "." not in n and p.requires_grad}
+        assert flags == trained
+        handle.truncation_report().assert_truncated()
+        model.zero_grad()
+        handle.advance()
+    handle.unpatch()
+    assert all(p.requires_grad for p in model.parameters())
+
+
+def test_a_resumed_run_keeps_the_state_of_what_is_used_above_the_boundary():
+    runs = []
+    for resumed in (False, True):
+        model = _Bare()
+        schedule = MilestoneSchedule({0: 0, 2: 2})
+        handle = patch_model(model, schedule)
+        optimizer = MaskedAdamW(handle.param_groups(lr=1e-2))
+        for step in range(5):
+            if resumed and step == 3:
+                saved = [model.state_dict(), handle.state_dict(), optimizer.state_dict()]
+                handle.unpatch()
+                model = _Bare()
+                model.load_state_dict(saved[0])
+                handle = patch_model(model, schedule)
+                handle.load_state_dict(saved[1])
+                optimizer = MaskedAdamW(handle.param_groups(lr=1e-2))
+                optimizer.load_state_dict(saved[2])
+            (model(IDS) * model.loss_weight).backward()
+            optimizer.step()
+            optimizer.zero_grad()
+            handle.advance()
+        runs.append(dict(model.named_parameters()))
+    for name, parameter in runs[0].items():
+        assert torch.equal(parameter, runs[1][name]), name
+
+
+def test_a_model_that_trains_nothing_but_what_enters_below_block_0_is_refused():
+    model = _Bare().requires_grad_(False)
+    model.prompts.requires_grad_(True)
+    handle = patch_model(model, MilestoneSchedule({5: 2}))
+    with pytest.raises(ValueError, match="freezes everything that was trainable"):
+        model(IDS)
+    handle.unpatch()
+    assert model.prompts.requires_grad
+
+
+class _Wrapped(nn.Module):
+    """Two stacks; what runs before the encoder's blocks is registered after them."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed = nn.Embedding(10, 8)
+        self.encoder = nn.ModuleList(nn.Linear(8, 8) for _ in range(2))
+        self.late = nn.Linear(8, 8)
+        self.dropout = nn.Dropout(0.1)
+        self.decoder = nn.ModuleList(nn.Linear(8, 8) for _ in range(2))
+        self.out = nn.Linear(8, 2)
+
+    def forward(self, ids: torch.Tensor) -> torch.Tensor:
+        hidden = self.dropout(self.late(self.embed(ids)))
+        for layer in [*self.encoder, *self.decoder]:
+            hidden = layer(hidden).tanh()
+        return self.out(hidden).mean()
+
+
+def test_a_late_module_is_named_though_another_late_one_runs_between():
+    for boundary in (0, 1):
+        model = _Wrapped()
+        patch_model(model, MilestoneSchedule({0: boundary}), blocks=["encoder", "decoder"])
+        with pytest.raises(UnsupportedModelError, match=r"encoder.0 .*computed from late\."):
+            model(IDS)
+
+
+class _OfVectors(_Homemade):
+    def forward(self, vectors: torch.Tensor) -> torch.Tensor:  # (B, T, C) -> ()
+        hidden = self.norm(vectors)
+        for layer in self.layers:
+            hidden = layer(hidden)
+        return self.out(hidden).square().mean()
+
+
+def test_a_parameter_outside_the_model_that_freezing_would_cut_off_is_refused():
+    class Outer(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.project, self.inner = nn.Linear(8, 8), _OfVectors()
+
+        def forward(self, vectors):
+            return self.inner(self.project(vectors))
+
+    vectors = torch.randn(2, 3, 8)
+    for schedule in (MilestoneSchedule({5: 2}), MilestoneSchedule({0: 2}, embeddings="never")):
+        outer = Outer()
+        handle = patch_model(outer.inner, schedule)
+        with pytest.raises(UnsupportedModelError, match="patch a module that holds both"):
+            outer(vectors)
+        handle.unpatch()
+        handle = patch_model(outer, schedule)
+        outer(vectors).backward()
+        assert (outer.project.weight.grad is None) == (handle.boundary > 0)
+        handle.unpatch()
+        with patch_model(outer.inner, MilestoneSchedule({0: 0}, embeddings="always")):
+            outer.zero_grad()
+            outer(vectors).backward()
+            assert outer.project.weight.grad is not None
+
+
+def test_a_vector_that_a_hook_trains_below_the_boundary_is_refused():
+    model, steering = _Homemade(), nn.Parameter(torch.zeros(8))
+    model.layers[0].register_forward_hook(lambda module, args, output: output + steering)
+    patch_model(model, FixedPlan(ABOVE_TWO))
+    with pytest.raises(UnsupportedModelError, match=r"layers\.1 .*none of the model's"):
+        model(IDS)
+
+
+def test_an_input_that_wants_its_gradient_is_refused_below_the_boundary_alone():
+    vectors = torch.randn(2, 3, 8, requires_grad=True)
+    model = _OfVectors()
+    handle = patch_model(model, MilestoneSchedule({1: 2}))
+    model(vectors * 2).backward()
+    assert vectors.grad is not None
+    handle.advance()
+    with pytest.raises(RuntimeError, match=r"cuts off the gradient of an input"):
+        model(vectors * 2)
+    model(vectors.detach()).backward()
+
+
+class _Direct(_Homemade):
+    """Calls its blocks' `forward`, as SqueezeBERT does: no hook runs."""
+
+    def forward(self, ids: torch.Tensor) -> torch.Tensor:
+        hidden = self.norm(self.embed(ids))
+        for layer in self.layers:
+            hidden = layer.forward(hidden)
+        return self.out(hidden).square().mean()
+
+
+def test_blocks_whose_forward_is_called_directly_are_proved_and_reported_too():
+    model = _Direct()
+    handle = patch_model(model, FixedPlan(ABOVE_TWO))
+    model(IDS).backward()
+    report = handle.truncation_report()
+    report.assert_truncated()
+    assert [bool(unit.nodes) for unit in report.units] == [False] * 3 + [True] * 3
+    assert not any("forward" in module.__dict__ for module in model.modules())
+    handle.unpatch()
+    model = _Direct(order="late norm")
+    patch_model(model, MilestoneSchedule({5: 2}))
+    with pytest.raises(UnsupportedModelError, match=r"layers\.0 .*computed from norm\."):
+        model(IDS)
+    assert not any("forward" in module.__dict__ for module in model.modules())
+
+
+def test_what_stands_before_the_blocks_and_feeds_none_is_named_and_the_cure_works(families):
+    class Labelled(_Homemade):
+        def __init__(self):
+            super().__init__()
+            self._modules = {"labels": nn.Embedding(2, 2), **self._modules}
+
+        def forward(self, ids):
+            return super().forward(ids) * self.labels.weight.exp().sum()
+
+    model = Labelled()
+    handle = patch_model(model, MilestoneSchedule({0: 0}, embeddings="always"))
+    model(IDS).backward()  # nothing is ever frozen, so nothing is lost
+    handle.unpatch()
+    handle = patch_model(model, MilestoneSchedule({1: 2}))
+    with pytest.raises(UnsupportedModelError, match=r"no block is computed from labels") as caught:
+        model(IDS)
+    handle.unpatch()
+    cure = re.search(r"register_family\(.*?\)", str(caught.value)).group()
+    eval(cure, {"register_family": register_family})
+    handle = patch_model(model, MilestoneSchedule({1: 2}))
+    for _ in range(2):
+        model.zero_grad()
+        model(IDS).backward()
+        assert model.labels.weight.grad is not None
+        handle.advance()

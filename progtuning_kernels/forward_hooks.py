@@ -1,0 +1,60 @@
+"""Hooks around one module's forward that also see a model which calls `module.forward()` itself.
+
+torch runs hooks in `module(...)` alone; SqueezeBERT, among others, goes past them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from torch import nn
+
+Before = Callable[[nn.Module, tuple[Any, ...], dict[str, Any]], None]
+After = Callable[[nn.Module, Any], None]
+
+
+class ForwardHooks:
+    """Calls `before(module, args, kwargs)` and `after(module, output)` until `remove()`.
+
+    Called through its hooks, a module is seen after every hook that was there before; called by its
+    `forward`, as it is called. The instance's `forward` is replaced for as long.
+    """
+
+    def __init__(self, module: nn.Module, before: Before, after: After | None = None) -> None:
+        self._module, self._before, self._after = module, before, after
+        self._hooks = [module.register_forward_pre_hook(self._enter, with_kwargs=True)]
+        if after is not None:
+            self._hooks.append(module.register_forward_hook(self._leave))
+        self._called = False  # by its hooks
+        self._own = module.__dict__.get("forward")
+        self._replacement = self._forward
+        module.__dict__["forward"] = self._replacement
+
+    def remove(self) -> None:
+        for hook in self._hooks:
+            hook.remove()
+        # transformers 5.0 puts back what it found there, perhaps a forward of its own
+        if self._module.__dict__.get("forward") is self._replacement:
+            del self._module.__dict__["forward"]
+            if self._own is not None:
+                self._module.__dict__["forward"] = self._own
+
+    def _enter(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        self._called = True
+        self._before(module, args, kwargs)
+
+    def _leave(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+        self._after(module, output)
+
+    def _forward(self, *args: Any, **kwargs: Any) -> Any:
+        module = self._module
+        run = self._own or type(module).forward.__get__(module)
+        if self._called:
+            self._called = False
+            return run(*args, **kwargs)
+        self._before(module, args, kwargs)
+        output = run(*args, **kwargs)
+        if self._after is not None:
+            self._after(module, output)
+        return output
