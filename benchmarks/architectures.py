@@ -48,7 +48,7 @@ from progtuning_kernels.families import FAMILIES
 from progtuning_kernels.layout import EMBEDDINGS, Layout, find_layout, parameter_slots
 
 BATCH, TOKENS, VOCABULARY = 2, 8, 101
-SECONDS = 60  # for one architecture
+SECONDS = 60  # of CPU time for one architecture
 ROUNDS = 20  # of following a cure
 # What makes a config small: the first pattern that an attribute's name fits. Zeros stay.
 SMALL: list[tuple[tuple[str, ...], int]] = [
@@ -91,14 +91,14 @@ class _TooSlow(Exception):
 @contextlib.contextmanager
 def _time_limit() -> Iterator[None]:
     def stop(*_: object) -> None:
-        raise _TooSlow(f"not done within {SECONDS} s")
+        raise _TooSlow(f"not done within {SECONDS} s of CPU time")
 
-    signal.signal(signal.SIGALRM, stop)
-    signal.alarm(SECONDS)
+    signal.signal(signal.SIGPROF, stop)
+    signal.setitimer(signal.ITIMER_PROF, SECONDS)
     try:
         yield
     finally:
-        signal.alarm(0)
+        signal.setitimer(signal.ITIMER_PROF, 0)
 
 
 def _model_classes() -> dict[str, str]:
@@ -372,6 +372,13 @@ def summary(content: dict[str, Any]) -> str:
     proved = [row for row in rows if row["status"] == "proved"]
     rounded = sum(not row["bit_equal"] for row in proved)
     boundaries = sum(row["boundaries"] for row in proved)
+    cures = Counter(row["cure"] for row in rows if "cure" in row)
+    followed = (
+        f"What a refusal tells to call was called, to the letter: {cures['works']} models then "
+        f"proved right, {cures['cuts']} more were cut and did not run, for {cures['none']} the "
+        f"refusal says that nothing helps, and for {cures['repeated'] + cures['not said']} it led "
+        "nowhere. "
+    )
     version = content["meta"]["versions"]["transformers"]
     return (
         f"Of the {built} architectures that transformers {version} builds from its default "
@@ -379,7 +386,8 @@ def summary(content: dict[str, Any]) -> str:
         f"{stacks[3]} more) and {counts['refused']} are refused with a reason. {len(proved)} of "
         f"them also ran, shrunken, on random input: at all {boundaries:,} boundaries the gradients "
         f"were those of plain freezing ({rounded} to rounding, the others to the bit) and nothing "
-        f"was left below; {counts['wrong']} were wrong, {late} refused by the first forward. The "
+        f"was left below; {counts['wrong']} were wrong, {late} refused by the first forward. "
+        f"{followed if cures else ''}The "
         "rest did not run on a blindly shrunken config; for them your first forward decides. "
         "(`benchmarks/architectures.py`)"
     )

@@ -17,9 +17,11 @@ class Family:
     """What structure alone gets wrong for one `config.model_type`, or for one class of modules.
 
     The first five are regular expressions, searched in parameter names and in module paths that end
-    in a dot, both as they are in the patched model. Where several fit, shared goes before after,
-    and these before head, embeddings and first_block. A module of which a rule names a part is cut
-    into its parts.
+    in a dot, both as they are in the patched model. Where several match, shared goes before after,
+    and these before the others; of those, one that matches a name to its end goes before one that
+    matches what is around it, and head before embeddings before first_block. A module of which a
+    rule names a part is cut into its parts. Where a rule names a parameter to its end, its module
+    is never run without autograd, and may be used above the boundary too.
 
     Attributes:
         head: these are head although they are registered before the last block.

@@ -180,14 +180,16 @@ def _is_shared(name: str, families: Sequence[Family]) -> bool:
 
 
 def _outermost_lists(model: nn.Module) -> dict[str, nn.Module]:
-    """Every list that may hold blocks: module lists, or else sequences of equal modules."""
+    """Every list that may hold blocks: module lists, or else the sequences of equal modules that
+    hold most of the model.
+    """
     found: dict[str, nn.Module] = {}
     equal: dict[str, nn.Module] = {}
     for path, module in model.named_modules():
         if any(path.startswith(outer + ".") for outer in (*found, *equal)):
             continue  # experts or branches inside a block
         items = list(module.children())
-        if not items or any(isinstance(item, _LISTS) for item in items):
+        if not path or not items or any(isinstance(item, _LISTS) for item in items):
             continue  # a list of lists: no item has a forward of its own
         if not all(next(item.parameters(), None) is not None for item in items):
             continue
@@ -195,7 +197,15 @@ def _outermost_lists(model: nn.Module) -> dict[str, nn.Module]:
             found[path] = module
         elif isinstance(module, nn.Sequential) and _one_class(module) and len(items) > 1:
             equal[path] = module
-    return found or equal
+    return found or (equal if _is_most(model, equal.values()) else {})
+
+
+def _size(modules: Iterable[nn.Module]) -> int:
+    return sum(p.numel() for module in modules for p in module.parameters())
+
+
+def _is_most(model: nn.Module, parts: Iterable[nn.Module]) -> bool:
+    return 2 * _size(parts) > _size([model])
 
 
 def _one_class(modules: nn.Module) -> bool:
@@ -241,7 +251,7 @@ def _choose_stacks(model: nn.Module, families: Sequence[Family]) -> list[str]:
                 )
     if marked:
         return _in_order(marked)
-    if len(lists) == 1 and len(next(iter(lists.values()))) > 1:
+    if len(lists) == 1 and _is_most(model, lists.values()):
         return list(lists)
     equal = [p for p, m in lists.items() if len(m) > 1 and _one_class(m)]
     if paired:
@@ -251,37 +261,35 @@ def _choose_stacks(model: nn.Module, families: Sequence[Family]) -> list[str]:
         ]
         if [len(side) for side in sides] == [1, 1]:
             return [side[0] for side in sides]
-    if len(equal) == 1:
-        return equal
     # stages, each a list of blocks: they run in their order, and so does what is made like them
     parents = {p.rpartition(".")[0] for p in lists}
-    nested = {p for p in parents if isinstance(model.get_submodule(p), nn.ModuleList)}
+    nested = [p for p in parents if isinstance(model.get_submodule(p), nn.ModuleList)]
+    choices = [equal] if len(equal) == 1 else []
     if len(nested) == 1:
-        (parent,) = nested
-        kinds = {type(b) for p, m in lists.items() if p.startswith(f"{parent}.") for b in m}
-        return [p for p, m in lists.items() if {type(b) for b in m} <= kinds]
+        inside = (m for p, m in lists.items() if p.startswith(f"{nested[0]}."))
+        kinds = {type(block) for m in inside for block in m}
+        choices.append([p for p, m in lists.items() if {type(b) for b in m} <= kinds])
+    if choices:
+        return max(choices, key=lambda paths: _size(map(model.get_submodule, paths)))
     listing = ", ".join(f"{p} ({len(m)})" for p, m in lists.items())
-    raise UnsupportedModelError(
-        f"{name}: cannot tell which list holds the blocks among {listing}; {_which(model)}"
-    )
+    what = f"cannot tell which list holds the blocks among {listing}"
+    if len(lists) == 1:
+        what = f"its only list, {listing}, is the smaller part of it, so it may hold no blocks"
+    raise UnsupportedModelError(f"{name}: {what}; {_which(model)}")
 
 
 def _which(model: nn.Module) -> str:
     """What to pass as `blocks`: the modules of one class that hold the most parameters."""
-
-    def size(modules: Iterable[nn.Module]) -> int:
-        return sum(p.numel() for module in modules for p in module.parameters())
-
     lists: dict[frozenset[type], list[str]] = defaultdict(list)
     children: dict[frozenset[type], list[str]] = {}
     for path, module in model.named_modules():
-        own = {f"{path}.{n}".lstrip("."): c for n, c in module.named_children() if size([c])}
+        own = {f"{path}.{n}".lstrip("."): c for n, c in module.named_children() if _size([c])}
         kinds = frozenset(type(child) for child in own.values())
         if any(issubclass(kind, _LISTS) for kind in kinds):
             continue
-        if isinstance(module, (*_LISTS, nn.Sequential)):
+        if path and isinstance(module, (*_LISTS, nn.Sequential)):
             inside = any(path.startswith(p + ".") for found in lists.values() for p in found)
-            if path and len(own) > 1 and not inside:
+            if len(own) > 1 and not inside:
                 lists[kinds].append(path)
         elif len(own) > 1 and not children:  # layers held one by one
             for child_path, child in own.items():
@@ -291,7 +299,7 @@ def _which(model: nn.Module) -> str:
             }
     for groups in (lists, children):
         for paths in sorted(
-            groups.values(), key=lambda g: size(map(model.get_submodule, g)), reverse=True
+            groups.values(), key=lambda g: _size(map(model.get_submodule, g)), reverse=True
         ):
             try:
                 find_layout(model, paths)

@@ -664,7 +664,7 @@ def patch_model(
             "auto" takes a quarter of the CPU memory that is free. It switches itself off where it
             does not pay; `handle.cache_report()` says so.
         blocks: qualified name of the block list where discovery cannot choose; several, in the
-            order in which they run.
+            order in which they run, of lists or of single modules that are a block each.
         step: optimizer steps done; for an optimizer that has its state already, which would lose
             that of tensors that the plan of step 0 freezes.
 

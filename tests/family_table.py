@@ -23,9 +23,11 @@ NAMES = {
     "electra": "ELECTRA",
     "gemma2": "Gemma 2",
     "gemma3_text": "Gemma 3",
+    "gemma3n_text": "Gemma 3n",
     "fsmt": "FSMT",
     "gpt2": "GPT-2",
     "gpt_neox": "GPT-NeoX",
+    "hubert": "HuBERT",
     "modernbert": "ModernBERT",
     "mpnet": "MPNet",
     "opt": "OPT",
@@ -38,6 +40,7 @@ NAMES = {
     "siglip": "SigLIP",
     "t5": "T5",
     "vit": "ViT",
+    "wav2vec2": "Wav2Vec2",
     "xlm": "XLM",
     "xlm-roberta": "XLM-RoBERTa",
 }
@@ -52,6 +55,7 @@ HEADS = {
     "token": "token",
     "qa": "question answering",
     "image": "image",
+    "audio": "audio",
     "contrastive": "contrastive",
 }
 

@@ -73,7 +73,12 @@ def _prove(
 
 def _with_lora(model: nn.Module) -> nn.Module:
     """LoRA on every linear layer, with weights that give every adapter a gradient."""
-    config = peft.LoraConfig(r=2, target_modules="all-linear", init_lora_weights=False)
+    config = peft.LoraConfig(
+        r=2,
+        target_modules="all-linear",
+        exclude_modules=["correction_coefs"],  # Gemma 3n goes around its adapter in train mode only
+        init_lora_weights=False,
+    )
     return peft.get_peft_model(model, config)
 
 

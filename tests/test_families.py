@@ -12,7 +12,7 @@ from tiny_models import MODELS, tiny_inputs, tiny_model
 from torch import nn
 
 from progtuning_kernels import UnsupportedModelError
-from progtuning_kernels.families import Family
+from progtuning_kernels.families import Family, register_family
 from progtuning_kernels.layout import EMBEDDINGS, find_layout, parameter_slots
 
 
@@ -57,6 +57,14 @@ class _TextFirst(nn.Module):
         self.language_model, self.vision_tower = _Encoder(3), _Encoder(2)
         self.projector = nn.Linear(8, 8)
         self.lm_head = nn.Linear(8, 8)
+
+
+@pytest.fixture
+def table(monkeypatch):
+    """A table of families of the test's own."""
+    monkeypatch.setattr("progtuning_kernels.families.FAMILIES", table := {})
+    monkeypatch.setattr("progtuning_kernels.layout.FAMILIES", table)
+    return table
 
 
 @pytest.mark.parametrize("name", [n for n in MODELS if not n.endswith("contrastive")])
@@ -161,8 +169,7 @@ def test_an_encoder_by_the_name_of_a_base_model_is_none():
     assert find_layout(model).unit_of("embeddings.weight") == 3
 
 
-def test_lists_named_by_a_family(monkeypatch):
-    monkeypatch.setattr("progtuning_kernels.layout.FAMILIES", table := {})
+def test_lists_named_by_a_family(table):
     model = _TextFirst()
     model.config = SimpleNamespace(model_type="homemade")
     table["homemade"] = Family(blocks=("language_model.layers", "vision_tower.layers"))
@@ -175,6 +182,89 @@ def test_lists_named_by_a_family(monkeypatch):
     layout = find_layout(model)
     assert layout.module_paths(1) == ("vision_tower.layers.1", "vision_tower.gates.1")
     assert layout.unit_of("vision_tower.gates.0.weight") == 0
+
+
+def test_a_second_rule_adds_to_the_first(table):
+    model = _Plain()
+    model.late, model.later = nn.Linear(8, 8), nn.Linear(8, 8)
+    register_family("_Plain", embeddings=r"^late\.", beside="gates")
+    family = register_family("_Plain", embeddings=r"^later\.", beside=["norms"])
+    assert family.beside == ("gates", "norms")
+    layout = find_layout(model)
+    assert [layout.unit_of(f"{name}.bias") for name in ("late", "later", "out")] == [-1, -1, 3]
+    assert register_family("_Plain", embeddings=r"^late\.", beside="gates") == family
+    assert table == {"_Plain": family}
+
+
+def test_rules_count_for_a_class_and_for_what_is_derived_from_it(table):
+    class Derived(_Plain):
+        pass
+
+    register_family("_Plain", head=r"(^|\.)embed\.")
+    whole = nn.Module()
+    whole.first, whole.inner = nn.Linear(8, 8), Derived()
+    assert find_layout(Derived()).unit_of("embed.weight") == 3
+    assert find_layout(whole).unit_of("inner.embed.weight") == 3
+    assert find_layout(_TextFirst()).unit_of("vision_tower.embed.weight") == EMBEDDINGS
+
+
+def test_a_rule_names_a_part_and_the_closest_rule_counts(table):
+    model = _Plain()
+    model.out = nn.Sequential(nn.LayerNorm(8), nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 2)))
+    register_family("_Plain", embeddings=r"^out\.1\.")
+    layout = find_layout(model)
+    assert layout.module_paths(EMBEDDINGS) == ("embed", "out.1")
+    assert layout.module_paths(layout.head) == ("out.0",)
+    register_family("_Plain", head=r"^out\.1\.0\.", embeddings=r"^out\.0\.bias$")
+    layout = find_layout(model)
+    units = {name: layout.unit_of(name) for name, _ in model.out.named_parameters(prefix="out")}
+    assert units == {
+        "out.0.weight": layout.head,
+        "out.0.bias": EMBEDDINGS,
+        "out.1.0.weight": layout.head,
+        "out.1.0.bias": layout.head,
+        "out.1.1.weight": EMBEDDINGS,
+        "out.1.1.bias": EMBEDDINGS,
+    }
+    # a parameter alone: nothing runs without autograd for its sake
+    assert layout.module_paths(EMBEDDINGS) == ("embed", "out.1.1")
+
+
+def test_lists_of_lists_and_single_modules_are_blocks():
+    model = _Plain()
+    model.layers = nn.ModuleList([_stack(2), _stack(1), nn.Linear(8, 8)])
+    layout = find_layout(model, "layers")
+    assert layout.block_paths == ("layers.0.0", "layers.0.1", "layers.1.0", "layers.2")
+    layout = find_layout(model, ["embed", "layers.0", "out"])
+    assert layout.block_paths == ("embed", "layers.0.0", "layers.0.1", "out")
+    assert layout.unit_of("layers.1.0.weight") == 2 and layout.unit_of("out.bias") == 3
+    for blocks in (["layers", "layers.1"], ["layers.0.1", "layers.0"], ["embed", "embed"]):
+        with pytest.raises(UnsupportedModelError, match="twice"):
+            find_layout(model, blocks)
+
+
+def test_what_stands_between_stages_belongs_to_the_stage_before():
+    model = nn.Module()
+    model.shrink = nn.ModuleList(nn.Conv1d(8, 8, 1) for _ in range(3))
+    model.stages = nn.ModuleList(nn.ModuleList(nn.Linear(8, 8) for _ in range(2)) for _ in range(3))
+    model.norms = nn.ModuleList(nn.LayerNorm(8) for _ in range(3))
+    layout = find_layout(model)
+    assert [s.path for s in layout.stacks] == ["stages.0", "stages.1", "stages.2"]
+    assert [layout.unit_of(f"shrink.{i}.bias") for i in range(3)] == [EMBEDDINGS, 1, 3]
+    assert [layout.unit_of(f"norms.{i}.bias") for i in range(3)] == [1, 3, layout.head]
+
+
+@pytest.mark.parametrize(
+    ("model", "path"),
+    [
+        (lambda: hf.MobileViTModel(hf.MobileViTConfig()), "encoder.layer"),
+        (lambda: hf.SwiftFormerModel(hf.SwiftFormerConfig()), "encoder.network"),
+        (lambda: hf.MgpstrForSceneTextRecognition(hf.MgpstrConfig()), "mgp_str.encoder.blocks"),
+    ],
+)
+def test_one_list_that_is_most_of_a_model_holds_its_blocks(model, path):
+    with torch.device("meta"):
+        assert [s.path for s in find_layout(model()).stacks] == [path]
 
 
 def test_blocks_of_a_sequential_go_by_their_names():

@@ -45,6 +45,7 @@ REFUSED = {
     ("t5-seq2seq-lm", 1): "more tensor",  # the relative bias, which block 1 gets from block 0
     ("t5-sequence", 1): "more tensor",
     **{("fsmt-seq2seq-lm", k): r"not \(B, T, C\)" for k in (1, 2, 3, 4)},  # time comes first
+    **{("gemma3n-causal-lm", k): r"not \(B, T, C\)" for k in (1, 2, 3, 4)},  # four streams do
 }
 # Their loss or their head reads padding: rows are stored with it.
 WITH_PADDING = {"bert-qa", "distilbert-qa", "llama-qa", "siglip-contrastive"}
@@ -189,7 +190,8 @@ def test_every_family(name, boundary):
     if len(handle.layout.stacks) > 1:  # those of the other side run
         other = "vision_model." if name.startswith("siglip") else "decoder."
         embeddings = [path for path in embeddings if other not in path]
-    assert not embeddings
+    if not name.endswith("audio"):  # Wav2Vec2 returns what its feature projection computes
+        assert not embeddings
     paths = handle.cache._paths.values()
     per_token = any(path.per_token for path in paths)
     assert all(p.unpadded for p in paths) == (per_token and name not in WITH_PADDING)

@@ -32,6 +32,29 @@ MODELS = {
             num_channels=3, hidden_sizes=[8, 16, 24, 32], depths=[1, 1, 1, 1], image_size=32
         )
     ),
+    # stages of blocks, with embeddings and norms between them
+    "segformer": lambda: hf.SegformerForImageClassification(
+        hf.SegformerConfig(
+            depths=[1, 1, 1, 1],
+            hidden_sizes=[8, 8, 16, 16],
+            num_attention_heads=[1, 1, 2, 2],
+            sr_ratios=[2, 1, 1, 1],
+            strides=[2, 2, 1, 1],
+            drop_path_rate=0.0,
+        )
+    ),
+    "pvt": lambda: hf.PvtForImageClassification(
+        hf.PvtConfig(
+            image_size=32,
+            depths=[1, 1, 1, 1],
+            hidden_sizes=[8, 8, 16, 16],
+            num_attention_heads=[1, 1, 2, 2],
+            sequence_reduction_ratios=[2, 1, 1, 1],
+            strides=[2, 2, 1, 1],
+            drop_path_rate=0.0,
+            num_labels=2,
+        )
+    ),
     # an encoder of one kind and a decoder of another, put together by the user
     "vision-encoder-decoder": lambda: hf.VisionEncoderDecoderModel(
         encoder=hf.ViTModel(
@@ -78,7 +101,7 @@ def _model(name: str) -> torch.nn.Module:
 def _inputs(name: str) -> dict[str, torch.Tensor]:
     generator = torch.Generator().manual_seed(1)
     labels = torch.tensor([0, 1, 0, 1])
-    if name in ("convnext", "vision-encoder-decoder"):
+    if name in ("convnext", "segformer", "pvt", "vision-encoder-decoder"):
         inputs = {"pixel_values": torch.randn(4, 3, 32, 32, generator=generator), "labels": labels}
         if name == "vision-encoder-decoder":
             inputs["labels"] = torch.randint(3, 97, (4, 6), generator=generator)

@@ -148,6 +148,25 @@ _SIGLIP = hf.SiglipConfig(
     text_config={**_SIZES, "num_hidden_layers": 2, "projection_size": 32},
     vision_config={**_VISION, "num_hidden_layers": 2},
 )
+_SPEECH = dict(
+    **{**_SIZES, "vocab_size": 32},
+    conv_dim=(8, 8),
+    conv_kernel=(8, 4),
+    conv_stride=(4, 2),
+    num_feat_extract_layers=2,
+    num_conv_pos_embeddings=4,
+    num_conv_pos_embedding_groups=2,
+    classifier_proj_size=16,
+    apply_spec_augment=False,
+    layerdrop=0.0,
+    hidden_dropout=0.0,
+    attention_dropout=0.0,
+    activation_dropout=0.0,
+    feat_quantizer_dropout=0.0,
+    feat_proj_dropout=0.0,
+    num_labels=3,
+)
+_STABLE = dict(**_SPEECH, do_stable_layer_norm=True, feat_extract_norm="layer")
 _WHISPER = hf.WhisperConfig(
     **_TWO_SIDES, num_mel_bins=8, max_source_positions=8, max_target_positions=32
 )
@@ -215,6 +234,25 @@ MODELS: dict[str, Callable[[], nn.Module]] = {
         hf.CLIPForImageClassification,
         hf.CLIPConfig(vision_config=_VISION, text_config=_SIZES, num_labels=3),
     ),
+    "wav2vec2-audio": _build(hf.Wav2Vec2ForSequenceClassification, hf.Wav2Vec2Config(**_SPEECH)),
+    "wav2vec2-stable-audio": _build(
+        hf.Wav2Vec2ForSequenceClassification, hf.Wav2Vec2Config(**_STABLE)
+    ),
+    "hubert-stable-audio": _build(hf.HubertForSequenceClassification, hf.HubertConfig(**_STABLE)),
+    "gemma3n-causal-lm": _build(
+        hf.Gemma3nForCausalLM,
+        hf.Gemma3nTextConfig(
+            **{**_GROUPED, "intermediate_size": [48] * 4},
+            head_dim=8,
+            vocab_size_per_layer_input=VOCABULARY,
+            hidden_size_per_layer_input=8,
+            layer_types=["full_attention", "sliding_attention"] * 2,
+            sliding_window=8,
+            num_kv_shared_layers=0,
+            laurel_rank=4,
+            activation_sparsity_pattern=[0.0] * 4,
+        ),
+    ),
     "llama-causal-lm": _build(hf.LlamaForCausalLM, _LLAMA),
     "llama-sequence": _build(hf.LlamaForSequenceClassification, _LLAMA),
     "llama-token": _build(hf.LlamaForTokenClassification, _LLAMA),
@@ -243,6 +281,9 @@ def tiny_inputs(name: str, *, seed: int = 1) -> dict[str, Any]:
     if name.endswith("image"):
         pixels = torch.randn(BATCH, 3, IMAGE, IMAGE, generator=generator)
         return {"pixel_values": pixels, "labels": classes}
+    if name.endswith("audio"):
+        waves = torch.randn(BATCH, 160, generator=generator)
+        return {"input_values": waves, "labels": classes}
     ids = torch.randint(3, VOCABULARY, (BATCH, TOKENS), generator=generator)
     mask = torch.ones_like(ids)
     for row in range(1, BATCH):
