@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import abc
 import copy
 import pickle
+import types
+from typing import Any
 
 import pytest
 import torch
@@ -272,6 +275,73 @@ def test_a_class_forward_bound_on_the_instance_does_not_outlive_the_freeze():
     model(**inputs).loss.backward()
     assert all(p.grad is not None for p in model.bert.encoder.layer[0].parameters())
     assert not any("forward" in vars(block) for block in model.bert.encoder.layer[:2])
+
+
+_registry: dict[str, type] = {}
+
+
+def _register(cls: type) -> None:
+    if cls.__name__ in _registry:
+        raise ValueError(f"there is a {cls.__name__} already")
+    _registry[cls.__name__] = cls
+
+
+class _Registers:
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        _register(cls)
+
+
+class _WantsAKind:
+    def __init_subclass__(cls, *, kind: str, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        cls.kind = kind
+
+
+class _RegisteringMeta(type):
+    def __init__(cls, name: str, bases: tuple, namespace: dict, **kwargs: Any) -> None:
+        super().__init__(name, bases, namespace)
+        _register(cls)
+
+
+class _Block(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = nn.Linear(8, 8)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x + self.linear(x).tanh()
+
+
+@pytest.mark.parametrize(
+    ("bases", "options"),
+    [
+        ((_Registers, _Block), {}),
+        ((_Block, _Registers), {}),
+        ((_Block, _WantsAKind), {"kind": "wide"}),
+        ((_Block,), {"metaclass": _RegisteringMeta}),
+        ((_Block, abc.ABC), {}),
+    ],
+    ids=["registered first", "registered last", "keyword", "metaclass", "abstract"],
+)
+def test_no_registry_of_classes_hears_of_a_patch(bases, options, monkeypatch):
+    monkeypatch.setattr("test_patch._registry", registry := {})
+    cls = types.new_class("Custom", bases, options)
+    known = dict(registry)
+    model = nn.Sequential(nn.Linear(8, 8), nn.ModuleList(cls() for _ in range(3)), nn.Linear(8, 1))
+    model.forward = lambda x: model[2](model[1][2](model[1][1](model[1][0](model[0](x))))).sum()
+    with patch_model(model, ProgressiveSchedule(3, 3)) as handle:
+        for boundary in range(3):
+            model(torch.ones(1, 8)).backward()
+            assert type(model[1][0]) is not cls or not boundary
+            for i, block in enumerate(model[1]):
+                assert (block.linear.weight.grad is not None) == (i >= boundary)
+                assert isinstance(block, cls)
+            model.zero_grad()
+            handle.advance()
+        assert getattr(model[1][0], "kind", "wide") == "wide"
+        assert not isinstance(model[1][2], type(model[1][0]))
+    assert {type(block) for block in model[1]} == {cls} and registry == known
 
 
 @pytest.mark.filterwarnings("error:Dynamo does not know")
