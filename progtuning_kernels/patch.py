@@ -6,6 +6,7 @@ it. Nothing here touches a class or a module of another library.
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
@@ -22,7 +23,7 @@ from .boundary import Boundary, FrozenMode
 from .cache import CacheReport, PrefixCache, PrefixServer, automatic_cache
 from .checkpointing import drop_input_grads, make_nonreentrant
 from .derived_classes import without_derived_ancestors
-from .distributed import Wrapper, refuse_flat_parameters, shards_of, surrounding
+from .distributed import Wrapper, refuse_flat_parameters, shards_of, surrounding, unwrap
 from .families import UnsupportedModelError
 from .gradient_norms import GradientNorms
 from .gradient_paths import GradientPaths
@@ -32,6 +33,7 @@ from .swaps import KernelReport, Kernels, KernelSwaps
 from .truncation import TruncationReport, UnitReport, measure_forward
 
 _HANDLE = "_progtuning_handle"
+_live: weakref.WeakSet[PatchHandle] = weakref.WeakSet()  # of models that are patched now
 
 
 @dataclass(frozen=True)
@@ -82,7 +84,7 @@ class PatchHandle:
     """What `patch_model` returns: the schedule's grip on one model. Also a context manager.
 
     Attributes:
-        model: the patched model.
+        model: the patched model, without the wrapper that `patch_model` was given.
         schedule: the schedule that plans its steps.
         layout: how the model is cut into units.
         step: optimizer steps done; `plan` is the plan of the next one.
@@ -141,6 +143,7 @@ class PatchHandle:
             self.cache = PrefixServer(model, layout, cache, fixed=frozen_mode == "eval")
         self._hook = model.register_forward_pre_hook(_before_forward, with_kwargs=True)
         model.__dict__[_HANDLE] = self
+        _live.add(self)
         try:
             self._kernels.follow(self._active.device)
             self._apply()
@@ -448,6 +451,7 @@ class PatchHandle:
         self._listeners.clear()
         self.last_forward = None
         del self.model.__dict__[_HANDLE]
+        _live.discard(self)
         if self._wrapper is not None:
             self._wrapper.release()
             self._wrapper = None
@@ -579,6 +583,8 @@ def patch_model(
 
     Args:
         model: a Hugging Face model, PEFT adapters included, or any module with lists of blocks.
+            Inside `DistributedDataParallel` or `torch.compile`, what is inside is patched, and the
+            wrapper attached.
         schedule: plans every optimizer step, e.g. `ProgressiveSchedule(3, total_steps)`.
         frozen_mode: "eval" makes a frozen unit a fixed function (no dropout); "train" leaves its
             mode alone.
@@ -603,9 +609,11 @@ def patch_model(
 
     Raises:
         UnsupportedModelError: no block list can be found, the blocks share weights, or the model
-            has adapters that cannot freeze with their blocks; from the first training forward, if
-            a unit turns out to be computed from a later one.
-        ValueError: the model is patched already, or the schedule does not fit it.
+            has adapters that cannot freeze with their blocks, or is in a wrapper that does not
+            follow changes of what trains; from the first training forward, if a unit turns out to
+            be computed from a later one.
+        ValueError: the model, a part of it or one that it is a part of is patched already, or the
+            schedule does not fit it.
     """
     if frozen_mode not in get_args(FrozenMode):
         raise ValueError(f"frozen_mode must be 'eval' or 'train', got {frozen_mode!r}")
@@ -615,12 +623,12 @@ def patch_model(
         raise ValueError(f"kernels must be 'auto', 'on' or 'off', got {kernels!r}")
     if not (cache is None or cache == "auto" or isinstance(cache, PrefixCache)):
         raise ValueError(f"cache must be a PrefixCache, 'auto' or None, got {cache!r}")
-    if handle_of(model) is not None:
-        raise ValueError("the model is patched already: call handle.unpatch() first")
-    refuse_flat_parameters(model)
-    layout = find_layout(model, blocks)
-    return PatchHandle(
-        model,
+    inner = unwrap(model)
+    _refuse_patched(inner)
+    refuse_flat_parameters(inner)
+    layout = find_layout(inner, blocks)
+    handle = PatchHandle(
+        inner,
         schedule,
         layout,
         frozen_mode=frozen_mode,
@@ -629,6 +637,27 @@ def patch_model(
         cache=automatic_cache() if cache == "auto" else cache,
         step=step,
     )
+    if inner is model:
+        return handle
+    try:
+        return handle.attach(model)
+    except BaseException:
+        handle.unpatch()
+        raise
+
+
+def _refuse_patched(model: nn.Module) -> None:
+    """Two plans over one parameter would each undo the other's flags, and keep them."""
+    names = {id(p): name for name, p in model.named_parameters()}
+    for handle in list(_live):
+        if handle.model is model:
+            raise ValueError("the model is patched already: call handle.unpatch() first")
+        shared = next((names[id(p)] for p in handle.model.parameters() if id(p) in names), None)
+        if shared is not None:
+            raise ValueError(
+                f"{shared} is in a {type(handle.model).__name__} that is patched already: call "
+                "unpatch() of its handle first, then patch the model that is called in training"
+            )
 
 
 def handle_of(model: nn.Module) -> PatchHandle | None:

@@ -389,6 +389,35 @@ def test_bad_calls_are_named():
         patch_model(model, ProgressiveSchedule(2, 4))
 
 
+def test_models_that_share_parameters_are_not_patched_together():
+    model = tiny_model("bert-sequence")
+    other = tiny_model("bert-sequence")
+    other.bert = model.bert  # two heads on one backbone
+    for first, second in ((model.bert, model), (model, model.bert), (model, other)):
+        handle = patch_model(first, ProgressiveSchedule(2, 4))
+        with pytest.raises(ValueError, match=r"patched already: call unpatch\(\) of its handle"):
+            patch_model(second, ProgressiveSchedule(4, 4))
+        handle.advance()
+        patch_model(copy.deepcopy(second), ProgressiveSchedule(4, 4))
+        handle.unpatch()
+        with patch_model(second, ProgressiveSchedule(4, 4)) as handle:
+            handle.seek(3)
+        assert all(p.requires_grad for m in (model, other) for p in m.parameters())
+
+
+def test_a_compiled_model_is_patched_inside():
+    model, inputs = tiny_model("bert-sequence"), tiny_inputs("bert-sequence")
+    compiled = torch.compile(model, backend="eager")
+    with patch_model(compiled, MilestoneSchedule({1: 2})) as handle:
+        assert handle.model is model and handle_of(model) is handle
+        for boundary in (0, 2):
+            compiled(**inputs).loss.backward()
+            grads = [block.output.dense.weight.grad for block in model.bert.encoder.layer]
+            assert [g is None for g in grads] == [i < boundary for i in range(4)]
+            model.zero_grad()
+            handle.advance()
+
+
 def test_a_plan_that_freezes_everything_is_refused_before_training():
     model = tiny_model("bert-sequence")
     for name, parameter in model.named_parameters():
