@@ -1,9 +1,9 @@
 """Changes how one instance runs, by moving it to a fixed subclass of its own class.
 
 Flipping `module.__class__` leaves every `__dict__` as it was, survives `torch.compile` and FSDP2,
-and is undone by flipping back. Nothing is written into a class or module of another library, nor does
-its code run when a class is made here: a class that registers its subclasses hears of none. There
-is one class per base and key, however many instances use it: compiled code is guarded by the class.
+and is undone by flipping back. Nothing is written into a class or module of another library, and no
+code of theirs runs when a class is made here: who registers subclasses hears of none. There is one
+class per base and key, however many instances use it: compiled code is guarded by the class.
 """
 
 from __future__ import annotations

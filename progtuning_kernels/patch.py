@@ -6,6 +6,7 @@ it. Nothing here touches a class or a module of another library.
 
 from __future__ import annotations
 
+import warnings
 import weakref
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
@@ -29,6 +30,7 @@ from .gradient_norms import GradientNorms
 from .gradient_paths import GradientPaths
 from .layout import EMBEDDINGS, Layout, find_layout, parameter_slots
 from .schedules import FreezePlan, ObservingSchedule, Schedule
+from .structure import Structure
 from .swaps import KernelReport, Kernels, KernelSwaps
 from .truncation import TruncationReport, UnitReport, measure_forward
 
@@ -73,6 +75,7 @@ def _before_forward(
 def _before_training_forward(
     handle: PatchHandle, args: tuple[Any, ...], kwargs: dict[str, Any]
 ) -> None:
+    handle.follow_structure()
     handle.before_training_forward()
     device_type, autocast = handle.device_type, None
     if torch.amp.is_autocast_available(device_type) and torch.is_autocast_enabled(device_type):
@@ -115,6 +118,7 @@ class PatchHandle:
         self.layout = layout
         self.step = step
         self.boundary = 0
+        self._structure = Structure(model, layout)
         self._active = ActiveSet(model, layout, tied)
         self._boundary = Boundary(model, layout, frozen_mode)
         self._kernels = KernelSwaps(model, layout, kernels)
@@ -200,8 +204,8 @@ class PatchHandle:
             True when the plan changed.
 
         Raises:
-            RuntimeError: the model is not patched any more, or a schedule that decides by gradient
-                norms has seen none.
+            RuntimeError: the model is not patched any more, its blocks are others than they were,
+                or a schedule that decides by gradient norms has seen none.
         """
         self.observe()
         return self.seek(self.step + 1)
@@ -221,12 +225,15 @@ class PatchHandle:
             raise RuntimeError("the model is not patched any more: call patch_model again")
         plan = self.schedule.plan(step, self.num_blocks)
         changed = plan != self.plan
-        if changed:
+        rebuilt = self._structure.changed
+        if rebuilt:
+            self._take_in_changes()
+        if changed or rebuilt:
             self._check_plan(step, plan)
         self.step, self.plan = step, plan
         if self._norms is not None:
             self._norms.begin(step)
-        if changed:
+        if changed or rebuilt:
             self._apply()
         else:
             self.reassert()
@@ -329,6 +336,7 @@ class PatchHandle:
         The last training forward is run once more, on the same inputs, with counters attached:
         training itself is never slowed down by counting, and its random numbers stay as they were.
         """
+        self._structure.check()
         uses = {}
         if (last := self.last_forward) is not None:
             with last.context(), nullcontext() if self.cache is None else self.cache.paused():
@@ -443,8 +451,6 @@ class PatchHandle:
         for module, function, replaced in self._reentrant:
             if module._gradient_checkpointing_func is replaced:
                 module._gradient_checkpointing_func = function
-        for module in self._input_grads:
-            module.enable_input_require_grads()
         self._hook.remove()
         if self._norms is not None:
             self._norms.remove()
@@ -452,10 +458,24 @@ class PatchHandle:
         self.last_forward = None
         del self.model.__dict__[_HANDLE]
         _live.discard(self)
+        for module in self._input_grads:
+            module.enable_input_require_grads()
         if self._wrapper is not None:
             self._wrapper.release()
             self._wrapper = None
         freeze_events.announce()
+
+    def follow_structure(self) -> None:
+        """Apply the plan anew where modules or parameters came or went before its first forward.
+
+        Raises (from the forward):
+            RuntimeError: the blocks are others than when the model was patched.
+        """
+        self._structure.check_blocks()
+        if not self.proved and self._structure.changed:
+            self._take_in_changes()
+            self._check_plan(self.step, self.plan)
+            self._apply()
 
     def before_training_forward(self) -> None:
         """Keep checkpointing truncated; prove, once under every plan, that nothing is cut off.
@@ -480,6 +500,18 @@ class PatchHandle:
                 self.proved = output is not None  # None: the forward has raised
 
             hook = self.model.register_forward_hook(finish, always_call=True)
+
+    def _take_in_changes(self) -> None:
+        self._structure.check()
+        new = self._active.rescan()
+        self._structure.note()
+        if new and self.last_forward is not None:
+            more = f" and {len(new) - 1} more" if len(new) > 1 else ""
+            warnings.warn(
+                f"{new[0]}{more} came into the model while it was trained: an optimizer that was "
+                "made before does not hold it, and leaves it as it is",
+                stacklevel=4,
+            )
 
     def _find_wrapper(self) -> None:
         """Attach whatever runs this forward, if that is somebody new."""
