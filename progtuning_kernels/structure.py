@@ -7,7 +7,7 @@ objects that are replaced under their names are no change: FSDP2 makes its own.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Mapping
 
 from torch import nn
 
@@ -29,12 +29,16 @@ class Structure:
 
     def note(self) -> None:
         """From now on the model is as it should be."""
-        self._parts = [(m, dict(m._modules), [*_own(m)]) for m in self._model.modules()]
+        modules = list(self._model.modules())
+        self._inside = [(m._modules, dict(m._modules)) for m in modules]
+        self._owned = [(m._parameters, _names(m._parameters)) for m in modules]
 
     @property
     def changed(self) -> bool:
         """Whether a module, or the name of a parameter, came or went anywhere."""
-        return any(m._modules != inside or [*_own(m)] != own for m, inside, own in self._parts)
+        return any(now != before for now, before in self._inside) or any(
+            _names(now) != before for now, before in self._owned
+        )
 
     def check_blocks(self) -> None:
         """Raise `RuntimeError` if a list of blocks holds others than when the model was patched."""
@@ -52,8 +56,8 @@ class Structure:
                     raise RuntimeError(_message(f"{path} is gone, which was there"))
 
 
-def _own(module: nn.Module) -> Iterator[str]:
-    return (name for name, parameter in module._parameters.items() if parameter is not None)
+def _names(parameters: Mapping[str, nn.Parameter | None]) -> list[str]:
+    return [name for name in parameters if parameters[name] is not None]
 
 
 def _module_at(model: nn.Module, path: str) -> nn.Module | None:
