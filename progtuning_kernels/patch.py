@@ -8,10 +8,11 @@ from __future__ import annotations
 
 import warnings
 import weakref
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from datetime import timedelta
+from inspect import signature
 from typing import Any, Literal, get_args
 
 import torch
@@ -29,7 +30,8 @@ from .families import UnsupportedModelError
 from .gradient_norms import GradientNorms
 from .gradient_paths import GradientPaths
 from .layout import EMBEDDINGS, Layout, find_layout, parameter_slots
-from .schedules import FreezePlan, ObservingSchedule, Schedule
+from .missed_steps import MissedSteps
+from .schedules import FreezePlan, ObservingSchedule, Schedule, check_schedule, whole_number
 from .structure import Structure
 from .swaps import KernelReport, Kernels, KernelSwaps
 from .truncation import TruncationReport, UnitReport, measure_forward
@@ -75,7 +77,7 @@ def _before_forward(
 def _before_training_forward(
     handle: PatchHandle, args: tuple[Any, ...], kwargs: dict[str, Any]
 ) -> None:
-    handle.follow_structure()
+    handle.follow_user()
     handle.before_training_forward()
     device_type, autocast = handle.device_type, None
     if torch.amp.is_autocast_available(device_type) and torch.is_autocast_enabled(device_type):
@@ -123,6 +125,7 @@ class PatchHandle:
         self._boundary = Boundary(model, layout, frozen_mode)
         self._kernels = KernelSwaps(model, layout, kernels)
         self._listeners: list[Callable[[PatchHandle], None]] = []
+        self._missed = MissedSteps(model, layout, schedule)
         self._frozen: set[int] = set()  # units that hold no active tensor
         self.proved = False
         # what was changed for checkpointing, to be put back: see checkpointing.py
@@ -223,6 +226,8 @@ class PatchHandle:
         """Jump to the plan of optimizer step `step`, as after a resume; True when it changed."""
         if handle_of(self.model) is not self:
             raise RuntimeError("the model is not patched any more: call patch_model again")
+        step = whole_number("step", step, 0)
+        self._missed.told(step)
         plan = self.schedule.plan(step, self.num_blocks)
         changed = plan != self.plan
         rebuilt = self._structure.changed
@@ -465,13 +470,18 @@ class PatchHandle:
             self._wrapper = None
         freeze_events.announce()
 
-    def follow_structure(self) -> None:
-        """Apply the plan anew where modules or parameters came or went before its first forward.
+    def follow_user(self) -> None:
+        """Before a training forward: look at what was done, or not, to the model since the last.
+
+        Warns of updates without `advance`. Applies the plan anew where modules or parameters came
+        or went before its first forward.
 
         Raises (from the forward):
             RuntimeError: the blocks are others than when the model was patched.
         """
         self._structure.check_blocks()
+        if self._wrapper is None or not self._wrapper.sharded:  # FSDP2 writes at every forward
+            self._missed.before_forward(self.step)
         if not self.proved and self._structure.changed:
             self._take_in_changes()
             self._check_plan(self.step, self.plan)
@@ -640,6 +650,7 @@ def patch_model(
         The handle; call `handle.advance()` once per optimizer step.
 
     Raises:
+        TypeError: no model, or no schedule.
         UnsupportedModelError: no block list can be found, the blocks share weights, or the model
             has adapters that cannot freeze with their blocks, or is in a wrapper that does not
             follow changes of what trains; from the first training forward, if a unit turns out to
@@ -647,14 +658,11 @@ def patch_model(
         ValueError: the model, a part of it or one that it is a part of is patched already, or the
             schedule does not fit it.
     """
-    if frozen_mode not in get_args(FrozenMode):
-        raise ValueError(f"frozen_mode must be 'eval' or 'train', got {frozen_mode!r}")
-    if tied not in get_args(TiedPolicy):
-        raise ValueError(f"tied must be 'frozen' or 'head_only', got {tied!r}")
-    if kernels not in get_args(Kernels):
-        raise ValueError(f"kernels must be 'auto', 'on' or 'off', got {kernels!r}")
-    if not (cache is None or cache == "auto" or isinstance(cache, PrefixCache)):
-        raise ValueError(f"cache must be a PrefixCache, 'auto' or None, got {cache!r}")
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"patch_model takes a model, an nn.Module, and a schedule, got {model!r}")
+    check_schedule(schedule, "patch_model")
+    _check_values(frozen_mode=frozen_mode, tied=tied, kernels=kernels, cache=cache)
+    step = whole_number("step", step, 0)
     inner = unwrap(model)
     _refuse_patched(inner)
     refuse_flat_parameters(inner)
@@ -676,6 +684,39 @@ def patch_model(
     except BaseException:
         handle.unpatch()
         raise
+
+
+def check_options(options: Mapping[str, Any], taker: str) -> None:
+    """Check keyword arguments that `taker` was given for a `patch_model` to come.
+
+    Raises:
+        TypeError: one that it has not; `step` is for `taker` to know.
+        ValueError: a value that it does not take.
+    """
+    parameters = signature(patch_model).parameters.values()
+    known = [p.name for p in parameters if p.kind is p.KEYWORD_ONLY and p.name != "step"]
+    for name in options:
+        if name not in known:
+            raise TypeError(f"{taker} has no option {name!r}; it has {', '.join(known)}")
+    _check_values(**options)
+
+
+def _check_values(
+    *,
+    frozen_mode: FrozenMode = "eval",
+    tied: TiedPolicy = "frozen",
+    kernels: Kernels = "auto",
+    cache: PrefixCache | Literal["auto"] | None = None,
+    **others: Any,
+) -> None:
+    if frozen_mode not in get_args(FrozenMode):
+        raise ValueError(f"frozen_mode must be 'eval' or 'train', got {frozen_mode!r}")
+    if tied not in get_args(TiedPolicy):
+        raise ValueError(f"tied must be 'frozen' or 'head_only', got {tied!r}")
+    if kernels not in get_args(Kernels):
+        raise ValueError(f"kernels must be 'auto', 'on' or 'off', got {kernels!r}")
+    if not (cache is None or cache == "auto" or isinstance(cache, PrefixCache)):
+        raise ValueError(f"cache must be a PrefixCache, 'auto' or None, got {cache!r}")
 
 
 def _refuse_patched(model: nn.Module) -> None:

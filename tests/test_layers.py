@@ -13,7 +13,8 @@ LAYERS = [
     {"_backend", "schedules", "families", "freeze_events", "derived_classes", "call_stack"},
     {"ops", "layout", "schedule_files"},
     {"optim", "boundary", "truncation", "gradient_paths", "checkpointing", "adapters"}
-    | {"swaps", "cache", "gradient_norms", "distributed", "structure"},
+    | {"swaps", "cache", "gradient_norms", "distributed", "structure"}
+    | {"missed_steps"},
     {"active_set"},
     {"patch", "planner"},
     {"integrations", "report", "contribution", "checkpoints"},

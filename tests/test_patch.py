@@ -7,8 +7,10 @@ import contextlib
 import copy
 import pickle
 import types
+import warnings
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from proofs import FixedPlan, frozen_by_hand, gradients
@@ -18,14 +20,19 @@ from torch._dynamo.testing import CompileCounter
 from torch.nn.utils import parametrizations, prune
 
 from progtuning_kernels import (
+    AdaptiveSchedule,
+    AnnealedSchedule,
     FreezePlan,
+    MaskedAdamW,
     MilestoneSchedule,
     ProgressiveSchedule,
+    RandomBlockSchedule,
     TruncationError,
     patch_model,
     release_frozen_state,
 )
 from progtuning_kernels.derived_classes import root_of
+from progtuning_kernels.integrations.hf_trainer import ProgtuningCallback
 from progtuning_kernels.patch import handle_of
 
 
@@ -538,6 +545,190 @@ def test_bad_calls_are_named():
     patch_model(model, ProgressiveSchedule(2, 4))
     with pytest.raises(ValueError, match="patched already"):
         patch_model(model, ProgressiveSchedule(2, 4))
+
+
+@pytest.mark.parametrize("make", [lambda s: patch_model(nn.Linear(2, 2), s), ProgtuningCallback])
+@pytest.mark.parametrize(
+    ("schedule", "message"),
+    [
+        ("progressive", "takes a schedule, e.g. ProgressiveSchedule.*got 'progressive'"),
+        (ProgressiveSchedule, r"not its class: pass ProgressiveSchedule\(...\)"),
+        (AnnealedSchedule, r"not its class: pass AnnealedSchedule\(...\)"),
+        (None, "got None"),
+        (3, "got 3"),
+    ],
+)
+def test_what_is_no_schedule_is_named_at_once(make, schedule, message):
+    with pytest.raises(TypeError, match=message):
+        make(schedule)
+    if not isinstance(schedule, type):
+        with pytest.raises(TypeError, match=message):
+            AnnealedSchedule(schedule)
+
+
+def test_what_is_no_model_and_options_that_are_none_are_named_at_once():
+    schedule = ProgressiveSchedule(2, 4)
+    with pytest.raises(TypeError, match="takes a model, an nn.Module, and a schedule"):
+        patch_model(schedule, tiny_model("bert-sequence"))
+    for options in ({"frozenmode": "eval"}, {"step": 3}):
+        with pytest.raises(
+            TypeError, match=f"no option '{[*options][0]}'; it has frozen_mode, tie"
+        ):
+            ProgtuningCallback(schedule, **options)
+    for options in ({"frozen_mode": "off"}, {"kernels": True}, {"cache": "always"}):
+        with pytest.raises(ValueError, match=f"{[*options][0]} must be"):
+            ProgtuningCallback(schedule, **options)
+
+
+@pytest.mark.parametrize("step", [2.0, np.int64(2), np.float32(2)])
+def test_steps_are_numbers_of_any_library(step):
+    handle = patch_model(tiny_model("bert-sequence"), ProgressiveSchedule(4, 4), step=step)
+    assert (repr(handle.step), handle.boundary) == ("2", 2)
+    handle.seek(step + 1)
+    assert (repr(handle.step), handle.boundary) == ("3", 3)
+    with pytest.raises(ValueError, match="step must be 0 or more"):
+        handle.seek(-1)
+    with pytest.raises(TypeError, match="step must be 0 or more"):
+        handle.seek("2")
+
+
+class _Told:
+    """The warnings about missed steps that came inside."""
+
+    def __enter__(self) -> list[str]:
+        self._caught = warnings.catch_warnings(record=True)
+        self._messages = self._caught.__enter__()
+        warnings.simplefilter("always")
+        self.about: list[str] = []
+        return self.about
+
+    def __exit__(self, *exc: object) -> None:
+        self._caught.__exit__(*exc)
+        self.about += [text for m in self._messages if "handle.advance" in (text := str(m.message))]
+
+
+def _loop(schedule, step, *, optimizer=torch.optim.SGD, steps=8) -> list[str]:
+    """What is told while `step(handle, backward, optimizer)` makes each of some steps."""
+    handle = patch_model(tiny_model("bert-sequence"), schedule)
+    inputs = tiny_inputs("bert-sequence")
+    made = optimizer(handle.model.parameters(), lr=0.01)
+
+    def backward():
+        made.zero_grad()
+        loss = handle.model(**inputs).loss
+        loss.backward()
+        return loss
+
+    with handle, _Told() as told:
+        for _ in range(steps):
+            step(handle, backward, made)
+    return told
+
+
+@pytest.mark.parametrize("optimizer", [torch.optim.SGD, torch.optim.AdamW, MaskedAdamW])
+@pytest.mark.parametrize(
+    "schedule",
+    [
+        ProgressiveSchedule(4, 8),
+        ProgressiveSchedule(4),
+        MilestoneSchedule({100: 2}),
+        RandomBlockSchedule(1, 5),
+        AdaptiveSchedule(5),
+    ],
+    ids=repr,
+)
+def test_a_loop_without_advance_is_told_so_once(schedule, optimizer):
+    def step(handle, backward, made):
+        backward()
+        made.step()
+
+    (message,) = _loop(schedule, step, optimizer=optimizer)
+    assert "still at step 0: call handle.advance() once per optimizer step" in message
+
+
+def test_an_advance_once_in_a_while_is_no_advance_per_step():
+    def step(handle, backward, made):
+        for _ in range(4):
+            backward()
+            made.step()
+        handle.advance()
+
+    assert len(_loop(ProgressiveSchedule(4, 8), step)) == 1
+
+
+def test_going_on_past_the_end_is_told_once():
+    def step(handle, backward, made):
+        for _ in range(2):  # per batch, where a step is two
+            backward()
+            handle.advance()
+        made.step()
+
+    (message,) = _loop(ProgressiveSchedule(4, 8), step)
+    assert "past total_steps=8" in message and "handle.advance() once per optimizer" in message
+
+
+def _accumulates(handle, backward, made):
+    for _ in range(4):
+        backward()
+    made.step()
+    handle.advance()
+
+
+def _advances_first(handle, backward, made):
+    backward()
+    handle.advance()
+    made.step()
+
+
+def _looks_for_a_worse_place(handle, backward, made):  # as SAM does
+    backward()
+    with torch.no_grad():
+        for p in handle.model.parameters():
+            p.add_(0.01)
+    backward()
+    with torch.no_grad():
+        for p in handle.model.parameters():
+            p.sub_(0.01)
+    made.step()
+    handle.advance()
+
+
+def _runs_a_closure(handle, backward, made):
+    made.step(backward)
+    handle.advance()
+
+
+def _evaluates(handle, backward, made):
+    backward()
+    made.step()
+    handle.model.load_state_dict(handle.model.state_dict())
+    with torch.no_grad():
+        for _ in range(3):
+            handle.model(**tiny_inputs("bert-sequence"))
+    handle.advance()
+
+
+@pytest.mark.parametrize(
+    ("step", "optimizer"),
+    [
+        (_accumulates, torch.optim.SGD),
+        (_accumulates, MaskedAdamW),
+        (_advances_first, torch.optim.SGD),
+        (_looks_for_a_worse_place, torch.optim.SGD),
+        (_runs_a_closure, torch.optim.LBFGS),
+        (_evaluates, torch.optim.AdamW),
+    ],
+)
+def test_loops_that_advance_are_told_nothing(step, optimizer):
+    assert _loop(ProgressiveSchedule(4, 8), step, optimizer=optimizer) == []
+
+
+def test_one_plan_for_all_steps_needs_no_advance():
+    def step(handle, backward, made):
+        backward()
+        made.step()
+
+    assert _loop(MilestoneSchedule({0: 2}), step) == []
 
 
 def test_models_that_share_parameters_are_not_patched_together():
