@@ -19,6 +19,11 @@ def _configs(model: nn.Module) -> list[Any]:
     return list(configs.values()) if isinstance(configs, dict) else []
 
 
+def has_adapters(model: nn.Module) -> bool:
+    """Whether it is a PEFT model, or adapters were injected into it."""
+    return bool(_configs(model))
+
+
 def _kind(config: Any) -> str:
     kind = getattr(config, "peft_type", "")
     return str(getattr(kind, "value", kind))

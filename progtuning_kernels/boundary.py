@@ -11,7 +11,7 @@ runs eagerly); nothing is written into any `__dict__` but `training`.
 from __future__ import annotations
 
 import weakref
-from collections.abc import Collection
+from collections.abc import Collection, Iterable
 from typing import Any, Literal, NamedTuple
 
 import torch
@@ -96,6 +96,13 @@ def _drop_own_forward(module: nn.Module) -> None:
         del module.__dict__["forward"]
 
 
+class _Side(NamedTuple):
+    """Where a module stands: runs without autograd, holds no active tensor."""
+
+    no_grad: bool
+    frozen: bool
+
+
 class Boundary:
     """Holds the modules of one model on their side of the boundary.
 
@@ -109,7 +116,8 @@ class Boundary:
         self._model = model
         self._layout = layout
         self._hold_eval = frozen_mode == "eval"
-        self._modes: dict[str, list[tuple[nn.Module, bool]]] = {}
+        self._sides: dict[nn.Module, _Side] = {}
+        self._modes: dict[nn.Module, list[tuple[nn.Module, bool]]] = {}
 
     def move(self, frozen: Collection[int], boundary: int) -> None:
         """Put every module on its side.
@@ -120,21 +128,30 @@ class Boundary:
             boundary: units below this one run under `no_grad`; so do the embeddings wherever they
                 are frozen (those of a decoder run after blocks that may be trainable).
         """
+        sides = {}
         for unit in self._layout.units[:-1]:
             for path in self._layout.module_paths(unit):
                 no_grad = unit in frozen if unit == EMBEDDINGS else unit < boundary
-                self._switch(path, no_grad=no_grad, frozen=unit in frozen)
+                sides[self._model.get_submodule(path)] = _Side(no_grad, unit in frozen)
+        # what left the model in the meantime is nobody's any more
+        self._put_back(module for module in self._sides if module not in sides)
+        self._sides = sides
+        for module, side in sides.items():
+            self._switch(module, side)
 
     def restore(self) -> None:
         """Put every module back as it was found, but for modes asked for in the meantime."""
-        self.move((), EMBEDDINGS)
+        self._put_back(self._sides)
 
-    def _switch(self, path: str, *, no_grad: bool, frozen: bool) -> None:
-        module = self._model.get_submodule(path)
+    def _put_back(self, modules: Iterable[nn.Module]) -> None:
+        for module in modules:
+            self._switch(module, _Side(no_grad=False, frozen=False))
+
+    def _switch(self, module: nn.Module, side: _Side) -> None:
+        no_grad, hold_eval = side.no_grad, side.frozen and self._hold_eval
         base = unfrozen_class(without_derived_ancestors(type(module)))
-        hold_eval = frozen and self._hold_eval
-        if hold_eval and path not in self._modes:
-            self._modes[path] = [(m, m.training) for m in module.modules()]
+        if hold_eval and module not in self._modes:
+            self._modes[module] = [(m, m.training) for m in module.modules()]
             _requested_mode.pop(module, None)
             base.train(module, False)
         _drop_own_forward(module)
@@ -151,8 +168,8 @@ class Boundary:
         )
         if type(module) is not target:
             module.__class__ = target
-        if not hold_eval and path in self._modes:
-            modes = self._modes.pop(path)
+        if not hold_eval and module in self._modes:
+            modes = self._modes.pop(module)
             requested = _requested_mode.pop(module, None)
             if requested is None:
                 for m, mode in modes:

@@ -6,10 +6,13 @@ it. Nothing here touches a class or a module of another library.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+import warnings
+import weakref
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from datetime import timedelta
+from inspect import signature
 from typing import Any, Literal, get_args
 
 import torch
@@ -22,16 +25,19 @@ from .boundary import Boundary, FrozenMode
 from .cache import CacheReport, PrefixCache, PrefixServer, automatic_cache
 from .checkpointing import drop_input_grads, make_nonreentrant
 from .derived_classes import without_derived_ancestors
-from .distributed import Wrapper, refuse_flat_parameters, shards_of, surrounding
+from .distributed import Wrapper, refuse_flat_parameters, shards_of, surrounding, unwrap
 from .families import UnsupportedModelError
 from .gradient_norms import GradientNorms
 from .gradient_paths import GradientPaths
 from .layout import EMBEDDINGS, Layout, find_layout, parameter_slots
-from .schedules import FreezePlan, ObservingSchedule, Schedule
+from .missed_steps import MissedSteps
+from .schedules import FreezePlan, ObservingSchedule, Schedule, check_schedule, whole_number
+from .structure import Structure
 from .swaps import KernelReport, Kernels, KernelSwaps
 from .truncation import TruncationReport, UnitReport, measure_forward
 
 _HANDLE = "_progtuning_handle"
+_live: weakref.WeakSet[PatchHandle] = weakref.WeakSet()  # of models that are patched now
 
 
 @dataclass(frozen=True)
@@ -88,6 +94,7 @@ def _after_forward(model: nn.Module, args: tuple[Any, ...], output: Any) -> None
 def _before_training_forward(
     handle: PatchHandle, args: tuple[Any, ...], kwargs: dict[str, Any]
 ) -> None:
+    handle.follow_user()
     handle.before_training_forward((args, kwargs))
     device_type, autocast = handle.device_type, None
     if torch.amp.is_autocast_available(device_type) and torch.is_autocast_enabled(device_type):
@@ -99,7 +106,7 @@ class PatchHandle:
     """What `patch_model` returns: the schedule's grip on one model. Also a context manager.
 
     Attributes:
-        model: the patched model.
+        model: the patched model, without the wrapper that `patch_model` was given.
         schedule: the schedule that plans its steps.
         layout: how the model is cut into units.
         step: optimizer steps done; `plan` is the plan of the next one.
@@ -133,10 +140,12 @@ class PatchHandle:
         # head until a forward shows a unit that is computed from them: so nothing is cut off, and
         # no state of a resumed run is dropped, on a guess
         layout.found.update(dict.fromkeys(layout.unruled(model), layout.head))
+        self._structure = Structure(model, layout)
         self._active = ActiveSet(model, layout, tied)
         self._boundary = Boundary(model, layout, frozen_mode)
         self._kernels = KernelSwaps(model, layout, kernels)
         self._listeners: list[Callable[[PatchHandle], None]] = []
+        self._missed = MissedSteps(model, layout, schedule)
         self._frozen: set[int] = set()  # units that hold no active tensor
         self.proved = False
         self._paths: GradientPaths | None = None  # of the forward that proves
@@ -165,6 +174,7 @@ class PatchHandle:
             model.register_forward_hook(_after_forward, always_call=True),
         ]
         model.__dict__[_HANDLE] = self
+        _live.add(self)
         try:
             self._kernels.follow(self._active.device)
             self._apply()
@@ -221,8 +231,8 @@ class PatchHandle:
             True when the plan changed.
 
         Raises:
-            RuntimeError: the model is not patched any more, or a schedule that decides by gradient
-                norms has seen none.
+            RuntimeError: the model is not patched any more, its blocks are others than they were,
+                or a schedule that decides by gradient norms has seen none.
         """
         self.observe()
         return self.seek(self.step + 1)
@@ -240,14 +250,19 @@ class PatchHandle:
         """Jump to the plan of optimizer step `step`, as after a resume; True when it changed."""
         if handle_of(self.model) is not self:
             raise RuntimeError("the model is not patched any more: call patch_model again")
+        step = whole_number("step", step, 0)
+        self._missed.told(step)
         plan = self.schedule.plan(step, self.num_blocks)
         changed = plan != self.plan
-        if changed:
+        rebuilt = self._structure.changed
+        if rebuilt:
+            self._take_in_changes()
+        if changed or rebuilt:
             self._check_plan(step, plan)
         self.step, self.plan = step, plan
         if self._norms is not None:
             self._norms.begin(step)
-        if changed:
+        if changed or rebuilt:
             self._apply()
         else:
             self.reassert()
@@ -350,6 +365,7 @@ class PatchHandle:
         The last training forward is run once more, on the same inputs, with counters attached:
         training itself is never slowed down by counting, and its random numbers stay as they were.
         """
+        self._structure.check()
         uses = {}
         if (last := self.last_forward) is not None:
             with last.context(), nullcontext() if self.cache is None else self.cache.paused():
@@ -464,8 +480,6 @@ class PatchHandle:
         for module, function, replaced in self._reentrant:
             if module._gradient_checkpointing_func is replaced:
                 module._gradient_checkpointing_func = function
-        for module in self._input_grads:
-            module.enable_input_require_grads()
         for hook in self._hooks:
             hook.remove()
         self.end_proof()
@@ -474,10 +488,30 @@ class PatchHandle:
         self._listeners.clear()
         self.last_forward = None
         del self.model.__dict__[_HANDLE]
+        _live.discard(self)
+        for module in self._input_grads:
+            module.enable_input_require_grads()
         if self._wrapper is not None:
             self._wrapper.release()
             self._wrapper = None
         freeze_events.announce()
+
+    def follow_user(self) -> None:
+        """Before a training forward: look at what was done, or not, to the model since the last.
+
+        Warns of updates without `advance`. Applies the plan anew where modules or parameters came
+        or went before its first forward.
+
+        Raises (from the forward):
+            RuntimeError: the blocks are others than when the model was patched.
+        """
+        self._structure.check_blocks()
+        if self._wrapper is None or not self._wrapper.sharded:  # FSDP2 writes at every forward
+            self._missed.before_forward(self.step)
+        if not self.proved and self._structure.changed:
+            self._take_in_changes()
+            self._check_plan(self.step, self.plan)
+            self._apply()
 
     def before_training_forward(self, inputs: Any) -> None:
         """Keep checkpointing truncated; prove, once under every plan, that nothing is cut off.
@@ -530,6 +564,20 @@ class PatchHandle:
         for plan in (self.plan, *(plan for _, plan in self._plans_to_check())):
             units.update(u for u in self.layout.units if not self._active.trains(u, plan))
         return units
+
+    def _take_in_changes(self) -> None:
+        self._structure.check()
+        for name in self.layout.unruled(self.model):
+            self.layout.found.setdefault(name, self.layout.head)
+        new = self._active.rescan()
+        self._structure.note()
+        if new and self.last_forward is not None:
+            more = f" and {len(new) - 1} more" if len(new) > 1 else ""
+            warnings.warn(
+                f"{new[0]}{more} came into the model while it was trained: an optimizer that was "
+                "made before does not hold it, and leaves it as it is",
+                stacklevel=4,
+            )
 
     def _find_wrapper(self) -> None:
         """Attach whatever runs this forward, if that is somebody new."""
@@ -649,6 +697,8 @@ def patch_model(
 
     Args:
         model: a Hugging Face model, PEFT adapters included, or any module with lists of blocks.
+            Inside `DistributedDataParallel` or `torch.compile`, what is inside is patched, and the
+            wrapper attached.
         schedule: plans every optimizer step, e.g. `ProgressiveSchedule(3, total_steps)`.
         frozen_mode: "eval" makes a frozen unit a fixed function (no dropout); "train" leaves its
             mode alone.
@@ -672,25 +722,25 @@ def patch_model(
         The handle; call `handle.advance()` once per optimizer step.
 
     Raises:
+        TypeError: no model, or no schedule.
         UnsupportedModelError: no block list can be found, the blocks share weights, or the model
-            has adapters that cannot freeze with their blocks; from the first training forward, if
-            a unit turns out to be computed from a later one.
-        ValueError: the model is patched already, or the schedule does not fit it.
+            has adapters that cannot freeze with their blocks, or is in a wrapper that does not
+            follow changes of what trains; from the first training forward, if a unit turns out to
+            be computed from a later one.
+        ValueError: the model, a part of it or one that it is a part of is patched already, or the
+            schedule does not fit it.
     """
-    if frozen_mode not in get_args(FrozenMode):
-        raise ValueError(f"frozen_mode must be 'eval' or 'train', got {frozen_mode!r}")
-    if tied not in get_args(TiedPolicy):
-        raise ValueError(f"tied must be 'frozen' or 'head_only', got {tied!r}")
-    if kernels not in get_args(Kernels):
-        raise ValueError(f"kernels must be 'auto', 'on' or 'off', got {kernels!r}")
-    if not (cache is None or cache == "auto" or isinstance(cache, PrefixCache)):
-        raise ValueError(f"cache must be a PrefixCache, 'auto' or None, got {cache!r}")
-    if handle_of(model) is not None:
-        raise ValueError("the model is patched already: call handle.unpatch() first")
-    refuse_flat_parameters(model)
-    layout = find_layout(model, blocks)
-    return PatchHandle(
-        model,
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"patch_model takes a model, an nn.Module, and a schedule, got {model!r}")
+    check_schedule(schedule, "patch_model")
+    _check_values(frozen_mode=frozen_mode, tied=tied, kernels=kernels, cache=cache)
+    step = whole_number("step", step, 0)
+    inner = unwrap(model)
+    _refuse_patched(inner)
+    refuse_flat_parameters(inner)
+    layout = find_layout(inner, blocks)
+    handle = PatchHandle(
+        inner,
         schedule,
         layout,
         frozen_mode=frozen_mode,
@@ -699,6 +749,60 @@ def patch_model(
         cache=automatic_cache() if cache == "auto" else cache,
         step=step,
     )
+    if inner is model:
+        return handle
+    try:
+        return handle.attach(model)
+    except BaseException:
+        handle.unpatch()
+        raise
+
+
+def check_options(options: Mapping[str, Any], taker: str) -> None:
+    """Check keyword arguments that `taker` was given for a `patch_model` to come.
+
+    Raises:
+        TypeError: one that it has not; `step` is for `taker` to know.
+        ValueError: a value that it does not take.
+    """
+    parameters = signature(patch_model).parameters.values()
+    known = [p.name for p in parameters if p.kind is p.KEYWORD_ONLY and p.name != "step"]
+    for name in options:
+        if name not in known:
+            raise TypeError(f"{taker} has no option {name!r}; it has {', '.join(known)}")
+    _check_values(**options)
+
+
+def _check_values(
+    *,
+    frozen_mode: FrozenMode = "eval",
+    tied: TiedPolicy = "frozen",
+    kernels: Kernels = "auto",
+    cache: PrefixCache | Literal["auto"] | None = None,
+    **others: Any,
+) -> None:
+    if frozen_mode not in get_args(FrozenMode):
+        raise ValueError(f"frozen_mode must be 'eval' or 'train', got {frozen_mode!r}")
+    if tied not in get_args(TiedPolicy):
+        raise ValueError(f"tied must be 'frozen' or 'head_only', got {tied!r}")
+    if kernels not in get_args(Kernels):
+        raise ValueError(f"kernels must be 'auto', 'on' or 'off', got {kernels!r}")
+    if not (cache is None or cache == "auto" or isinstance(cache, PrefixCache)):
+        raise ValueError(f"cache must be a PrefixCache, 'auto' or None, got {cache!r}")
+
+
+def _refuse_patched(model: nn.Module) -> None:
+    """Two plans over one parameter would each undo the other's flags, and keep them."""
+    names = {id(p): name for name, p in model.named_parameters()}
+    for handle in list(_live):
+        if handle.model is model:
+            raise ValueError("the model is patched already: call handle.unpatch() first")
+        shared = next((names[id(p)] for p in handle.model.parameters() if id(p) in names), None)
+        if shared is not None:
+            raise ValueError(
+                f"{shared} is in a {type(handle.model).__name__} that is patched already: call "
+                "unpatch() of its handle first, then patch the model that is called in training"
+            )
 
 
 def handle_of(model: nn.Module) -> PatchHandle | None:

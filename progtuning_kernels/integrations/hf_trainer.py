@@ -14,8 +14,8 @@ from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState,
 from transformers.utils import logging
 
 from ..optim import MaskedOptimizer, release_frozen_state
-from ..patch import PatchHandle, handle_of, patch_model
-from ..schedules import AnnealedSchedule, ObservingSchedule, Schedule
+from ..patch import PatchHandle, check_options, handle_of, patch_model
+from ..schedules import AnnealedSchedule, ObservingSchedule, Schedule, check_schedule
 
 # Where the Trainer's own clipping is kept while a masked optimizer clips in its place: on the
 # arguments, so that a run that ended in an exception can be put right by the next one.
@@ -59,6 +59,10 @@ class ProgtuningCallback(TrainerCallback):
         schedule: copied; one without `total_steps` is bound to the Trainer's number of steps.
         patch_options: `frozen_mode`, `tied`, `kernels`, `cache`, `blocks` of `patch_model`.
 
+    Raises:
+        TypeError: no schedule, or an option that `patch_model` has not.
+        ValueError: a value that it does not take.
+
     Raises (when training begins):
         UnsupportedModelError, ValueError: as `patch_model`.
         RuntimeError: several GPUs in one process, or `torch_compile` on several processes without
@@ -66,6 +70,8 @@ class ProgtuningCallback(TrainerCallback):
     """
 
     def __init__(self, schedule: Schedule, **patch_options: Any) -> None:
+        check_schedule(schedule, "ProgtuningCallback")
+        check_options(patch_options, "ProgtuningCallback")
         self._given = copy.deepcopy(schedule)
         self.schedule = copy.deepcopy(schedule)
         self.handle: PatchHandle | None = None
