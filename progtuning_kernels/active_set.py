@@ -91,7 +91,7 @@ class ActiveSet:
         Returns:
             The units that hold an active parameter.
         """
-        self._note_user_freezes()
+        self._note_user_choices()
         self._scan()
         units = [self.active_units(slot, plan) for slot in self._slots]
         self._flags = [bool(used) for used in units]
@@ -110,10 +110,21 @@ class ActiveSet:
             if used and used != slot.units
         ]
 
+    def follow(self, plan: FreezePlan) -> bool:
+        """Take what was switched on since the last plan for the user's own choice, as PEFT does it
+        with another adapter.
+
+        Returns:
+            True where `plan` trains some of it and so wants to be applied anew.
+        """
+        chosen = [slot for slot, on in self._switched() if on]
+        self._user_trainable.update((slot.name, True) for slot in chosen)
+        return any(self.active_units(slot, plan) for slot in chosen)
+
     def reassert(self) -> None:
         """Freeze again what was switched on, drop its gradient, put frozen columns back."""
         for slot, on in zip(self._slots, self._flags, strict=True):
-            if on:
+            if on or not self._user_trainable[slot.name]:
                 continue
             parameter = slot.parameter
             if parameter.requires_grad:
@@ -125,8 +136,8 @@ class ActiveSet:
             columns.put_back()
 
     def restore(self) -> None:
-        """Every flag as it was found, but for what the user froze in the meantime."""
-        self._note_user_freezes()
+        """Every flag as it was found, but for what the user switched in the meantime."""
+        self._note_user_choices()
         if self._flags:
             self.reassert()
         for slot in self._slots:
@@ -158,12 +169,18 @@ class ActiveSet:
     def _scan(self) -> None:
         """List the parameters; one that appeared since the last plan keeps its own flag."""
         self._slots = list(parameter_slots(self._model, self._layout))
-        for slot in self._slots:
-            self._user_trainable.setdefault(slot.name, slot.parameter.requires_grad)
+        known = self._user_trainable
+        self._user_trainable = {
+            slot.name: known.get(slot.name, slot.parameter.requires_grad) for slot in self._slots
+        }
 
-    def _note_user_freezes(self) -> None:
-        """What the plan had on and is off now, the user froze since; it stays frozen from here."""
+    def _switched(self) -> Iterator[tuple[ParameterSlot, bool]]:
+        """Parameters whose flag is not the plan's any more, with the flag that they have now."""
         # before the first plan there are no flags, and nothing to compare with
         for slot, on in zip(self._slots, self._flags, strict=bool(self._flags)):
-            if on and not slot.parameter.requires_grad:
-                self._user_trainable[slot.name] = False
+            if slot.parameter.requires_grad != on:
+                yield slot, not on
+
+    def _note_user_choices(self) -> None:
+        """What somebody switched since the last plan stays so wherever the next one trains it."""
+        self._user_trainable.update((slot.name, on) for slot, on in self._switched())

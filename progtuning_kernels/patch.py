@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from datetime import timedelta
+from itertools import zip_longest
 from typing import Any, Literal, get_args
 
 import torch
@@ -17,7 +18,7 @@ from torch import nn
 
 from . import freeze_events
 from .active_set import ActiveSet, TiedPolicy
-from .adapters import check_adapters, rank_allocation_end
+from .adapters import adapter_configs, check_adapters, rank_allocation_end
 from .boundary import Boundary, FrozenMode
 from .cache import CacheReport, PrefixCache, PrefixServer, automatic_cache
 from .checkpointing import drop_input_grads, make_nonreentrant
@@ -56,6 +57,8 @@ def _before_forward(
     handle = handle_of(model)
     if handle is None or torch.compiler.is_compiling():
         return None
+    if torch.is_grad_enabled():
+        handle.follow_switches()
     cache = handle.cache
     if cache is not None:
         kwargs = cache.before_forward(args, kwargs, proved=handle.proved)
@@ -131,8 +134,7 @@ class PatchHandle:
             self._norms.begin(step)
 
         self.plan = schedule.plan(step, layout.num_blocks)
-        check_adapters(model, layout)
-        self._allocation_end = rank_allocation_end(model)
+        self._look_at_adapters()
         for step, plan in self._plans_to_check():
             self._check_plan(step, plan)
         self.device_type = self._active.device.type
@@ -225,6 +227,8 @@ class PatchHandle:
             self._norms.begin(step)
         if changed:
             self._apply()
+            for listener in self._listeners:
+                listener(self)
         else:
             self.reassert()
         return changed
@@ -237,7 +241,8 @@ class PatchHandle:
         decay of the whole table move. A checkpoint written between `optimizer.step()` and
         `advance()` wants this call before it.
         """
-        self._active.reassert()
+        if not self.follow_switches():
+            self._active.reassert()
 
     def attach(self, wrapped: nn.Module, *, timeout: timedelta | None = None) -> PatchHandle:
         """Tell the handle what surrounds the model on several processes, after wrapping it.
@@ -453,6 +458,39 @@ class PatchHandle:
             self._wrapper = None
         freeze_events.announce()
 
+    def follow_switches(self) -> bool:
+        """Train what was switched on since the last plan, wherever the plan in force trains it.
+
+        PEFT switches flags when another adapter is chosen, and makes modules when one is added. A
+        block that had nothing to train may train now.
+
+        Returns:
+            Whether anything changed.
+
+        Raises:
+            UnsupportedModelError, ValueError: as `patch_model`, of adapters added since.
+        """
+        switched = self._active.follow(self.plan)
+        adapters = adapter_configs(self.model)
+        if any(a is not b for a, b in zip_longest(self._adapters, adapters)):
+            if not self._adapters:  # PEFT froze the base model, and in frozen blocks nobody sees it
+                raise UnsupportedModelError(
+                    f"{type(self.model).__name__}: adapters were added after patch_model: add them "
+                    "first, or call handle.unpatch(), add them, and patch again"
+                )
+            self._look_at_adapters()
+            self._reinstall()  # modules that are new, and those that adapters stand in now
+        elif not switched:
+            return False
+        self._apply()
+        self._check_plan(self.step, self.plan)
+        return True
+
+    def _look_at_adapters(self) -> None:
+        check_adapters(self.model, self.layout)
+        self._adapters = adapter_configs(self.model)
+        self._allocation_end = rank_allocation_end(self.model)
+
     def before_training_forward(self) -> None:
         """Keep checkpointing truncated; prove, once under every plan, that nothing is cut off.
 
@@ -462,7 +500,8 @@ class PatchHandle:
         if not self.proved:
             self._find_wrapper()
         if (device := self._active.device).type != self.device_type:
-            self._follow(device)
+            self.device_type = device.type
+            self._reinstall()
         if self._embeddings_frozen:
             # block 0 may train; its input does not require grad all the same
             self._input_grads += drop_input_grads(self.model, self.layout)
@@ -497,11 +536,11 @@ class PatchHandle:
         if self._norms is not None:
             self._norms.install()
 
-    def _follow(self, device: torch.device) -> None:
-        """The model has moved: other kernels, below the classes that the boundary has put on."""
-        self.device_type = device.type
+    def _reinstall(self) -> None:
+        """The model has moved, or has other modules: kernels anew, below the boundary's classes."""
         self._boundary.restore()
-        self._kernels.follow(device)
+        self._kernels.restore()
+        self._kernels.follow(self._active.device)
         self._boundary.move(self._frozen, self.boundary)
 
     def _plans_to_check(self) -> Iterator[tuple[int, FreezePlan]]:
@@ -545,8 +584,6 @@ class PatchHandle:
         if self._wrapper is not None:
             self._wrapper.follow(step=self.step, boundary=self.boundary)
         freeze_events.announce()
-        for listener in self._listeners:
-            listener(self)
 
 
 def decay_groups(parameters: Sequence[nn.Parameter], weight_decay: float) -> list[dict[str, Any]]:
