@@ -564,3 +564,36 @@ def test_the_progress_bar_and_the_logs_say_the_stage(tmp_path, capsys, caplog):
     assert [log["stage"] for log in logs] == [1, 1, 2, 2, 3, 3, 4, 4]
     shares = [log["active_share"] for log in logs]
     assert shares[0] == 1.0 and shares == sorted(shares, reverse=True) and shares[-1] < 0.5
+
+
+@pytest.mark.parametrize("name", ["bert-sequence", "llama-causal-lm"])
+@pytest.mark.parametrize("frozen_mode", ["eval", "train"])
+def test_noise_of_neftune_goes_on_when_the_embeddings_are_frozen(tmp_path, name, frozen_mode):
+    model = tiny_model(name, dropout=True)
+    embeddings, noisy = model.get_input_embeddings(), []
+
+    class _Look(TrainerCallback):
+        def on_train_begin(self, args, state, control, **kwargs):
+            def look(module, args, output):  # runs after the hook that adds the noise
+                plain = nn.functional.embedding(args[0], module.weight, module.padding_idx)
+                noisy.append((handle_of(model).boundary, not torch.equal(output, plain)))
+
+            self.hook = embeddings.register_forward_hook(look)
+
+        def on_train_end(self, args, state, control, **kwargs):
+            self.hook.remove()
+
+    trainer = _trainer(
+        tmp_path,
+        model=model,
+        rows=_rows(name),
+        callbacks=[ProgtuningCallback(ProgressiveSchedule(4), frozen_mode=frozen_mode), _Look()],
+        neftune_noise_alpha=50.0,
+        eval_strategy="steps",
+        eval_steps=STEPS,
+    )
+    trainer.train()
+    *steps, evaluation = noisy
+    assert steps == [(step // 2, True) for step in range(STEPS)]
+    assert evaluation == (3, False)
+    assert all(module.training for module in model.train().modules())
