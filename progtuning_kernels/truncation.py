@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -279,9 +279,23 @@ def _count_nodes(
     return nodes
 
 
-def _storages(tensors: Iterable[torch.Tensor]) -> set[int]:
-    # by identity: on the meta device, where plans are measured, no storage has an address
-    return {t.untyped_storage()._cdata for t in tensors}
+def _parts(tensor: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    """What holds the data of a sparse tensor; of any other, itself."""
+    tensor = tensor.detach()
+    if tensor.layout == torch.sparse_coo:
+        return tensor._indices(), tensor._values()
+    if tensor.layout in (torch.sparse_csr, torch.sparse_bsr):
+        return tensor.crow_indices(), tensor.col_indices(), tensor.values()
+    if tensor.layout in (torch.sparse_csc, torch.sparse_bsc):
+        return tensor.ccol_indices(), tensor.row_indices(), tensor.values()
+    return (tensor,)
+
+
+def _storages(tensors: Iterable[torch.Tensor]) -> Iterator[torch.UntypedStorage]:
+    for tensor in tensors:
+        for part in _parts(tensor):
+            with suppress(NotImplementedError):  # oneDNN's own layouts show none
+                yield part.untyped_storage()
 
 
 def measure_forward(
@@ -309,18 +323,23 @@ def measure_forward(
     units_by_parameter = {
         id(slot.parameter): boundary if slot.sliced else slot.home for slot in slots
     }
-    owned = _storages((*(slot.parameter for slot in slots), *model.buffers()))
+    # by identity: on the meta device, where plans are measured, no storage has an address
+    owned = {
+        storage._cdata
+        for storage in _storages((*(slot.parameter for slot in slots), *model.buffers()))
+    }
     saved: dict[int, int] = defaultdict(int)
     held: dict[int, int] = defaultdict(int)
-    kept: dict[int, torch.Tensor] = {}  # alive until the end, so that no address is used twice
+    # alive until the end, so that no address is used twice
+    kept: dict[int, torch.UntypedStorage] = {}
     clock = _UnitClock(model, layout, boundary if sliced else EMBEDDINGS)
 
     def pack(tensor: torch.Tensor) -> torch.Tensor:
-        saved[clock.unit] += tensor.numel() * tensor.element_size()
-        storage = tensor.untyped_storage()
-        if storage._cdata not in owned and storage._cdata not in kept:
-            kept[storage._cdata] = tensor.detach()
-            held[clock.unit] += storage.nbytes()
+        saved[clock.unit] += sum(p.numel() * p.element_size() for p in _parts(tensor))
+        for storage in _storages([tensor]):
+            if storage._cdata not in owned and storage._cdata not in kept:
+                kept[storage._cdata] = storage
+                held[clock.unit] += storage.nbytes()
         return tensor.detach()  # returning the tensor itself would tie it to its own graph node
 
     devices = {slot.parameter.device for slot in slots}
