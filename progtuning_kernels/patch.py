@@ -6,7 +6,8 @@ it. Nothing here touches a class or a module of another library.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+import copy
+from collections.abc import Callable, Iterator, MutableMapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from datetime import timedelta
@@ -35,9 +36,22 @@ from .truncation import TruncationReport, UnitReport, measure_forward
 _HANDLE = "_progtuning_handle"
 
 
+def _with_own_containers(value: Any) -> Any:
+    """A copy that shares every tensor: models write into the dict that they are called with."""
+    if isinstance(value, tuple):
+        items = [_with_own_containers(item) for item in value]
+        return value._make(items) if hasattr(value, "_make") else tuple(items)
+    if isinstance(value, MutableMapping | list):
+        pairs = list(value.items() if isinstance(value, MutableMapping) else enumerate(value))
+        value = copy.copy(value)
+        for key, item in pairs:
+            value[key] = _with_own_containers(item)
+    return value
+
+
 @dataclass(frozen=True)
 class _Forward:
-    """The inputs of a training forward, so that a report can repeat it."""
+    """The inputs of a training forward as they were before it, so that a report can repeat it."""
 
     args: tuple[Any, ...]
     kwargs: dict[str, Any]
@@ -78,7 +92,7 @@ def _before_training_forward(
     device_type, autocast = handle.device_type, None
     if torch.amp.is_autocast_available(device_type) and torch.is_autocast_enabled(device_type):
         autocast = (device_type, torch.get_autocast_dtype(device_type))
-    handle.last_forward = _Forward(args, kwargs, autocast)
+    handle.last_forward = _Forward(*_with_own_containers((args, kwargs)), autocast)
 
 
 class PatchHandle:
@@ -336,8 +350,9 @@ class PatchHandle:
             with last.context(), nullcontext() if self.cache is None else self.cache.paused():
                 paths = GradientPaths(self.model, self.layout, self.boundary, compiled=True)
                 try:
+                    args, kwargs = _with_own_containers((last.args, last.kwargs))
                     uses = measure_forward(
-                        self.model, self.layout, last.args, last.kwargs, boundary=self.boundary
+                        self.model, self.layout, args, kwargs, boundary=self.boundary
                     )
                 finally:
                     paths.remove()

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, fields, is_dataclass
 from typing import Any
 
 import torch
@@ -168,6 +168,17 @@ def _some(names: Sequence[str]) -> str:
     return names[0] + (f" and {len(names) - 1} more" if len(names) > 1 else "") if names else ""
 
 
+def _tensors_in(value: Any) -> Iterator[torch.Tensor]:
+    """Tensors in what a module returned, in containers that pytree does not know too."""
+    for leaf in pytree.tree_leaves(value):
+        if isinstance(leaf, torch.Tensor):
+            yield leaf
+        elif isinstance(leaf, Mapping):
+            yield from _tensors_in(list(leaf.values()))
+        elif is_dataclass(leaf) and not isinstance(leaf, type):
+            yield from _tensors_in([getattr(leaf, field.name) for field in fields(leaf)])
+
+
 class _UnitClock:
     """Knows which unit a forward is in, from hooks that live for one forward.
 
@@ -191,7 +202,7 @@ class _UnitClock:
 
     def _note_output(self, unit: int, path: str, output: Any) -> None:
         if path not in self.requiring_grad[unit] and any(
-            isinstance(t, torch.Tensor) and t.requires_grad for t in pytree.tree_leaves(output)
+            t.requires_grad for t in _tensors_in(output)
         ):
             self.requiring_grad[unit].append(path)
 
@@ -251,8 +262,7 @@ class _UnitClock:
 def _count_nodes(
     outputs: Any, clock: _UnitClock, units_by_parameter: Mapping[int, int]
 ) -> dict[int, int]:
-    tensors = [t for t in pytree.tree_leaves(outputs) if isinstance(t, torch.Tensor)]
-    pending = [t.grad_fn for t in tensors if t.grad_fn is not None]
+    pending = [t.grad_fn for t in _tensors_in(outputs) if t.grad_fn is not None]
     found = set(pending)
     users: dict[Any, Any] = {}  # a node that goes on from each one
     while pending:

@@ -278,6 +278,29 @@ def test_what_peft_switches_on_is_frozen_again_at_the_next_step():
         assert all(p.requires_grad for p in above)
 
 
+@pytest.mark.parametrize(("kind", "options"), [("Shira", {"r": 2}), ("Frod", {})])
+def test_adapters_that_save_sparse_tensors_are_reported(kind, options):
+    config = getattr(peft, f"{kind}Config", None)
+    if config is None:
+        pytest.skip(f"this version of PEFT has no {kind}Config")
+
+    def adapted() -> nn.Module:
+        torch.manual_seed(4)
+        own = config(task_type="SEQ_CLS", target_modules=["query", "value"], **options)
+        return peft.get_peft_model(tiny_model(BERT), own).train()
+
+    inputs = tiny_inputs(BERT)
+    expected = frozen_by_hand(adapted(), _plan(2), inputs)
+    model = adapted()
+    handle = patch_model(model, FixedPlan(_plan(2)))
+    found = gradients(model, inputs)
+    assert found.keys() == expected.keys()
+    assert all(torch.equal(found[name], expected[name]) for name in expected)
+    report = handle.truncation_report()
+    report.assert_truncated()
+    assert report.units[-2].saved_bytes > report.units[-2].activation_bytes > 0
+
+
 @pytest.mark.parametrize("boundary", [0, 2, 4])
 def test_merge_and_save_work_at_any_stage(boundary, tmp_path):
     inputs = tiny_inputs(BERT)
