@@ -9,7 +9,7 @@ from typing import Literal
 import torch
 from torch import nn
 
-from .adapters import FrozenColumns, has_adapters
+from .adapters import FrozenColumns, adapter_configs
 from .layout import EMBEDDINGS, Layout, ParameterSlot, parameter_slots
 from .schedules import FreezePlan
 
@@ -37,7 +37,7 @@ class ActiveSet:
         self._flags: list[bool] = []  # of the plan in force, one a slot
         self._user_trainable: dict[str, bool] = {}
         self._frozen_columns: list[FrozenColumns] = []
-        self._adapted = has_adapters(model)
+        self._adapted = bool(adapter_configs(model))
         self._scan()
 
     @property
@@ -94,7 +94,7 @@ class ActiveSet:
 
     def rescan(self) -> list[str]:
         """Modules or parameters came or went: names of the parameters that are new."""
-        self._note_user_freezes()
+        self._note_user_choices()
         return self._scan()
 
     def apply(self, plan: FreezePlan) -> None:
@@ -123,11 +123,22 @@ class ActiveSet:
             if used and used != slot.units
         ]
 
+    def follow(self, plan: FreezePlan) -> bool:
+        """Take what was switched on since the last plan for the user's own choice, as PEFT does it
+        with another adapter.
+
+        Returns:
+            True where `plan` trains some of it and so wants to be applied anew.
+        """
+        chosen = [slot for slot, on in self._switched() if on]
+        self._user_trainable.update((slot.name, True) for slot in chosen)
+        return any(self.active_units(slot, plan) for slot in chosen)
+
     def reassert(self) -> None:
         """Freeze again what was switched on, drop its gradient, put frozen columns back."""
         for slot, on in zip(self._slots, self._flags, strict=True):
             parameter = _current(slot)
-            if on or parameter is None:
+            if on or parameter is None or not self._user_trainable[slot.name]:
                 continue
             if parameter.requires_grad:
                 parameter.requires_grad_(False)
@@ -139,10 +150,11 @@ class ActiveSet:
                 columns.put_back()
 
     def restore(self) -> None:
-        """Every flag as it was found, but for what the user froze in the meantime."""
+        """Every flag as it was found, but for what the user switched in the meantime."""
+        self._note_user_choices()
         if self._flags:
             self.reassert()
-        self.rescan()
+        self._scan()
         for slot in self._slots:
             slot.parameter.requires_grad_(self._user_trainable[slot.name])
 
@@ -191,7 +203,7 @@ class ActiveSet:
                 left.requires_grad_(wish)  # its module is in the model no more
         new = [slot.name for slot in slots if id(slot.parameter) not in known]
         owners = {name.rpartition(".")[0] for name, was in withheld.items() if was}
-        adapted, self._adapted = self._adapted, has_adapters(self._model)
+        adapted, self._adapted = self._adapted, bool(adapter_configs(self._model))
         if self._adapted and not adapted:
             # PEFT has just frozen the whole base: every flag is its word
             known, withheld, owners = {}, {}, set()
@@ -208,13 +220,20 @@ class ActiveSet:
         self._objects = [weakref.ref(slot.parameter) for slot in slots]
         return new
 
-    def _note_user_freezes(self) -> None:
-        """What the plan had on and is off now, the user froze since; it stays frozen from here."""
+    def _switched(self) -> Iterator[tuple[ParameterSlot, bool]]:
+        """Parameters whose flag is not the plan's any more, with the flag that they have now."""
         # before the first plan there are no flags, and nothing to compare with
-        for slot, on in zip(self._slots, self._flags, strict=bool(self._flags)):
+        slots = zip(self._slots, self._objects, self._flags, strict=bool(self._flags))
+        for slot, ref, on in slots:
             parameter = _current(slot)
-            if on and parameter is not None and not parameter.requires_grad:
-                self._user_trainable[slot.name] = False
+            if parameter is None or parameter.requires_grad == on:
+                continue
+            if on or parameter is ref():  # one that took its place has a flag of its own
+                yield slot, not on
+
+    def _note_user_choices(self) -> None:
+        """What somebody switched since the last plan stays so wherever the next one trains it."""
+        self._user_trainable.update((slot.name, on) for slot, on in self._switched())
 
 
 def _current(slot: ParameterSlot) -> nn.Parameter | None:

@@ -6,13 +6,15 @@ it. Nothing here touches a class or a module of another library.
 
 from __future__ import annotations
 
+import copy
 import warnings
 import weakref
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, MutableMapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from datetime import timedelta
 from inspect import signature
+from itertools import zip_longest
 from typing import Any, Literal, get_args
 
 import torch
@@ -20,7 +22,7 @@ from torch import nn
 
 from . import freeze_events
 from .active_set import ActiveSet, TiedPolicy
-from .adapters import check_adapters, rank_allocation_end
+from .adapters import adapter_configs, check_adapters, rank_allocation_end
 from .boundary import Boundary, FrozenMode
 from .cache import CacheReport, PrefixCache, PrefixServer, automatic_cache
 from .checkpointing import drop_input_grads, make_nonreentrant
@@ -40,9 +42,22 @@ _HANDLE = "_progtuning_handle"
 _live: weakref.WeakSet[PatchHandle] = weakref.WeakSet()  # of models that are patched now
 
 
+def _with_own_containers(value: Any) -> Any:
+    """A copy that shares every tensor: models write into the dict that they are called with."""
+    if isinstance(value, tuple):
+        items = [_with_own_containers(item) for item in value]
+        return value._make(items) if hasattr(value, "_make") else tuple(items)
+    if isinstance(value, MutableMapping | list):
+        pairs = list(value.items() if isinstance(value, MutableMapping) else enumerate(value))
+        value = copy.copy(value)
+        for key, item in pairs:
+            value[key] = _with_own_containers(item)
+    return value
+
+
 @dataclass(frozen=True)
 class _Forward:
-    """The inputs of a training forward, so that a report can repeat it."""
+    """The inputs of a training forward as they were before it, so that a report can repeat it."""
 
     args: tuple[Any, ...]
     kwargs: dict[str, Any]
@@ -62,6 +77,8 @@ def _before_forward(
     handle = handle_of(model)
     if handle is None or torch.compiler.is_compiling():
         return None
+    if torch.is_grad_enabled():
+        handle.follow_user()
     cache = handle.cache
     if cache is not None:
         kwargs = cache.before_forward(args, kwargs, proved=handle.proved)
@@ -94,12 +111,11 @@ def _after_forward(model: nn.Module, args: tuple[Any, ...], output: Any) -> None
 def _before_training_forward(
     handle: PatchHandle, args: tuple[Any, ...], kwargs: dict[str, Any]
 ) -> None:
-    handle.follow_user()
     handle.before_training_forward((args, kwargs))
     device_type, autocast = handle.device_type, None
     if torch.amp.is_autocast_available(device_type) and torch.is_autocast_enabled(device_type):
         autocast = (device_type, torch.get_autocast_dtype(device_type))
-    handle.last_forward = _Forward(args, kwargs, autocast)
+    handle.last_forward = _Forward(*_with_own_containers((args, kwargs)), autocast)
 
 
 class PatchHandle:
@@ -161,8 +177,7 @@ class PatchHandle:
             self._norms.begin(step)
 
         self.plan = schedule.plan(step, layout.num_blocks)
-        check_adapters(model, layout)
-        self._allocation_end = rank_allocation_end(model)
+        self._look_at_adapters()
         for step, plan in self._plans_to_check():
             self._check_plan(step, plan)
         self.device_type = self._active.device.type
@@ -224,8 +239,8 @@ class PatchHandle:
 
         Call it once per optimizer step, after `optimizer.step()`. What something else switched on
         below the boundary in the meantime (PEFT does, on leaving `disable_adapter()`) is frozen
-        again; what was switched off stays off until the plan changes, and is then taken for the
-        user's own choice.
+        again; what was switched on where the plan trains is the user's own choice, and trains. What
+        was switched off stays off until the plan changes, and is then taken for such a choice.
 
         Returns:
             True when the plan changed.
@@ -264,6 +279,8 @@ class PatchHandle:
             self._norms.begin(step)
         if changed or rebuilt:
             self._apply()
+            for listener in self._listeners:
+                listener(self)
         else:
             self.reassert()
         return changed
@@ -276,7 +293,8 @@ class PatchHandle:
         decay of the whole table move. A checkpoint written between `optimizer.step()` and
         `advance()` wants this call before it.
         """
-        self._active.reassert()
+        if not self.follow_switches():
+            self._active.reassert()
 
     def attach(self, wrapped: nn.Module, *, timeout: timedelta | None = None) -> PatchHandle:
         """Tell the handle what surrounds the model on several processes, after wrapping it.
@@ -371,8 +389,9 @@ class PatchHandle:
             with last.context(), nullcontext() if self.cache is None else self.cache.paused():
                 paths = self._watch_paths(compiled=True)
                 try:
+                    args, kwargs = _with_own_containers((last.args, last.kwargs))
                     uses = measure_forward(
-                        self.model, self.layout, last.args, last.kwargs, boundary=self.boundary
+                        self.model, self.layout, args, kwargs, boundary=self.boundary
                     )
                 finally:
                     paths.remove()
@@ -499,19 +518,50 @@ class PatchHandle:
     def follow_user(self) -> None:
         """Before a training forward: look at what was done, or not, to the model since the last.
 
-        Warns of updates without `advance`. Applies the plan anew where modules or parameters came
-        or went before its first forward.
+        Warns of updates without `advance`. Applies the plan anew where flags were switched on, and
+        where modules or parameters came or went before its first forward.
 
         Raises (from the forward):
             RuntimeError: the blocks are others than when the model was patched.
+            UnsupportedModelError, ValueError: as `patch_model`, of adapters added since.
         """
         self._structure.check_blocks()
         if self._wrapper is None or not self._wrapper.sharded:  # FSDP2 writes at every forward
             self._missed.before_forward(self.step)
-        if not self.proved and self._structure.changed:
+        if self.follow_switches() or self.proved or not self._structure.changed:
+            return
+        self._take_in_changes()
+        self._check_plan(self.step, self.plan)
+        self._apply()
+
+    def follow_switches(self) -> bool:
+        """Train what was switched on since the last plan, wherever the plan in force trains it.
+
+        PEFT switches flags when another adapter is chosen, and makes modules when one is added. A
+        block that had nothing to train may train now.
+
+        Returns:
+            Whether anything changed.
+
+        Raises:
+            UnsupportedModelError, ValueError: as `patch_model`, of adapters added since.
+        """
+        switched = self._active.follow(self.plan)
+        adapters = adapter_configs(self.model)
+        if any(a is not b for a, b in zip_longest(self._adapters, adapters)):
+            self._look_at_adapters()
             self._take_in_changes()
-            self._check_plan(self.step, self.plan)
-            self._apply()
+            self._reinstall()  # modules that are new, and those that adapters stand in now
+        elif not switched:
+            return False
+        self._check_plan(self.step, self.plan)
+        self._apply()
+        return True
+
+    def _look_at_adapters(self) -> None:
+        check_adapters(self.model, self.layout)
+        self._adapters = adapter_configs(self.model)
+        self._allocation_end = rank_allocation_end(self.model)
 
     def before_training_forward(self, inputs: Any) -> None:
         """Keep checkpointing truncated; prove, once under every plan, that nothing is cut off.
@@ -525,7 +575,8 @@ class PatchHandle:
         if not self.proved:
             self._find_wrapper()
         if (device := self._active.device).type != self.device_type:
-            self._follow(device)
+            self.device_type = device.type
+            self._reinstall()
         if self._embeddings_frozen:
             # block 0 may train; its input does not require grad all the same
             self._input_grads += drop_input_grads(self.model, self.layout)
@@ -599,11 +650,11 @@ class PatchHandle:
         if self._norms is not None:
             self._norms.install()
 
-    def _follow(self, device: torch.device) -> None:
-        """The model has moved: other kernels, below the classes that the boundary has put on."""
-        self.device_type = device.type
+    def _reinstall(self) -> None:
+        """The model has moved, or has other modules: kernels anew, below the boundary's classes."""
         self._boundary.restore()
-        self._kernels.follow(device)
+        self._kernels.restore()
+        self._kernels.follow(self._active.device)
         self._boundary.move(self._frozen, self.boundary)
 
     def _plans_to_check(self) -> Iterator[tuple[int, FreezePlan]]:
@@ -637,8 +688,6 @@ class PatchHandle:
         if self.cache is not None:
             self.cache.move(self.boundary)
         self.proved = False
-        for listener in self._listeners:
-            listener(self)
 
     def _follow_moved(self) -> None:
         """A forward has shown that bare parameters belong elsewhere: before its backward."""
