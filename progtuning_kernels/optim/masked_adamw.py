@@ -151,7 +151,7 @@ class MaskedAdamW(MaskedOptimizer):
             blocks = -(-p.numel() // QUANT_BLOCK)
             for name, kind in (("exp_avg", torch.int8), ("exp_avg_sq", torch.uint8)):
                 state[f"{name}_code"] = _zeros_like(p, kind)
-                state[f"{name}_scale"] = torch.zeros(blocks, device=p.device)
+                state[f"{name}_scale"] = torch.zeros(blocks, dtype=torch.float32, device=p.device)
         else:
             state["exp_avg"] = _zeros_like(p, dtype)
             state["exp_avg_sq"] = _zeros_like(p, dtype)
@@ -234,7 +234,8 @@ class MaskedAdamW(MaskedOptimizer):
 
     def _state_from(self, saved: dict[str, Tensor], p: Tensor) -> dict[str, Tensor]:
         state = self.init_state(p)
-        state["step"].copy_(torch.as_tensor(saved["step"]))
+        step = torch.as_tensor(saved["step"], dtype=torch.float32, device=p.device)
+        state["step"].copy_(step)
         same_kind = all(
             key in saved and saved[key].dtype == state[key].dtype
             for key in state
@@ -292,7 +293,9 @@ def _encode_into(state: dict[str, Tensor], m: Tensor, v: Tensor) -> None:
     code, sq_code = state["exp_avg_code"], state["exp_avg_sq_code"]
     m = torch.empty_like(code, dtype=torch.float32).copy_(m)
     v = torch.empty_like(sq_code, dtype=torch.float32).copy_(v)
-    halfway = torch.full((v.numel(),), 2**15, device=v.device)  # nearest: once, it is unbiased
+    halfway = torch.full(
+        (v.numel(),), 2**15, dtype=torch.int64, device=v.device
+    )  # nearest: once, it is unbiased
     for target, scale, (codes, largest) in (
         (code, state["exp_avg_scale"], encode_exp_avg(_run(m))),
         (sq_code, state["exp_avg_sq_scale"], encode_exp_avg_sq(_run(v), halfway)),

@@ -190,7 +190,9 @@ class MaskedOptimizer(Optimizer):
         if self._control is None or self._control.device != device:
             skipped = self.skipped_steps
             self._skipped = 0
-            self._control = torch.tensor([0.0, 1.0, 0.0, skipped], device=device)
+            self._control = torch.tensor(
+                [0.0, 1.0, 0.0, skipped], dtype=torch.float32, device=device
+            )
         return self._control
 
     @contextmanager
