@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Iterable, Mapping
+from itertools import chain
 from typing import Any, Literal
 
 import torch
@@ -191,10 +192,12 @@ class MaskedAdamW(MaskedOptimizer):
         """
         saved = self.state_dict()
         saved.pop("masked", None)
-        for i, state in saved["state"].items():
-            if state:
+        for i in chain.from_iterable(group["params"] for group in saved["param_groups"]):
+            if state := saved["state"].get(i):
                 m, v = _wide_moments(state)
-                saved["state"][i] = {"step": state["step"], "exp_avg": m, "exp_avg_sq": v}
+                rest = {key: value for key, value in state.items() if key not in _OWN_STATE}
+                moments = {"step": state["step"], "exp_avg": m, "exp_avg_sq": v}
+                saved["state"][i] = moments | rest
         return saved
 
     def __setstate__(self, state: dict[str, Any]) -> None:
