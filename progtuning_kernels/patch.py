@@ -346,7 +346,11 @@ class PatchHandle:
         self._listeners.append(listener)
 
     def param_groups(
-        self, lr: float | None = None, weight_decay: float = 0.0, *, by_unit: bool = False
+        self,
+        lr: float | None = None,
+        weight_decay: float | None = None,
+        *,
+        by_unit: bool = False,
     ) -> list[dict[str, Any]]:
         """Two groups over all parameters, frozen ones included: they never change afterwards.
 
@@ -354,8 +358,9 @@ class PatchHandle:
 
         Args:
             lr: learning rate to write into the groups; None leaves it to the optimizer.
-            weight_decay: decay of the first group, which holds matrices; biases and norm weights
-                (one dimension or none) are in the second, without decay.
+            weight_decay: decay of the first group, which holds matrices; None leaves it to the
+                optimizer. Biases and norm weights (one dimension or none) are in the second,
+                without decay.
             by_unit: up to two groups per unit instead, each with its number in "unit" (-1 the
                 embeddings, 0..L-1 the blocks, L the head), for rates that differ between units.
                 What several units use is in the one that it freezes with. An update of more than 8
@@ -716,15 +721,20 @@ class PatchHandle:
         freeze_events.announce()
 
 
-def decay_groups(parameters: Sequence[nn.Parameter], weight_decay: float) -> list[dict[str, Any]]:
+def decay_groups(
+    parameters: Sequence[nn.Parameter], weight_decay: float | None
+) -> list[dict[str, Any]]:
     """Parameter groups with and without decay; an empty one is left out.
 
-    Matrices decay; biases and norm weights, which have one dimension or none, do not.
+    Matrices decay, as the optimizer says where `weight_decay` is None; biases and norm weights,
+    which have one dimension or none, do not.
     """
     groups: list[dict[str, Any]] = [
-        {"params": [p for p in parameters if p.ndim >= 2], "weight_decay": weight_decay},
+        {"params": [p for p in parameters if p.ndim >= 2]},
         {"params": [p for p in parameters if p.ndim < 2], "weight_decay": 0.0},
     ]
+    if weight_decay is not None:
+        groups[0]["weight_decay"] = weight_decay
     return [group for group in groups if group["params"]]
 
 

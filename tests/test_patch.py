@@ -786,6 +786,18 @@ def test_param_groups_hold_every_parameter_once_whatever_the_stage():
     assert {p.ndim for p in first[1]["params"]} == {1} and first[0]["lr"] == 0.1
 
 
+@pytest.mark.parametrize("by_unit", [False, True])
+def test_decay_is_left_to_the_optimizer_as_the_rate_is(by_unit):
+    handle = patch_model(tiny_model("gpt2-causal-lm"), ProgressiveSchedule(4, 4))
+    for make, own in ((MaskedAdamW, 0.0), (torch.optim.AdamW, 0.01), (torch.optim.SGD, 0)):
+        for options, decay in (({}, own), ({"weight_decay": 0.3}, 0.3)):
+            optimizer = make(handle.param_groups(by_unit=by_unit), lr=0.1, **options)
+            for group in optimizer.param_groups:
+                matrices = {p.ndim > 1 for p in group["params"]}
+                assert group["weight_decay"] == (decay if matrices == {True} else 0.0)
+                assert matrices in ({True}, {False}) and group["lr"] == 0.1
+
+
 def test_report_before_a_forward_has_no_measurements():
     handle = patch_model(tiny_model("bert-sequence"), MilestoneSchedule({0: 2}))
     report = handle.truncation_report()

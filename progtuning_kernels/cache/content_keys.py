@@ -205,7 +205,7 @@ class Call:
 
     def take(self, rows: Sequence[int]) -> Call:
         """The same call for some of its rows."""
-        index = torch.tensor(rows, device=self.device)
+        index = torch.tensor(rows, dtype=torch.long, device=self.device)
 
         def pick(name: str, value: Any) -> Any:
             return value.index_select(0, index) if self.has_rows(name) else value

@@ -820,7 +820,7 @@ class _Forward:
             parts.append((rows, self._without_padding(computed, spans)))
         whole = parts[0][1].new_empty((self._call.size, self._length, path.width))
         for rows, hidden in parts:
-            whole[torch.tensor(rows, device=whole.device)] = hidden
+            whole[torch.tensor(rows, dtype=torch.long, device=whole.device)] = hidden
         return self._feed(self._level, whole)
 
     @staticmethod
