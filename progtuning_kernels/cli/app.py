@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -15,13 +16,25 @@ from .errors import UserError
 _PATH = click.Path(path_type=Path)
 _MINILM = 'Folder or hub id; "minilm" is the one that the demo extra brings.'
 
+_LABELS = (
+    "Found if named label or labels. Text is a class as it stands (007 is not 7), whole numbers "
+    "are classes, and numbers of which one has a fraction make a regression. In CSV and TSV all is "
+    "text, unless every label reads as a number and one has a fraction."
+)
+
 
 def _positive(default: int | None = None) -> dict[str, Any]:
     return {"type": click.IntRange(min=1), "default": default}
 
 
-def _not_negative(default: float) -> dict[str, Any]:
-    return {"type": click.FloatRange(min=0), "default": default}
+def _finite(_: click.Context, option: click.Parameter, value: float) -> float:
+    if not math.isfinite(value):  # neither below nor above a range
+        raise click.BadParameter(f"{value} is no number to work with.", param=option)
+    return value
+
+
+def _not_negative(default: float, most: float | None = None) -> dict[str, Any]:
+    return {"type": click.FloatRange(0, most), "default": default, "callback": _finite}
 
 
 def _choice(*values: str) -> dict[str, Any]:
@@ -106,7 +119,7 @@ def app() -> None:
 @click.option("--lora-rank", **_positive(8), help="Rank of LoRA adapters.")
 @click.option("--text-column", help="Found if named text, text_a, sentence, sentence1, ...")
 @click.option("--pair-column", help="Second text of a pair; found if named text_b, ...")
-@click.option("--label-column", help="Found if named label or labels.")
+@click.option("--label-column", help=_LABELS)
 @click.option("--epochs", **_positive(3))
 @click.option("--max-steps", **_positive(), help="Optimizer steps, instead of epochs.")
 @click.option("--batch-size", **_positive(32), help="Rows per micro-batch.")
@@ -114,9 +127,7 @@ def app() -> None:
 @click.option("--max-length", type=click.IntRange(min=2), default=128, help="Tokens per row.")
 @click.option("--lr", **_not_negative(5e-5), help="Peak learning rate.")
 @click.option("--weight-decay", **_not_negative(0.01), help="Decay of matrices.")
-@click.option(
-    "--warmup", type=click.FloatRange(0, 1), default=0.06, help="Share of the steps that warm up."
-)
+@click.option("--warmup", **_not_negative(0.06, 1), help="Share of the steps that warm up.")
 @click.option("--max-grad-norm", **_not_negative(1.0), help="0: no clipping.")
 @click.option(
     "--state-dtype",
@@ -153,7 +164,12 @@ def app() -> None:
 @click.option("--overwrite", is_flag=True, help="Empty --output first.")
 @click.option("--dry-run", is_flag=True, help="Print the plan, train nothing.")
 def train(dry_run: bool, **options: Any) -> None:
-    """Fine-tune a model on rows of text."""
+    """Fine-tune a model on rows of text.
+
+    Exit status: 0; 2 for a call, a file or a model that cannot be used (one line says why); 3 if
+    nothing was learnt: the validation loss is not finite in the end, or half of the steps or more
+    were skipped because their gradients were not. No model is saved then.
+    """
     from . import train as command
 
     command.run(options, dry_run=dry_run)
@@ -253,7 +269,7 @@ def bench(**options: Any) -> None:
 @_blocks_option
 @click.option("--text-column", help="Found if named text, text_a, sentence, sentence1, ...")
 @click.option("--pair-column", help="Second text of a pair; found if named text_b, ...")
-@click.option("--label-column", help="Found if named label or labels.")
+@click.option("--label-column", help=_LABELS)
 @click.option("--batch-size", **_positive(32), help="Rows per batch.")
 @click.option("--max-length", type=click.IntRange(min=2), default=128, help="Tokens per row.")
 @click.option("--lr", **_not_negative(1e-4), help="Peak learning rate.")
