@@ -142,7 +142,7 @@ def app() -> None:
     type=click.Choice(["accuracy", "f1", "matthews", "pearson", "spearman", "perplexity"]),
     help="The figure to show; all that fit are written down.",
 )
-@click.option("--seed", type=click.IntRange(min=0), default=0)
+@click.option("--seed", type=click.IntRange(0, 2**32 - 1), default=0)
 @click.option("--max-train-rows", **_positive(), help="Use the first rows only.")
 @click.option("--max-validation-rows", **_positive(), help="Use the first rows only.")
 @click.option("--device", default="auto", help="auto, cpu, cuda, cuda:1, ...")
@@ -282,7 +282,7 @@ def bench(**options: Any) -> None:
     type=click.Choice(["accuracy", "f1", "matthews", "pearson", "spearman", "perplexity"]),
     help="Shown beside the loss.",
 )
-@click.option("--seed", type=click.IntRange(min=0), default=0)
+@click.option("--seed", type=click.IntRange(0, 2**32 - 1), default=0)
 @click.option("--max-train-rows", **_positive(), help="Use the first rows only.")
 @click.option("--max-validation-rows", **_positive(), help="Use the first rows only.")
 @click.option("--device", default="auto", help="auto, cpu, cuda, cuda:1, ...")

@@ -208,6 +208,8 @@ def read_hub(name: str) -> tuple[list[Row], list[Row]]:
 
 
 def _resolve_columns(rows: Sequence[Row], columns: Columns, *, labelled: bool) -> Columns:
+    if not labelled and (columns.pair or columns.label):
+        raise UserError("a language model has no pairs and no labels, only --text-column")
     present = list(dict.fromkeys(name for row in rows for name in row))
 
     def choose(wanted: str | None, usual: Iterable[str]) -> str | None:
@@ -226,7 +228,7 @@ def _resolve_columns(rows: Sequence[Row], columns: Columns, *, labelled: bool) -
         "premise": "hypothesis",
         "question1": "question2",
     }
-    pair = choose(columns.pair, [partner[text]] if text in partner else [])
+    pair = choose(columns.pair, [partner[text]] if labelled and text in partner else [])
     label = choose(columns.label, ("label", "labels")) if labelled else None
     if labelled and label is None:
         raise UserError(

@@ -97,7 +97,7 @@ class Run:
         encode = encode_causal_lm if self.causal_lm else encode_classification
         self.encoded: EncodedData = encode(data, self.tokenizer, s.max_length)
         splits = {"train": self.encoded.train, "validation": self.encoded.validation}
-        models.check_rows(base, self.tokenizer, splits, s.task)
+        self.notes += models.check_rows(base, self.tokenizer, splits, s.task)
         self.order = Order(
             [len(row["input_ids"]) for row in self.encoded.train],
             batch_size=s.batch_size,

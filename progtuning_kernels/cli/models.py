@@ -70,7 +70,7 @@ def load_model_and_tokenizer(
     try:
         config = AutoConfig.from_pretrained(path)
         tokenizer = AutoTokenizer.from_pretrained(path)
-        own = [config.id2label[i] for i in sorted(config.id2label)]
+        own = [str(config.id2label[i]) for i in sorted(config.id2label)]
         kept = None
         if task == "classification":
             kept = own if label_names is None else _same_classes(own, label_names)
@@ -149,20 +149,27 @@ def _check_weights(
         _set_classes(model.config, names)
     elif reshaped or (head and kept is None):
         notes.append(
-            f"the head starts anew: the checkpoint's has {len(own)} outputs ({', '.join(own[:5])}"
-            f"{', ...' if own[5:] else ''}), which are not the classes of the data"
+            f"the head starts anew: the checkpoint's is for {_some(own)}, which are not the labels"
+            " of the data"
         )
         if not reshaped:
+            notes[-1] += "; if they are, by other names, write those into id2label of config.json"
             fresh = auto.from_config(model.config).state_dict()
             model.load_state_dict({n: fresh[n] for n in head}, strict=False)
     elif head and kept != names and names is not None:
         order = ", ".join(f"{i} is {name}" for i, name in enumerate(kept))
         notes.append(f"the head goes on with the checkpoint's classes: {order}")
-    if missing:
-        shown = sorted(missing)
-        more = f" and {len(shown) - 4} more" if shown[4:] else ""
-        notes.append(f"new, for the checkpoint has none: {', '.join(shown[:4])}{more}")
+    for what, parameters in (
+        ("new, for the checkpoint has none", missing),
+        ("not used of the checkpoint", set(loading["unexpected_keys"])),
+    ):
+        if parameters:
+            notes.append(f"{what}: {_some(sorted(parameters))}")
     return notes
+
+
+def _some(names: Sequence[str]) -> str:
+    return ", ".join(names[:4]) + (f" and {len(names) - 4} more" if names[4:] else "")
 
 
 def wrap_lora(model: nn.Module, task: Task, rank: int) -> nn.Module:
@@ -202,15 +209,23 @@ def check_max_length(model: nn.Module, tokenizer: Any, max_length: int) -> None:
 
 def check_rows(
     model: nn.Module, tokenizer: Any, splits: dict[str, list[dict[str, Any]]], task: Task
-) -> None:
+) -> list[str]:
     """Refuse rows that the model would fail on in the middle of training.
 
     Args:
         splits: encoded rows.
+
+    Returns:
+        What is to be said of them.
     """
     known = model.get_input_embeddings().weight.shape[0]
-    ends = model.config.eos_token_id if model.config.is_encoder_decoder else None
-    first = None
+    encoder_decoder = task == "classification" and model.config.is_encoder_decoder
+    end = model.config.eos_token_id if encoder_decoder else None  # BART and T5 answer there
+    ends = None
+    others = (tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.pad_token_id)
+    unknown_id = None if tokenizer.unk_token_id in others else tokenizer.unk_token_id
+    special = {*tokenizer.all_special_ids} - {unknown_id}
+    unknown = words = 0
     for split, rows in splits.items():
         for number, row in enumerate(rows, 1):
             ids = row["input_ids"]
@@ -218,20 +233,24 @@ def check_rows(
                 raise UserError(f"{split} row {number}: the tokenizer makes no token of its text")
             if (largest := max(*ids, tokenizer.pad_token_id)) >= known:
                 raise UserError(
-                    f"the tokenizer is not the model's: it gives "
-                    f"{tokenizer.convert_ids_to_tokens(largest)!r} the id {largest}, the model has "
-                    f"{known} embeddings; model.resize_token_embeddings() makes more"
+                    f"the tokenizer is not the model's: "
+                    f"{tokenizer.convert_ids_to_tokens(largest)!r} has the id {largest}, there are "
+                    f"{known} embeddings; model.resize_token_embeddings(len(tokenizer)) before "
+                    "saving the model makes more"
                 )
-            if task == "classification" and ends is not None:
-                count = ids.count(ends)
-                first = count if first is None else first
-                if count != first:
-                    # BART and T5 read their answer at the end token
-                    raise UserError(
-                        f"{split} row {number} has the end token "
-                        f"{tokenizer.convert_ids_to_tokens(ends)!r} {count} times, train row 1 has "
-                        f"it {first} times; this model needs as many in every row"
-                    )
+            ends = ids.count(end) if ends is None else ends
+            if ids.count(end) != ends:
+                raise UserError(
+                    f"{split} row {number} has {tokenizer.convert_ids_to_tokens(end)!r} "
+                    f"{ids.count(end)} times, train row 1 {ends} times: this model reads its "
+                    "answer there and needs as many in every row; take it out of the text"
+                )
+            unknown += ids.count(unknown_id)
+            words += len(ids) - sum(map(special.__contains__, ids))
+    if unknown == words:  # such is what transformers makes where the files are missing
+        raise UserError("the tokenizer knows no word of the texts; are its files in the folder?")
+    share = unknown / words
+    return [f"{share:.0%} of the tokens are unknown to the tokenizer"] if share > 0.1 else []
 
 
 @torch.no_grad()
