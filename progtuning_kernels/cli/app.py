@@ -167,8 +167,8 @@ def train(dry_run: bool, **options: Any) -> None:
     """Fine-tune a model on rows of text.
 
     Exit status: 0; 2 for a call, a file or a model that cannot be used (one line says why); 3 if
-    nothing was learnt: the validation loss is not finite in the end, or half of the steps or more
-    were skipped because their gradients were not. No model is saved then.
+    nothing was learnt: the validation loss is not finite in the end, or in half of the steps the
+    loss or its gradients were not. No model is saved then.
     """
     from . import train as command
 

@@ -371,11 +371,13 @@ class Run:
 
     def failure(self) -> str | None:
         """Why nothing was learnt, in words; None where something was."""
-        loss, skipped = self.records.evaluations[-1]["loss"], self.trained.skipped_steps()
+        loss = self.records.evaluations[-1]["loss"]
         if not math.isfinite(loss):
             return f"the validation loss is {loss} after the last step"
-        if 2 * skipped >= self.step:
-            return f"{skipped} of {self.step} steps were skipped, their gradients not finite"
+        infinite = sum(not math.isfinite(record["loss"]) for record in self.records.steps)
+        lost = max(infinite, self.trained.skipped_steps())
+        if 2 * lost >= self.step:
+            return f"in {lost} of {self.step} steps the loss or its gradients were not finite"
         return None
 
     def metrics(self) -> dict[str, Any]:

@@ -156,7 +156,7 @@ def _check_weights(
             notes[-1] += "; if they are, by other names, write those into id2label of config.json"
             fresh = auto.from_config(model.config).state_dict()
             model.load_state_dict({n: fresh[n] for n in head}, strict=False)
-    elif head and kept != names and names is not None:
+    elif head and names is not None and list(kept) != list(names):
         order = ", ".join(f"{i} is {name}" for i, name in enumerate(kept))
         notes.append(f"the head goes on with the checkpoint's classes: {order}")
     for what, parameters in (
