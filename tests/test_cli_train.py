@@ -6,6 +6,7 @@ import copy
 import csv
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -499,6 +500,20 @@ def test_models_that_count_positions_in_other_ways(call, capsys, tmp_path, word_
     main(call("--model", path, "--max-steps", 3, output="xlnet-run"))
 
 
+def test_the_padding_of_the_tokenizer_decides_where_a_decoder_answers(
+    call, tmp_path, model_folders
+):
+    losses = []
+    for pad in (0, 9):
+        folder = tmp_path / f"pad{pad}"
+        shutil.copytree(model_folders["gpt2"], folder)
+        config = json.loads((folder / "config.json").read_text())
+        (folder / "config.json").write_text(json.dumps(config | {"pad_token_id": pad}))
+        main(call("--model", folder, "--lr", 0, "--max-steps", 3, output=f"run{pad}"))
+        losses.append(_metrics(tmp_path / f"run{pad}")["evaluations"][-1]["loss"])
+    assert losses[0] == losses[1]
+
+
 def test_end_tokens_in_a_text_that_the_model_answers_at(call, capsys, tmp_path, word_tokenizer):
     from tokenizers import processors
 
@@ -654,6 +669,7 @@ def test_dry_run_prints_the_plan_and_writes_nothing(call, tmp_path, capsys):
         (["--output", "/proc/run"], "/proc/run"),
         (["--device", "cuda:77"], "device 'cuda:77' cannot be used"),
         (["--batch-size", 0], "--batch-size"),
+        (["--max-length", 2, "--model", "minilm"], "knows no word of the texts: --max-length"),
         (["--lr", "nan"], "nan is no number"),
         (["--lr", "inf"], "inf is no number"),
         (["--warmup", "nan"], "nan is no number"),

@@ -89,7 +89,7 @@ def load_model_and_tokenizer(
                 model = auto.from_config(config)
     except Exception as error:  # missing, damaged, of other labels: there is no common class
         raise UserError(f"cannot load model {name!r}: {one_line(error)}") from error
-    if model.config.pad_token_id is None:
+    if _padding_offset(model) == 0:
         # decoders classify at the last token that is not padding, so they must know it
         model.config.pad_token_id = (
             tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
@@ -190,18 +190,26 @@ def wrap_lora(model: nn.Module, task: Task, rank: int) -> nn.Module:
         return get_peft_model(model, config)
 
 
+def _padding_offset(model: nn.Module) -> int:
+    """Positions that RoBERTa and its kin leave out: they count from the padding id."""
+    positions = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    offsets = (
+        module.padding_idx + 1
+        for name, module in model.named_modules()
+        if isinstance(module, nn.Embedding)
+        and "position" in name
+        and module.num_embeddings == positions
+        and module.padding_idx is not None
+    )
+    return next(offsets, 0)
+
+
 def check_max_length(model: nn.Module, tokenizer: Any, max_length: int) -> None:
     """Refuse rows that the model has no positions for; it would fail in the middle of training."""
     positions = getattr(model.config.get_text_config(), "max_position_embeddings", None)
-    limits = [positions, tokenizer.model_max_length]
-    for name, module in model.named_modules():
-        if (
-            isinstance(module, nn.Embedding)
-            and "position" in name
-            and module.num_embeddings == positions
-            and module.padding_idx is not None
-        ):
-            limits.append(positions - module.padding_idx - 1)  # RoBERTa counts from there
+    if positions:
+        positions -= _padding_offset(model)
+    limits = (positions, tokenizer.model_max_length)  # XLNet has -1 for both
     limit = min((limit for limit in limits if limit and limit > 0), default=max_length)
     if max_length > limit:
         raise UserError(f"--max-length {max_length} is above the model's {limit} tokens")
@@ -247,8 +255,11 @@ def check_rows(
                 )
             unknown += ids.count(unknown_id)
             words += len(ids) - sum(map(special.__contains__, ids))
-    if unknown == words:  # such is what transformers makes where the files are missing
-        raise UserError("the tokenizer knows no word of the texts; are its files in the folder?")
+    if unknown == words:  # transformers makes such a tokenizer where the files are missing
+        raise UserError(
+            "the tokenizer knows no word of the texts: --max-length leaves none, or the model's "
+            "folder lacks the tokenizer's files"
+        )
     share = unknown / words
     return [f"{share:.0%} of the tokens are unknown to the tokenizer"] if share > 0.1 else []
 

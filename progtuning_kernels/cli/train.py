@@ -29,9 +29,13 @@ def load_data(s: TrainSettings) -> TextData:
     """
     if s.dataset is None and s.train_file is None:
         raise UserError("no data: give --train-file and --validation-file, or --dataset")
-    if s.dataset is not None and s.train_file is not None:
-        raise UserError("--dataset and --train-file exclude each other")
+    if s.dataset is not None:
+        for option, file in (("train", s.train_file), ("validation", s.validation_file)):
+            if file is not None:
+                raise UserError(f"--dataset and --{option}-file exclude each other")
     if s.dataset == "docstrings":
+        if s.text_column or s.pair_column or s.label_column:
+            raise UserError("--dataset docstrings has no columns to choose from")
         if s.task == "causal-lm":
             raise UserError("--dataset docstrings is a classification; use files for causal-lm")
         return docstring_data(s.max_train_rows or 2400, s.max_validation_rows or 800)
