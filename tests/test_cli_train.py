@@ -267,6 +267,13 @@ def test_a_run_that_diverges_says_so_and_saves_no_model(call, tmp_path, capsys, 
         assert run["summary"]["skipped_steps"] > 4
 
 
+def test_a_run_that_diverged_keeps_its_checkpoints(call, tmp_path, capsys):
+    arguments = call("--lr", 1e30, "--max-steps", 9, "--checkpoint-every", 6)
+    first = _one_line_error(capsys, arguments, status=3)
+    assert len(list((tmp_path / "run/checkpoints").iterdir())) == 1
+    assert _one_line_error(capsys, [*arguments, "--resume"], status=3) == first
+
+
 def test_a_run_that_cannot_step_says_so(call, tmp_path, capsys):
     # the square is infinite in fp32, in every batch of training and in none of validation
     train, validation = tmp_path / "train.jsonl", tmp_path / "validation.jsonl"
@@ -738,6 +745,17 @@ def test_models_that_cannot_be_cut_get_one_line(call, capsys, tmp_path, word_tok
     transformers.ResNetModel(config).save_pretrained(tmp_path / "resnet")
     word_tokenizer.save_pretrained(tmp_path / "resnet")
     assert "cannot load model" in _one_line_error(capsys, call("--model", tmp_path / "resnet"))
+
+
+def test_a_refusal_in_the_first_step_is_one_line(call, capsys, monkeypatch):
+    from progtuning_kernels.cli import engine
+    from progtuning_kernels.families import UnsupportedModelError
+
+    def refuse(*_, **__):
+        raise UnsupportedModelError("Model: something that\nfreezing would cut off")
+
+    monkeypatch.setattr(engine.Run, "_train_step", refuse)
+    assert "Model: something that freezing would cut off" in _one_line_error(capsys, call())
 
 
 def test_a_data_set_of_the_datasets_library(call, text_files, tmp_path):

@@ -11,6 +11,7 @@ from typing import Any, NoReturn
 import click
 
 from .. import __version__
+from ..families import UnsupportedModelError
 from .errors import UserError
 
 _PATH = click.Path(path_type=Path)
@@ -367,7 +368,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         print(error.format_message())
     except click.ClickException as error:  # an unknown option, a value out of range
         _fail(error.format_message())
-    except UserError as error:
+    except (UserError, UnsupportedModelError) as error:  # the latter in the first forward
         _fail(str(error))
     except OSError as error:  # a folder that cannot be written, a disk that is full
         _fail(f"{error.strerror or error}: {error.filename}" if error.filename else str(error))

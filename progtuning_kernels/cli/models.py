@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import importlib.util
+import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -226,7 +227,10 @@ def check_rows(
     Returns:
         What is to be said of them.
     """
-    known = model.get_input_embeddings().weight.shape[0]
+    try:
+        known = model.get_input_embeddings().weight.shape[0]
+    except (NotImplementedError, AttributeError):  # CANINE hashes code points
+        known = math.inf
     encoder_decoder = task == "classification" and model.config.is_encoder_decoder
     end = model.config.eos_token_id if encoder_decoder else None  # BART and T5 answer there
     ends = None
