@@ -92,7 +92,7 @@ class Run:
         )
         if data.label_names is not None:
             data = self.data = data.with_classes(tuple(base.config.id2label.values()))
-        models.check_max_length(base, self.tokenizer, s.max_length)
+        models.check_length(base, s.max_length, "--max-length", self.tokenizer)
         self.collate = Collator(self.tokenizer, causal_lm=self.causal_lm)
         encode = encode_causal_lm if self.causal_lm else encode_classification
         self.encoded: EncodedData = encode(data, self.tokenizer, s.max_length)

@@ -205,15 +205,15 @@ def _padding_offset(model: nn.Module) -> int:
     return next(offsets, 0)
 
 
-def check_max_length(model: nn.Module, tokenizer: Any, max_length: int) -> None:
+def check_length(model: nn.Module, length: int, option: str, tokenizer: Any = None) -> None:
     """Refuse rows that the model has no positions for; it would fail in the middle of training."""
     positions = getattr(model.config.get_text_config(), "max_position_embeddings", None)
     if positions:
         positions -= _padding_offset(model)
-    limits = (positions, tokenizer.model_max_length)  # XLNet has -1 for both
-    limit = min((limit for limit in limits if limit and limit > 0), default=max_length)
-    if max_length > limit:
-        raise UserError(f"--max-length {max_length} is above the model's {limit} tokens")
+    limits = (positions, getattr(tokenizer, "model_max_length", None))  # XLNet has -1 for both
+    limit = min((limit for limit in limits if limit and limit > 0), default=length)
+    if length > limit:
+        raise UserError(f"{option} {length} is above the model's {limit} tokens")
 
 
 def check_rows(
