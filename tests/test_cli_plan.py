@@ -92,7 +92,7 @@ def test_models_that_count_positions_in_other_ways(capsys, tmp_path):
     sizes = {"d_model": 16, "n_layer": 4, "n_head": 2, "d_inner": 16}
     transformers.XLNetConfig(**sizes).save_pretrained(tmp_path / "xlnet")  # which says -1
     main(["plan", "--model", str(tmp_path / "xlnet"), "--seq-len", "32"])
-    assert "xlnet" in capsys.readouterr().out
+    assert "XLNet" in capsys.readouterr().out
 
 
 def test_help_has_an_example(capsys):
