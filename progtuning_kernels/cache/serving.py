@@ -32,7 +32,7 @@ from .content_keys import READ_ABOVE, READ_BY_BATCHES, Call, Rows, UnknownConten
 from .prefix_cache import CacheReport, PrefixCache
 from .prefix_inputs import Extremes, Follow, place_of
 from .prefix_weights import PrefixWeights
-from .stand_ins import Level, Recording, StopForward, Swaps, UnservableError
+from .stand_ins import Catch, Level, Recording, StopForward, Swaps, UnservableError
 
 # Largest difference, relative to the largest value, between a served forward and a plain one. The
 # kernels above the boundary get the same input, so that on CPU there is none.
@@ -117,7 +117,7 @@ class PrefixServer:
         self._served = 0
         self._counts = BreakEven()
         self._watch = Stopwatch("cpu")
-        self._pending: list[Swaps] = []  # of the forward that comes
+        self._pending: list[Swaps | Catch] = []  # of the forward that comes
         self._failed: tuple[Any, str] | None = None  # what could not be learnt for it, and why
         self._grads_before: bool | None = None
         self._foreign: set[int] = set()  # levels with rows of an earlier process
@@ -469,7 +469,18 @@ class PrefixServer:
     def _run(self, call: Call) -> Any:
         """A forward of its own; the caller's dicts stay as they are."""
         own = call.changed()
-        return self._model(*own.args, **own.kwargs)
+        forwards = [(m.__dict__, m.__dict__.get("forward")) for m in self._model.modules()]
+        try:
+            return self._model(*own.args, **own.kwargs)
+        except BaseException:
+            # transformers 5.0 gives blocks a forward that captures hidden states, and takes it back
+            # where nothing raises only
+            for own_dict, forward in forwards:
+                if forward is None:
+                    own_dict.pop("forward", None)
+                else:
+                    own_dict["forward"] = forward
+            raise
 
     def _learn(self, call: Call, *, padded: bool) -> _Path:
         """Run one batch both ways.
