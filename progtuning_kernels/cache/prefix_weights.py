@@ -89,7 +89,7 @@ class PrefixWeights:
         what that reads elsewhere.
         """
         digest = hashlib.blake2b()
-        places = ((key, tensor) for (_, key), tensor, _ in self._places)
+        places = [(key, tensor) for (_, key), tensor, _ in self._places]
         for name, tensor in (*self._named(level), *places):
             tensor = tensor.detach()
             digest.update(f"{name}:{tensor.dtype}{tuple(tensor.shape)};".encode())

@@ -546,10 +546,12 @@ class PrefixServer:
         def same(again: torch.Tensor) -> bool:
             return _difference(top, again) <= tolerance
 
-        tensors = {n: v for n, v in call.named.items() if isinstance(v, torch.Tensor)}
-        follow = Follow(tensors, self._weights.tensors)
-        with follow.watching():
-            again = self.compute(path, call)
+        def watched(call: Call) -> tuple[torch.Tensor, Follow]:
+            follow = Follow(call.tensors, self._weights.tensors)
+            with follow.watching():
+                return self.compute(path, call), follow
+
+        again, follow = watched(call)
         fixed = same(again)
         if path.draws:
             for high in (False, True):
@@ -560,19 +562,17 @@ class PrefixServer:
                 "the prefix is no fixed function: dropout outside the frozen modules, or another "
                 "state that a forward changes"
             )
-        for name in sorted(follow.escaped & tensors.keys() - READ_BY_BATCHES):
+        for name in sorted(follow.escaped & call.tensors.keys() - READ_BY_BATCHES):
             raise UnservableError(
                 f"code below the boundary takes values of {name} for a number, a branch or a shape"
             )
-        if (half := call.size // 2) and not _close_rows(
-            self.compute(path, call.take(range(half, call.size))),
-            top[half:],
-            call.spans[0][half:] if path.per_token else None,
-            max(tolerance, _STORED_TOLERANCE[None]),
-        ):
+        half = call.size // 2
+        part, another = watched(call.take(range(half, call.size)))
+        spans = call.spans[0][half:] if path.per_token else None
+        if not _close_rows(part, top[half:], spans, max(tolerance, _STORED_TOLERANCE[None])):
             raise UnservableError("the prefix computes a row from other rows of its batch")
         path.consumed = follow.read_by(again) & READ_ABOVE
-        plain = {n for n in call.named if n in READ_ABOVE and n not in tensors}
+        plain = READ_ABOVE & call.named.keys() - call.tensors.keys()
         if plain:  # a number or a flag cannot be watched: the prefix must do without
             try:
                 without = call.changed(lambda name, value: None if name in plain else value)
@@ -581,6 +581,8 @@ class PrefixServer:
             except Exception:
                 path.consumed |= plain
         for tensor in follow.foreign_to(again):
+            if not another.has_seen(tensor):
+                continue  # made in each forward, where nothing is seen of it: in a script
             place = place_of(tensor, self._model)
             if place is None:
                 raise UnservableError(
