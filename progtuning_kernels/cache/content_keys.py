@@ -133,17 +133,20 @@ class Call:
         )
 
     @cached_property
+    def tensors(self) -> dict[str, torch.Tensor]:
+        return {n: v for n, v in self.named.items() if isinstance(v, torch.Tensor)}
+
+    @cached_property
     def size(self) -> int:
         """B, rows of the batch.
 
         Raises:
             UnknownContent: no tensor has rows.
         """
-        tensors = {n: v for n, v in self.named.items() if isinstance(v, torch.Tensor)}
         for name in _INPUTS:
-            if name in tensors:
-                return tensors[name].shape[0]
-        for tensor in tensors.values():
+            if name in self.tensors:
+                return self.tensors[name].shape[0]
+        for tensor in self.tensors.values():
             if tensor.ndim >= 2:
                 return tensor.shape[0]
         raise UnknownContent("no argument is a tensor with one row per sample")
@@ -163,9 +166,8 @@ class Call:
         Raises:
             UnknownContent: no argument is a tensor.
         """
-        for value in self.named.values():
-            if isinstance(value, torch.Tensor):
-                return value.device
+        for value in self.tensors.values():
+            return value.device
         raise UnknownContent("no argument is a tensor with one row per sample")
 
     @cached_property

@@ -89,7 +89,12 @@ class Follow(TorchDispatchMode):
 
     def foreign_to(self, tensor: torch.Tensor) -> list[torch.Tensor]:
         """What `tensor` was computed from beside arguments and what is known."""
-        return [self._foreign[name] for name in self.read_by(tensor) & self._foreign.keys()]
+        names = self.read_by(tensor)
+        return [there for name, there in self._foreign.items() if name in names]
+
+    def has_seen(self, tensor: torch.Tensor) -> bool:
+        """Whether `tensor` was read, and is neither an argument nor known."""
+        return any(_storage(there) == _storage(tensor) for there in self._foreign.values())
 
     def escape(self, values: Any) -> None:
         self.escaped |= self._of(_tensors(values))

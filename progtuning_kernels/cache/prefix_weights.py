@@ -12,6 +12,8 @@ from torch import nn
 from ..layout import EMBEDDINGS, Layout
 from .prefix_inputs import Place
 
+_PLAIN = (bool, int, float, str)
+
 
 class PrefixWeights:
     """Watches embeddings and blocks below a level.
@@ -25,6 +27,13 @@ class PrefixWeights:
         self._model = model
         self._layout = layout
         self._modules: list[tuple[int, list[nn.Module]]] = []
+        around = [model.get_submodule(path) for path in layout.containers]
+        configs = {id(c): c for m in around if (c := getattr(m, "config", None)) is not None}
+        self._carriers: list[dict[str, Any]] = [
+            vars(carrier)
+            for carrier in (*around, *configs.values())
+            if hasattr(carrier, "__dict__")
+        ]
         self._seen: list[tuple[Any, ...]] = []
         self._held: list[torch.Tensor] = []  # alive, so that no address or id is used twice
         self._places: list[tuple[Place, torch.Tensor, tuple[int, int]]] = []
@@ -67,6 +76,18 @@ class PrefixWeights:
                 return unit, self._layout.unit_label(unit)
         return None
 
+    def settings(self) -> list[tuple[str, Any]]:
+        """Numbers, strings and flags of the model, of what leads to its blocks, and of configs.
+
+        Whether the prefix reads one cannot be watched; that one is another can.
+        """
+        return [
+            (name, value)
+            for carrier in self._carriers
+            for name, value in carrier.items()
+            if type(value) in _PLAIN and name != "training"
+        ]
+
     def adapters(self) -> bytes:
         """Which adapters are in use: switching one off and on again gives the old function back."""
         used = [
@@ -89,7 +110,7 @@ class PrefixWeights:
         what that reads elsewhere.
         """
         digest = hashlib.blake2b()
-        places = ((key, tensor) for (_, key), tensor, _ in self._places)
+        places = [(key, tensor) for (_, key), tensor, _ in self._places]
         for name, tensor in (*self._named(level), *places):
             tensor = tensor.detach()
             digest.update(f"{name}:{tensor.dtype}{tuple(tensor.shape)};".encode())

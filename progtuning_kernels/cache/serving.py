@@ -4,7 +4,7 @@ Before a forward, its rows are looked up. What is missing is computed for the mi
 a forward that ends at the boundary, or for all rows in the forward itself where that is cheaper;
 then the boundary activations take the place of the prefix. Which models can be served so is not
 taken on trust: at the start of every stage one batch runs both ways, from the same random numbers,
-and all outputs are compared.
+and all outputs are compared; and what the prefix computes from is followed through it.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ from .content_keys import READ_ABOVE, READ_BY_BATCHES, Call, Rows, UnknownConten
 from .prefix_cache import CacheReport, PrefixCache
 from .prefix_inputs import Extremes, Follow, place_of
 from .prefix_weights import PrefixWeights
-from .stand_ins import Level, Recording, StopForward, Swaps, UnservableError
+from .stand_ins import Catch, Level, Recording, StopForward, Swaps, UnservableError
 
 # Largest difference, relative to the largest value, between a served forward and a plain one. The
 # kernels above the boundary get the same input, so that on CPU there is none.
@@ -80,6 +80,29 @@ class _Path:
         return call.tokens if self.per_token else self.lengths.get(call.shapes(self.consumed))
 
 
+@dataclass(frozen=True)
+class _Sample:
+    """A row as it was computed once, to be computed again when something may have changed.
+
+    Attributes:
+        context: precision, adapters and mode that it was computed with.
+        call: its arguments.
+        hidden: its boundary activations, (1, T, C).
+        span: of its tokens.
+    """
+
+    path: _Path
+    context: tuple[Any, ...]
+    call: Call
+    hidden: torch.Tensor
+    span: tuple[int, int]
+
+    def holds(self, server: PrefixServer) -> bool:
+        tolerance = max(_STORED_TOLERANCE[None], _TOLERANCE.get(self.path.dtype, 0.0))
+        computed = server.compute(self.path, self.call)
+        return _close_rows(computed, self.hidden, [self.span], tolerance)
+
+
 class PrefixServer:
     """One patched model's cache: what the handle tells about stages and forwards.
 
@@ -117,9 +140,12 @@ class PrefixServer:
         self._served = 0
         self._counts = BreakEven()
         self._watch = Stopwatch("cpu")
-        self._pending: list[Swaps] = []  # of the forward that comes
+        self._pending: list[Swaps | Catch] = []  # of the forward that comes
         self._failed: tuple[Any, str] | None = None  # what could not be learnt for it, and why
         self._grads_before: bool | None = None
+        self._settings: list[tuple[str, Any]] | None = None  # after the last forward
+        self._doubted = False  # they have changed since a row was looked at
+        self._sample: _Sample | None = None
         self._foreign: set[int] = set()  # levels with rows of an earlier process
         self._expected: str | None = None  # fingerprint that those should be bound to
 
@@ -136,6 +162,7 @@ class PrefixServer:
         self._tokens = {at: token for at, token in self._tokens.items() if at <= level}
         self._weights.watch(level)
         self._paths.clear()
+        self._sample = None
         self._bypasses.clear()
         self._changes.clear()
         self._counts, self._served, self._off = BreakEven(), 0, False
@@ -256,6 +283,8 @@ class PrefixServer:
         if self._failed is not None and not raised:
             kind, reason = self._failed
             self._paths[kind] = _Path(reason)
+        if self._reason is None:  # what a forward itself sets does not count
+            self._settings = self._weights.settings()
         self._finish()
 
     def prefetch(self, kwargs: Mapping[str, Any]) -> None:
@@ -279,8 +308,7 @@ class PrefixServer:
             path = self._known_path(kind, _padding(call))
             if path is None or path.reason is not None:
                 return
-            salt = repr(context).encode() + self._weights.adapters()
-            rows = self._rows(call, ids, salt, path)
+            rows = self._rows(call, ids, self.salt(context), path)
         except UnknownContent:
             return
         self._store.prefetch(self.level, self.keys(self.level, rows))
@@ -324,6 +352,10 @@ class PrefixServer:
         if not grads and not any(map(self._store.rows, self._store.levels())):
             return None  # read-only, and nothing to read
         context = _context(self._model, call.device.type)
+        if self._settings is not None and self._settings != self._weights.settings():
+            self._doubted = True
+        if self._doubted and not self._look_again((self.salt(context), self._model.training)):
+            return "a setting of the model has changed: rows are looked at in training first"
         kind = (call.signature, context, self._model.training)
         padding = _padding(call)
         path = self._known_path(kind, padding)
@@ -341,8 +373,7 @@ class PrefixServer:
         if not grads and path.keys_and_values:
             return "the output holds keys and values of all blocks: pass use_cache=False"
         started = time.perf_counter()
-        salt = repr(context).encode() + self._weights.adapters()
-        rows = self._rows(call, ids, salt, path)
+        rows = self._rows(call, ids, self.salt(context), path)
         hash_ms = (time.perf_counter() - started) * 1e3 if call.device.type == "cpu" else 0.0
         self._bind()
         if not path.unpadded or not path.per_token:
@@ -359,6 +390,10 @@ class PrefixServer:
             if other == kind and sides > padding and path.reason is None and path.unpadded:
                 return path
         return None
+
+    def salt(self, context: tuple[Any, ...]) -> bytes:
+        """What stored rows depend on beside weights and arguments."""
+        return repr(context).encode() + self._weights.adapters()
 
     def _rows(self, call: Call, ids: Any, salt: bytes, path: _Path) -> Rows:
         if ids is None:
@@ -389,7 +424,27 @@ class PrefixServer:
         if self._changes[name] > _MAX_CHANGES and self._reason is None:
             self._switch_off(f"what the prefix reads ({name}) changes between forwards")
 
+    def _look_again(self, context: tuple[Any, ...]) -> bool:
+        """Drop all rows if a setting that has changed is one that the prefix reads.
+
+        Returns:
+            Whether that could be found out: not where rows come from another precision or mode.
+        """
+        sample = self._sample
+        if sample is not None and sample.context != context:
+            return False
+        self._doubted = False
+        holds = sample is not None and sample.holds(self)
+        for level in self._store.levels():
+            if not holds or level < self.level:  # those below hold other things
+                self._forget(level)
+        if not holds:
+            self._paths.clear()
+        return True
+
     def _forget(self, level: int) -> None:
+        if level == self.level:
+            self._sample = None
         self._store.drop(level)
         self._tokens.pop(level, None)
         self._foreign.discard(level)
@@ -469,7 +524,18 @@ class PrefixServer:
     def _run(self, call: Call) -> Any:
         """A forward of its own; the caller's dicts stay as they are."""
         own = call.changed()
-        return self._model(*own.args, **own.kwargs)
+        forwards = [(m.__dict__, m.__dict__.get("forward")) for m in self._model.modules()]
+        try:
+            return self._model(*own.args, **own.kwargs)
+        except BaseException:
+            # transformers 5.0 gives blocks a forward that captures hidden states, and takes it back
+            # where nothing raises only
+            for own_dict, forward in forwards:
+                if forward is None:
+                    own_dict.pop("forward", None)
+                else:
+                    own_dict["forward"] = forward
+            raise
 
     def _learn(self, call: Call, *, padded: bool) -> _Path:
         """Run one batch both ways.
@@ -535,10 +601,12 @@ class PrefixServer:
         def same(again: torch.Tensor) -> bool:
             return _difference(top, again) <= tolerance
 
-        tensors = {n: v for n, v in call.named.items() if isinstance(v, torch.Tensor)}
-        follow = Follow(tensors, self._weights.tensors)
-        with follow.watching():
-            again = self.compute(path, call)
+        def watched(call: Call) -> tuple[torch.Tensor, Follow]:
+            follow = Follow(call.tensors, self._weights.tensors)
+            with follow.watching():
+                return self.compute(path, call), follow
+
+        again, follow = watched(call)
         fixed = same(again)
         if path.draws:
             for high in (False, True):
@@ -549,19 +617,17 @@ class PrefixServer:
                 "the prefix is no fixed function: dropout outside the frozen modules, or another "
                 "state that a forward changes"
             )
-        for name in sorted(follow.escaped & tensors.keys() - READ_BY_BATCHES):
+        for name in sorted(follow.escaped & call.tensors.keys() - READ_BY_BATCHES):
             raise UnservableError(
                 f"code below the boundary takes values of {name} for a number, a branch or a shape"
             )
-        if (half := call.size // 2) and not _close_rows(
-            self.compute(path, call.take(range(half, call.size))),
-            top[half:],
-            call.spans[0][half:] if path.per_token else None,
-            max(tolerance, _STORED_TOLERANCE[None]),
-        ):
+        half = call.size // 2
+        part, another = watched(call.take(range(half, call.size)))
+        spans = call.spans[0][half:] if path.per_token else None
+        if not _close_rows(part, top[half:], spans, max(tolerance, _STORED_TOLERANCE[None])):
             raise UnservableError("the prefix computes a row from other rows of its batch")
         path.consumed = follow.read_by(again) & READ_ABOVE
-        plain = {n for n in call.named if n in READ_ABOVE and n not in tensors}
+        plain = READ_ABOVE & call.named.keys() - call.tensors.keys()
         if plain:  # a number or a flag cannot be watched: the prefix must do without
             try:
                 without = call.changed(lambda name, value: None if name in plain else value)
@@ -570,6 +636,8 @@ class PrefixServer:
             except Exception:
                 path.consumed |= plain
         for tensor in follow.foreign_to(again):
+            if not another.has_seen(tensor):
+                continue  # made in each forward, where nothing is seen of it: in a script
             place = place_of(tensor, self._model)
             if place is None:
                 raise UnservableError(
@@ -854,6 +922,15 @@ class _Forward:
                 self._length = hidden.shape[1]
                 path.lengths[self._call.shapes(path.consumed)] = self._length
                 spans = ((0, self._length),) * size
+            if server._sample is None:
+                context = _context(server._model, self._call.device.type)
+                server._sample = _Sample(
+                    path,
+                    (server.salt(context), server._model.training),
+                    self._call.take([0]),
+                    hidden[:1].clone(),
+                    spans[0],
+                )
             for level in self._lower:  # first: a full store has no room for a row twice
                 server._store.drop(level, server.keys(level, self._rows))
             if server.store_rows(self._level, self._keys, hidden, spans):

@@ -58,6 +58,29 @@ class StandIn(nn.Module):
         return self._run(self._original, args, kwargs)
 
 
+class Catch:
+    """Hands what one module returns, once, to `receive`."""
+
+    def __init__(self, module: nn.Module, receive: Callable[[Any], None]) -> None:
+        self._module = module
+        self._receive = receive
+        self._hook: Any = None
+
+    def install(self) -> None:
+        # a module is caught by a hook, as models that look for their blocks (transformers 5.0 does,
+        # where hidden states are asked for) find it in its place
+        self._hook = self._module.register_forward_hook(self._catch)
+
+    def restore(self) -> None:
+        if self._hook is not None:
+            self._hook.remove()
+            self._hook = None
+
+    def _catch(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+        self.restore()
+        self._receive(output)
+
+
 class Swaps:
     """Stand-ins for modules of one model, by path."""
 
@@ -272,7 +295,11 @@ class Level:
         self._fed: torch.Tensor | None = None
         self._take: Callable[[torch.Tensor], None] | None = None
         self._feeding = Swaps(model, runs)
-        self._taking = Swaps(model, {last: self._capture})
+        module = model.get_submodule(last)
+        if module._compiled_call_impl is None:
+            self._taking: Swaps | Catch = Catch(module, self._receive)
+        else:  # compiled code knows nothing of later hooks
+            self._taking = Swaps(model, {last: self._capture})
 
     @property
     def was_fed(self) -> bool:
@@ -284,8 +311,8 @@ class Level:
         self._fed = hidden
         return self._feeding
 
-    def take(self, receive: Callable[[torch.Tensor], None]) -> Swaps:
-        """Swaps under which one forward hands its boundary activations to `receive`."""
+    def take(self, receive: Callable[[torch.Tensor], None]) -> Swaps | Catch:
+        """While this is installed, one forward hands its boundary activations to `receive`."""
         self._take = receive
         return self._taking
 
@@ -302,8 +329,11 @@ class Level:
     def _capture(self, original: nn.Module, args: Any, kwargs: Any) -> Any:
         self._taking.restore()
         output = original(*args, **kwargs)
-        self._take(self._structure.hidden(output).detach())
+        self._receive(output)
         return output
+
+    def _receive(self, output: Any) -> None:
+        self._take(self._structure.hidden(output).detach())
 
     def _embeddings_run(self, module: nn.Module, calls: Sequence[_Seen], rows: int) -> Run | None:
         """What a module of the embeddings can return instead of running; None if it must run."""
