@@ -99,6 +99,8 @@ def run(arguments: argparse.Namespace) -> None:
         )
         shutil.rmtree(settings.output / "model", ignore_errors=True)
         result = Run(settings, load_data(settings), name=method).train(TrainProgress(console))
+        if (failure := result["summary"]["failure"]) is not None:
+            raise UserError(f"{task}, {method}, seed {seed}: {failure}")
         path.parent.mkdir(parents=True, exist_ok=True)
         write_json(path, stored(result, method))
         shutil.rmtree(settings.output)  # figures alone are wanted; a model is 90 MB
