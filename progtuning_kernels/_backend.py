@@ -46,7 +46,7 @@ class Implementation:
 
 
 def _small_tensor(device: torch.device) -> Sequence[Tensor]:
-    return [torch.zeros(8, device=device)]
+    return [torch.zeros(8, dtype=torch.float32, device=device)]
 
 
 @dataclass(frozen=True)

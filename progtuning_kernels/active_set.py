@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Iterator
 from typing import Literal
 
 import torch
 from torch import nn
 
-from .adapters import FrozenColumns
+from .adapters import FrozenColumns, adapter_configs
 from .layout import EMBEDDINGS, Layout, ParameterSlot, parameter_slots
 from .schedules import FreezePlan
 
@@ -32,15 +33,17 @@ class ActiveSet:
         self._tied = tied
         self._slots: list[ParameterSlot] = []
         self.units: set[int] = set()
+        self._objects: list[weakref.ref[nn.Parameter]] = []  # one a slot
         self._flags: list[bool] = []  # of the plan in force, one a slot
         self._user_trainable: dict[str, bool] = {}
         self._frozen_columns: list[FrozenColumns] = []
+        self._adapted = bool(adapter_configs(model))
         self._scan()
 
     @property
     def device(self) -> torch.device:
         """Where the first parameter is."""
-        return self._slots[0].parameter.device
+        return next(p.device for slot in self._slots if (p := _current(slot)) is not None)
 
     @property
     def trainable_params(self) -> int:
@@ -89,10 +92,14 @@ class ActiveSet:
                 "freezes everything that was trainable when the model was patched"
             )
 
+    def rescan(self) -> list[str]:
+        """Modules or parameters came or went: names of the parameters that are new."""
+        self._note_user_choices()
+        return self._scan()
+
     def apply(self, plan: FreezePlan) -> None:
         """Set every flag as `plan` says."""
-        self._note_user_freezes()
-        self._scan()
+        self.rescan()
         units = [self.active_units(slot, plan) for slot in self._slots]
         self._flags = [bool(used) for used in units]
         for slot, on in zip(self._slots, self._flags, strict=True):
@@ -116,25 +123,38 @@ class ActiveSet:
             if used and used != slot.units
         ]
 
+    def follow(self, plan: FreezePlan) -> bool:
+        """Take what was switched on since the last plan for the user's own choice, as PEFT does it
+        with another adapter.
+
+        Returns:
+            True where `plan` trains some of it and so wants to be applied anew.
+        """
+        chosen = [slot for slot, on in self._switched() if on]
+        self._user_trainable.update((slot.name, True) for slot in chosen)
+        return any(self.active_units(slot, plan) for slot in chosen)
+
     def reassert(self) -> None:
         """Freeze again what was switched on, drop its gradient, put frozen columns back."""
         for slot, on in zip(self._slots, self._flags, strict=True):
-            if on:
+            parameter = _current(slot)
+            if on or parameter is None or not self._user_trainable[slot.name]:
                 continue
-            parameter = slot.parameter
             if parameter.requires_grad:
                 parameter.requires_grad_(False)
             if parameter.grad is not None:
                 # a frozen tensor with a gradient would still be updated, and counted by clipping
                 parameter.grad = None
         for columns in self._frozen_columns:
-            columns.put_back()
+            if _current(columns.slot) is not None:
+                columns.put_back()
 
     def restore(self) -> None:
-        """Every flag as it was found, but for what the user froze in the meantime."""
-        self._note_user_freezes()
+        """Every flag as it was found, but for what the user switched in the meantime."""
+        self._note_user_choices()
         if self._flags:
             self.reassert()
+        self._scan()
         for slot in self._slots:
             slot.parameter.requires_grad_(self._user_trainable[slot.name])
 
@@ -161,15 +181,67 @@ class ActiveSet:
             return plan.embeddings
         return plan.head if unit == self._layout.head else plan.trainable[unit]
 
-    def _scan(self) -> None:
-        """List the parameters; one that appeared since the last plan keeps its own flag."""
-        self._slots = list(parameter_slots(self._model, self._layout))
-        for slot in self._slots:
-            self._user_trainable.setdefault(slot.name, slot.parameter.requires_grad)
+    def _scan(self) -> list[str]:
+        """List the parameters, with what their user wants of each; returns the names of new ones.
 
-    def _note_user_freezes(self) -> None:
-        """What the plan had on and is off now, the user froze since; it stays frozen from here."""
+        A parameter keeps its wish under another name, as pruning gives it. A new one has its own
+        flag for it, unless it took the place of one that the plan had frozen, as the two of weight
+        norm do, or FSDP2's: it may have inherited that flag, so it has that one's wish.
+        """
+        flags = self._flags or [True] * len(self._slots)
+        known: dict[int, bool] = {}
+        withheld: dict[str, bool] = {}  # of those that are gone: whether the plan alone froze it
+        slots = list(parameter_slots(self._model, self._layout))
+        found = {id(slot.parameter) for slot in slots}
+        for slot, ref, on in zip(self._slots, self._objects, flags, strict=True):
+            wish, parameter = self._user_trainable[slot.name], ref()
+            if id(parameter) in found:
+                known[id(parameter)] = wish
+                continue
+            withheld[slot.name] = wish and not on
+            if (left := _current(slot)) is not None and id(left) not in found:
+                left.requires_grad_(wish)  # its module is in the model no more
+        new = [slot.name for slot in slots if id(slot.parameter) not in known]
+        owners = {name.rpartition(".")[0] for name, was in withheld.items() if was}
+        adapted, self._adapted = self._adapted, bool(adapter_configs(self._model))
+        if self._adapted and not adapted:
+            # PEFT has just frozen the whole base: every flag is its word
+            known, withheld, owners = {}, {}, set()
+        wishes = {}
+        for slot in slots:
+            wish = known.get(id(slot.parameter))
+            if wish is None:
+                inherited = withheld.get(slot.name)
+                if inherited is None:
+                    inherited = not owners.isdisjoint(_ancestors(slot.name))
+                wish = slot.parameter.requires_grad or inherited
+            wishes[slot.name] = wish
+        self._slots, self._user_trainable, self._flags = slots, wishes, []
+        self._objects = [weakref.ref(slot.parameter) for slot in slots]
+        return new
+
+    def _switched(self) -> Iterator[tuple[ParameterSlot, bool]]:
+        """Parameters whose flag is not the plan's any more, with the flag that they have now."""
         # before the first plan there are no flags, and nothing to compare with
-        for slot, on in zip(self._slots, self._flags, strict=bool(self._flags)):
-            if on and not slot.parameter.requires_grad:
-                self._user_trainable[slot.name] = False
+        slots = zip(self._slots, self._objects, self._flags, strict=bool(self._flags))
+        for slot, ref, on in slots:
+            parameter = _current(slot)
+            if parameter is None or parameter.requires_grad == on:
+                continue
+            if on or parameter is ref():  # one that took its place has a flag of its own
+                yield slot, not on
+
+    def _note_user_choices(self) -> None:
+        """What somebody switched since the last plan stays so wherever the next one trains it."""
+        self._user_trainable.update((slot.name, on) for slot, on in self._switched())
+
+
+def _current(slot: ParameterSlot) -> nn.Parameter | None:
+    """What is there now: None where it was renamed, or taken out."""
+    return slot.owner._parameters.get(slot.attribute)
+
+
+def _ancestors(name: str) -> Iterator[str]:
+    """Paths of the modules that the parameter hangs in, without the model itself."""
+    while name := name.rpartition(".")[0]:
+        yield name

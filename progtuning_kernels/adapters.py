@@ -13,7 +13,7 @@ from .families import UnsupportedModelError
 from .layout import Layout, ParameterSlot
 
 
-def _configs(model: nn.Module) -> list[Any]:
+def adapter_configs(model: nn.Module) -> list[Any]:
     """Adapter configs of a PEFT model, or of a model that adapters were injected into."""
     configs = getattr(model, "peft_config", None)
     return list(configs.values()) if isinstance(configs, dict) else []
@@ -31,7 +31,7 @@ def check_adapters(model: nn.Module, layout: Layout) -> None:
         UnsupportedModelError: prompts that enter below block 0, or a prefix whose columns do not
             belong to one block each.
     """
-    for config in _configs(model):
+    for config in adapter_configs(model):
         kind = _kind(config)
         if not getattr(config, "is_prompt_learning", False):
             continue
@@ -59,7 +59,7 @@ def rank_allocation_end(model: nn.Module) -> int | None:
     """
     ends = [
         config.total_step - config.tfinal
-        for config in _configs(model)
+        for config in adapter_configs(model)
         if _kind(config) == "ADALORA" and config.total_step
     ]
     return max(ends, default=None)

@@ -11,7 +11,7 @@ runs eagerly); nothing is written into any `__dict__` but `training`.
 from __future__ import annotations
 
 import weakref
-from collections.abc import Collection
+from collections.abc import Callable, Collection, Iterable
 from typing import Any, Literal, NamedTuple
 
 import torch
@@ -35,6 +35,11 @@ class _Flags(NamedTuple):
 
 
 _unfrozen: dict[type, type] = {}
+
+
+def _hiding(name: str, value: Callable[[Any], Any]) -> property:
+    """Hides what is, or will be, written into the instance under this name, and leaves it there."""
+    return property(value, lambda self, given: self.__dict__.__setitem__(name, given))
 
 
 def unfrozen_class(cls: type) -> type:
@@ -64,20 +69,45 @@ def frozen_class(base: type, *, no_grad: bool, hold_eval: bool, own_forward: boo
 
     def train(self: nn.Module, mode: bool = True) -> nn.Module:
         _requested_mode[self] = mode
-        return base.train(self, False)
+        _hold_eval(self, base, mode)
+        return self
 
     members: dict[str, Any] = {}
     if no_grad:
         members["__call__" if own_forward else "forward"] = call if own_forward else forward
         if hasattr(base, "gradient_checkpointing"):
-            # a property hides what transformers writes into the instance, and leaves it there
-            members["gradient_checkpointing"] = property(
-                lambda self: False,
-                lambda self, on: self.__dict__.__setitem__("gradient_checkpointing", on),
-            )
+            members["gradient_checkpointing"] = _hiding("gradient_checkpointing", lambda _: False)
     if hold_eval:
         members["train"] = train
     made = derive(base, _Flags(no_grad, hold_eval, own_forward), members)
+    _unfrozen[made] = base
+    return made
+
+
+def _hold_eval(module: nn.Module, base: type, mode: bool) -> None:
+    """Eval mode, but for embeddings whose own mode means only whether NEFTune adds its noise."""
+    base.train(module, False)
+    for inner in module.modules():
+        if "neftune_noise_alpha" in inner.__dict__:
+            inner.training = mode
+
+
+def _padded_class(base: type) -> type:
+    """A subclass of `nn.TransformerEncoder` that makes no nested tensors while a layer trains.
+
+    It decides for all layers by the mode and the flags of the first, which may be frozen alone;
+    those that train cannot take nested tensors, and a head that pools would see other padding.
+    """
+
+    def use_nested_tensor(self: Any) -> bool:
+        trains = self.training or (
+            torch.is_grad_enabled() and any(p.requires_grad for p in self.layers.parameters())
+        )
+        return self.__dict__["use_nested_tensor"] and not trains
+
+    made = derive(
+        base, "padded", {"use_nested_tensor": _hiding("use_nested_tensor", use_nested_tensor)}
+    )
     _unfrozen[made] = base
     return made
 
@@ -96,6 +126,13 @@ def _drop_own_forward(module: nn.Module) -> None:
         del module.__dict__["forward"]
 
 
+class _Side(NamedTuple):
+    """Where a module stands: runs without autograd, holds no active tensor."""
+
+    no_grad: bool
+    frozen: bool
+
+
 class Boundary:
     """Holds the modules of one model on their side of the boundary.
 
@@ -109,7 +146,10 @@ class Boundary:
         self._model = model
         self._layout = layout
         self._hold_eval = frozen_mode == "eval"
-        self._modes: dict[str, list[tuple[nn.Module, bool]]] = {}
+        self._sides: dict[nn.Module, _Side] = {}
+        holders = (model.get_submodule(s.path.rpartition(".")[0]) for s in layout.stacks)
+        self._encoders = [m for m in holders if "use_nested_tensor" in m.__dict__]
+        self._modes: dict[nn.Module, list[tuple[nn.Module, bool]]] = {}
 
     def move(self, frozen: Collection[int], boundary: int) -> None:
         """Put every module on its side.
@@ -120,23 +160,39 @@ class Boundary:
             boundary: units below this one run under `no_grad`; so do the embeddings wherever they
                 are frozen (those of a decoder run after blocks that may be trainable).
         """
+        sides = {}
         for unit in self._layout.units[:-1]:
             for path in self._layout.module_paths(unit):
                 no_grad = unit in frozen if unit == EMBEDDINGS else unit < boundary
-                self._switch(path, no_grad=no_grad, frozen=unit in frozen)
+                sides[self._model.get_submodule(path)] = _Side(no_grad, unit in frozen)
+        # what left the model in the meantime is nobody's any more
+        self._put_back(module for module in self._sides if module not in sides)
+        self._sides = sides
+        for module, side in sides.items():
+            self._switch(module, side)
+        self._pad(bool(frozen))
 
     def restore(self) -> None:
         """Put every module back as it was found, but for modes asked for in the meantime."""
-        self.move((), EMBEDDINGS)
+        self._put_back(self._sides)
+        self._pad(False)
 
-    def _switch(self, path: str, *, no_grad: bool, frozen: bool) -> None:
-        module = self._model.get_submodule(path)
+    def _pad(self, on: bool) -> None:
+        for encoder in self._encoders:
+            base = unfrozen_class(without_derived_ancestors(type(encoder)))
+            encoder.__class__ = _padded_class(base) if on else base
+
+    def _put_back(self, modules: Iterable[nn.Module]) -> None:
+        for module in modules:
+            self._switch(module, _Side(no_grad=False, frozen=False))
+
+    def _switch(self, module: nn.Module, side: _Side) -> None:
+        no_grad, hold_eval = side.no_grad, side.frozen and self._hold_eval
         base = unfrozen_class(without_derived_ancestors(type(module)))
-        hold_eval = frozen and self._hold_eval
-        if hold_eval and path not in self._modes:
-            self._modes[path] = [(m, m.training) for m in module.modules()]
+        if hold_eval and module not in self._modes:
+            self._modes[module] = [(m, m.training) for m in module.modules()]
             _requested_mode.pop(module, None)
-            base.train(module, False)
+            _hold_eval(module, base, module.training)
         _drop_own_forward(module)
         plain = not (no_grad or hold_eval)
         target = (
@@ -151,8 +207,8 @@ class Boundary:
         )
         if type(module) is not target:
             module.__class__ = target
-        if not hold_eval and path in self._modes:
-            modes = self._modes.pop(path)
+        if not hold_eval and module in self._modes:
+            modes = self._modes.pop(module)
             requested = _requested_mode.pop(module, None)
             if requested is None:
                 for m, mode in modes:

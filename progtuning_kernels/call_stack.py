@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import sys
+from typing import TypeVar
+
+_T = TypeVar("_T")
 
 
 def called_from(file: str) -> bool:
@@ -13,3 +16,13 @@ def called_from(file: str) -> bool:
             return True
         frame = frame.f_back
     return False
+
+
+def caller(kind: type[_T]) -> _T | None:
+    """The nearest object of this kind whose method is on the stack of the calling thread."""
+    frame = sys._getframe()
+    while frame is not None:
+        if isinstance(owner := frame.f_locals.get("self"), kind):
+            return owner
+        frame = frame.f_back
+    return None

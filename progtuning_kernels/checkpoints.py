@@ -546,7 +546,9 @@ def _load_shards(
                 if tuple(entry.size) == tuple(p.shape):
                     values[key] = torch.empty_like(p, dtype=entry.properties.dtype)
                 else:
-                    values[key] = torch.empty(entry.size, dtype=entry.properties.dtype)
+                    values[key] = torch.empty(
+                        entry.size, dtype=entry.properties.dtype, device="cpu"
+                    )
                 targets[name] = values[key]
     with warnings.catch_warnings(), _one_line_failures(path):
         warnings.filterwarnings("ignore", "torch.distributed is")  # one process: as intended

@@ -1,14 +1,18 @@
 """Changes how one instance runs, by moving it to a fixed subclass of its own class.
 
 Flipping `module.__class__` leaves every `__dict__` as it was, survives `torch.compile` and FSDP2,
-and is undone by flipping back. Nothing is written into a class or module of another library. There
-is one class per base and key, however many instances use it: compiled code is guarded by the class.
+and is undone by flipping back. Nothing is written into a class or module of another library, and no
+code of theirs runs when a class is made here: who registers subclasses hears of none. There is one
+class per base and key, however many instances use it: compiled code is guarded by the class.
 """
 
 from __future__ import annotations
 
+from abc import ABCMeta
 from collections.abc import Hashable, Mapping
 from typing import Any
+
+from torch import nn
 
 _classes: dict[tuple[type, Hashable], type] = {}
 _bases: dict[type, type] = {}
@@ -37,20 +41,41 @@ def without_derived_ancestors(cls: type) -> type:
         return cls
     if cls not in _settled:
         bases = tuple(without_derived_ancestors(root_of(base)) for base in cls.__bases__)
-        # without `forward`: `__init_subclass__` of transformers' blocks has put our own into it,
-        # and makes it anew. FSDP2 adds nothing but `__deepcopy__`.
+        # without `forward`: `__init_subclass__` of transformers' blocks has put our own into it.
+        # FSDP2 adds nothing but `__deepcopy__`.
         own = {
             name: value
             for name, value in vars(cls).items()
             if name.startswith("__") and name not in ("__dict__", "__weakref__")
         }
-        _settled[cls] = type(cls)(cls.__name__, bases, own)
+        _settled[cls] = _unnoticed(type(cls), cls.__name__, bases, own)
     return _settled[cls]
 
 
 def derived_classes() -> list[type]:
     """Every class made here."""
     return list(_bases)
+
+
+class _Deaf(nn.Module):
+    """First of the bases that a class is born with: no `__init_subclass__` behind it is called."""
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        pass
+
+
+def _unnoticed(
+    metaclass: type, name: str, bases: tuple[type, ...], namespace: dict[str, Any]
+) -> type:
+    """A class whose bases and metaclass run no code of their own: it is in nobody's registry.
+
+    They may register, refuse a second class of one name, or want arguments unknown here.
+    """
+    # of the metaclasses, `ABCMeta` alone keeps something in a class that its instances need
+    new = ABCMeta.__new__ if issubclass(metaclass, ABCMeta) else type.__new__
+    made = new(metaclass, name, (_Deaf, *bases), namespace)
+    type.__setattr__(made, "__bases__", bases)  # which calls nobody
+    return made
 
 
 def _new_instance(cls: type) -> Any:
@@ -71,7 +96,8 @@ def derive(base: type, key: Hashable, members: Mapping[str, Any]) -> type:
         return (_new_instance, (root_of(base),), *state)
 
     # the name stays: transformers' `_no_split_modules` and regional compilation go by it
-    made = type(
+    made = _unnoticed(
+        type(base),
         base.__name__,
         (base,),
         {

@@ -93,27 +93,53 @@ def surrounding(model: nn.Module) -> DistributedDataParallel | nn.Module | None:
     return model if shards_of(model) else None
 
 
-def _unwrap(wrapped: nn.Module) -> nn.Module:
-    """Without `torch.compile` and DeepSpeed-like engines around it, down to what talks to ranks.
+def unwrap(model: nn.Module) -> nn.Module:
+    """The model inside `DistributedDataParallel` and `torch.compile`, in any order: what to patch.
+
+    Raises:
+        UnsupportedModelError: a wrapper that does not follow changes of what trains, or a
+            `DistributedDataParallel` around a part of the model only.
+    """
+    while True:
+        inner = _without_compile(model)
+        if not isinstance(inner, DistributedDataParallel):
+            break
+        model = inner.module
+    for path, module in inner.named_modules():
+        if isinstance(module, DistributedDataParallel):
+            raise UnsupportedModelError(
+                f"{path} is a DistributedDataParallel inside the {type(inner).__name__} to be "
+                f"patched, whose forward it does not see: pass model.{path}.module"
+            )
+        _refuse_wrapper(module)
+    return inner
+
+
+def _without_compile(wrapped: nn.Module) -> nn.Module:
+    """Without `torch.compile` around it.
 
     Raises:
         UnsupportedModelError: a wrapper that does not follow changes of what trains.
     """
-    while not isinstance(wrapped, DistributedDataParallel):
-        if isinstance(wrapped, DataParallel):
-            raise UnsupportedModelError(
-                "DataParallel copies the model to every GPU in each forward, without its patch: "
-                "use DistributedDataParallel, one process per GPU (torchrun)"
-            )
-        if type(wrapped).__name__ == "DeepSpeedEngine":
-            raise UnsupportedModelError(
-                "DeepSpeed keeps flat copies of what trained when it started: use DDP or FSDP2"
-            )
-        inner = getattr(wrapped, "_orig_mod", None)
-        if not isinstance(inner, nn.Module):
-            break
+    while True:
+        _refuse_wrapper(wrapped)
+        # PEFT hands attributes of the model inside on: a child of this name is what counts
+        inner = wrapped._modules.get("_orig_mod")
+        if inner is None:
+            return wrapped
         wrapped = inner
-    return wrapped
+
+
+def _refuse_wrapper(module: nn.Module) -> None:
+    if isinstance(module, DataParallel):
+        raise UnsupportedModelError(
+            "DataParallel copies the model to every GPU in each forward, without its patch: "
+            "use DistributedDataParallel, one process per GPU (torchrun)"
+        )
+    if type(module).__name__ == "DeepSpeedEngine":
+        raise UnsupportedModelError(
+            "DeepSpeed keeps flat copies of what trained when it started: use DDP or FSDP2"
+        )
 
 
 class Wrapper:
@@ -140,7 +166,7 @@ class Wrapper:
         *,
         timeout: timedelta | None = None,
     ) -> None:
-        inner = _unwrap(wrapped)
+        inner = _without_compile(wrapped)
         if not any(module is model for module in inner.modules()):
             raise ValueError(
                 f"attach() takes what surrounds the patched {type(model).__name__}; this "

@@ -129,7 +129,9 @@ class GradientNorms:
     def load_state_dict(self, state: dict[str, Any]) -> None:
         sums = state["sums"]
         self._seen = sums is not None
-        self._sums = None if sums is None else torch.tensor(sums, dtype=torch.float32)
+        if sums is not None:
+            sums = torch.tensor(sums, dtype=torch.float32, device="cpu")
+        self._sums = sums
 
     def _hook(self, index: int, block: _Block):
         def gradient_is_there(p: Tensor) -> None:
@@ -174,7 +176,7 @@ class GradientNorms:
     @torch.no_grad()
     def _add(self, squares: dict[int, Tensor]) -> None:
         device = next(iter(squares.values())).device
-        row = torch.zeros(self._layout.num_blocks + 1, device=device)
+        row = torch.zeros(self._layout.num_blocks + 1, dtype=torch.float32, device=device)
         row[-1] = 1
         for i, square in squares.items():
             row[i] = square.to(device, non_blocking=True)

@@ -6,10 +6,15 @@ it. Nothing here touches a class or a module of another library.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+import copy
+import warnings
+import weakref
+from collections.abc import Callable, Iterator, Mapping, MutableMapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from datetime import timedelta
+from inspect import signature
+from itertools import zip_longest
 from typing import Any, Literal, get_args
 
 import torch
@@ -17,26 +22,42 @@ from torch import nn
 
 from . import freeze_events
 from .active_set import ActiveSet, TiedPolicy
-from .adapters import check_adapters, rank_allocation_end
+from .adapters import adapter_configs, check_adapters, rank_allocation_end
 from .boundary import Boundary, FrozenMode
 from .cache import CacheReport, PrefixCache, PrefixServer, automatic_cache
 from .checkpointing import drop_input_grads, make_nonreentrant
 from .derived_classes import without_derived_ancestors
-from .distributed import Wrapper, refuse_flat_parameters, shards_of, surrounding
+from .distributed import Wrapper, refuse_flat_parameters, shards_of, surrounding, unwrap
 from .families import UnsupportedModelError
 from .gradient_norms import GradientNorms
 from .gradient_paths import GradientPaths
 from .layout import EMBEDDINGS, Layout, find_layout, parameter_slots
-from .schedules import FreezePlan, ObservingSchedule, Schedule
+from .missed_steps import MissedSteps
+from .schedules import FreezePlan, ObservingSchedule, Schedule, check_schedule, whole_number
+from .structure import Structure
 from .swaps import KernelReport, Kernels, KernelSwaps
 from .truncation import TruncationReport, UnitReport, measure_forward
 
 _HANDLE = "_progtuning_handle"
+_live: weakref.WeakSet[PatchHandle] = weakref.WeakSet()  # of models that are patched now
+
+
+def _with_own_containers(value: Any) -> Any:
+    """A copy that shares every tensor: models write into the dict that they are called with."""
+    if isinstance(value, tuple):
+        items = [_with_own_containers(item) for item in value]
+        return value._make(items) if hasattr(value, "_make") else tuple(items)
+    if isinstance(value, MutableMapping | list):
+        pairs = list(value.items() if isinstance(value, MutableMapping) else enumerate(value))
+        value = copy.copy(value)
+        for key, item in pairs:
+            value[key] = _with_own_containers(item)
+    return value
 
 
 @dataclass(frozen=True)
 class _Forward:
-    """The inputs of a training forward, so that a report can repeat it."""
+    """The inputs of a training forward as they were before it, so that a report can repeat it."""
 
     args: tuple[Any, ...]
     kwargs: dict[str, Any]
@@ -56,16 +77,35 @@ def _before_forward(
     handle = handle_of(model)
     if handle is None or torch.compiler.is_compiling():
         return None
+    if torch.is_grad_enabled():
+        handle.follow_user()
     cache = handle.cache
     if cache is not None:
         kwargs = cache.before_forward(args, kwargs, proved=handle.proved)
         if cache.busy:
             return args, kwargs
+    handle.end_proof()  # torch calls no hook after a KeyboardInterrupt
     if torch.is_grad_enabled():
         _before_training_forward(handle, args, kwargs)
     if cache is not None:
         cache.install()
     return args, kwargs
+
+
+def _after_forward(model: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+    """Forward hook, called after an exception too: `output` is None then.
+
+    There is one, for good: torch calls such hooks while it iterates over them, and one that took
+    itself away there would hide the error of the forward behind one of its own.
+    """
+    handle = handle_of(model)
+    if handle is None or torch.compiler.is_compiling():
+        return
+    if handle.cache is not None:
+        if handle.cache.busy:
+            return
+        handle.cache.after_forward(raised=output is None)
+    handle.end_proof(output)
 
 
 def _before_training_forward(
@@ -75,14 +115,14 @@ def _before_training_forward(
     device_type, autocast = handle.device_type, None
     if torch.amp.is_autocast_available(device_type) and torch.is_autocast_enabled(device_type):
         autocast = (device_type, torch.get_autocast_dtype(device_type))
-    handle.last_forward = _Forward(args, kwargs, autocast)
+    handle.last_forward = _Forward(*_with_own_containers((args, kwargs)), autocast)
 
 
 class PatchHandle:
     """What `patch_model` returns: the schedule's grip on one model. Also a context manager.
 
     Attributes:
-        model: the patched model.
+        model: the patched model, without the wrapper that `patch_model` was given.
         schedule: the schedule that plans its steps.
         layout: how the model is cut into units.
         step: optimizer steps done; `plan` is the plan of the next one.
@@ -116,12 +156,15 @@ class PatchHandle:
         # head until a forward shows a unit that is computed from them: so nothing is cut off, and
         # no state of a resumed run is dropped, on a guess
         layout.found.update(dict.fromkeys(layout.unruled(model), layout.head))
+        self._structure = Structure(model, layout)
         self._active = ActiveSet(model, layout, tied)
         self._boundary = Boundary(model, layout, frozen_mode)
         self._kernels = KernelSwaps(model, layout, kernels)
         self._listeners: list[Callable[[PatchHandle], None]] = []
+        self._missed = MissedSteps(model, layout, schedule)
         self._frozen: set[int] = set()  # units that hold no active tensor
         self.proved = False
+        self._paths: GradientPaths | None = None  # of the forward that proves
         # what was changed for checkpointing, to be put back: see checkpointing.py
         self._embeddings_frozen = False
         self._reentrant: list[tuple[nn.Module, Any, Any]] = []
@@ -134,16 +177,19 @@ class PatchHandle:
             self._norms.begin(step)
 
         self.plan = schedule.plan(step, layout.num_blocks)
-        check_adapters(model, layout)
-        self._allocation_end = rank_allocation_end(model)
+        self._look_at_adapters()
         for step, plan in self._plans_to_check():
             self._check_plan(step, plan)
         self.device_type = self._active.device.type
         self.cache: PrefixServer | None = None
         if cache is not None:
             self.cache = PrefixServer(model, layout, cache, fixed=frozen_mode == "eval")
-        self._hook = model.register_forward_pre_hook(_before_forward, with_kwargs=True)
+        self._hooks = [
+            model.register_forward_pre_hook(_before_forward, with_kwargs=True),
+            model.register_forward_hook(_after_forward, always_call=True),
+        ]
         model.__dict__[_HANDLE] = self
+        _live.add(self)
         try:
             self._kernels.follow(self._active.device)
             self._apply()
@@ -193,15 +239,15 @@ class PatchHandle:
 
         Call it once per optimizer step, after `optimizer.step()`. What something else switched on
         below the boundary in the meantime (PEFT does, on leaving `disable_adapter()`) is frozen
-        again; what was switched off stays off until the plan changes, and is then taken for the
-        user's own choice.
+        again; what was switched on where the plan trains is the user's own choice, and trains. What
+        was switched off stays off until the plan changes, and is then taken for such a choice.
 
         Returns:
             True when the plan changed.
 
         Raises:
-            RuntimeError: the model is not patched any more, or a schedule that decides by gradient
-                norms has seen none.
+            RuntimeError: the model is not patched any more, its blocks are others than they were,
+                or a schedule that decides by gradient norms has seen none.
         """
         self.observe()
         return self.seek(self.step + 1)
@@ -219,15 +265,22 @@ class PatchHandle:
         """Jump to the plan of optimizer step `step`, as after a resume; True when it changed."""
         if handle_of(self.model) is not self:
             raise RuntimeError("the model is not patched any more: call patch_model again")
+        step = whole_number("step", step, 0)
+        self._missed.told(step)
         plan = self.schedule.plan(step, self.num_blocks)
         changed = plan != self.plan
-        if changed:
+        rebuilt = self._structure.changed
+        if rebuilt:
+            self._take_in_changes()
+        if changed or rebuilt:
             self._check_plan(step, plan)
         self.step, self.plan = step, plan
         if self._norms is not None:
             self._norms.begin(step)
-        if changed:
+        if changed or rebuilt:
             self._apply()
+            for listener in self._listeners:
+                listener(self)
         else:
             self.reassert()
         return changed
@@ -240,7 +293,8 @@ class PatchHandle:
         decay of the whole table move. A checkpoint written between `optimizer.step()` and
         `advance()` wants this call before it.
         """
-        self._active.reassert()
+        if not self.follow_switches():
+            self._active.reassert()
 
     def attach(self, wrapped: nn.Module, *, timeout: timedelta | None = None) -> PatchHandle:
         """Tell the handle what surrounds the model on several processes, after wrapping it.
@@ -292,7 +346,11 @@ class PatchHandle:
         self._listeners.append(listener)
 
     def param_groups(
-        self, lr: float | None = None, weight_decay: float = 0.0, *, by_unit: bool = False
+        self,
+        lr: float | None = None,
+        weight_decay: float | None = None,
+        *,
+        by_unit: bool = False,
     ) -> list[dict[str, Any]]:
         """Two groups over all parameters, frozen ones included: they never change afterwards.
 
@@ -300,8 +358,9 @@ class PatchHandle:
 
         Args:
             lr: learning rate to write into the groups; None leaves it to the optimizer.
-            weight_decay: decay of the first group, which holds matrices; biases and norm weights
-                (one dimension or none) are in the second, without decay.
+            weight_decay: decay of the first group, which holds matrices; None leaves it to the
+                optimizer. Biases and norm weights (one dimension or none) are in the second,
+                without decay.
             by_unit: up to two groups per unit instead, each with its number in "unit" (-1 the
                 embeddings, 0..L-1 the blocks, L the head), for rates that differ between units.
                 What several units use is in the one that it freezes with. An update of more than 8
@@ -329,13 +388,15 @@ class PatchHandle:
         The last training forward is run once more, on the same inputs, with counters attached:
         training itself is never slowed down by counting, and its random numbers stay as they were.
         """
+        self._structure.check()
         uses = {}
         if (last := self.last_forward) is not None:
             with last.context(), nullcontext() if self.cache is None else self.cache.paused():
                 paths = self._watch_paths(compiled=True)
                 try:
+                    args, kwargs = _with_own_containers((last.args, last.kwargs))
                     uses = measure_forward(
-                        self.model, self.layout, last.args, last.kwargs, boundary=self.boundary
+                        self.model, self.layout, args, kwargs, boundary=self.boundary
                     )
                 finally:
                     paths.remove()
@@ -443,18 +504,69 @@ class PatchHandle:
         for module, function, replaced in self._reentrant:
             if module._gradient_checkpointing_func is replaced:
                 module._gradient_checkpointing_func = function
-        for module in self._input_grads:
-            module.enable_input_require_grads()
-        self._hook.remove()
+        for hook in self._hooks:
+            hook.remove()
+        self.end_proof()
         if self._norms is not None:
             self._norms.remove()
         self._listeners.clear()
         self.last_forward = None
         del self.model.__dict__[_HANDLE]
+        _live.discard(self)
+        for module in self._input_grads:
+            module.enable_input_require_grads()
         if self._wrapper is not None:
             self._wrapper.release()
             self._wrapper = None
         freeze_events.announce()
+
+    def follow_user(self) -> None:
+        """Before a training forward: look at what was done, or not, to the model since the last.
+
+        Warns of updates without `advance`. Applies the plan anew where flags were switched on, and
+        where modules or parameters came or went before its first forward.
+
+        Raises (from the forward):
+            RuntimeError: the blocks are others than when the model was patched.
+            UnsupportedModelError, ValueError: as `patch_model`, of adapters added since.
+        """
+        self._structure.check_blocks()
+        if self._wrapper is None or not self._wrapper.sharded:  # FSDP2 writes at every forward
+            self._missed.before_forward(self.step)
+        if self.follow_switches() or self.proved or not self._structure.changed:
+            return
+        self._take_in_changes()
+        self._check_plan(self.step, self.plan)
+        self._apply()
+
+    def follow_switches(self) -> bool:
+        """Train what was switched on since the last plan, wherever the plan in force trains it.
+
+        PEFT switches flags when another adapter is chosen, and makes modules when one is added. A
+        block that had nothing to train may train now.
+
+        Returns:
+            Whether anything changed.
+
+        Raises:
+            UnsupportedModelError, ValueError: as `patch_model`, of adapters added since.
+        """
+        switched = self._active.follow(self.plan)
+        adapters = adapter_configs(self.model)
+        if any(a is not b for a, b in zip_longest(self._adapters, adapters)):
+            self._look_at_adapters()
+            self._take_in_changes()
+            self._reinstall()  # modules that are new, and those that adapters stand in now
+        elif not switched:
+            return False
+        self._check_plan(self.step, self.plan)
+        self._apply()
+        return True
+
+    def _look_at_adapters(self) -> None:
+        check_adapters(self.model, self.layout)
+        self._adapters = adapter_configs(self.model)
+        self._allocation_end = rank_allocation_end(self.model)
 
     def before_training_forward(self, inputs: Any) -> None:
         """Keep checkpointing truncated; prove, once under every plan, that nothing is cut off.
@@ -468,23 +580,29 @@ class PatchHandle:
         if not self.proved:
             self._find_wrapper()
         if (device := self._active.device).type != self.device_type:
-            self._follow(device)
+            self.device_type = device.type
+            self._reinstall()
         if self._embeddings_frozen:
             # block 0 may train; its input does not require grad all the same
             self._input_grads += drop_input_grads(self.model, self.layout)
             self._reentrant += make_nonreentrant(self.model, self.layout)
         if not self.proved:
-            paths = self._watch_paths(inputs=inputs)
+            self._paths = self._watch_paths(inputs=inputs)
 
-            def finish(model: nn.Module, args: Any, output: Any) -> None:
-                hook.remove()
-                paths.remove()
-                if output is not None:  # None: the forward has raised
-                    if paths.finish(output):
-                        self._follow_moved()
-                    self.proved = True
+    def end_proof(self, output: Any = None) -> None:
+        """The forward that `GradientPaths` watches, if any, is over.
 
-            hook = self.model.register_forward_hook(finish, always_call=True)
+        Args:
+            output: None: it has raised.
+        """
+        paths, self._paths = self._paths, None
+        if paths is None:
+            return
+        paths.remove()
+        if output is not None:
+            if paths.finish(output):
+                self._follow_moved()
+            self.proved = True
 
     def _watch_paths(self, **options: Any) -> GradientPaths:
         no_grad = set(range(self.boundary))
@@ -502,6 +620,20 @@ class PatchHandle:
         for plan in (self.plan, *(plan for _, plan in self._plans_to_check())):
             units.update(u for u in self.layout.units if not self._active.trains(u, plan))
         return units
+
+    def _take_in_changes(self) -> None:
+        self._structure.check()
+        for name in self.layout.unruled(self.model):
+            self.layout.found.setdefault(name, self.layout.head)
+        new = self._active.rescan()
+        self._structure.note()
+        if new and self.last_forward is not None:
+            more = f" and {len(new) - 1} more" if len(new) > 1 else ""
+            warnings.warn(
+                f"{new[0]}{more} came into the model while it was trained: an optimizer that was "
+                "made before does not hold it, and leaves it as it is",
+                stacklevel=4,
+            )
 
     def _find_wrapper(self) -> None:
         """Attach whatever runs this forward, if that is somebody new."""
@@ -523,11 +655,11 @@ class PatchHandle:
         if self._norms is not None:
             self._norms.install()
 
-    def _follow(self, device: torch.device) -> None:
-        """The model has moved: other kernels, below the classes that the boundary has put on."""
-        self.device_type = device.type
+    def _reinstall(self) -> None:
+        """The model has moved, or has other modules: kernels anew, below the boundary's classes."""
         self._boundary.restore()
-        self._kernels.follow(device)
+        self._kernels.restore()
+        self._kernels.follow(self._active.device)
         self._boundary.move(self._frozen, self.boundary)
 
     def _plans_to_check(self) -> Iterator[tuple[int, FreezePlan]]:
@@ -561,8 +693,6 @@ class PatchHandle:
         if self.cache is not None:
             self.cache.move(self.boundary)
         self.proved = False
-        for listener in self._listeners:
-            listener(self)
 
     def _follow_moved(self) -> None:
         """A forward has shown that bare parameters belong elsewhere: before its backward."""
@@ -591,15 +721,20 @@ class PatchHandle:
         freeze_events.announce()
 
 
-def decay_groups(parameters: Sequence[nn.Parameter], weight_decay: float) -> list[dict[str, Any]]:
+def decay_groups(
+    parameters: Sequence[nn.Parameter], weight_decay: float | None
+) -> list[dict[str, Any]]:
     """Parameter groups with and without decay; an empty one is left out.
 
-    Matrices decay; biases and norm weights, which have one dimension or none, do not.
+    Matrices decay, as the optimizer says where `weight_decay` is None; biases and norm weights,
+    which have one dimension or none, do not.
     """
     groups: list[dict[str, Any]] = [
-        {"params": [p for p in parameters if p.ndim >= 2], "weight_decay": weight_decay},
+        {"params": [p for p in parameters if p.ndim >= 2]},
         {"params": [p for p in parameters if p.ndim < 2], "weight_decay": 0.0},
     ]
+    if weight_decay is not None:
+        groups[0]["weight_decay"] = weight_decay
     return [group for group in groups if group["params"]]
 
 
@@ -621,6 +756,8 @@ def patch_model(
 
     Args:
         model: a Hugging Face model, PEFT adapters included, or any module with lists of blocks.
+            Inside `DistributedDataParallel` or `torch.compile`, what is inside is patched, and the
+            wrapper attached.
         schedule: plans every optimizer step, e.g. `ProgressiveSchedule(3, total_steps)`.
         frozen_mode: "eval" makes a frozen unit a fixed function (no dropout); "train" leaves its
             mode alone.
@@ -644,25 +781,25 @@ def patch_model(
         The handle; call `handle.advance()` once per optimizer step.
 
     Raises:
+        TypeError: no model, or no schedule.
         UnsupportedModelError: no block list can be found, the blocks share weights, or the model
-            has adapters that cannot freeze with their blocks; from the first training forward, if
-            a unit turns out to be computed from a later one.
-        ValueError: the model is patched already, or the schedule does not fit it.
+            has adapters that cannot freeze with their blocks, or is in a wrapper that does not
+            follow changes of what trains; from the first training forward, if a unit turns out to
+            be computed from a later one.
+        ValueError: the model, a part of it or one that it is a part of is patched already, or the
+            schedule does not fit it.
     """
-    if frozen_mode not in get_args(FrozenMode):
-        raise ValueError(f"frozen_mode must be 'eval' or 'train', got {frozen_mode!r}")
-    if tied not in get_args(TiedPolicy):
-        raise ValueError(f"tied must be 'frozen' or 'head_only', got {tied!r}")
-    if kernels not in get_args(Kernels):
-        raise ValueError(f"kernels must be 'auto', 'on' or 'off', got {kernels!r}")
-    if not (cache is None or cache == "auto" or isinstance(cache, PrefixCache)):
-        raise ValueError(f"cache must be a PrefixCache, 'auto' or None, got {cache!r}")
-    if handle_of(model) is not None:
-        raise ValueError("the model is patched already: call handle.unpatch() first")
-    refuse_flat_parameters(model)
-    layout = find_layout(model, blocks)
-    return PatchHandle(
-        model,
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"patch_model takes a model, an nn.Module, and a schedule, got {model!r}")
+    check_schedule(schedule, "patch_model")
+    _check_values(frozen_mode=frozen_mode, tied=tied, kernels=kernels, cache=cache)
+    step = whole_number("step", step, 0)
+    inner = unwrap(model)
+    _refuse_patched(inner)
+    refuse_flat_parameters(inner)
+    layout = find_layout(inner, blocks)
+    handle = PatchHandle(
+        inner,
         schedule,
         layout,
         frozen_mode=frozen_mode,
@@ -671,6 +808,60 @@ def patch_model(
         cache=automatic_cache() if cache == "auto" else cache,
         step=step,
     )
+    if inner is model:
+        return handle
+    try:
+        return handle.attach(model)
+    except BaseException:
+        handle.unpatch()
+        raise
+
+
+def check_options(options: Mapping[str, Any], taker: str) -> None:
+    """Check keyword arguments that `taker` was given for a `patch_model` to come.
+
+    Raises:
+        TypeError: one that it has not; `step` is for `taker` to know.
+        ValueError: a value that it does not take.
+    """
+    parameters = signature(patch_model).parameters.values()
+    known = [p.name for p in parameters if p.kind is p.KEYWORD_ONLY and p.name != "step"]
+    for name in options:
+        if name not in known:
+            raise TypeError(f"{taker} has no option {name!r}; it has {', '.join(known)}")
+    _check_values(**options)
+
+
+def _check_values(
+    *,
+    frozen_mode: FrozenMode = "eval",
+    tied: TiedPolicy = "frozen",
+    kernels: Kernels = "auto",
+    cache: PrefixCache | Literal["auto"] | None = None,
+    **others: Any,
+) -> None:
+    if frozen_mode not in get_args(FrozenMode):
+        raise ValueError(f"frozen_mode must be 'eval' or 'train', got {frozen_mode!r}")
+    if tied not in get_args(TiedPolicy):
+        raise ValueError(f"tied must be 'frozen' or 'head_only', got {tied!r}")
+    if kernels not in get_args(Kernels):
+        raise ValueError(f"kernels must be 'auto', 'on' or 'off', got {kernels!r}")
+    if not (cache is None or cache == "auto" or isinstance(cache, PrefixCache)):
+        raise ValueError(f"cache must be a PrefixCache, 'auto' or None, got {cache!r}")
+
+
+def _refuse_patched(model: nn.Module) -> None:
+    """Two plans over one parameter would each undo the other's flags, and keep them."""
+    names = {id(p): name for name, p in model.named_parameters()}
+    for handle in list(_live):
+        if handle.model is model:
+            raise ValueError("the model is patched already: call handle.unpatch() first")
+        shared = next((names[id(p)] for p in handle.model.parameters() if id(p) in names), None)
+        if shared is not None:
+            raise ValueError(
+                f"{shared} is in a {type(handle.model).__name__} that is patched already: call "
+                "unpatch() of its handle first, then patch the model that is called in training"
+            )
 
 
 def handle_of(model: nn.Module) -> PatchHandle | None:

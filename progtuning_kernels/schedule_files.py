@@ -60,8 +60,7 @@ def make_schedule(settings: Mapping[str, Any]) -> Schedule:
         raise ValueError(f"schedule must be one of {', '.join(KINDS)}, got {kind!r}")
     cls = KINDS[kind]
     if cls is MilestoneSchedule:
-        # keys of TOML and JSON are strings
-        settings["milestones"] = _whole_numbers(settings.pop("steps", None))
+        settings["milestones"] = _milestones(settings.pop("steps", None))
     parameters = inspect.signature(cls).parameters
     for name in settings:
         if name not in parameters:
@@ -147,8 +146,11 @@ def _with_weights(settings: Mapping[str, Any], folder: Path) -> dict[str, Any]:
     return settings
 
 
-def _whole_numbers(steps: Any) -> dict[int, int]:
+def _milestones(steps: Any) -> dict[Any, Any]:
+    """With numbers for keys, which are texts in TOML and JSON."""
+    if not isinstance(steps, Mapping):
+        raise ValueError(f"steps must be a table of step = boundary, got {steps!r}")
     try:
-        return {int(step): int(boundary) for step, boundary in steps.items()}
-    except (AttributeError, TypeError, ValueError):
+        return {int(key) if isinstance(key, str) else key: steps[key] for key in steps}
+    except ValueError:
         raise ValueError(f"steps must be a table of step = boundary, got {steps!r}") from None

@@ -18,7 +18,8 @@ from dataclasses import dataclass
 from fractions import Fraction
 from hashlib import blake2b
 from itertools import accumulate, count
-from numbers import Integral
+from numbers import Real
+from operator import index
 from typing import Any, Literal, Protocol, get_args, runtime_checkable
 
 EmbeddingPolicy = Literal["first_stage", "always", "never"]
@@ -108,11 +109,40 @@ def _check_step(step: int) -> None:
         raise ValueError(f"step must be 0 or more, got {step}")
 
 
-def _count(name: str, value: int, least: int = 1) -> int:
-    """`value` as an int of at least `least`."""
-    if not isinstance(value, Integral) or value < least:
-        raise ValueError(f"{name} must be {least} or more, and whole, got {value!r}")
-    return int(value)
+def whole_number(name: str, value: Any, least: int | None = None) -> int:
+    """`value` as an int of at least `least`: an int of any library, or a float that is whole.
+
+    Raises:
+        TypeError: no number.
+        ValueError: a number that is not whole, or less than `least`.
+    """
+    wanted = f"{name} must be {'' if least is None else f'{least} or more, and '}whole"
+    try:
+        if isinstance(value, bool):
+            raise TypeError
+        number = index(value)
+    except TypeError:
+        if isinstance(value, bool) or not isinstance(value, Real):
+            raise TypeError(f"{wanted}, got {value!r}: pass a number") from None
+        if value != value // 1:
+            raise ValueError(f"{wanted}, got {value!r}: pass an int") from None
+        number = int(value)
+    if least is not None and number < least:
+        raise ValueError(f"{wanted}, got {value!r}")
+    return number
+
+
+def check_schedule(schedule: Any, taker: str) -> None:
+    """Raise `TypeError` if `schedule`, which was given to `taker`, is none."""
+    if isinstance(schedule, type):
+        raise TypeError(
+            f"{taker} takes a schedule, not its class: pass {schedule.__name__}(...), "
+            "e.g. ProgressiveSchedule(stages=3)"
+        )
+    if not isinstance(schedule, Schedule):
+        raise TypeError(
+            f"{taker} takes a schedule, e.g. ProgressiveSchedule(stages=3), got {schedule!r}"
+        )
 
 
 def _check_choice(name: str, value: str, choices: Any) -> None:
@@ -182,13 +212,9 @@ class ProgressiveSchedule:
         weights: Sequence[float] | None = None,
     ) -> None:
         _check_choice("embeddings", embeddings, EmbeddingPolicy)
-        if weights is not None and not (
-            all(0 <= w < float("inf") for w in weights) and any(weights)
-        ):
-            raise ValueError("weights must be finite, none negative and not all 0, one per block")
-        self.stages = _count("stages", stages)
+        self.weights = None if weights is None else _weights(weights)
+        self.stages = whole_number("stages", stages, 1)
         self.embeddings: EmbeddingPolicy = embeddings
-        self.weights = None if weights is None else tuple(float(w) for w in weights)
         self.total_steps: int | None = None
         if total_steps is not None:
             self.bind(total_steps)
@@ -201,6 +227,7 @@ class ProgressiveSchedule:
         )
 
     def bind(self, total_steps: int) -> ProgressiveSchedule:
+        total_steps = whole_number("total_steps", total_steps, 1)
         if total_steps < self.stages:
             raise ValueError(
                 f"total_steps={total_steps} is fewer than stages={self.stages}: "
@@ -250,21 +277,34 @@ class MilestoneSchedule:
 
     Args:
         milestones: {step: boundary}. A missing step 0 means boundary 0 from the start; a boundary
-            equal to the number of blocks trains the head alone. Boundaries may also fall again.
-        embeddings: "first_stage" (until the first milestone after step 0, and only under boundary
-            0), "always", or "never".
+            equal to the number of blocks trains the head alone, one of -1 everything, the
+            embeddings included. Boundaries may also fall again.
+        embeddings: beside -1, "first_stage" (until the first milestone after step 0, and only under
+            boundary 0), "always", or "never".
 
-    `MilestoneSchedule({}, embeddings="always")` never freezes anything.
+    `MilestoneSchedule({}, embeddings="always")` never freezes anything, and
+    `MilestoneSchedule({0: 2, 10: 1, 20: 0, 30: -1})` thaws two blocks from the head down, the
+    embeddings last.
+
+    Raises:
+        ValueError: on milestones that no run can have; the message names the milestone.
     """
 
     def __init__(
         self, milestones: Mapping[int, int], *, embeddings: EmbeddingPolicy = "first_stage"
     ) -> None:
         _check_choice("embeddings", embeddings, EmbeddingPolicy)
-        for step, boundary in milestones.items():
-            if step < 0 or boundary < 0:
-                raise ValueError(f"milestone {step}: {boundary} has a negative number")
-        self.milestones = dict(sorted({0: 0, **milestones}.items()))
+        if not isinstance(milestones, Mapping):
+            raise TypeError(f"milestones must be {{step: boundary}}, got {milestones!r}")
+        given = {
+            whole_number("a milestone's step", step, 0): whole_number(
+                f"the boundary of milestone {step}", boundary, -1
+            )
+            for step, boundary in milestones.items()
+        }
+        if embeddings == "never" and -1 in given.values():
+            raise ValueError('a boundary of -1 trains the embeddings, and embeddings is "never"')
+        self.milestones = dict(sorted({0: 0, **given}.items()))
         self.embeddings: EmbeddingPolicy = embeddings
         self.total_steps: int | None = None
 
@@ -273,7 +313,7 @@ class MilestoneSchedule:
 
     def bind(self, total_steps: int) -> MilestoneSchedule:
         """Note the length of the run; milestones are absolute steps and do not depend on it."""
-        self.total_steps = total_steps
+        self.total_steps = whole_number("total_steps", total_steps, 1)
         return self
 
     def stage(self, step: int) -> int:
@@ -289,9 +329,8 @@ class MilestoneSchedule:
                 )
         stage = self.stage(step)
         boundary = list(self.milestones.values())[stage]
-        embeddings = self.embeddings == "always" or (
-            self.embeddings == "first_stage" and stage == 0 and boundary == 0
-        )
+        first = self.embeddings == "first_stage" and stage == 0 and boundary == 0
+        embeddings = boundary == -1 or first or self.embeddings == "always"
         return FreezePlan.from_boundary(boundary, num_blocks, embeddings=embeddings)
 
 
@@ -323,8 +362,11 @@ class RandomBlockSchedule:
         embeddings: UnitPolicy = "always",
         head: UnitPolicy = "always",
     ) -> None:
-        self.blocks, self.period = _count("blocks", blocks), _count("period", period)
-        self.seed = _whole_seed(seed)
+        self.blocks, self.period = (
+            whole_number("blocks", blocks, 1),
+            whole_number("period", period, 1),
+        )
+        self.seed = whole_number("seed", seed)
         _check_choice("embeddings", embeddings, UnitPolicy)
         _check_choice("head", head, UnitPolicy)
         self.embeddings: UnitPolicy = embeddings
@@ -339,7 +381,7 @@ class RandomBlockSchedule:
 
     def bind(self, total_steps: int) -> RandomBlockSchedule:
         """Note the length of the run, on which no draw depends."""
-        self.total_steps = total_steps
+        self.total_steps = whole_number("total_steps", total_steps, 1)
         return self
 
     def stage(self, step: int) -> int:
@@ -387,8 +429,11 @@ class CyclicBlockSchedule:
         embeddings: UnitPolicy = "never",
         head: UnitPolicy = "always",
     ) -> None:
-        self.blocks, self.period = _count("blocks", blocks), _count("period", period)
-        self.seed = _whole_seed(seed)
+        self.blocks, self.period = (
+            whole_number("blocks", blocks, 1),
+            whole_number("period", period, 1),
+        )
+        self.seed = whole_number("seed", seed)
         _check_choice("order", order, BlockOrder)
         _check_choice("embeddings", embeddings, UnitPolicy)
         _check_choice("head", head, UnitPolicy)
@@ -406,7 +451,7 @@ class CyclicBlockSchedule:
 
     def bind(self, total_steps: int) -> CyclicBlockSchedule:
         """Note the length of the run, on which no plan depends."""
-        self.total_steps = total_steps
+        self.total_steps = whole_number("total_steps", total_steps, 1)
         return self
 
     def stage(self, step: int) -> int:
@@ -464,11 +509,15 @@ class AdaptiveSchedule:
         window: int | None = None,
         embeddings: EmbeddingPolicy = "first_stage",
     ) -> None:
-        self.interval = _count("interval", interval)
+        self.interval = whole_number("interval", interval, 1)
+        if isinstance(percentile, bool) or not isinstance(percentile, Real):
+            raise TypeError(f"percentile must be 0 to 100, got {percentile!r}: pass a number")
         if not 0 <= percentile <= 100:
             raise ValueError(f"percentile must be 0 to 100, got {percentile}")
         self.percentile = float(percentile)
-        self.window = _count("window", min(10, self.interval) if window is None else window)
+        self.window = whole_number(
+            "window", min(10, self.interval) if window is None else window, 1
+        )
         if self.window > self.interval:
             raise ValueError(f"window={window} is more than interval={interval}")
         _check_choice("embeddings", embeddings, EmbeddingPolicy)
@@ -485,7 +534,7 @@ class AdaptiveSchedule:
 
     def bind(self, total_steps: int) -> AdaptiveSchedule:
         """Note the length of the run, on which no decision depends."""
-        self.total_steps = total_steps
+        self.total_steps = whole_number("total_steps", total_steps, 1)
         return self
 
     @property
@@ -573,6 +622,7 @@ class AnnealedSchedule:
     """
 
     def __init__(self, schedule: Schedule, *, scaled: bool = False) -> None:
+        check_schedule(schedule, "AnnealedSchedule")
         if isinstance(schedule, ObservingSchedule):
             raise ValueError(
                 f"{schedule!r} does not know its freezing steps in advance: nothing can be annealed"
@@ -661,10 +711,14 @@ class AnnealedSchedule:
         return [factor(group["unit"]) for group in groups]
 
 
-def _whole_seed(seed: int) -> int:
-    if not isinstance(seed, Integral):
-        raise ValueError(f"seed must be whole, got {seed!r}")
-    return int(seed)
+def _weights(weights: Sequence[float]) -> tuple[float, ...]:
+    try:
+        numbers = tuple(map(float, weights))
+    except (TypeError, ValueError):
+        raise TypeError(f"weights must be numbers, one per block, got {weights!r}") from None
+    if not (all(0 <= w < float("inf") for w in numbers) and any(numbers)):
+        raise ValueError("weights must be finite, none negative and not all 0, one per block")
+    return numbers
 
 
 def _relative_change(before: float, now: float) -> float:

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from contextlib import ExitStack, contextmanager, suppress
+from dataclasses import dataclass, fields, is_dataclass
 from typing import Any
 
 import torch
@@ -169,6 +169,17 @@ def _some(names: Sequence[str]) -> str:
     return names[0] + (f" and {len(names) - 1} more" if len(names) > 1 else "") if names else ""
 
 
+def _tensors_in(value: Any) -> Iterator[torch.Tensor]:
+    """Tensors in what a module returned, in containers that pytree does not know too."""
+    for leaf in pytree.tree_leaves(value):
+        if isinstance(leaf, torch.Tensor):
+            yield leaf
+        elif isinstance(leaf, Mapping):
+            yield from _tensors_in(list(leaf.values()))
+        elif is_dataclass(leaf) and not isinstance(leaf, type):
+            yield from _tensors_in([getattr(leaf, field.name) for field in fields(leaf)])
+
+
 class _UnitClock:
     """Knows which unit a forward is in, from hooks that live for one forward.
 
@@ -192,7 +203,7 @@ class _UnitClock:
 
     def _note_output(self, unit: int, path: str, output: Any) -> None:
         if path not in self.requiring_grad[unit] and any(
-            isinstance(t, torch.Tensor) and t.requires_grad for t in pytree.tree_leaves(output)
+            t.requires_grad for t in _tensors_in(output)
         ):
             self.requiring_grad[unit].append(path)
 
@@ -256,8 +267,7 @@ def _count_nodes(
     units_by_parameter: Mapping[int, int],
     bare: Mapping[int, int],
 ) -> dict[int, int]:
-    tensors = [t for t in pytree.tree_leaves(outputs) if isinstance(t, torch.Tensor)]
-    pending = [t.grad_fn for t in tensors if t.grad_fn is not None]
+    pending = [t.grad_fn for t in _tensors_in(outputs) if t.grad_fn is not None]
     found = set(pending)
     users: dict[Any, Any] = {}  # a node that goes on from each one
     while pending:
@@ -289,9 +299,23 @@ def _count_nodes(
     return nodes
 
 
-def _storages(tensors: Iterable[torch.Tensor]) -> set[int]:
-    # by identity: on the meta device, where plans are measured, no storage has an address
-    return {t.untyped_storage()._cdata for t in tensors}
+def _parts(tensor: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    """What holds the data of a sparse tensor; of any other, itself."""
+    tensor = tensor.detach()
+    if tensor.layout == torch.sparse_coo:
+        return tensor._indices(), tensor._values()
+    if tensor.layout in (torch.sparse_csr, torch.sparse_bsr):
+        return tensor.crow_indices(), tensor.col_indices(), tensor.values()
+    if tensor.layout in (torch.sparse_csc, torch.sparse_bsc):
+        return tensor.ccol_indices(), tensor.row_indices(), tensor.values()
+    return (tensor,)
+
+
+def _storages(tensors: Iterable[torch.Tensor]) -> Iterator[torch.UntypedStorage]:
+    for tensor in tensors:
+        for part in _parts(tensor):
+            with suppress(NotImplementedError):  # oneDNN's own layouts show none
+                yield part.untyped_storage()
 
 
 def measure_forward(
@@ -319,18 +343,23 @@ def measure_forward(
     units_by_parameter = {
         id(slot.parameter): boundary if slot.sliced else slot.home for slot in slots
     }
-    owned = _storages((*(slot.parameter for slot in slots), *model.buffers()))
+    # by identity: on the meta device, where plans are measured, no storage has an address
+    owned = {
+        storage._cdata
+        for storage in _storages((*(slot.parameter for slot in slots), *model.buffers()))
+    }
     saved: dict[int, int] = defaultdict(int)
     held: dict[int, int] = defaultdict(int)
-    kept: dict[int, torch.Tensor] = {}  # alive until the end, so that no address is used twice
+    # alive until the end, so that no address is used twice
+    kept: dict[int, torch.UntypedStorage] = {}
     clock = _UnitClock(model, layout, boundary if sliced else EMBEDDINGS)
 
     def pack(tensor: torch.Tensor) -> torch.Tensor:
-        saved[clock.unit] += tensor.numel() * tensor.element_size()
-        storage = tensor.untyped_storage()
-        if storage._cdata not in owned and storage._cdata not in kept:
-            kept[storage._cdata] = tensor.detach()
-            held[clock.unit] += storage.nbytes()
+        saved[clock.unit] += sum(p.numel() * p.element_size() for p in _parts(tensor))
+        for storage in _storages([tensor]):
+            if storage._cdata not in owned and storage._cdata not in kept:
+                kept[storage._cdata] = storage
+                held[clock.unit] += storage.nbytes()
         return tensor.detach()  # returning the tensor itself would tie it to its own graph node
 
     devices = {slot.parameter.device for slot in slots}

@@ -17,7 +17,15 @@ from torch.nn.utils import clip_grad_norm_
 from torch.optim import AdamW, Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 
-from progtuning_kernels import MaskedAdamW, PatchHandle, ProgressiveSchedule, patch_model
+from progtuning_kernels import (
+    CyclicBlockSchedule,
+    MaskedAdamW,
+    MilestoneSchedule,
+    PatchHandle,
+    ProgressiveSchedule,
+    RandomBlockSchedule,
+    patch_model,
+)
 from progtuning_kernels.optim import release_frozen_state, state_bytes
 
 NAME = "bert-sequence"
@@ -184,6 +192,39 @@ def test_resumed_run_is_the_uninterrupted_one(tmp_path, optimizer, saved_after):
     expected = straight.finish()
     for name, weight in resumed.finish().items():
         assert torch.equal(weight, expected[name]), name
+
+
+def _thawing(name: str, optimizer: str, folder: Path, *, resume: bool) -> dict[str, torch.Tensor]:
+    """A loop under a schedule that thaws, saved after step 7 of 12 or gone on from there."""
+    schedule = {
+        "milestones": MilestoneSchedule({0: 4, 3: 3, 6: 1, 9: 0}),
+        "lisa": RandomBlockSchedule(1, 5, seed=3),
+        "badam": CyclicBlockSchedule(1, 5),
+    }[name]
+    accelerator = Accelerator(cpu=True)
+    handle = patch_model(tiny_model(NAME), schedule)
+    model, optimizer = accelerator.prepare(handle.model, OPTIMIZERS[optimizer](handle))
+    accelerator.register_for_checkpointing(handle)
+    if resume:
+        accelerator.load_state(folder)  # the optimizer before the handle
+        assert handle.step == 7
+    for step in range(handle.step, 12):
+        accelerator.backward(model(**tiny_inputs(NAME, seed=step)).loss)
+        optimizer.step()
+        optimizer.zero_grad()
+        handle.advance()
+        if handle.step == 7:
+            accelerator.save_state(folder)
+    handle.unpatch()
+    return _weights(handle.model)
+
+
+@pytest.mark.parametrize("optimizer", OPTIMIZERS)
+@pytest.mark.parametrize("name", ["milestones", "lisa", "badam"])
+def test_blocks_that_thaw_find_their_state_in_a_resumed_run(name, optimizer, tmp_path):
+    straight = _thawing(name, optimizer, tmp_path, resume=False)
+    for weight_name, weight in _thawing(name, optimizer, tmp_path, resume=True).items():
+        assert torch.equal(weight, straight[weight_name]), weight_name
 
 
 def _regional() -> TorchDynamoPlugin:

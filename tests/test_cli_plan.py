@@ -70,6 +70,7 @@ def test_options_reach_the_plan(model_folders, capsys):
         (["--stages", "5"], "stages=5 is more than the 4 blocks there are"),
         (["--steps", "2"], "total_steps=2 is fewer than stages=3"),
         (["--seq-len", "64"], "--seq-len 64 is above the model's 32 tokens"),
+        (["--memory", "9" * 400 + "GB"], "is no size of memory"),
         (["--memory", "lots"], "'lots' is no size of memory: give one such as 24GiB"),
         (["--blocks", "bert.layers"], "has no module at 'bert.layers'"),
         (["--optimizer", "sgd"], "--optimizer"),
@@ -80,6 +81,18 @@ def test_options_reach_the_plan(model_folders, capsys):
 def test_bad_calls_get_one_line(model_folders, capsys, extra, message):
     model = ["--model", str(model_folders["bert"])]
     assert message in _one_line_error(capsys, ["plan", *model, *_SMALL, *extra])
+
+
+def test_models_that_count_positions_in_other_ways(capsys, tmp_path):
+    sizes = {"hidden_size": 16, "num_hidden_layers": 4, "num_attention_heads": 2}
+    roberta = transformers.RobertaConfig(**sizes, intermediate_size=16, max_position_embeddings=34)
+    roberta.save_pretrained(tmp_path / "roberta")
+    arguments = ["plan", "--model", str(tmp_path / "roberta"), "--seq-len"]
+    assert "33 is above the model's 32 tokens" in _one_line_error(capsys, [*arguments, "33"])
+    sizes = {"d_model": 16, "n_layer": 4, "n_head": 2, "d_inner": 16}
+    transformers.XLNetConfig(**sizes).save_pretrained(tmp_path / "xlnet")  # which says -1
+    main(["plan", "--model", str(tmp_path / "xlnet"), "--seq-len", "32"])
+    assert "XLNet" in capsys.readouterr().out
 
 
 def test_help_has_an_example(capsys):

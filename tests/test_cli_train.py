@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import copy
 import csv
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -47,11 +49,11 @@ def _weights(folder: Path) -> dict[str, torch.Tensor]:
     return auto.from_pretrained(folder / "model").state_dict()
 
 
-def _one_line_error(capsys, arguments: list[str]) -> str:
+def _one_line_error(capsys, arguments: list[str], status: int = 2) -> str:
     capsys.readouterr()  # what the test itself has printed
     with pytest.raises(SystemExit) as exit_:
         main(arguments)
-    assert exit_.value.code == 2
+    assert exit_.value.code == status
     captured = capsys.readouterr()
     lines = captured.err.strip().splitlines()
     assert len(lines) == 1 and lines[0].startswith("error: "), captured.err
@@ -239,10 +241,319 @@ def test_non_finite_steps_are_counted_and_written(call, tmp_path, monkeypatch, c
         return step(run, *window, measure=measure)
 
     monkeypatch.setattr(engine.Run, "_train_step", poisoned)
-    main(call("--max-steps", 6))
+    with pytest.raises(SystemExit, match="3"):
+        main(call("--max-steps", 6))
     run = _metrics(tmp_path / "run")
     assert run["summary"]["skipped_steps"] == 2 and run["steps"][-1]["loss"] is None
-    assert "2 steps skipped" in capsys.readouterr().out
+    assert "2 of 6 steps skipped" in capsys.readouterr().out
+
+
+def _rows_of(labels: list, count: int = 16) -> str:
+    """Rows of JSON, the labels in turn."""
+    rows = [{"text": f"w{i} w{2 * i} w7", "label": labels[i % len(labels)]} for i in range(count)]
+    return "\n".join(map(json.dumps, rows))
+
+
+@pytest.mark.parametrize("method", ["progressive", "full"])
+def test_a_run_that_diverges_says_so_and_saves_no_model(call, tmp_path, capsys, method):
+    arguments = call("--method", method, "--lr", 1e30, "--max-steps", 9)
+    error = _one_line_error(capsys, arguments, status=3)
+    assert "nothing was learnt: the validation loss is nan" in error and "no model" in error
+    run = _metrics(tmp_path / "run")
+    assert run["summary"]["failure"] and run["summary"]["metric"] is None
+    assert run["evaluations"][-1]["loss"] is None and run["evaluations"][-1]["accuracy"] is None
+    assert not (tmp_path / "run" / "model").exists()
+    if method == "progressive":
+        assert run["summary"]["skipped_steps"] > 4
+
+
+def test_a_run_that_diverged_keeps_its_checkpoints(call, tmp_path, capsys):
+    arguments = call("--lr", 1e30, "--max-steps", 9, "--checkpoint-every", 6)
+    first = _one_line_error(capsys, arguments, status=3)
+    assert len(list((tmp_path / "run/checkpoints").iterdir())) == 1
+    assert _one_line_error(capsys, [*arguments, "--resume"], status=3) == first
+
+
+def test_a_run_that_cannot_step_says_so(call, tmp_path, capsys):
+    # the square is infinite in fp32, in every batch of training and in none of validation
+    train, validation = tmp_path / "train.jsonl", tmp_path / "validation.jsonl"
+    train.write_text(_rows_of([1e38, 0.5]))
+    validation.write_text(_rows_of([1.5, 0.5]))
+    arguments = call("--train-file", train, "--validation-file", validation, "--stages", 1)
+    error = _one_line_error(capsys, arguments, status=3)
+    assert "in 6 of 6 steps the loss or its gradients were not finite" in error
+    assert "6 of 6 steps" in _metrics(tmp_path / "run")["summary"]["failure"]
+    assert not (tmp_path / "run" / "model").exists()
+
+
+@pytest.mark.parametrize(
+    ("suffix", "labels", "classes"),
+    [
+        ("jsonl", ["007", "7"], ["007", "7"]),
+        ("csv", ["007", "7"], ["007", "7"]),
+        ("jsonl", ["nan", "en"], ["en", "nan"]),
+        ("csv", ["nan", "inf"], ["inf", "nan"]),
+        ("csv", ["10", "2", "x"], ["2", "10", "x"]),
+        ("csv", ["1.0", "1"], ["1", "1.0"]),
+        ("jsonl", [10, 2], ["2", "10"]),
+        ("jsonl", [1.0, 2, 1, 2.0], ["1", "2"]),
+        ("jsonl", ["3.10", "3.1"], ["3.1", "3.10"]),
+        ("jsonl", [True, False], ["False", "True"]),
+        ("csv", ["1.5", "2"], None),
+        ("csv", ["1e-1", "-3"], None),
+        ("jsonl", [1.5, 2], None),
+    ],
+)
+def test_labels_are_what_the_file_says(call, tmp_path, capsys, suffix, labels, classes):
+    path = tmp_path / f"rows.{suffix}"
+    rows = [(f"w{i} w7", labels[i % len(labels)]) for i in range(12)]
+    if suffix == "csv":
+        path.write_text("text,label\n" + "".join(f"{text},{label}\n" for text, label in rows))
+    else:
+        path.write_text("\n".join(json.dumps({"text": t, "label": y}) for t, y in rows))
+    main(call("--train-file", path, "--validation-file", path, "--max-steps", 3))
+    assert _metrics(tmp_path / "run")["data"]["label_names"] == classes
+    config = json.loads((tmp_path / "run/model/config.json").read_text())
+    assert classes is None or list(config["id2label"].values()) == classes
+    said = "a regression" if classes is None else f"classes: {', '.join(map(repr, classes))}"
+    assert said in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("a.jsonl", _rows_of(["7", 7]), "row 2: label 7 is a number, that of row 1 is text"),
+        ("a.jsonl", _rows_of([True, 1]), "row 2: label 1 is a number"),
+        ("a.jsonl", _rows_of([10**400, 1]), "row 1: 1000"),
+        ("a.jsonl", _rows_of([1e300, 1.5]), "row 1: 1e+300 cannot be a label"),
+        ("a.jsonl", _rows_of([float("inf"), 1.5]), "row 1: inf cannot be a label"),
+        ("a.jsonl", '{"text": "w1", "label": ' + 5000 * "1" + "}", "line 1: "),
+        ("a.jsonl", '{"text": ["w1"], "label": 1}', "row 1, column 'text' holds ['w1'], which is"),
+        ("a.jsonl", '{"text": {"a": "w1"}, "label": 1}', "row 1, column 'text' holds {'a'"),
+        ("a.jsonl", '{"text": NaN, "label": 1}', "row 1, column 'text' holds nan"),
+        ("a.jsonl", '{"text": null, "label": 1}', "row 1 has no value for column 'text'"),
+        ("a.jsonl", '{"text": "  ", "label": 1}', "row 1 has no value for column 'text'"),
+        ("a.jsonl", '{"text": "\\ud800", "label": 1}', "holds half a character"),
+        ("a.jsonl", '{"text": "w1", "label": 1, "label": 2}', "has one of its names twice"),
+        ("a.jsonl", '{"text_a": "w1", "label": 1}\n{"text_a": "w1", "text_b": "w2", "label": 2}',
+         "train row 1 has no value for column 'text_b'"),
+        ("a.json", "[" * 100_000, "recursion"),
+        ("a.json", '{"text": "w1"}', "not a list of objects"),
+        ("a.csv", "text,label,label\nw1,a,b\n", "two columns are named 'label'"),
+        ("a.csv", 'text,label\n"w1,a\nw2,b\n', "unexpected end of data"),
+        ("a.csv", "text,label\nw1,1e999\nw2,0.5\n", "row 1: '1e999' cannot be a label"),
+        ("a.csv", f"text,label\nw1,{10**400}\nw2,1\n", "cannot be a label"),
+        ("a.csv", "text,label\nw1,1.5\nw2,1.5\n", "one label only: '1.5'"),
+        ("a.jsonl.gz", "", "unknown suffix '.gz'"),
+    ],
+    ids=lambda value: value[:40],
+)  # fmt: skip
+def test_bad_training_rows_get_one_line(call, capsys, tmp_path, name, content, message):
+    path = tmp_path / name
+    path.write_text(content)
+    assert message in _one_line_error(capsys, call("--train-file", path, "--validation-file", path))
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        "text;label\nw1, w2;low\nw3;high\n",
+        "\ufefftext\tlabel\n\nw1\tlow\nw3\thigh\n",
+        "\n\ntext,label\n\n" + f"{'w1 ' * 60_000},low\n\nw3,high\n",
+        'text,label\n"w1\nw2",low\nw3,high\n',
+    ],
+    ids=["semicolons", "tabs", "long cell", "a line break"],
+)
+def test_tables_as_programs_write_them(call, tmp_path, content):
+    path = tmp_path / "rows.csv"
+    path.write_text(content)
+    main(call("--train-file", path, "--max-steps", 3))
+    data = _metrics(tmp_path / "run")["data"]
+    assert data["train_rows"] == 2 and data["label_names"] == ["high", "low"]
+
+
+@pytest.fixture
+def fine_tuned(call, text_files, tmp_path):
+    """A function: a classifier of `text_files` whose classes are renamed, and its accuracy."""
+
+    def build(names: list[str]) -> tuple[Path, float]:
+        main(call("--epochs", 6, output="first"))
+        path = tmp_path / "first/model/config.json"
+        config = json.loads(path.read_text())
+        assert config["id2label"] == {"0": "high", "1": "low"}
+        config["id2label"] = dict(enumerate(names))  # and nothing else, as the command advises
+        path.write_text(json.dumps(config))
+        return path.parent, _metrics(tmp_path / "first")["summary"]["metric"]
+
+    return build
+
+
+@pytest.mark.parametrize(
+    ("head", "high", "low"),
+    [(["z", "a"], "z", "a"), (["a", "z"], "a", "z"), (["NEG", "POS"], 0, 1)],
+)
+def test_a_head_of_the_same_classes_goes_on(
+    call, fine_tuned, text_files, tmp_path, capsys, head, high, low
+):
+    folder, accuracy = fine_tuned(head)
+    files = []
+    for path in text_files:
+        text = (
+            path.read_text().replace('"high"', json.dumps(high)).replace('"low"', json.dumps(low))
+        )
+        files.append(tmp_path / path.name)
+        files[-1].write_text(text)
+    capsys.readouterr()
+    arguments = call("--train-file", files[0], "--validation-file", files[1], "--lr", 0)
+    main([*arguments, "--model", str(folder)])
+    assert _metrics(tmp_path / "run")["summary"]["metric"] == accuracy > 0.6
+    config = json.loads((tmp_path / "run/model/config.json").read_text())
+    assert (
+        list(config["id2label"].values())
+        == head
+        == _metrics(tmp_path / "run")["data"]["label_names"]
+    )
+    said = f"the checkpoint's classes: 0 is {head[0]}, 1 is {head[1]}"
+    assert (said in capsys.readouterr().out) is (head != ["a", "z"])
+
+
+@pytest.mark.parametrize(
+    ("head", "labels"),
+    [
+        (["a", "c"], ["a", "b"]),
+        (["LABEL_0", "LABEL_1"], ["a", "b"]),
+        (["a", "b"], ["a", "b", "c"]),
+        (["a", "b"], [0.5, 1.5]),
+    ],
+    ids=str,
+)
+def test_a_head_of_other_classes_starts_anew(call, fine_tuned, tmp_path, capsys, head, labels):
+    folder, _ = fine_tuned(head)
+    path = tmp_path / "rows.jsonl"
+    path.write_text(_rows_of(labels))
+    capsys.readouterr()
+    main(call("--train-file", path, "--validation-file", path, "--lr", 0, "--model", folder))
+    out = capsys.readouterr().out
+    assert f"the head starts anew: the checkpoint's is for {', '.join(head)}" in out
+    old = transformers.AutoModelForSequenceClassification.from_pretrained(folder).state_dict()
+    new = _weights(tmp_path / "run")
+    assert not torch.equal(new["classifier.weight"], old["classifier.weight"])
+    assert torch.equal(new["bert.pooler.dense.weight"], old["bert.pooler.dense.weight"])
+
+
+def _folder(path: Path, model, tokenizer) -> Path:
+    model.save_pretrained(path)
+    if tokenizer is not None:
+        tokenizer.save_pretrained(path)
+    return path
+
+
+_SIZES = {
+    "hidden_size": 16,
+    "num_hidden_layers": 4,
+    "num_attention_heads": 2,
+    "intermediate_size": 16,
+}
+
+
+def test_a_tokenizer_larger_than_the_model(call, capsys, tmp_path, word_tokenizer):
+    small = transformers.BertModel(transformers.BertConfig(**_SIZES, vocab_size=60))
+    arguments = call("--model", _folder(tmp_path / "small", small, word_tokenizer))
+    assert "there are 60 embeddings; model.resize_token_embeddings" in _one_line_error(
+        capsys, arguments
+    )
+    small.resize_token_embeddings(len(word_tokenizer))
+    _folder(tmp_path / "small", small, None)
+    main([*arguments, "--max-steps", "3"])
+
+
+def test_a_folder_without_the_tokenizers_files(call, capsys, tmp_path):
+    for model in ("Bert", "Roberta"):
+        config = getattr(transformers, f"{model}Config")(**_SIZES, vocab_size=97)
+        path = _folder(tmp_path / model, getattr(transformers, f"{model}Model")(config), None)
+        error = _one_line_error(capsys, call("--model", path))
+        assert "no word of the texts" in error or "no token" in error
+
+
+def test_weights_that_do_not_fit_get_one_line(call, capsys, tmp_path, word_tokenizer):
+    model = transformers.BertModel(transformers.BertConfig(**_SIZES, vocab_size=97))
+    path = _folder(tmp_path / "model", model, word_tokenizer)
+    whole = json.loads((path / "config.json").read_text())
+    for change, message in (
+        ({"vocab_size": 120}, "word_embeddings.weight has another shape in its weights"),
+        ({"num_hidden_layers": 12}, "its weights lack most of the model"),
+    ):
+        (path / "config.json").write_text(json.dumps(whole | change))
+        assert message in _one_line_error(capsys, call("--model", path))
+    (path / "config.json").write_text(json.dumps(whole))
+    with torch.no_grad():
+        model.encoder.layer[1].output.dense.weight[0, 0] = torch.nan
+    _folder(path, model, None)
+    assert "not finite before any training" in _one_line_error(capsys, call("--model", path))
+
+
+def test_models_that_count_positions_in_other_ways(call, capsys, tmp_path, word_tokenizer):
+    unlimited = copy.deepcopy(word_tokenizer)
+    unlimited.model_max_length = -1
+    config = transformers.RobertaConfig(**_SIZES, vocab_size=97, max_position_embeddings=16)
+    path = _folder(tmp_path / "roberta", transformers.RobertaModel(config), unlimited)
+    error = _one_line_error(capsys, call("--model", path, "--max-length", 15))
+    assert "--max-length 15 is above the model's 14 tokens" in error
+    main(call("--model", path, "--max-length", 14, "--max-steps", 3))
+    sizes = {"d_model": 16, "n_layer": 4, "n_head": 2, "d_inner": 16}
+    config = transformers.XLNetConfig(**sizes, vocab_size=97)
+    path = _folder(tmp_path / "xlnet", transformers.XLNetModel(config), unlimited)
+    main(call("--model", path, "--max-steps", 3, output="xlnet-run"))
+
+
+def test_the_padding_of_the_tokenizer_decides_where_a_decoder_answers(
+    call, tmp_path, model_folders
+):
+    losses = []
+    for pad in (0, 9):
+        folder = tmp_path / f"pad{pad}"
+        shutil.copytree(model_folders["gpt2"], folder)
+        config = json.loads((folder / "config.json").read_text())
+        (folder / "config.json").write_text(json.dumps(config | {"pad_token_id": pad}))
+        main(call("--model", folder, "--lr", 0, "--max-steps", 3, output=f"run{pad}"))
+        losses.append(_metrics(tmp_path / f"run{pad}")["evaluations"][-1]["loss"])
+    assert losses[0] == losses[1]
+
+
+def test_end_tokens_in_a_text_that_the_model_answers_at(call, capsys, tmp_path, word_tokenizer):
+    from tokenizers import processors
+
+    ending = copy.deepcopy(word_tokenizer)
+    ending.backend_tokenizer.post_processor = processors.TemplateProcessing(
+        single="$A [SEP]", special_tokens=[("[SEP]", 3)]
+    )
+    sizes = {"d_model": 16, "d_kv": 8, "d_ff": 16, "num_layers": 4, "num_heads": 2}
+    config = transformers.T5Config(**sizes, vocab_size=97, eos_token_id=3, decoder_start_token_id=0)
+    path = _folder(tmp_path / "t5", transformers.T5ForConditionalGeneration(config), ending)
+    rows = tmp_path / "rows.jsonl"
+    rows.write_text(_rows_of(["a", "b"]) + '\n{"text": "w1 [SEP] w2", "label": "a"}\n')
+    files = ["--train-file", rows, "--validation-file", rows]
+    error = _one_line_error(capsys, call("--model", path, *files))
+    assert "train row 17 has '[SEP]' 2 times, train row 1 1 times" in error
+    rows.write_text(rows.read_text().replace("[SEP] ", ""))
+    main(call("--model", path, *files, "--max-steps", 3))
+
+
+def test_causal_lm_of_empty_texts_and_of_models_that_look_ahead(call, capsys, tmp_path):
+    rows = tmp_path / "rows.jsonl"
+    rows.write_text('{"text": ""}\n{"text": null}\n')
+    arguments = call("--task", "causal-lm", "--train-file", rows, model="gpt2")
+    assert "all train rows are empty in column 'text'" in _one_line_error(capsys, arguments)
+    with rows.open("a") as file:
+        file.write(json.dumps({"text": "w1 w2 " * 40}))
+    main([*arguments, "--max-steps", "3"])
+    assert "2 empty train rows left out" in capsys.readouterr().out
+    rows.write_text('{"text": 5}\n')
+    assert "column 'text' holds 5" in _one_line_error(capsys, [*arguments, "--overwrite"])
+    common = ["--task", "causal-lm", "--overwrite"]
+    assert "not a causal language model" in _one_line_error(capsys, call(*common))
+    error = _one_line_error(capsys, call(*common, "--label-column", "label", model="gpt2"))
+    assert "no pairs and no labels" in error
 
 
 def test_changed_data_is_noticed_on_resume(call, text_files, tmp_path, capsys):
@@ -364,6 +675,12 @@ def test_dry_run_prints_the_plan_and_writes_nothing(call, tmp_path, capsys):
         (["--output", "/proc/run"], "/proc/run"),
         (["--device", "cuda:77"], "device 'cuda:77' cannot be used"),
         (["--batch-size", 0], "--batch-size"),
+        (["--max-length", 2, "--model", "minilm"], "knows no word of the texts: --max-length"),
+        (["--lr", "nan"], "nan is no number"),
+        (["--lr", "inf"], "inf is no number"),
+        (["--warmup", "nan"], "nan is no number"),
+        (["--seed", 2**63], "--seed"),
+        (["--label-column", "text"], "need columns of their own"),
         (["--no-such-option"], "--no-such-option"),
         (["--method", "full", "--state-dtype", "8bit"], "--method full uses torch's AdamW"),
         (["--cache", "8GiB"], "--cache is for --method progressive-cache"),
@@ -427,6 +744,17 @@ def test_models_that_cannot_be_cut_get_one_line(call, capsys, tmp_path, word_tok
     transformers.ResNetModel(config).save_pretrained(tmp_path / "resnet")
     word_tokenizer.save_pretrained(tmp_path / "resnet")
     assert "cannot load model" in _one_line_error(capsys, call("--model", tmp_path / "resnet"))
+
+
+def test_a_refusal_in_the_first_step_is_one_line(call, capsys, monkeypatch):
+    from progtuning_kernels.cli import engine
+    from progtuning_kernels.families import UnsupportedModelError
+
+    def refuse(*_, **__):
+        raise UnsupportedModelError("Model: something that\nfreezing would cut off")
+
+    monkeypatch.setattr(engine.Run, "_train_step", refuse)
+    assert "Model: something that freezing would cut off" in _one_line_error(capsys, call())
 
 
 def test_a_data_set_of_the_datasets_library(call, text_files, tmp_path):

@@ -33,6 +33,7 @@ import test_gpu_masked_update  # noqa: E402
 import test_masked_norm  # noqa: E402
 
 from progtuning_kernels import _backend  # noqa: E402
+from progtuning_kernels.ops import grad_decision  # noqa: E402
 from progtuning_kernels.ops.bucket import (  # noqa: E402
     Bucket,
     Gradients,
@@ -40,6 +41,7 @@ from progtuning_kernels.ops.bucket import (  # noqa: E402
     build_chunks,
     build_table,
 )
+from progtuning_kernels.optim import MaskedOptimizer  # noqa: E402
 
 TESTS = Path(__file__).parent
 CSRC = TESTS.parent / "csrc"
@@ -133,6 +135,19 @@ def emulated_gpu(monkeypatch):
     def list_on_gpu(sizes, dtype=torch.float32, device=GPU.name) -> list[Tensor]:
         return random_list(sizes, dtype, GPU.name)
 
+    def tables(bucket: Bucket) -> None:
+        build_table(bucket)
+        build_chunks(bucket)
+
+    def control_on(optimizer: MaskedOptimizer, device: torch.device) -> Tensor:
+        if optimizer._control is None:
+            optimizer._control = torch.zeros(4)
+        return optimizer._control
+
+    monkeypatch.setattr(_backend, "cuda_stream", lambda device: GPU.stream())
+    monkeypatch.setattr(grad_decision, "_decides_natively", lambda buckets: True)
+    monkeypatch.setattr(grad_decision, "build_table", tables)
+    monkeypatch.setattr(MaskedOptimizer, "_control_on", control_on)
     monkeypatch.setattr(test_gpu_masked_update, "GPU", GPU)
     monkeypatch.setattr(test_masked_norm, "masked_norm", norm)
     monkeypatch.setattr(test_masked_norm, "random_list", list_on_gpu)

@@ -17,6 +17,7 @@ from unittest import mock
 import pytest
 import torch
 import torch.distributed as dist
+from accelerate import Accelerator
 from tiny_models import tiny_inputs, tiny_model
 from torch import nn
 from torch.nn.parallel import DataParallel, DistributedDataParallel
@@ -269,6 +270,52 @@ def check_ddp_options(rank: int) -> None:
     assert_same_weights(model, expected, "compiled")
 
 
+def check_wrapped(rank: int) -> None:
+    """What is handed in may be the wrapper; the optimizer may be older than the patch."""
+
+    def run(called: nn.Module, optimizer, handle, rank, backward) -> None:
+        for step in range(STEPS):
+            backward(called(**batch(step, rank)).loss)
+            optimizer.step()
+            optimizer.zero_grad()
+            handle.advance()
+
+    def start() -> tuple[nn.Module, torch.optim.Optimizer]:
+        model = tiny_model("bert-sequence").train()
+        return model, torch.optim.AdamW(model.parameters(), lr=0.02, eps=1e-3)
+
+    expected, optimizer = start()
+    handle = patch_model(expected, ProgressiveSchedule(3, STEPS))
+    run(expected, optimizer, handle, None, torch.Tensor.backward)
+    accelerator = Accelerator(cpu=True)
+    for order in ("before", "after", "after, unwrapped"):
+        model, optimizer = start()
+        if order == "before":
+            handle = patch_model(model, ProgressiveSchedule(3, STEPS))
+        called, optimizer = accelerator.prepare(model, optimizer)
+        assert isinstance(called, DistributedDataParallel)
+        if order != "before":
+            given = called if order == "after" else accelerator.unwrap_model(called)
+            handle = patch_model(given, ProgressiveSchedule(3, STEPS))
+        assert handle.model is model
+        run(called, optimizer, handle, rank, accelerator.backward)
+        assert handle.boundary == 2 and same_on_ranks(model), order
+        assert_same_weights(model, expected, order)
+        handle.unpatch()
+
+    model, optimizer = start()
+    called = DistributedDataParallel(torch.compile(model, backend="eager"))
+    handle = patch_model(called, ProgressiveSchedule(3, STEPS))
+    assert handle.model is model
+    run(called, optimizer, handle, rank, torch.Tensor.backward)
+    assert_same_weights(model, expected, "compiled")
+
+    whole = nn.ModuleDict({"net": DistributedDataParallel(tiny_model("bert-sequence"))})
+    with pytest.raises(UnsupportedModelError, match=r"net is a Dist.*: pass model.net.module"):
+        patch_model(whole, ProgressiveSchedule(3, STEPS))
+    patch_model(whole.net.module, ProgressiveSchedule(3, STEPS))
+
+
 def shard(model: nn.Module) -> None:
     from torch.distributed.fsdp import fully_shard
 
@@ -508,6 +555,7 @@ CHECKS = {
     "trainer": check_trainer,
     "ddp": check_ddp,
     "ddp_options": check_ddp_options,
+    "wrapped": check_wrapped,
     "fsdp2": check_fsdp2,
     "fsdp1": check_fsdp1,
     "mismatch": check_mismatch,
@@ -629,6 +677,19 @@ def test_attach_takes_what_surrounds_the_model():
         engine.module = model
         with pytest.raises(UnsupportedModelError, match="use DDP or FSDP2"):
             handle.attach(engine)
+
+
+def test_wrappers_that_do_not_follow_are_refused_wherever_they_are():
+    schedule = ProgressiveSchedule(2, 4)
+    engine = type("DeepSpeedEngine", (nn.Module,), {})()
+    engine.module = tiny_model("bert-sequence")
+    for wrapped, message in (
+        (DataParallel(tiny_model("bert-sequence")), "one process per GPU"),
+        (engine, "use DDP or FSDP2"),
+    ):
+        for given in (wrapped, nn.ModuleDict({"inside": wrapped})):
+            with pytest.raises(UnsupportedModelError, match=message):
+                patch_model(given, schedule)
 
 
 def test_zero_3_is_refused():

@@ -13,9 +13,9 @@ from functools import partial
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from progtuning_kernels import _backend
+from progtuning_kernels import MaskedAdamW, _backend
 from progtuning_kernels.ops import masked_norm
 from progtuning_kernels.ops.bucket import Bucket, Hyper, Moments, build_table
 from progtuning_kernels.ops.low_precision import encode_exp_avg, encode_exp_avg_sq
@@ -352,6 +352,22 @@ def test_the_decision_is_that_of_torch(largest, found_inf, grad_scale, max_norm,
     decided(partials.to(GPU.name), control, max_norm, *given, skip_nonfinite)
     torch.testing.assert_close(control[:3].cpu(), expected, rtol=0, atol=0, equal_nan=True)
     assert control[3] == 5 + skip
+
+
+@pytest.mark.parametrize("nonfinite", ["skip", "ignore"])
+def test_a_list_of_norms_stays_what_it_was(nonfinite):
+    """Every step writes its norm to the same place."""
+    own = [nn.Parameter(torch.ones(n, device=GPU.name)) for n in (3, 300)]
+    optimizer = MaskedAdamW(own, max_grad_norm=1.0, nonfinite=nonfinite)
+    norms = []
+    for step in range(3):
+        for p in own:
+            p.grad = torch.full_like(p, step + 1.0)
+        optimizer.step()
+        norms.append(optimizer.grad_norm)
+    assert optimizer._control is not None  # it is the native decision that ran
+    expected = math.sqrt(303) * torch.tensor([1.0, 2.0, 3.0])
+    torch.testing.assert_close(torch.stack(norms).cpu(), expected)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)

@@ -564,3 +564,127 @@ def test_the_progress_bar_and_the_logs_say_the_stage(tmp_path, capsys, caplog):
     assert [log["stage"] for log in logs] == [1, 1, 2, 2, 3, 3, 4, 4]
     shares = [log["active_share"] for log in logs]
     assert shares[0] == 1.0 and shares == sorted(shares, reverse=True) and shares[-1] < 0.5
+
+
+@pytest.mark.parametrize("name", ["bert-sequence", "llama-causal-lm"])
+@pytest.mark.parametrize("frozen_mode", ["eval", "train"])
+def test_noise_of_neftune_goes_on_when_the_embeddings_are_frozen(tmp_path, name, frozen_mode):
+    model = tiny_model(name, dropout=True)
+    embeddings, noisy = model.get_input_embeddings(), []
+
+    class _Look(TrainerCallback):
+        def on_train_begin(self, args, state, control, **kwargs):
+            def look(module, args, output):  # runs after the hook that adds the noise
+                plain = nn.functional.embedding(args[0], module.weight, module.padding_idx)
+                noisy.append((handle_of(model).boundary, not torch.equal(output, plain)))
+
+            self.hook = embeddings.register_forward_hook(look)
+
+        def on_train_end(self, args, state, control, **kwargs):
+            self.hook.remove()
+
+    trainer = _trainer(
+        tmp_path,
+        model=model,
+        rows=_rows(name),
+        callbacks=[ProgtuningCallback(ProgressiveSchedule(4), frozen_mode=frozen_mode), _Look()],
+        neftune_noise_alpha=50.0,
+        eval_strategy="steps",
+        eval_steps=STEPS,
+    )
+    trainer.train()
+    *steps, evaluation = noisy
+    assert steps == [(step // 2, True) for step in range(STEPS)]
+    assert evaluation == (3, False)
+    assert all(module.training for module in model.train().modules())
+
+
+class _Tracker(TrainerCallback):
+    """Sends what it finds at the moment of the log, as TensorBoard's and W&B's do."""
+
+    def __init__(self) -> None:
+        self.sent: list[dict] = []
+
+    def on_log(self, args, state, control, logs=None, **kwargs):
+        self.sent.append(dict(logs))
+
+
+@pytest.mark.parametrize("place", ["report_to", "before", "after", "added"])
+def test_trackers_get_the_stage_wherever_they_stand(tmp_path, monkeypatch, place):
+    tracker, ours = _Tracker(), ProgtuningCallback(ProgressiveSchedule(4))
+    if place == "report_to":
+        monkeypatch.setattr(
+            "transformers.trainer.get_reporting_integration_callbacks", lambda _: [tracker]
+        )
+    callbacks = {"before": [tracker, ours], "after": [ours, tracker]}.get(place, [ours])
+    trainer = _trainer(tmp_path, callbacks=callbacks)
+    if place == "added":
+        trainer.remove_callback(ours)
+        trainer.add_callback(tracker)
+        trainer.add_callback(ours)
+    others = [c for c in trainer.callback_handler.callbacks if c is not ours]
+    for _ in range(2):
+        tracker.sent.clear()
+        trainer.train()
+        *steps, summary = tracker.sent
+        assert [log["stage"] for log in steps] == [1, 1, 2, 2, 3, 3, 4, 4]
+        assert [log["boundary"] for log in steps] == [0, 0, 1, 1, 2, 2, 3, 3]
+        assert all(0 < log["active_share"] <= 1 for log in steps)
+        assert "train_runtime" in summary and "stage" not in summary
+        # every callback is still there, once, in the order that it had
+        assert [c for c in trainer.callback_handler.callbacks if c is not ours] == others
+        assert trainer.callback_handler.callbacks.count(ours) == 1
+
+
+class _SetFitTrainer(Trainer):
+    """Hands callbacks its own model and arguments, as SetFit's does."""
+
+    def __init__(self, *args, **kwargs) -> None:
+        super().__init__(*args, **kwargs)
+        handler, body = self.callback_handler, self.model
+        given = {"model": SimpleNamespace(model_body=body), "st_model": body}
+
+        def call_event(event, args, state, control, **kwargs):
+            for callback in handler.callbacks:
+                kwargs |= {
+                    "optimizer": handler.optimizer,
+                    "train_dataloader": handler.train_dataloader,
+                }
+                if isinstance(callback, ProgtuningCallback):
+                    own = (SimpleNamespace(), state, control)
+                    getattr(callback, event)(*own, **given, st_args=args, **kwargs)
+                else:
+                    got = getattr(callback, event)(args, state, control, model=body, **kwargs)
+                    control = got or control
+            return control
+
+        handler.call_event = call_event
+        handler.on_init_end(self.args, self.state, self.control)
+
+    def log(self, logs, *args, **kwargs) -> None:
+        super().log({f"body_{k}" if k == "loss" else k: v for k, v in logs.items()})
+
+
+def test_the_objects_that_setfit_hands_to_callbacks(tmp_path, monkeypatch):
+    plain = _trainer(tmp_path, callbacks=[ProgtuningCallback(ProgressiveSchedule(4))])
+    plain.train()
+    monkeypatch.setattr("test_hf_trainer.Trainer", _SetFitTrainer)
+    optimizer = (MaskedAdamW, {"lr": 1e-2})
+    for kind in (None, optimizer):
+        trainer = _trainer(
+            tmp_path, callbacks=[ProgtuningCallback(ProgressiveSchedule(4))], optimizer=kind
+        )
+        trainer.train()
+        assert handle_of(trainer.model) is None
+        stages = [log["stage"] for log in trainer.state.log_history if "body_loss" in log]
+        assert stages == [1, 1, 2, 2, 3, 3, 4, 4]
+        expected = _weights(plain)
+        for name, weight in _weights(trainer).items():
+            torch.testing.assert_close(weight, expected[name], rtol=1e-4, atol=2e-5)
+
+
+def test_a_model_that_is_no_module_is_refused_with_a_cure():
+    callback = ProgtuningCallback(ProgressiveSchedule(2))
+    body = SimpleNamespace(encoder=tiny_model("bert-qa"))
+    with pytest.raises(TypeError, match="SimpleNamespace, no nn.Module: give patch_model the mod"):
+        callback.on_train_begin(SimpleNamespace(), None, None, model=body, optimizer=None)

@@ -295,6 +295,41 @@ def test_gradients_changed_after_backward_are_normed_again():
     torch.testing.assert_close(early.grad_norm, late.grad_norm, rtol=0, atol=0)
 
 
+@pytest.mark.parametrize("options", [{}, {"max_grad_norm": 0.05}], ids=str)
+def test_groups_that_change_between_steps_count_in_the_next_backward(options):
+    """A tensor that moves to another group, and one that is replaced."""
+    runs = []
+    for in_backward in (True, False):
+        model = pair()[0]
+        named = list(model.named_parameters())
+        groups = [{"params": named[:4]}, {"params": named[4:], "lr": 1e-3}]
+        optimizer = MaskedAdamW(groups, in_backward=in_backward, **OPTIONS, **options)
+        for step in range(5):
+            first, second = optimizer.param_groups
+            if step == 1:
+                for key in ("params", "param_names"):
+                    second[key].insert(0, first[key].pop())
+            if step == 3:
+                assert second["param_names"][1] == "layers.2.weight"
+                model.layers[2].weight = second["params"][1] = nn.Parameter(torch.eye(16))
+            loss_of(model, step).backward()
+            optimizer.step()
+            optimizer.zero_grad()
+        runs.append(model.parameters())
+    for p, q in zip(*runs, strict=True):
+        torch.testing.assert_close(p, q, rtol=1e-5, atol=1e-7)
+
+
+def test_an_option_written_into_a_group_is_refused_before_an_update():
+    model = Blocks()
+    optimizer = MaskedAdamW(model.named_parameters(), in_backward=True, **OPTIONS)
+    before = [p.detach().clone() for p in model.parameters()]
+    optimizer.param_groups[0]["maximize"] = True
+    with pytest.raises(ValueError, match="maximize=True"):
+        loss_of(model, 0).backward()
+    assert all(map(torch.equal, model.parameters(), before))
+
+
 class Reentrant(Blocks):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         x = x.requires_grad_()

@@ -15,7 +15,8 @@ LAYERS = [
     {"ops", "layout", "schedule_files"},
     {"cures"},
     {"optim", "boundary", "truncation", "gradient_paths", "checkpointing", "adapters"}
-    | {"swaps", "cache", "gradient_norms", "distributed"},
+    | {"swaps", "cache", "gradient_norms", "distributed", "structure"}
+    | {"missed_steps"},
     {"active_set"},
     {"patch", "planner"},
     {"integrations", "report", "contribution", "checkpoints"},

@@ -5,14 +5,26 @@ from __future__ import annotations
 import copy
 import gc
 import pickle
+import warnings
+from dataclasses import dataclass
+from typing import Any
 
 import pytest
 import torch
 from tiny_models import tiny_inputs, tiny_model
 from torch import nn
 
-from progtuning_kernels import MaskedAdamW, MilestoneSchedule, ProgressiveSchedule, patch_model
+from progtuning_kernels import (
+    CyclicBlockSchedule,
+    MaskedAdamW,
+    MilestoneSchedule,
+    PatchHandle,
+    ProgressiveSchedule,
+    RandomBlockSchedule,
+    patch_model,
+)
 from progtuning_kernels.optim import release_frozen_state, state_bytes
+from progtuning_kernels.schedules import Schedule
 
 SEPARATING = dict(lr=0.1, betas=(0.8, 0.95), eps=1e-3, weight_decay=0.1)
 SHAPES = [(1,), (7, 9), (63,), (255,), (257,), (33, 125)]
@@ -194,7 +206,98 @@ def test_loading_into_a_frozen_stage_releases_what_is_not_active():
     copies[0].requires_grad_(False)
     loaded = MaskedAdamW(copies)
     loaded.load_state_dict(optimizer.state_dict())
+    assert len(loaded.state) == len(SHAPES)  # the plan that it belongs to may be yet to come
+    loaded.step()
     assert copies[0] not in loaded.state and len(loaded.state) == len(SHAPES) - 1
+
+
+THAWING = {
+    "progressive": ProgressiveSchedule(2, 12),
+    "milestones": MilestoneSchedule({0: 4, 3: 3, 6: 1, 9: 0}),
+    "random": RandomBlockSchedule(1, 5, seed=3),
+    "cyclic": CyclicBlockSchedule(1, 5),
+}
+SAVED_AFTER, STEPS = 7, 12
+
+
+@dataclass
+class _Run:
+    """A patched model and an optimizer, built as for a new run."""
+
+    schedule: Schedule
+    options: dict[str, Any]
+
+    def __post_init__(self) -> None:
+        self.model = tiny_model("bert-sequence")
+        self.optimizer = MaskedAdamW(self.model.named_parameters(), lr=1e-2, **self.options)
+        self.handle: PatchHandle | None = None
+
+    def patch(self) -> None:
+        self.handle = patch_model(self.model, copy.deepcopy(self.schedule))
+
+    def train(self, until: int) -> _Run:
+        for step in range(self.handle.step, until):
+            self.model(**tiny_inputs("bert-sequence", seed=step)).loss.backward()
+            self.optimizer.step()
+            self.optimizer.zero_grad()
+            self.handle.advance()
+        return self
+
+
+@pytest.mark.parametrize("order", ["patch optimizer handle", "patch handle optimizer"])
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"on_freeze": "keep"},
+        {"on_freeze": "offload"},
+        {"in_backward": True},
+        {"in_backward": True, "max_grad_norm": 0.1},
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("name", THAWING)
+def test_a_resumed_run_has_the_same_bits_whichever_is_loaded_first(name, options, order):
+    _same_bits_when_resumed(name, options, order)
+
+
+@pytest.mark.parametrize("name", THAWING)
+def test_an_optimizer_may_be_loaded_before_the_model_is_patched(name):
+    _same_bits_when_resumed(name, {}, "optimizer patch handle")
+
+
+def _same_bits_when_resumed(name, options, order):
+    run = _Run(THAWING[name], options)
+    run.patch()
+    run.train(SAVED_AFTER)
+    saved = copy.deepcopy(
+        {k: getattr(run, k).state_dict() for k in ("model", "optimizer", "handle")}
+    )
+    straight = run.train(STEPS)
+    resumed = _Run(THAWING[name], options)
+    resumed.model.load_state_dict(saved["model"])
+    for part in order.split():
+        if part == "patch":
+            resumed.patch()
+        else:
+            getattr(resumed, part).load_state_dict(saved[part])
+    states = sum(map(bool, saved["optimizer"]["state"].values()))
+    assert sum(map(bool, resumed.optimizer.state.values())) == states
+    resumed.train(STEPS)
+    for p, q in zip(straight.model.parameters(), resumed.model.parameters(), strict=True):
+        assert torch.equal(p, q)
+    assert state_bytes(straight.optimizer) == state_bytes(resumed.optimizer)
+
+
+def test_another_models_change_of_plan_leaves_loaded_state_alone():
+    first = _Run(THAWING["milestones"], {})
+    first.patch()
+    saved = copy.deepcopy(first.train(SAVED_AFTER).optimizer.state_dict())
+    run = _Run(THAWING["milestones"], {})
+    run.patch()
+    run.optimizer.load_state_dict(saved)
+    patch_model(tiny_model("bert-sequence"), MilestoneSchedule({1: 2})).advance()
+    assert len(run.optimizer.state) == sum(map(bool, saved["state"].values()))
 
 
 def test_release_works_on_any_optimizer():
@@ -298,6 +401,275 @@ def test_no_active_tensor_is_a_step_that_does_nothing():
 def test_bad_options_are_named(options, message):
     with pytest.raises(ValueError, match=message):
         MaskedAdamW(_parameters(), **options)
+
+
+def test_a_replaced_tensor_is_trained_from_the_next_step_on():
+    """As torch does: the old one keeps its state, the new one starts anew."""
+    runs = []
+    for kind in (MaskedAdamW, torch.optim.AdamW):
+        parameters = _parameters()
+        optimizer = kind(parameters, **SEPARATING)
+        _give_gradients(parameters, 0)
+        optimizer.step()
+        old = parameters[1]
+        parameters[1] = optimizer.param_groups[0]["params"][1] = nn.Parameter(torch.ones(7, 9))
+        _give_gradients([*parameters, old], 1)
+        before = old.detach().clone()
+        optimizer.step()
+        assert torch.equal(old, before)
+        assert optimizer.state[old]["step"] == 1 and optimizer.state[parameters[1]]["step"] == 1
+        optimizer.param_groups[0]["params"][1] = old  # and it comes back
+        optimizer.step()
+        assert optimizer.state[old]["step"] == 2 and optimizer.state[parameters[1]]["step"] == 1
+        runs.append([*parameters, old])
+    for p, q in zip(*runs, strict=True):
+        torch.testing.assert_close(p, q, rtol=2e-6, atol=1e-6)
+
+
+def test_state_that_a_state_dict_cannot_name_is_said():
+    parameters = _parameters()
+    optimizer = MaskedAdamW(parameters)
+    _give_gradients(parameters, 0)
+    optimizer.step()
+    old, new = parameters[1], nn.Parameter(torch.ones(7, 9))
+    optimizer.param_groups[0]["params"][1] = new
+    with pytest.warns(UserWarning, match=r"no group holds the tensors of shape \(7, 9\)") as found:
+        saved = optimizer.state_dict()
+    assert found[0].filename == __file__
+    assert saved["state"][1] == {} and optimizer.state[old]["step"] == 1
+    optimizer.state[new] = optimizer.state.pop(old)  # the cure of the message
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert optimizer.state_dict()["state"][1]["step"] == 1
+
+
+def test_a_tensor_that_moves_to_another_group_takes_its_rate():
+    runs = []
+    for kind in (MaskedAdamW, torch.optim.AdamW):
+        parameters = _parameters()
+        groups = _groups(parameters)
+        groups[1]["lr"] = 1e-4
+        optimizer = kind(groups, **SEPARATING)
+        for step in range(3):
+            if step == 1:
+                first, second = (group["params"] for group in optimizer.param_groups)
+                second.append(first.pop(1))
+            if step == 2:  # of the same sizes
+                first[0], second[0] = second[0], first[0]
+            _give_gradients(parameters, step)
+            optimizer.step()
+        runs.append(parameters)
+    for p, q in zip(*runs, strict=True):
+        torch.testing.assert_close(p, q, rtol=2e-6, atol=1e-6)
+
+
+def test_a_tensor_in_two_groups_is_refused():
+    parameters = _parameters()
+    optimizer = MaskedAdamW(_groups(parameters))
+    optimizer.param_groups[1]["params"].append(parameters[1])
+    _give_gradients(parameters, 0)
+    for _ in range(2):
+        with pytest.raises(ValueError, match=r"tensor of shape \(7, 9\) is in the groups twice"):
+            optimizer.step()
+    with pytest.warns(UserWarning, match="duplicate parameters"):  # torch's
+        with pytest.raises(ValueError, match="in the groups twice"):
+            MaskedAdamW([parameters[0], parameters[0]])
+
+
+def test_a_group_with_fewer_names_than_tensors_is_refused():
+    model = nn.Linear(2, 3)
+    optimizer = MaskedAdamW(model.named_parameters())
+    optimizer.param_groups[0]["params"].append(nn.Parameter(torch.ones(2)))
+    model(torch.ones(1, 2)).sum().backward()
+    with pytest.raises(ValueError, match="group 0 has 3 params and 2 param_names"):
+        optimizer.step()
+
+
+IGNORED = {
+    "amsgrad": True,
+    "maximize": True,
+    "differentiable": True,
+    "correct_bias": False,
+    "bias_correction": False,
+    "max_grad_norm": 1.0,
+    "in_backward": True,
+    "state_dtype": "8bit",
+}
+
+
+@pytest.mark.parametrize("option", IGNORED)
+def test_options_that_would_be_ignored_are_refused_wherever_they_come_from(option):
+    group = {"params": _parameters(), option: IGNORED[option]}
+    with pytest.raises(ValueError, match=option):
+        MaskedAdamW([group])
+    parameters = _parameters()
+    optimizer = MaskedAdamW(parameters)
+    with pytest.raises(ValueError, match=option):
+        optimizer.add_param_group(group)
+    assert len(optimizer.param_groups) == 1
+    saved = optimizer.state_dict()
+    saved["param_groups"][0][option] = IGNORED[option]
+    with pytest.raises(ValueError, match=option):
+        optimizer.load_state_dict(saved)
+    _give_gradients(parameters, 0)
+    optimizer.step()
+    before = [p.detach().clone() for p in parameters]
+    optimizer.param_groups[0][option] = IGNORED[option]
+    with pytest.raises(ValueError, match=option):
+        optimizer.step()
+    assert all(map(torch.equal, parameters, before))
+
+
+@pytest.mark.parametrize("option", ["foreach", "fused", "capturable", "label"])
+def test_options_that_change_no_result_are_kept(option):
+    parameters = _parameters()
+    optimizer = MaskedAdamW([{"params": parameters, option: True}])
+    _give_gradients(parameters, 0)
+    optimizer.step()
+    other = MaskedAdamW(_parameters())
+    other.load_state_dict(optimizer.state_dict())
+    assert other.param_groups[0][option] is True
+
+
+@pytest.mark.parametrize("name", ["lr", "eps", "weight_decay"])
+def test_hyper_parameters_of_a_group_have_their_range_too(name):
+    with pytest.raises(ValueError, match=f"{name}=-1.0 is out of range"):
+        MaskedAdamW([{"params": _parameters(), name: -1.0}])
+
+
+def _stepped(optimizer: torch.optim.Optimizer) -> dict:
+    _give_gradients([p for group in optimizer.param_groups for p in group["params"]], 0)
+    optimizer.step()
+    return optimizer.state_dict()
+
+
+def test_decay_of_adam_is_not_taken_for_that_of_adamw():
+    saved = _stepped(torch.optim.Adam(_parameters(), weight_decay=0.1))
+    optimizer = MaskedAdamW(_parameters(), lr=0.5)
+    with pytest.raises(ValueError, match=r"weight_decay=0\.1.*decoupled_weight_decay=True"):
+        optimizer.load_state_dict(saved)
+    assert optimizer.param_groups[0]["lr"] == 0.5 and not optimizer.state
+    saved["param_groups"][0]["decoupled_weight_decay"] = True  # the cure of the message
+    optimizer.load_state_dict(saved)
+    optimizer = MaskedAdamW(_parameters())
+    optimizer.param_groups[0].update(weight_decay=0.1, decoupled_weight_decay=False)
+    with pytest.raises(ValueError, match="decoupled_weight_decay=True"):
+        _stepped(optimizer)
+
+
+def test_adam_without_decay_is_adamw():
+    saved = _stepped(torch.optim.Adam(_parameters()))
+    MaskedAdamW(_parameters()).load_state_dict(saved)
+
+
+def test_a_state_that_does_not_say_whose_decay_it_has_is_taken_with_a_warning():
+    saved = _stepped(torch.optim.AdamW(_parameters(), weight_decay=0.1))
+    del saved["param_groups"][0]["decoupled_weight_decay"]  # of torch before 2.7
+    optimizer = MaskedAdamW(_parameters())
+    with pytest.warns(UserWarning, match="AdamW's is used") as found:
+        optimizer.load_state_dict(saved)
+    assert len(found) == 1
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        _stepped(optimizer)
+
+
+def test_state_of_another_optimizer_or_of_another_shape_is_refused_before_anything_changes():
+    optimizer = MaskedAdamW(_parameters(), lr=0.5)
+    adam = _stepped(torch.optim.Adam(_parameters()))
+    foreign = copy.deepcopy(adam)
+    for state in foreign["state"].values():
+        state["momentum"] = state.pop("exp_avg")
+    reshaped = copy.deepcopy(adam)
+    reshaped["state"][1]["exp_avg_sq"] = torch.ones(1, 9)  # copy_ would spread it over the rows
+    sgd = _stepped(torch.optim.SGD(_parameters(), momentum=0.9))
+    for saved, message in (
+        (sgd, "no betas"),
+        (foreign, "parameter 0 has no exp_avg but"),
+        (reshaped, r"parameter 1 is of shape \(1, 9\), the parameter of \(7, 9\)"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            optimizer.load_state_dict(saved)
+    assert optimizer.param_groups[0]["lr"] == 0.5 and not optimizer.state
+
+
+def test_hooks_see_and_change_the_whole_state():
+    optimizer, seen = MaskedAdamW(_parameters()), {}
+
+    def before_saving(optimizer):
+        optimizer.param_groups[0]["note"] = "kept"
+
+    def after_saving(optimizer, saved):
+        seen["saved"] = set(saved)
+        saved["state"][1]["exp_avg"] = torch.full((7, 9), 3.0)
+        return {**saved, "more": 1}
+
+    optimizer.register_state_dict_post_hook(after_saving)
+    optimizer.register_state_dict_pre_hook(before_saving)
+    saved = _stepped(optimizer)
+    assert seen["saved"] == {"state", "param_groups", "masked"} and saved["more"] == 1
+    assert saved["param_groups"][0]["note"] == "kept"
+
+    def before_loading(optimizer, saved):
+        seen["loaded"] = saved["state"][1]["exp_avg"].mean().item()
+        state = {
+            i: {**values, "exp_avg": -values["exp_avg"]} for i, values in saved["state"].items()
+        }
+        return {
+            **saved,
+            "state": state | {"run": "first"},
+            "masked": {**saved["masked"], "seed": 8},
+        }
+
+    def after_loading(optimizer):
+        p = optimizer.param_groups[0]["params"][1]
+        seen["after"] = optimizer.state[p]["exp_avg"].mean().item()
+        optimizer.state[p]["average"] = torch.ones(2)
+
+    twin = MaskedAdamW(_parameters())
+    twin.register_load_state_dict_pre_hook(before_loading)
+    twin.register_load_state_dict_post_hook(after_loading)
+    twin.load_state_dict(saved)
+    assert (seen["loaded"], seen["after"], twin.seed) == (3.0, -3.0, 8)
+    assert twin.state["run"] == "first"  # as torch, which copies what belongs to no parameter
+    other = MaskedAdamW(_parameters())
+    other.load_state_dict(twin.state_dict())
+    average = other.torch_state_dict()["state"][1]["average"]
+    assert torch.equal(average, torch.ones(2)) and other.state["run"] == "first"
+    assert state_bytes(other) == state_bytes(twin) == state_bytes(optimizer) + 8
+
+
+def test_step_hooks_run_around_the_step():
+    parameters, calls = _parameters(), []
+    optimizer = MaskedAdamW(parameters)
+    before = parameters[0].detach().clone()
+
+    def pre(optimizer, args, kwargs):
+        calls.append(torch.equal(parameters[0], before))
+        parameters[1].grad.zero_()
+
+    optimizer.register_step_pre_hook(pre)
+    optimizer.register_step_post_hook(
+        lambda *_: calls.append(not torch.equal(parameters[0], before))
+    )
+    _give_gradients(parameters, 0)
+    optimizer.step()
+    assert calls == [True, True] and not optimizer.state[parameters[1]]["exp_avg"].any()
+
+
+def test_complex_parameters_are_refused_unless_they_are_frozen():
+    p = nn.Parameter(torch.ones(3, dtype=torch.complex64))
+    with pytest.raises(ValueError, match=r"complex parameters \(torch.complex64, shape \(3,\)\)"):
+        MaskedAdamW([p])
+    p.requires_grad_(False)
+    parameters = _parameters()
+    optimizer = MaskedAdamW([p, *parameters])
+    _give_gradients(parameters, 0)
+    optimizer.step()
+    p.requires_grad_(True)
+    p.grad = torch.ones_like(p)
+    with pytest.raises(ValueError, match="complex parameters"):
+        optimizer.step()
 
 
 def test_unsupported_saved_options_and_sparse_gradients_are_refused():

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import copy
+import functools
+import tempfile
+from collections.abc import Callable
 
 import peft
 import pytest
@@ -15,6 +18,7 @@ from progtuning_kernels import (
     FreezePlan,
     MaskedAdamW,
     MilestoneSchedule,
+    PrefixCache,
     ProgressiveSchedule,
     UnsupportedModelError,
     patch_model,
@@ -274,6 +278,29 @@ def test_what_peft_switches_on_is_frozen_again_at_the_next_step():
         assert all(p.requires_grad for p in above)
 
 
+@pytest.mark.parametrize(("kind", "options"), [("Shira", {"r": 2}), ("Frod", {})])
+def test_adapters_that_save_sparse_tensors_are_reported(kind, options):
+    config = getattr(peft, f"{kind}Config", None)
+    if config is None:
+        pytest.skip(f"this version of PEFT has no {kind}Config")
+
+    def adapted() -> nn.Module:
+        torch.manual_seed(4)
+        own = config(task_type="SEQ_CLS", target_modules=["query", "value"], **options)
+        return peft.get_peft_model(tiny_model(BERT), own).train()
+
+    inputs = tiny_inputs(BERT)
+    expected = frozen_by_hand(adapted(), _plan(2), inputs)
+    model = adapted()
+    handle = patch_model(model, FixedPlan(_plan(2)))
+    found = gradients(model, inputs)
+    assert found.keys() == expected.keys()
+    assert all(torch.equal(found[name], expected[name]) for name in expected)
+    report = handle.truncation_report()
+    report.assert_truncated()
+    assert report.units[-2].saved_bytes > report.units[-2].activation_bytes > 0
+
+
 @pytest.mark.parametrize("boundary", [0, 2, 4])
 def test_merge_and_save_work_at_any_stage(boundary, tmp_path):
     inputs = tiny_inputs(BERT)
@@ -369,3 +396,183 @@ def test_loaded_columns_of_frozen_blocks_are_not_put_back():
         handle.load_state_dict(handle.state_dict() | {"step": step})
         handle.reassert()
         assert torch.equal(_prefix_table(model), loaded), step
+
+
+def _lora(**options) -> peft.LoraConfig:
+    return peft.LoraConfig(**{"target_modules": ["q_proj", "v_proj"], **options})
+
+
+def _with_two_adapters(**options) -> nn.Module:
+    torch.manual_seed(4)
+    model = peft.get_peft_model(tiny_model(LLAMA), _lora(init_lora_weights=False, **options))
+    model.add_adapter("other", _lora(target_modules="all-linear", init_lora_weights=False))
+    return model.train()
+
+
+def _turn(model: nn.Module, step: int) -> None:
+    model.set_adapter(["default", "other"][step % 2])
+
+
+def _switch(model: nn.Module, step: int) -> None:
+    if step == 2:
+        model.set_adapter("other")
+
+
+def _both(model: nn.Module, step: int) -> None:
+    if step == 2:
+        model.base_model.set_adapter(["default", "other"])
+
+
+def _add(model: nn.Module, step: int) -> None:
+    if step == 2:
+        torch.manual_seed(9)
+        model.add_adapter("third", _lora(target_modules="all-linear", init_lora_weights=False))
+        model.set_adapter("third")
+
+
+def _delete(model: nn.Module, step: int) -> None:
+    if step == 2:
+        model.set_adapter("other")
+        model.delete_adapter("default")
+
+
+def _weigh(model: nn.Module, step: int) -> None:
+    if step == 2:
+        model.add_weighted_adapter(["default", "other"], [0.5, 0.5], "mix", combination_type="cat")
+        model.set_adapter("mix")
+
+
+def _reload(model: nn.Module, step: int) -> None:
+    if step == 2:
+        with tempfile.TemporaryDirectory() as folder:
+            model.save_pretrained(folder, selected_adapters=["default"])
+            model.load_adapter(folder, "loaded", is_trainable=True)
+        model.set_adapter("loaded")
+
+
+def _reference_logits(model: nn.Module, step: int) -> None:
+    with model.disable_adapter(), torch.no_grad():
+        model(**tiny_inputs(LLAMA))
+
+
+def _merge_for_an_evaluation(model: nn.Module, step: int) -> None:
+    model.merge_adapter()
+    with torch.no_grad():
+        model(**tiny_inputs(LLAMA))
+    model.unmerge_adapter()
+
+
+def _train(
+    act: Callable[[nn.Module, int], None],
+    model: nn.Module,
+    optimizer: Callable[..., torch.optim.Optimizer],
+    **options,
+) -> tuple[dict[str, torch.Tensor], list[float]]:
+    """Six steps, patched or (without options) frozen by hand; what they end with, and losses."""
+    handle, schedule = None, MilestoneSchedule({0: 1, 4: 2}, embeddings="never")
+    if options:
+        handle = patch_model(model, schedule, **options)
+    optimizer, losses = optimizer(model.parameters(), lr=1e-3), []
+    for step in range(6):
+        act(model, step)
+        inputs = tiny_inputs(LLAMA, seed=step % 2)
+        if handle is None:
+            plan = schedule.plan(step, BLOCKS)
+            for name, parameter in model.named_parameters():
+                block = _unit(name.replace(".layers.", ".layer."))
+                if block < BLOCKS and not (block >= 0 and plan.trainable[block]):
+                    parameter.requires_grad_(False)
+        loss = model(**inputs).loss
+        losses.append(loss.item())
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        if handle is not None:
+            handle.advance()
+    if handle is not None:
+        handle.truncation_report().assert_truncated()
+    return {n: p.detach().clone() for n, p in model.named_parameters()}, losses
+
+
+_KEEPING = functools.partial(MaskedAdamW, weight_decay=0.01, on_freeze="keep")
+
+
+@pytest.mark.parametrize(
+    "act",
+    [
+        _turn,
+        _switch,
+        _both,
+        _add,
+        _delete,
+        _weigh,
+        _reload,
+        _reference_logits,
+        _merge_for_an_evaluation,
+    ],
+)
+@pytest.mark.parametrize(
+    ("adapter", "optimizer", "cached"),
+    [
+        ({}, torch.optim.AdamW, False),
+        ({"layers_to_transform": [3]}, _KEEPING, True),  # the others reach lower
+        ({"use_dora": True}, functools.partial(_KEEPING, in_backward=True), False),
+    ],
+)
+def test_adapters_switched_while_patched_train_as_when_frozen_by_hand(
+    act, adapter, optimizer, cached
+):
+    expected, losses = _train(act, _with_two_adapters(**adapter), torch.optim.AdamW)
+    cache = PrefixCache(2**24, device="cpu") if cached else None
+    options = {"kernels": "on", "cache": cache}
+    found, same = _train(act, _with_two_adapters(**adapter), optimizer, **options)
+    assert same == pytest.approx(losses, abs=1e-5)
+    assert found.keys() == expected.keys()
+    for name, weight in expected.items():
+        torch.testing.assert_close(found[name], weight, rtol=1e-4, atol=1e-5, msg=name)
+
+
+def test_micro_batches_of_two_adapters_in_one_step_keep_both_gradients():
+    model, twin = _with_two_adapters(), _with_two_adapters()
+    handle = patch_model(model, MilestoneSchedule({0: 2}))
+    for adapter in ("default", "other"):
+        for each in (model, twin):
+            each.set_adapter(adapter)
+            each(**tiny_inputs(LLAMA)).loss.backward()
+    expected = dict(twin.named_parameters())
+    got = {n: p.grad for n, p in model.named_parameters() if p.grad is not None}
+    assert {".default." in name for name in got} == {True, False}
+    assert all(torch.equal(grad, expected[name].grad) for name, grad in got.items())
+    model.set_adapter("default")
+    handle.unpatch()
+    above = [p for n, p in model.named_parameters() if ".layers.3." in n and "lora" in n]
+    assert {p.requires_grad for p in above} == {True, False}
+
+
+@pytest.mark.parametrize("add", ["inject", "wrap"])
+def test_first_adapters_of_a_patched_model_freeze_with_their_blocks(add):
+    def lora(model: nn.Module, *, trains: bool | None = None) -> set[str]:
+        named = [(n.removeprefix("base_model.model."), p) for n, p in model.named_parameters()]
+        return {n for n, p in named if "lora" in n and trains in (None, p.requires_grad)}
+
+    model, inputs = tiny_model(LLAMA), tiny_inputs(LLAMA)
+    handle = patch_model(model, MilestoneSchedule({0: 2, 2: 3}))
+    model(**inputs).loss.backward()
+    if add == "wrap":
+        called = peft.get_peft_model(model, _lora())
+    else:
+        called, _ = model, model.add_adapter(_lora(), "first")
+    with pytest.warns(UserWarning, match="came into the model while it was trained"):
+        called(**inputs).loss.backward()
+        handle.advance()
+    for boundary in (2, 3):
+        above = {n for n in lora(called) if int(n.split(".")[2]) >= boundary}
+        assert above == {n for n in lora(called, trains=True)}
+        assert sum(p.requires_grad for p in called.parameters()) == len(above) > 0
+        called.zero_grad()
+        called(**inputs).loss.backward()
+        assert all(p.grad is not None for p in called.parameters() if p.requires_grad)
+        handle.advance()
+    handle.unpatch()
+    assert lora(called, trains=True) == lora(called)
+    assert sum(p.requires_grad for p in called.parameters()) == len(lora(called))

@@ -4,15 +4,19 @@ from __future__ import annotations
 
 import copy
 import pickle
+import random
 import time
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import peft
 import pytest
 import torch
+import transformers
 from proofs import FixedPlan, counted_runs, enable_checkpointing, gradients
 from tiny_models import BATCH, MODELS, tiny_inputs, tiny_model
 from torch import nn
@@ -25,8 +29,10 @@ from progtuning_kernels import (
     PatchHandle,
     PrefixCache,
     ProgressiveSchedule,
+    UnsupportedModelError,
     patch_model,
 )
+from progtuning_kernels.cache import serving
 from progtuning_kernels.cache.break_even import BreakEven
 from progtuning_kernels.cache.content_keys import Call, UnknownContent
 from progtuning_kernels.integrations.hf_trainer import ProgtuningCallback
@@ -542,6 +548,7 @@ def test_forwards_that_want_the_prefix_get_it(name, more, reason):
     for _ in range(2):
         _assert_same(gradients(handle.model, inputs), gradients(plain.model, inputs))
     report = handle.cache_report()
+    assert report.state == "bypassed" and reason in report.reason
     assert report.served_steps == 0 and report.rows == {}
     assert sum(n for why, n in report.bypasses.items() if reason in why) == 2, report
 
@@ -592,6 +599,530 @@ def test_prefixes_that_depend_on_chance_or_on_the_batch_are_refused(name, change
         assert report.served_steps == 1
     else:
         assert report.served_steps == 0 and reason in report.reason
+
+
+class _Block(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = nn.Linear(16, 16)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x + torch.tanh(self.linear(x))
+
+
+class _Own(nn.Module):
+    """Four blocks; `read(model, x, y)` is what happens to the embeddings (B, T, C) before them."""
+
+    def __init__(self, read: Callable[..., torch.Tensor] = lambda model, x, y: x) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.embed, self.table = nn.Embedding(50, 16), nn.Embedding(11, 16)
+        self.blocks = nn.ModuleList(_Block() for _ in range(BLOCKS))
+        self.head = nn.Linear(16, 11)
+        self.read = read
+
+    def run(self, ids: torch.Tensor, y: Any = None) -> torch.Tensor:
+        x = self.read(self, self.embed(ids), y)
+        for block in self.blocks:
+            x = block(x)
+        return self.head(x.mean(1))
+
+    def forward(self, input_ids: torch.Tensor) -> torch.Tensor:
+        return self.run(input_ids)
+
+
+class _Labelled(_Own):
+    def forward(self, input_ids: torch.Tensor, labels: Any) -> torch.Tensor:
+        return self.run(input_ids, labels)
+
+
+class _Conditioned(_Own):
+    def forward(self, input_ids: torch.Tensor, condition: Any) -> torch.Tensor:
+        return self.run(input_ids, condition)
+
+
+class _ClassLabelled(_Own):
+    def forward(self, input_ids: torch.Tensor, class_labels: Any) -> torch.Tensor:
+        return self.run(input_ids, class_labels)
+
+
+def _own_pair(model: _Own) -> tuple[PatchHandle, nn.Module]:
+    """A model patched with a cache, in training mode, and a copy that is left alone."""
+    untouched = copy.deepcopy(model)
+    return _patch(model.train(), 2, cache=_cache()), untouched.train()
+
+
+def _ids(seed: int = 0) -> torch.Tensor:
+    return torch.randint(0, 50, (4, 6), generator=torch.Generator().manual_seed(seed))
+
+
+def _embedded(model: _Own, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+    return x + model.table(y)[:, None]
+
+
+def _through_a_copy(model: _Own, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+    y = y.to(torch.float64)
+    return x * (y > 4).to(x.dtype)[:, None, None]
+
+
+def _through_an_index(model: _Own, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+    return x + model.table.weight[y][:, None]
+
+
+def _through_numpy(model: _Own, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+    return x + torch.tensor(y.numpy() * 0.5, dtype=x.dtype)[:, None, None]
+
+
+def _through_a_number(model: _Own, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+    return x * float(y.sum())
+
+
+def _through_a_branch(model: _Own, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+    return x * 2 if (y > 4).any() else x
+
+
+def _through_a_shape(model: _Own, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+    return x * len(y[y > 4])
+
+
+def _summed(model: _Own, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+    return x * y.sum()
+
+
+def _written_into(model: _Own, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+    out = torch.empty(len(y), dtype=x.dtype)
+    out.copy_(y)
+    return x + out[:, None, None]
+
+
+@pytest.mark.parametrize("cls", [_Labelled, _ClassLabelled])
+@pytest.mark.parametrize(
+    "read",
+    [
+        _embedded,
+        _through_a_copy,
+        _through_an_index,
+        _written_into,
+    ],
+)
+def test_labels_that_the_prefix_reads_are_in_the_key(cls, read):
+    handle, untouched = _own_pair(cls(read))
+    labels = torch.tensor([[1, 2, 7, 8], [1, 2, 3, 4], [1, 2, 7, 8], [10, 2, 7, 8]])
+    for y in labels:
+        assert torch.equal(handle.model(_ids(), y), untouched(_ids(), y))
+    report = handle.cache_report()
+    assert report.hits == 2 + 4 + 3 and report.rows == {2: 4 + 2 + 1}
+
+
+@pytest.mark.parametrize(
+    "read", [_through_numpy, _through_a_number, _through_a_branch, _through_a_shape, _summed]
+)
+@pytest.mark.parametrize("cls", [_Labelled, _Conditioned])
+def test_what_a_whole_batch_is_computed_from_is_refused(cls, read):
+    handle, untouched = _own_pair(cls(read))
+    labels = torch.tensor([[1, 2, 7, 8], [1, 2, 3, 4], [1, 2, 7, 8]])
+    for y in labels:
+        assert torch.equal(handle.model(_ids(), y), untouched(_ids(), y))
+    report = handle.cache_report()
+    assert report.served_steps == 0 and report.state == "bypassed"
+    assert "other rows" in report.reason or "below the boundary takes values" in report.reason
+
+
+def _above_only(model: _Own, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+    model.shifted = y.to(torch.int32).roll(1)  # as decoders make their inputs of labels
+    return x
+
+
+def test_labels_that_the_prefix_does_not_read_share_a_row():
+    handle, untouched = _own_pair(_Labelled(_above_only))
+    for y in torch.tensor([[1, 2, 7, 8], [1, 2, 3, 4], [0, 0, 0, 0]]):
+        assert torch.equal(handle.model(_ids(), y), untouched(_ids(), y))
+    report = handle.cache_report()
+    assert report.served_steps == 2 and report.rows == {2: 4}
+
+
+@pytest.mark.parametrize("read", [lambda m, x, y: x * (1 if y is None else y), lambda m, x, y: x])
+def test_plain_values_are_left_out_of_the_key_where_the_prefix_does_without(read):
+    handle, untouched = _own_pair(_Labelled(read))
+    for y in (2, 3, 2, 3):
+        assert torch.equal(handle.model(_ids(), y), untouched(_ids(), y))
+    reads = not torch.equal(untouched(_ids(), 2), untouched(_ids(), 3))
+    assert handle.cache_report().served_steps == (2 if reads else 3)
+
+
+class _Counted(_Own):
+    def forward(self, input_ids: torch.Tensor, num_items_in_batch: Any) -> torch.Tensor:
+        return self.run(input_ids) / num_items_in_batch
+
+
+def test_a_count_that_differs_in_every_batch_is_one_kind_of_arguments():
+    handle, untouched = _own_pair(_Counted())
+    for count in range(1, 12):
+        assert torch.equal(handle.model(_ids(), count), untouched(_ids(), count))
+    assert handle.cache_report().served_steps == 10
+
+
+_ELSEWHERE = torch.ones(16)
+
+
+@pytest.mark.parametrize("in_place", [False, True])
+def test_a_tensor_that_is_set_on_the_model_is_watched(in_place):
+    handle, untouched = _own_pair(_Own(lambda model, x, y: x + model.condition))
+    conditions = [torch.full((16,), float(value)) for value in (1, 1, 2, 2, 3)]
+    for model in (handle.model, untouched):
+        model.condition = conditions[0].clone()
+    for i, condition in enumerate(conditions):
+        for model in (handle.model, untouched):
+            if in_place and i % 2 == 0:
+                model.condition.copy_(condition)
+            elif i % 2 == 0:
+                model.condition = condition.clone()
+        assert torch.equal(handle.model(_ids()), untouched(_ids()))
+    assert handle.cache_report().served_steps == 2
+
+
+@pytest.mark.parametrize("carrier", [lambda model: model, lambda model: model.config])
+def test_a_number_that_is_set_between_forwards_is_noticed_where_the_prefix_reads_it(carrier):
+    class Configured(_Own):
+        def __init__(self) -> None:
+            super().__init__(lambda model, x, y: x * carrier(model).scale)
+            self.config = SimpleNamespace()
+            carrier(self).scale = 1.0
+
+    handle, untouched = _own_pair(Configured())
+    with counted_runs(_blocks(handle)) as runs:
+        for step, scale in enumerate((1.0, 1.0, 2.0, 2.0, 2.0, 1.0)):
+            for model in (handle.model, untouched):
+                carrier(model).scale, carrier(model).step = scale, step  # one that nobody reads
+            for seed in range(2):
+                assert torch.equal(handle.model(_ids(seed)), untouched(_ids(seed)))
+    report = handle.cache_report()
+    assert report.served_steps == 6 and report.rows == {2: 8}, runs
+
+
+def test_a_tensor_that_nobody_can_watch_is_refused():
+    handle, untouched = _own_pair(_Own(lambda model, x, y: x + _ELSEWHERE))
+    for _ in range(2):
+        assert torch.equal(handle.model(_ids()), untouched(_ids()))
+    assert "that no module holds" in handle.cache_report().reason
+    model = _Own(lambda model, x, y: x + model.head.weight.mean())
+    handle = _patch(model, 2, cache=_cache())
+    with pytest.raises(UnsupportedModelError):  # by the proof
+        handle.model(_ids())
+    assert "weight, which trains" in handle.cache_report().reason
+
+
+def test_random_numbers_of_the_device_are_watched(monkeypatch):
+    """Another generator of the CPU plays the one of a GPU."""
+    own = torch.Generator()
+    monkeypatch.setattr(
+        serving, "_random_state", lambda d: (torch.get_rng_state(), own.get_state())
+    )
+    monkeypatch.setattr(
+        serving,
+        "_set_random_state",
+        lambda state, d: (torch.set_rng_state(state[0]), own.set_state(state[1])),
+    )
+
+    def dropout(model: _Own, x: torch.Tensor, y: Any) -> torch.Tensor:
+        return x * (torch.rand(x.shape, generator=own) > 0.3) / 0.7
+
+    handle, untouched = _own_pair(_Own(dropout))
+    for step in range(3):
+        own.manual_seed(step)
+        found = handle.model(_ids())
+        own.manual_seed(step)
+        assert torch.equal(found, untouched(_ids()))
+    assert "no fixed function" in handle.cache_report().reason
+
+    def to_no_effect(model: _Own, x: torch.Tensor, y: Any) -> torch.Tensor:
+        return x if torch.rand([], generator=own) < 0.0 else x + 1
+
+    handle, untouched = _own_pair(_Own(to_no_effect))
+    for step in range(3):
+        own.manual_seed(step)
+        found, after = handle.model(_ids()), own.get_state()
+        own.manual_seed(step)
+        assert torch.equal(found, untouched(_ids())) and torch.equal(after, own.get_state())
+    assert handle.cache_report().served_steps == 2
+
+
+@pytest.mark.parametrize(
+    "draw",
+    [
+        lambda: torch.rand(4) < 0.01,
+        lambda: torch.rand(4) > 0.99,
+        lambda: torch.rand(4, dtype=torch.bfloat16) > 0.99,
+        lambda: torch.rand_like(torch.ones(4)) < 0.01,
+        lambda: torch.empty(4).uniform_() < 0.01,
+        lambda: torch.bernoulli(torch.full((4,), 0.01)) == 1,
+        lambda: torch.empty(4).bernoulli_(0.01) == 1,
+    ],
+)
+def test_what_happens_by_chance_and_seldom_is_noticed(draw):
+    def label_dropout(model: _Own, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+        return x + model.table(torch.where(draw(), 10, y))[:, None]
+
+    handle, _ = _own_pair(_ClassLabelled(label_dropout))
+    handle.model(_ids(), torch.tensor([1, 2, 3, 4]))
+    assert "no fixed function" in handle.cache_report().reason
+
+
+@pytest.mark.parametrize("draw", [random.random, np.random.rand])
+def test_random_numbers_of_python_and_numpy_are_watched(draw):
+    handle, untouched = _own_pair(_Own(lambda model, x, y: x * draw()))
+    for step in range(3):
+        results = []
+        for model in (handle.model, untouched):
+            random.seed(step), np.random.seed(step)
+            results.append(model(_ids()))
+        assert torch.equal(*results)
+    assert "Python or numpy" in handle.cache_report().reason
+
+
+def test_masks_that_wav2vec2_draws_are_new_in_every_step():
+    config = transformers.Wav2Vec2Config(
+        hidden_size=32,
+        num_hidden_layers=BLOCKS,
+        num_attention_heads=4,
+        intermediate_size=48,
+        conv_dim=(16, 16),
+        conv_stride=(4, 4),
+        conv_kernel=(8, 4),
+        num_conv_pos_embeddings=4,
+        num_conv_pos_embedding_groups=2,
+        mask_time_prob=0.3,
+        mask_time_length=2,
+        layerdrop=0.0,
+        **dict.fromkeys(("hidden_dropout", "attention_dropout", "activation_dropout"), 0.0),
+        **dict.fromkeys(("feat_proj_dropout", "final_dropout"), 0.0),
+    )
+    model = transformers.Wav2Vec2ForSequenceClassification(config)
+    handle, untouched = _own_pair(model)
+    values = torch.randn(3, 800)
+    for step in range(3):
+        results = []
+        for one in (handle.model, untouched):
+            np.random.seed(step)
+            results.append(one(values).logits)
+        assert torch.equal(*results)
+    assert handle.cache_report().state == "bypassed"
+
+
+_VISION = dict(
+    hidden_size=32, num_hidden_layers=4, num_attention_heads=4, intermediate_size=48, patch_size=8
+)
+
+
+def _llava(layer: int) -> tuple[nn.Module, dict[str, Any]]:
+    torch.manual_seed(0)
+    text = dict(vocab_size=99, hidden_size=32, num_hidden_layers=4, num_attention_heads=4)
+    model = transformers.LlavaForConditionalGeneration(
+        transformers.LlavaConfig(
+            vision_config=transformers.CLIPVisionConfig(**_VISION, image_size=16),
+            text_config=transformers.LlamaConfig(**text, intermediate_size=48, use_cache=False),
+            image_token_index=98,
+            image_token_id=98,
+            image_seq_length=4,
+            vision_feature_layer=layer,
+        )
+    )
+    ids = torch.randint(3, 90, (3, 12))
+    ids[:, 2:6] = 98
+    return model, {"input_ids": ids, "pixel_values": torch.randn(3, 3, 16, 16)}
+
+
+def _dpt() -> tuple[nn.Module, dict[str, Any]]:
+    torch.manual_seed(0)
+    config = transformers.DPTConfig(
+        **_VISION,
+        image_size=32,
+        backbone_out_indices=[0, 1, 2, 3],
+        neck_hidden_sizes=[16] * 4,
+        fusion_hidden_size=16,
+        is_hybrid=False,
+    )
+    return transformers.DPTForDepthEstimation(config), {"pixel_values": torch.randn(3, 3, 32, 32)}
+
+
+@pytest.mark.parametrize("boundary", [1, 3])
+@pytest.mark.parametrize("make", [lambda: _llava(-2), lambda: _llava(2), _dpt])
+def test_hidden_states_that_a_model_asks_itself_for(make, boundary):
+    """The first forward ever is one of a later stage."""
+    model, inputs = make()
+    untouched = copy.deepcopy(model).eval()
+    schedule = MilestoneSchedule({0: 0, 1: boundary}, embeddings="never")
+    handle = patch_model(model.eval(), schedule, cache=_cache(), step=1)
+
+    def check() -> None:
+        found, expected = (m(**inputs)[0] for m in (model, untouched))
+        assert torch.equal(found, expected)
+        found.sum().backward()
+
+    for _ in range(3):
+        check()
+    report = handle.cache_report()
+    assert report.served_steps or "without the prefix" in report.reason
+    handle.unpatch()
+    check()
+    outputs = [m(**inputs, output_hidden_states=True).hidden_states for m in (model, untouched)]
+    assert all(map(torch.equal, *outputs)) and len(outputs[0]) == 5
+
+
+@pytest.mark.parametrize("name", ["bert-sequence", "llama-causal-lm", "vit-image"])
+def test_hidden_states_that_are_first_asked_for_after_a_cached_forward(name):
+    handle, plain = _pair(name, 2)
+    inputs = tiny_inputs(name)
+    for _ in range(2):
+        gradients(handle.model, inputs)
+    for _ in range(2):
+        found, expected = (
+            h.model(**inputs, output_hidden_states=True).hidden_states for h in (handle, plain)
+        )
+        assert len(found) == BLOCKS + 1 and all(map(torch.equal, found, expected))
+        handle.unpatch()
+
+
+def test_a_model_called_with_one_dict_into_which_it_writes():
+    class Sentences(_Own):
+        def forward(self, features: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+            features["sentence_embedding"] = self.run(features["input_ids"])
+            return features
+
+    handle, untouched = _own_pair(Sentences())
+    several = torch.cat([_ids(), _ids(1)])
+    for rows in ([0, 1, 2, 3], [4, 5, 6, 7], [3, 4, 0, 1], [3, 4, 0, 1]):
+        batch = {"input_ids": several[rows]}
+        found = handle.model(batch)
+        assert found is batch and list(found) == ["input_ids", "sentence_embedding"]
+        expected = untouched({"input_ids": several[rows]})["sentence_embedding"]
+        assert torch.equal(found["sentence_embedding"], expected)
+    assert handle.cache_report().served_steps == 2 and handle.cache_report().rows == {2: 8}
+    handle.model(transformers.BatchEncoding({"input_ids": several[[5, 4]]}))
+    batch = {"input_ids": torch.cat([several[:3], _ids(9)[:1]])}  # one row is missing
+    with _rows_entering(handle.model.blocks[0]) as entered:
+        assert list(handle.model(batch)) == ["input_ids", "sentence_embedding"]
+    assert entered == [1] and handle.cache_report().served_steps == 4
+    with pytest.raises(KeyError, match="input_ids"):
+        handle.model({})  # the model's own error
+    with pytest.raises(UnknownContent, match="two arguments"):
+        _ = Call(("one",), ({"a": 1},), {"a": 2}).named
+
+
+def test_a_forward_without_a_tensor_is_left_to_the_model():
+    handle, _ = _own_pair(_Own())
+    with pytest.raises(TypeError, match="embedding"):
+        handle.model(None)
+    assert "no argument is a tensor" in str(handle.cache_report())
+
+
+@contextmanager
+def _counted_trials(monkeypatch) -> Iterator[list[Any]]:
+    trials: list[Any] = []
+    learn = serving.PrefixServer._learn
+    monkeypatch.setattr(
+        serving.PrefixServer,
+        "_learn",
+        lambda self, call, **options: trials.append(call) or learn(self, call, **options),
+    )
+    yield trials
+
+
+def test_a_trial_that_fails_alone_is_remembered(monkeypatch):
+    def with_gradients(model: _Own, x: torch.Tensor, y: Any) -> torch.Tensor:
+        if not torch.is_grad_enabled():
+            raise RuntimeError("train me\nplease")
+        return x
+
+    handle, untouched = _own_pair(_Own(with_gradients))
+    with _counted_trials(monkeypatch) as trials:
+        with pytest.raises(IndexError):
+            handle.model(_ids() + 100)  # no trial will do: nothing is remembered
+        for _ in range(3):
+            assert torch.equal(handle.model(_ids()), untouched(_ids()))
+        assert len(trials) == 2
+    report = handle.cache_report()
+    assert report.state == "bypassed"
+    assert report.reason == "a trial of its forward raises RuntimeError: train me"
+
+
+def test_a_prefix_that_changes_in_every_forward_switches_it_off(monkeypatch):
+    handle, untouched = _own_pair(_Own())
+    with _counted_trials(monkeypatch) as trials, pytest.warns(UserWarning, match="changes between"):
+        for _ in range(20):
+            for model in (handle.model, untouched):
+                with torch.no_grad():
+                    model.blocks[1].linear.weight.add_(0.01)
+            assert torch.equal(handle.model(_ids()), untouched(_ids()))
+    assert len(trials) < 10
+    report = handle.cache_report()
+    assert report.state == "off" and "block 1" in report.reason
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda: (
+            transformers.BarkFineModel(
+                transformers.BarkFineConfig(
+                    hidden_size=32,
+                    num_layers=BLOCKS,
+                    num_heads=4,
+                    input_vocab_size=50,
+                    output_vocab_size=50,
+                    n_codes_total=4,
+                    n_codes_given=1,
+                )
+            ),
+            {"codebook_idx": 2, "input_ids": torch.randint(3, 50, (3, 6, 4))},
+        ),
+    ],
+    ids=["bark-fine"],
+)
+def test_models_that_a_stand_in_does_not_fit_are_learnt_once(monkeypatch, make):
+    model, inputs = make()
+    handle, untouched = _own_pair(model)
+    with _counted_trials(monkeypatch) as trials:
+        for _ in range(3):
+            assert torch.equal(handle.model(**inputs)[0], untouched(**inputs)[0])
+    assert len(trials) == 1
+    report = handle.cache_report()
+    assert report.served_steps == 2 or report.state == "bypassed"
+
+
+@pytest.mark.parametrize("grads", [True, False])
+@pytest.mark.parametrize("first", [True, False])
+@pytest.mark.parametrize("where", ["embeddings", "encoder.layer.1.output", "layer.3", "classifier"])
+@pytest.mark.parametrize("error", [torch.OutOfMemoryError("as asked"), KeyboardInterrupt()])
+def test_an_error_in_a_forward_reaches_its_caller(error, where, first, grads):
+    handle, plain = _pair("bert-sequence", 2)
+    model = handle.model
+    inputs, others = (tiny_inputs("bert-sequence", seed=seed) for seed in (1, 2))
+    modules, keys = dict(model.named_modules()), set(model.state_dict())
+    if not first:
+        gradients(model, inputs)
+    hooks = [(len(m._forward_hooks), len(m._forward_pre_hooks)) for m in modules.values()]
+
+    def fail(*_: Any) -> None:
+        raise error
+
+    hook = next(m for p, m in modules.items() if p.endswith(where)).register_forward_hook(fail)
+    for batch in (inputs, others):
+        served = not first and batch is inputs
+        if served and where in ("embeddings", "encoder.layer.1.output"):
+            continue  # it does not run
+        with pytest.raises(type(error)) as raised, torch.set_grad_enabled(grads):
+            model(**batch)
+        assert raised.value is error
+        if isinstance(error, Exception):  # torch calls no hook after a KeyboardInterrupt
+            assert dict(model.named_modules()) == modules
+        assert set(model.state_dict()) == keys  # a handler may save
+    hook.remove()
+    for batch in (inputs, others):
+        _assert_same(gradients(model, batch), gradients(plain.model, batch))
+    assert dict(model.named_modules()) == modules
+    assert handle.proved
+    assert hooks == [(len(m._forward_hooks), len(m._forward_pre_hooks)) for m in modules.values()]
 
 
 def test_a_forward_that_raises_leaves_every_module_in_its_place():

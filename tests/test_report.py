@@ -750,6 +750,79 @@ def test_methods_that_saw_different_data_are_told_apart_from_seeds_that_did(
     assert ("The runs differ in their data" in text) is warned
 
 
+@pytest.mark.parametrize(
+    ("field", "changed", "what"),
+    [
+        ("config", {"epochs": 1}, "epochs: 3; 1"),
+        ("summary", {"steps": 50}, "steps: 150; 50"),
+        ("config", {"batch_size": 8}, "batch sizes: 16 x –; 8 x –"),
+        ("config", {"accumulate": 2}, "batch sizes: 16 x –; 16 x 2"),
+        ("config", {"max_length": 512}, "sequence lengths: –; 512"),
+        ("config", {"precision": "bf16"}, "precisions: –; bf16"),
+        ("model", {"name": "other"}, "models: all-minilm-l6-v2, 22,700,000 parameters; other"),
+        ("data", {"train_rows": 400}, "data: "),
+        ("data", {"digest": "another"}, "data: "),
+        ("meta", {"device": "one GPU"}, "devices: CPU, 2 cores; one GPU"),
+        ("config", {"lr": 1e-3, "stages": 5}, None),
+    ],
+)
+def test_runs_whose_work_differs_have_no_ratio(
+    store: Callable[[dict[str, Any]], Run],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    field: str,
+    changed: dict[str, Any],
+    what: str | None,
+) -> None:
+    from progtuning_kernels.cli.app import main
+
+    monkeypatch.setattr(document, "PLOTS", ())
+    stored = [make_metrics("full"), make_metrics("full", 1), make_metrics(), make_metrics(seed=1)]
+    for metrics in stored:
+        metrics["data"]["digest"] = "one"
+        if metrics["method"] == "progressive":
+            metrics[field] = metrics[field] | changed
+    runs = [store(metrics) for metrics in stored]
+    full, progressive = cells(comparison_table(runs))[1:]
+    assert full[4] == "1.000" and (progressive[4] == "–") is (what is not None)
+    header, *stages = cells(stage_table(runs))
+    measured = [row[header.index("Step / full, measured")] for row in stages]
+    assert "–" not in measured[:6] and (set(measured[6:]) == {"–"}) is (what is not None)
+    out = tmp_path / "out"
+    main(["report", *(str(run.path) for run in runs), "--output", str(out)])
+    text = References((out / "report.html").read_text()).text
+    for page in (capsys.readouterr().out, text):
+        assert ("Without a ratio to full, whose work was another: progressive." in page) is (
+            what is not None
+        )
+        assert (f"The runs differ in their {what}" in page) is (what is not None)
+    assert ("of its training seconds" in text) is (what is None)
+
+
+def test_each_row_is_related_to_the_full_runs_of_its_own_work(
+    store: Callable[[dict[str, Any]], Run],
+) -> None:
+    runs = []
+    for epochs in (1, 3):
+        for method in ("full", "progressive"):
+            metrics = make_metrics(method) | {"name": f"{method}-{epochs}-seed0"}
+            metrics["config"]["epochs"] = epochs
+            metrics["summary"]["train_seconds"] *= epochs
+            runs.append(store(metrics))
+    ratios = {row[0]: row[4] for row in cells(comparison_table(runs))[1:]}
+    assert ratios["full-1"] == ratios["full-3"] == "1.000"
+    assert ratios["progressive-1"] == ratios["progressive-3"] not in ("–", "1.000")
+    assert any("the first of full-1, full-3" in line for line in report.notices(runs))
+
+
+def test_a_run_that_learnt_nothing_is_named(store: Callable[[dict[str, Any]], Run]) -> None:
+    metrics = make_metrics()
+    metrics["summary"] |= {"failure": "the validation loss is nan", "metric": None}
+    lines = report.notices([store(make_metrics("full")), store(metrics)])
+    assert "progressive-seed0 learnt nothing: the validation loss is nan." in lines
+
+
 @pytest.mark.parametrize("module", ["matplotlib", "jinja2"])
 def test_missing_package_is_one_line_that_names_the_extra(
     store: Callable[[dict[str, Any]], Run],

@@ -88,11 +88,31 @@ def test_weighted_cuts_lie_where_the_contribution_is_halved():
     assert cuts(2, [1e308, 1e308, 1e308, 1e308]) == (0, 2)  # whose sum is no float
 
 
-@given(st.dictionaries(st.integers(0, 60), st.integers(0, 12), max_size=6), st.integers(0, 80))
-def test_milestones_hold_from_their_step_on(milestones, step):
-    plan = MilestoneSchedule(milestones, embeddings="never").plan(step, 12)
+@given(
+    st.dictionaries(st.integers(0, 60), st.integers(-1, 12), max_size=6),
+    st.sampled_from(["first_stage", "always", "never"]),
+    st.integers(0, 80),
+)
+def test_milestones_hold_from_their_step_on(milestones, embeddings, step):
+    if embeddings == "never" and -1 in milestones.values():
+        with pytest.raises(ValueError, match="-1 trains the embeddings"):
+            MilestoneSchedule(milestones, embeddings=embeddings)
+        return
+    schedule = MilestoneSchedule(milestones, embeddings=embeddings)
+    plan = schedule.plan(step, 12)
     passed = [s for s in milestones if s <= step]
-    assert plan.boundary == (milestones[max(passed)] if passed else 0)
+    boundary = milestones[max(passed)] if passed else 0
+    assert plan.trainable == tuple(i >= boundary for i in range(12)) and plan.head
+    first = embeddings == "first_stage" and boundary == 0 and not any(0 < s for s in passed)
+    assert plan.embeddings == (boundary == -1 or embeddings == "always" or first)
+    assert eval(repr(schedule)).plan(step, 12) == plan
+
+
+def test_embeddings_can_thaw_last():
+    schedule = MilestoneSchedule({0: 2, 10: 1, 20: 0, 30: -1})
+    plans = [schedule.plan(step, 2) for step in range(0, 40, 10)]
+    assert [sum(plan.trainable) for plan in plans] == [0, 1, 2, 2]
+    assert [plan.embeddings for plan in plans] == [False, False, False, True]
 
 
 @given(st.lists(st.booleans(), min_size=1, max_size=12).map(tuple), st.booleans())
@@ -150,7 +170,7 @@ def test_unbound_schedule_plans_its_first_step_and_refuses_the_second():
         (lambda: RandomBlockSchedule(0, 5), "blocks must be 1 or more"),
         (lambda: RandomBlockSchedule(1, 0), "period must be 1 or more"),
         (lambda: RandomBlockSchedule(7, 5).plan(0, 6), "blocks=7 is more than the 6 blocks"),
-        (lambda: RandomBlockSchedule(1, 5, seed="a"), "seed must be whole"),
+        (lambda: RandomBlockSchedule(1, 5, seed=1.5), "seed must be whole"),
         (lambda: RandomBlockSchedule(1, 5, embeddings="first_stage"), "embeddings must be one of"),
         (lambda: CyclicBlockSchedule(1, 5, order="upwards"), "order must be one of"),
         (lambda: CyclicBlockSchedule(1, 5, head="sometimes"), "head must be one of"),
@@ -169,12 +189,60 @@ def test_unbound_schedule_plans_its_first_step_and_refuses_the_second():
         ),
         (lambda: ProgressiveSchedule(2, 9).plan(-1, 6), "0 or more"),
         (lambda: MilestoneSchedule({3: 7}).plan(0, 6), "above the 6 blocks"),
-        (lambda: MilestoneSchedule({-3: 1}), "negative"),
+        (lambda: MilestoneSchedule({-3: 1}), "milestone's step must be 0 or more"),
+        (lambda: MilestoneSchedule({3: -2}), "boundary of milestone 3 must be -1 or more"),
+        (lambda: MilestoneSchedule({3: 0.5}), "boundary of milestone 3 must be -1 or more, and"),
+        (lambda: ProgressiveSchedule(2, 9.5), "total_steps must be 1 or more, and whole, got 9.5"),
+        (lambda: ProgressiveSchedule(2, float("nan")), "total_steps must be 1 or more, and whole"),
+        (lambda: ProgressiveSchedule(2, float("inf")), "total_steps must be 1 or more, and whole"),
+        (lambda: ProgressiveSchedule(2, -9), "total_steps must be 1 or more"),
+        (lambda: CyclicBlockSchedule(1, 5).bind(0), "total_steps must be 1 or more"),
     ],
 )
 def test_bad_settings_are_named(make, message):
     with pytest.raises(ValueError, match=message):
         make()
+
+
+_NUMBERS = {
+    "stages": lambda n: ProgressiveSchedule(n, 8),
+    "total_steps": lambda n: ProgressiveSchedule(2, n),
+    "total_steps bound later": lambda n: ProgressiveSchedule(2).bind(n),
+    "total_steps of milestones": lambda n: MilestoneSchedule({}).bind(n),
+    "total_steps of random": lambda n: RandomBlockSchedule(1, 5).bind(n),
+    "total_steps of cyclic": lambda n: CyclicBlockSchedule(1, 5).bind(n),
+    "total_steps of adaptive": lambda n: AdaptiveSchedule(5).bind(n),
+    "total_steps of annealed": lambda n: AnnealedSchedule(ProgressiveSchedule(2)).bind(n),
+    "milestone's step": lambda n: MilestoneSchedule({n: 1}),
+    "boundary of milestone": lambda n: MilestoneSchedule({1: n}),
+    "blocks": lambda n: RandomBlockSchedule(n, 5),
+    "period": lambda n: RandomBlockSchedule(1, n),
+    "seed": lambda n: RandomBlockSchedule(1, 5, seed=n),
+    "blocks of cyclic": lambda n: CyclicBlockSchedule(n, 5),
+    "period of cyclic": lambda n: CyclicBlockSchedule(1, n),
+    "seed of cyclic": lambda n: CyclicBlockSchedule(1, 5, seed=n),
+    "interval": lambda n: AdaptiveSchedule(n),
+    "window": lambda n: AdaptiveSchedule(5, window=n),
+    "percentile": lambda n: AdaptiveSchedule(5, percentile=n),
+    "weights": lambda n: ProgressiveSchedule(2, 8, weights=n),
+}
+
+
+@pytest.mark.parametrize("name", _NUMBERS)
+def test_settings_are_numbers_of_any_library_and_nothing_else(name):
+    make = _NUMBERS[name]
+    for wrong in ("4", True, (4,), object()) if name != "weights" else ("ab", 4, True, [[4]]):
+        with pytest.raises(TypeError, match=name.split(" of ")[0].removesuffix(" bound later")):
+            make(wrong)
+    if name == "weights":
+        assert repr(make(np.ones(3, np.float32))) == repr(make([1, 1, 1]))
+        return
+    expected = make(4)
+    for same in (4.0, np.int64(4), np.float32(4), np.float64(4), np.uint8(4)):
+        made = make(same)
+        assert repr(made) == repr(expected)
+        assert "np." not in repr(made) and type(made.total_steps) is type(expected.total_steps)
+        assert made.stage(3) == expected.stage(3) and made.plan(3, 4) == expected.plan(3, 4)
 
 
 def test_schedules_fulfil_the_protocol_and_need_the_standard_library_only():
@@ -414,6 +482,10 @@ _FILES = {
         '{"schedule": "progressive", "stages": 2, "weights": [1, 2], "anneal": true}',
         AnnealedSchedule(ProgressiveSchedule(2, weights=[1, 2])),
     ),
+    "g.json": (
+        '{"schedule": "milestones", "steps": {"0": 2, "10": 0, "20": -1}}',
+        MilestoneSchedule({0: 2, 10: 0, 20: -1}),
+    ),
     "f.toml": (
         'schedule = "milestones"\n[steps]\n5 = 2\n[anneal]\nscaled = true',
         AnnealedSchedule(MilestoneSchedule({5: 2}), scaled=True),
@@ -440,6 +512,11 @@ def test_files_say_what_their_class_says(name, tmp_path):
         ("a.json", '{"schedule": "random", "blocks": "2", "period": 5}', "blocks must be 1 or"),
         ("a.json", '{"schedule": "adaptive", "interval": 5, "percentile": "x"}', "wrong type"),
         ("a.json", '{"schedule": "milestones", "steps": [1]}', "table of step = boundary"),
+        ("a.json", '{"schedule": "milestones", "steps": {"x": 1}}', "table of step = boundary"),
+        ("a.json", '{"schedule": "milestones", "steps": {"3": 1.5}}', "milestone 3 must be -1 or"),
+        ("a.json", '{"schedule": "milestones", "steps": {"3": true}}', "milestone 3 must be -1 or"),
+        ("a.json", '{"schedule": "milestones", "steps": {"3": "1"}}', "milestone 3 must be -1 or"),
+        ("a.json", '{"schedule": "random", "blocks": 2, "period": 2.5}', "period must be 1 or"),
         ("a.json", '{"schedule": "adaptive", "interval": 5, "anneal": true}', "freezing steps"),
         ("a.json", '{"schedule": "progressive", "stages": 2, "anneal": 5}', "wrong type"),
         ("a.json", "{", "Expecting property name"),

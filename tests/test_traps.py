@@ -572,3 +572,50 @@ def test_what_stands_before_the_blocks_and_feeds_none_is_named_and_the_cure_work
         model(IDS).backward()
         assert model.labels.weight.grad is not None
         handle.advance()
+
+
+class _Pooled(nn.Module):
+    """torch's own encoder below a head that pools over all places, padding included."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.embed = nn.Embedding(50, 16)
+        layer = nn.TransformerEncoderLayer(16, 2, 32, dropout=0.0, batch_first=True)
+        self.encoder = nn.TransformerEncoder(layer, 4)
+        self.head = nn.Linear(16, 2)
+
+    def forward(self, ids: torch.Tensor, padding: torch.Tensor) -> torch.Tensor:  # (B, T) -> (B, 2)
+        hidden = self.encoder(self.embed(ids), src_key_padding_mask=padding)
+        return self.head(hidden.mean(1))
+
+
+@pytest.mark.parametrize("frozen_mode", ["eval", "train"])
+@pytest.mark.parametrize("boundary", [1, 2, 4])
+def test_an_encoder_that_decides_by_its_first_layer_pads_as_when_frozen_by_hand(
+    boundary, frozen_mode
+):
+    """It makes nested tensors for all layers if the first is in eval mode and frozen."""
+    ids = torch.randint(0, 50, (4, 8))
+    padding = torch.zeros(4, 8, dtype=torch.bool)
+    padding[1, 5:] = padding[2, 3:] = True
+    plain, model = _Pooled(), _Pooled()
+    found = {n: dict(m.__dict__) for n, m in model.named_modules()}
+    plain.embed.requires_grad_(False)
+    plain.encoder.layers[:boundary].requires_grad_(False)
+    with patch_model(model, MilestoneSchedule({0: boundary}), frozen_mode=frozen_mode):
+        for each in (plain, model):
+            each(ids, padding).square().sum().backward()
+        for name, parameter in plain.named_parameters():
+            own = model.get_parameter(name)
+            assert (parameter.grad is None) == (own.grad is None), name
+            assert own.grad is None or torch.equal(own.grad, parameter.grad), name
+        with torch.no_grad():  # in evaluation, the nested tensors of torch's fast path
+            assert torch.equal(model.eval()(ids, padding), plain.eval()(ids, padding))
+        model(ids, padding).sum().backward()  # which cannot train, by hand neither
+        model.train()
+        model.encoder.use_nested_tensor = False
+    assert type(model.encoder) is nn.TransformerEncoder
+    assert model.encoder.use_nested_tensor is False
+    model.encoder.use_nested_tensor = True
+    assert {n: m.__dict__ for n, m in model.named_modules()} == found

@@ -7,18 +7,20 @@ neither the data loader nor the training loop has to name samples.
 
 from __future__ import annotations
 
+import copy
 import hashlib
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Collection, Mapping, MutableMapping, Sequence
+from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
 import numpy as np
 import torch
 
-# What a loss or a decoder reads, and nothing below the boundary: two labels for one text share its
-# row. A tensor under any other name is hashed.
-NOT_HASHED = frozenset(
+# What a loss, a decoder or the form of the output reads, as a rule: where a trial of the model has
+# shown that nothing below the boundary reads them, two labels for one text share its row. Whatever
+# has another name is hashed.
+READ_ABOVE = frozenset(
     {
         "labels",
         "label",
@@ -45,6 +47,9 @@ _PER_TOKEN = ("input_ids", "token_type_ids", "position_ids")
 # Arguments whose first dimension is the batch, most telling first.
 _INPUTS = ("input_ids", "pixel_values", "input_features", "input_values")
 _MASK = "attention_mask"
+# Code looks at these as a whole to leave work out (a mask of ones, one sequence a row), and to no
+# other effect.
+READ_BY_BATCHES = frozenset({_MASK, *_PER_TOKEN, *_INPUTS})
 _NOT_ROWS = {"cache_position", "num_items_in_batch"}
 
 
@@ -78,6 +83,9 @@ def _bytes_by_row(tensor: torch.Tensor, rows: int) -> np.ndarray:
 class Call:
     """The arguments of one forward.
 
+    An argument that is a dict stands for its entries: sentence-transformers calls its model with
+    one, and writes into it.
+
     Attributes:
         names: parameter names of the positional arguments.
     """
@@ -88,9 +96,45 @@ class Call:
 
     @cached_property
     def named(self) -> dict[str, Any]:
-        """Every argument that is not None, by name."""
+        """Every argument that is not None, by name.
+
+        Raises:
+            UnknownContent: two have one name.
+        """
         pairs = (*zip(self.names, self.args, strict=False), *self.kwargs.items())
-        return {name: value for name, value in pairs if value is not None}
+        named: dict[str, Any] = {}
+        for name, value in pairs:
+            for inner, item in value.items() if isinstance(value, Mapping) else ((name, value),):
+                if item is None:
+                    continue
+                if inner in named:
+                    raise UnknownContent(f"two arguments are called {inner!r}")
+                named[inner] = item
+        return named
+
+    def changed(self, change: Callable[[str, Any], Any] = lambda name, value: value) -> Call:
+        """The same call with `change(name, value)` in the place of every value.
+
+        Dicts are new ones, so that a model may write into them.
+        """
+
+        def of(name: str, value: Any) -> Any:
+            if not isinstance(value, Mapping):
+                return change(name, value)
+            made = copy.copy(value) if isinstance(value, MutableMapping) else dict(value)
+            made.update({inner: change(inner, item) for inner, item in value.items()})
+            return made
+
+        names = (*self.names, *("" for _ in self.args[len(self.names) :]))
+        return Call(
+            self.names,
+            tuple(of(n, v) for n, v in zip(names, self.args, strict=False)),
+            {name: of(name, value) for name, value in self.kwargs.items()},
+        )
+
+    @cached_property
+    def tensors(self) -> dict[str, torch.Tensor]:
+        return {n: v for n, v in self.named.items() if isinstance(v, torch.Tensor)}
 
     @cached_property
     def size(self) -> int:
@@ -99,11 +143,10 @@ class Call:
         Raises:
             UnknownContent: no tensor has rows.
         """
-        tensors = {n: v for n, v in self.named.items() if isinstance(v, torch.Tensor)}
         for name in _INPUTS:
-            if name in tensors:
-                return tensors[name].shape[0]
-        for tensor in tensors.values():
+            if name in self.tensors:
+                return self.tensors[name].shape[0]
+        for tensor in self.tensors.values():
             if tensor.ndim >= 2:
                 return tensor.shape[0]
         raise UnknownContent("no argument is a tensor with one row per sample")
@@ -119,7 +162,13 @@ class Call:
 
     @cached_property
     def device(self) -> torch.device:
-        return next(v.device for v in self.named.values() if isinstance(v, torch.Tensor))
+        """
+        Raises:
+            UnknownContent: no argument is a tensor.
+        """
+        for value in self.tensors.values():
+            return value.device
+        raise UnknownContent("no argument is a tensor with one row per sample")
 
     @cached_property
     def tokens(self) -> int | None:
@@ -142,33 +191,28 @@ class Call:
             if isinstance(value, torch.Tensor):
                 kinds.append((name, value.ndim, value.dtype, self.has_rows(name)))
             elif isinstance(value, bool | int | float | str):
-                kinds.append((name, value))
+                # some are another number in every batch
+                kinds.append((name, type(value) if name in _NOT_ROWS else value))
             else:
                 raise UnknownContent(f"the argument {name} is a {type(value).__name__}")
         return tuple(kinds)
 
-    @property
-    def shapes(self) -> tuple[Any, ...]:
-        """Shapes of one sample in every argument."""
+    def shapes(self, consumed: Collection[str] = ()) -> tuple[Any, ...]:
+        """Shapes of one sample in every argument that `rows` would hash."""
         return tuple(
             (name, tuple(value.shape[1:]))
             for name, value in sorted(self.named.items())
-            if self.has_rows(name) and name not in NOT_HASHED
+            if self.has_rows(name) and (name not in READ_ABOVE or name in consumed)
         )
 
     def take(self, rows: Sequence[int]) -> Call:
         """The same call for some of its rows."""
-        index = torch.tensor(rows, device=self.device)
+        index = torch.tensor(rows, dtype=torch.long, device=self.device)
 
         def pick(name: str, value: Any) -> Any:
             return value.index_select(0, index) if self.has_rows(name) else value
 
-        names = (*self.names, *("" for _ in self.args[len(self.names) :]))
-        return replace(
-            self,
-            args=tuple(pick(n, v) for n, v in zip(names, self.args, strict=False)),
-            kwargs={name: pick(name, value) for name, value in self.kwargs.items()},
-        )
+        return self.changed(pick)
 
     @cached_property
     def spans(self) -> tuple[list[tuple[int, int]], list[bool]]:
@@ -194,13 +238,14 @@ class Call:
             ones.append(whole)
         return spans, ones
 
-    def rows(self, salt: bytes, *, unpadded: bool) -> Rows:
+    def rows(self, salt: bytes, *, unpadded: bool, consumed: Collection[str] = ()) -> Rows:
         """Digest every row.
 
         Args:
             salt: what else the activations depend on.
             unpadded: leave the padding out, so that a row is the same in any batch; the place where
                 its tokens start stays in, because absolute positions depend on it.
+            consumed: arguments of `READ_ABOVE` that something below the boundary does read.
 
         Raises:
             UnknownContent: the attention mask is not of shape (B, T).
@@ -214,7 +259,7 @@ class Call:
         per_row: list[np.ndarray] = []
         mask: np.ndarray | None = None
         for name, value in sorted(self.named.items()):
-            if name in NOT_HASHED:
+            if name in READ_ABOVE and name not in consumed:
                 continue
             if not isinstance(value, torch.Tensor):
                 base.update(f"{name}={value!r};".encode())

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
 from torch import nn
 
 from ..layout import EMBEDDINGS, Layout
+from .prefix_inputs import Place
+
+_PLAIN = (bool, int, float, str)
 
 
 class PrefixWeights:
@@ -24,8 +27,16 @@ class PrefixWeights:
         self._model = model
         self._layout = layout
         self._modules: list[tuple[int, list[nn.Module]]] = []
+        around = [model.get_submodule(path) for path in layout.containers]
+        configs = {id(c): c for m in around if (c := getattr(m, "config", None)) is not None}
+        self._carriers: list[dict[str, Any]] = [
+            vars(carrier)
+            for carrier in (*around, *configs.values())
+            if hasattr(carrier, "__dict__")
+        ]
         self._seen: list[tuple[Any, ...]] = []
         self._held: list[torch.Tensor] = []  # alive, so that no address or id is used twice
+        self._places: list[tuple[Place, torch.Tensor, tuple[int, int]]] = []
 
     def watch(self, level: int) -> None:
         """Take the state of the units below block `level` for the one to compare with."""
@@ -38,12 +49,44 @@ class PrefixWeights:
         self._seen = [_state(modules) for _, modules in self._modules]
         self._held = list(self._tensors(level))
 
-    def lowest_change(self) -> int | None:
-        """Lowest watched unit that is not as it was; None when all are."""
+    def watch_place(self, place: Place) -> bool:
+        """Watch a tensor that the prefix reads and some other module holds; False if it is known.
+
+        Whatever level is watched then: rows of lower ones may come from it too.
+        """
+        held, key = place
+        if any(other is held and name == key for (other, name), _, _ in self._places):
+            return False
+        self._places.append((place, held[key], (held[key]._version, held[key].data_ptr())))
+        return True
+
+    @property
+    def tensors(self) -> Sequence[torch.Tensor]:
+        """Those of the watched units."""
+        return self._held
+
+    def lowest_change(self) -> tuple[int, str] | None:
+        """Lowest watched unit that is not as it was, and what changed; None when all are."""
+        for (held, key), tensor, state in self._places:
+            if held.get(key) is not tensor or (tensor._version, tensor.data_ptr()) != state:
+                self._places.clear()  # found again, if it is still read
+                return EMBEDDINGS, key
         for (unit, modules), seen in zip(self._modules, self._seen, strict=True):
             if _state(modules) != seen:
-                return unit
+                return unit, self._layout.unit_label(unit)
         return None
+
+    def settings(self) -> list[tuple[str, Any]]:
+        """Numbers, strings and flags of the model, of what leads to its blocks, and of configs.
+
+        Whether the prefix reads one cannot be watched; that one is another can.
+        """
+        return [
+            (name, value)
+            for carrier in self._carriers
+            for name, value in carrier.items()
+            if type(value) in _PLAIN and name != "training"
+        ]
 
     def adapters(self) -> bytes:
         """Which adapters are in use: switching one off and on again gives the old function back."""
@@ -63,9 +106,12 @@ class PrefixWeights:
         return None
 
     def fingerprint(self, level: int) -> bytes:
-        """64 bytes over names, dtypes, shapes and values of everything below block `level`."""
+        """64 bytes over names, dtypes, shapes and values of everything below block `level`, and of
+        what that reads elsewhere.
+        """
         digest = hashlib.blake2b()
-        for name, tensor in self._named(level):
+        places = [(key, tensor) for (_, key), tensor, _ in self._places]
+        for name, tensor in (*self._named(level), *places):
             tensor = tensor.detach()
             digest.update(f"{name}:{tensor.dtype}{tuple(tensor.shape)};".encode())
             if tensor.numel():

@@ -443,7 +443,7 @@ class RowStore:
     def _load_from_disk(self, level: int, key: bytes, row: StoredRow, target: Tensor) -> None:
         buffer = target
         if target.is_cuda:  # torch gives pinned memory out again after the copies from it
-            buffer = torch.empty(target.shape, dtype=torch.uint8, pin_memory=True)
+            buffer = torch.empty(target.shape, dtype=torch.uint8, device="cpu", pin_memory=True)
         if not self._disk.read(row, memoryview(buffer.numpy())):
             self.drop(level, [key])
             raise KeyError(f"row {key.hex()} of level {level} is damaged")

@@ -4,7 +4,7 @@ Before a forward, its rows are looked up. What is missing is computed for the mi
 a forward that ends at the boundary, or for all rows in the forward itself where that is cheaper;
 then the boundary activations take the place of the prefix. Which models can be served so is not
 taken on trust: at the start of every stage one batch runs both ways, from the same random numbers,
-and all outputs are compared.
+and all outputs are compared; and what the prefix computes from is followed through it.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ from __future__ import annotations
 import hashlib
 import inspect
 import os
+import random
 import time
 import warnings
 from collections import Counter
@@ -20,16 +21,18 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
+import numpy as np
 import torch
 from torch import nn
 from torch.utils import _pytree as pytree
 
 from ..layout import Layout
 from .break_even import BreakEven, Stopwatch
-from .content_keys import Call, Rows, UnknownContent
+from .content_keys import READ_ABOVE, READ_BY_BATCHES, Call, Rows, UnknownContent
 from .prefix_cache import CacheReport, PrefixCache
+from .prefix_inputs import Extremes, Follow, place_of
 from .prefix_weights import PrefixWeights
-from .stand_ins import Level, Recording, StopForward, Swaps, UnservableError
+from .stand_ins import Catch, Level, Recording, StopForward, Swaps, UnservableError
 
 # Largest difference, relative to the largest value, between a served forward and a plain one. The
 # kernels above the boundary get the same input, so that on CPU there is none.
@@ -37,6 +40,7 @@ _TOLERANCE = {torch.float32: 1e-5, torch.float64: 1e-9, torch.float16: 2e-3, tor
 # Between a stored row and the same row computed anew, in another batch and another precision.
 _STORED_TOLERANCE = {None: 1e-3, torch.float16: 2e-2, torch.bfloat16: 5e-2, "8bit": 1e-1}
 _PROBE_EVERY = 256  # served forwards; one row each
+_MAX_CHANGES = 8  # of one thing, with no served forward in between; each is learnt anew
 _MAX_PATHS = 8  # kinds of arguments in one stage; each costs two forwards
 _KEYS_AND_VALUES = ("past_key_values", "cache_params", "mems")
 _MUST_BE_OFF = ("output_hidden_states", "output_attentions", "output_router_logits")
@@ -53,6 +57,7 @@ class _Path:
         unpadded: rows are stored without padding. False where something above the boundary reads
             the hidden states of padding.
         draws: code around the prefix draws random numbers, to no effect (BART's layerdrop of 0).
+        consumed: arguments of `READ_ABOVE` that the prefix reads all the same.
         keys_and_values: the output holds those of all blocks.
         dtype: of the boundary activations.
         width: C.
@@ -64,6 +69,7 @@ class _Path:
     levels: dict[int, Level] = field(default_factory=dict)
     unpadded: bool = True
     draws: bool = False
+    consumed: frozenset[str] = frozenset()
     keys_and_values: bool = False
     dtype: torch.dtype = torch.float32
     width: int = 0
@@ -71,7 +77,30 @@ class _Path:
     lengths: dict[Any, int] = field(default_factory=dict)
 
     def length(self, call: Call) -> int | None:
-        return call.tokens if self.per_token else self.lengths.get(call.shapes)
+        return call.tokens if self.per_token else self.lengths.get(call.shapes(self.consumed))
+
+
+@dataclass(frozen=True)
+class _Sample:
+    """A row as it was computed once, to be computed again when something may have changed.
+
+    Attributes:
+        context: precision, adapters and mode that it was computed with.
+        call: its arguments.
+        hidden: its boundary activations, (1, T, C).
+        span: of its tokens.
+    """
+
+    path: _Path
+    context: tuple[Any, ...]
+    call: Call
+    hidden: torch.Tensor
+    span: tuple[int, int]
+
+    def holds(self, server: PrefixServer) -> bool:
+        tolerance = max(_STORED_TOLERANCE[None], _TOLERANCE.get(self.path.dtype, 0.0))
+        computed = server.compute(self.path, self.call)
+        return _close_rows(computed, self.hidden, [self.span], tolerance)
 
 
 class PrefixServer:
@@ -107,11 +136,16 @@ class PrefixServer:
         self._bound: str | None = None
         self._paths: dict[tuple[Any, frozenset[str]], _Path] = {}  # by arguments and padding
         self._bypasses: Counter[str] = Counter()
+        self._changes: Counter[str] = Counter()  # since a forward was served
         self._served = 0
         self._counts = BreakEven()
         self._watch = Stopwatch("cpu")
-        self._pending: list[Swaps] = []  # of the forward that comes
+        self._pending: list[Swaps | Catch] = []  # of the forward that comes
+        self._failed: tuple[Any, str] | None = None  # what could not be learnt for it, and why
         self._grads_before: bool | None = None
+        self._settings: list[tuple[str, Any]] | None = None  # after the last forward
+        self._doubted = False  # they have changed since a row was looked at
+        self._sample: _Sample | None = None
         self._foreign: set[int] = set()  # levels with rows of an earlier process
         self._expected: str | None = None  # fingerprint that those should be bound to
 
@@ -128,7 +162,9 @@ class PrefixServer:
         self._tokens = {at: token for at, token in self._tokens.items() if at <= level}
         self._weights.watch(level)
         self._paths.clear()
+        self._sample = None
         self._bypasses.clear()
+        self._changes.clear()
         self._counts, self._served, self._off = BreakEven(), 0, False
         parameter = next(self._model.parameters())
         self._watch = Stopwatch(parameter.device.type)
@@ -139,6 +175,8 @@ class PrefixServer:
         model, config = self._model, getattr(self._model, "config", None)
         if not self.level:
             return "nothing below the boundary is frozen"
+        if (kind := next(model.parameters()).device.type) not in ("cpu", "cuda", "meta"):
+            return f"the random numbers of {kind} devices are not watched"
         if not self._fixed:
             return 'frozen_mode="train": frozen units are no fixed function'
         if (name := self._weights.trainable(self.level)) is not None:
@@ -233,17 +271,21 @@ class PrefixServer:
         return kwargs
 
     def install(self) -> None:
-        """Put the stand-ins of the forward that comes in their places, for as long as it runs."""
-        if self.busy or not self._pending:
+        """Put the stand-ins of the forward that comes in their places, until `after_forward`."""
+        if not self.busy:
+            for swaps in self._pending:
+                swaps.install()
+
+    def after_forward(self, *, raised: bool) -> None:
+        """Every module in its own place again."""
+        if self.busy:
             return
-
-        def finish(model: nn.Module, args: Any, output: Any) -> None:
-            hook.remove()
-            self._finish()
-
-        hook = self._model.register_forward_hook(finish, always_call=True)
-        for swaps in self._pending:
-            swaps.install()
+        if self._failed is not None and not raised:
+            kind, reason = self._failed
+            self._paths[kind] = _Path(reason)
+        if self._reason is None:  # what a forward itself sets does not count
+            self._settings = self._weights.settings()
+        self._finish()
 
     def prefetch(self, kwargs: Mapping[str, Any]) -> None:
         """Start reading the rows of a batch that comes soon. A hint, and never an error.
@@ -266,8 +308,7 @@ class PrefixServer:
             path = self._known_path(kind, _padding(call))
             if path is None or path.reason is not None:
                 return
-            salt = repr(context).encode() + self._weights.adapters()
-            rows = self._rows(call, ids, salt, unpadded=path.unpadded)
+            rows = self._rows(call, ids, self.salt(context), path)
         except UnknownContent:
             return
         self._store.prefetch(self.level, self.keys(self.level, rows))
@@ -276,7 +317,7 @@ class PrefixServer:
         """Every module in its own place again, also after a forward that was interrupted."""
         for swaps in self._pending:
             swaps.restore()
-        self._pending = []
+        self._pending, self._failed = [], None
         for path in self._paths.values():
             for level in path.levels.values():
                 level.forget()
@@ -303,29 +344,36 @@ class PrefixServer:
         grads = torch.is_grad_enabled()
         self._watch.poll()
         self._forget_changed()
+        if self._reason is not None:
+            return None
         if grads and (verdict := self._counts.verdict(self._store.rows(self.level))):
             self._switch_off(verdict)
             return None
         if not grads and not any(map(self._store.rows, self._store.levels())):
             return None  # read-only, and nothing to read
         context = _context(self._model, call.device.type)
+        if self._settings is not None and self._settings != self._weights.settings():
+            self._doubted = True
+        if self._doubted and not self._look_again((self.salt(context), self._model.training)):
+            return "a setting of the model has changed: rows are looked at in training first"
         kind = (call.signature, context, self._model.training)
         padding = _padding(call)
         path = self._known_path(kind, padding)
         if path is None:
             if len(self._paths) >= _MAX_PATHS:
                 return f"more than {_MAX_PATHS} kinds of arguments"
-            path = self._learn(call, padded=bool(padding))
-            if path is None:
-                return None  # the forward itself is about to raise the same
+            try:
+                path = self._learn(call, padded=bool(padding))
+            except Exception as error:  # the forward itself is about to raise the same; or else
+                self._failed = (kind, padding), f"a trial of its forward raises {_line(error)}"
+                return None
             self._paths[kind, padding] = path
         if path.reason is not None:
             return path.reason
         if not grads and path.keys_and_values:
             return "the output holds keys and values of all blocks: pass use_cache=False"
         started = time.perf_counter()
-        salt = repr(context).encode() + self._weights.adapters()
-        rows = self._rows(call, ids, salt, unpadded=path.unpadded)
+        rows = self._rows(call, ids, self.salt(context), path)
         hash_ms = (time.perf_counter() - started) * 1e3 if call.device.type == "cpu" else 0.0
         self._bind()
         if not path.unpadded or not path.per_token:
@@ -343,23 +391,29 @@ class PrefixServer:
                 return path
         return None
 
-    def _rows(self, call: Call, ids: Any, salt: bytes, *, unpadded: bool) -> Rows:
+    def salt(self, context: tuple[Any, ...]) -> bytes:
+        """What stored rows depend on beside weights and arguments."""
+        return repr(context).encode() + self._weights.adapters()
+
+    def _rows(self, call: Call, ids: Any, salt: bytes, path: _Path) -> Rows:
         if ids is None:
             if self._cache.id_column is not None:
                 self._bypasses[f"no {self._cache.id_column!r}: recognised by content"] += 1
-            return call.rows(salt, unpadded=unpadded)
+            return call.rows(salt, unpadded=path.unpadded, consumed=path.consumed)
         listed = ids.tolist() if isinstance(ids, torch.Tensor) else list(ids)
         if len(listed) != call.size:
             raise UnknownContent(f"{len(listed)} identifiers for {call.size} rows")
-        return call.identified(listed, salt, unpadded=unpadded)
+        return call.identified(listed, salt, unpadded=path.unpadded)
 
     # weights
 
     def _forget_changed(self) -> None:
         """Drop what was computed from weights that are not there any more."""
-        unit = self._weights.lowest_change()
-        if unit is None:
+        change = self._weights.lowest_change()
+        if change is None:
             return
+        unit, name = change
+        self._changes[name] += 1
         for level in {*self._store.levels(), *self._tokens}:
             if level > unit:
                 self._forget(level)
@@ -367,8 +421,30 @@ class PrefixServer:
             self._bound = None
         self._paths.clear()
         self._weights.watch(self.level)
+        if self._changes[name] > _MAX_CHANGES and self._reason is None:
+            self._switch_off(f"what the prefix reads ({name}) changes between forwards")
+
+    def _look_again(self, context: tuple[Any, ...]) -> bool:
+        """Drop all rows if a setting that has changed is one that the prefix reads.
+
+        Returns:
+            Whether that could be found out: not where rows come from another precision or mode.
+        """
+        sample = self._sample
+        if sample is not None and sample.context != context:
+            return False
+        self._doubted = False
+        holds = sample is not None and sample.holds(self)
+        for level in self._store.levels():
+            if not holds or level < self.level:  # those below hold other things
+                self._forget(level)
+        if not holds:
+            self._paths.clear()
+        return True
 
     def _forget(self, level: int) -> None:
+        if level == self.level:
+            self._sample = None
         self._store.drop(level)
         self._tokens.pop(level, None)
         self._foreign.discard(level)
@@ -427,7 +503,7 @@ class PrefixServer:
         numbers.
         """
         device = next(self._model.parameters()).device
-        random_state = _random_state(device)
+        random_state, host = _random_state(device), _host_random_state()
         buffers = [(b, b._version, b.clone()) for b in self._model.buffers()]
         self.busy = True
         try:
@@ -443,38 +519,55 @@ class PrefixServer:
                     if buffer._version != version:
                         buffer.copy_(kept)
             _set_random_state(random_state, device)
+            _set_host_random_state(host)
 
-    def _learn(self, call: Call, *, padded: bool) -> _Path | None:
-        """Run one batch both ways; None if it does not even run plainly."""
+    def _run(self, call: Call) -> Any:
+        """A forward of its own; the caller's dicts stay as they are."""
+        own = call.changed()
+        forwards = [(m.__dict__, m.__dict__.get("forward")) for m in self._model.modules()]
+        try:
+            return self._model(*own.args, **own.kwargs)
+        except BaseException:
+            # transformers 5.0 gives blocks a forward that captures hidden states, and takes it back
+            # where nothing raises only
+            for own_dict, forward in forwards:
+                if forward is None:
+                    own_dict.pop("forward", None)
+                else:
+                    own_dict["forward"] = forward
+            raise
+
+    def _learn(self, call: Call, *, padded: bool) -> _Path:
+        """Run one batch both ways.
+
+        Raises:
+            Exception: whatever the model raises when it runs plainly.
+        """
         path = _Path()
         device = next(self._model.parameters()).device
-        recording = Recording()
+        recording = Recording(lambda: (_random_state(device), _host_random_state()))
         with self._aside():
-            start = _random_state(device)
-            try:
-                with recording.swaps(self._model, self._layout, self.level).installed():
-                    expected = self._model(*call.args, **call.kwargs)
-            except Exception:
-                return None
+            start, host = recording.random_state()
+            with recording.watching(self._model, self._layout, self.level):
+                expected = self._run(call)
             end = _random_state(device)
             lower = {at for at in self._store.levels() if at in self._tokens and at < self.level}
             try:
                 for at in sorted({self.level, *lower}, reverse=True):
                     level = Level(self._model, self._layout, at, recording, call.size)
-                    path.draws |= not torch.equal(level.random_state, start[0])
+                    state, host_state = level.random_state
+                    if host_state != host:
+                        raise UnservableError(
+                            "code below the boundary draws random numbers of Python or numpy"
+                        )
+                    path.draws |= not _equal_states(state, start)
                     path.levels[at] = level
                 top = path.levels[self.level]
                 path.dtype, path.width = top.hidden.dtype, top.hidden.shape[2]
                 path.per_token = top.hidden.shape[1] == call.tokens
-                path.lengths[call.shapes] = top.hidden.shape[1]
                 path.keys_and_values = _has_keys_and_values(expected)
-                if path.draws:
-                    torch.manual_seed(len(call.named))  # other numbers than before
-                    again = self.compute(path, call)
-                    if _difference(top.hidden, again) > _TOLERANCE.get(path.dtype, 0.0):
-                        raise UnservableError(
-                            "the prefix is no fixed function: dropout outside the frozen modules"
-                        )
+                self._find_inputs(path, call)
+                path.lengths[call.shapes(path.consumed)] = top.hidden.shape[1]
                 choices = (True, False) if padded and path.per_token else (path.per_token,)
                 for path.unpadded in choices:
                     problems = (
@@ -490,9 +583,72 @@ class PrefixServer:
                     raise UnservableError(problem)
             except UnservableError as unservable:
                 path.reason = str(unservable)
+            except Exception as error:  # the model's own code, in a forward that ends early
+                path.reason = f"a forward up to the boundary raises {_line(error)}"
         for level in path.levels.values():
             level.hidden = None
         return path
+
+    def _find_inputs(self, path: _Path, call: Call) -> None:
+        """Compute the boundary activations again, and watch what they are computed from.
+
+        Raises:
+            UnservableError: they are no function of arguments and watched tensors alone.
+        """
+        top = path.levels[self.level].hidden
+        tolerance = _TOLERANCE.get(path.dtype, 0.0)
+
+        def same(again: torch.Tensor) -> bool:
+            return _difference(top, again) <= tolerance
+
+        def watched(call: Call) -> tuple[torch.Tensor, Follow]:
+            follow = Follow(call.tensors, self._weights.tensors)
+            with follow.watching():
+                return self.compute(path, call), follow
+
+        again, follow = watched(call)
+        fixed = same(again)
+        if path.draws:
+            for high in (False, True):
+                with Extremes(high=high):
+                    fixed = fixed and same(self.compute(path, call))
+        if not fixed:
+            raise UnservableError(
+                "the prefix is no fixed function: dropout outside the frozen modules, or another "
+                "state that a forward changes"
+            )
+        for name in sorted(follow.escaped & call.tensors.keys() - READ_BY_BATCHES):
+            raise UnservableError(
+                f"code below the boundary takes values of {name} for a number, a branch or a shape"
+            )
+        half = call.size // 2
+        part, another = watched(call.take(range(half, call.size)))
+        spans = call.spans[0][half:] if path.per_token else None
+        if not _close_rows(part, top[half:], spans, max(tolerance, _STORED_TOLERANCE[None])):
+            raise UnservableError("the prefix computes a row from other rows of its batch")
+        path.consumed = follow.read_by(again) & READ_ABOVE
+        plain = READ_ABOVE & call.named.keys() - call.tensors.keys()
+        if plain:  # a number or a flag cannot be watched: the prefix must do without
+            try:
+                without = call.changed(lambda name, value: None if name in plain else value)
+                if not same(self.compute(path, without)):
+                    path.consumed |= plain
+            except Exception:
+                path.consumed |= plain
+        for tensor in follow.foreign_to(again):
+            if not another.has_seen(tensor):
+                continue  # made in each forward, where nothing is seen of it: in a script
+            place = place_of(tensor, self._model)
+            if place is None:
+                raise UnservableError(
+                    f"the prefix reads a tensor of shape {tuple(tensor.shape)} that is no argument "
+                    "and that no module holds"
+                )
+            if tensor.requires_grad:
+                raise UnservableError(f"the prefix reads {place[1]}, which trains")
+            if self._weights.watch_place(place) and self._cache.path is not None:
+                for at in self._store.levels():
+                    self._forget(at)  # their keys were made without it
 
     def _compare(
         self,
@@ -516,9 +672,9 @@ class PrefixServer:
         swaps = level.feed(hidden)
         try:
             with swaps.installed():
-                found = self._model(*call.args, **call.kwargs)
+                found = self._run(call)
         except Exception as error:  # the model's own code wants more than a stand-in gives
-            return f"without the prefix its forward raises {type(error).__name__}: {error}"
+            return f"without the prefix its forward raises {_line(error)}"
         fed = level.was_fed
         level.forget()
         if not fed:
@@ -563,7 +719,7 @@ class PrefixServer:
             for entry in swaps:
                 entry.install()
             with torch.no_grad():
-                self._model(*call.args, **call.kwargs)
+                self._run(call)
         except StopForward:
             pass
         finally:
@@ -573,6 +729,8 @@ class PrefixServer:
             torch.clear_autocast_cache()
             if random_state is not None:
                 _set_random_state(random_state, device)
+        if not taken:
+            raise UnservableError(f"block {self.level - 1} is not called through its list")
         return taken[0]
 
     # reporting
@@ -583,6 +741,7 @@ class PrefixServer:
         state = "on" if self._reason is None else "off" if self._off else "bypassed"
         reason = self._reason or ""
         refusals = {p.reason for p in self._paths.values()}
+        refusals = refusals or set(self._bypasses)
         if self._reason is None and refusals and None not in refusals:
             state, reason = "bypassed", "; ".join(sorted(refusals))
         warned = list(store.warnings)
@@ -729,7 +888,7 @@ class _Forward:
             parts.append((rows, self._without_padding(computed, spans)))
         whole = parts[0][1].new_empty((self._call.size, self._length, path.width))
         for rows, hidden in parts:
-            whole[torch.tensor(rows, device=whole.device)] = hidden
+            whole[torch.tensor(rows, dtype=torch.long, device=whole.device)] = hidden
         return self._feed(self._level, whole)
 
     @staticmethod
@@ -743,6 +902,7 @@ class _Forward:
     def _feed(self, level: int, hidden: torch.Tensor) -> None:
         self._server._pending.append(self._path.levels[level].feed(hidden))
         self._server._served += 1
+        self._server._changes.clear()
 
     def _take(self, *, whole: bool = True) -> None:
         """Store what arrives at the boundary in the forward that comes; rows leave lower levels.
@@ -759,8 +919,18 @@ class _Forward:
                 server._watch.stop(started, lambda ms: server._counts.add_prefix(ms, size))
             spans = self._rows.spans
             if self._length is None:
-                self._length = path.lengths[self._call.shapes] = hidden.shape[1]
+                self._length = hidden.shape[1]
+                path.lengths[self._call.shapes(path.consumed)] = self._length
                 spans = ((0, self._length),) * size
+            if server._sample is None:
+                context = _context(server._model, self._call.device.type)
+                server._sample = _Sample(
+                    path,
+                    (server.salt(context), server._model.training),
+                    self._call.take([0]),
+                    hidden[:1].clone(),
+                    spans[0],
+                )
             for level in self._lower:  # first: a full store has no room for a row twice
                 server._store.drop(level, server.keys(level, self._rows))
             if server.store_rows(self._level, self._keys, hidden, spans):
@@ -840,15 +1010,33 @@ def _context(model: nn.Module, device_type: str) -> tuple[Any, ...]:
     return (autocast, "forward" in model.__dict__)
 
 
+def _line(error: Exception) -> str:
+    text = str(error).strip().partition("\n")[0]
+    return f"{type(error).__name__}: {text}"
+
+
+def _host_random_state() -> tuple[Any, ...]:
+    """Of Python's and numpy's global generators: wav2vec2 draws its masks from numpy's."""
+    name, words, *rest = np.random.get_state()
+    return random.getstate(), (name, words.tobytes(), *rest)
+
+
+def _set_host_random_state(state: tuple[Any, ...]) -> None:
+    own, (name, words, *rest) = state
+    random.setstate(own)
+    np.random.set_state((name, np.frombuffer(words, np.uint32), *rest))
+
+
 def _random_state(device: torch.device) -> tuple[torch.Tensor, ...]:
     state = (torch.get_rng_state(),)
-    return state if device.type != "cuda" else (*state, torch.cuda.get_rng_state(device))
+    # a model may be spread over several
+    return state if device.type != "cuda" else (*state, *torch.cuda.get_rng_state_all())
 
 
 def _set_random_state(state: tuple[torch.Tensor, ...], device: torch.device) -> None:
     torch.set_rng_state(state[0])
     if len(state) > 1:
-        torch.cuda.set_rng_state(state[1], device)
+        torch.cuda.set_rng_state_all(state[1:])
 
 
 def _equal_states(one: tuple[torch.Tensor, ...], other: tuple[torch.Tensor, ...]) -> bool:
@@ -871,6 +1059,14 @@ def _floats(output: Any) -> list[torch.Tensor]:
         output = {k: v for k, v in output.items() if k not in _KEYS_AND_VALUES}
     leaves = pytree.tree_leaves(output, is_leaf=_is_past)
     return [t for t in leaves if isinstance(t, torch.Tensor) and t.is_floating_point()]
+
+
+def _close_rows(one: torch.Tensor, other: torch.Tensor, spans: Any, tolerance: float) -> bool:
+    """Whether rows (B, T, C) are the same within their spans, all of them if None."""
+    if spans is None:
+        return _difference(one, other) <= tolerance
+    pairs = zip(one, other, spans, strict=True)
+    return all(_difference(a[s:e], b[s:e]) <= tolerance for a, b, (s, e) in pairs)
 
 
 def _difference(one: torch.Tensor, other: torch.Tensor) -> float:

@@ -50,8 +50,35 @@ class StandIn(nn.Module):
             raise AttributeError(name)
         return getattr(self.__dict__["_original"], name)
 
+    def state_dict(self, *args: Any, **kwargs: Any) -> Any:
+        # after a KeyboardInterrupt it may stand here still, and what a handler saves is whole
+        return self._original.state_dict(*args, **kwargs)
+
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         return self._run(self._original, args, kwargs)
+
+
+class Catch:
+    """Hands what one module returns, once, to `receive`."""
+
+    def __init__(self, module: nn.Module, receive: Callable[[Any], None]) -> None:
+        self._module = module
+        self._receive = receive
+        self._hook: Any = None
+
+    def install(self) -> None:
+        # a module is caught by a hook, as models that look for their blocks (transformers 5.0 does,
+        # where hidden states are asked for) find it in its place
+        self._hook = self._module.register_forward_hook(self._catch)
+
+    def restore(self) -> None:
+        if self._hook is not None:
+            self._hook.remove()
+            self._hook = None
+
+    def _catch(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+        self.restore()
+        self._receive(output)
 
 
 class Swaps:
@@ -139,30 +166,53 @@ class _Seen:
     left: torch.Size | None
     dtype: torch.dtype | None
     hidden: torch.Tensor | None  # a copy: some models go on in place
-    random_state: torch.Tensor  # of the CPU, after the call
+    random_state: Any  # after the call
 
 
 @dataclass
 class Recording:
-    """Calls of the modules below a level, and of the block there, in one forward."""
+    """Calls of the modules below a level, and of the block there, in one forward.
 
+    Hooks note them, and every module is in its own place: transformers installs hooks for hidden
+    states in the first forward that asks for them, for good, on whatever stands there.
+
+    Attributes:
+        random_state: returns the state of every generator that a model may draw from.
+    """
+
+    random_state: Callable[[], Any]
     calls: dict[str, list[_Seen]] = field(default_factory=dict)
     count: int = 0
 
-    def swaps(self, model: nn.Module, layout: Layout, level: int) -> Swaps:
+    @contextmanager
+    def watching(self, model: nn.Module, layout: Layout, level: int) -> Iterator[None]:
         paths = [p for unit in range(EMBEDDINGS, level) for p in layout.module_paths(unit)]
         kept = {p for unit in range(level) for p in layout.module_paths(unit)}
         if level < layout.stacks[0].length:
             paths.append(layout.block_paths[level])
         self.calls = {path: [] for path in paths}
-        return Swaps(model, {path: self._recorder(path, path in kept) for path in paths})
+        hooks: list[Any] = []
+        try:
+            for path in paths:
+                enter, leave = self._hooks(path, path in kept)
+                module = model.get_submodule(path)
+                hooks.append(module.register_forward_pre_hook(enter, with_kwargs=True))
+                hooks.append(module.register_forward_hook(leave))
+            yield
+        finally:
+            for hook in hooks:
+                hook.remove()
 
-    def _recorder(self, path: str, keep: bool) -> Run:
-        def run(original: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-            order, self.count = self.count, self.count + 1
-            entered = entering(args, kwargs)
-            shape = None if entered is None else entered.shape
-            output = original(*args, **kwargs)
+    def _hooks(self, path: str, keep: bool) -> tuple[Callable[..., None], Callable[..., None]]:
+        entered: list[tuple[int, torch.Size | None]] = []
+
+        def enter(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            tensor = entering(args, kwargs)
+            entered.append((self.count, None if tensor is None else tensor.shape))
+            self.count += 1
+
+        def leave(module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+            order, shape = entered.pop()
             structure = Structure.of(output)
             hidden = None if structure is None else structure.hidden(output)
             self.calls[path].append(
@@ -173,12 +223,11 @@ class Recording:
                     None if hidden is None else hidden.shape,
                     None if hidden is None else hidden.dtype,
                     hidden.detach().clone() if keep and hidden is not None else None,
-                    torch.get_rng_state(),
+                    self.random_state(),
                 )
             )
-            return output
 
-        return run
+        return enter, leave
 
 
 class Level:
@@ -188,7 +237,7 @@ class Level:
         hidden: the boundary activations of the recorded forward, (B, T, C).
         others: tensors that the block below hands on beside them, and that are None when it is left
             out; attention weights that nobody asked for (BLOOM) are, T5's relative bias is not.
-        random_state: of the CPU when they were there.
+        random_state: of all generators when they were there.
     """
 
     def __init__(
@@ -246,7 +295,11 @@ class Level:
         self._fed: torch.Tensor | None = None
         self._take: Callable[[torch.Tensor], None] | None = None
         self._feeding = Swaps(model, runs)
-        self._taking = Swaps(model, {last: self._capture})
+        module = model.get_submodule(last)
+        if module._compiled_call_impl is None:
+            self._taking: Swaps | Catch = Catch(module, self._receive)
+        else:  # compiled code knows nothing of later hooks
+            self._taking = Swaps(model, {last: self._capture})
 
     @property
     def was_fed(self) -> bool:
@@ -258,8 +311,8 @@ class Level:
         self._fed = hidden
         return self._feeding
 
-    def take(self, receive: Callable[[torch.Tensor], None]) -> Swaps:
-        """Swaps under which one forward hands its boundary activations to `receive`."""
+    def take(self, receive: Callable[[torch.Tensor], None]) -> Swaps | Catch:
+        """While this is installed, one forward hands its boundary activations to `receive`."""
         self._take = receive
         return self._taking
 
@@ -276,8 +329,11 @@ class Level:
     def _capture(self, original: nn.Module, args: Any, kwargs: Any) -> Any:
         self._taking.restore()
         output = original(*args, **kwargs)
-        self._take(self._structure.hidden(output).detach())
+        self._receive(output)
         return output
+
+    def _receive(self, output: Any) -> None:
+        self._take(self._structure.hidden(output).detach())
 
     def _embeddings_run(self, module: nn.Module, calls: Sequence[_Seen], rows: int) -> Run | None:
         """What a module of the embeddings can return instead of running; None if it must run."""

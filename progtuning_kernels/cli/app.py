@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -10,18 +11,31 @@ from typing import Any, NoReturn
 import click
 
 from .. import __version__
+from ..families import UnsupportedModelError
 from .errors import UserError
 
 _PATH = click.Path(path_type=Path)
 _MINILM = 'Folder or hub id; "minilm" is the one that the demo extra brings.'
+
+_LABELS = (
+    "Found if named label or labels. Text is a class as it stands (007 is not 7), whole numbers "
+    "are classes, and numbers of which one has a fraction make a regression. In CSV and TSV all is "
+    "text, unless every label reads as a number and one has a fraction."
+)
 
 
 def _positive(default: int | None = None) -> dict[str, Any]:
     return {"type": click.IntRange(min=1), "default": default}
 
 
-def _not_negative(default: float) -> dict[str, Any]:
-    return {"type": click.FloatRange(min=0), "default": default}
+def _finite(_: click.Context, option: click.Parameter, value: float) -> float:
+    if not math.isfinite(value):  # neither below nor above a range
+        raise click.BadParameter(f"{value} is no number to work with.", param=option)
+    return value
+
+
+def _not_negative(default: float, most: float | None = None) -> dict[str, Any]:
+    return {"type": click.FloatRange(0, most), "default": default, "callback": _finite}
 
 
 def _choice(*values: str) -> dict[str, Any]:
@@ -106,7 +120,7 @@ def app() -> None:
 @click.option("--lora-rank", **_positive(8), help="Rank of LoRA adapters.")
 @click.option("--text-column", help="Found if named text, text_a, sentence, sentence1, ...")
 @click.option("--pair-column", help="Second text of a pair; found if named text_b, ...")
-@click.option("--label-column", help="Found if named label or labels.")
+@click.option("--label-column", help=_LABELS)
 @click.option("--epochs", **_positive(3))
 @click.option("--max-steps", **_positive(), help="Optimizer steps, instead of epochs.")
 @click.option("--batch-size", **_positive(32), help="Rows per micro-batch.")
@@ -114,9 +128,7 @@ def app() -> None:
 @click.option("--max-length", type=click.IntRange(min=2), default=128, help="Tokens per row.")
 @click.option("--lr", **_not_negative(5e-5), help="Peak learning rate.")
 @click.option("--weight-decay", **_not_negative(0.01), help="Decay of matrices.")
-@click.option(
-    "--warmup", type=click.FloatRange(0, 1), default=0.06, help="Share of the steps that warm up."
-)
+@click.option("--warmup", **_not_negative(0.06, 1), help="Share of the steps that warm up.")
 @click.option("--max-grad-norm", **_not_negative(1.0), help="0: no clipping.")
 @click.option(
     "--state-dtype",
@@ -131,7 +143,7 @@ def app() -> None:
     type=click.Choice(["accuracy", "f1", "matthews", "pearson", "spearman", "perplexity"]),
     help="The figure to show; all that fit are written down.",
 )
-@click.option("--seed", type=click.IntRange(min=0), default=0)
+@click.option("--seed", type=click.IntRange(0, 2**32 - 1), default=0)
 @click.option("--max-train-rows", **_positive(), help="Use the first rows only.")
 @click.option("--max-validation-rows", **_positive(), help="Use the first rows only.")
 @click.option("--device", default="auto", help="auto, cpu, cuda, cuda:1, ...")
@@ -153,7 +165,12 @@ def app() -> None:
 @click.option("--overwrite", is_flag=True, help="Empty --output first.")
 @click.option("--dry-run", is_flag=True, help="Print the plan, train nothing.")
 def train(dry_run: bool, **options: Any) -> None:
-    """Fine-tune a model on rows of text."""
+    """Fine-tune a model on rows of text.
+
+    Exit status: 0; 2 for a call, a file or a model that cannot be used (one line says why); 3 if
+    nothing was learnt: the validation loss is not finite in the end, or in half of the steps the
+    loss or its gradients were not. No model is saved then.
+    """
     from . import train as command
 
     command.run(options, dry_run=dry_run)
@@ -253,7 +270,7 @@ def bench(**options: Any) -> None:
 @_blocks_option
 @click.option("--text-column", help="Found if named text, text_a, sentence, sentence1, ...")
 @click.option("--pair-column", help="Second text of a pair; found if named text_b, ...")
-@click.option("--label-column", help="Found if named label or labels.")
+@click.option("--label-column", help=_LABELS)
 @click.option("--batch-size", **_positive(32), help="Rows per batch.")
 @click.option("--max-length", type=click.IntRange(min=2), default=128, help="Tokens per row.")
 @click.option("--lr", **_not_negative(1e-4), help="Peak learning rate.")
@@ -266,7 +283,7 @@ def bench(**options: Any) -> None:
     type=click.Choice(["accuracy", "f1", "matthews", "pearson", "spearman", "perplexity"]),
     help="Shown beside the loss.",
 )
-@click.option("--seed", type=click.IntRange(min=0), default=0)
+@click.option("--seed", type=click.IntRange(0, 2**32 - 1), default=0)
 @click.option("--max-train-rows", **_positive(), help="Use the first rows only.")
 @click.option("--max-validation-rows", **_positive(), help="Use the first rows only.")
 @click.option("--device", default="auto", help="auto, cpu, cuda, cuda:1, ...")
@@ -351,7 +368,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         print(error.format_message())
     except click.ClickException as error:  # an unknown option, a value out of range
         _fail(error.format_message())
-    except UserError as error:
+    except (UserError, UnsupportedModelError) as error:  # the latter in the first forward
         _fail(str(error))
     except OSError as error:  # a folder that cannot be written, a disk that is full
         _fail(f"{error.strerror or error}: {error.filename}" if error.filename else str(error))

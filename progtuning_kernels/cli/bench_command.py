@@ -27,7 +27,7 @@ from ..patch import PatchHandle, decay_groups, patch_model
 from ..planner.example_batch import example_batch, on_device
 from ..schedules import ProgressiveSchedule
 from .errors import UserError, as_user_error
-from .models import autocast_dtype, choose_device
+from .models import autocast_dtype, check_length, choose_device
 from .plan_command import model_without_weights
 from .provenance import provenance
 from .sizes import parse_bytes
@@ -167,9 +167,7 @@ def run(options: Mapping[str, Any]) -> None:
 
     blocks = None if o["blocks"] is None else o["blocks"].split(",")
     meta = model_without_weights(o["model"], o["task"])
-    limit = getattr(meta.config, "max_position_embeddings", None)
-    if limit and o["seq_len"] > limit:
-        raise UserError(f"--seq-len {o['seq_len']} is above the model's {limit} tokens")
+    check_length(meta, o["seq_len"], "--seq-len")
     meta.config.use_cache = False
     torch.manual_seed(0)
     stages = o["stages"]

@@ -102,9 +102,9 @@ def run(options: Mapping[str, Any]) -> None:
     data = load_data(settings)
     settings.output.mkdir(parents=True, exist_ok=True)
     trained = Run(settings, data, name="fine-tuning")
-    console.print(
-        f"{settings.model}, {trained.layout.num_blocks} blocks, {data.description}", soft_wrap=True
-    )
+    console.print(f"{settings.model}, {trained.layout.num_blocks} blocks", soft_wrap=True)
+    for note in (data.summary(), *trained.notes):
+        console.print(note, soft_wrap=True, markup=False)
     bar = _Bar(console)
     methods: Sequence[Method] = list(_AXES) if measure == "all" else [measure]
     measured: dict[Method, _Measured] = {}

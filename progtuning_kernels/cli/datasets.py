@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import csv
+import dataclasses
+import hashlib
 import json
 import math
+import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from reprlib import repr as short
 from typing import Any
 
 from .._backend import one_line
@@ -16,6 +20,15 @@ from .errors import UserError
 Row = dict[str, Any]
 
 _ENCODING = "utf-8-sig"  # UTF-8, with or without the mark that spreadsheets put in front
+
+# float() takes "nan" (a language code), "1_000" and blanks as well
+_DECIMAL = re.compile(r"[+-]?([0-9]+\.?[0-9]*|\.[0-9]+)([eE][+-]?[0-9]+)?")
+
+
+class Cell(str):
+    """A cell of a CSV or TSV file, which says nothing of types."""
+
+    __slots__ = ()
 
 
 @dataclass(frozen=True)
@@ -40,6 +53,37 @@ class TextData:
     validation: Sequence[Example]
     label_names: tuple[str, ...] | None
     description: str
+
+    def summary(self) -> str:
+        """One line: what was read, and what the labels were taken for."""
+        line = f"{self.description}: {len(self.train):,} and {len(self.validation):,} rows"
+        labels = [example.label for example in self.train]
+        if self.label_names is not None:
+            shown = ", ".join(map(repr, self.label_names[:10]))
+            more = ", ..." if self.label_names[10:] else ""
+            line += f"; {len(self.label_names)} classes: {shown}{more}"
+        elif labels[0] is not None:
+            line += f"; a regression, labels from {min(labels):g} to {max(labels):g}"
+        return line
+
+    def digest(self) -> str:
+        """Of texts, labels and names: the same for every model and tokenizer."""
+        digest = hashlib.sha256(repr(self.label_names and sorted(self.label_names)).encode())
+        for e in (*self.train, *self.validation):
+            label = e.label if self.label_names is None else self.label_names[e.label]
+            digest.update(repr((e.text, e.pair, label)).encode())
+        return digest.hexdigest()
+
+    def with_classes(self, names: tuple[str, ...]) -> TextData:
+        """The same classes in the order of a head; `names` of its own are taken by place."""
+        if sorted(names) != sorted(self.label_names):
+            return dataclasses.replace(self, label_names=names)
+
+        def moved(examples: Sequence[Example]) -> list[Example]:
+            places = [names.index(name) for name in self.label_names]
+            return [dataclasses.replace(e, label=places[e.label]) for e in examples]
+
+        return TextData(moved(self.train), moved(self.validation), names, self.description)
 
 
 @dataclass(frozen=True)
@@ -78,18 +122,34 @@ def _read_jsonl(path: Path) -> list[Row]:
         for number, line in enumerate(file, 1):
             if not line.strip():
                 continue
-            try:
-                row = json.loads(line)
-            except json.JSONDecodeError as error:
-                raise UserError(f"{path}, line {number}: not JSON ({error.msg})") from error
+            row = _parse(line, f"{path}, line {number}")
             if not isinstance(row, dict):
                 raise UserError(f"{path}, line {number}: not an object")
             rows.append(row)
     return rows
 
 
+def _parse(text: str, where: str) -> Any:
+    def unique(pairs: list[tuple[str, Any]]) -> Row:
+        if len(row := dict(pairs)) < len(pairs):
+            raise UserError(f"{where}: an object has one of its names twice")
+        return row
+
+    try:
+        return json.loads(text, object_pairs_hook=unique)
+    except json.JSONDecodeError as error:
+        at = f", line {error.lineno}" if "\n" in text.strip() else ""
+        raise UserError(f"{where}{at}: not JSON ({error.msg})") from error
+    except (ValueError, RecursionError) as error:  # a number of 5,000 digits, 1,000 brackets
+        raise UserError(f"{where}: {one_line(error)}") from error
+
+
 def _read_csv(path: Path) -> list[Row]:
-    return _read_table(path, delimiter=",")
+    with path.open(encoding=_ENCODING) as file:
+        header = next((line for line in file if line.strip()), "")
+    # Excel separates by semicolons where the comma is the decimal sign
+    delimiter = next((d for d in ",;\t|" if d in header), ",")
+    return _read_table(path, delimiter=delimiter, strict=True)  # strict: an open quotation mark
 
 
 def _read_tsv(path: Path) -> list[Row]:
@@ -98,24 +158,33 @@ def _read_tsv(path: Path) -> list[Row]:
 
 
 def _read_table(path: Path, **dialect: Any) -> list[Row]:
-    rows = []
-    with path.open(newline="", encoding=_ENCODING) as file:
-        reader = csv.DictReader(file, **dialect)
-        try:
-            for row in reader:
-                if None in row:
+    rows: list[Row] = []
+    header: list[str] = []
+    limit = csv.field_size_limit(2**31 - 1)  # characters of a cell; 131,072 unless told
+    try:
+        with path.open(newline="", encoding=_ENCODING) as file:
+            reader = csv.reader(file, **dialect)
+            for cells in reader:
+                if not cells:
+                    continue
+                if not header:
+                    header = cells
+                    twice = next((name for name in header if header.count(name) > 1), None)
+                    if twice is not None:
+                        raise UserError(f"{path}: two columns are named {twice!r}")
+                    continue
+                if len(cells) > len(header):
                     raise UserError(f"{path}, line {reader.line_num}: more cells than columns")
-                rows.append(row)
-        except csv.Error as error:
-            raise UserError(f"{path}, line {reader.line_num}: {error}") from error
+                rows.append(dict(zip(header, map(Cell, cells), strict=False)))
+    except csv.Error as error:
+        raise UserError(f"{path}, line {reader.line_num}: {error}") from error
+    finally:
+        csv.field_size_limit(limit)
     return rows
 
 
 def _read_json(path: Path) -> list[Row]:
-    try:
-        rows = json.loads(path.read_text(encoding=_ENCODING))
-    except json.JSONDecodeError as error:
-        raise UserError(f"{path}, line {error.lineno}: not JSON ({error.msg})") from error
+    rows = _parse(path.read_text(encoding=_ENCODING), str(path))
     if not isinstance(rows, list) or not all(isinstance(row, dict) for row in rows):
         raise UserError(f"{path}: not a list of objects")
     return rows
@@ -139,7 +208,9 @@ def read_hub(name: str) -> tuple[list[Row], list[Row]]:
 
 
 def _resolve_columns(rows: Sequence[Row], columns: Columns, *, labelled: bool) -> Columns:
-    present = list(rows[0])
+    if not labelled and (columns.pair or columns.label):
+        raise UserError("a language model has no pairs and no labels, only --text-column")
+    present = list(dict.fromkeys(name for row in rows for name in row))
 
     def choose(wanted: str | None, usual: Iterable[str]) -> str | None:
         if wanted is not None:
@@ -157,26 +228,80 @@ def _resolve_columns(rows: Sequence[Row], columns: Columns, *, labelled: bool) -
         "premise": "hypothesis",
         "question1": "question2",
     }
-    pair = choose(columns.pair, [partner[text]] if text in partner else [])
+    pair = choose(columns.pair, [partner[text]] if labelled and text in partner else [])
     label = choose(columns.label, ("label", "labels")) if labelled else None
     if labelled and label is None:
         raise UserError(
             f"which column is the label? --label-column; there are {', '.join(present)}"
         )
+    chosen = [name for name in (text, pair, label) if name is not None]
+    if len(set(chosen)) < len(chosen):
+        raise UserError(f"text, pair and label need columns of their own, got {', '.join(chosen)}")
     return Columns(text, pair, label)
 
 
-def _typed(value: Any) -> Any:
-    """Numbers of a CSV file arrive as text."""
-    if isinstance(value, bool):
-        return int(value)
-    if isinstance(value, str):
-        for kind in (int, float):
-            try:
-                return kind(value)
-            except ValueError:
-                continue
-    return value
+def _number(label: Any) -> float | None:
+    """The label as a number; None where the type of its file says that it is none."""
+    if isinstance(label, Cell):
+        return float(label) if _DECIMAL.fullmatch(label) else None
+    return None if isinstance(label, str | bool) else label
+
+
+def _class_name(label: Any) -> str:
+    whole = isinstance(label, float) and label.is_integer()
+    return str(int(label)) if whole else str(label)
+
+
+def _class_order(name: str) -> tuple[float, str]:
+    """Numbers first, 2 before 10."""
+    return (float(name) if _DECIMAL.fullmatch(name) else math.inf, name)
+
+
+def _check_text(value: Any, where: str) -> None:
+    if not isinstance(value, str):
+        raise UserError(f"{where} holds {short(value)}, which is no text")
+    try:
+        value.encode()
+    except UnicodeEncodeError:
+        raise UserError(f"{where} holds half a character: {short(value)}") from None
+
+
+def _check_labels(split: str, labels: Sequence[Any]) -> None:
+    """Refuse what cannot be a label, and labels of more than one type."""
+    kinds = {str: "text", bool: "true or false", int: "a number", float: "a number"}
+    largest = 3.4e38  # of fp32
+    first = None
+    for number, label in enumerate(labels, 1):
+        kind = next((name for type_, name in kinds.items() if isinstance(label, type_)), None)
+        value = _number(label) if kind else None
+        if kind is None or (value is not None and not -largest <= value <= largest):
+            raise UserError(f"{split} row {number}: {short(label)} cannot be a label")
+        first = first or kind
+        if kind != first:
+            raise UserError(
+                f"{split} row {number}: label {short(label)} is {kind}, that of row 1 is {first}"
+            )
+
+
+def _as_numbers(split: str, labels: Sequence[Any]) -> list[float]:
+    for number, label in enumerate(labels, 1):
+        if _number(label) is None:
+            raise UserError(f"{split} row {number}: label {short(label)} is not a number")
+    if len(set(map(_number, labels))) < 2:
+        raise UserError(f"the {split} rows have one label only: {labels[0]!r}")
+    return [float(label) for label in labels]
+
+
+def _as_places(split: str, labels: Sequence[Any], names: Sequence[str]) -> list[int]:
+    places = {name: i for i, name in enumerate(names)}
+    for number, label in enumerate(labels, 1):
+        if _class_name(label) not in places:
+            listing = ", ".join(map(short, names[:10])) + (", ..." if names[10:] else "")
+            raise UserError(
+                f"{split} row {number}: label {short(label)} is outside the set of the training "
+                f"rows ({listing})"
+            )
+    return [places[_class_name(label)] for label in labels]
 
 
 def build_data(
@@ -189,67 +314,52 @@ def build_data(
 ) -> TextData:
     """Examples from rows.
 
-    Integer and text labels are classes (sorted, then numbered); labels with a fraction make the
-    task a regression.
+    Text is a class as it stands, and so are whole numbers; numbers, one at least with a fraction,
+    make the task a regression. What is a number the type of the file says; a table has no types,
+    so there a column is numbers if every label reads as one and one has a fraction, else text.
 
     Raises:
-        UserError: a missing column or value, or a validation label that training never shows.
+        UserError: a missing column or value, a text that is none, labels of two types, or a
+            validation label that training never shows.
     """
     columns = _resolve_columns(train, columns, labelled=labelled)
-    if not labelled:  # plain text has empty lines
-        train = [row for row in train if row.get(columns.text)]
-        validation = [row for row in validation if row.get(columns.text)]
-    for needed in filter(None, (columns.text, columns.pair, columns.label)):
-        for split, rows in (("train", train), ("validation", validation)):
-            for number, row in enumerate(rows, 1):
-                if row.get(needed) in (None, ""):
-                    raise UserError(f"{split} row {number} has no value for column {needed!r}")
-
-    def example(row: Row, label: int | float | None) -> Example:
-        pair = None if columns.pair is None else str(row[columns.pair])
-        return Example(str(row[columns.text]), pair, label)
+    splits = {"train": train, "validation": validation}
+    for split, rows in splits.items():
+        for number, row in enumerate(rows, 1):
+            for column in filter(None, (columns.text, columns.pair, columns.label)):
+                value = row.get(column)
+                if value is None or (isinstance(value, str) and not value.strip()):
+                    if labelled:
+                        raise UserError(f"{split} row {number} has no value for column {column!r}")
+                elif column != columns.label or isinstance(value, str):
+                    _check_text(value, f"{split} row {number}, column {column!r}")
 
     if not labelled:
-        return TextData(
-            [example(row, None) for row in train],
-            [example(row, None) for row in validation],
-            None,
-            description,
-        )
-
-    def labels_of(split: str, rows: Sequence[Row]) -> list[Any]:
-        labels = [_typed(row[columns.label]) for row in rows]
-        for number, label in enumerate(labels, 1):
-            if not isinstance(label, str) and not (
-                isinstance(label, int | float) and math.isfinite(label)
-            ):
-                raise UserError(f"{split} row {number}: {label!r} cannot be a label")
-        return labels
-
-    train_labels, validation_labels = labels_of("train", train), labels_of("validation", validation)
-    numbers = all(isinstance(label, int | float) for label in train_labels)
-    if numbers and any(label != int(label) for label in train_labels):
-        for split, labels in (("train", train_labels), ("validation", validation_labels)):
-            for number, label in enumerate(labels, 1):
-                if not isinstance(label, int | float):
-                    raise UserError(f"{split} row {number}: label {label!r} is not a number")
-        names, index = None, float
+        for split, rows in splits.items():  # plain text has empty lines
+            splits[split] = [row for row in rows if row.get(columns.text)]
+            if not splits[split]:
+                raise UserError(f"all {split} rows are empty in column {columns.text!r}")
+            if left_out := len(rows) - len(splits[split]):
+                description += f", {left_out:,} empty {split} rows left out"
+        labels: dict[str, Sequence[Any]] = {k: [None] * len(rows) for k, rows in splits.items()}
+        names = None
     else:
-        classes = sorted(set(train_labels), key=lambda label: (isinstance(label, str), label))
-        if len(classes) < 2:
-            raise UserError(f"the training rows have one label only: {classes[0]!r}")
-        for number, label in enumerate(validation_labels, 1):
-            if label not in classes:
-                listing = ", ".join(map(repr, classes[:10])) + (", ..." if classes[10:] else "")
-                raise UserError(
-                    f"validation row {number}: label {label!r} is outside the set of the training "
-                    f"rows ({listing})"
-                )
-        names = tuple(str(label) for label in classes)
-        index = {label: i for i, label in enumerate(classes)}.__getitem__
-    return TextData(
-        [example(r, index(y)) for r, y in zip(train, train_labels, strict=True)],
-        [example(r, index(y)) for r, y in zip(validation, validation_labels, strict=True)],
-        names,
-        description,
-    )
+        labels = {split: [row[columns.label] for row in rows] for split, rows in splits.items()}
+        for split in splits:
+            _check_labels(split, labels[split])
+        numbers = [_number(label) for label in labels["train"]]
+        if None not in numbers and not all(float(number).is_integer() for number in numbers):
+            names = None
+            labels = {split: _as_numbers(split, labels[split]) for split in splits}
+        else:
+            names = tuple(sorted({_class_name(y) for y in labels["train"]}, key=_class_order))
+            if len(names) < 2:
+                raise UserError(f"the training rows have one label only: {names[0]!r}")
+            labels = {split: _as_places(split, labels[split], names) for split in splits}
+
+    def examples(split: str) -> list[Example]:
+        texts = [str(row[columns.text]) for row in splits[split]]
+        pairs = [None if columns.pair is None else str(row[columns.pair]) for row in splits[split]]
+        return [*map(Example, texts, pairs, labels[split])]
+
+    return TextData(examples("train"), examples("validation"), names, description)

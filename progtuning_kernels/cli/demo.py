@@ -15,7 +15,7 @@ from .errors import as_user_error
 from .output import DEMO_FILES, empty_folder
 from .progress import TrainProgress
 from .settings import Method, TrainSettings
-from .train import load_data
+from .train import fail_learning, load_data
 
 
 def run(
@@ -46,7 +46,7 @@ def run(
     if missing is not None:
         console.print(f"Without the native extension ({missing}): slower.", soft_wrap=True)
     empty_folder(output, DEMO_FILES)
-    folders = []
+    folders, failures = [], []
     data: TextData | None = None  # the same for every run
     for seed in range(seeds):
         for method in methods:
@@ -69,8 +69,14 @@ def run(
             )
             if data is None:
                 data = load_data(settings)
-                console.print(data.description, soft_wrap=True)
-            Run(settings, data, name=folder.name).train(TrainProgress(console))
+                console.print(data.summary(), soft_wrap=True, markup=False)
+            trained = Run(settings, data, name=folder.name)
+            if not folders:
+                for note in trained.notes:
+                    console.print(note, soft_wrap=True, markup=False)
+            failure = trained.train(TrainProgress(console))["summary"]["failure"]
+            if failure is not None:
+                failures.append(f"{folder.name}: {failure}")
             folders.append(folder)
     console.print()
     with as_user_error():
@@ -79,3 +85,5 @@ def run(
         console.print(report.comparison_table(runs))
         paths = report.write_report(runs, output / "report")
     console.print(f"report: {paths.html}", soft_wrap=True)
+    if failures:
+        fail_learning(failures)

@@ -87,11 +87,17 @@ class Run:
         self.causal_lm = s.task == "causal-lm"
         torch.manual_seed(s.seed)
         random.seed(s.seed)
-        base, self.tokenizer = models.load_model_and_tokenizer(s.model, s.task, data.label_names)
-        models.check_max_length(base, self.tokenizer, s.max_length)
+        base, self.tokenizer, self.notes = models.load_model_and_tokenizer(
+            s.model, s.task, data.label_names
+        )
+        if data.label_names is not None:
+            data = self.data = data.with_classes(tuple(base.config.id2label.values()))
+        models.check_length(base, s.max_length, "--max-length", self.tokenizer)
         self.collate = Collator(self.tokenizer, causal_lm=self.causal_lm)
         encode = encode_causal_lm if self.causal_lm else encode_classification
         self.encoded: EncodedData = encode(data, self.tokenizer, s.max_length)
+        splits = {"train": self.encoded.train, "validation": self.encoded.validation}
+        self.notes += models.check_rows(base, self.tokenizer, splits, s.task)
         self.order = Order(
             [len(row["input_ids"]) for row in self.encoded.train],
             batch_size=s.batch_size,
@@ -108,6 +114,11 @@ class Run:
         if self._use_cache:
             base.config.use_cache = False  # keys and values of every block would stay in the output
         base.to(self.device).train()
+        # the longest row, and one that has to be padded
+        rows = sorted(
+            self.encoded.train + self.encoded.validation, key=lambda r: len(r["input_ids"])
+        )
+        models.try_forward(base, self.batch([rows[-1], rows[0]]), s.task)
         model = base
         if s.uses_lora:
             model = models.wrap_lora(base, s.task, s.lora_rank)
@@ -124,6 +135,8 @@ class Run:
 
     def train(self, progress: TrainProgress) -> dict[str, Any]:
         """Run to the end (from the newest checkpoint with `resume`), write everything.
+
+        Of a run that learnt nothing no model is written, and its checkpoints stay.
 
         Returns:
             The content of metrics.json.
@@ -145,12 +158,15 @@ class Run:
             stages = self.schedule.stage(self.total_steps - 1) + 1
         with progress.running(self.name, self.step, self.total_steps, stages):
             self._train_steps(progress, stage_steps)
-        self._save_model()
+        failure = self.failure()
+        if failure is None:
+            self._save_model()
         trained = self.records.train_seconds - trained_before
         self.records.other_seconds += time.perf_counter() - started - trained
         result = self.metrics()
         write_json(output / "metrics.json", result)
-        shutil.rmtree(output / "checkpoints", ignore_errors=True)
+        if failure is None:
+            shutil.rmtree(output / "checkpoints", ignore_errors=True)
         return result
 
     def fit(self, on_step: Callable[[int], None]) -> None:
@@ -343,13 +359,26 @@ class Run:
             weight_sum += weight
         model.train()
         loss = loss_sum / weight_sum
-        if self.causal_lm:
+        if not math.isfinite(loss):  # of NaN, argmax makes a class
+            figures = dict.fromkeys(self.figures, math.nan)
+        elif self.causal_lm:
             figures = metrics.language_model_figures(loss)
         elif self.data.label_names is None:
             figures = metrics.regression_figures(torch.cat(logits).squeeze(-1), torch.cat(labels))
         else:
             figures = metrics.classification_figures(torch.cat(logits), torch.cat(labels))
         return {"metric": figures[self.metric_name], "loss": loss, **figures}
+
+    def failure(self) -> str | None:
+        """Why nothing was learnt, in words; None where something was."""
+        loss = self.records.evaluations[-1]["loss"]
+        if not math.isfinite(loss):
+            return f"the validation loss is {loss} after the last step"
+        infinite = sum(not math.isfinite(record["loss"]) for record in self.records.steps)
+        lost = max(infinite, self.trained.skipped_steps())
+        if 2 * lost >= self.step:
+            return f"in {lost} of {self.step} steps the loss or its gradients were not finite"
+        return None
 
     def metrics(self) -> dict[str, Any]:
         """The content of metrics.json."""
@@ -367,6 +396,7 @@ class Run:
                 "validation_rows": len(self.encoded.validation),
                 "label_names": None if self.data.label_names is None else [*self.data.label_names],
                 "description": self.data.description,
+                "digest": self.data.digest(),
             },
             "model": {
                 "name": s.model,
@@ -385,6 +415,7 @@ class Run:
                 "total_seconds": records.train_seconds + records.other_seconds,
                 "steps": self.step,
                 "skipped_steps": self.trained.skipped_steps(),
+                "failure": self.failure(),
                 "updates": records.updates,
                 "updates_full": updates_full,
                 "updates_saved_share": 1 - records.updates / updates_full,

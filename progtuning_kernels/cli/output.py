@@ -5,28 +5,39 @@ from __future__ import annotations
 import shutil
 from fnmatch import fnmatch
 from pathlib import Path
+from typing import get_args
 
 from .errors import UserError
+from .settings import Method
 
-RUN_FILES = ("model", "adapter", "checkpoints", "metrics.json*")
-DEMO_FILES = ("full-seed*", "progressive-seed*", "report")
+# Patterns of the names that a command writes, and what such a folder holds; None: anything.
+Files = dict[str, "Files | None"]
+
+RUN_FILES: Files = {"model": None, "adapter": None, "checkpoints": None, "metrics.json*": None}
+DEMO_FILES: Files = {
+    **{f"{method}-seed[0-9]*": RUN_FILES for method in get_args(Method)},
+    "report": {"report.html": None, "*.png": None},
+}
 
 
-def _entries(folder: Path, own: tuple[str, ...]) -> list[Path]:
-    """What the folder holds; an error if any of it matches no pattern in `own`."""
+def _entries(folder: Path, own: Files) -> list[Path]:
+    """What the folder holds; an error if any of it, or of what is in it, is not in `own`."""
     if not folder.exists():
         return []
     if not folder.is_dir():
         raise UserError(f"{folder} is a file")
     entries = sorted(folder.iterdir())
-    foreign = [e.name for e in entries if not any(fnmatch(e.name, pattern) for pattern in own)]
-    if foreign:
-        raise UserError(f"{folder} holds other files ({foreign[0]}); give another --output")
+    for entry in entries:
+        pattern = next((pattern for pattern in own if fnmatch(entry.name, pattern)), None)
+        if pattern is None:
+            raise UserError(f"{folder} holds other files ({entry.name}); give another --output")
+        if own[pattern] is not None:
+            _entries(entry, own[pattern])
     return entries
 
 
-def empty_folder(folder: Path, own: tuple[str, ...]) -> None:
-    """Remove an earlier run's files; patterns in `own` say which those are.
+def empty_folder(folder: Path, own: Files) -> None:
+    """Remove an earlier run's files; `own` says which those are.
 
     Raises:
         UserError: the folder holds anything else; nothing is removed then.

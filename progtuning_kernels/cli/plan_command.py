@@ -12,7 +12,7 @@ from torch import nn
 
 from .._backend import one_line
 from .errors import UserError, as_user_error
-from .models import choose_device, minilm_folder, quiet_transformers
+from .models import check_length, choose_device, minilm_folder, quiet_transformers
 from .sizes import parse_bytes
 
 _DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -61,9 +61,7 @@ def run(options: Mapping[str, Any]) -> None:
     if device.type == "cuda" and o["calibrate"] and not torch.cuda.is_available():
         raise UserError("--calibrate on cuda needs a GPU")
     model = model_without_weights(o["model"], o["task"])
-    limit = getattr(model.config, "max_position_embeddings", None)
-    if limit and o["seq_len"] > limit:
-        raise UserError(f"--seq-len {o['seq_len']} is above the model's {limit} tokens")
+    check_length(model, o["seq_len"], "--seq-len")
     if o["gradient_checkpointing"]:
         if not model.supports_gradient_checkpointing:
             raise UserError(f"{type(model).__name__} has no gradient checkpointing")

@@ -21,6 +21,8 @@ def run(paths: Sequence[Path], output: Path, *, markdown: bool) -> None:
         runs = [report.load_run(path) for path in kept]
         console.print(report.stage_table(runs))
         console.print(report.comparison_table(runs))
+        for line in report.notices(runs):
+            console.print(line, soft_wrap=True, markup=False, highlight=False)
         if markdown:
             print(report.markdown_table(runs))
         console.print(f"report: {report.write_report(runs, output).html}", soft_wrap=True)

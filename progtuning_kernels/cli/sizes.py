@@ -20,7 +20,8 @@ def parse_bytes(text: str) -> int:
     if match:
         number, unit, binary = match.groups()
         power = _POWERS[unit.upper()]
-        size = int(float(number) * (1024 if binary else 1000) ** power)
-    if size < 1:
+        # of 400 digits float makes an infinity
+        size = int(min(float(number) * (1024 if binary else 1000) ** power, 2**63))
+    if not 1 <= size < 2**63:
         raise UserError(f"{text!r} is no size of memory: give one such as 24GiB")
     return size

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import os
+import sys
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NoReturn
 
 from rich.console import Console
 from rich.table import Table
@@ -28,9 +29,13 @@ def load_data(s: TrainSettings) -> TextData:
     """
     if s.dataset is None and s.train_file is None:
         raise UserError("no data: give --train-file and --validation-file, or --dataset")
-    if s.dataset is not None and s.train_file is not None:
-        raise UserError("--dataset and --train-file exclude each other")
+    if s.dataset is not None:
+        for option, file in (("train", s.train_file), ("validation", s.validation_file)):
+            if file is not None:
+                raise UserError(f"--dataset and --{option}-file exclude each other")
     if s.dataset == "docstrings":
+        if s.text_column or s.pair_column or s.label_column:
+            raise UserError("--dataset docstrings has no columns to choose from")
         if s.task == "causal-lm":
             raise UserError("--dataset docstrings is a classification; use files for causal-lm")
         return docstring_data(s.max_train_rows or 2400, s.max_validation_rows or 800)
@@ -76,7 +81,7 @@ def plan_table(s: TrainSettings, data: TextData) -> Table:
 
     if s.task == "causal-lm" and s.max_steps is None:
         raise UserError("--dry-run of causal-lm needs --max-steps: rows are cut while training")
-    model, _ = load_model_and_tokenizer(s.model, s.task, data.label_names, weights=False)
+    model, *_ = load_model_and_tokenizer(s.model, s.task, data.label_names, weights=False)
     order = Order([1] * len(data.train), batch_size=s.batch_size, accumulate=s.accumulate, seed=0)
     total_steps = s.max_steps or s.epochs * order.steps_per_epoch
     with as_user_error():
@@ -145,19 +150,37 @@ def run(options: Mapping[str, Any], *, dry_run: bool) -> None:
     if dry_run:
         if s.uses_lora:
             raise UserError("--dry-run plans full and progressive")
-        console.print(plan_table(s, load_data(s)))
+        data = load_data(s)
+        console.print(data.summary(), soft_wrap=True, markup=False)
+        console.print(plan_table(s, data))
         return
     from .engine import Run
     from .progress import TrainProgress
 
     check_run_folder(s.output, resume=s.resume, overwrite=s.overwrite)
-    result = Run(s, load_data(s), name=s.output.name).train(TrainProgress(console))
+    data = load_data(s)
+    console.print(data.summary(), soft_wrap=True, markup=False)
+    trained = Run(s, data, name=s.output.name)
+    for note in trained.notes:
+        console.print(note, soft_wrap=True, markup=False)
+    result = trained.train(TrainProgress(console))
     summary = result["summary"]
     console.print(_summary_lines(result, summary), highlight=False)
     if summary["skipped_steps"]:
-        console.print(f"{summary['skipped_steps']} steps skipped: non-finite gradients")
-    for name, path in (("model", s.output / "model"), ("figures", s.output / "metrics.json")):
-        console.print(f"{name}: {path}", soft_wrap=True)
+        console.print(
+            f"{summary['skipped_steps']} of {summary['steps']} steps skipped: non-finite gradients"
+        )
+    if summary["failure"] is None:
+        console.print(f"model: {s.output / 'model'}", soft_wrap=True)
+    console.print(f"figures: {s.output / 'metrics.json'}", soft_wrap=True)
+    if summary["failure"] is not None:
+        fail_learning([f"{summary['failure']}; no model was saved"])
+
+
+def fail_learning(reasons: Sequence[str]) -> NoReturn:
+    """Exit status 3: the command did what it was told, and nothing was learnt."""
+    print(f"error: nothing was learnt: {'; '.join(reasons)}", file=sys.stderr)
+    raise SystemExit(3)
 
 
 def _summary_lines(result: Mapping[str, Any], summary: Mapping[str, Any]) -> str:

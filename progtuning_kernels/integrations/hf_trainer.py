@@ -11,11 +11,13 @@ from torch import nn
 from torch.optim import Optimizer
 from tqdm.auto import tqdm
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers.trainer_callback import CallbackHandler
 from transformers.utils import logging
 
+from ..call_stack import caller
 from ..optim import MaskedOptimizer, release_frozen_state
-from ..patch import PatchHandle, handle_of, patch_model
-from ..schedules import AnnealedSchedule, ObservingSchedule, Schedule
+from ..patch import PatchHandle, check_options, handle_of, patch_model
+from ..schedules import AnnealedSchedule, ObservingSchedule, Schedule, check_schedule
 
 # Where the Trainer's own clipping is kept while a masked optimizer clips in its place: on the
 # arguments, so that a run that ended in an exception can be put right by the next one.
@@ -41,6 +43,20 @@ def _progress_bars() -> weakref.WeakSet[tqdm]:
     return weakref.WeakSet(getattr(tqdm, "_instances", ()))
 
 
+def _of_the_trainer(
+    args: Any, model: Any, others: dict[str, Any]
+) -> tuple[TrainingArguments, nn.Module]:
+    """The arguments and the module that train; SetFit puts its own in their place."""
+    args, model = others.get("st_args", args), others.get("st_model", model)
+    if not isinstance(model, nn.Module):
+        raise TypeError(
+            f"ProgtuningCallback: this Trainer's model is a {type(model).__name__}, no nn.Module: "
+            "give patch_model the module inside it, and call handle.seek(state.global_step) in "
+            "on_step_begin of a callback of your own"
+        )
+    return args, model
+
+
 class ProgtuningCallback(TrainerCallback):
     """Patches the model when training begins, applies the plan before every step, unpatches.
 
@@ -50,14 +66,19 @@ class ProgtuningCallback(TrainerCallback):
     schedule that makes any are in the Trainer's own state.
 
     Every log of a training loss gets `stage` (counted from 1), `boundary` and `active_share` (of
-    what was trainable when training began); the Trainer's progress bar says the stage, and a change
-    of stage is one line at transformers' verbosity "info".
+    what was trainable when training began), which trackers see too: the callback moves before all
+    others. The Trainer's progress bar says the stage, and a change of stage is one line at
+    transformers' verbosity "info".
 
         trainer = Trainer(model, args, ..., callbacks=[ProgtuningCallback(ProgressiveSchedule(3))])
 
     Args:
         schedule: copied; one without `total_steps` is bound to the Trainer's number of steps.
         patch_options: `frozen_mode`, `tied`, `kernels`, `cache`, `blocks` of `patch_model`.
+
+    Raises:
+        TypeError: no schedule, or an option that `patch_model` has not.
+        ValueError: a value that it does not take.
 
     Raises (when training begins):
         UnsupportedModelError, ValueError: as `patch_model`.
@@ -66,6 +87,8 @@ class ProgtuningCallback(TrainerCallback):
     """
 
     def __init__(self, schedule: Schedule, **patch_options: Any) -> None:
+        check_schedule(schedule, "ProgtuningCallback")
+        check_options(patch_options, "ProgtuningCallback")
         self._given = copy.deepcopy(schedule)
         self.schedule = copy.deepcopy(schedule)
         self.handle: PatchHandle | None = None
@@ -90,7 +113,7 @@ class ProgtuningCallback(TrainerCallback):
     ) -> None:
         # a model left patched by a train() that ended in an exception: put right before this
         # Trainer makes an optimizer, which is over what requires grad
-        self._clean_up(args, model)
+        self._clean_up(*_of_the_trainer(args, model, kwargs))
 
     def on_train_begin(
         self,
@@ -102,6 +125,8 @@ class ProgtuningCallback(TrainerCallback):
         optimizer: Optimizer,
         **kwargs: Any,
     ) -> None:
+        args, model = _of_the_trainer(args, model, kwargs)
+        self._run_first()
         trainer = None if self._trainer is None else self._trainer()
         if args.world_size > 1 and args.torch_compile and trainer is None:
             raise RuntimeError(
@@ -187,7 +212,9 @@ class ProgtuningCallback(TrainerCallback):
         logs: dict[str, Any] | None = None,
         **kwargs: Any,
     ) -> None:
-        if logs is not None and "loss" in logs and self.handle is not None:
+        # SetFit gives the loss another name
+        training = logs is not None and ("loss" in logs or "learning_rate" in logs)
+        if training and self.handle is not None:
             logs |= (shown := self._numbers())
             state.log_history[-1] |= shown  # the Trainer has copied the logs already
 
@@ -200,9 +227,18 @@ class ProgtuningCallback(TrainerCallback):
         model: nn.Module,
         **kwargs: Any,
     ) -> None:
+        args, model = _of_the_trainer(args, model, kwargs)
         if self.handle is not None and handle_of(model) is self.handle:
             self.handle.accept_weights()  # the best model may have been loaded
         self._clean_up(args, model)
+
+    def _run_first(self) -> None:
+        """Before the trackers of `report_to`: they would send logs without what `on_log` adds."""
+        handler = caller(CallbackHandler)
+        if handler is not None and self in handler.callbacks:
+            # the loop over the list that is under way goes on behind this place all the same
+            handler.callbacks.remove(self)
+            handler.callbacks.insert(0, self)
 
     def _numbers(self) -> dict[str, Any]:
         """What a log says of the plan in force."""

@@ -262,8 +262,8 @@ def record_of(bucket: Bucket, i: int) -> list[int]:
 
 def build_table(bucket: Bucket) -> None:
     """Fills in the bucket's tables, on its device."""
-    records = torch.tensor([record_of(bucket, i) for i in range(len(bucket.params))])
-    bucket.table = records.to(bucket.device)
+    records = [record_of(bucket, i) for i in range(len(bucket.params))]
+    bucket.table = torch.tensor(records, dtype=torch.int64, device=bucket.device)
     if bucket.device.type == "cuda":
         build_chunks(bucket)
 
@@ -271,8 +271,8 @@ def build_table(bucket: Bucket) -> None:
 def build_chunks(bucket: Bucket) -> None:
     """What a launch on CUDA needs beside the records: its blocks' work, and their count."""
     counts = [-(-p.numel() // UPDATE_CHUNK) for p in bucket.params]
-    tensors = torch.repeat_interleave(torch.tensor(counts))
-    chunks = torch.cat([torch.arange(count) for count in counts])
+    tensors = torch.repeat_interleave(torch.tensor(counts, dtype=torch.int64, device="cpu"))
+    chunks = torch.cat([torch.arange(count, device="cpu") for count in counts])
     bucket.chunks = torch.stack((tensors, chunks), dim=1).to(torch.int32).to(bucket.device)
     bucket.ticket = torch.zeros((), dtype=torch.int32, device=bucket.device)
 

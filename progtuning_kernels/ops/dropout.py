@@ -36,14 +36,14 @@ def reference(x: Tensor, p: float) -> Tensor:
 @functools.cache
 def _scale(p: float, dtype: torch.dtype) -> float:
     """1 / (1 - p) as torch rounds it in a dtype."""
-    return torch.ones(1, dtype=dtype).div_(1 - p).item()
+    return torch.ones(1, dtype=dtype, device="cpu").div_(1 - p).item()
 
 
 def _bits(generator: torch.Generator, source: int, count: int, keep: float) -> Tensor:
     """`count` numbers of `bernoulli_(keep)`, one bit each; moves the generator on as it does."""
     extension = _backend.native_extension()
     state = generator.get_state()
-    bits = torch.empty((count + 7) // 8, dtype=torch.uint8)
+    bits = torch.empty((count + 7) // 8, dtype=torch.uint8, device="cpu")
     extension.bernoulli_bits_cpu(
         state.data_ptr(),
         state.numel(),
@@ -63,14 +63,15 @@ def _random_source() -> int | None:
     extension = _backend.native_extension()
     generator, keep, count = torch.Generator().manual_seed(2506_21119), 0.9, 5000
     start = generator.get_state()
-    expected = torch.empty(count).bernoulli_(keep, generator=generator).bool()
+    expected = torch.empty(count, dtype=torch.float32, device="cpu")
+    expected = expected.bernoulli_(keep, generator=generator).bool()
     end = generator.get_state()
     if start.numel() != extension.generator_bytes:
         return None
     for source in extension.random_sources.values():
         generator.set_state(start)
         bits = _bits(generator, source, count, keep)
-        found = (bits[:, None] >> torch.arange(8, dtype=torch.uint8)) & 1
+        found = (bits[:, None] >> torch.arange(8, dtype=torch.uint8, device="cpu")) & 1
         if torch.equal(found.flatten()[:count].bool(), expected):
             if torch.equal(generator.get_state(), end):
                 return source
@@ -135,7 +136,7 @@ OP = _backend.register(
             _backend.Implementation("native", _native, _reason_against_native),
             _backend.Implementation("reference", reference, lambda x: None),
         ),
-        probe=lambda device: torch.zeros(8, device=device),
+        probe=lambda device: torch.zeros(8, dtype=torch.float32, device=device),
     )
 )
 

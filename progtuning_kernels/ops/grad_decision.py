@@ -105,7 +105,8 @@ def _norm(
 
 def _norm_where_they_lie(bucket: Bucket, gradients: Gradients) -> Tensor:
     """`masked_norm` of gathered gradients, without asking each of them again where it lies."""
-    extension, out = _backend.native_extension(), torch.empty(())
+    extension = _backend.native_extension()
+    out = torch.empty((), dtype=torch.float32, device=bucket.device)
     there = [i for i, address in enumerate(gradients.addresses) if address]
     extension.masked_norm_cpu(
         [gradients.addresses[i] for i in there],

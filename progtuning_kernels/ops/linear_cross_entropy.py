@@ -398,7 +398,7 @@ def linear_cross_entropy(
     )
     _check_options(options)
     if num_items is not None and not isinstance(num_items, Tensor):
-        num_items = torch.full((), num_items, device=hidden.device)
+        num_items = torch.full((), num_items, dtype=torch.float64, device=hidden.device)
     if num_items is not None:
         if num_items.numel() != 1:
             raise ValueError(f"linear_cross_entropy: num_items has {num_items.numel()} elements")

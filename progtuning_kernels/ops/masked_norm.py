@@ -49,7 +49,7 @@ def reference(tensors: Sequence[Tensor], kind: Kind) -> Tensor:
 
 def _norm_of_norms(norms: Sequence[Tensor], kind: Kind, like: Tensor) -> Tensor:
     if not norms:
-        return torch.zeros((), device=like.device)
+        return torch.zeros((), dtype=torch.float32, device=like.device)
     stacked = torch.stack(list(norms)).double()
     return (torch.linalg.vector_norm(stacked) if kind == "l2" else stacked.amax()).float()
 
@@ -102,7 +102,7 @@ def masked_norm(
     if kind not in get_args(Kind):
         raise ValueError(f"masked_norm: kind must be one of {get_args(Kind)}, got {kind!r}")
     if not tensors:
-        return torch.zeros(())
+        return torch.zeros((), dtype=torch.float32, device="cpu")
     dtypes = _checked_dtypes(tensors)
     tensors = [tensor.contiguous() for tensor in tensors]
     norms = []

@@ -109,7 +109,7 @@ def _update_plain(
             lr = lr.to(bucket.device, wide)
         else:  # filled in on the device: a copy of a number would wait for it
             lr = torch.full((), lr, dtype=wide, device=bucket.device)
-        decay = lr * torch.tensor(hyper.weight_decay, dtype=wide)
+        decay = lr * torch.tensor(hyper.weight_decay, dtype=wide, device="cpu")
         if grad_factor is not None:
             g = g * grad_factor.to(wide)
         if moments.exp_avg_scale is None:
@@ -299,9 +299,9 @@ def _reason_against_triton(bucket: Bucket) -> str | None:
 
 
 def _probe(device: torch.device) -> Bucket:
-    p = torch.zeros(8, device=device)
+    p = torch.zeros(8, dtype=torch.float32, device=device)
     moments = Moments(torch.zeros_like(p), torch.zeros_like(p))
-    step = torch.zeros((), device=device)
+    step = torch.zeros((), dtype=torch.float32, device=device)
     return Bucket([p], [moments], [step], implementation="reference")
 
 

@@ -435,12 +435,13 @@ class Tables:
     def __init__(self, bucket: Bucket) -> None:
         tensors = len(bucket.params)
         counts = [-(-p.numel() // BLOCK) for p in bucket.params]
-        owners = torch.repeat_interleave(torch.tensor(counts))
-        chunks = torch.cat([torch.arange(count) for count in counts])
+        owners = torch.repeat_interleave(torch.tensor(counts, dtype=torch.int64, device="cpu"))
+        chunks = torch.cat([torch.arange(count, device="cpu") for count in counts])
         self.chunks = torch.stack((owners, chunks), dim=1).to(torch.int32).to(bucket.device)
-        records = torch.tensor([record_of(bucket, i) for i in range(tensors)])
-        self.records = records.to(bucket.device)
-        self.numbers = torch.empty((tensors, NUMBERS.value), device=bucket.device)
+        records = [record_of(bucket, i) for i in range(tensors)]
+        self.records = torch.tensor(records, dtype=torch.int64, device=bucket.device)
+        shape = (tensors, NUMBERS.value)
+        self.numbers = torch.empty(shape, dtype=torch.float32, device=bucket.device)
         self.captured: list[Tensor] = []
 
 
@@ -479,9 +480,9 @@ def _step_words(
     first_address = len(words)
     words += addresses
     if bucket.device.type != "cuda":
-        return torch.tensor(words), first_address
+        return torch.tensor(words, dtype=torch.int64, device="cpu"), first_address
     # a new pinned tensor in each call: one that is kept would be overwritten before its copy ran
-    pinned = torch.tensor(words, pin_memory=True)
+    pinned = torch.tensor(words, dtype=torch.int64, device="cpu", pin_memory=True)
     if torch.cuda.is_current_stream_capturing():
         tables.captured.append(pinned)
     on_device = pinned.to(bucket.device, non_blocking=True)

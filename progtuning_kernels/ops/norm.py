@@ -301,7 +301,11 @@ def _check(
 
 
 def _probe(device: torch.device) -> Sequence[Tensor | None]:
-    return [torch.zeros(2, 8, device=device), None, torch.zeros(8, device=device)]
+    return [
+        torch.zeros(2, 8, dtype=torch.float32, device=device),
+        None,
+        torch.zeros(8, dtype=torch.float32, device=device),
+    ]
 
 
 LAYER_NORM = _backend.register(

@@ -363,7 +363,8 @@ def backward(
     sums: list[Tensor | None] = [None, None]
     if any(wants_parameters):
         programs = max(1, min(triton.cdiv(n_rows, ROWS_PER_PARTIAL), MAX_PARTIALS))
-        partials = torch.empty((sum(wants_parameters), programs, columns), device=device)
+        shape = (sum(wants_parameters), programs, columns)
+        partials = torch.empty(shape, dtype=torch.float32, device=device)
         unused = iter(partials)
         sums = [next(unused) if wanted else None for wanted in wants_parameters]
     else:

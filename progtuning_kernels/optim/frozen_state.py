@@ -50,7 +50,9 @@ def offload_frozen_state(optimizer: Optimizer) -> None:
 
 def state_bytes(optimizer: Optimizer) -> int:
     """Bytes that the optimizer's state tensors occupy on this rank, step counters included."""
-    return sum(map(_bytes_of, optimizer.state.values()))
+    return sum(
+        _bytes_of(state) for key, state in optimizer.state.items() if isinstance(key, Tensor)
+    )
 
 
 def _bytes_of(state: dict[str, Any]) -> int:

@@ -64,6 +64,7 @@ class UpdateInBackward:
         self._optimizer = optimizer
         self._handles: list[torch.utils.hooks.RemovableHandle] = []
         self._blocks: list[_Block] = []
+        self._places: dict[Tensor, tuple[_Block, Member]] = {}
         self._graph_task: int | None = None  # of the backward whose end is awaited
         self._norms: list[Tensor] = []  # of the blocks updated in this step
         self._skipped: list[Tensor] = []
@@ -79,27 +80,34 @@ class UpdateInBackward:
         """Hooks on the active parameters, none on others."""
         for handle in self._handles:
             handle.remove()
+        self._arrange()
+        self._handles = [
+            p.register_post_accumulate_grad_hook(self._gradient_is_there) for p in self._places
+        ]
+
+    def _arrange(self) -> None:
         blocks: dict[str, list[Member]] = {}
         for member in self._optimizer.members():
             if member.parameter.requires_grad:
                 blocks.setdefault(block_of(member), []).append(member)
         self._blocks = [_Block(members) for members in blocks.values()]
-        self._handles = [
-            member.parameter.register_post_accumulate_grad_hook(self._hook(block, member))
-            for block in self._blocks
-            for member in block.members
-        ]
+        self._places = {m.parameter: (block, m) for block in self._blocks for m in block.members}
 
-    def _hook(self, block: _Block, member: Member):
-        def gradient_is_there(p: Tensor) -> None:
-            if self._optimizer.accumulating():
-                return
-            self._check(p, member)
-            block.ready.add(member.index)
-            if len(block.ready) == len(block.members):
-                self._complete(block)
-
-        return gradient_is_there
+    def _gradient_is_there(self, p: Tensor) -> None:
+        optimizer = self._optimizer
+        if optimizer.accumulating():
+            return
+        if self._graph_task is None:  # the first of a backward: step() would look too late
+            optimizer.check_groups()
+            if optimizer.regrouped():
+                self._arrange()  # hooks cannot change while they run; step() does it
+        if p not in self._places:
+            return
+        block, member = self._places[p]
+        self._check(p, member)
+        block.ready.add(member.index)
+        if len(block.ready) == len(block.members):
+            self._complete(block)
 
     def _check(self, p: Tensor, member: Member) -> None:
         name = member.name or f"parameter {member.index}"
@@ -216,11 +224,10 @@ class UpdateInBackward:
         optimizer = self._optimizer
         if self._norms:
             device = self._norms[0].device
-            optimizer.grad_norm = masked_norm([norm.to(device) for norm in self._norms])
+            optimizer._norm = norm = masked_norm([norm.to(device) for norm in self._norms])
             # a bad step says nothing about the next one's norm
-            finite = optimizer.grad_norm.isfinite()
-            before = optimizer.grad_norm if self.previous_norm is None else self.previous_norm
-            self.previous_norm = torch.where(finite, optimizer.grad_norm, before)
+            before = norm if self.previous_norm is None else self.previous_norm
+            self.previous_norm = torch.where(norm.isfinite(), norm, before)
         if self._skipped:
             device = self._skipped[0].device
             bad = torch.stack([found.to(device) for found in self._skipped]).amax()

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import warnings
+from collections.abc import Iterable, Mapping
+from itertools import chain
 from typing import Any, Literal
 
 import torch
@@ -17,7 +20,7 @@ from ..ops.low_precision import (
 )
 from .frozen_state import OnFreeze
 from .in_backward import ClipMode
-from .masked_optimizer import MaskedOptimizer, Nonfinite
+from .masked_optimizer import MaskedOptimizer, Member, Nonfinite
 
 StateDtype = torch.dtype | Literal["8bit"]
 _STATE_DTYPES = (torch.float32, torch.bfloat16, "8bit")
@@ -25,8 +28,10 @@ _STATE_DTYPES = (torch.float32, torch.bfloat16, "8bit")
 # decide for all of it
 SMALLEST_8BIT = 4096
 
+_HYPER = {"lr", "betas", "eps", "weight_decay"}
 # What torch.optim.AdamW keeps in its groups beside the hyper-parameters: with these in the saved
-# groups, its load_state_dict takes ours as it stands.
+# groups, its load_state_dict takes ours as it stands. "foreach", "fused" and "capturable" say how
+# torch computes, which changes no result.
 _TORCH_GROUP_KEYS = {
     "amsgrad": False,
     "maximize": False,
@@ -36,6 +41,17 @@ _TORCH_GROUP_KEYS = {
     "fused": None,
     "decoupled_weight_decay": True,
 }
+# Options of Adam's relatives that would change the result, with the only value that this one has.
+_FIXED = {
+    "amsgrad": False,
+    "maximize": False,
+    "differentiable": False,
+    "correct_bias": True,
+    "bias_correction": True,
+}
+# Keys of a parameter's state that a conversion replaces; others are kept.
+_OWN_STATE = ("step", "exp_avg", "exp_avg_sq", "master")
+_OWN_STATE += ("exp_avg_code", "exp_avg_scale", "exp_avg_sq_code", "exp_avg_sq_scale")
 
 
 class MaskedAdamW(MaskedOptimizer):
@@ -68,15 +84,12 @@ class MaskedAdamW(MaskedOptimizer):
         seed: of stochastic rounding; the same seed gives the same bits, on a resumed run too.
 
     Raises:
-        ValueError: a hyper-parameter outside its range, or options that exclude each other.
+        ValueError: a hyper-parameter outside its range, options that exclude each other, or one in
+            a group that would be ignored although it changes the result (`amsgrad`, `maximize`,
+            `max_grad_norm`, ...); the latter also from `step` and `load_state_dict`.
     """
 
-    _SETTINGS = (
-        *MaskedOptimizer._SETTINGS,
-        "state_dtype",
-        "stochastic_rounding",
-        "master_weights",
-    )
+    _SETTINGS = MaskedOptimizer._SETTINGS | {"state_dtype", "stochastic_rounding", "master_weights"}
 
     def __init__(
         self,
@@ -97,14 +110,6 @@ class MaskedAdamW(MaskedOptimizer):
         zero_grads: bool = False,
         seed: int = 0,
     ) -> None:
-        for name, value, fits in (
-            ("lr", lr, lr >= 0),
-            ("eps", eps, eps >= 0),
-            ("weight_decay", weight_decay, weight_decay >= 0),
-            ("betas", betas, all(0 <= beta < 1 for beta in betas)),
-        ):
-            if not fits:
-                raise ValueError(f"{name}={value} is out of range")
         if state_dtype not in _STATE_DTYPES:
             raise ValueError(f"state_dtype must be one of {_STATE_DTYPES}, got {state_dtype!r}")
         if stochastic_rounding and master_weights:
@@ -151,7 +156,7 @@ class MaskedAdamW(MaskedOptimizer):
             blocks = -(-p.numel() // QUANT_BLOCK)
             for name, kind in (("exp_avg", torch.int8), ("exp_avg_sq", torch.uint8)):
                 state[f"{name}_code"] = _zeros_like(p, kind)
-                state[f"{name}_scale"] = torch.zeros(blocks, device=p.device)
+                state[f"{name}_scale"] = torch.zeros(blocks, dtype=torch.float32, device=p.device)
         else:
             state["exp_avg"] = _zeros_like(p, dtype)
             state["exp_avg_sq"] = _zeros_like(p, dtype)
@@ -180,61 +185,83 @@ class MaskedAdamW(MaskedOptimizer):
             stochastic_rounding=self.stochastic_rounding and low == torch.bfloat16,
         )
 
-    def state_dict(self) -> dict[str, Any]:
-        """As torch's, with `{}` for a parameter that has no state, and the seed in "masked"."""
-        saved = super().state_dict()
-        for group in saved["param_groups"]:
-            for i in group["params"]:
-                saved["state"].setdefault(i, {})
-        saved["masked"] = {"seed": self.seed, "skipped_steps": self.skipped_steps}
-        if self._in_backward is not None:
-            saved["masked"]["previous_norm"] = self._in_backward.previous_norm
-        return saved
-
     def torch_state_dict(self) -> dict[str, Any]:
         """The state dict with float32 moments whatever they are stored in, for `torch.optim.AdamW`.
 
         Masters are left out: torch's optimizer updates the parameters themselves.
         """
         saved = self.state_dict()
-        del saved["masked"]
-        for i, state in saved["state"].items():
-            if state:
+        saved.pop("masked", None)
+        for i in chain.from_iterable(group["params"] for group in saved["param_groups"]):
+            if state := saved["state"].get(i):
                 m, v = _wide_moments(state)
-                saved["state"][i] = {"step": state["step"], "exp_avg": m, "exp_avg_sq": v}
+                rest = {key: value for key, value in state.items() if key not in _OWN_STATE}
+                moments = {"step": state["step"], "exp_avg": m, "exp_avg_sq": v}
+                saved["state"][i] = moments | rest
         return saved
 
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Load a state dict of `MaskedAdamW` or `torch.optim.AdamW`, at any stage.
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        for group in self.param_groups:  # of an older torch
+            for option, value in _TORCH_GROUP_KEYS.items():
+                group.setdefault(option, value)
 
-        Moments are converted to this optimizer's `state_dtype`; those of the same kind keep their
-        bits. State of parameters that are frozen now is treated as `on_freeze` says.
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        group = {**self.defaults, **param_group}
+        for name in ("lr", "eps", "weight_decay"):
+            if not group[name] >= 0:
+                raise ValueError(f"{name}={group[name]} is out of range")
+        if not all(0 <= beta < 1 for beta in group["betas"]):
+            raise ValueError(f"betas={group['betas']} is out of range")
+        super().add_param_group(param_group)
 
-        Raises:
-            ValueError: groups of other sizes, or an option (amsgrad, maximize) that this optimizer
-                does not have.
-        """
-        for group in state_dict["param_groups"]:
-            for option in ("amsgrad", "maximize"):
-                if group.get(option):
-                    raise ValueError(f"the saved optimizer has {option}=True, which is unsupported")
-        # torch would cast every tensor of the state to its parameter's dtype: sixteen bits of the
-        # moments of a bfloat16 parameter would be gone, and codes would be anything
-        super().load_state_dict({**state_dict, "state": {}})
-        saved_indices = (i for group in state_dict["param_groups"] for i in group["params"])
-        for i, member in zip(saved_indices, self.members(), strict=True):
-            if saved := state_dict["state"].get(i):
-                self.state[member.parameter] = self._state_from(saved, member.parameter)
-        if "masked" in state_dict:
-            self.seed = state_dict["masked"]["seed"]
-            self._skipped, self._control = state_dict["masked"]["skipped_steps"], None
-            if self._in_backward is not None:
-                self._in_backward.previous_norm = state_dict["masked"].get("previous_norm")
-        self._refresh()
+    def check_groups(self, groups: Iterable[Mapping[str, Any]] | None = None) -> None:
+        super().check_groups(groups)
+        for group in self.param_groups if groups is None else groups:
+            for option, value in _FIXED.items():
+                if bool(group.get(option, value)) is not value:
+                    raise ValueError(
+                        f"a group has {option}={group[option]}, and MaskedAdamW is AdamW with "
+                        f"{option}={value}: change it to that, or use the optimizer it is from"
+                    )
+            if not group.keys() >= _HYPER:
+                missing = min(_HYPER - group.keys())
+                raise ValueError(f"a group has no {missing}: it is of another kind of optimizer")
+            if not group["weight_decay"]:
+                continue
+            if "decoupled_weight_decay" not in group:
+                warnings.warn(
+                    "the saved groups do not say whether weight_decay acts on the weights (AdamW) "
+                    "or on the gradients (Adam), as those of older torch: AdamW's is used",
+                    stacklevel=7,
+                )
+            elif not group["decoupled_weight_decay"]:
+                raise ValueError(
+                    f"a group has Adam's weight_decay={group['weight_decay']}, which acts on the "
+                    "gradients; MaskedAdamW decays the weights. To go on with that, set the "
+                    "group's decoupled_weight_decay=True"
+                )
 
-    def _state_from(self, saved: dict[str, Tensor], p: Tensor) -> dict[str, Tensor]:
+    def check_saved(self, saved: dict[str, Any], member: Member) -> None:
+        name, shape = member.name or f"parameter {member.index}", member.parameter.shape
+        for key in ("step", "exp_avg", "exp_avg_sq"):
+            value = saved.get(key, saved.get(f"{key}_code"))
+            if value is None:
+                raise ValueError(
+                    f"the saved state of {name} has no {key} but {', '.join(map(str, saved))}: it "
+                    "is of another kind of optimizer"
+                )
+            if key != "step" and value.shape != shape:
+                raise ValueError(
+                    f"the saved state of {name} is of shape {tuple(value.shape)}, the parameter of "
+                    f"{tuple(shape)}"
+                )
+
+    def state_from(self, saved: dict[str, Any], p: Tensor) -> dict[str, Any]:
+        """Moments are converted to `state_dtype`; those of the same kind keep their bits."""
         state = self.init_state(p)
-        state["step"].copy_(torch.as_tensor(saved["step"]))
+        step = torch.as_tensor(saved["step"], dtype=torch.float32, device=p.device)
+        state["step"].copy_(step)
         same_kind = all(
             key in saved and saved[key].dtype == state[key].dtype
             for key in state
@@ -252,7 +279,8 @@ class MaskedAdamW(MaskedOptimizer):
                 _encode_into(state, m, v)
         if "master" in state and "master" in saved:
             state["master"].copy_(saved["master"])
-        return state
+        rest = {key: value for key, value in saved.items() if key not in _OWN_STATE}
+        return state | super().state_from(rest, p)
 
 
 def _zeros_like(p: Tensor, dtype: torch.dtype) -> Tensor:
@@ -292,7 +320,9 @@ def _encode_into(state: dict[str, Tensor], m: Tensor, v: Tensor) -> None:
     code, sq_code = state["exp_avg_code"], state["exp_avg_sq_code"]
     m = torch.empty_like(code, dtype=torch.float32).copy_(m)
     v = torch.empty_like(sq_code, dtype=torch.float32).copy_(v)
-    halfway = torch.full((v.numel(),), 2**15, device=v.device)  # nearest: once, it is unbiased
+    halfway = torch.full(
+        (v.numel(),), 2**15, dtype=torch.int64, device=v.device
+    )  # nearest: once, it is unbiased
     for target, scale, (codes, largest) in (
         (code, state["exp_avg_scale"], encode_exp_avg(_run(m))),
         (sq_code, state["exp_avg_sq_scale"], encode_exp_avg_sq(_run(v), halfway)),

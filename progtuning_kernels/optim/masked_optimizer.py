@@ -1,15 +1,20 @@
 """What every masked optimizer shares: who is active, one norm, one call per bucket, release.
 
-`p.requires_grad` alone says whether a tensor is active. `param_groups` never change, so learning
-rate schedulers, checkpoints and trainers built around them keep working at every stage.
+`p.requires_grad` alone says whether a tensor is active. A change of plan never touches
+`param_groups`, so learning rate schedulers, checkpoints and trainers built around them keep working
+at every stage. What a user changes in them counts from the next step on; looking for it takes 4 us
+of a step's 180, for 200 small tensors in 2 groups on a CPU.
 """
 
 from __future__ import annotations
 
-from collections import defaultdict
-from collections.abc import Callable, Iterable, Iterator, Sequence
+import operator
+import warnings
+from collections import Counter, defaultdict
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import chain
 from typing import Any, Literal, get_args
 
 import torch
@@ -112,7 +117,10 @@ class MaskedOptimizer(Optimizer):
 
     # GradScaler then hands over its scale and its finding instead of unscaling in passes of its own
     _step_supports_amp_scaling = True
-    _SETTINGS = ("max_grad_norm", "on_freeze", "nonfinite", "clip_mode", "zero_grads", "seed")
+    # of the whole optimizer: in a group they would be ignored
+    _SETTINGS = frozenset(
+        ("max_grad_norm", "on_freeze", "nonfinite", "clip_mode", "zero_grads", "seed")
+    )
 
     def __init__(
         self,
@@ -147,7 +155,7 @@ class MaskedOptimizer(Optimizer):
         self.clip_mode = clip_mode
         self.zero_grads = zero_grads
         self.seed = seed
-        self.grad_norm: Tensor | None = None  # of the last step, before clipping; 0-dim
+        self._norm: Tensor | None = None
         self.accumulating: Callable[[], bool] = _never
         self._skipped: Tensor | int = 0
         self._control: Tensor | None = None
@@ -156,14 +164,14 @@ class MaskedOptimizer(Optimizer):
     def _start(self, in_backward: UpdateInBackward | None) -> None:
         self._buckets: list[ActiveBucket] | None = None
         self._waiting: list[Member] = []  # active, never seen with a gradient: no state yet
+        self._settled = True  # False: what was loaded for frozen tensors is all there yet
         self._flags = self._current_flags()
         self._in_backward = in_backward
+        self._forget_tables()
         freeze_events.listen(self)
-        if in_backward is not None:
-            in_backward.install()
 
     def __getstate__(self) -> dict[str, Any]:
-        settings = {name: getattr(self, name) for name in (*self._SETTINGS, "grad_norm")}
+        settings = {name: getattr(self, name) for name in (*self._SETTINGS, "_norm")}
         settings["_skipped"] = self.skipped_steps
         in_backward = self._in_backward is not None
         return {**super().__getstate__(), **settings, "_in_backward": in_backward}
@@ -173,10 +181,18 @@ class MaskedOptimizer(Optimizer):
         in_backward = state.pop("_in_backward", None)
         super().__setstate__(state)
         if in_backward is None:
-            self._refresh()
+            self._forget_tables()
         else:
             self.accumulating, self._control = _never, None
             self._start(UpdateInBackward(self) if in_backward else None)
+
+    @property
+    def grad_norm(self) -> Tensor | None:
+        """Norm of the last step's gradients before clipping, 0-dim float32; None: nobody needed it.
+
+        Reading it copies it on its device: on a GPU every step writes to the same place.
+        """
+        return None if self._norm is None else self._norm.clone()
 
     @property
     def skipped_steps(self) -> int:
@@ -190,7 +206,9 @@ class MaskedOptimizer(Optimizer):
         if self._control is None or self._control.device != device:
             skipped = self.skipped_steps
             self._skipped = 0
-            self._control = torch.tensor([0.0, 1.0, 0.0, skipped], device=device)
+            self._control = torch.tensor(
+                [0.0, 1.0, 0.0, skipped], dtype=torch.float32, device=device
+            )
         return self._control
 
     @contextmanager
@@ -211,26 +229,153 @@ class MaskedOptimizer(Optimizer):
 
     def on_flags_changed(self) -> None:
         """Called when `requires_grad` has changed somewhere, perhaps on another model."""
-        if self._flags != self._current_flags():
-            self._refresh()
+        flags = self._current_flags()
+        if self._flags != flags:
+            self._flags = flags
+            self._forget_tables()
+            if self._settled:
+                self._settle_frozen_state()
 
-    def _refresh(self) -> None:
-        """Release or offload what is frozen, and forget the tables that hold its addresses."""
-        self._buckets, self._flags = None, self._current_flags()
-        self._settle_frozen_state()
+    def regrouped(self) -> bool:
+        """Whether the groups hold other tensors than when the tables were made."""
+        return self._sizes != [len(group["params"]) for group in self.param_groups] or not all(
+            map(operator.is_, self._tensors, self._parameters())
+        )
+
+    def _parameters(self) -> Iterator[Tensor]:
+        return chain.from_iterable(group["params"] for group in self.param_groups)
+
+    def _forget_tables(self) -> None:
+        """They hold addresses of tensors, and the groups that these are in."""
+        tensors = list(self._parameters())
+        if len(set(tensors)) < len(tensors):
+            twice = next(p for p, count in Counter(tensors).items() if count > 1)
+            raise ValueError(
+                f"a tensor of shape {tuple(twice.shape)} is in the groups twice, and would be "
+                "updated twice in a step: take it out once"
+            )
+        self._buckets, self._tensors = None, tensors
+        self._sizes = [len(group["params"]) for group in self.param_groups]
         if self._in_backward is not None:
             self._in_backward.install()
 
     def _settle_frozen_state(self) -> None:
+        self._settled = True
         if self.on_freeze == "release":
             release_frozen_state(self)
         elif self.on_freeze == "offload":
             offload_frozen_state(self)
 
+    def check_groups(self, groups: Iterable[Mapping[str, Any]] | None = None) -> None:
+        """Raise `ValueError` for what a group asks for and this optimizer would not do.
+
+        Args:
+            groups: None: its own. It runs in every step, so that what is written into a group
+                later is found, too.
+        """
+        for group in self.param_groups if groups is None else groups:
+            if not self._SETTINGS.isdisjoint(group) or "in_backward" in group:
+                name = min(group.keys() & (self._SETTINGS | {"in_backward"}))
+                raise ValueError(
+                    f"{name} is a setting of the whole optimizer, and would be ignored in a group: "
+                    f"take it out, and give it to {type(self).__name__}({name}=...)"
+                )
+
     def add_param_group(self, param_group: dict[str, Any]) -> None:
+        self.check_groups([{**self.defaults, **param_group}])
         super().add_param_group(param_group)
+        for p in param_group["params"]:
+            if p.requires_grad:
+                self._refuse_complex(p)
         if hasattr(self, "_buckets"):  # not while torch's own constructor adds the first ones
-            self._refresh()
+            self._flags += [p.requires_grad for p in param_group["params"]]
+            self._forget_tables()
+
+    def _refuse_complex(self, p: Tensor) -> None:
+        if p.is_complex():
+            raise ValueError(
+                f"{type(self).__name__} has no update for complex parameters ({p.dtype}, shape "
+                f"{tuple(p.shape)}): keep torch.view_as_real of it as the parameter, or freeze it"
+            )
+
+    def state_dict(self) -> dict[str, Any]:
+        """As torch's, with `{}` for a parameter that has no state.
+
+        "masked" holds what belongs to no parameter: the seed, steps skipped, and the norm that
+        `clip_mode="previous_norm"` clips by. Hooks see all of it.
+        """
+
+        def complete(_: Optimizer, saved: dict[str, Any]) -> None:
+            for group in saved["param_groups"]:
+                for i in group["params"]:
+                    saved["state"].setdefault(i, {})
+            saved["masked"] = {"seed": self.seed, "skipped_steps": self.skipped_steps}
+            if self._in_backward is not None:
+                saved["masked"]["previous_norm"] = self._in_backward.previous_norm
+
+        present = set(map(id, self._parameters()))
+        others = [k for k in self.state if isinstance(k, Tensor) and id(k) not in present]
+        apart = {p: self.state.pop(p) for p in others}
+        if any(apart.values()):
+            shapes = ", ".join(str(tuple(p.shape)) for p, state in apart.items() if state)
+            warnings.warn(
+                f"no group holds the tensors of shape {shapes} any more: their state is not saved. "
+                "optimizer.state[new] = optimizer.state.pop(old) hands it on",
+                stacklevel=2,
+            )
+        first = self.register_state_dict_post_hook(complete, prepend=True)
+        try:
+            return super().state_dict()
+        finally:
+            first.remove()
+            self.state.update(apart)
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Load a state dict, at any stage; hooks see all of it.
+
+        The plan that its state belongs to may be yet to come, as where the handle is loaded after
+        the optimizer: what `on_freeze` says of tensors that are frozen is done in the next step.
+
+        Raises:
+            ValueError: groups of other sizes, state of another shape or of another kind of
+                optimizer, or an option that this one does not have. Nothing is changed then.
+        """
+        loaded: dict[str, Any] = {}
+        owners: dict[Any, Member] = {}
+
+        def take(_: Optimizer, saved: dict[str, Any]) -> dict[str, Any]:
+            self.check_groups(saved["param_groups"])
+            numbers = chain.from_iterable(group["params"] for group in saved["param_groups"])
+            owners.update(zip(numbers, self.members(), strict=False))
+            loaded.update(saved)
+            if [len(group["params"]) for group in saved["param_groups"]] == self._sizes:
+                for i, member in owners.items():
+                    if state := saved["state"].get(i):
+                        self.check_saved(state, member)
+            # torch would cast every tensor of the state to its parameter's dtype: sixteen bits of
+            # the moments of a bfloat16 parameter would be gone, and codes would be anything
+            return {**saved, "state": {k: v for k, v in saved["state"].items() if k not in owners}}
+
+        def put(_: Optimizer) -> None:
+            for i, member in owners.items():
+                if state := loaded["state"].get(i):
+                    self.state[member.parameter] = self.state_from(state, member.parameter)
+            if masked := loaded.get("masked"):
+                self.seed = masked["seed"]
+                self._skipped, self._control = masked["skipped_steps"], None
+                if self._in_backward is not None:
+                    self._in_backward.previous_norm = masked.get("previous_norm")
+            self._settled = False
+
+        hooks = (
+            self.register_load_state_dict_pre_hook(take),  # after the user's own
+            self.register_load_state_dict_post_hook(put, prepend=True),  # before them
+        )
+        try:
+            super().load_state_dict(state_dict)
+        finally:
+            for hook in hooks:
+                hook.remove()
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         super().zero_grad(set_to_none)
@@ -240,6 +385,16 @@ class MaskedOptimizer(Optimizer):
     def init_state(self, p: Tensor) -> dict[str, Tensor]:
         """Fresh state of one parameter."""
         raise TypeError(f"{type(self).__name__} defines no init_state")
+
+    def check_saved(self, saved: dict[str, Any], member: Member) -> None:
+        """Raise `ValueError` if this is not what a parameter's state looks like here."""
+
+    def state_from(self, saved: dict[str, Any], p: Tensor) -> dict[str, Any]:
+        """A copy of one parameter's saved state, as this optimizer keeps it, on its device."""
+        return {
+            key: value.to(p.device, copy=True) if isinstance(value, Tensor) else value
+            for key, value in saved.items()
+        }
 
     def make_bucket(
         self,
@@ -259,7 +414,12 @@ class MaskedOptimizer(Optimizer):
         """Every parameter, frozen ones included, in the order of the groups."""
         found: list[Member] = []
         for i, group in enumerate(self.param_groups):
-            names = group.get("param_names") or [None] * len(group["params"])
+            size = len(group["params"])
+            names = group.get("param_names") or [None] * size
+            if len(names) != size:
+                raise ValueError(
+                    f"group {i} has {size} params and {len(names)} param_names: change both"
+                )
             for p, name in zip(group["params"], names, strict=True):
                 found.append(Member(p, len(found), i, name))
         return found
@@ -268,6 +428,7 @@ class MaskedOptimizer(Optimizer):
         """Buckets of one device and dtype, split where one launch could not take them."""
         kinds: dict[tuple[Any, ...], list[Member]] = defaultdict(list)
         for member in members:
+            self._refuse_complex(member.parameter)
             local = local_of(member.parameter)
             kinds[local.device, local.dtype, is_dense(local)].append(member)
         buckets = []
@@ -299,7 +460,7 @@ class MaskedOptimizer(Optimizer):
         return self.state[p]
 
     def _current_flags(self) -> list[bool]:
-        return [p.requires_grad for group in self.param_groups for p in group["params"]]
+        return [p.requires_grad for p in self._parameters()]
 
     def _active_buckets(self) -> list[ActiveBucket]:
         """The buckets of this step: those of the last one unless something about them changed."""
@@ -326,6 +487,7 @@ class MaskedOptimizer(Optimizer):
 
         Raises:
             RuntimeError: a sparse gradient, or a loss scale that came too late for `in_backward`.
+            ValueError: as `check_groups`.
         """
         loss = None
         if closure is not None:
@@ -340,10 +502,13 @@ class MaskedOptimizer(Optimizer):
                 f"{type(self).__name__}: in_backward=True has updated with scaled gradients before "
                 "GradScaler said so: train in bfloat16, or clip with clip_mode='exact'"
             )
+        self.check_groups()
+        if self.regrouped():
+            self._forget_tables()
         self.on_flags_changed()  # where nobody announced it
-        left = early is None or any(
-            p.grad is not None for group in self.param_groups for p in group["params"]
-        )
+        if not self._settled:
+            self._settle_frozen_state()
+        left = early is None or any(p.grad is not None for p in self._parameters())
         active = self._active_buckets() if left else []
         gradients = [bucket.gather() for bucket in active]
         if any(any(some.addresses) for some in gradients):
@@ -353,7 +518,7 @@ class MaskedOptimizer(Optimizer):
                 active, gradients, scale, found_inf, known_norm=known, control=control
             )
             self.apply(active, gradients, decision)
-            self.grad_norm = decision.norm
+            self._norm = decision.norm
             if decision.found_inf is not None and not decision.counted:
                 self._skipped = self._skipped + decision.found_inf
         if early is not None:

@@ -18,6 +18,8 @@ from .runs import (
     Run,
     cache_hit_share,
     cache_of,
+    data_line,
+    differences,
     distinct,
     expected_step_ratio,
     full_row,
@@ -110,14 +112,14 @@ def write_report(runs: Sequence[Run], out_dir: str | Path) -> ReportPaths:
     html.write_text(
         template.render(
             headlines=_headlines(rows),
-            notices=_notices(rows),
+            notices=notices(runs),
             comparison=_comparison(runs),
             stages=_stage_cells(runs),
             cache=_cache_cells(runs),
             figures=figures,
             shared_options=shared,
             differing_options=differing,
-            data=distinct(_data_line(run) for run in runs),
+            data=distinct(data_line(run) for run in runs),
             models=distinct(_model_line(run) for run in runs),
             provenance=_provenance(rows),
             written=datetime.now(timezone.utc).strftime("%Y-%m-%d %H:%M UTC"),
@@ -170,15 +172,17 @@ def _metric_spec(run: Run) -> str:
     return ".2f" if run.metric_name == "perplexity" else ".4f"
 
 
-def _full_mean(rows: Sequence[Row], key: str) -> float | None:
-    full = full_row(rows)
-    return None if full is None else mean(_summary(full, key))
+def _seconds_ratio(rows: Sequence[Row], row: Row) -> float | None:
+    """Training seconds over those of the full runs of the same work."""
+    full = full_row(rows, row)
+    if full is None:
+        return None
+    return ratio(*(mean(_summary(r, "train_seconds")) for r in (row, full)))
 
 
 def _comparison(runs: Sequence[Run]) -> _Cells:
     rows = group_runs(runs)
     metric = runs[0].metric_name
-    full_seconds = _full_mean(rows, "train_seconds")
     mib = 1 / 2**20
     return _Cells(
         headers=[
@@ -197,7 +201,7 @@ def _comparison(runs: Sequence[Run]) -> _Cells:
                 str(len(row.runs)),
                 _show_mean(_summary(row, "metric"), _metric_spec(runs[0])),
                 _show_mean(_summary(row, "train_seconds"), ".1f"),
-                show(ratio(mean(_summary(row, "train_seconds")), full_seconds), ".3f"),
+                show(_seconds_ratio(rows, row), ".3f"),
                 _show_mean(_summary(row, "updates_saved_share"), ".1f", 100),
                 _show_mean(_summary(row, "peak_state_bytes"), ",.1f", mib),
                 _show_mean(_summary(row, "peak_activation_bytes"), ",.1f", mib),
@@ -209,10 +213,10 @@ def _comparison(runs: Sequence[Run]) -> _Cells:
 
 def _stage_cells(runs: Sequence[Run]) -> _Cells:
     rows = group_runs(runs)
-    base_ms = full_step_ms(rows)
     mib = 1 / 2**20
 
     def cells(row: Row, run: Run, stage: Mapping[str, Any]) -> list[str]:
+        base_ms = full_step_ms(full_row(rows, row))
         return [
             row.label if len(row.runs) == 1 else run.name,
             str(stage["stage"] + 1),
@@ -314,51 +318,56 @@ def _rich_table(title: str, cells: _Cells) -> Table:
 
 
 def _headlines(rows: Sequence[Row]) -> list[str]:
-    full = full_row(rows)
-    if full is None:
-        return []
-    seconds, run = _full_mean(rows, "train_seconds"), full.runs[0]
+    run = rows[0].runs[0]
 
     def metric(row: Row) -> str:
         return _show_mean(_summary(row, "metric"), _metric_spec(run))
 
     return [
         f"{row.label}: {run.metric_name} {metric(row)} against {metric(full)} of {full.label}, "
-        f"in {show(ratio(mean(_summary(row, 'train_seconds')), seconds), '.2f')} of its "
+        f"in {show(_seconds_ratio(rows, row), '.2f')} of its "
         f"training seconds, with {show(mean(_summary(row, 'updates_saved_share')), '.0f', 100)} "
         "% fewer parameter updates than training everything in every step."
         for row in rows
-        if row is not full
+        if (full := full_row(rows, row)) not in (None, row)
     ]
 
 
-def _notices(rows: Sequence[Row]) -> list[str]:
-    runs = [run for row in rows for run in row.runs]
-    notices = []
+def notices(runs: Sequence[Run]) -> list[str]:
+    """What makes the runs hard to compare, a sentence each."""
+    rows = group_runs(runs)
+    lines = []
     for what, values in (
-        ("devices", distinct(run.meta.get("device") for run in runs)),
-        ("data", _different_data(runs)),
-        ("models", distinct(run.model.get("name") for run in runs)),
+        *differences(runs).items(),
         ("commits", distinct(run.meta.get("commit") for run in runs)),
         ("versions", distinct(_versions(run) for run in runs)),
     ):
         if len(values) > 1:
-            notices.append(f"The runs differ in their {what}: {'; '.join(values)}.")
+            lines.append(f"The runs differ in their {what}: {'; '.join(values)}.")
+    for run in runs:
+        if run.summary.get("failure"):
+            lines.append(f"{run.name} learnt nothing: {run.summary['failure']}.")
     dirty = [run.name for run in runs if run.meta.get("dirty")]
     if dirty:
-        notices.append(f"Run from a changed working tree: {', '.join(dirty)}.")
+        lines.append(f"Run from a changed working tree: {', '.join(dirty)}.")
     full = [row.label for row in rows if row.method == "full"]
     if not full:
-        notices.append("No run of the method full: nothing to relate seconds and step cost to.")
+        lines.append("No run of the method full: nothing to relate seconds and step cost to.")
     if len(full) > 1:
-        notices.append(f"Full means {full[0]} wherever a figure is relative to full.")
+        lines.append(
+            f"Full means the first of {', '.join(full)} that did the same work, wherever a figure "
+            "is relative to full."
+        )
+    alone = [row.label for row in rows if full and full_row(rows, row) is None]
+    if alone:
+        lines.append(f"Without a ratio to full, whose work was another: {', '.join(alone)}.")
     single = [row.label for row in rows if len(row.runs) == 1]
     if single:
-        notices.append(
+        lines.append(
             f"One seed only, so without a standard error: {', '.join(single)}. Another seed can "
             "change the metric as much as a method does."
         )
-    return notices
+    return lines
 
 
 def _versions(run: Run) -> str:
@@ -366,24 +375,6 @@ def _versions(run: Run) -> str:
     if not isinstance(versions, dict) or not versions:
         return MISSING
     return ", ".join(f"{name} {version}" for name, version in versions.items() if version)
-
-
-def _different_data(runs: Sequence[Run]) -> list[str]:
-    """More than one line if methods saw different data; a seed may choose its own rows."""
-    for seed in {run.seed for run in runs}:
-        lines = distinct(_data_line(run) for run in runs if run.seed == seed)
-        if len(lines) > 1:
-            return lines
-    keys = ("train_rows", "validation_rows", "label_names")
-    return distinct(", ".join(str(run.data.get(key)) for key in keys) for run in runs)
-
-
-def _data_line(run: Run) -> str:
-    rows = [show(number(run.data, key), ",.0f") for key in ("train_rows", "validation_rows")]
-    description = run.data.get("description") or MISSING
-    labels = run.data.get("label_names")
-    line = f"{description} ({rows[0]} to train, {rows[1]} to validate)"
-    return f"{line}; labels: {', '.join(map(str, labels))}" if labels else line
 
 
 def _model_line(run: Run) -> str:

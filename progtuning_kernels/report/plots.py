@@ -15,6 +15,7 @@ from .runs import (
     axis_positions,
     cache_hit_share,
     expected_step_ratio,
+    full_row,
     full_step_ms,
     mean,
     number,
@@ -210,7 +211,7 @@ def _stage_plot(rows: Sequence[Row]) -> Figure | None:
     rows = [row for row in rows if row.runs[0].stages]
     if not rows:
         return None
-    base_ms = full_step_ms(rows)
+    base_ms = [full_step_ms(full_row(rows, row)) for row in rows]
     panels: list[tuple[Callable[[Mapping[str, Any]], float | None], str, float]] = [
         (lambda stage: number(stage, "step_ms_median"), _STEP_LABEL, 1.0),
         (lambda stage: number(stage, "tokens_per_second"), "tokens per second", 1.0),
@@ -227,7 +228,7 @@ def _stage_plot(rows: Sequence[Row]) -> Figure | None:
     every = math.ceil(bars / 14)  # 14 numbers of two digits fit under half of 8 inches
     for ax, (figure_of, label, scale) in zip(axes, panels, strict=True):
         start, ticks = 0.0, {}
-        for row in rows:
+        for row, full_ms in zip(rows, base_ms, strict=True):
             stages = row.runs[0].stages
             at = start + np.arange(len(stages))
             repeats = [
@@ -248,8 +249,8 @@ def _stage_plot(rows: Sequence[Row]) -> Figure | None:
             )
             ax.errorbar(at, heights, errors, fmt="none", ecolor="black", capsize=2, lw=1)
             expected = [expected_step_ratio(row.runs[0], stage) for stage in stages]
-            if label is _STEP_LABEL and base_ms is not None and None not in expected:
-                levels = base_ms * np.array(expected)
+            if label is _STEP_LABEL and full_ms is not None and None not in expected:
+                levels = full_ms * np.array(expected)
                 lines = ax.hlines(levels, at - 0.45, at + 0.45, "black", linestyles=":", lw=1.6)
                 if row is rows[0]:
                     lines.set_label(EXPECTED)

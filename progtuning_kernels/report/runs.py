@@ -179,13 +179,65 @@ def show(value: float | None, spec: str, scale: float = 1.0) -> str:
     return MISSING if value is None else format(value * scale, spec)
 
 
-def full_row(rows: Sequence[Row]) -> Row | None:
-    return next((row for row in rows if row.method == "full"), None)
+def differences(runs: Sequence[Run]) -> dict[str, list[str]]:
+    """What differs in the work of these runs, beyond method, settings of it, and seed."""
+
+    def of(name: str, source: str, *keys: str) -> tuple[str, list[str]]:
+        return name, distinct(
+            " x ".join(str(getattr(run, source).get(key, MISSING)) for key in keys) for run in runs
+        )
+
+    found = dict(
+        (
+            of("devices", "meta", "device"),
+            ("data", _different_data(runs)),
+            ("models", distinct(_model(run) for run in runs)),
+            of("epochs", "config", "epochs"),
+            of("steps", "summary", "steps"),
+            of("batch sizes", "config", "batch_size", "accumulate"),
+            of("sequence lengths", "config", "max_length"),
+            of("precisions", "config", "precision"),
+        )
+    )
+    return {name: values for name, values in found.items() if len(values) > 1}
 
 
-def full_step_ms(rows: Sequence[Row]) -> float | None:
+def _model(run: Run) -> str:
+    parameters = show(number(run.model, "num_params"), ",.0f")
+    return f"{run.model.get('name', MISSING)}, {parameters} parameters"
+
+
+def data_line(run: Run) -> str:
+    rows = [show(number(run.data, key), ",.0f") for key in ("train_rows", "validation_rows")]
+    description = run.data.get("description") or MISSING
+    labels = run.data.get("label_names")
+    line = f"{description} ({rows[0]} to train, {rows[1]} to validate)"
+    return f"{line}; labels: {', '.join(map(str, labels))}" if labels else line
+
+
+def _different_data(runs: Sequence[Run]) -> list[str]:
+    """More than one line if methods saw different data; a seed may choose its own rows."""
+    digests = all(run.data.get("digest") for run in runs)
+
+    def line(run: Run) -> str:
+        return data_line(run) + (f", content {run.data['digest'][:8]}" if digests else "")
+
+    for seed in {run.seed for run in runs}:
+        lines = distinct(line(run) for run in runs if run.seed == seed)
+        if len(lines) > 1:
+            return lines
+    keys = ("train_rows", "validation_rows", "label_names")
+    return distinct(", ".join(str(run.data.get(key)) for key in keys) for run in runs)
+
+
+def full_row(rows: Sequence[Row], row: Row) -> Row | None:
+    """The first row of the method full that did the same work: what `row` may be related to."""
+    full = (other for other in rows if other.method == "full")
+    return next((other for other in full if not differences([*other.runs, *row.runs])), None)
+
+
+def full_step_ms(full: Row | None) -> float | None:
     """Median over all steps of the full runs, so that one stage on a busy machine counts little."""
-    full = full_row(rows)
     for entries, key in (("steps", "step_ms"), ("stages", "step_ms_median")):
         runs = [] if full is None else full.runs
         step_ms = numbers([number(x, key) for run in runs for x in getattr(run, entries)])

@@ -103,7 +103,9 @@ def _subject(module: nn.Module, swap: Swap) -> nn.Module:
     generator = torch.Generator().manual_seed(1)
     with torch.no_grad():
         for parameter in twin.parameters():
-            draw = torch.rand(parameter.shape, generator=generator)
+            draw = torch.rand(
+                parameter.shape, generator=generator, dtype=torch.float32, device="cpu"
+            )
             parameter.copy_(draw - 0.5 if swap.kind == HEAD else draw + 0.5)
             parameter.requires_grad_(True)
     return twin.eval()
@@ -111,7 +113,10 @@ def _subject(module: nn.Module, swap: Swap) -> nn.Module:
 
 def _inputs(swap: Swap, device: torch.device, dtype: torch.dtype) -> list[Tensor]:
     generator = torch.Generator().manual_seed(2)
-    draws = [torch.randn(*_ROWS, swap.width, generator=generator) for _ in range(swap.inputs)]
+    draws = [
+        torch.randn(*_ROWS, swap.width, generator=generator, dtype=torch.float32, device="cpu")
+        for _ in range(swap.inputs)
+    ]
     return [draw.to(device, dtype).requires_grad_(True) for draw in draws]
 
 
@@ -124,7 +129,8 @@ def _results(
         labels = torch.arange(rows, device=output.device) % output.shape[-1]
         output = F.cross_entropy(output.float().view(rows, -1), labels)
     generator = torch.Generator().manual_seed(3)
-    upstream = torch.randn(output.shape, generator=generator).to(output)
+    upstream = torch.randn(output.shape, generator=generator, dtype=torch.float32, device="cpu")
+    upstream = upstream.to(output)
     leaves = {f"the gradient of input {i}": x for i, x in enumerate(inputs)}
     for name, parameter in subject.named_parameters():
         if parameter.requires_grad:

@@ -33,7 +33,7 @@ def reason_against() -> str | None:
     forced = os.environ.get(_backend.ENVIRONMENT_VARIABLE)
     if forced in ("triton", "reference"):
         return f"{_backend.ENVIRONMENT_VARIABLE}={forced}"
-    return OP.implementations[0].reason_against(torch.empty(2))
+    return OP.implementations[0].reason_against(torch.empty(2, dtype=torch.float32, device="cpu"))
 
 
 def attention(
@@ -123,10 +123,13 @@ def _softmax(scores: Tensor) -> Tensor:
 def attention_differs() -> str | None:
     """Why this torch's attention is not `attention`, found by running both once; None if it is."""
     generator = torch.Generator().manual_seed(0)
-    inputs = [torch.randn(2, 3, 9, 8, generator=generator).requires_grad_() for _ in range(3)]
-    mask = torch.rand(2, 1, 9, 9, generator=generator) < 0.8
+    *inputs, upstream = (
+        torch.randn(2, 3, 9, 8, generator=generator, dtype=torch.float32, device="cpu")
+        for _ in range(4)
+    )
+    inputs = [x.requires_grad_() for x in inputs]
+    mask = torch.rand(2, 1, 9, 9, generator=generator, dtype=torch.float32, device="cpu") < 0.8
     mask[0, 0, 3] = False  # a row that sees nothing
-    upstream = torch.randn(2, 3, 9, 8, generator=generator)
 
     def results(run: Any) -> list[Tensor]:
         torch.manual_seed(1)

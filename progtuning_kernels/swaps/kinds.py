@@ -175,9 +175,10 @@ def _same_norm(module: nn.Module, name: str, cast: norms.Cast, offset: float) ->
     twin = copy.deepcopy(module).to("cpu", torch.bfloat16)
     generator = torch.Generator().manual_seed(0)
     width = twin.weight.numel()
-    x = torch.randn(64, width, generator=generator).bfloat16()
+    x = torch.randn(64, width, generator=generator, dtype=torch.float32, device="cpu").bfloat16()
+    weight = torch.rand(width, generator=generator, dtype=torch.float32, device="cpu") + 0.5
     with torch.no_grad():
-        twin.weight.copy_(torch.rand(width, generator=generator) + 0.5)
+        twin.weight.copy_(weight)
         try:
             expected = type(module).forward(twin, x)
         except Exception as error:
@@ -280,7 +281,7 @@ def _written_out_gelu(module: nn.Module) -> Swap | None:
 
 def activation_kind(module: nn.Module) -> activation.Kind | None:
     """Which activation of `ops.activation` a module computes, found by trying it."""
-    x = torch.linspace(-6, 6, 97)
+    x = torch.linspace(-6, 6, 97, dtype=torch.float32, device="cpu")
     known = {
         "silu": F.silu(x),
         "none": F.gelu(x),

@@ -1,0 +1,79 @@
+"""Notices a loop that never tells the handle of its steps, or tells it of more than there are."""
+
+from __future__ import annotations
+
+import sys
+import warnings
+from contextlib import suppress
+
+from torch import nn
+from torch.optim import Optimizer
+
+from .call_stack import called_from
+from .layout import Layout
+from .schedules import ObservingSchedule, Schedule
+
+
+class MissedSteps:
+    """Compares what a handle is told with what happens to the weights of its model.
+
+    Each of the two warnings is given once.
+
+    Args:
+        model: the model that `layout` describes.
+    """
+
+    def __init__(self, model: nn.Module, layout: Layout, schedule: Schedule) -> None:
+        self._model = model
+        self._layout = layout
+        self._schedule = schedule
+        self._watched: nn.Parameter | None = None  # a weight that trains at this step
+        self._version = 0  # of it, at the last forward
+        self._updates = 0  # how often that has changed at this step
+        self._warned_of_none = self._warned_of_end = False
+
+    def told(self, step: int) -> None:
+        """The handle was told that `step` comes next."""
+        self._watched, self._updates = None, 0
+        total = self._schedule.total_steps
+        if total is not None and step > total and not self._warned_of_end:
+            self._warned_of_end = True
+            warnings.warn(
+                f"training goes on past total_steps={total}, in the schedule's last plan: call "
+                "handle.advance() once per optimizer step, not once per batch, and give as many as "
+                "total_steps",
+                stacklevel=4,
+            )
+
+    def before_forward(self, step: int) -> None:
+        """A training forward of `step` begins.
+
+        One update between two forwards may be another thing (weights are loaded, SAM looks for a
+        worse place); two are optimizer steps.
+        """
+        if self._watched is None:
+            top = self._model.get_submodule(self._layout.block_paths[-1])
+            parameters = (*top.parameters(), *self._model.parameters())
+            self._watched = next((p for p in parameters if p.requires_grad), None)
+            self._version = getattr(self._watched, "_version", 0)
+            return
+        if self._watched._version == self._version:
+            return
+        self._version = self._watched._version
+        # one step may run its closure, and with it the model, many times
+        if not called_from(sys.modules[Optimizer.__module__].__file__):
+            self._updates += 1
+        if self._updates == 2 and not self._warned_of_none and self._comes_to_more():
+            self._warned_of_none = True
+            warnings.warn(
+                f"the weights were updated twice, and the schedule is still at step {step}: call "
+                "handle.advance() once per optimizer step, else no later stage comes",
+                stacklevel=2,
+            )
+
+    def _comes_to_more(self) -> bool:
+        """Whether a later step belongs to another stage."""
+        if not isinstance(self._schedule, ObservingSchedule):
+            with suppress(Exception):  # a schedule of the user's own may know no such step
+                return self._schedule.stage(10**9) != self._schedule.stage(0)
+        return True

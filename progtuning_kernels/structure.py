@@ -1,0 +1,73 @@
+"""Notices that modules or parameters were added, renamed or taken out while a model is patched.
+
+Pruning and weight norm rename parameters, heads and embeddings are replaced, adapters come and go:
+the plan is then applied anew. Other blocks would change what a plan means. `Parameter`
+objects that are replaced under their names are no change: FSDP2 makes its own.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from torch import nn
+
+from .layout import Layout
+
+
+class Structure:
+    """What hangs where in one model, as it was when this was made or `note` was called last.
+
+    Args:
+        model: the model that `layout` describes.
+    """
+
+    def __init__(self, model: nn.Module, layout: Layout) -> None:
+        self._model = model
+        self._layout = layout
+        self._blocks = {s.path: [*model.get_submodule(s.path).children()] for s in layout.stacks}
+        self.note()
+
+    def note(self) -> None:
+        """From now on the model is as it should be."""
+        modules = list(self._model.modules())
+        self._inside = [(m._modules, dict(m._modules)) for m in modules]
+        self._owned = [(m._parameters, _names(m._parameters)) for m in modules]
+
+    @property
+    def changed(self) -> bool:
+        """Whether a module, or the name of a parameter, came or went anywhere."""
+        return any(now != before for now, before in self._inside) or any(
+            _names(now) != before for now, before in self._owned
+        )
+
+    def check_blocks(self) -> None:
+        """Raise `RuntimeError` if a list of blocks holds others than when the model was patched."""
+        for path, before in self._blocks.items():
+            blocks = _module_at(self._model, path)
+            if blocks is None or [*blocks._modules.values()] != before:
+                raise RuntimeError(_message(f"{path} holds other blocks than it did"))
+
+    def check(self) -> None:
+        """Raise `RuntimeError` if the layout does not describe the model any more."""
+        self.check_blocks()
+        for path in (*self._layout.outside, *filter(None, self._layout.containers)):
+            if _module_at(self._model, path) is None:
+                raise RuntimeError(_message(f"{path} is gone, which was there"))
+
+
+def _names(parameters: Mapping[str, nn.Parameter | None]) -> list[str]:
+    return [name for name in parameters if parameters[name] is not None]
+
+
+def _module_at(model: nn.Module, path: str) -> nn.Module | None:
+    for name in path.split("."):
+        if (model := model._modules.get(name)) is None:
+            return None
+    return model
+
+
+def _message(change: str) -> str:
+    return (
+        f"{change} when the model was patched: call handle.unpatch() and then "
+        "patch_model(model, schedule, step=handle.step)"
+    )
