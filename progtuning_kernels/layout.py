@@ -18,6 +18,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from types import MappingProxyType
+from typing import Any
 
 from torch import nn
 
@@ -179,9 +180,9 @@ def _is_shared(name: str, families: Sequence[Family]) -> bool:
     return any(f.shared and re.search(f.shared, name) for f in families)
 
 
-def _outermost_lists(model: nn.Module) -> dict[str, nn.Module]:
-    """Every list that may hold blocks: module lists, or else the sequences of equal modules that
-    hold most of the model.
+def _outermost_lists(model: nn.Module, depth: Any) -> dict[str, nn.Module]:
+    """Every list that may hold blocks: module lists; or else sequences of equal modules, if they
+    hold most of the model or have the depth that its config gives.
     """
     found: dict[str, nn.Module] = {}
     equal: dict[str, nn.Module] = {}
@@ -197,7 +198,8 @@ def _outermost_lists(model: nn.Module) -> dict[str, nn.Module]:
             found[path] = module
         elif isinstance(module, nn.Sequential) and _one_class(module) and len(items) > 1:
             equal[path] = module
-    return found or (equal if _is_most(model, equal.values()) else {})
+    deep = any(len(module) == depth for module in equal.values())
+    return found or (equal if deep or _is_most(model, equal.values()) else {})
 
 
 def _size(modules: Iterable[nn.Module]) -> int:
@@ -217,7 +219,9 @@ def _in_order(paths: Sequence[str]) -> list[str]:
 
 
 def _choose_stacks(model: nn.Module, families: Sequence[Family]) -> list[str]:
-    lists = _outermost_lists(model)
+    config = getattr(model, "config", None)
+    depth = getattr(config, "num_hidden_layers", None)
+    lists = _outermost_lists(model, depth)
     name = type(model).__name__
     for family in families:
         every = [p for p, m in model.named_modules() if isinstance(m, (*_LISTS, nn.Sequential))]
@@ -228,8 +232,6 @@ def _choose_stacks(model: nn.Module, families: Sequence[Family]) -> list[str]:
         raise UnsupportedModelError(
             f"{name}: no list of blocks found (an nn.ModuleList of layers); {_which(model)}"
         )
-    config = getattr(model, "config", None)
-    depth = getattr(config, "num_hidden_layers", None)
     paired = bool(getattr(config, "is_encoder_decoder", False))
     # transformers' blocks can be checkpointed, and say so in their class
     marked = [

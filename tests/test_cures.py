@@ -520,10 +520,10 @@ def _small(model_type: str) -> tuple[dict, dict]:
         sizes = dict(num_hidden_layers=6, mamba_dt_rank=4, use_mamba_kernels=False)
         return {**_SIZES, **mixers, **heads, **sizes}, {"input_ids": _IDS}
     if model_type == "zamba2":
-        kinds = ["mamba", "hybrid", "mamba"] * 2
-        mixers = dict(hybrid_layer_ids=[1, 4], num_mem_blocks=1, adapter_rank=2, chunk_size=8)
+        kinds = ["hybrid"] * 2 + ["mamba"] * 4
+        mixers = dict(hybrid_layer_ids=[0, 1], num_mem_blocks=1, adapter_rank=2, chunk_size=8)
         heads = dict(n_mamba_heads=4, mamba_headdim=16, mamba_d_state=4, mamba_ngroups=1)
-        more = dict(num_hidden_layers=6, layer_types=kinds, num_key_value_heads=4)
+        more = dict(num_hidden_layers=6, layers_block_type=kinds, use_mem_rope=True)
         return {**_SIZES, **mixers, **heads, **more}, {"input_ids": _IDS}
     if model_type == "clvp":
         ends = dict(bos_token_id=98, eos_token_id=99)
