@@ -12,8 +12,8 @@ Either is written beside, synchronised, and renamed, so that a reader and a kill
 whole one or none; what killed writers left is removed by the next save. Everything read is compared
 with its CRC-32 first: torch.load itself takes a flipped bit for a weight.
 
-Loading follows one order: weights, then the plan, then the optimizer. State that is loaded under
-another plan belongs to tensors that are frozen there, and would be released.
+Loading follows one order: the plan, then the optimizer, then the weights. State that is loaded
+under another plan belongs to tensors that are frozen there, and would be released.
 """
 
 from __future__ import annotations
@@ -145,17 +145,20 @@ def load_checkpoint(
         _load_shards(path, model, optimizer, weights, state)
     else:
         _share_out(model, optimizer, weights, state)
-    model.load_state_dict(weights)
     rank, ranks = _rank(), content["ranks"]
     own = ranks[rank] if len(ranks) == _world_size() else ranks[0]
+    with _undone_if_it_fails(patched, optimizer, scheduler):
+        if patched is not None:
+            sharded = any(_is_sharded(p) for p in model.parameters())
+            patched.load_state_dict(_handle_state(ranks, rank, was=path.is_dir(), sharded=sharded))
+        optimizer.load_state_dict(_by_index(model, optimizer, content["optimizer"]))
+        if scheduler is not None:
+            scheduler.load_state_dict(content["scheduler"])
+        model.load_state_dict(weights)  # last: there is no second copy to go back to
     if patched is not None:
-        sharded = any(_is_sharded(p) for p in model.parameters())
-        patched.load_state_dict(_handle_state(ranks, rank, was=path.is_dir(), sharded=sharded))
+        patched.accept_weights()
         if patched.cache is not None and own["cache"] is not None:
             patched.cache.expect(own["cache"])
-    optimizer.load_state_dict(_by_index(model, optimizer, content["optimizer"]))
-    if scheduler is not None:
-        scheduler.load_state_dict(content["scheduler"])
     if len(ranks) == _world_size():
         _set_random_state(own["random"], model)
     else:
@@ -171,7 +174,48 @@ def _model_and_handle(handle: PatchHandle | nn.Module) -> tuple[nn.Module, Patch
     return handle, None
 
 
+@contextmanager
+def _undone_if_it_fails(*parts: Any) -> Iterator[None]:
+    before = [(part, part.state_dict()) for part in parts if part is not None]
+    try:
+        yield
+    except BaseException:
+        for part, state in before:
+            part.load_state_dict(state)
+        raise
+
+
 # what is saved
+
+
+def _weights(model: nn.Module) -> tuple[dict[str, Any], list[str]]:
+    """The state dict, but for what modules write beside their tensors and take back from nobody.
+
+    bitsandbytes' 4-bit layers write scales and a description that way, whose length changes.
+
+    Returns:
+        The state dict; and the parameters that what was left out describes: as numbers alone they
+        mean nothing.
+    """
+    weights = model.state_dict()
+    known = {name for name, _ in model.named_parameters(remove_duplicate=False)}
+    known |= {name for name, _ in model.named_buffers(remove_duplicate=False)}
+    foreign = {key for key in weights.keys() - known if key.rpartition(".")[2] != "_extra_state"}
+    described: list[str] = []
+    for path, module in model.named_modules(remove_duplicate=False) if foreign else ():
+        prefix = f"{path}." if path else ""
+        inside = {key for key in foreign if key.startswith(prefix)}
+        own_loader = type(module)._load_from_state_dict is not nn.Module._load_from_state_dict
+        if own_loader or module._load_state_dict_pre_hooks:
+            foreign -= inside  # it takes them back
+            continue
+        for key in inside:
+            name = key.removeprefix(prefix)
+            if name.partition(".")[0] not in module._modules:
+                del weights[key]
+                foreign.remove(key)
+                described += [prefix + p for p in module._parameters if name.startswith(f"{p}.")]
+    return weights, described
 
 
 def _content(
@@ -183,7 +227,7 @@ def _content(
     apart: bool,
 ) -> tuple[dict[str, Any], dict[str, Tensor]]:
     """What a checkpoint says, and tensors that are written beside it if `apart`."""
-    weights = model.state_dict()
+    weights, _ = _weights(model)
     saved = _by_name(model, optimizer)
     content = {
         "tensors": _shapes(weights),
@@ -258,12 +302,20 @@ def _compare(
     scheduler: Any,
 ) -> None:
     """Raise `CheckpointError` if the checkpoint is not of this run."""
-    there, here = content["tensors"], _shapes(model.state_dict())
+    weights, described = _weights(model)
+    there, here = content["tensors"], _shapes(weights)
     for name in sorted(there.keys() | here.keys()):
         if there.get(name) != here.get(name):
             shapes = (f"{s[name]}" if name in s else "missing" for s in (there, here))
             raise CheckpointError(
                 f"{path} is of another model: {name} is {' there and '.join(shapes)} here"
+            )
+    for name in described:
+        saved = content["model"][name]  # None in shards
+        if saved is not None and not torch.equal(weights[name].cpu(), saved):
+            raise CheckpointError(
+                f"{path} is of another model: {name} was quantised from other weights, or on "
+                "another kind of device"
             )
     if (patched is None) != (content["schedule"] is None):
         has = "no schedule" if patched is not None else content["schedule"]
@@ -577,7 +629,7 @@ def _share_out(
     if not any(_is_sharded(p) for p in model.parameters()):
         return
     for key, like in model.state_dict().items():
-        if isinstance(like, Tensor):
+        if isinstance(like, Tensor) and key in weights:
             weights[key] = _sharded_as(like, weights[key])
     parameters = dict(_owners(model, optimizer))
     for owner, values in state.items():

@@ -4,6 +4,7 @@ behind costs a warning or one line.
 
 from __future__ import annotations
 
+import copy
 import json
 import os
 import random
@@ -423,6 +424,128 @@ def test_a_schedule_or_scheduler_on_one_side_only_is_refused(tmp_path):
         other = tmp_path / "other"
         save_checkpoint(other, Toy(), loop.optimizer, step=1)
         load_checkpoint(other, loop.handle, loop.optimizer)
+
+
+class _Refuses:
+    """A scheduler that does not take what it is given."""
+
+    def __init__(self) -> None:
+        self.refuses = False
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"steps": 3}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        if self.refuses:
+            raise ValueError("of another kind")
+
+
+def _spoil_state(loop: Loop, patch: pytest.MonkeyPatch) -> None:
+    real = loop.optimizer.load_state_dict
+    spoilt = iter([True])
+
+    def load(state: dict[str, Any]) -> None:
+        real(state)
+        if next(spoilt, False):
+            raise ValueError("of another kind")
+
+    patch.setattr(loop.optimizer, "load_state_dict", load)
+
+
+@pytest.mark.parametrize("what", ["optimizer", "scheduler"])
+def test_a_load_that_fails_half_way_changes_nothing(what, tmp_path, monkeypatch):
+    """In the middle of a run, where there is a state to lose: blocks 0 to 2 freeze at step 8."""
+    later = Loop(RandomBlockSchedule(2, 2, seed=1)).seed()
+    later.scheduler = _Refuses()
+    later.scheduler.step = lambda: None
+    later.train(9).save(tmp_path)
+    loop = Loop(RandomBlockSchedule(2, 2, seed=1)).seed()
+    loop.scheduler = later.scheduler
+    loop.train(3)
+    before = copy.deepcopy(loop.all())
+    flags = [p.requires_grad for p in loop.handle.model.parameters()]
+    if what == "optimizer":
+        _spoil_state(loop, monkeypatch)
+    loop.scheduler.refuses = what == "scheduler"
+    for number, seed in enumerate((torch.manual_seed, random.seed, numpy.random.seed)):
+        seed(number)
+    with pytest.raises(ValueError, match="of another kind"):
+        loop.load(tmp_path)
+    now = loop.all()
+    torch.manual_seed(0), random.seed(1), numpy.random.seed(2)
+    before["random"] = (torch.get_rng_state(), random.random(), numpy.random.random())
+    assert differences(now, before) == []
+    assert [p.requires_grad for p in loop.handle.model.parameters()] == flags
+    loop.scheduler.refuses = False
+    loop.load(tmp_path)
+    assert loop.handle.step == 9
+
+
+class _Quantised(nn.Linear):
+    """Writes its scale and a description beside its codes, and takes neither back, as the 4-bit
+    layers of bitsandbytes do; the description has another length every time.
+    """
+
+    written = 0
+
+    def __init__(self, width: int, seed: int) -> None:
+        super().__init__(width, width)
+        values = torch.randn(width, width, generator=torch.Generator().manual_seed(seed))
+        self.scale = float(values.abs().max()) / 127
+        self.weight = nn.Parameter((values / self.scale).to(torch.int8), requires_grad=False)
+
+    def forward(self, hidden: torch.Tensor) -> torch.Tensor:
+        return nn.functional.linear(hidden, self.weight * self.scale, self.bias)
+
+    def _save_to_state_dict(self, destination, prefix, keep_vars) -> None:
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        _Quantised.written += 1
+        destination[prefix + "weight.scale"] = torch.tensor([self.scale])
+        destination[prefix + "weight.description"] = torch.zeros(_Quantised.written)
+
+
+def _quantised(seed: int) -> tuple[PatchHandle, MaskedAdamW]:
+    torch.manual_seed(0)
+    model = Toy(dropout=0.0)
+    for block in model.blocks:
+        block.linear = _Quantised(WIDTH, seed)
+    handle = patch_model(model, progressive())
+    return handle, masked_adamw(handle)
+
+
+def _steps(handle: PatchHandle, optimizer: MaskedAdamW, steps: int) -> list[float]:
+    losses = []
+    for step in range(handle.step, handle.step + steps):
+        loss = handle.model(torch.arange(20).view(4, 5).roll(step))
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        handle.advance()
+        losses.append(loss.item())
+    return losses
+
+
+def test_keys_that_quantised_layers_write_for_themselves_are_not_in_the_way(tmp_path):
+    handle, optimizer = _quantised(1)
+    _steps(handle, optimizer, 5)
+    save_checkpoint(tmp_path, handle, optimizer)
+    expected = _steps(handle, optimizer, 4)
+    handle, optimizer = _quantised(1)
+    load_checkpoint(tmp_path, handle, optimizer)
+    assert handle.model.blocks[0].linear.bias.any()  # what is trained is there
+    assert _steps(handle, optimizer, 4) == expected
+
+
+def test_weights_quantised_from_others_are_another_model(tmp_path):
+    handle, optimizer = _quantised(1)
+    _steps(handle, optimizer, 2)
+    save_checkpoint(tmp_path, handle, optimizer)
+    handle, optimizer = _quantised(2)
+    before = {n: t.clone() for n, t in handle.model.state_dict().items() if "description" not in n}
+    with pytest.raises(CheckpointError, match="blocks.0.linear.weight was quantised from other w"):
+        load_checkpoint(tmp_path, handle, optimizer)
+    now = {n: t for n, t in handle.model.state_dict().items() if "description" not in n}
+    assert differences(now, before) == [] and handle.step == 0 and not optimizer.state
 
 
 def test_check_refuses_before_anything_changes(tmp_path):
