@@ -99,7 +99,10 @@ class _Sample:
 
     def holds(self, server: PrefixServer) -> bool:
         tolerance = max(_STORED_TOLERANCE[None], _TOLERANCE.get(self.path.dtype, 0.0))
-        computed = server.compute(self.path, self.call)
+        try:
+            computed = server.compute(self.path, self.call)
+        except Exception:  # a setting under which it does not even run
+            return False
         return _close_rows(computed, self.hidden, [self.span], tolerance)
 
 
@@ -260,6 +263,8 @@ class PrefixServer:
         if self.busy:
             return kwargs
         self._finish()
+        if self._reason is None and self._settings not in (None, self._weights.settings()):
+            self._doubted = True
         if self._reason is None and not self._paused:
             call = Call(self._names, args, kwargs)
             try:
@@ -352,8 +357,6 @@ class PrefixServer:
         if not grads and not any(map(self._store.rows, self._store.levels())):
             return None  # read-only, and nothing to read
         context = _context(self._model, call.device.type)
-        if self._settings is not None and self._settings != self._weights.settings():
-            self._doubted = True
         if self._doubted and not self._look_again((self.salt(context), self._model.training)):
             return "a setting of the model has changed: rows are looked at in training first"
         kind = (call.signature, context, self._model.training)

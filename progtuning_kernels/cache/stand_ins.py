@@ -295,11 +295,9 @@ class Level:
         self._fed: torch.Tensor | None = None
         self._take: Callable[[torch.Tensor], None] | None = None
         self._feeding = Swaps(model, runs)
-        module = model.get_submodule(last)
-        if module._compiled_call_impl is None:
-            self._taking: Swaps | Catch = Catch(module, self._receive)
-        else:  # compiled code knows nothing of later hooks
-            self._taking = Swaps(model, {last: self._capture})
+        self._last = model.get_submodule(last)
+        self._catching = Catch(self._last, self._receive)
+        self._taking = Swaps(model, {last: self._capture})  # compiled code keeps no hook apart
 
     @property
     def was_fed(self) -> bool:
@@ -314,7 +312,7 @@ class Level:
     def take(self, receive: Callable[[torch.Tensor], None]) -> Swaps | Catch:
         """While this is installed, one forward hands its boundary activations to `receive`."""
         self._take = receive
-        return self._taking
+        return self._catching if self._last._compiled_call_impl is None else self._taking
 
     def forget(self) -> None:
         self._fed = self._take = None
