@@ -85,7 +85,8 @@ FAMILIES: dict[str, Family] = {
     ),
     "mpnet": Family(shared=r"encoder\.relative_attention_bias\."),
     # Block 0 computes the bias that every block of its stack adds.
-    **dict.fromkeys(("t5", "mt5", "longt5", "switch_transformers", "udop"), _RELATIVE_BIAS),
+    **dict.fromkeys(("t5", "mt5", "longt5", "switch_transformers"), _RELATIVE_BIAS),
+    "udop": Family(shared=r"relative_attention_bias\.", embeddings=r"\.cell_2d_embedding\."),
     # The norm over the embeddings is registered after `layers`.
     **dict.fromkeys(("bart", "mbart", "plbart", "mvp", "led", "blenderbot-small"), _LATE_NORM),
     # So are tables of one vector a token and block.

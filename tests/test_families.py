@@ -297,6 +297,12 @@ def test_opt_registers_its_final_norm_before_the_blocks():
     assert "model.decoder.final_layer_norm" not in layout.module_paths(EMBEDDINGS)
 
 
+def test_udop_registers_its_embedding_of_boxes_after_the_blocks():
+    with torch.device("meta"):
+        layout = find_layout(hf.UdopModel(hf.UdopConfig(num_layers=2)))
+    assert layout.unit_of("encoder.cell_2d_embedding.x_position_embeddings.weight") == EMBEDDINGS
+
+
 def test_refusals_are_one_clear_line():
     albert = hf.AlbertForSequenceClassification(
         hf.AlbertConfig(

@@ -72,7 +72,7 @@ def test_families_snippet_runs(monkeypatch):
     names |= {"model": tiny_model("bart-seq2seq-lm").model, "schedule": ProgressiveSchedule(2, 4)}
     exec(compile(code, "README.md", "exec"), names)
     assert names["handle"].num_blocks == 4
-    assert table["my_model"].embeddings == r"encoder\.late_norm\."
+    assert table["my_model"].embeddings == r"^encoder\.late_norm\."
 
 
 def test_truncation_snippet_runs():
