@@ -636,6 +636,10 @@ def test_empty_lists_and_bad_lists():
             step * 2,
             **HYPER,
         )
+    for name in ("grad_factor", "found_inf"):
+        for wrong in (torch.zeros((), dtype=torch.bfloat16), torch.zeros(2)):
+            with pytest.raises(ValueError, match=f"{name} is one float32 on cpu"):
+                masked_update(one, one, one, one, step, **HYPER, **{name: wrong})
     codes, scale = torch.zeros(3, dtype=torch.int8), torch.zeros(1)
     for moments, extra, message in (
         ((one[0], one[0].double()), {}, "both moments of a tensor have one dtype"),

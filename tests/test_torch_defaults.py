@@ -89,14 +89,15 @@ def _trained(dtype: torch.dtype = torch.float32, *, bad: bool = False, **options
     return [*own, *states, *norms, *optimizer.torch_state_dict()["state"][3].values()]
 
 
-def _scaled() -> list[Tensor]:
+def _scaled(**options) -> list[Tensor]:
     own = [nn.Parameter(_draw(*shape)) for shape in SHAPES]
-    optimizer = MaskedAdamW(own, lr=0.1, max_grad_norm=0.5)
+    optimizer = MaskedAdamW(own, lr=0.1, **options)
     for p in own:
         p.grad = _draw(*p.shape) * 8
-    optimizer.grad_scale = torch.full((), 8.0, dtype=torch.float32, device="cpu")
+    optimizer.grad_scale = torch.tensor(8.0, device="cpu")  # of the default dtype
+    optimizer.found_inf = torch.tensor(0.0, device="cpu")
     optimizer.step()
-    return [*own, optimizer.grad_norm]
+    return own
 
 
 def _with_gradients(function: Callable[..., Tensor], *inputs: Tensor, **options) -> list[Tensor]:
@@ -161,7 +162,8 @@ CASES: dict[str, Callable[[], list[Tensor]]] = {
         max_grad_norm=1.0, in_backward=True, clip_mode="previous_norm"
     ),
     "offload": lambda: _trained(on_freeze="offload"),
-    "scaled": _scaled,
+    "scaled": lambda: _scaled(max_grad_norm=0.5),
+    "scaled, without a norm": lambda: _scaled(nonfinite="ignore"),
     "masked_norm": _norm,
 }
 CASES |= {

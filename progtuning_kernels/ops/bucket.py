@@ -220,7 +220,16 @@ class Bucket:
             grad_factor, found_inf: 0-dim float32 on the bucket's device; None: 1 and 0.
             seed: of the random numbers, 64 bits.
             zero_grads: leave zeros in the gradients.
+
+        Raises:
+            ValueError: grad_factor or found_inf of another dtype, device or size.
         """
+        for name, t in (("grad_factor", grad_factor), ("found_inf", found_inf)):
+            if t is not None and (t.dtype, t.device, t.numel()) != (torch.float32, self.device, 1):
+                raise ValueError(
+                    f"masked_update: {name} is one float32 on {self.device}, got {t.numel()} of "
+                    f"{t.dtype} on {t.device}"
+                )
         gradients = grads if isinstance(grads, Gradients) else self.gather(grads)
         self.implementation.function(
             self,

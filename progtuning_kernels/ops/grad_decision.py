@@ -55,24 +55,28 @@ def decide(
         gradients: per bucket; at least one is there.
         max_grad_norm: None: no clipping.
         skip_nonfinite: look for NaN and infinities; without clipping this is what costs the norm.
-        grad_scale, found_inf: GradScaler's, 0-dim float32; None: 1 and nothing found.
+        grad_scale, found_inf: GradScaler's, 0-dim; None: 1 and nothing found.
         known_norm: 0-dim, the norm of the gradients as they are (scaled), if it is known.
         previous_norm: 0-dim; clip by it instead of by the norm of these gradients.
         control: (4,) float32 for the native kernel to write norm, grad_factor and found_inf into
             and to count skipped steps in; None: a fresh one.
     """
     device = buckets[0].device
+    if grad_scale is not None:
+        grad_scale = grad_scale.to(device, torch.float32)
+    if found_inf is not None:
+        found_inf = found_inf.to(device, torch.float32)
     if max_grad_norm is None and not skip_nonfinite:
-        factor = None if grad_scale is None else grad_scale.to(device).reciprocal()
-        return GradDecision(None, factor, None if found_inf is None else found_inf.to(device))
+        factor = None if grad_scale is None else grad_scale.reciprocal()
+        return GradDecision(None, factor, found_inf)
     if known_norm is None and previous_norm is None and _decides_natively(buckets):
         return _native(
             buckets, gradients, max_grad_norm, skip_nonfinite, grad_scale, found_inf, control
         )
     norm = _norm(buckets, gradients, device) if known_norm is None else known_norm.to(device)
     if grad_scale is not None:
-        norm = norm / grad_scale.to(device)
-    found = None if found_inf is None else (found_inf.to(device) != 0)
+        norm = norm / grad_scale
+    found = None if found_inf is None else found_inf != 0
     if skip_nonfinite:
         found = ~norm.isfinite() if found is None else found | ~norm.isfinite()
     factor = None
@@ -82,8 +86,7 @@ def decide(
         if not factor.is_cuda and factor == 1.0:
             factor = None  # torch's own kernel would write the gradients back
     if grad_scale is not None:
-        scale = grad_scale.to(device)
-        factor = scale.reciprocal() if factor is None else factor / scale
+        factor = grad_scale.reciprocal() if factor is None else factor / grad_scale
     return GradDecision(norm, factor, None if found is None else found.float())
 
 
@@ -177,8 +180,6 @@ def _native(
     counted = control is not None
     if control is None:
         control = torch.zeros(4, dtype=torch.float32, device=device)
-    scale = None if grad_scale is None else grad_scale.to(device, torch.float32)
-    found = None if found_inf is None else found_inf.to(device, torch.float32)
     with _backend.device_guard(device):
         stream = _backend.cuda_stream(device)
         offset = 0
@@ -196,8 +197,8 @@ def _native(
         extension.norm_decision_cuda(
             partials.data_ptr(),
             sum(counts),
-            0 if scale is None else scale.data_ptr(),
-            0 if found is None else found.data_ptr(),
+            0 if grad_scale is None else grad_scale.data_ptr(),
+            0 if found_inf is None else found_inf.data_ptr(),
             max_grad_norm or 0.0,
             skip_nonfinite,
             control.data_ptr(),
