@@ -56,7 +56,7 @@ def _experiment(name: str, limit_s: float, *options: str) -> Part:
 
 def gpu_parts() -> list[Part]:
     tests = ["tests/test_gpu.py", "tests/test_gpu_masked_update.py", "tests/test_masked_norm.py"]
-    tests += ["tests/test_optimizer_precision.py"]
+    tests += ["tests/test_masked_update_triton.py", "tests/test_optimizer_precision.py"]
     if find_spec("hypothesis") is not None:
         tests += ["tests/test_row_store.py"]
     first = ("-m", "pytest", "-x", "-m", "gpu", "tests/test_gpu_masked_update.py")

@@ -39,13 +39,15 @@ PARAMS = {  # stored as, with a master, rounded stochastically
 MOMENTS = ("float32", "bfloat16", "8bit")
 
 
-def _bucket(params: str, moments: str, sizes=SIZES, shift: int = 0) -> tuple[Bucket, list[Tensor]]:
+def _bucket(
+    params: str, moments: str, sizes=SIZES, shift: int = 0, device: str = "cpu"
+) -> tuple[Bucket, list[Tensor]]:
     """The same at every call. shift: elements by which everything is off its alignment."""
     dtype, master, stochastic = PARAMS[params]
     generator = torch.Generator().manual_seed(3)
 
     def stored(x: Tensor, kind: torch.dtype) -> Tensor:
-        return torch.empty(x.numel() + shift, dtype=kind)[shift:].copy_(x)
+        return torch.empty(x.numel() + shift, dtype=kind, device=device)[shift:].copy_(x)
 
     def draw(size: int, scale: float) -> Tensor:
         return torch.randn(size, generator=generator) * scale
@@ -57,7 +59,8 @@ def _bucket(params: str, moments: str, sizes=SIZES, shift: int = 0) -> tuple[Buc
             random = torch.randint(0, 65536, (size,), generator=generator)
             m, m_scale = low_precision.encode_exp_avg(m)
             v, v_scale = low_precision.encode_exp_avg_sq(v, random)
-            states.append(Moments(stored(m, m.dtype), stored(v, v.dtype), m_scale, v_scale))
+            scales = m_scale.to(device), v_scale.to(device)
+            states.append(Moments(stored(m, m.dtype), stored(v, v.dtype), *scales))
         else:
             kind = BFLOAT16 if moments == "bfloat16" else FLOAT32
             states.append(Moments(stored(m, kind), stored(v, kind)))
@@ -65,7 +68,7 @@ def _bucket(params: str, moments: str, sizes=SIZES, shift: int = 0) -> tuple[Buc
     bucket = Bucket(
         [stored(p, dtype) for p in exact],
         states,
-        [torch.tensor(6.0 * (i % 2)) for i in range(len(sizes))],  # steps 1 and 7
+        [torch.tensor(6.0 * (i % 2), device=device) for i in range(len(sizes))],  # steps 1 and 7
         masters=[stored(p, FLOAT32) for p in exact] if master else None,
         indices=[7 * i + 3 for i in range(len(sizes))],
         groups=[i // 2 % 2 for i in range(len(sizes))],
@@ -92,7 +95,9 @@ def _copies(bucket: Bucket) -> dict[str, Tensor]:
 
 def _assert_equal(mine: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
     for name, tensor in expected.items():
-        torch.testing.assert_close(mine[name], tensor, rtol=0, atol=0, equal_nan=True, msg=name)
+        torch.testing.assert_close(
+            mine[name].cpu(), tensor, rtol=0, atol=0, equal_nan=True, msg=name
+        )
 
 
 def _plain(bucket, grads, hypers=HYPERS, *, grad_factor=None, found_inf=None, seed=SEED) -> None:
@@ -105,13 +110,47 @@ def _update(bucket, grads, hypers=HYPERS, **keywords) -> None:
     mut.update(bucket, bucket.gather(grads), hypers, **{**defaults, **keywords})
 
 
-def _compare_with(params: str, moments: str, sizes: tuple[int, ...], shift: int) -> None:
-    (mine, grads), (theirs, same) = (_bucket(params, moments, sizes, shift) for _ in range(2))
+def _compare_with(
+    params: str, moments: str, sizes: tuple[int, ...], shift: int, device: str = "cpu"
+) -> None:
+    mine, grads = _bucket(params, moments, sizes, shift, device)
+    theirs, same = _bucket(params, moments, sizes, shift)
     factor = torch.tensor(0.5)
     _plain(theirs, same, grad_factor=factor)
-    _update(mine, grads, grad_factor=factor, zero_grads=True)
+    _update(mine, grads, grad_factor=factor.to(device), zero_grads=True)
     _assert_equal(_state(mine), _state(theirs))
     assert not any(grad.any() for grad in grads)
+
+
+def _compare_where_gradients_are_missing(device: str = "cpu") -> None:
+    sizes = [3] * (mut.TENSORS + 2)  # two programs of prepare_kernel
+    mine, grads = _bucket("bfloat16", "float32", sizes, device=device)
+    theirs, same = _bucket("bfloat16", "float32", sizes)
+    for each in (grads, same):
+        each[2:-1] = [None] * (len(sizes) - 3)
+    before = _copies(mine)
+    versions = [p._version for p in mine.params]
+    _plain(theirs, same)
+    _update(mine, grads, zero_grads=True)
+    _assert_equal(_state(mine), _state(theirs))
+    assert torch.equal(mine.params[2], before["param 2"]) and mine.steps[2] == before["step 2"]
+    assert all(p._version == v + 1 for p, v in zip(mine.params, versions, strict=True))
+
+    empty, grads = _bucket("float32", "float32", (0,), device=device)
+    _update(empty, grads)
+    assert empty.steps[0] == 1
+
+
+def _compare_where_a_step_is_skipped(found: float, zero_grads: bool, device: str = "cpu") -> None:
+    bucket, grads = _bucket("bfloat16-stochastic", "8bit", (5, 700, 2048), device=device)
+    grads[1][5] = math.nan
+    before, copies = _copies(bucket), [grad.clone() for grad in grads]
+    found_inf = torch.tensor(found, device=device)
+    _update(bucket, copies, found_inf=found_inf, zero_grads=zero_grads)
+    _assert_equal(_state(bucket), {name: tensor.cpu() for name, tensor in before.items()})
+    for grad, copy in zip(grads, copies, strict=True):
+        expected = torch.zeros_like(grad) if zero_grads else grad
+        torch.testing.assert_close(copy, expected, rtol=0, atol=0, equal_nan=True)
 
 
 @pytest.mark.parametrize("moments", MOMENTS)
@@ -127,33 +166,13 @@ def check_bits_of_the_reference_at_other_alignments(params, moments):
 
 
 def check_a_tensor_without_gradient_is_left_out():
-    sizes = [3] * (mut.TENSORS + 2)  # two programs of prepare_kernel
-    (mine, grads), (theirs, _) = (_bucket("bfloat16", "float32", sizes) for _ in range(2))
-    grads = [grad if i in (0, 1, len(sizes) - 1) else None for i, grad in enumerate(grads)]
-    before = _copies(mine)
-    versions = [p._version for p in mine.params]
-    _plain(theirs, grads)
-    _update(mine, grads, zero_grads=True)
-    _assert_equal(_state(mine), _state(theirs))
-    assert torch.equal(mine.params[2], before["param 2"]) and mine.steps[2] == before["step 2"]
-    assert all(p._version == v + 1 for p, v in zip(mine.params, versions, strict=True))
-
-    empty, grads = _bucket("float32", "float32", (0,))
-    _update(empty, grads)
-    assert empty.steps[0] == 1
+    _compare_where_gradients_are_missing()
 
 
 @pytest.mark.parametrize("zero_grads", [False, True])
 @pytest.mark.parametrize("found", [1.0, math.nan])
 def check_found_inf_changes_nothing(found, zero_grads):
-    bucket, grads = _bucket("bfloat16-stochastic", "8bit", (5, 700, 2048))
-    grads[1][5] = math.nan
-    before, copies = _copies(bucket), [grad.clone() for grad in grads]
-    _update(bucket, copies, found_inf=torch.tensor(found), zero_grads=zero_grads)
-    _assert_equal(_state(bucket), before)
-    for grad, copy in zip(grads, copies, strict=True):
-        expected = torch.zeros_like(grad) if zero_grads else grad
-        torch.testing.assert_close(copy, expected, rtol=0, atol=0, equal_nan=True)
+    _compare_where_a_step_is_skipped(found, zero_grads)
 
 
 @pytest.mark.filterwarnings("ignore::RuntimeWarning")  # numpy's, on NaN
@@ -264,6 +283,26 @@ def check_elements_beyond_32_bits():
     words, first_address = mut._step_words(bucket, tables, [address], HYPERS[:1], SEED)
     mut.launch(bucket, tables, words, first_address, None, None, zero_grads=False)
     assert torch.equal(p, expected)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("moments", MOMENTS)
+@pytest.mark.parametrize("params", PARAMS)
+def test_bits_of_the_reference_on_a_gpu(params, moments):
+    _compare_with(params, moments, SIZES, 0, "cuda")
+    _compare_with(params, moments, UNALIGNED_SIZES, 1, "cuda")
+
+
+@pytest.mark.gpu
+def test_missing_gradients_on_a_gpu():
+    _compare_where_gradients_are_missing("cuda")
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("zero_grads", [False, True])
+@pytest.mark.parametrize("found", [1.0, math.nan])
+def test_found_inf_changes_nothing_on_a_gpu(found, zero_grads):
+    _compare_where_a_step_is_skipped(found, zero_grads, "cuda")
 
 
 def test_in_the_interpreter():
