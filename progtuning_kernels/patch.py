@@ -696,13 +696,13 @@ class PatchHandle:
 
     def _follow_moved(self) -> None:
         """A forward has shown that bare parameters belong elsewhere: before its backward."""
-        before = self.boundary
         moved = self._active.move(self.plan)
         for step, plan in self._plans_to_check():
             self._check_plan(step, plan)
-        if moved:
-            self._follow_flags()
-        if self.cache is not None and self.boundary != before:
+        if not moved:
+            return
+        self._follow_flags()
+        if self.cache is not None:  # what trained may have kept it from serving
             self.cache.move(self.boundary)
 
     def _follow_flags(self) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 import warnings
 from collections import Counter
+from unittest import mock
 
 import accelerate
 import pytest
@@ -18,11 +19,13 @@ from progtuning_kernels import (
     FreezePlan,
     MaskedAdamW,
     MilestoneSchedule,
+    PrefixCache,
     TruncationError,
     UnsupportedModelError,
     patch_model,
     register_family,
 )
+from progtuning_kernels.cache.break_even import BreakEven
 from progtuning_kernels.derived_classes import root_of
 from progtuning_kernels.families import FAMILIES
 
@@ -428,6 +431,31 @@ def test_a_resumed_run_keeps_the_state_of_what_is_used_above_the_boundary():
         runs.append(dict(model.named_parameters()))
     for name, parameter in runs[0].items():
         assert torch.equal(parameter, runs[1][name]), name
+
+
+def test_a_cache_serves_what_the_first_forward_shows_to_be_frozen():
+    class Positions(_Homemade):
+        def __init__(self):
+            super().__init__()
+            self.position = nn.Parameter(torch.ones(3, 8))
+
+        def forward(self, ids):
+            hidden = self.norm(self.embed(ids) + self.position)
+            for layer in self.layers:
+                hidden = layer(hidden)
+            return self.out(hidden).square().mean()
+
+    model, untouched = Positions(), Positions()
+    cache = PrefixCache(1 << 20)
+    handle = patch_model(model, MilestoneSchedule({0: 2}, embeddings="never"), cache=cache)
+    with mock.patch.object(BreakEven, "verdict", lambda self, rows: None):
+        for _ in range(4):
+            assert torch.equal(model(IDS), untouched(IDS))
+    assert handle.cache_report().hits > 0
+    with torch.no_grad():
+        for each in (model, untouched):
+            each.position += 1
+    assert torch.equal(model(IDS), untouched(IDS))
 
 
 def test_a_model_that_trains_nothing_but_what_enters_below_block_0_is_refused():
