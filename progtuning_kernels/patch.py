@@ -230,7 +230,7 @@ class PatchHandle:
         self._missed.told(step)
         plan = self.schedule.plan(step, self.num_blocks)
         changed = plan != self.plan
-        rebuilt = self._structure.changed
+        rebuilt = self._rebuilt
         if rebuilt:
             self._take_in_changes()
         if changed or rebuilt:
@@ -341,7 +341,8 @@ class PatchHandle:
         The last training forward is run once more, on the same inputs, with counters attached:
         training itself is never slowed down by counting, and its random numbers stay as they were.
         """
-        self._structure.check()
+        if self._rebuilt:
+            self._structure.check()
         uses = {}
         if (last := self.last_forward) is not None:
             with last.context(), nullcontext() if self.cache is None else self.cache.paused():
@@ -482,7 +483,7 @@ class PatchHandle:
         self._structure.check_blocks()
         if self._wrapper is None or not self._wrapper.sharded:  # FSDP2 writes at every forward
             self._missed.before_forward(self.step)
-        if not self.proved and self._structure.changed:
+        if not self.proved and self._rebuilt:
             self._take_in_changes()
             self._check_plan(self.step, self.plan)
             self._apply()
@@ -510,6 +511,13 @@ class PatchHandle:
                 self.proved = output is not None  # None: the forward has raised
 
             hook = self.model.register_forward_hook(finish, always_call=True)
+
+    @property
+    def _rebuilt(self) -> bool:
+        """Whether modules or parameters came or went, not counting a cache's stand-ins."""
+        if self.cache is not None and self._structure.changed:
+            self.cache.put_back()  # a forward that was interrupted leaves them
+        return self._structure.changed
 
     def _take_in_changes(self) -> None:
         self._structure.check()
