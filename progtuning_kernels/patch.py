@@ -269,7 +269,7 @@ class PatchHandle:
         self._missed.told(step)
         plan = self.schedule.plan(step, self.num_blocks)
         changed = plan != self.plan
-        rebuilt = self._structure.changed
+        rebuilt = self._rebuilt
         if rebuilt:
             self._take_in_changes()
         if changed or rebuilt:
@@ -388,7 +388,8 @@ class PatchHandle:
         The last training forward is run once more, on the same inputs, with counters attached:
         training itself is never slowed down by counting, and its random numbers stay as they were.
         """
-        self._structure.check()
+        if self._rebuilt:
+            self._structure.check()
         uses = {}
         if (last := self.last_forward) is not None:
             with last.context(), nullcontext() if self.cache is None else self.cache.paused():
@@ -530,10 +531,12 @@ class PatchHandle:
             RuntimeError: the blocks are others than when the model was patched.
             UnsupportedModelError, ValueError: as `patch_model`, of adapters added since.
         """
+        if self.cache is not None:
+            self.cache.put_back()  # stand-ins that a forward left when it was interrupted
         self._structure.check_blocks()
         if self._wrapper is None or not self._wrapper.sharded:  # FSDP2 writes at every forward
             self._missed.before_forward(self.step)
-        if self.follow_switches() or self.proved or not self._structure.changed:
+        if self.follow_switches() or self.proved or not self._rebuilt:
             return
         self._take_in_changes()
         self._check_plan(self.step, self.plan)
@@ -620,6 +623,13 @@ class PatchHandle:
         for plan in (self.plan, *(plan for _, plan in self._plans_to_check())):
             units.update(u for u in self.layout.units if not self._active.trains(u, plan))
         return units
+
+    @property
+    def _rebuilt(self) -> bool:
+        """Whether modules or parameters came or went, not counting a cache's stand-ins."""
+        if self.cache is not None and self._structure.changed:
+            self.cache.put_back()  # a forward that was interrupted leaves them
+        return self._structure.changed
 
     def _take_in_changes(self) -> None:
         self._structure.check()

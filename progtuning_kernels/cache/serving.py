@@ -206,6 +206,10 @@ class PrefixServer:
         self._paths.clear()
         self._cache.close(self._store)
 
+    def put_back(self) -> None:
+        """Every module in its own place again, also after a forward that was interrupted."""
+        self._finish()
+
     def manifest(self) -> dict[str, str | None]:
         """Where rows are kept, and what for: for a checkpoint."""
         path = self._cache.path
