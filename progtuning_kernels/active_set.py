@@ -178,7 +178,8 @@ class ActiveSet:
         """Parameters whose flag is not the plan's any more, with the flag that they have now."""
         # before the first plan there are no flags, and nothing to compare with
         for slot, on in zip(self._slots, self._flags, strict=bool(self._flags)):
-            if slot.parameter.requires_grad != on:
+            parameter = slot.owner._parameters.get(slot.attribute)  # FSDP1 takes them away
+            if parameter is not None and parameter.requires_grad != on:
                 yield slot, not on
 
     def _note_user_choices(self) -> None:
