@@ -5,13 +5,27 @@ torch runs hooks in `module(...)` alone; SqueezeBERT, among others, goes past th
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import fields, is_dataclass
 from typing import Any
 
+import torch
 from torch import nn
+from torch.utils import _pytree as pytree
 
 Before = Callable[[nn.Module, tuple[Any, ...], dict[str, Any]], None]
 After = Callable[[nn.Module, Any], None]
+
+
+def tensors_in(value: Any) -> Iterator[torch.Tensor]:
+    """Tensors that a module was given or returned, in containers unknown to pytree too."""
+    for leaf in pytree.tree_leaves(value):
+        if isinstance(leaf, torch.Tensor):
+            yield leaf
+        elif isinstance(leaf, Mapping):
+            yield from tensors_in(list(leaf.values()))
+        elif is_dataclass(leaf) and not isinstance(leaf, type):
+            yield from tensors_in([getattr(leaf, field.name) for field in fields(leaf)])
 
 
 class ForwardHooks:

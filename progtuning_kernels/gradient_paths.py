@@ -20,12 +20,11 @@ from typing import Any
 import torch
 import torch.utils.checkpoint
 from torch import nn
-from torch.utils import _pytree as pytree
 
 from .call_stack import called_from
 from .cures import cure_for
 from .families import UnsupportedModelError
-from .forward_hooks import Before, ForwardHooks
+from .forward_hooks import Before, ForwardHooks, tensors_in
 from .layout import EMBEDDINGS, Layout, ParameterSlot, parameter_slots, register_call
 
 
@@ -68,7 +67,7 @@ class GradientPaths:
         self._unruled = {id(p): name for name, p in layout.unruled(model).items()}
         self._checked: dict[Any, int] = {}  # lowest unit that a node was followed for
         self._readers: dict[int, int] = {}  # lowest unit computed from a parameter, by its id
-        self._given = {id(leaf) for leaf in _leaves(_tensors(inputs))}
+        self._given = {id(leaf) for leaf in _leaves(tensors_in(inputs))}
         self._ran: list[str] = []  # paths of the modules called, in their order
         self._hooks: list[ForwardHooks] = []
         self._blind = False
@@ -107,7 +106,7 @@ class GradientPaths:
     def _refuse_late_embeddings(self, output: Any) -> None:
         if EMBEDDINGS not in self._freezes or self._blind:
             return
-        for leaf in _leaves(_tensors(output), self._checked):
+        for leaf in _leaves(tensors_in(output), self._checked):
             slot = self._slots.get(id(leaf))
             if slot is None or id(leaf) in self._unruled or id(leaf) in self._readers:
                 continue
@@ -122,7 +121,7 @@ class GradientPaths:
     def _hook(self, unit: int, path: str) -> Before:
         def check(module: nn.Module, args: Any, kwargs: Any) -> None:
             self._ran.append(path)
-            tensors = [t for t in _tensors((args, kwargs)) if t.requires_grad]
+            tensors = [t for t in tensors_in((args, kwargs)) if t.requires_grad]
             if not torch.is_grad_enabled():
                 trains = unit not in self._no_grad and path in self._layout.block_paths
                 # a model may run a part of itself under no_grad by its own will
@@ -168,10 +167,6 @@ class GradientPaths:
             f"({later}), whose gradient freezing {first} would cut off"
         )
         return f"{found}; {cure_for(self._model, layout, slot, path, self._ran)}"
-
-
-def _tensors(values: Any) -> list[torch.Tensor]:
-    return [t for t in pytree.tree_leaves(values) if isinstance(t, torch.Tensor)]
 
 
 def _leaves(

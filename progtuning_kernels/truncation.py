@@ -5,14 +5,13 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, suppress
-from dataclasses import dataclass, fields, is_dataclass
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import nn
-from torch.utils import _pytree as pytree
 
-from .forward_hooks import ForwardHooks
+from .forward_hooks import ForwardHooks, tensors_in
 from .layout import EMBEDDINGS, Layout, parameter_slots
 
 
@@ -169,17 +168,6 @@ def _some(names: Sequence[str]) -> str:
     return names[0] + (f" and {len(names) - 1} more" if len(names) > 1 else "") if names else ""
 
 
-def _tensors_in(value: Any) -> Iterator[torch.Tensor]:
-    """Tensors in what a module returned, in containers that pytree does not know too."""
-    for leaf in pytree.tree_leaves(value):
-        if isinstance(leaf, torch.Tensor):
-            yield leaf
-        elif isinstance(leaf, Mapping):
-            yield from _tensors_in(list(leaf.values()))
-        elif is_dataclass(leaf) and not isinstance(leaf, type):
-            yield from _tensors_in([getattr(leaf, field.name) for field in fields(leaf)])
-
-
 class _UnitClock:
     """Knows which unit a forward is in, from hooks that live for one forward.
 
@@ -203,7 +191,7 @@ class _UnitClock:
 
     def _note_output(self, unit: int, path: str, output: Any) -> None:
         if path not in self.requiring_grad[unit] and any(
-            t.requires_grad for t in _tensors_in(output)
+            t.requires_grad for t in tensors_in(output)
         ):
             self.requiring_grad[unit].append(path)
 
@@ -267,7 +255,7 @@ def _count_nodes(
     units_by_parameter: Mapping[int, int],
     bare: Mapping[int, int],
 ) -> dict[int, int]:
-    pending = [t.grad_fn for t in _tensors_in(outputs) if t.grad_fn is not None]
+    pending = [t.grad_fn for t in tensors_in(outputs) if t.grad_fn is not None]
     found = set(pending)
     users: dict[Any, Any] = {}  # a node that goes on from each one
     while pending:

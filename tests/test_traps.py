@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 import warnings
 from collections import Counter
+from dataclasses import dataclass
 from unittest import mock
 
 import accelerate
@@ -493,6 +494,33 @@ def test_a_late_module_is_named_though_another_late_one_runs_between():
         patch_model(model, MilestoneSchedule({0: boundary}), blocks=["encoder", "decoder"])
         with pytest.raises(UnsupportedModelError, match=r"encoder.0 .*computed from late\."):
             model(IDS)
+
+
+def test_what_a_block_is_computed_from_is_found_in_a_dataclass():
+    @dataclass
+    class State:
+        hidden: torch.Tensor
+
+    class Block(nn.Linear):
+        def forward(self, state):
+            return State(super().forward(state.hidden).tanh())
+
+    class Stateful(_Wrapped):
+        def __init__(self):
+            super().__init__()
+            self.encoder = nn.ModuleList(Block(8, 8) for _ in range(2))
+            self.late = nn.Linear(8, 8)
+
+        def forward(self, ids):
+            state = State(self.late(self.embed(ids)))
+            for layer in self.encoder:
+                state = layer(state)
+            return self.out(state.hidden).mean()
+
+    model = Stateful()
+    patch_model(model, MilestoneSchedule({0: 1}), blocks="encoder")
+    with pytest.raises(UnsupportedModelError, match=r"encoder.0 .*computed from late\."):
+        model(IDS)
 
 
 class _OfVectors(_Homemade):
