@@ -113,7 +113,7 @@ FAMILIES: dict[str, Family] = {
 }
 
 
-def register_family(model_type: str, **rules: Any) -> Family:
+def register_family(model_type: str | type, **rules: Any) -> Family:
     """Say where models of one kind keep what structure alone gets wrong.
 
     Rules add to those that the kind has already, those of one field too: patterns are joined by
@@ -123,7 +123,7 @@ def register_family(model_type: str, **rules: Any) -> Family:
         register_family("MyEncoder", embeddings=r"^encoder\\.late_norm\\.")
 
     Args:
-        model_type: `model.config.model_type`, or the name of a class, for models without config.
+        model_type: `model.config.model_type`, or a class or its name, for models without config.
             The model may be of that kind, or hold a module that is.
         rules: fields of `Family`.
 
@@ -133,6 +133,10 @@ def register_family(model_type: str, **rules: Any) -> Family:
     Raises:
         ValueError: an unknown rule, or a pattern that is no regular expression.
     """
+    if isinstance(model_type, type):
+        model_type = model_type.__name__
+    if not isinstance(model_type, str):
+        raise TypeError(f"register_family takes a model_type or a class, not {model_type!r}")
     FAMILIES[model_type] = joined(FAMILIES.get(model_type, Family()), rules)
     return FAMILIES[model_type]
 

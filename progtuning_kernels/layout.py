@@ -335,6 +335,10 @@ def _stacks_at(model: nn.Module, paths: Sequence[str]) -> tuple[list[Stack], lis
     stacks: list[Stack] = []
     blocks: list[str] = []
     for path in paths:
+        if not isinstance(path, str):
+            raise TypeError(
+                f"blocks= takes names of modules, such as 'encoder.layers': not {type(path).__name__}"
+            )
         if path not in modules:
             raise UnsupportedModelError(
                 f"{type(model).__name__} has no module at {path!r}; {_which(model)}"

@@ -1,4 +1,6 @@
-"""Notices a loop that never tells the handle of its steps, or tells it of more than there are."""
+"""Notices a loop that never tells the handle of its steps, or tells it of more than there are, and
+a run that ends before its schedule changes anything.
+"""
 
 from __future__ import annotations
 
@@ -17,7 +19,7 @@ from .schedules import ObservingSchedule, Schedule
 class MissedSteps:
     """Compares what a handle is told with what happens to the weights of its model.
 
-    Each of the two warnings is given once.
+    Each warning is given once.
 
     Args:
         model: the model that `layout` describes.
@@ -31,6 +33,19 @@ class MissedSteps:
         self._version = 0  # of it, at the last forward
         self._updates = 0  # how often that has changed at this step
         self._warned_of_none = self._warned_of_end = False
+        total = schedule.total_steps
+        observing = isinstance(schedule, ObservingSchedule)
+        if (
+            total
+            and not observing
+            and self._comes_to_more()
+            and schedule.stage(total - 1) == schedule.stage(0)
+        ):
+            warnings.warn(
+                f"{schedule!r} changes nothing within the {total} steps of the run: its first plan "
+                "is in force to the end",
+                stacklevel=4,
+            )
 
     def told(self, step: int) -> None:
         """The handle was told that `step` comes next."""

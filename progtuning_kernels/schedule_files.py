@@ -60,7 +60,8 @@ def make_schedule(settings: Mapping[str, Any]) -> Schedule:
         raise ValueError(f"schedule must be one of {', '.join(KINDS)}, got {kind!r}")
     cls = KINDS[kind]
     if cls is MilestoneSchedule:
-        settings["milestones"] = _milestones(settings.pop("steps", None))
+        steps = settings.pop("steps", None)
+        settings["milestones"] = _milestones(settings.get("milestones", steps))
     parameters = inspect.signature(cls).parameters
     for name in settings:
         if name not in parameters:

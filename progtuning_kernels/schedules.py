@@ -656,7 +656,9 @@ class AnnealedSchedule:
         """
         total = self.total_steps
         if total is None:
-            raise ValueError("annealing needs the length of the run: give total_steps or bind it")
+            raise ValueError(
+                "annealing needs the length of the run: call schedule.bind(total_steps) first"
+            )
         if self._ends is None or self._ends[0] != (total, num_blocks):
             ends = [total] * (num_blocks + 2)
             before, stage = None, -1

@@ -329,3 +329,14 @@ def test_refusals_are_one_clear_line():
             find_layout(model, blocks)
         assert "\n" not in str(caught.value)
     assert find_layout(two, "b.layers").num_blocks == 3
+
+
+def test_a_rule_may_be_given_for_a_class(monkeypatch):
+    class Late(nn.Module):
+        pass
+
+    monkeypatch.setattr("progtuning_kernels.families.FAMILIES", table := {})
+    register_family(Late, embeddings=r"^late\.")
+    assert table["Late"].embeddings == r"^late\."
+    with pytest.raises(TypeError, match="a model_type or a class, not None"):
+        register_family(None, embeddings=r"^late\.")

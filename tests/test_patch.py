@@ -25,6 +25,7 @@ from transformers import BatchEncoding
 from progtuning_kernels import (
     AdaptiveSchedule,
     AnnealedSchedule,
+    CyclicBlockSchedule,
     FreezePlan,
     MaskedAdamW,
     MilestoneSchedule,
@@ -892,3 +893,34 @@ def test_sparse_saved_tensors_count_what_they_hold(layout):
     held = entries * (4 + 8) + 8 * (entries if layout is torch.sparse_coo else 9)
     count = sum(t.layout == layout for t in saved)
     assert count and found == dense + count * held
+
+
+@pytest.mark.parametrize(
+    ("schedule", "told"),
+    [
+        (CyclicBlockSchedule(1, 50), True),
+        (MilestoneSchedule({0: 0, 1000: 3}), True),
+        (MilestoneSchedule({0: 0, 17: 3}), False),
+        (MilestoneSchedule({}), False),
+        (ProgressiveSchedule(1), False),
+        (ProgressiveSchedule(3), False),
+        (AdaptiveSchedule(100), False),
+    ],
+)
+def test_a_run_that_ends_before_its_schedule_changes_anything_is_told(schedule, told):
+    schedule = copy.deepcopy(schedule).bind(18)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        patch_model(tiny_model("bert-sequence"), schedule).unpatch()
+    assert [str(w.message) for w in caught if "within the 18 steps" in str(w.message)] == [
+        f"{schedule!r} changes nothing within the 18 steps of the run: its first plan is in force "
+        "to the end"
+    ] * told
+    assert not told or caught[0].filename == __file__
+
+
+def test_blocks_are_named():
+    model = tiny_model("bert-sequence")
+    for blocks in (model.bert.encoder.layer, [model.bert.encoder.layer]):
+        with pytest.raises(TypeError, match=r"names of modules, such as 'encoder\.layers'"):
+            patch_model(model, ProgressiveSchedule(2, 4), blocks=blocks)

@@ -48,8 +48,8 @@ class PrefixCache:
         path: str | os.PathLike[str] | None = None,
         id_column: str | None = None,
     ) -> None:
-        if max_bytes < 1:
-            raise ValueError(f"max_bytes must be positive, got {max_bytes}")
+        if not isinstance(max_bytes, int) or max_bytes < 1:
+            raise ValueError(f"max_bytes must be a number of bytes, 1 or more, got {max_bytes!r}")
         self.max_bytes = max_bytes
         self.device: CacheDevice = device
         self.dtype = dtype

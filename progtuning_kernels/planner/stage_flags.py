@@ -52,7 +52,8 @@ class StageFlags:
             ValueError: it leaves nothing to train.
         """
         self._active.check(plan)
-        active = self._active.apply(plan)
+        self._active.apply(plan)
+        active = self._active.units
         boundary = 0
         if EMBEDDINGS not in active:
             blocks = range(self._layout.num_blocks)
