@@ -337,7 +337,8 @@ def _stacks_at(model: nn.Module, paths: Sequence[str]) -> tuple[list[Stack], lis
     for path in paths:
         if not isinstance(path, str):
             raise TypeError(
-                f"blocks= takes names of modules, such as 'encoder.layers': not {type(path).__name__}"
+                "blocks= takes names of modules, such as 'encoder.layers', not a "
+                f"{type(path).__name__}"
             )
         if path not in modules:
             raise UnsupportedModelError(
