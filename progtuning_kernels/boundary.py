@@ -61,7 +61,8 @@ def frozen_class(base: type, *, no_grad: bool, hold_eval: bool, own_forward: boo
 
     def forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
         with torch.no_grad():
-            return base.forward(self, *args, **kwargs)
+            output = base.forward(self, *args, **kwargs)
+        return output if torch.compiler.is_compiling() else _writable(output)
 
     def call(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
         with torch.no_grad():
@@ -82,6 +83,16 @@ def frozen_class(base: type, *, no_grad: bool, hold_eval: bool, own_forward: boo
     made = derive(base, _Flags(no_grad, hold_eval, own_forward), members)
     _unfrozen[made] = base
     return made
+
+
+def _writable(output: Any) -> Any:
+    """Detached where it is a view: what trains cannot be written into one made under `no_grad`.
+
+    wav2vec2 writes its mask vector into the features.
+    """
+    if isinstance(output, torch.Tensor):
+        return output.detach() if output._is_view() else output
+    return tuple(map(_writable, output)) if type(output) is tuple else output
 
 
 def _hold_eval(module: nn.Module, base: type, mode: bool) -> None:

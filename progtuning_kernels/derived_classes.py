@@ -95,6 +95,11 @@ def derive(base: type, key: Hashable, members: Mapping[str, Any]) -> type:
         _, _, *state = root_of(base).__reduce_ex__(self, protocol)
         return (_new_instance, (root_of(base),), *state)
 
+    def init(self: Any, *args: Any, **kwargs: Any) -> None:
+        # whoever finds this class among `__subclasses__()` and calls it wants the original
+        self.__class__ = root_of(base)
+        self.__init__(*args, **kwargs)
+
     # the name stays: transformers' `_no_split_modules` and regional compilation go by it
     made = _unnoticed(
         type(base),
@@ -104,6 +109,7 @@ def derive(base: type, key: Hashable, members: Mapping[str, Any]) -> type:
             "__module__": base.__module__,
             "__qualname__": base.__qualname__,
             "__doc__": base.__doc__,
+            "__init__": init,
             "__reduce_ex__": reduce_ex,
             **members,
         },

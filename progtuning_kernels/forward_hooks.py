@@ -1,11 +1,13 @@
-"""Hooks around one module's forward that also see a model which calls `module.forward()` itself.
+"""Watches forwards of models, and repeats them without a trace.
 
-torch runs hooks in `module(...)` alone; SqueezeBERT, among others, goes past them.
+torch runs hooks in `module(...)` alone; SqueezeBERT, among others, goes past them by
+`module.forward()`, which is watched here too.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import fields, is_dataclass
 from typing import Any
 
@@ -17,15 +19,41 @@ Before = Callable[[nn.Module, tuple[Any, ...], dict[str, Any]], None]
 After = Callable[[nn.Module, Any], None]
 
 
-def tensors_in(value: Any) -> Iterator[torch.Tensor]:
-    """Tensors that a module was given or returned, in containers unknown to pytree too."""
+def tensors_in(value: Any, depth: int = 4) -> Iterator[torch.Tensor]:
+    """Tensors that a module was given or returned, in containers unknown to pytree too.
+
+    Args:
+        depth: of objects inside objects that are looked into.
+    """
     for leaf in pytree.tree_leaves(value):
         if isinstance(leaf, torch.Tensor):
             yield leaf
-        elif isinstance(leaf, Mapping):
-            yield from tensors_in(list(leaf.values()))
-        elif is_dataclass(leaf) and not isinstance(leaf, type):
-            yield from tensors_in([getattr(leaf, field.name) for field in fields(leaf)])
+        elif depth and isinstance(leaf, Mapping):
+            yield from tensors_in(list(leaf.values()), depth - 1)
+        elif depth and is_dataclass(leaf) and not isinstance(leaf, type):
+            own = [getattr(leaf, field.name, None) for field in fields(leaf)]
+            yield from tensors_in(own, depth - 1)
+        elif depth and hasattr(leaf, "__dict__") and not isinstance(leaf, type | nn.Module):
+            yield from tensors_in(list(vars(leaf).values()), depth - 1)
+
+
+@contextmanager
+def buffers_kept(model: nn.Module) -> Iterator[None]:
+    """Put every buffer back afterwards, by object and by value."""
+    kept = [
+        (m._buffers, {name: (b, b.clone()) for name, b in m._buffers.items() if b is not None})
+        for m in model.modules()
+    ]
+    try:
+        yield
+    finally:
+        with torch.no_grad():
+            for buffers, before in kept:
+                for name, (buffer, values) in before.items():
+                    buffers[name] = buffer
+                    # compared: batch norm writes without a new version, and a copy makes one
+                    if not (buffer.is_meta or torch.equal(buffer, values)):
+                        buffer.copy_(values)
 
 
 class ForwardHooks:

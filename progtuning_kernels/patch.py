@@ -42,16 +42,20 @@ _HANDLE = "_progtuning_handle"
 _live: weakref.WeakSet[PatchHandle] = weakref.WeakSet()  # of models that are patched now
 
 
-def _with_own_containers(value: Any) -> Any:
-    """A copy that shares every tensor: models write into the dict that they are called with."""
+def _with_own_containers(value: Any, *, clone: bool = False) -> Any:
+    """A copy that shares every tensor, unless they are cloned too: models write into the dict that
+    they are called with, and some into its tensors.
+    """
+    if isinstance(value, torch.Tensor):
+        return value.clone() if clone else value
     if isinstance(value, tuple):
-        items = [_with_own_containers(item) for item in value]
+        items = [_with_own_containers(item, clone=clone) for item in value]
         return value._make(items) if hasattr(value, "_make") else tuple(items)
     if isinstance(value, MutableMapping | list):
         pairs = list(value.items() if isinstance(value, MutableMapping) else enumerate(value))
         value = copy.copy(value)
         for key, item in pairs:
-            value[key] = _with_own_containers(item)
+            value[key] = _with_own_containers(item, clone=clone)
     return value
 
 
@@ -395,7 +399,7 @@ class PatchHandle:
             with last.context(), nullcontext() if self.cache is None else self.cache.paused():
                 paths = self._watch_paths(compiled=True)
                 try:
-                    args, kwargs = _with_own_containers((last.args, last.kwargs))
+                    args, kwargs = _with_own_containers((last.args, last.kwargs), clone=True)
                     uses = measure_forward(
                         self.model, self.layout, args, kwargs, boundary=self.boundary
                     )
@@ -804,8 +808,17 @@ def patch_model(
     check_schedule(schedule, "patch_model")
     _check_values(frozen_mode=frozen_mode, tied=tied, kernels=kernels, cache=cache)
     step = whole_number("step", step, 0)
+    if isinstance(model, torch.jit.ScriptModule):
+        raise UnsupportedModelError(
+            f"{type(model).__name__}: a scripted or traced model runs no Python that could be "
+            "patched: patch the model that it was made from"
+        )
     inner = unwrap(model)
     _refuse_patched(inner)
+    if isinstance(schedule, ObservingSchedule) and any(h.schedule is schedule for h in list(_live)):
+        raise ValueError(
+            f"{schedule!r} decides for a model that is patched already: give each model its own"
+        )
     refuse_flat_parameters(inner)
     layout = find_layout(inner, blocks)
     handle = PatchHandle(

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from .forward_hooks import ForwardHooks, tensors_in
+from .forward_hooks import ForwardHooks, buffers_kept, tensors_in
 from .layout import EMBEDDINGS, Layout, parameter_slots
 
 
@@ -354,6 +354,7 @@ def measure_forward(
     with ExitStack() as stack:
         stack.enter_context(torch.random.fork_rng([d for d in devices if d.type == "cuda"]))
         stack.enter_context(torch.enable_grad())
+        stack.enter_context(buffers_kept(model))
         # compiled blocks would trace the counters, and recompile for them
         stack.enter_context(torch.compiler.set_stance("force_eager"))
         stack.enter_context(clock.watch())

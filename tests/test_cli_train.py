@@ -734,11 +734,8 @@ def test_models_that_cannot_be_cut_get_one_line(call, capsys, tmp_path, word_tok
     config = transformers.FunnelConfig(block_sizes=[2, 2], num_decoder_layers=1, **sizes)
     transformers.FunnelBaseModel(config).save_pretrained(tmp_path / "funnel")
     word_tokenizer.save_pretrained(tmp_path / "funnel")
-    assert "cannot tell which list holds the blocks" in _one_line_error(
-        capsys, call("--model", tmp_path / "funnel")
-    )
-    assert "'funnel.encoder.blocks' is a list of lists" in _one_line_error(
-        capsys, call("--model", tmp_path / "funnel", "--blocks", "funnel.encoder.blocks")
+    assert "has no module at 'funnel.encoder.layers'; name what the blocks are" in _one_line_error(
+        capsys, call("--model", tmp_path / "funnel", "--blocks", "funnel.encoder.layers")
     )
     config = transformers.ResNetConfig(embedding_size=8, hidden_sizes=[8, 8], depths=[1, 1])
     transformers.ResNetModel(config).save_pretrained(tmp_path / "resnet")

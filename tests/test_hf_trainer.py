@@ -228,6 +228,18 @@ def test_masked_adamw_clips_once_and_ends_where_torch_does(tmp_path):
     assert any((w - theirs[n]).abs().max() > 1e-3 for n, w in _weights(unclipped).items())
 
 
+@pytest.mark.parametrize(("own", "wanted"), [(0.01, 0.01), (0.5, 0.05), (None, 0.05)])
+def test_the_smaller_of_two_norms_to_clip_at_counts(tmp_path, own, wanted):
+    trainer = _trainer(
+        tmp_path,
+        callbacks=[ProgtuningCallback(ProgressiveSchedule(4))],
+        optimizer=(MaskedAdamW, {"lr": 1e-2, "max_grad_norm": own}),
+        max_grad_norm=0.05,
+    )
+    trainer.train()
+    assert trainer.optimizer.optimizer.max_grad_norm == wanted
+
+
 @pytest.mark.parametrize("clip", [0.0, 0.05])
 def test_updates_inside_backward_wait_for_the_window(tmp_path, clip):
     """Three micro-batches per step, the last window of an epoch shorter: the same weights."""

@@ -389,3 +389,20 @@ def test_a_copied_model_and_optimizer_go_on_together():
         loss_of(m, 1).backward()
         o.step()
     assert_same(model, twin)
+
+
+def test_gradients_that_grad_scaler_has_unscaled_are_clipped_by_their_own_norm():
+    results = []
+    for in_backward in (False, True):
+        p = nn.Parameter(torch.ones(1000))
+        optimizer = MaskedAdamW([p], lr=0.1, max_grad_norm=0.1, in_backward=in_backward)
+        scaler = torch.amp.GradScaler("cpu", init_scale=1024.0)
+        for step in range(3):
+            scaler.scale((p * torch.arange(1000) / 1000 * (step + 1)).sum()).backward()
+            scaler.unscale_(optimizer)
+            scaler.step(optimizer)
+            scaler.update()
+            optimizer.zero_grad()
+        results.append((p.detach(), optimizer.grad_norm))
+    assert torch.equal(results[0][0], results[1][0])
+    torch.testing.assert_close(results[0][1], results[1][1])

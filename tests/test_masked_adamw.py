@@ -681,3 +681,65 @@ def test_unsupported_saved_options_and_sparse_gradients_are_refused():
     table(torch.tensor([1, 2])).sum().backward()
     with pytest.raises(RuntimeError, match="sparse=False"):
         MaskedAdamW(table.parameters()).step()
+
+
+@pytest.mark.parametrize(
+    "move",
+    [
+        lambda state: setattr(state["exp_avg"], "data", torch.zeros(33, 125)),
+        lambda state: state["exp_avg"].share_memory_(),
+        lambda state: state.update(exp_avg=torch.zeros(33, 125)),
+        lambda state: state.update(step=torch.tensor(0.0)),
+    ],
+)
+def test_state_that_was_moved_or_replaced_counts_from_the_next_step(move):
+    results = []
+    for kind in (MaskedAdamW, torch.optim.AdamW):
+        p = _parameters()[-1]
+        optimizer = kind([p], **SEPARATING)
+        for seed in range(3):
+            _give_gradients([p], seed)
+            optimizer.step()
+            move(optimizer.state[p])
+        results.append(p.detach())
+    torch.testing.assert_close(*results)
+
+
+@pytest.mark.parametrize("in_backward", [False, True])
+def test_a_master_follows_weights_that_somebody_else_writes(in_backward):
+    p = nn.Parameter(torch.ones(5000, dtype=torch.bfloat16))
+    optimizer = MaskedAdamW([p], lr=1e-5, master_weights=True, in_backward=in_backward)
+
+    def step() -> None:
+        p.float().sum().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+
+    step()
+    step()  # below bfloat16's last place: the master alone has moved
+    assert (p == 1).all() and (optimizer.state[p]["master"] < 1 - 1.5e-5).all()
+    with torch.no_grad():
+        p[:10] = 5
+    step()
+    assert (p[:10] == 5).all() and (optimizer.state[p]["master"][:10] > 4.9).all()
+    assert (optimizer.state[p]["master"][10:] < 1 - 2.5e-5).all()  # the others lost nothing
+
+
+@pytest.mark.parametrize("kind", [torch.optim.NAdam, torch.optim.RAdam])
+def test_state_of_a_relative_of_adam_is_refused(kind):
+    p = _parameters()[-1]
+    other = kind([p], weight_decay=0.1, decoupled_weight_decay=True)
+    _give_gradients([p], 0)
+    other.step()
+    with pytest.raises(ValueError, match=f"those of {kind.__name__}"):
+        MaskedAdamW([p]).load_state_dict(other.state_dict())
+
+
+def test_a_gradient_of_before_its_parameter_was_replaced_is_refused():
+    p = nn.Parameter(torch.ones(3))
+    optimizer = MaskedAdamW([p])
+    p.grad = torch.ones(3)
+    optimizer.step()
+    p.data = torch.ones(4000)
+    with pytest.raises(RuntimeError, match="gradient of shape .3,., of before it was replaced"):
+        optimizer.step()

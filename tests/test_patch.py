@@ -924,3 +924,59 @@ def test_blocks_are_named():
     for blocks in (model.bert.encoder.layer, [model.bert.encoder.layer]):
         with pytest.raises(TypeError, match=r"names of modules, such as 'encoder\.layers'"):
             patch_model(model, ProgressiveSchedule(2, 4), blocks=blocks)
+
+
+def test_a_derived_class_that_is_called_makes_the_original():
+    class Layer(nn.Module):
+        def __init__(self, width: int) -> None:
+            super().__init__()
+            self.linear = nn.Linear(width, width)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return self.linear(x)
+
+    model = nn.Sequential(nn.Linear(8, 8), nn.ModuleList(Layer(8) for _ in range(3)))
+    with patch_model(model, MilestoneSchedule({0: 2}), blocks="1"):
+        found = {c.__name__: c for c in [Layer, *Layer.__subclasses__()]}["Layer"]
+        assert found is not Layer
+        made = found(width=4)
+    assert type(made) is Layer
+    assert made(torch.randn(2, 4)).requires_grad
+
+
+def test_one_deciding_schedule_is_for_one_model():
+    schedule = AdaptiveSchedule(3)
+    with patch_model(tiny_model("bert-sequence"), schedule):
+        with pytest.raises(ValueError, match="give each model its own"):
+            patch_model(tiny_model("bert-sequence"), schedule)
+    patch_model(tiny_model("bert-sequence"), schedule).unpatch()
+
+
+def test_a_scripted_model_is_refused():
+    model = torch.jit.script(nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2)))
+    with pytest.raises(ValueError, match="patch the model that it was made from"):
+        patch_model(model, ProgressiveSchedule(1, 2))
+
+
+def test_a_report_leaves_buffers_and_inputs_as_they_are():
+    class Counting(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.embed = nn.Linear(8, 8)
+            self.layers = nn.ModuleList(nn.Linear(8, 8) for _ in range(3))
+            self.norm = nn.BatchNorm1d(8)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            y = self.embed(x)
+            x -= 1
+            for layer in self.layers:
+                y = layer(y)
+            return self.norm(y).sum()
+
+    model, x = Counting(), torch.randn(4, 8)
+    handle = patch_model(model, MilestoneSchedule({0: 2}))
+    model(x).backward()
+    before, given = copy.deepcopy(dict(model.named_buffers())), x.clone()
+    handle.truncation_report().assert_truncated()
+    assert torch.equal(x, given)
+    assert all(torch.equal(b, before[name]) for name, b in model.named_buffers())

@@ -1558,3 +1558,114 @@ def test_on_a_gpu(name, device):
             assert torch.allclose(found[key], gradient, rtol=1e-3, atol=1e-5), key
     report = handle.cache_report()
     assert report.served_steps == 6 and report.prefix_ms and report.read_ms
+
+
+class _Gathering(_Block):
+    """A block that does something beside its work, as `does(block, x)` says."""
+
+    does: Callable[..., Any] = staticmethod(lambda block, x: None)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        self.does(self, x)
+        return super().forward(x)
+
+
+def _served_as_untouched(model: nn.Module, change: Callable[..., None] = lambda m, e: None) -> str:
+    handle, untouched = _own_pair(model)
+    for epoch in range(4):
+        for each in (handle.model, untouched):
+            change(each, epoch)
+        for seed in range(3):
+            assert torch.equal(handle.model(_ids(seed)), untouched(_ids(seed)))
+    return handle.cache_report().reason
+
+
+def test_trials_leave_no_trace_in_buffers_generators_and_inputs():
+    class Tracing(_Own):
+        def __init__(self):
+            super().__init__()
+            self.norm = nn.BatchNorm1d(16)
+            self.register_buffer("mean", torch.zeros(()))
+            self.generator = torch.Generator()
+
+        def __deepcopy__(self, memo):
+            return Tracing()
+
+        def forward(self, input_ids):
+            x = self.embed(input_ids)
+            input_ids.clamp_(min=1)
+            for block in self.blocks:
+                x = block(x)
+            self.mean = 0.5 * self.mean + 1
+            noise = torch.rand(11, generator=self.generator)
+            return self.head(self.norm(x.mean(1))) * self.mean + noise
+
+    torch.manual_seed(0)
+    model = Tracing()
+    handle, untouched = _own_pair(model)
+    untouched.load_state_dict(model.state_dict())
+    for seed in range(4):
+        one, other = _ids(seed), _ids(seed)
+        assert torch.equal(handle.model(one), untouched(other)) and torch.equal(one, other)
+    handle.unpatch()
+    for name, buffer in model.named_buffers():
+        assert torch.equal(buffer, dict(untouched.named_buffers())[name]), name
+
+
+@pytest.mark.parametrize("kept", ["attribute", "hook", "integers"])
+def test_what_a_frozen_block_hands_on_beside_its_output_keeps_it_running(kept):
+    class Reading(_Own):
+        def __init__(self):
+            super().__init__()
+            self.blocks[0] = _Gathering()
+
+        def forward(self, input_ids):
+            out = super().forward(input_ids)
+            return out if kept != "attribute" else out + self.blocks[0].seen.mean()
+
+    if kept == "attribute":
+        _Gathering.does = staticmethod(lambda block, x: setattr(block, "seen", x.detach() * 1))
+    model = Reading()
+    if kept == "hook":
+        model.blocks[0].register_forward_hook(lambda module, args, output: None)
+    reason = _served_as_untouched(model)
+    _Gathering.does = staticmethod(lambda block, x: None)
+    expected = {"attribute": "keeps a tensor in seen", "hook": "a forward hook on _Gathering"}
+    assert expected.get(kept, "") in reason
+
+
+def test_a_number_inside_a_frozen_block_is_watched():
+    class Scaled(_Block):
+        scale = 1.0
+
+        def forward(self, x):
+            return super().forward(x) * self.scale
+
+    model = _Own()
+    model.blocks[0] = Scaled()
+    model.blocks[0].scale = 1.0
+    _served_as_untouched(model, lambda m, epoch: setattr(m.blocks[0], "scale", 1.0 + epoch // 2))
+
+
+def test_a_batch_of_one_row_does_not_vouch_for_larger_ones():
+    handle, untouched = _own_pair(_Own(lambda model, x, y: x - x.mean(0, keepdim=True)))
+    for seed in (0, 1, 2, 0, 1, 2):
+        rows = 1 if seed == 0 else 3
+        ids = _ids(seed)[:rows]
+        assert torch.equal(handle.model(ids), untouched(ids))
+
+
+def test_an_output_that_shows_no_tensor_is_not_compared():
+    class Opaque:
+        __slots__ = ("logits",)
+
+    class Opaquely(_Own):
+        def forward(self, input_ids):
+            output = Opaque()
+            output.logits = super().forward(input_ids)
+            return output
+
+    handle, _ = _own_pair(Opaquely())
+    handle.model(_ids())
+    handle.model(_ids())
+    assert "shows no tensor" in handle.cache_report().reason

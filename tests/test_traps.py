@@ -496,14 +496,21 @@ def test_a_late_module_is_named_though_another_late_one_runs_between():
             model(IDS)
 
 
-def test_what_a_block_is_computed_from_is_found_in_a_dataclass():
+@pytest.mark.parametrize("plain", [False, True])
+def test_what_a_block_is_computed_from_is_found_in_an_object(plain):
     @dataclass
     class State:
         hidden: torch.Tensor
 
+    class Plain:
+        def __init__(self, hidden):
+            self.hidden = hidden
+
+    kind = Plain if plain else State
+
     class Block(nn.Linear):
         def forward(self, state):
-            return State(super().forward(state.hidden).tanh())
+            return kind(super().forward(state.hidden).tanh())
 
     class Stateful(_Wrapped):
         def __init__(self):
@@ -512,7 +519,7 @@ def test_what_a_block_is_computed_from_is_found_in_a_dataclass():
             self.late = nn.Linear(8, 8)
 
         def forward(self, ids):
-            state = State(self.late(self.embed(ids)))
+            state = kind(self.late(self.embed(ids)))
             for layer in self.encoder:
                 state = layer(state)
             return self.out(state.hidden).mean()

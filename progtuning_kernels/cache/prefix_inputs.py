@@ -154,7 +154,7 @@ class Extremes(TorchDispatchMode):
             output.fill_(1 - torch.finfo(output.dtype).eps if self._high else 0.0)
         elif func.overloadpacket in _COINS:
             share = args[-1] if isinstance(args[-1], torch.Tensor | float) else 0.5
-            share = torch.as_tensor(share)
+            share = torch.as_tensor(share, dtype=torch.float64, device=output.device)
             output.copy_(share >= 1 if self._high else share > 0)
         return output
 

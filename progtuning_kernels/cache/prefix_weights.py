@@ -29,11 +29,12 @@ class PrefixWeights:
         self._modules: list[tuple[int, list[nn.Module]]] = []
         around = [model.get_submodule(path) for path in layout.containers]
         configs = {id(c): c for m in around if (c := getattr(m, "config", None)) is not None}
-        self._carriers: list[dict[str, Any]] = [
+        self._around: list[dict[str, Any]] = [
             vars(carrier)
             for carrier in (*around, *configs.values())
             if hasattr(carrier, "__dict__")
         ]
+        self._carriers = self._around
         self._seen: list[tuple[Any, ...]] = []
         self._held: list[torch.Tensor] = []  # alive, so that no address or id is used twice
         self._places: list[tuple[Place, torch.Tensor, tuple[int, int]]] = []
@@ -46,6 +47,8 @@ class PrefixWeights:
             for path in self._layout.module_paths(unit):
                 modules.update(dict.fromkeys(self._model.get_submodule(path).modules()))
             self._modules.append((unit, list(modules)))
+        inside = [vars(module) for _, modules in self._modules for module in modules]
+        self._carriers = [*self._around, *inside]
         self._seen = [_state(modules) for _, modules in self._modules]
         self._held = list(self._tensors(level))
 
@@ -87,6 +90,32 @@ class PrefixWeights:
             for name, value in carrier.items()
             if type(value) in _PLAIN and name != "training"
         ]
+
+    def hooked(self) -> str | None:
+        """Class of a watched module with a forward hook, which hands something on; None: no such.
+
+        Those that transformers installs for hidden states are fed where these are asked for.
+        """
+        for _, modules in self._modules:
+            for module in modules:
+                for hook in module._forward_hooks.values():
+                    if not getattr(hook, "__module__", "").startswith("transformers."):
+                        return type(module).__name__
+        return None
+
+    def held_tensors(self) -> dict[tuple[int, str], int]:
+        """Tensors among the attributes of watched modules, by identity."""
+        return {
+            (id(own), name): id(value)
+            for own in self._carriers
+            for name, value in own.items()
+            if isinstance(value, torch.Tensor)
+        }
+
+    def written_since(self, before: dict[tuple[int, str], int]) -> str | None:
+        """Name of an attribute that holds another tensor than in `before`."""
+        now = self.held_tensors()
+        return next((key[1] for key, value in now.items() if before.get(key) != value), None)
 
     def adapters(self) -> bytes:
         """Which adapters are in use: switching one off and on again gives the old function back."""
@@ -141,6 +170,8 @@ def _state(modules: list[nn.Module]) -> tuple[Any, ...]:
                 if tensor is not None:
                     state += (id(tensor), tensor._version, tensor.data_ptr())
         state += map(id, own["_modules"].values())
+        state += map(id, (*own["_forward_hooks"].values(), *own["_forward_pre_hooks"].values()))
+        state.append(id(own.get("forward")))
         if "merged_adapters" in own:  # PEFT merges through `weight.data`
             state.append(repr((own["merged_adapters"], own.get("scaling"))))
     return tuple(state)

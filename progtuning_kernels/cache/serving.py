@@ -26,6 +26,7 @@ import torch
 from torch import nn
 from torch.utils import _pytree as pytree
 
+from ..forward_hooks import buffers_kept, tensors_in
 from ..layout import Layout
 from .break_even import BreakEven, Stopwatch
 from .content_keys import READ_ABOVE, READ_BY_BATCHES, Call, Rows, UnknownContent
@@ -184,6 +185,8 @@ class PrefixServer:
             return 'frozen_mode="train": frozen units are no fixed function'
         if (name := self._weights.trainable(self.level)) is not None:
             return f"{name} trains below the boundary"
+        if (name := self._weights.hooked()) is not None:
+            return f"a forward hook on {name} wants it to run"
         peft = getattr(model, "peft_config", None)
         if isinstance(peft, dict) and any(
             getattr(c, "is_prompt_learning", False) for c in peft.values()
@@ -313,7 +316,7 @@ class PrefixServer:
         try:
             if self._bypass(call) is not None:
                 return
-            kind = (call.signature, context, self._model.training)
+            kind = self._kind(call, context)
             path = self._known_path(kind, _padding(call))
             if path is None or path.reason is not None:
                 return
@@ -363,7 +366,7 @@ class PrefixServer:
         context = _context(self._model, call.device.type)
         if self._doubted and not self._look_again((self.salt(context), self._model.training)):
             return "a setting of the model has changed: rows are looked at in training first"
-        kind = (call.signature, context, self._model.training)
+        kind = self._kind(call, context)
         padding = _padding(call)
         path = self._known_path(kind, padding)
         if path is None:
@@ -388,6 +391,10 @@ class PrefixServer:
             rows = Rows(rows.digests, ((0, length or 0),) * call.size)
         _Forward(self, call, path, rows, hash_ms, grads=grads, proved=proved).plan()
         return None
+
+    def _kind(self, call: Call, context: tuple[Any, ...]) -> tuple[Any, ...]:
+        """What a path holds for. One row alone does not show whether rows depend on others."""
+        return call.signature, context, self._model.training, call.size == 1
 
     def _known_path(self, kind: Any, padding: frozenset[str]) -> _Path | None:
         """One that has been checked with padding on the same sides, or on more of them."""
@@ -428,6 +435,8 @@ class PrefixServer:
             self._bound = None
         self._paths.clear()
         self._weights.watch(self.level)
+        if self._reason is None:
+            self._reason = self._stage_reason()
         if self._changes[name] > _MAX_CHANGES and self._reason is None:
             self._switch_off(f"what the prefix reads ({name}) changes between forwards")
 
@@ -511,26 +520,29 @@ class PrefixServer:
         """
         device = next(self._model.parameters()).device
         random_state, host = _random_state(device), _host_random_state()
-        buffers = [(b, b._version, b.clone()) for b in self._model.buffers()]
+        values = (value for module in self._model.modules() for value in vars(module).values())
+        own = [(g, g.get_state()) for g in values if isinstance(g, torch.Generator)]
         self.busy = True
         try:
-            with torch.no_grad(), torch.compiler.set_stance("force_eager"):
+            with (
+                torch.no_grad(),
+                torch.compiler.set_stance("force_eager"),
+                buffers_kept(self._model),
+            ):
                 yield
         finally:
             self.busy = False
             # autocast keeps the weights that it has cast, here without a way back to their gradient
             # (up to torch 2.10 the forward to come would then train nothing that it shares)
             torch.clear_autocast_cache()
-            with torch.no_grad():
-                for buffer, version, kept in buffers:
-                    if buffer._version != version:
-                        buffer.copy_(kept)
             _set_random_state(random_state, device)
             _set_host_random_state(host)
+            for generator, state in own:
+                generator.set_state(state)
 
     def _run(self, call: Call) -> Any:
-        """A forward of its own; the caller's dicts stay as they are."""
-        own = call.changed()
+        """A forward of its own; the caller's dicts and tensors stay as they are."""
+        own = call.changed(lambda _, v: v.clone() if isinstance(v, torch.Tensor) else v)
         forwards = [(m.__dict__, m.__dict__.get("forward")) for m in self._model.modules()]
         try:
             return self._model(*own.args, **own.kwargs)
@@ -556,6 +568,7 @@ class PrefixServer:
         with self._aside():
             start, host = recording.random_state()
             with recording.watching(self._model, self._layout, self.level):
+                held = self._weights.held_tensors()
                 expected = self._run(call)
             end = _random_state(device)
             lower = {at for at in self._store.levels() if at in self._tokens and at < self.level}
@@ -573,6 +586,8 @@ class PrefixServer:
                 path.dtype, path.width = top.hidden.dtype, top.hidden.shape[2]
                 path.per_token = top.hidden.shape[1] == call.tokens
                 path.keys_and_values = _has_keys_and_values(expected)
+                if (name := self._weights.written_since(held)) is not None:
+                    raise UnservableError(f"code below the boundary keeps a tensor in {name}")
                 self._find_inputs(path, call)
                 path.lengths[call.shapes(path.consumed)] = top.hidden.shape[1]
                 choices = (True, False) if padded and path.per_token else (path.per_token,)
@@ -688,7 +703,9 @@ class PrefixServer:
             return f"block {at - 1} is not called through its list"
         if not _equal_states(end, _random_state(device)):
             return "without the prefix other random numbers are drawn"
-        expected, found = _floats(expected), _floats(found)
+        expected, found = _outputs(expected), _outputs(found)
+        if not expected:
+            return "its output shows no tensor that could be compared"
         if [t.shape for t in expected] != [t.shape for t in found]:
             return "without the prefix its outputs have other shapes"
         for one, other in zip(expected, found, strict=True):
@@ -1060,12 +1077,12 @@ def _has_keys_and_values(output: Any) -> bool:
     return any(map(_is_past, pytree.tree_leaves(output, is_leaf=_is_past)))
 
 
-def _floats(output: Any) -> list[torch.Tensor]:
-    """Floating tensors of an output, keys and values left out: the prefix makes its own."""
+def _outputs(output: Any) -> list[torch.Tensor]:
+    """Tensors of an output, keys and values left out: the prefix makes its own."""
     if isinstance(output, Mapping):
         output = {k: v for k, v in output.items() if k not in _KEYS_AND_VALUES}
     leaves = pytree.tree_leaves(output, is_leaf=_is_past)
-    return [t for t in leaves if isinstance(t, torch.Tensor) and t.is_floating_point()]
+    return list(tensors_in([leaf for leaf in leaves if not _is_past(leaf)]))
 
 
 def _close_rows(one: torch.Tensor, other: torch.Tensor, spans: Any, tolerance: float) -> bool:

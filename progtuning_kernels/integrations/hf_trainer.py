@@ -168,7 +168,9 @@ class ProgtuningCallback(TrainerCallback):
             _inner(optimizer).accumulating = _accumulates
         if isinstance(_inner(optimizer), MaskedOptimizer) and args.max_grad_norm:
             # it clips in its own pass; the Trainer must not do it again
-            _inner(optimizer).max_grad_norm = args.max_grad_norm
+            own = _inner(optimizer).max_grad_norm
+            both = args.max_grad_norm if own is None else min(own, args.max_grad_norm)
+            _inner(optimizer).max_grad_norm = both
             setattr(args, _PARKED, args.max_grad_norm)
             args.max_grad_norm = 0.0
         self._bars_of_others = _progress_bars()  # the Trainer's is made after this

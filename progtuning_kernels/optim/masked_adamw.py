@@ -224,6 +224,12 @@ class MaskedAdamW(MaskedOptimizer):
                         f"a group has {option}={group[option]}, and MaskedAdamW is AdamW with "
                         f"{option}={value}: change it to that, or use the optimizer it is from"
                     )
+            if "decoupled_weight_decay" in group and "amsgrad" not in group:
+                kind = "NAdam" if "momentum_decay" in group else "RAdam"
+                raise ValueError(
+                    f"the saved groups are those of {kind}: MaskedAdamW would go on with another "
+                    "formula"
+                )
             if not group.keys() >= _HYPER:
                 missing = min(_HYPER - group.keys())
                 raise ValueError(f"a group has no {missing}: it is of another kind of optimizer")

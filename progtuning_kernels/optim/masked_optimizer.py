@@ -67,7 +67,23 @@ class ActiveBucket:
         self.parameters = [member.parameter for member in members]
         self.bucket = bucket
         self.groups = list(groups)  # of the optimizer, in the bucket's numbering
+        self._places = self._places_of_states()
+        self._written: list[int] | None = None  # versions after the last update, with masters
         self.sharded = any(local_of(p) is not p for p in self.parameters)
+
+    def follow_parameters(self) -> None:
+        """Masters of parameters that somebody else has written to, as loading weights does.
+
+        A master keeps what its parameter's precision does not show.
+        """
+        bucket = self.bucket
+        if bucket.masters is None:
+            return
+        versions = [p._version for p in bucket.params]
+        for i, (p, master) in enumerate(zip(bucket.params, bucket.masters, strict=True)):
+            if self._written is None or self._written[i] != versions[i]:
+                master.copy_(torch.where(master.to(p.dtype) == p, master, p.float()))
+        self._written = [version + 1 for version in versions]  # the update is one more
 
     def gather(self) -> Gradients:
         """The gradients of this moment.
@@ -89,13 +105,25 @@ class ActiveBucket:
     def is_current(self, state: dict[Tensor, dict[str, Tensor]]) -> bool:
         """Whether everything still lies where the table says.
 
-        Parameters move with `.data =`, `.to` and FSDP; their state with whoever clears or replaces
-        the optimizer's entries.
+        Parameters and state move with `.data =`, `.to`, `share_memory_` and FSDP; state with
+        whoever clears or replaces the optimizer's entries, too.
         """
         locals_ = map(local_of, self.parameters) if self.sharded else self.parameters
-        return self.bucket.addresses == [p.data_ptr() for p in locals_] and all(
-            state.get(p) is own for p, own in zip(self.parameters, self.states, strict=True)
+        return (
+            self.bucket.addresses == [p.data_ptr() for p in locals_]
+            and all(
+                state.get(p) is own for p, own in zip(self.parameters, self.states, strict=True)
+            )
+            and self._places == self._places_of_states()
         )
+
+    def _places_of_states(self) -> list[int]:
+        return [
+            local_of(t).data_ptr()
+            for own in self.states
+            for t in own.values()
+            if isinstance(t, Tensor)
+        ]
 
 
 class MaskedOptimizer(Optimizer):
@@ -473,6 +501,13 @@ class MaskedOptimizer(Optimizer):
             started = [
                 m for m in active if m.parameter.grad is not None or self.state.get(m.parameter)
             ]
+            for m in started:
+                grad = m.parameter.grad
+                if grad is not None and grad.shape != m.parameter.shape:
+                    raise RuntimeError(
+                        f"a parameter of shape {tuple(m.parameter.shape)} has a gradient of shape "
+                        f"{tuple(grad.shape)}, of before it was replaced: call zero_grad() first"
+                    )
             self._buckets = self.build_buckets(started)
             known = {member.index for member in started}
             self._waiting = [m for m in active if m.index not in known]
@@ -512,7 +547,11 @@ class MaskedOptimizer(Optimizer):
         active = self._active_buckets() if left else []
         gradients = [bucket.gather() for bucket in active]
         if any(any(some.addresses) for some in gradients):
-            known = None if self._in_backward is None else self._in_backward.known_norm(active)
+            # GradScaler hands over its finding without its scale where it has unscaled already
+            unscaled = found_inf is not None and scale is None
+            known = None
+            if self._in_backward is not None and not unscaled:
+                known = self._in_backward.known_norm(active)
             control = self._control_on(active[0].bucket.device)
             decision = self.decide(
                 active, gradients, scale, found_inf, known_norm=known, control=control
@@ -563,6 +602,7 @@ class MaskedOptimizer(Optimizer):
         """One update call per bucket."""
         for bucket, some in zip(active, gradients, strict=True):
             device = bucket.bucket.device
+            bucket.follow_parameters()
             bucket.bucket.update(
                 some,
                 [self.hyper(self.param_groups[group]) for group in bucket.groups],
