@@ -1617,7 +1617,7 @@ def test_what_a_frozen_block_hands_on_beside_its_output_keeps_it_running(kept):
     class Reading(_Own):
         def __init__(self):
             super().__init__()
-            self.blocks[0] = _Gathering()
+            self.blocks = nn.ModuleList(_Gathering() for _ in range(BLOCKS))
 
         def forward(self, input_ids):
             out = super().forward(input_ids)
@@ -1642,7 +1642,7 @@ def test_a_number_inside_a_frozen_block_is_watched():
             return super().forward(x) * self.scale
 
     model = _Own()
-    model.blocks[0] = Scaled()
+    model.blocks = nn.ModuleList(Scaled() for _ in range(BLOCKS))
     model.blocks[0].scale = 1.0
     _served_as_untouched(model, lambda m, epoch: setattr(m.blocks[0], "scale", 1.0 + epoch // 2))
 

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from ..forward_hooks import ForwardHooks
 from ..layout import EMBEDDINGS, Layout
 from .prefix_inputs import Place
 
@@ -34,6 +35,7 @@ class PrefixWeights:
             for carrier in (*around, *configs.values())
             if hasattr(carrier, "__dict__")
         ]
+        self._inside: list[dict[str, Any]] = []
         self._carriers = self._around
         self._seen: list[tuple[Any, ...]] = []
         self._held: list[torch.Tensor] = []  # alive, so that no address or id is used twice
@@ -47,8 +49,8 @@ class PrefixWeights:
             for path in self._layout.module_paths(unit):
                 modules.update(dict.fromkeys(self._model.get_submodule(path).modules()))
             self._modules.append((unit, list(modules)))
-        inside = [vars(module) for _, modules in self._modules for module in modules]
-        self._carriers = [*self._around, *inside]
+        self._inside = [vars(module) for _, modules in self._modules for module in modules]
+        self._carriers = [*self._around, *self._inside]
         self._seen = [_state(modules) for _, modules in self._modules]
         self._held = list(self._tensors(level))
 
@@ -80,16 +82,25 @@ class PrefixWeights:
         return None
 
     def settings(self) -> list[tuple[str, Any]]:
-        """Numbers, strings and flags of the model, of what leads to its blocks, and of configs.
+        """Numbers, strings and flags of the model, of what leads to its blocks, of configs and of
+        watched modules, and the forward hooks and forwards that these have of their own.
 
         Whether the prefix reads one cannot be watched; that one is another can.
         """
-        return [
+        plain = [
             (name, value)
             for carrier in self._carriers
             for name, value in carrier.items()
             if type(value) in _PLAIN and name != "training"
         ]
+        for own in self._inside:
+            forward = own.get("forward")
+            if isinstance(getattr(forward, "__self__", None), ForwardHooks):  # for one forward
+                forward = None
+            if own["_forward_hooks"] or forward is not None:
+                hooks = map(id, own["_forward_hooks"].values())
+                plain.append(("hooks", (*hooks, id(forward))))
+        return plain
 
     def hooked(self) -> str | None:
         """Class of a watched module with a forward hook, which hands something on; None: no such.
@@ -107,7 +118,7 @@ class PrefixWeights:
         """Tensors among the attributes of watched modules, by identity."""
         return {
             (id(own), name): id(value)
-            for own in self._carriers
+            for own in self._inside
             for name, value in own.items()
             if isinstance(value, torch.Tensor)
         }
@@ -170,8 +181,6 @@ def _state(modules: list[nn.Module]) -> tuple[Any, ...]:
                 if tensor is not None:
                     state += (id(tensor), tensor._version, tensor.data_ptr())
         state += map(id, own["_modules"].values())
-        state += map(id, (*own["_forward_hooks"].values(), *own["_forward_pre_hooks"].values()))
-        state.append(id(own.get("forward")))
         if "merged_adapters" in own:  # PEFT merges through `weight.data`
             state.append(repr((own["merged_adapters"], own.get("scaling"))))
     return tuple(state)

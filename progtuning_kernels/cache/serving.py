@@ -62,6 +62,7 @@ class _Path:
         keys_and_values: the output holds those of all blocks.
         dtype: of the boundary activations.
         width: C.
+        alone: it was learnt from one row, which does not show whether rows depend on others.
         per_token: T of the boundary activations is that of the token ids.
         lengths: T by the shapes of one sample, where it is not.
     """
@@ -74,6 +75,7 @@ class _Path:
     keys_and_values: bool = False
     dtype: torch.dtype = torch.float32
     width: int = 0
+    alone: bool = False
     per_token: bool = True
     lengths: dict[Any, int] = field(default_factory=dict)
 
@@ -164,6 +166,9 @@ class PrefixServer:
             if stored > level:  # the blocks in between train now
                 self._forget(stored)
         self._tokens = {at: token for at, token in self._tokens.items() if at <= level}
+        if self._settings not in (None, self._weights.settings()):
+            self._doubted = True
+        self._settings = None  # more modules are watched from here
         self._weights.watch(level)
         self._paths.clear()
         self._sample = None
@@ -185,8 +190,6 @@ class PrefixServer:
             return 'frozen_mode="train": frozen units are no fixed function'
         if (name := self._weights.trainable(self.level)) is not None:
             return f"{name} trains below the boundary"
-        if (name := self._weights.hooked()) is not None:
-            return f"a forward hook on {name} wants it to run"
         peft = getattr(model, "peft_config", None)
         if isinstance(peft, dict) and any(
             getattr(c, "is_prompt_learning", False) for c in peft.values()
@@ -270,9 +273,9 @@ class PrefixServer:
         if self.busy:
             return kwargs
         self._finish()
-        if self._reason is None and self._settings not in (None, self._weights.settings()):
-            self._doubted = True
         if self._reason is None and not self._paused:
+            if self._settings not in (None, self._weights.settings()):
+                self._doubted = True
             call = Call(self._names, args, kwargs)
             try:
                 reason = self._bypass(call) or self._prepare(call, ids, proved=proved)
@@ -295,7 +298,7 @@ class PrefixServer:
         if self._failed is not None and not raised:
             kind, reason = self._failed
             self._paths[kind] = _Path(reason)
-        if self._reason is None:  # what a forward itself sets does not count
+        if self._reason is None and not self._paused:  # what a forward itself sets does not count
             self._settings = self._weights.settings()
         self._finish()
 
@@ -316,8 +319,8 @@ class PrefixServer:
         try:
             if self._bypass(call) is not None:
                 return
-            kind = self._kind(call, context)
-            path = self._known_path(kind, _padding(call))
+            kind = (call.signature, context, self._model.training)
+            path = self._known_path(kind, _padding(call), call.size)
             if path is None or path.reason is not None:
                 return
             rows = self._rows(call, ids, self.salt(context), path)
@@ -336,6 +339,8 @@ class PrefixServer:
 
     def _bypass(self, call: Call) -> str | None:
         """Why these arguments want the blocks below the boundary to run."""
+        if (name := self._weights.hooked()) is not None:
+            return f"a forward hook on {name} wants it to run"
         named = call.named
         for name in ("past_key_values", "inputs_embeds", "encoder_outputs"):
             if name in named:
@@ -366,9 +371,9 @@ class PrefixServer:
         context = _context(self._model, call.device.type)
         if self._doubted and not self._look_again((self.salt(context), self._model.training)):
             return "a setting of the model has changed: rows are looked at in training first"
-        kind = self._kind(call, context)
+        kind = (call.signature, context, self._model.training)
         padding = _padding(call)
-        path = self._known_path(kind, padding)
+        path = self._known_path(kind, padding, call.size)
         if path is None:
             if len(self._paths) >= _MAX_PATHS:
                 return f"more than {_MAX_PATHS} kinds of arguments"
@@ -392,16 +397,16 @@ class PrefixServer:
         _Forward(self, call, path, rows, hash_ms, grads=grads, proved=proved).plan()
         return None
 
-    def _kind(self, call: Call, context: tuple[Any, ...]) -> tuple[Any, ...]:
-        """What a path holds for. One row alone does not show whether rows depend on others."""
-        return call.signature, context, self._model.training, call.size == 1
-
-    def _known_path(self, kind: Any, padding: frozenset[str]) -> _Path | None:
-        """One that has been checked with padding on the same sides, or on more of them."""
-        if (path := self._paths.get((kind, padding))) is not None:
+    def _known_path(self, kind: Any, padding: frozenset[str], rows: int) -> _Path | None:
+        """One that has been checked with padding on the same sides, or on more of them, and with
+        more than one row where `rows` are more.
+        """
+        path = self._paths.get((kind, padding))
+        if path is not None and not (path.alone and rows > 1):
             return path
         for (other, sides), path in self._paths.items():
-            if other == kind and sides > padding and path.reason is None and path.unpadded:
+            checked = path.reason is None and path.unpadded and not (path.alone and rows > 1)
+            if other == kind and sides > padding and checked:
                 return path
         return None
 
@@ -435,8 +440,6 @@ class PrefixServer:
             self._bound = None
         self._paths.clear()
         self._weights.watch(self.level)
-        if self._reason is None:
-            self._reason = self._stage_reason()
         if self._changes[name] > _MAX_CHANGES and self._reason is None:
             self._switch_off(f"what the prefix reads ({name}) changes between forwards")
 
@@ -562,7 +565,7 @@ class PrefixServer:
         Raises:
             Exception: whatever the model raises when it runs plainly.
         """
-        path = _Path()
+        path = _Path(alone=call.size == 1)
         device = next(self._model.parameters()).device
         recording = Recording(lambda: (_random_state(device), _host_random_state()))
         with self._aside():
