@@ -114,19 +114,13 @@ class PrefixWeights:
                         return type(module).__name__
         return None
 
-    def held_tensors(self) -> dict[tuple[int, str], int]:
-        """Tensors among the attributes of watched modules, by identity."""
-        return {
-            (id(own), name): id(value)
-            for own in self._inside
-            for name, value in own.items()
-            if isinstance(value, torch.Tensor)
-        }
+    def held_inside(self) -> dict[Any, torch.Tensor]:
+        """Tensors among the attributes of watched modules, by owner and name."""
+        return _held_by(self._inside)
 
-    def written_since(self, before: dict[tuple[int, str], int]) -> str | None:
-        """Name of an attribute that holds another tensor than in `before`."""
-        now = self.held_tensors()
-        return next((key[1] for key, value in now.items() if before.get(key) != value), None)
+    def held_around(self) -> dict[Any, torch.Tensor]:
+        """The same of the model and what leads to its blocks."""
+        return _held_by(self._around)
 
     def adapters(self) -> bytes:
         """Which adapters are in use: switching one off and on again gives the old function back."""
@@ -169,6 +163,15 @@ class PrefixWeights:
     def _tensors(self, level: int) -> Iterator[torch.Tensor]:
         for _, tensor in self._named(level):
             yield tensor
+
+
+def _held_by(carriers: list[dict[str, Any]]) -> dict[Any, torch.Tensor]:
+    return {
+        (id(own), name): value
+        for own in carriers
+        for name, value in own.items()
+        if isinstance(value, torch.Tensor)
+    }
 
 
 def _state(modules: list[nn.Module]) -> tuple[Any, ...]:

@@ -571,7 +571,7 @@ class PrefixServer:
         with self._aside():
             start, host = recording.random_state()
             with recording.watching(self._model, self._layout, self.level):
-                held = self._weights.held_tensors()
+                inside, around = self._weights.held_inside(), self._weights.held_around()
                 expected = self._run(call)
             end = _random_state(device)
             lower = {at for at in self._store.levels() if at in self._tokens and at < self.level}
@@ -589,8 +589,12 @@ class PrefixServer:
                 path.dtype, path.width = top.hidden.dtype, top.hidden.shape[2]
                 path.per_token = top.hidden.shape[1] == call.tokens
                 path.keys_and_values = _has_keys_and_values(expected)
-                if (name := self._weights.written_since(held)) is not None:
+                if written := _written(inside, self._weights.held_inside()):
+                    name = next(iter(written))[1]
                     raise UnservableError(f"code below the boundary keeps a tensor in {name}")
+                # what the model keeps of a forward is an output too
+                kept = _written(around, self._weights.held_around())
+                expected = (expected, [kept[key].clone() for key in sorted(kept)])
                 self._find_inputs(path, call)
                 path.lengths[call.shapes(path.consumed)] = top.hidden.shape[1]
                 choices = (True, False) if padded and path.per_token else (path.per_token,)
@@ -695,9 +699,12 @@ class PrefixServer:
             hidden[~real] = 0
         _set_random_state(start, device)
         swaps = level.feed(hidden)
+        around = self._weights.held_around()
         try:
             with swaps.installed():
                 found = self._run(call)
+                kept = _written(around, self._weights.held_around())
+                found = (found, [kept[key] for key in sorted(kept)])
         except Exception as error:  # the model's own code wants more than a stand-in gives
             return f"without the prefix its forward raises {_line(error)}"
         fed = level.was_fed
@@ -1080,12 +1087,19 @@ def _has_keys_and_values(output: Any) -> bool:
     return any(map(_is_past, pytree.tree_leaves(output, is_leaf=_is_past)))
 
 
-def _outputs(output: Any) -> list[torch.Tensor]:
-    """Tensors of an output, keys and values left out: the prefix makes its own."""
+def _written(before: dict[Any, torch.Tensor], now: dict[Any, torch.Tensor]) -> dict[Any, Any]:
+    return {key: tensor for key, tensor in now.items() if before.get(key) is not tensor}
+
+
+def _outputs(outcome: tuple[Any, list[torch.Tensor]]) -> list[torch.Tensor]:
+    """Tensors of an output, keys and values left out, which the prefix makes itself, and those that
+    the model has kept.
+    """
+    output, kept = outcome
     if isinstance(output, Mapping):
         output = {k: v for k, v in output.items() if k not in _KEYS_AND_VALUES}
     leaves = pytree.tree_leaves(output, is_leaf=_is_past)
-    return list(tensors_in([leaf for leaf in leaves if not _is_past(leaf)]))
+    return [*tensors_in([leaf for leaf in leaves if not _is_past(leaf)]), *kept]
 
 
 def _close_rows(one: torch.Tensor, other: torch.Tensor, spans: Any, tolerance: float) -> bool:
