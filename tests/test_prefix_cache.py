@@ -1669,3 +1669,20 @@ def test_an_output_that_shows_no_tensor_is_not_compared():
     handle.model(_ids())
     handle.model(_ids())
     assert "shows no tensor" in handle.cache_report().reason
+
+
+def test_what_the_model_keeps_of_the_prefix_stays_new():
+    class Keeping(_Own):
+        def forward(self, input_ids):
+            x = self.embed(input_ids)
+            for i, block in enumerate(self.blocks):
+                x = block(x)
+                if i == 0:
+                    self.kept = x.detach()
+            return self.head(x.mean(1))
+
+    handle, untouched = _own_pair(Keeping())
+    for seed in (0, 1, 0, 1, 0, 1):
+        assert torch.equal(handle.model(_ids(seed)), untouched(_ids(seed)))
+        assert torch.equal(handle.model.kept, untouched.kept)
+    assert handle.cache_report().state == "bypassed"
