@@ -405,6 +405,7 @@ class PatchHandle:
                     )
                 finally:
                     paths.remove()
+                    self.last_forward = last  # not the clones
         params = dict.fromkeys(self.layout.units, 0)
         active = dict(params)
         names: dict[int, list[str]] = {unit: [] for unit in params}

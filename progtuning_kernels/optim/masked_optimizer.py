@@ -475,6 +475,10 @@ class MaskedOptimizer(Optimizer):
     def _build_bucket(self, members: list[Member]) -> ActiveBucket:
         groups = sorted({member.group for member in members})
         states = [self.state[m.parameter] or self._start_state(m.parameter) for m in members]
+        for member, state in zip(members, states, strict=True):
+            if isinstance(state.get("step"), float | int):  # written by hand, as older torch had it
+                device = member.parameter.device
+                state["step"] = torch.tensor(state["step"], dtype=torch.float32, device=device)
         bucket = self.make_bucket(
             [local_of(member.parameter).detach() for member in members],
             [{key: local_of(value) for key, value in state.items()} for state in states],
