@@ -28,6 +28,7 @@ import zipfile
 import zlib
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -176,13 +177,25 @@ def _model_and_handle(handle: PatchHandle | nn.Module) -> tuple[nn.Module, Patch
 
 @contextmanager
 def _undone_if_it_fails(*parts: Any) -> Iterator[None]:
-    before = [(part, part.state_dict()) for part in parts if part is not None]
+    undo: list[Callable[[], Any]] = []
+    for part in parts:
+        if isinstance(part, Optimizer) and not hasattr(part, "optimizer"):
+            # by reference: loading replaces what it holds, and a hook of the user that has refused
+            # a state, or changed it, would do so again
+            undo.append(partial(_put_back, part, {**vars(part), "state": part.state.copy()}))
+        elif part is not None:
+            undo.append(partial(part.load_state_dict, part.state_dict()))
     try:
         yield
     except BaseException:
-        for part, state in before:
-            part.load_state_dict(state)
+        for step in undo:
+            step()
         raise
+
+
+def _put_back(optimizer: Optimizer, own: dict[str, Any]) -> None:
+    vars(optimizer).clear()
+    vars(optimizer).update(own)
 
 
 # what is saved

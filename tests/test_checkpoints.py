@@ -21,6 +21,7 @@ import numpy
 import pytest
 import torch
 from soak import differences
+from tiny_models import tiny_inputs, tiny_model
 from torch import nn
 
 from progtuning_kernels import (
@@ -930,3 +931,34 @@ def test_norms_of_an_interval_go_to_any_number_of_ranks(monkeypatch):
     assert loaded(shards, 2, was=True, sharded=False) == [3.0, 12.0, 2.0]
     plain = [{"handle": {"step": 3}}] * 2
     assert module._handle_state(plain, 0, was=True, sharded=False) == {"step": 3}
+
+
+def test_a_load_that_a_users_hook_refuses_changes_nothing(tmp_path):
+    def setup() -> tuple[Any, MaskedAdamW]:
+        handle = patch_model(tiny_model("bert-sequence"), ProgressiveSchedule(2, 12))
+        return handle, MaskedAdamW(handle.param_groups(lr=1e-3))
+
+    def train(handle, optimizer, steps: int) -> None:
+        for _ in range(steps):
+            handle.model(**tiny_inputs("bert-sequence")).loss.backward()
+            optimizer.step()
+            optimizer.zero_grad()
+            handle.advance()
+
+    handle, optimizer = setup()
+    train(handle, optimizer, 8)
+    save_checkpoint(tmp_path, handle, optimizer)
+    handle, optimizer = setup()
+    train(handle, optimizer, 3)
+    before = {p: copy.deepcopy(state) for p, state in optimizer.state.items()}
+
+    def refuse(optimizer, state_dict):
+        raise ValueError("not mine")
+
+    optimizer.register_load_state_dict_pre_hook(refuse)
+    with pytest.raises(ValueError, match="not mine"):
+        load_checkpoint(tmp_path, handle, optimizer)
+    assert handle.step == 3 and len(before) == len(optimizer.state)
+    for p, state in before.items():
+        assert all(torch.equal(optimizer.state[p][key], state[key]) for key in state)
+    train(handle, optimizer, 1)

@@ -231,8 +231,17 @@ def _different_data(runs: Sequence[Run]) -> list[str]:
 
 
 def full_row(rows: Sequence[Row], row: Row) -> Row | None:
-    """The first row of the method full that did the same work: what `row` may be related to."""
-    full = (other for other in rows if other.method == "full")
+    """The first row of the method full that did the same work: what `row` may be related to.
+
+    None where one of them has a run that learnt nothing.
+    """
+
+    def failed(row: Row) -> bool:
+        return any(run.summary.get("failure") for run in row.runs)
+
+    full = (other for other in rows if other.method == "full" and not failed(other))
+    if failed(row):
+        return None
     return next((other for other in full if not differences([*other.runs, *row.runs])), None)
 
 
