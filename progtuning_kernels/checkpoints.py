@@ -18,6 +18,7 @@ under another plan belongs to tensors that are frozen there, and would be releas
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import os
 import random
@@ -28,7 +29,6 @@ import zipfile
 import zlib
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -182,9 +182,11 @@ def _undone_if_it_fails(*parts: Any) -> Iterator[None]:
         if isinstance(part, Optimizer) and not hasattr(part, "optimizer"):
             # by reference: loading replaces what it holds, and a hook of the user that has refused
             # a state, or changed it, would do so again
-            undo.append(partial(_put_back, part, {**vars(part), "state": part.state.copy()}))
+            undo.append(
+                functools.partial(_put_back, part, {**vars(part), "state": part.state.copy()})
+            )
         elif part is not None:
-            undo.append(partial(part.load_state_dict, part.state_dict()))
+            undo.append(functools.partial(part.load_state_dict, part.state_dict()))
     try:
         yield
     except BaseException:

@@ -64,7 +64,7 @@ def _short_inputs(name: str, step: int) -> dict[str, Any]:
     short = {}
     for key, value in tiny_inputs(name, seed=step).items():
         if isinstance(value, Tensor):
-            is_text = value.dim() == 2
+            is_text = value.dim() == 2 and key != "input_values"  # the other is sound
             value = (value[:rows, :tokens] if is_text else value[:rows]).contiguous()
         short[key] = value
     return short
