@@ -662,7 +662,7 @@ class PrefixServer:
                 without = call.changed(lambda name, value: None if name in plain else value)
                 if not same(self.compute(path, without)):
                     path.consumed |= plain
-            except Exception:
+            except Exception:  # of the model's own code: it cannot do without them
                 path.consumed |= plain
         for tensor in follow.foreign_to(again):
             if not another.has_seen(tensor):
