@@ -37,7 +37,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from ._backend import one_line
+from .backend import one_line
 from .patch import PatchHandle
 
 _FORMAT = 2

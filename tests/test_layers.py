@@ -10,14 +10,10 @@ import pytest
 PACKAGE = Path(__file__).parent.parent / "progtuning_kernels"
 # a module may import from lower layers, and within a folder from its own
 LAYERS = [
-    {"_backend", "schedules", "families", "freeze_events", "derived_classes", "call_stack"}
-    | {"forward_hooks"},
-    {"ops", "layout", "schedule_files"},
-    {"cures"},
-    {"optim", "boundary", "truncation", "gradient_paths", "checkpointing", "adapters"}
-    | {"swaps", "cache", "gradient_norms", "distributed", "structure"}
-    | {"missed_steps"},
-    {"active_set"},
+    {"backend", "freeze_events"},
+    {"schedules", "ops", "model"},
+    {"optim", "swaps", "cache", "distributed"},
+    {"freezing"},
     {"patch", "planner"},
     {"integrations", "report", "contribution", "checkpoints"},
     {"cli", "__init__"},
@@ -66,13 +62,6 @@ def test_optimizers_and_patch_do_not_know_each_other():
     for module in MODULES:
         parts = {part for _, part in _imports(module)}
         if module[0] == "optim":
-            assert not parts & {"patch", "boundary", "layout"}
-        if module[0] in (
-            "patch",
-            "boundary",
-            "truncation",
-            "gradient_paths",
-            "adapters",
-            "gradient_norms",
-        ):
+            assert not parts & {"patch", "freezing", "model"}
+        if module[0] in ("patch", "freezing", "model"):
             assert not parts & {"optim", "ops"}

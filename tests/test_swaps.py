@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from triton_builds import run_checks
 
 from progtuning_kernels import MaskedAdamW, MilestoneSchedule, patch_model
-from progtuning_kernels.derived_classes import root_of
+from progtuning_kernels.model.derived_classes import root_of
 from progtuning_kernels.swaps import model_swaps
 from progtuning_kernels.swaps.deferred_logits import DeferredLogits, defer, materialise
 from progtuning_kernels.swaps.kinds import recognise

@@ -24,8 +24,8 @@ import torch
 from torch import Tensor, nn
 from torch.autograd import Variable
 
-from .layout import Layout
-from .schedules import ObservingSchedule
+from ..model.layout import Layout
+from ..schedules import ObservingSchedule
 
 
 class _Block:
