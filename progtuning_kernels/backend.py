@@ -1,9 +1,9 @@
 """THE place where an implementation is chosen, and where the reasons against the others are kept.
 
-An op (`progtuning_kernels/ops/`, one file each) registers its implementations; `select` asks them
+An op (`progtuning_kernels/ops/`, a folder each) registers its implementations; `select` asks them
 in the order native, triton, reference and takes the first that gives no reason against running on
-the tensors at hand. `implementation=` or the environment variable PROGTUNING_BACKEND forces one; a
-forced implementation that cannot run raises, with its reason.
+the tensors at hand. The environment variable PROGTUNING_BACKEND is asked first where the op has it.
+`implementation=` forces one: if that cannot run, it raises with the reason.
 
 Importing this module never fails and never prints: the extension and Triton are looked for when
 first asked about, and what stands in their way is kept as text.
@@ -13,10 +13,11 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import importlib
 import json
 import os
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -27,22 +28,34 @@ from torch import Tensor
 
 PREFERENCE = ("native", "triton", "reference")
 ENVIRONMENT_VARIABLE = "PROGTUNING_BACKEND"
+# Why an implementation cannot run on an op's tensors, in one line; None if it can.
+Reason = Callable[[Any], str | None]
 
 
 @dataclass(frozen=True)
 class Implementation:
-    """One way to run an op.
+    """One way to run an op, and what else it can do for it; nobody asks for its name.
 
     Args:
         name: "native", "triton" or "reference".
         function: runs the op; may assume that the op's contract checks have passed.
         reason_against: why `function` cannot run on these tensors, in one line; None if it can.
             Asked once per call of the op, so it looks at as few tensors as it can.
+        forward: the op without autograd, with what its backward needs (norm).
+        backward: the demanded gradients (norm, activation).
+        scale: multiplies gradients that are formed already (linear_cross_entropy).
+        gradient_norm: of a bucket's gradients where they lie (masked_update).
+        decide: clipping and skipping on the device, in two launches (masked_update).
     """
 
     name: str
     function: Callable[..., Any]
-    reason_against: Callable[[Any], str | None]
+    reason_against: Reason = lambda tensors: None
+    forward: Callable[..., Any] | None = None
+    backward: Callable[..., Any] | None = None
+    scale: Callable[..., Any] | None = None
+    gradient_norm: Callable[..., Any] | None = None
+    decide: Callable[..., Any] | None = None
 
 
 def _small_tensor(device: torch.device) -> Sequence[Tensor]:
@@ -70,6 +83,7 @@ class Op:
 
 
 OPS: dict[str, Op] = {}
+_passed_over: dict[str, str] = {}  # op -> why PROGTUNING_BACKEND's choice did not run it last
 
 
 def register(op: Op) -> Op:
@@ -87,30 +101,36 @@ def select(op: Op, tensors: Any, implementation: str | None = None) -> Implement
         op: a registered op.
         tensors: what the op is about to run on, its contract already checked: a list of tensors,
             or what the op makes of them.
-        implementation: force this one; None or "auto" leaves the choice to PROGTUNING_BACKEND, and
-            without it to the order of preference.
+        implementation: force this one; None or "auto" leaves the choice to PROGTUNING_BACKEND,
+            where that one can run, and else to the order of preference.
 
     Raises:
         ValueError: no implementation has that name.
         RuntimeError: the forced implementation, or every one, cannot run; says why.
     """
-    forced, who = implementation, "implementation"
-    if forced in (None, "auto"):
-        forced, who = os.environ.get(ENVIRONMENT_VARIABLE), ENVIRONMENT_VARIABLE
-    if forced in (None, "", "auto"):
-        reasons = []
-        for candidate in op.implementations:
-            reason = candidate.reason_against(tensors)
-            if reason is None:
-                return candidate
-            reasons.append(f"{candidate.name}: {reason}")
-        raise RuntimeError(f"{op.name}: no implementation can run: {'; '.join(reasons)}")
-    if forced not in PREFERENCE:
-        raise ValueError(f"{who}={forced}: choose one of auto, {', '.join(PREFERENCE)}")
-    candidate, reason = _find(op, forced, tensors)
-    if candidate is None or reason is not None:
-        raise RuntimeError(f"{op.name}: {who}={forced} cannot run: {reason}")
-    return candidate
+    forced = None if implementation in (None, "auto") else implementation
+    preferred = os.environ.get(ENVIRONMENT_VARIABLE) if forced is None else None
+    preferred = None if preferred in (None, "", "auto") else preferred
+    for name, who in ((forced, "implementation"), (preferred, ENVIRONMENT_VARIABLE)):
+        if name is not None and name not in PREFERENCE:
+            raise ValueError(f"{who}={name}: choose one of auto, {', '.join(PREFERENCE)}")
+    if forced is not None:
+        candidate, reason = _find(op, forced, tensors)
+        if candidate is None or reason is not None:
+            raise RuntimeError(f"{op.name}: implementation={forced} cannot run: {reason}")
+        return candidate
+    if preferred is not None:
+        candidate, reason = _find(op, preferred, tensors)
+        if candidate is not None and reason is None:
+            return candidate
+        _passed_over[op.name] = reason
+    reasons = []
+    for candidate in op.implementations:
+        reason = candidate.reason_against(tensors)
+        if reason is None:
+            return candidate
+        reasons.append(f"{candidate.name}: {reason}")
+    raise RuntimeError(f"{op.name}: no implementation can run: {'; '.join(reasons)}")
 
 
 def _find(op: Op, name: str, tensors: Any) -> tuple[Implementation | None, str | None]:
@@ -177,12 +197,14 @@ def _native_cuda_reason(index: int) -> str | None:
     return None
 
 
-def triton_reason(device: torch.device) -> str | None:
-    """Why no Triton op can run on tensors of `device`; None if nothing speaks against it."""
+def triton_reason(device: torch.device, *dtypes: torch.dtype) -> str | None:
+    """Why no Triton op can run on tensors of `device` and dtypes; None if nothing is against it."""
     if device.type == "cpu" and os.environ.get("TRITON_INTERPRET") != "1":
         return "Triton runs on CPU tensors only under TRITON_INTERPRET=1"
     if device.type not in ("cpu", "cuda"):
         return f"no Triton kernels for {device.type} tensors"
+    if torch.float64 in dtypes:
+        return "no Triton kernel for torch.float64"
     return _triton_import_reason()
 
 
@@ -193,6 +215,15 @@ def _triton_import_reason() -> str | None:
     except Exception as error:
         return f"Triton does not load: {one_line(error)}"
     return None
+
+
+def triton_function(package: str, name: str) -> Callable[..., Any]:
+    """A function of an op's triton.py, imported when it is called: triton need not be there."""
+
+    def call(*arguments: Any, **keywords: Any) -> Any:
+        return getattr(importlib.import_module(f"{package}.triton"), name)(*arguments, **keywords)
+
+    return call
 
 
 def one_line(error: BaseException) -> str:
@@ -236,9 +267,14 @@ class ReportRow:
 
 @dataclass(frozen=True)
 class BackendReport:
-    """Every op, device and implementation on this machine; `print` it."""
+    """Every op, device and implementation on this machine; `print` it.
+
+    Attributes:
+        passed_over: op -> why PROGTUNING_BACKEND's choice did not run it when it was called last.
+    """
 
     rows: tuple[ReportRow, ...]
+    passed_over: dict[str, str] = field(default_factory=dict)
 
     def __str__(self) -> str:
         cells = [("op", "device", "implementation", "runs", "because")]
@@ -250,6 +286,8 @@ class BackendReport:
         for line in cells:
             padded = (cell.ljust(width) for cell, width in zip(line, widths, strict=True))
             lines.append("  ".join(padded).rstrip())
+        for op, reason in self.passed_over.items():
+            lines.append(f"{op}: not what {ENVIRONMENT_VARIABLE} prefers: {reason}")
         return "\n".join(lines)
 
 
@@ -261,7 +299,7 @@ def backend_report() -> BackendReport:
             for name in PREFERENCE:
                 reason = _report_reason(op, torch.device(device_type), name)
                 rows.append(ReportRow(op.name, device_type, name, reason is None, reason))
-    return BackendReport(tuple(rows))
+    return BackendReport(tuple(rows), dict(_passed_over))
 
 
 def _report_reason(op: Op, device: torch.device, name: str) -> str | None:

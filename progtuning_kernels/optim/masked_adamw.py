@@ -10,8 +10,8 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from ..ops.bucket import Bucket, Hyper, Moments, in_memory_order, is_dense
-from ..ops.low_precision import (
+from ..ops.masked_update.bucket import Bucket, Hyper, Moments, in_memory_order, is_dense
+from ..ops.masked_update.low_precision import (
     QUANT_BLOCK,
     decode_exp_avg,
     decode_exp_avg_sq,

@@ -22,7 +22,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from .. import freeze_events
-from ..ops.bucket import (
+from ..ops.masked_update.bucket import (
     GROUPS_PER_LAUNCH,
     TENSORS_PER_LAUNCH,
     Bucket,
@@ -30,7 +30,7 @@ from ..ops.bucket import (
     Hyper,
     is_dense,
 )
-from ..ops.grad_decision import GradDecision, decide, local_of, norm_over_ranks
+from ..ops.masked_update.grad_decision import GradDecision, decide, local_of, norm_over_ranks
 from .frozen_state import OnFreeze, offload_frozen_state, release_frozen_state
 from .in_backward import ClipMode, UpdateInBackward
 
@@ -581,7 +581,7 @@ class MaskedOptimizer(Optimizer):
     ) -> GradDecision:
         """Norm, clipping coefficient and whether to skip, for these gradients taken together.
 
-        Args: as `ops.grad_decision.decide`.
+        Args: as `grad_decision.decide`.
         """
         if known_norm is None and any(bucket.sharded for bucket in active):
             known_norm = norm_over_ranks([p.grad for b in active for p in b.parameters])

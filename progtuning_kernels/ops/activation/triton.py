@@ -1,12 +1,4 @@
-"""The activations of `activation.py` in Triton: A(x + bias) * up in float32, rounded once.
-
-A program has BLOCK columns: of one row, or of one piece of rows, where their sum is dbias. Tensors
-without gaps are one long row if there is no bias.
-
-A(z) is z times a function between 0 and 1; "silu" and "tanh" have the logistic function there, as
-0.5 * (1 + tanh(u)) = logistic(2 u). It and its complement come from exp of a negative number:
-nothing overflows, and no difference of nearly equal numbers is taken.
-"""
+"""A(x + bias) * up in Triton, in float32 and rounded once; see README.md."""
 
 from __future__ import annotations
 
@@ -18,13 +10,13 @@ import triton.language as tl
 from torch import Tensor
 
 from ... import backend
+from ..row_partials import count_partials, sum_partials
+from .reference import Gradients, Inputs, Kind
 
 # 8 elements per thread: 16 bytes of bfloat16
 BLOCK = 1024
 OPTIONS = {"num_warps": 4, "enable_fp_fusion": True}
-# dbias: pieces of 16 rows or more, at most 512; not the number of SMs, or every GPU has other bits
-ROWS_OF_PIECE, PIECES = 16, 512
-SUM_ROWS, SUM_BLOCK = 32, 64
+SUM_COLUMNS = 64  # of a program that sums partial sums
 
 ROOT_HALF = tl.constexpr(0.7071067811865476)
 DENSITY_AT_0 = tl.constexpr(0.3989422804014327)  # 1 / sqrt(2 pi)
@@ -148,19 +140,6 @@ def backward_kernel(
         _store(partials + piece * cols, columns, total, inside)
 
 
-@triton.jit(do_not_specialize=["pieces", "cols"])
-def sum_kernel(out, partials, pieces, cols, ROWS: tl.constexpr, BLOCK: tl.constexpr):
-    """BLOCK columns of partials (pieces, cols), summed."""
-    columns = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
-    inside = columns < cols
-    total = tl.zeros([ROWS, BLOCK], tl.float32)
-    for first in range(0, pieces, ROWS):
-        piece = first + tl.arange(0, ROWS)
-        both = (piece < pieces)[:, None] & inside[None, :]
-        total += _load(partials, piece[:, None].to(tl.int64) * cols + columns[None, :], both)
-    _store(out, columns, tl.sum(total, axis=0), inside)
-
-
 def _as_rows(tensors: Sequence[Tensor | None], *, one_row: bool) -> list[Tensor | None]:
     """The tensors as (rows, columns), not copied where they are rows with a stride.
 
@@ -189,8 +168,9 @@ def _aligned(x: Tensor) -> bool:
     return x.dim() > 0 and x.shape[-1] % 16 == 0
 
 
-def forward(x: Tensor, bias: Tensor | None, up: Tensor | None, kind: str) -> Tensor:
-    """`activation.reference`; of tensors on the CPU under Triton's interpreter."""
+def forward(inputs: Inputs, kind: Kind) -> Tensor:
+    """`reference.forward`; of tensors on the CPU under Triton's interpreter."""
+    x, bias, up = inputs
     out = torch.empty_like(x, memory_format=torch.contiguous_format)
     if not x.numel():
         return out
@@ -207,15 +187,9 @@ def forward(x: Tensor, bias: Tensor | None, up: Tensor | None, kind: str) -> Ten
     return out
 
 
-def backward(
-    grad: Tensor,
-    x: Tensor,
-    bias: Tensor | None,
-    up: Tensor | None,
-    kind: str,
-    demanded: Sequence[bool],
-) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-    """`activation.reference_backward`; of tensors on the CPU under Triton's interpreter."""
+def backward(grad: Tensor, inputs: Inputs, kind: Kind, demanded: Sequence[bool]) -> Gradients:
+    """`reference.backward`; of tensors on the CPU under Triton's interpreter."""
+    x, bias, up = inputs
     dx, dup = (
         torch.empty_like(x, memory_format=torch.contiguous_format) if wanted else None
         for wanted in (demanded[0], demanded[2])
@@ -230,7 +204,7 @@ def backward(
     partials = dbias = None
     pieces, rows_of_piece = rows, 1
     if wants_bias:
-        pieces = min(triton.cdiv(rows, ROWS_OF_PIECE), PIECES)
+        pieces = count_partials(rows)
         rows_of_piece = triton.cdiv(rows, pieces)
         partials = torch.empty((pieces, cols), dtype=torch.float32, device=x.device)
         dbias = torch.empty_like(bias)
@@ -242,8 +216,6 @@ def backward(
             *(kind, _aligned(x), BLOCK),
             **OPTIONS,
         )
-        if wants_bias:
-            sum_kernel[triton.cdiv(cols, SUM_BLOCK),](
-                *(dbias, partials, pieces, cols, SUM_ROWS, SUM_BLOCK), **OPTIONS
-            )
+    if wants_bias:
+        sum_partials(partials[None], dbias, columns=SUM_COLUMNS)
     return dx, dbias, dup

@@ -1,9 +1,4 @@
-"""linear_cross_entropy in Triton: logits become loss and d(logits) where they lie.
-
-One program per row, which reads the row twice and writes it once: the first pass finds the largest
-logit and the sum of exponentials, the second writes the gradient. Everything is float32 inside.
-Addresses are 64-bit: row * stride passes 2^31 at 16,744 rows of 128,256 logits.
-"""
+"""The rows of linear_cross_entropy in Triton: one program per row; see README.md."""
 
 from __future__ import annotations
 
@@ -13,7 +8,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ... import backend
-from . import RowLoss, padded
+from .reference import RowLoss, padded
 
 # 16 elements per thread: 32 bytes of bfloat16 in flight, with registers left for 6 programs per SM
 BLOCK = 4096
@@ -178,7 +173,7 @@ def scale_kernel(values, factor, n, BLOCK: tl.constexpr):
 def rows(
     logits: Tensor, labels: Tensor, losses: Tensor, row_loss: RowLoss, *, gradient: bool
 ) -> None:
-    """`linear_cross_entropy.reference`; of tensors on the CPU under Triton's interpreter.
+    """`reference.rows`; of tensors on the CPU under Triton's interpreter.
 
     Where a row's stride leaves room for `padded` classes, what lies between is overwritten.
     """
@@ -203,7 +198,7 @@ def rows(
 
 
 def scale(gradient: Tensor, factor: Tensor) -> None:
-    """`linear_cross_entropy.scale_reference`; of a contiguous gradient."""
+    """`reference.scale`; of a contiguous gradient."""
     if not gradient.numel():
         return
     with backend.device_guard(gradient.device):

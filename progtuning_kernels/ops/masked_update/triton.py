@@ -1,20 +1,4 @@
-"""masked_update in Triton: what `csrc/update_rules.h` does, in the same order of operations.
-
-Two launches per call, whatever the number of tensors:
-
-1. `prepare_kernel` computes what each tensor needs at this step (bias corrections, step number) and
-   counts the step. The second launch reads only what the first wrote, so no program can read a step
-   number that another has raised, and the powers of beta (300 instructions) are computed once per
-   tensor, not by every thread of 8 elements.
-2. `masked_update_kernel` updates: a program is one chunk of a tensor, found in a chunk table.
-
-What changes from call to call (seed, hyper-parameters, addresses of the gradients) travels in one
-int64 tensor, `_step_words`: one copy, and no argument that a kernel would be compiled anew for.
-
-bfloat16 travels as its 16 bits: Triton's interpreter truncates where the GPU rounds. Divisions and
-roots are the IEEE ones (`div_rn`, `sqrt_rn`) and no multiply-adds are fused, so the interpreter
-and the GPU give the bits of the CPU kernel; up to Triton 3.5 with 0 for quotients below 1.2e-38.
-"""
+"""masked_update in Triton: csrc/update_rules.h in the same order of operations; see README.md."""
 
 from __future__ import annotations
 
@@ -28,8 +12,8 @@ import triton.language as tl
 from torch import Tensor
 
 from ... import backend
-from ..bucket import Bucket, Gradients, Hyper, record_of, written
-from ..low_precision import QUANT_BLOCK
+from .bucket import Bucket, Gradients, Hyper, Step, chunk_table, record_table, written
+from .low_precision import QUANT_BLOCK
 
 # 8 elements per thread: what one call of Philox serves, 16 bytes of bfloat16, and a warp holds one
 # block of 8-bit codes. 7 M parameters (a BERT block) are 3,418 programs for an H200's 132 SMs.
@@ -433,22 +417,10 @@ class Tables:
     """
 
     def __init__(self, bucket: Bucket) -> None:
-        tensors = len(bucket.params)
-        counts = [-(-p.numel() // BLOCK) for p in bucket.params]
-        owners = torch.repeat_interleave(torch.tensor(counts, dtype=torch.int64, device="cpu"))
-        chunks = torch.cat([torch.arange(count, device="cpu") for count in counts])
-        self.chunks = torch.stack((owners, chunks), dim=1).to(torch.int32).to(bucket.device)
-        records = [record_of(bucket, i) for i in range(tensors)]
-        self.records = torch.tensor(records, dtype=torch.int64, device=bucket.device)
-        shape = (tensors, NUMBERS.value)
+        self.records, self.chunks = record_table(bucket), chunk_table(bucket, BLOCK)
+        shape = (len(bucket.params), NUMBERS.value)
         self.numbers = torch.empty(shape, dtype=torch.float32, device=bucket.device)
         self.captured: list[Tensor] = []
-
-
-def _tables(bucket: Bucket) -> Tables:
-    if bucket.triton_tables is None:
-        bucket.triton_tables = Tables(bucket)
-    return bucket.triton_tables
 
 
 def _stays_on_gpu(lr: float | Tensor, device: torch.device) -> bool:
@@ -501,20 +473,11 @@ _TYPES = {
 }
 
 
-def launch(
-    bucket: Bucket,
-    tables: Tables,
-    words: Tensor,
-    first_address: int,
-    grad_factor: Tensor | None,
-    found_inf: Tensor | None,
-    *,
-    zero_grads: bool,
-) -> None:
+def launch(bucket: Bucket, tables: Tables, words: Tensor, first_address: int, step: Step) -> None:
     """Both kernels, on the current device and stream."""
     tensors = len(bucket.params)
     prepare_kernel[triton.cdiv(tensors, TENSORS),](
-        *(tables.records, words, grad_factor, found_inf, tables.numbers),
+        *(tables.records, words, step.grad_factor, step.found_inf, tables.numbers),
         *(tensors, first_address, TENSORS),
         **PREPARE_OPTIONS,
     )
@@ -522,24 +485,16 @@ def launch(
         masked_update_kernel[len(tables.chunks),](
             *(tables.records, words, tables.numbers, tables.chunks, first_address),
             *(_TYPES[bucket.dtype], _TYPES[bucket.moment_dtype], bucket.masters is not None),
-            *(bucket.stochastic_rounding, zero_grads, BLOCK),
+            *(bucket.stochastic_rounding, step.zero_grads, BLOCK),
             **OPTIONS,
         )
 
 
-def update(
-    bucket: Bucket,
-    gradients: Gradients,
-    hypers: Sequence[Hyper],
-    *,
-    grad_factor: Tensor | None,
-    found_inf: Tensor | None,
-    seed: int,
-    zero_grads: bool,
-) -> None:
+def update(bucket: Bucket, gradients: Gradients, hypers: Sequence[Hyper], step: Step) -> None:
     """`Bucket.update`; of tensors on the CPU under Triton's interpreter."""
-    tables = _tables(bucket)
+    if bucket.tables is None:
+        bucket.tables = Tables(bucket)
     with backend.device_guard(bucket.device):
-        words, first = _step_words(bucket, tables, gradients.addresses, hypers, seed)
-        launch(bucket, tables, words, first, grad_factor, found_inf, zero_grads=zero_grads)
-    written(bucket, gradients, zero_grads=zero_grads)
+        words, first = _step_words(bucket, bucket.tables, gradients.addresses, hypers, step.seed)
+        launch(bucket, bucket.tables, words, first, step)
+    written(bucket, gradients, zero_grads=step.zero_grads)

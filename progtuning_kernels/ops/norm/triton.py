@@ -1,15 +1,4 @@
-"""layer_norm and rms_norm in Triton: one program per row, held in registers, read once.
-
-Backward is one kernel for whatever is demanded. Where the gradient of weight or bias is, a program
-takes every P-th row and keeps their sums in registers; P of them go to memory, and a second kernel
-adds them in a fixed order. P depends on the number of rows alone, and nothing is added atomically.
-
-Dropout's mask is computed where it is needed, in forward and again in backward: 32 random bits of
-Philox per element, a function of a seed, the row and the column. The seed is one number of torch's
-generator of the device, drawn on the device.
-
-Accumulation is float32. Roots and quotients are the IEEE ones: there is one per row.
-"""
+"""layer_norm and rms_norm in Triton: one program per row, held in registers; see README.md."""
 
 from __future__ import annotations
 
@@ -22,14 +11,11 @@ import triton.language as tl
 from torch import Tensor
 
 from ... import backend
-from . import Norm, Result
+from ..contract import present
+from ..row_partials import count_partials, rounded, sum_partials
+from .reference import Inputs, Norm, Result
 
-ROWS_PER_PARTIAL, MAX_PARTIALS = 16, 512
-# Of partial sums, that a program of the second kernel adds at a time: 32 columns are 128 bytes.
-SUM_ROWS, SUM_COLUMNS = 32, 32
-SUM_OPTIONS = {"num_warps": 4, "enable_fp_fusion": True}
-# Triton's interpreter truncates to bfloat16 where the GPU rounds.
-ROUND_BY_BITS = tl.constexpr(bool(triton.knobs.runtime.interpret))
+SUM_COLUMNS = 32  # of a program that sums partial sums: 128 bytes
 
 
 class Dropout(NamedTuple):
@@ -68,25 +54,13 @@ def options(block: int) -> dict[str, int | bool]:
 
 
 @triton.jit
-def _rounded(x, TYPE: tl.constexpr):
-    """float32 to TYPE, to nearest even."""
-    if ROUND_BY_BITS and TYPE == tl.bfloat16:
-        bits = x.to(tl.uint32, bitcast=True)
-        special = (bits & 0x7F800000) == 0x7F800000
-        quiet = tl.where((bits & 0x007FFFFF) != 0, 0x00400000, 0).to(tl.uint32)
-        bits = tl.where(special, bits | quiet, bits + ((bits >> 16) & 1) + 0x7FFF)
-        return (bits >> 16).to(tl.uint16).to(tl.bfloat16, bitcast=True)
-    return x.to(TYPE)
-
-
-@triton.jit
 def _load(pointers, inside):
     return tl.load(pointers, mask=inside, other=0.0).to(tl.float32)
 
 
 @triton.jit
 def _store(pointers, x, inside):
-    tl.store(pointers, _rounded(x, pointers.dtype.element_ty), mask=inside)
+    tl.store(pointers, rounded(x, pointers.dtype.element_ty), mask=inside)
 
 
 @triton.jit
@@ -153,10 +127,10 @@ def forward_kernel(
     values = _load(x + row * x_stride + columns, inside)
     if seed is not None:
         values = _dropped_out(values, seed, last_dropped, scale, row, BLOCK)
-        values = _rounded(values, x.dtype.element_ty).to(tl.float32)
+        values = rounded(values, x.dtype.element_ty).to(tl.float32)
     if residual is not None:
         values = values + _load(residual + row * residual_stride + columns, inside)
-        values = _rounded(values, SUM_TYPE).to(tl.float32)
+        values = rounded(values, SUM_TYPE).to(tl.float32)
         if h is not None:
             _store(h + row * C + columns, values, inside)
     if CENTER:
@@ -169,7 +143,7 @@ def forward_kernel(
         tl.store(rstd + row, row_rstd)
     result = values * row_rstd
     if CAST_FIRST:
-        result = _rounded(result, SUM_TYPE).to(tl.float32)
+        result = rounded(result, SUM_TYPE).to(tl.float32)
     if weight is not None:
         result = result * (_load(weight + columns, inside) + offset)
     if bias is not None:
@@ -251,34 +225,6 @@ def backward_kernel(
         tl.store(dbias + program * C + columns, bias_sum, mask=inside)
 
 
-@triton.jit(do_not_specialize=["n_partials"])
-def sum_partials_kernel(
-    partials,
-    first,
-    second,
-    n_partials,
-    C: tl.constexpr,
-    ROWS: tl.constexpr,
-    COLUMNS: tl.constexpr,
-):
-    """Column sums of partials, (1 or 2, n_partials, C), into first and second (or None)."""
-    which = tl.program_id(1)
-    columns = tl.program_id(0) * COLUMNS + tl.arange(0, COLUMNS)
-    inside = columns < C
-    base = partials + which.to(tl.int64) * n_partials * C
-    total = tl.zeros([ROWS, COLUMNS], tl.float32)
-    for start in range(0, n_partials, ROWS):
-        rows = start + tl.arange(0, ROWS)
-        pointers = base + rows.to(tl.int64)[:, None] * C + columns[None, :]
-        total += tl.load(pointers, mask=(rows < n_partials)[:, None] & inside[None, :], other=0.0)
-    result = tl.sum(total, axis=0)
-    if which == 0:
-        _store(first + columns, result, inside)
-    if second is not None:
-        if which == 1:
-            _store(second + columns, result, inside)
-
-
 _TYPES = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
 
 
@@ -298,10 +244,7 @@ def _rows(x: Tensor) -> Tensor:
 
 
 def forward(
-    x: Tensor,
-    residual: Tensor | None,
-    weight: Tensor | None,
-    bias: Tensor | None,
+    inputs: Inputs,
     norm: Norm,
     *,
     statistics: bool,
@@ -309,6 +252,7 @@ def forward(
     dropout: Dropout = NO_DROPOUT,
 ) -> Forward:
     """Without autograd. keep_sum: h is stored."""
+    x, residual, weight, bias = inputs
     columns, device = x.shape[-1], x.device
     dtype = x.dtype if residual is None else torch.promote_types(x.dtype, residual.dtype)
     y = torch.empty(x.shape, dtype=norm.output_dtype(dtype, weight), device=device)
@@ -362,7 +306,7 @@ def backward(
     dh = torch.empty(h.shape, dtype=h.dtype, device=device) if wants_h else None
     sums: list[Tensor | None] = [None, None]
     if any(wants_parameters):
-        programs = max(1, min(triton.cdiv(n_rows, ROWS_PER_PARTIAL), MAX_PARTIALS))
+        programs = count_partials(n_rows)
         shape = (sum(wants_parameters), programs, columns)
         partials = torch.empty(shape, dtype=torch.float32, device=device)
         unused = iter(partials)
@@ -386,12 +330,8 @@ def backward(
             *(norm.offset, norm.center, columns, block),
             **options(block),
         )
-        if any(wants_parameters):
-            present = [gradient for gradient in gradients if gradient is not None]
-            sum_partials_kernel[triton.cdiv(columns, SUM_COLUMNS), len(present)](
-                *(partials, *(present + [None])[:2], programs, columns, SUM_ROWS, SUM_COLUMNS),
-                **SUM_OPTIONS,
-            )
+    if any(wants_parameters):
+        sum_partials(partials, *present(gradients), columns=SUM_COLUMNS)
     return dx, dh, *gradients
 
 
@@ -418,7 +358,7 @@ class _Norm(torch.autograd.Function):
         statistics = demands_h or demands_weight
         keep_sum = residual is not None and (return_sum or statistics)
         y, h, mean, rstd = forward(
-            *(x, residual, weight, bias, norm),
+            *(Inputs(x, residual, weight, bias), norm),
             statistics=statistics,
             keep_sum=keep_sum,
             dropout=dropout,
@@ -460,19 +400,30 @@ class _Norm(torch.autograd.Function):
         return dx, dresidual, dweight, dbias, None, None, None
 
 
-def norm(
-    x: Tensor,
-    residual: Tensor | None,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    norm: Norm,
-    return_sum: bool,
-    dropout: float = 0.0,
-) -> Result:
+def run(inputs: Inputs, norm: Norm, return_sum: bool, dropout: float = 0.0) -> Result:
     """y, or (y, dropout(x) + residual), with autograd where something requires a gradient."""
-    tensors = (x, residual, weight, bias)
-    drop = draw_dropout(dropout, x.device) if dropout else NO_DROPOUT
-    if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors):
-        return _Norm.apply(*tensors, norm, return_sum, drop)
-    done = forward(*tensors, norm, statistics=False, keep_sum=return_sum, dropout=drop)
+    drop = draw_dropout(dropout, inputs.x.device) if dropout else NO_DROPOUT
+    if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in inputs):
+        return _Norm.apply(*inputs, norm, return_sum, drop)
+    done = forward(inputs, norm, statistics=False, keep_sum=return_sum, dropout=drop)
     return (done.y, done.h) if return_sum else done.y
+
+
+def operator_forward(inputs: Inputs, norm: Norm) -> tuple[Tensor, Tensor | None, Tensor]:
+    """`reference.forward`."""
+    done = forward(inputs, norm, statistics=True)
+    return done.y, done.mean, done.rstd
+
+
+def operator_backward(
+    dy: Tensor,
+    x: Tensor,
+    weight: Tensor | None,
+    mean: Tensor | None,
+    rstd: Tensor,
+    norm: Norm,
+    demanded: Sequence[bool],
+) -> Sequence[Tensor | None]:
+    """`reference.backward`."""
+    dtypes = [x.dtype, *[x.dtype if weight is None else weight.dtype] * 2]
+    return backward(dy, None, x, weight, mean, rstd, norm, [False, *demanded], dtypes)[1:]

@@ -1,12 +1,4 @@
-"""One norm over all gradients of a step, and what follows from it, without a host sync.
-
-    norm        = sqrt(sum of squares) / grad_scale
-    grad_factor = min(1, max_grad_norm / (norm + 1e-6)) / grad_scale     (clip_grad_norm_'s formula)
-    found_inf   = grad_scale's own finding, or: the norm is not finite
-
-On CUDA with native kernels these are two launches for a bucket, whatever the number of tensors; the
-update, which reads grad_factor and found_inf on the device, is the third.
-"""
+"""One norm over all gradients of a step, and what follows from it; formulas in README.md."""
 
 from __future__ import annotations
 
@@ -16,9 +8,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from .. import backend
-from .bucket import Bucket, Gradients, build_table
-from .masked_norm import masked_norm
+from ..masked_norm import masked_norm
+from .bucket import Bucket, Gradients
 
 
 class GradDecision(NamedTuple):
@@ -49,7 +40,7 @@ def decide(
     previous_norm: Tensor | None = None,
     control: Tensor | None = None,
 ) -> GradDecision:
-    """Norm, factor and finding for the gradients of `buckets`; see the top of this file.
+    """Norm, factor and finding for the gradients of `buckets`, without a host sync.
 
     Args:
         gradients: per bucket; at least one is there.
@@ -69,10 +60,19 @@ def decide(
     if max_grad_norm is None and not skip_nonfinite:
         factor = None if grad_scale is None else grad_scale.reciprocal()
         return GradDecision(None, factor, found_inf)
-    if known_norm is None and previous_norm is None and _decides_natively(buckets):
-        return _native(
-            buckets, gradients, max_grad_norm, skip_nonfinite, grad_scale, found_inf, control
+    if known_norm is None and previous_norm is None and _decided_on_device(buckets):
+        counted = control is not None
+        if control is None:
+            control = torch.zeros(4, dtype=torch.float32, device=device)
+        buckets[0].implementation.decide(
+            *(buckets, gradients),
+            max_grad_norm=max_grad_norm,
+            skip_nonfinite=skip_nonfinite,
+            grad_scale=grad_scale,
+            found_inf=found_inf,
+            control=control,
         )
+        return GradDecision(control[0], control[1], control[2], counted)
     norm = _norm(buckets, gradients, device) if known_norm is None else known_norm.to(device)
     if grad_scale is not None:
         norm = norm / grad_scale
@@ -96,8 +96,9 @@ def _norm(
     norms = []
     rest: dict[torch.device, list[Tensor]] = {}
     for bucket, some in zip(buckets, gradients, strict=True):
-        if bucket.device.type == "cpu" and bucket.implementation.name == "native":
-            norms.append(_norm_where_they_lie(bucket, some))
+        own = bucket.implementation.gradient_norm
+        if own is not None and bucket.device.type == "cpu":
+            norms.append(own(bucket, some))
         else:
             present = [grad for grad in some.given if grad is not None]
             rest.setdefault(bucket.device, []).extend(present)
@@ -106,20 +107,11 @@ def _norm(
     return norms[0] if len(norms) == 1 else masked_norm(norms)
 
 
-def _norm_where_they_lie(bucket: Bucket, gradients: Gradients) -> Tensor:
-    """`masked_norm` of gathered gradients, without asking each of them again where it lies."""
-    extension = backend.native_extension()
-    out = torch.empty((), dtype=torch.float32, device=bucket.device)
-    there = [i for i, address in enumerate(gradients.addresses) if address]
-    extension.masked_norm_cpu(
-        [gradients.addresses[i] for i in there],
-        [bucket.params[i].numel() for i in there],
-        backend.dtype_code(bucket.dtype),
-        extension.norm_kinds["l2"],
-        out.data_ptr(),
-        torch.get_num_threads(),
+def _decided_on_device(buckets: Sequence[Bucket]) -> bool:
+    device = buckets[0].device
+    return device.type == "cuda" and all(
+        bucket.device == device and bucket.implementation.decide is not None for bucket in buckets
     )
-    return out
 
 
 def local_of(t: Tensor) -> Tensor:
@@ -151,57 +143,3 @@ def norm_over_ranks(grads: Sequence[Tensor | None]) -> Tensor:
             torch.distributed.all_reduce(squares, group=mesh.get_group(dimension))
         total = squares if total is None else total + squares
     return total.sqrt().float()
-
-
-def _decides_natively(buckets: Sequence[Bucket]) -> bool:
-    return all(
-        bucket.device == buckets[0].device
-        and bucket.device.type == "cuda"
-        and bucket.implementation.name == "native"
-        for bucket in buckets
-    )
-
-
-def _native(
-    buckets: Sequence[Bucket],
-    gradients: Sequence[Gradients],
-    max_grad_norm: float | None,
-    skip_nonfinite: bool,
-    grad_scale: Tensor | None,
-    found_inf: Tensor | None,
-    control: Tensor | None,
-) -> GradDecision:
-    extension, device = backend.native_extension(), buckets[0].device
-    for bucket in buckets:
-        if bucket.table is None:
-            build_table(bucket)
-    counts = [len(bucket.chunks) for bucket in buckets]
-    partials = torch.empty(sum(counts), dtype=torch.float32, device=device)
-    counted = control is not None
-    if control is None:
-        control = torch.zeros(4, dtype=torch.float32, device=device)
-    with backend.device_guard(device):
-        stream = backend.cuda_stream(device)
-        offset = 0
-        for bucket, some, count in zip(buckets, gradients, counts, strict=True):
-            extension.bucket_norm_partials_cuda(
-                bucket.table.data_ptr(),
-                bucket.chunks.data_ptr(),
-                count,
-                some.addresses,
-                backend.dtype_code(bucket.dtype),
-                partials.data_ptr() + 4 * offset,
-                stream,
-            )
-            offset += count
-        extension.norm_decision_cuda(
-            partials.data_ptr(),
-            sum(counts),
-            0 if grad_scale is None else grad_scale.data_ptr(),
-            0 if found_inf is None else found_inf.data_ptr(),
-            max_grad_norm or 0.0,
-            skip_nonfinite,
-            control.data_ptr(),
-            stream,
-        )
-    return GradDecision(control[0], control[1], control[2], counted)

@@ -1,14 +1,4 @@
-"""Random rounding and 8-bit moments in plain torch: what `csrc/update_rules.h` does, bit for bit.
-
-- Philox4x32 with 7 rounds (Salmon et al., SC 2011): a random number depends on (seed, stream,
-  tensor, step, element) and on nothing else, so every implementation and every resumed run draws
-  the same ones.
-- Stochastic rounding to bfloat16: up with the probability that makes the mean exact.
-- 8-bit codes in blocks of 256 that share their largest magnitude:
-  m = sign(q) * largest * (q / 127)^4, nearest code; v = largest * (q / 255)^8, random code, because
-  with beta2 = 0.999 a v falls by less than half a code per step and the nearest one would stay. The
-  powers take a float's exponent + mantissa for its log2: a shift of its bits, exactly invertible.
-"""
+"""Random rounding and 8-bit moments in plain torch: what csrc/update_rules.h does, bit for bit."""
 
 from __future__ import annotations
 

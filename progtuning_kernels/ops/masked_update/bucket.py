@@ -12,10 +12,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from .. import backend
+from ... import backend
 from .low_precision import QUANT_BLOCK
 
-UPDATE_CHUNK = 8192  # elements of a CUDA block; csrc/launchers.h
 # more gradients do not fit into one launch's parameters: 32,764 bytes on every CUDA architecture
 TENSORS_PER_LAUNCH, GROUPS_PER_LAUNCH = 4032, 8
 _EMPTY = 16  # an address like that of any tensor: a multiple of 16
@@ -29,6 +28,15 @@ class Hyper(NamedTuple):
     eps: float
     beta1: float
     beta2: float
+
+
+class Step(NamedTuple):
+    """What a step brings beside gradients and hyper-parameters; see `Bucket.update`."""
+
+    grad_factor: Tensor | None = None
+    found_inf: Tensor | None = None
+    seed: int = 0
+    zero_grads: bool = False
 
 
 class Gradients(NamedTuple):
@@ -127,10 +135,7 @@ class Bucket:
         ]
         self.addresses = [p.data_ptr() for p in self.params]
         self.implementation = backend.select(backend.OPS["masked_update"], self, implementation)
-        self.table: Tensor | None = None  # (tensors, 9) int64: UpdateRecord in csrc/launchers.h
-        self.chunks: Tensor | None = None  # (chunks, 2) int32: tensor, chunk of it; CUDA only
-        self.ticket: Tensor | None = None  # counts the blocks of a launch that are done; CUDA only
-        self.triton_tables: Any = None  # what masked_update/triton.py keeps for a stage
+        self.tables: Any = None  # what the implementation keeps for a stage
 
     def _check(self) -> None:
         lengths = {len(self.moments), len(self.steps), len(self.indices), len(self.groups)}
@@ -212,7 +217,7 @@ class Bucket:
         seed: int = 0,
         zero_grads: bool = False,
     ) -> None:
-        """One update; see the top of this file.
+        """One update; see README.md.
 
         Args:
             grads: gathered, or as for `gather`.
@@ -231,15 +236,8 @@ class Bucket:
                     f"{t.dtype} on {t.device}"
                 )
         gradients = grads if isinstance(grads, Gradients) else self.gather(grads)
-        self.implementation.function(
-            self,
-            gradients,
-            hypers,
-            grad_factor=grad_factor,
-            found_inf=found_inf,
-            seed=seed,
-            zero_grads=zero_grads,
-        )
+        step = Step(grad_factor, found_inf, seed, zero_grads)
+        self.implementation.function(self, gradients, hypers, step)
 
 
 def written(bucket: Bucket, gradients: Gradients, *, zero_grads: bool) -> None:
@@ -253,37 +251,23 @@ def written(bucket: Bucket, gradients: Gradients, *, zero_grads: bool) -> None:
     torch.autograd.graph.increment_version(changed)
 
 
-def record_of(bucket: Bucket, i: int) -> list[int]:
-    """UpdateRecord of csrc/launchers.h as 9 words of 8 bytes."""
-    moments = bucket.moments[i]
-    scales = (moments.exp_avg_scale, moments.exp_avg_sq_scale)
-    return [
-        bucket.params[i].data_ptr(),
-        moments.exp_avg.data_ptr(),
-        moments.exp_avg_sq.data_ptr(),
-        0 if bucket.masters is None else bucket.masters[i].data_ptr(),
-        *(0 if scale is None else scale.data_ptr() for scale in scales),
-        bucket.steps[i].data_ptr(),
-        bucket.params[i].numel(),
-        bucket.indices[i] | bucket.groups[i] << 32,
-    ]
+def record_table(bucket: Bucket) -> Tensor:
+    """(tensors, 9) int64 on the bucket's device: UpdateRecord in csrc/launchers.h."""
+    records = []
+    for i, (p, moments) in enumerate(zip(bucket.params, bucket.moments, strict=True)):
+        master = None if bucket.masters is None else bucket.masters[i]
+        state = (p, moments.exp_avg, moments.exp_avg_sq, master, *moments[2:], bucket.steps[i])
+        addresses = [0 if t is None else t.data_ptr() for t in state]
+        records.append([*addresses, p.numel(), bucket.indices[i] | bucket.groups[i] << 32])
+    return torch.tensor(records, dtype=torch.int64, device=bucket.device)
 
 
-def build_table(bucket: Bucket) -> None:
-    """Fills in the bucket's tables, on its device."""
-    records = [record_of(bucket, i) for i in range(len(bucket.params))]
-    bucket.table = torch.tensor(records, dtype=torch.int64, device=bucket.device)
-    if bucket.device.type == "cuda":
-        build_chunks(bucket)
-
-
-def build_chunks(bucket: Bucket) -> None:
-    """What a launch on CUDA needs beside the records: its blocks' work, and their count."""
-    counts = [-(-p.numel() // UPDATE_CHUNK) for p in bucket.params]
+def chunk_table(bucket: Bucket, elements: int) -> Tensor:
+    """(chunks, 2) int32 on the bucket's device: tensor, and chunk of so many elements of it."""
+    counts = [-(-p.numel() // elements) for p in bucket.params]
     tensors = torch.repeat_interleave(torch.tensor(counts, dtype=torch.int64, device="cpu"))
     chunks = torch.cat([torch.arange(count, device="cpu") for count in counts])
-    bucket.chunks = torch.stack((tensors, chunks), dim=1).to(torch.int32).to(bucket.device)
-    bucket.ticket = torch.zeros((), dtype=torch.int32, device=bucket.device)
+    return torch.stack((tensors, chunks), dim=1).to(torch.int32).to(bucket.device)
 
 
 def alike(grad: Tensor, p: Tensor) -> Tensor:

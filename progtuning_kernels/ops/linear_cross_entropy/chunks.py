@@ -1,0 +1,144 @@
+"""linear_cross_entropy over chunks of rows: the matmuls around an implementation's `rows`."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from ... import backend
+from .reference import Options, RowLoss, padded
+
+LEAST_ROWS = 512  # below it a matmul is bound by reading the weight, not by arithmetic
+ROW_MULTIPLE = 128  # a tile of the matmul
+
+
+class Formed(NamedTuple):
+    """Gradients are None where not demanded, else of the loss times `1 / unscale`.
+
+    Attributes:
+        gradients: of hidden, weight, bias, in `stored_dtypes`.
+        unscale: 0-dim; a power of two, 1 except in float16.
+    """
+
+    loss: Tensor
+    gradients: tuple[Tensor | None, Tensor | None, Tensor | None]
+    unscale: Tensor
+
+
+def wide(dtype: torch.dtype) -> torch.dtype:
+    """What is computed in beside the matmuls."""
+    return torch.promote_types(dtype, torch.float32)
+
+
+def stored_dtypes(dtype: torch.dtype) -> tuple[torch.dtype, torch.dtype, torch.dtype]:
+    """Of the gradients of hidden, weight, bias between forward and backward.
+
+    Sums over rows could leave float16's range before the loss scale is known.
+    """
+    return dtype, torch.float32 if dtype == torch.float16 else dtype, wide(dtype)
+
+
+def rows_per_chunk(rows: int, classes: int, element_bytes: int, max_logits_bytes: int) -> int:
+    """R of README.md."""
+    fitting = max_logits_bytes // max(1, classes * element_bytes) // ROW_MULTIPLE * ROW_MULTIPLE
+    most = max(LEAST_ROWS, fitting)
+    if rows <= most:
+        return max(1, rows)
+    even = math.ceil(rows / math.ceil(rows / most))
+    return min(most, max(LEAST_ROWS, math.ceil(even / ROW_MULTIPLE) * ROW_MULTIPLE))
+
+
+def _denominator(
+    labels: Tensor, class_weight: Tensor | None, num_items: Tensor | None, options: Options
+) -> Tensor:
+    """0-dim float64 on the device."""
+    if num_items is not None:
+        return num_items.to(torch.float64)
+    if options.reduction == "sum":
+        return torch.ones((), dtype=torch.float64, device=labels.device)
+    counted = labels != options.ignore_index
+    if class_weight is None:
+        return counted.sum().double()
+    index = labels.masked_fill(~counted, 0).clamp(0, len(class_weight) - 1).long()
+    return class_weight.gather(0, index).masked_fill(~counted, 0).sum(dtype=torch.float64)
+
+
+def _add_product(total: Tensor | None, a: Tensor, b: Tensor, dtype: torch.dtype) -> Tensor:
+    """total + a @ b, in place from the second chunk on, with sums and result in `dtype`."""
+    if a.is_cuda and a.dtype != dtype:
+        if total is None:
+            return torch.mm(a, b, out_dtype=dtype)
+        # takes a float32 total from torch 2.10 on; elsewhere than on CUDA there is no such addmm
+        return torch.addmm(total, a, b, out_dtype=dtype, out=total)
+    a, b = a.to(dtype), b.to(dtype)
+    return torch.mm(a, b) if total is None else total.addmm_(a, b)
+
+
+@torch.no_grad()
+def form(
+    chosen: backend.Implementation,
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    labels: Tensor,
+    class_weight: Tensor | None,
+    num_items: Tensor | None,
+    demand: Sequence[bool],
+    options: Options,
+) -> Formed:
+    """Loss and gradients of (N, H) hidden; demand: of hidden, weight, bias."""
+    need_hidden, need_weight, need_bias = demand
+    n, classes, dtype, device = len(hidden), len(weight), hidden.dtype, hidden.device
+    if class_weight is not None:
+        class_weight = class_weight.to(wide(dtype)).contiguous()
+    denominator = _denominator(labels, class_weight, num_items, options)
+    unscale = torch.ones((), dtype=wide(dtype), device=device)
+    factor = 1 / denominator
+    if dtype == torch.float16:
+        # d(logits) of a mean over 8192 rows would be 0 below 5e-4: times a power of two it is not
+        exponent = torch.frexp(denominator).exponent
+        factor = torch.ldexp(factor, exponent)
+        unscale = torch.ldexp(unscale, -exponent)
+    row_loss = RowLoss(
+        ignore_index=options.ignore_index,
+        label_smoothing=options.label_smoothing,
+        softcap=options.softcap,
+        z_loss=options.z_loss,
+        class_weight=class_weight,
+        class_weight_sum=None if class_weight is None else class_weight.sum(),
+        factor=factor.to(wide(dtype)),
+    )
+    chunk_rows = rows_per_chunk(n, classes, dtype.itemsize, options.max_logits_bytes)
+    weight_dtype = wide(dtype) if chunk_rows < n or dtype == torch.float16 else dtype
+    losses = torch.empty(n, dtype=wide(dtype), device=device)
+    logits_buffer = torch.empty((chunk_rows, padded(classes)), dtype=dtype, device=device)
+    # no product may depend on the padding, but those in bfloat16 on CPUs with AMX multiply it by 0
+    logits_buffer[:, classes:] = 0
+    d_hidden = torch.empty(hidden.shape, dtype=dtype, device=device) if need_hidden else None
+    d_weight = d_bias = None
+    with torch.autocast(device.type, enabled=False):
+        for start in range(0, max(n, 1), chunk_rows):
+            span = slice(start, min(start + chunk_rows, n))
+            part = hidden[span]
+            logits = logits_buffer[: len(part), :classes]
+            if bias is None:
+                torch.mm(part, weight.t(), out=logits)
+            else:
+                torch.addmm(bias, part, weight.t(), out=logits)
+            chosen.function(logits, labels[span], losses[span], row_loss, gradient=any(demand))
+            if need_hidden:
+                torch.mm(logits, weight, out=d_hidden[span])
+            if need_weight:
+                d_weight = _add_product(d_weight, logits.t(), part, weight_dtype)
+            if need_bias:
+                sums = logits.sum(dim=0, dtype=wide(dtype))
+                d_bias = sums if d_bias is None else d_bias.add_(sums)
+        del logits, logits_buffer
+        if need_weight:
+            d_weight = d_weight.to(stored_dtypes(dtype)[1])
+        loss = (losses.sum(dtype=torch.float64) / denominator).to(wide(dtype))
+    return Formed(loss, (d_hidden, d_weight, d_bias), unscale)

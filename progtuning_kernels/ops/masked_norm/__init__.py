@@ -1,0 +1,62 @@
+"""masked_norm: the norm over all elements of a list of tensors, without waiting for the device."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from ... import backend
+from . import native, reference
+from .reference import Kind
+
+OP = backend.register(
+    backend.Op(
+        "masked_norm",
+        (
+            backend.Implementation("native", native.norm, native.reason_against),
+            backend.Implementation("reference", reference.norm),
+        ),
+    )
+)
+
+
+@torch.no_grad()
+def masked_norm(
+    tensors: Sequence[Tensor], *, kind: Kind = "l2", implementation: str | None = None
+) -> Tensor:
+    """Norm over a list of tensors, as a 0-dim float32 on their device (0 on the CPU for no tensor).
+
+    Args:
+        tensors: dense tensors of any shape on one device, float32, bfloat16, float16 or float64.
+            Non-contiguous ones are copied first.
+        kind: "l2", or "inf" for the largest magnitude.
+        implementation: "native" or "reference"; None chooses (see `backend.select`).
+    """
+    if isinstance(tensors, Tensor):
+        raise TypeError("masked_norm: expected a list of tensors, got one tensor")
+    tensors = list(tensors)
+    if torch.compiler.is_compiling():
+        return masked_norm_op(tensors, kind, implementation)
+    dtypes = reference.checked_dtypes(tensors, kind)
+    tensors = [tensor.contiguous() for tensor in tensors]
+    norms = []
+    for dtype in dtypes:
+        group = tensors if len(dtypes) == 1 else [t for t in tensors if t.dtype == dtype]
+        norms.append(backend.select(OP, group, implementation).function(group, kind))
+    device = tensors[0].device if tensors else torch.device("cpu")
+    return norms[0] if len(norms) == 1 else reference.norm_of_norms(norms, kind, device)
+
+
+@torch.library.custom_op("progtuning::masked_norm", mutates_args=())
+def masked_norm_op(
+    tensors: Sequence[Tensor], kind: str = "l2", implementation: str | None = None
+) -> Tensor:
+    return masked_norm(tensors, kind=kind, implementation=implementation)
+
+
+@masked_norm_op.register_fake
+def _(tensors: Sequence[Tensor], kind: str = "l2", implementation: str | None = None) -> Tensor:
+    device = tensors[0].device if tensors else "cpu"
+    return torch.empty((), dtype=torch.float32, device=device)

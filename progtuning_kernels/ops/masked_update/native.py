@@ -1,0 +1,139 @@
+"""masked_update by csrc/masked_update_cpu.cpp and csrc/masked_update.cu, and norms of its gradients.
+
+The optimizer calls these launchers directly: a custom operator would cost 0.3 to 0.7 ms of dispatch
+for hundreds of tensors.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from ... import backend
+from ..masked_norm.native import norm_at
+from .bucket import Bucket, Gradients, Hyper, Step, chunk_table, record_table, written
+
+UPDATE_CHUNK = 8192  # elements of a CUDA block; csrc/masked_update.cu
+_MOMENTS = (torch.float32, torch.bfloat16, torch.int8)
+
+
+class Tables(NamedTuple):
+    """What stays on the bucket's device for a stage.
+
+    Attributes:
+        records: see `record_table`.
+        chunks, ticket: of a launch on CUDA: its blocks' work, and how many of them are done.
+    """
+
+    records: Tensor
+    chunks: Tensor | None = None
+    ticket: Tensor | None = None
+
+
+def tables_on_cuda(bucket: Bucket) -> Tables:
+    """The tables for the kernels in csrc/*.cu."""
+    ticket = torch.zeros((), dtype=torch.int32, device=bucket.device)
+    return Tables(record_table(bucket), chunk_table(bucket, UPDATE_CHUNK), ticket)
+
+
+def tables_of(bucket: Bucket) -> Tables:
+    """The bucket's tables, made at the first call."""
+    if bucket.tables is None:
+        on_cuda = bucket.device.type == "cuda"
+        bucket.tables = tables_on_cuda(bucket) if on_cuda else Tables(record_table(bucket))
+    return bucket.tables
+
+
+def reason_against_kernels(bucket: Bucket) -> str | None:
+    """What neither the native nor the Triton kernels have."""
+    if bucket.dtype == torch.float16 and bucket.masters is None:
+        return "no kernel for float16 parameters without a master"
+    if bucket.moment_dtype not in _MOMENTS and bucket.dtype != torch.float64:
+        return f"no kernel for {bucket.moment_dtype} moments"
+    if not all(bucket.flat):
+        return "a tensor with gaps between its elements, or state of another order than its tensor"
+    return None
+
+
+def reason_against(bucket: Bucket) -> str | None:
+    reason = backend.native_reason(bucket.device) or reason_against_kernels(bucket)
+    if reason is None and bucket.device.type == "cuda" and bucket.dtype == torch.float64:
+        return "no native kernel for float64 on cuda"
+    return reason
+
+
+def _address(t: Tensor | None) -> int:
+    return 0 if t is None else t.data_ptr()
+
+
+def launch_arguments(bucket: Bucket, hypers: Sequence[Hyper], step: Step) -> tuple:
+    """Groups and options as csrc/module.cpp takes them; a tensor lr on a GPU is read there."""
+    groups = [
+        (0.0, *hyper[1:], hyper.lr.data_ptr()) if isinstance(hyper.lr, Tensor) else (*hyper, 0)
+        for hyper in hypers
+    ]
+    variant = (
+        backend.dtype_code(bucket.dtype),
+        backend.dtype_code(bucket.moment_dtype),
+        bucket.masters is not None,
+        bucket.stochastic_rounding,
+    )
+    at = (_address(step.grad_factor), _address(step.found_inf), step.seed, step.zero_grads)
+    return groups, *variant, *at
+
+
+def update(bucket: Bucket, gradients: Gradients, hypers: Sequence[Hyper], step: Step) -> None:
+    """`Bucket.update`."""
+    device, extension = bucket.device, backend.native_extension()
+    records, chunks, ticket = tables_of(bucket)
+    stays = [isinstance(h.lr, Tensor) and h.lr.is_cuda and chunks is not None for h in hypers]
+    hypers = [
+        h._replace(lr=h.lr.to(device, torch.float32) if on_gpu else float(h.lr))
+        for h, on_gpu in zip(hypers, stays, strict=True)
+    ]
+    arguments = (gradients.addresses, *launch_arguments(bucket, hypers, step))
+    if chunks is None:
+        extension.masked_update_cpu(records.data_ptr(), *arguments, torch.get_num_threads())
+    else:
+        where = (records.data_ptr(), chunks.data_ptr(), len(chunks), ticket.data_ptr())
+        with backend.device_guard(device):
+            extension.masked_update_cuda(*where, *arguments, backend.cuda_stream(device))
+    written(bucket, gradients, zero_grads=step.zero_grads)
+
+
+def gradient_norm(bucket: Bucket, gradients: Gradients) -> Tensor:
+    """`masked_norm` of a CPU's gradients, without asking each of them again where it lies."""
+    there = [i for i, address in enumerate(gradients.addresses) if address]
+    addresses = [gradients.addresses[i] for i in there]
+    return norm_at(addresses, [bucket.params[i].numel() for i in there], bucket.dtype, "l2")
+
+
+def decide(
+    buckets: Sequence[Bucket],
+    gradients: Sequence[Gradients],
+    *,
+    max_grad_norm: float | None,
+    skip_nonfinite: bool,
+    grad_scale: Tensor | None,
+    found_inf: Tensor | None,
+    control: Tensor,
+) -> None:
+    """Writes norm, grad_factor and found_inf of buckets on one GPU, and counts skips: (4,)."""
+    extension, device = backend.native_extension(), buckets[0].device
+    tables = [tables_of(bucket) for bucket in buckets]
+    counts = [len(chunks) for _, chunks, _ in tables]
+    partials = torch.empty(sum(counts), dtype=torch.float32, device=device)
+    with backend.device_guard(device):
+        stream, at = backend.cuda_stream(device), partials.data_ptr()
+        for bucket, some, (records, chunks, _) in zip(buckets, gradients, tables, strict=True):
+            where = (records.data_ptr(), chunks.data_ptr(), len(chunks), some.addresses)
+            code = backend.dtype_code(bucket.dtype)
+            extension.bucket_norm_partials_cuda(*where, code, at, stream)
+            at += 4 * len(chunks)
+        scaling = (_address(grad_scale), _address(found_inf), max_grad_norm or 0.0, skip_nonfinite)
+        extension.norm_decision_cuda(
+            *(partials.data_ptr(), sum(counts), *scaling, control.data_ptr(), stream)
+        )

@@ -1,0 +1,78 @@
+"""Sums over rows in two steps, without atomics: the same bits on every GPU of one kind.
+
+The kernel of an op sums pieces of the rows in registers and writes a partial sum for each; the
+kernel here adds those in a fixed order. How many there are depends on the number of rows alone.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from .. import backend
+
+ROWS_PER_PARTIAL, MAX_PARTIALS = 16, 512
+SUM_ROWS = 32  # of the partial sums, that a program adds at a time
+OPTIONS = {"num_warps": 4, "enable_fp_fusion": True}
+# Triton's interpreter truncates to bfloat16 where the GPU rounds.
+ROUND_BY_BITS = tl.constexpr(bool(triton.knobs.runtime.interpret))
+
+
+def count_partials(rows: int) -> int:
+    """How many partial sums the sum over so many rows has."""
+    return max(1, min(triton.cdiv(rows, ROWS_PER_PARTIAL), MAX_PARTIALS))
+
+
+@triton.jit
+def rounded(x, TYPE: tl.constexpr):
+    """float32 to TYPE, to nearest even."""
+    if ROUND_BY_BITS and TYPE == tl.bfloat16:
+        bits = x.to(tl.uint32, bitcast=True)
+        special = (bits & 0x7F800000) == 0x7F800000
+        quiet = tl.where((bits & 0x007FFFFF) != 0, 0x00400000, 0).to(tl.uint32)
+        bits = tl.where(special, bits | quiet, bits + ((bits >> 16) & 1) + 0x7FFF)
+        return (bits >> 16).to(tl.uint16).to(tl.bfloat16, bitcast=True)
+    return x.to(TYPE)
+
+
+@triton.jit
+def _store(pointers, x, inside):
+    tl.store(pointers, rounded(x, pointers.dtype.element_ty), mask=inside)
+
+
+@triton.jit(do_not_specialize=["n_partials"])
+def sum_partials_kernel(
+    partials,
+    first,
+    second,
+    n_partials,
+    C: tl.constexpr,
+    ROWS: tl.constexpr,
+    COLUMNS: tl.constexpr,
+):
+    """Column sums of partials, (1 or 2, n_partials, C), into first and second (or None)."""
+    which = tl.program_id(1)
+    columns = tl.program_id(0) * COLUMNS + tl.arange(0, COLUMNS)
+    inside = columns < C
+    base = partials + which.to(tl.int64) * n_partials * C
+    total = tl.zeros([ROWS, COLUMNS], tl.float32)
+    for start in range(0, n_partials, ROWS):
+        rows = start + tl.arange(0, ROWS)
+        pointers = base + rows.to(tl.int64)[:, None] * C + columns[None, :]
+        total += tl.load(pointers, mask=(rows < n_partials)[:, None] & inside[None, :], other=0.0)
+    result = tl.sum(total, axis=0)
+    if which == 0:
+        _store(first + columns, result, inside)
+    if second is not None:
+        if which == 1:
+            _store(second + columns, result, inside)
+
+
+def sum_partials(partials: Tensor, *sums: Tensor, columns: int) -> None:
+    """Writes one or two (C,) sums of partials, (1 or 2, P, C); columns: of a program."""
+    n_partials, width = partials.shape[1:]
+    with backend.device_guard(partials.device):
+        sum_partials_kernel[triton.cdiv(width, columns), len(sums)](
+            *(partials, *(*sums, None)[:2], n_partials, width, SUM_ROWS, columns), **OPTIONS
+        )
