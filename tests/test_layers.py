@@ -11,7 +11,7 @@ PACKAGE = Path(__file__).parent.parent / "progtuning_kernels"
 # a module may import from lower layers, and within a folder from its own
 LAYERS = [
     {"_backend", "schedules", "families", "freeze_events", "derived_classes", "call_stack"}
-    | {"forward_hooks", "random_state"},
+    | {"forward_hooks", "random_state", "sharding"},
     {"ops", "layout", "schedule_files"},
     {"cures"},
     {"optim", "boundary", "truncation", "gradient_paths", "checkpointing", "adapters"}
