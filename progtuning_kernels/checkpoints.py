@@ -37,7 +37,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from ._backend import one_line
+from .backend import one_line
 from .patch import PatchHandle
 from .random_state import random_state, set_random_state
 

@@ -32,9 +32,9 @@ import torch.distributed as dist
 from torch import nn
 from torch.nn.parallel import DataParallel, DistributedDataParallel
 
-from .call_stack import called_from
-from .families import UnsupportedModelError
-from .layout import Layout, parameter_slots
+from .model.call_stack import called_from
+from .model.families import UnsupportedModelError
+from .model.layout import Layout, parameter_slots
 from .sharding import is_sharded
 
 _AGREED = "agreed"

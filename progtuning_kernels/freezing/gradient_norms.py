@@ -24,9 +24,9 @@ import torch
 from torch import Tensor, nn
 from torch.autograd import Variable
 
-from .layout import Layout
-from .schedules import ObservingSchedule
-from .sharding import local_of
+from ..model.layout import Layout
+from ..schedules import ObservingSchedule
+from ..sharding import local_of
 
 
 class _Block:

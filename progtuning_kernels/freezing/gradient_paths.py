@@ -21,12 +21,12 @@ import torch
 import torch.utils.checkpoint
 from torch import nn
 
-from .call_stack import called_from
-from .cures import cure_for
-from .families import UnsupportedModelError
-from .forward_hooks import Before, ForwardHooks, tensors_in
-from .layout import EMBEDDINGS, Layout, ParameterSlot, parameter_slots, register_call
-from .sharding import is_sharded
+from ..model.call_stack import called_from
+from ..model.cures import cure_for
+from ..model.families import UnsupportedModelError
+from ..model.forward_hooks import Before, ForwardHooks, tensors_in
+from ..model.layout import EMBEDDINGS, Layout, ParameterSlot, parameter_slots, register_call
+from ..sharding import is_sharded
 
 
 class GradientPaths:
