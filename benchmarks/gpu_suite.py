@@ -55,11 +55,15 @@ def _experiment(name: str, limit_s: float, *options: str) -> Part:
 
 
 def gpu_parts() -> list[Part]:
-    tests = ["tests/test_gpu.py", "tests/test_gpu_masked_update.py", "tests/test_masked_norm.py"]
-    tests += ["tests/test_masked_update_triton.py", "tests/test_optimizer_precision.py"]
+    tests = [
+        "tests/test_gpu.py",
+        "tests/ops/test_gpu_masked_update.py",
+        "tests/ops/test_masked_norm.py",
+    ]
+    tests += ["tests/ops/test_masked_update_triton.py", "tests/test_optimizer_precision.py"]
     if find_spec("hypothesis") is not None:
         tests += ["tests/test_row_store.py"]
-    first = ("-m", "pytest", "-x", "-m", "gpu", "tests/test_gpu_masked_update.py")
+    first = ("-m", "pytest", "-x", "-m", "gpu", "tests/ops/test_gpu_masked_update.py")
     blocking = (("CUDA_LAUNCH_BLOCKING", "1"),)
     build = ("setup.py", "build_ext", "--inplace")
     cuda = ("--device", "cuda")
@@ -89,7 +93,7 @@ def rehearsal_parts() -> list[Part]:
                 "gpu",
                 "--collect-only",
                 "-q",
-                "tests/test_gpu_masked_update.py",
+                "tests/ops/test_gpu_masked_update.py",
             ),
             60,
             output=False,

@@ -76,7 +76,8 @@ class Launch:
 
     @property
     def name(self) -> str:
-        return f"{self.kernel.fn.__module__.rpartition('.')[2]}.{self.kernel.fn.__name__}"
+        module = self.kernel.fn.__module__.removesuffix(".triton").rpartition(".")[2]
+        return f"{module}.{self.kernel.fn.__name__}"
 
     def same_code(self) -> str:
         """Equal where Triton would compile once."""

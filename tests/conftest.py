@@ -10,13 +10,18 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
 os.environ.setdefault("MPLBACKEND", "Agg")
 
-import quick_interpreter  # noqa: E402  (after the environment is set)
+import own_process  # noqa: E402  (after the environment is set)
+import quick_interpreter  # noqa: E402
 import torch  # noqa: E402
 
 quick_interpreter.install()
 
 # tiny tensors gain nothing from a second thread, and on a busy machine its barriers cost tenfold
 torch.set_num_threads(1)
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    config.pluginmanager.register(own_process)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

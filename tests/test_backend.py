@@ -7,10 +7,10 @@ import pytest
 import torch
 
 import progtuning_kernels
-from progtuning_kernels import backend, ops
+from progtuning_kernels import MaskedAdamW, backend, ops
 from progtuning_kernels.backend import Implementation, Op, backend_report, select
 from progtuning_kernels.cli import doctor
-from progtuning_kernels.ops.masked_norm import DTYPES
+from progtuning_kernels.ops.contract import DTYPES
 
 CPU = torch.device("cpu")
 TENSORS = [torch.zeros(3)]
@@ -61,9 +61,27 @@ def test_a_forced_implementation_that_cannot_run_raises_its_reason(op, monkeypat
         select(op, TENSORS, "native")
     with pytest.raises(RuntimeError, match="example has no triton implementation"):
         select(op, TENSORS, "triton")
+
+
+def test_a_preferred_implementation_that_cannot_run_is_passed_over_with_its_reason(op, monkeypatch):
+    monkeypatch.setattr(backend, "_passed_over", {})
     monkeypatch.setenv("PROGTUNING_BACKEND", "native")
-    with pytest.raises(RuntimeError, match="PROGTUNING_BACKEND=native cannot run: it is Monday"):
-        select(op, TENSORS)
+    assert select(op, TENSORS).name == "reference"
+    assert backend_report().passed_over == {"example": "it is Monday"}
+    monkeypatch.setenv("PROGTUNING_BACKEND", "triton")
+    assert select(op, TENSORS).name == "reference"
+    assert backend_report().passed_over == {"example": "example has no triton implementation"}
+    line = "example: not what PROGTUNING_BACKEND prefers: example has no triton implementation"
+    assert str(backend_report()).endswith(line)
+
+
+def test_clipping_goes_on_where_triton_is_preferred_and_has_no_norm(monkeypatch):
+    monkeypatch.setenv("PROGTUNING_BACKEND", "triton")
+    p = torch.nn.Parameter(torch.ones(3))
+    p.grad = torch.full((3,), 10.0)
+    MaskedAdamW([p], lr=0.1, max_grad_norm=1.0).step()
+    assert (p < 1).all()
+    assert "no triton implementation" in backend_report().passed_over["masked_norm"]
 
 
 def test_an_unknown_implementation_is_named_with_the_choices(op, monkeypatch):
@@ -87,7 +105,8 @@ def test_registration_refuses_a_second_op_of_a_name_and_a_wrong_order():
         Op("example", (implementation("reference"), implementation("native")))
 
 
-def test_the_report_has_every_row_and_a_reason_for_every_no():
+def test_the_report_has_every_row_and_a_reason_for_every_no(monkeypatch):
+    monkeypatch.setattr(backend, "_passed_over", {})
     report = backend_report()
     rows = {(row.op, row.device, row.implementation): row for row in report.rows}
     assert len(rows) == len(report.rows) == len(backend.OPS) * 2 * len(backend.PREFERENCE)

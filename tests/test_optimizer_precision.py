@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from progtuning_kernels import MaskedAdamW
-from progtuning_kernels.ops.low_precision import decode_exp_avg
+from progtuning_kernels.ops.masked_update.low_precision import decode_exp_avg
 from progtuning_kernels.optim import state_bytes
 
 SHAPES = [(1,), (63,), (70, 61), (64, 64), (4095,), (257, 40)]

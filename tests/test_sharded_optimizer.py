@@ -11,7 +11,7 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 from progtuning_kernels import MaskedAdamW
-from progtuning_kernels.ops.grad_decision import norm_over_ranks
+from progtuning_kernels.ops.masked_update.grad_decision import norm_over_ranks
 from progtuning_kernels.optim import state_bytes
 
 OPTIONS = dict(lr=0.05, betas=(0.8, 0.95), eps=1e-3, weight_decay=0.1)

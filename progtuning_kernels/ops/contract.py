@@ -14,7 +14,8 @@ def check_dtype(op: str, dtype: torch.dtype, name: str = "") -> None:
     """Raises ValueError for a dtype that no op computes in."""
     if dtype not in DTYPES:
         names = ", ".join(str(known).removeprefix("torch.") for known in DTYPES)
-        raise ValueError(f"{op}: {name or 'a tensor'} is {dtype}, expected one of {names}")
+        found = f"{name} is {dtype}" if name else f"got {dtype}"
+        raise ValueError(f"{op}: {found}, expected one of {names}")
 
 
 def present(gradients: Iterable[Tensor | None]) -> list[Tensor]:

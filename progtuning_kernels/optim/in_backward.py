@@ -29,7 +29,7 @@ from torch import Tensor
 from torch.autograd import Variable
 
 from ..ops.masked_norm import masked_norm
-from ..ops.masked_update.grad_decision import local_of
+from ..sharding import local_of
 
 if TYPE_CHECKING:
     from .masked_optimizer import ActiveBucket, MaskedOptimizer, Member

@@ -10,6 +10,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from ... import backend
+from ...sharding import is_sharded
 from . import chunks, reference
 from .reference import Options, Reduction
 
@@ -103,7 +104,7 @@ def linear_cross_entropy(
         if not isinstance(tensor, Tensor):
             kind = type(tensor).__name__
             raise TypeError(f"linear_cross_entropy: {name} must be a tensor, got {kind}")
-        if hasattr(type(tensor), "to_local"):
+        if is_sharded(type(tensor)):
             raise ValueError(
                 f"linear_cross_entropy: {name} is a DTensor; pass {name}.full_tensor(), which "
                 "autograd follows"

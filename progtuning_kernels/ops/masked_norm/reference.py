@@ -9,6 +9,7 @@ from typing import Literal, get_args
 import torch
 from torch import Tensor
 
+from ...sharding import is_sharded
 from ..contract import check_dtype
 
 Kind = Literal["l2", "inf"]
@@ -25,7 +26,7 @@ def checked_dtypes(tensors: Sequence[Tensor], kind: str) -> list[torch.dtype]:
     for of_tensor in {type(tensor) for tensor in tensors}:
         if not issubclass(of_tensor, Tensor):
             raise TypeError(f"masked_norm: expected tensors, got {of_tensor.__name__}")
-        if hasattr(of_tensor, "to_local"):
+        if is_sharded(of_tensor):
             raise ValueError(
                 "masked_norm: got a DTensor; pass tensor.to_local() and add the squares over ranks"
             )

@@ -8,6 +8,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from ...sharding import is_sharded, local_of
 from ..masked_norm import masked_norm
 from .bucket import Bucket, Gradients
 
@@ -114,11 +115,6 @@ def _decided_on_device(buckets: Sequence[Bucket]) -> bool:
     )
 
 
-def local_of(t: Tensor) -> Tensor:
-    """The shard of a DTensor on this rank; any other tensor itself."""
-    return t.to_local() if hasattr(t, "to_local") else t
-
-
 def norm_over_ranks(grads: Sequence[Tensor | None]) -> Tensor:
     """Norm over all shards of all gradients: one reduction per way of sharding.
 
@@ -132,7 +128,7 @@ def norm_over_ranks(grads: Sequence[Tensor | None]) -> Tensor:
         if grad is None:
             continue
         groups = ()
-        if hasattr(grad, "placements"):
+        if is_sharded(grad):
             sharded = [i for i, p in enumerate(grad.placements) if p.is_shard()]
             groups = tuple((grad.device_mesh, i) for i in sharded)
         kinds.setdefault(groups, []).append(local_of(grad))

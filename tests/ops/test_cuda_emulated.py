@@ -2,7 +2,7 @@
 
 cuda_emulation/cuda_runtime.h says what is emulated. The checks are the tests that the kernels have
 on a GPU. One process has room for one `_C`, so the functions named check_* run in one of their own,
-with the emulated `_C` in the place of the real one.
+with the emulated `_C` in the place of the real one (tests/own_process.py).
 """
 
 from __future__ import annotations
@@ -33,24 +33,23 @@ import test_gpu_masked_update  # noqa: E402
 import test_masked_norm  # noqa: E402
 
 from progtuning_kernels import backend  # noqa: E402
-from progtuning_kernels.ops import grad_decision  # noqa: E402
-from progtuning_kernels.ops.bucket import (  # noqa: E402
+from progtuning_kernels.ops.masked_update import grad_decision, native  # noqa: E402
+from progtuning_kernels.ops.masked_update.bucket import (  # noqa: E402
     Bucket,
     Gradients,
     Hyper,
-    build_chunks,
-    build_table,
+    Step,
 )
 from progtuning_kernels.optim import MaskedOptimizer  # noqa: E402
 
-TESTS = Path(__file__).parent
+TESTS = Path(__file__).parents[1]
 CSRC = TESTS.parent / "csrc"
 LAUNCH = re.compile(r"(\w+(?:<[^;{}]*?>)?)<<<([^;]*?)>>>\(([^;]*?)\);")
 # As setup.py where bits depend on it; a vector at an address that no GPU takes ends the process.
 FLAGS = ["-O1", "-std=c++17", "-fPIC", "-fvisibility=hidden", "-fno-math-errno"]
 FLAGS += ["-ffp-contract=off", "-fsanitize=alignment", "-fno-sanitize-recover=alignment"]
 FLAGS += ["-DPROGTUNING_ONE_ISA", "-DPROGTUNING_CUDA", '-DPROGTUNING_CUDA_ARCHS="emulated"']
-TOO_LONG = "1048579 or (graph and 449)"  # of the tests on a GPU
+left_out = re.compile("1048579|graph.*449|449.*graph")  # of the tests on a GPU: take too long
 
 
 class EmulatedGpu:
@@ -60,9 +59,8 @@ class EmulatedGpu:
 
     def bucket(self, *args, **options) -> Bucket:
         bucket = Bucket(*args, implementation="native", **options)
-        bucket.implementation = backend.Implementation("native", update, lambda bucket: None)
-        build_table(bucket)
-        build_chunks(bucket)
+        bucket.implementation = backend.Implementation("native", update, decide=native.decide)
+        bucket.tables = native.tables_on_cuda(bucket)
         return bucket
 
     def norm(self, tensors: Sequence[Tensor], kind: str = "l2") -> Tensor:
@@ -89,35 +87,16 @@ class EmulatedGpu:
         return step  # a capture runs nothing either
 
 
-def update(
-    bucket: Bucket,
-    gradients: Gradients,
-    hypers: Sequence[Hyper],
-    *,
-    grad_factor: Tensor | None,
-    found_inf: Tensor | None,
-    seed: int,
-    zero_grads: bool,
-) -> None:
+def update(bucket: Bucket, gradients: Gradients, hypers: Sequence[Hyper], step: Step) -> None:
     """As masked_update's own on cuda."""
+    records, chunks, ticket = bucket.tables
     backend.native_extension().masked_update_cuda(
-        bucket.table.data_ptr(),
-        bucket.chunks.data_ptr(),
-        len(bucket.chunks),
-        bucket.ticket.data_ptr(),
+        *(records.data_ptr(), chunks.data_ptr(), len(chunks), ticket.data_ptr()),
         gradients.addresses,
-        [(0.0, *h[1:], h.lr.data_ptr()) if isinstance(h.lr, Tensor) else (*h, 0) for h in hypers],
-        backend.dtype_code(bucket.dtype),
-        backend.dtype_code(bucket.moment_dtype),
-        bucket.masters is not None,
-        bucket.stochastic_rounding,
-        0 if grad_factor is None else grad_factor.data_ptr(),
-        0 if found_inf is None else found_inf.data_ptr(),
-        seed,
-        zero_grads,
+        *native.launch_arguments(bucket, hypers, step),
         GPU.stream(),
     )
-    assert bucket.ticket == 0
+    assert ticket == 0
 
 
 GPU = EmulatedGpu()
@@ -135,9 +114,10 @@ def emulated_gpu(monkeypatch):
     def list_on_gpu(sizes, dtype=torch.float32, device=GPU.name) -> list[Tensor]:
         return random_list(sizes, dtype, GPU.name)
 
-    def tables(bucket: Bucket) -> None:
-        build_table(bucket)
-        build_chunks(bucket)
+    def tables_of(bucket: Bucket) -> native.Tables:
+        if bucket.tables is None or bucket.tables.chunks is None:
+            bucket.tables = native.tables_on_cuda(bucket)
+        return bucket.tables
 
     def control_on(optimizer: MaskedOptimizer, device: torch.device) -> Tensor:
         if optimizer._control is None:
@@ -145,8 +125,8 @@ def emulated_gpu(monkeypatch):
         return optimizer._control
 
     monkeypatch.setattr(backend, "cuda_stream", lambda device: GPU.stream())
-    monkeypatch.setattr(grad_decision, "_decides_natively", lambda buckets: True)
-    monkeypatch.setattr(grad_decision, "build_table", tables)
+    monkeypatch.setattr(grad_decision, "_decided_on_device", lambda buckets: True)
+    monkeypatch.setattr(native, "tables_of", tables_of)
     monkeypatch.setattr(MaskedOptimizer, "_control_on", control_on)
     monkeypatch.setattr(test_gpu_masked_update, "GPU", GPU)
     monkeypatch.setattr(test_masked_norm, "masked_norm", norm)
@@ -179,9 +159,8 @@ def source_for_the_cpu(path: Path) -> str:
     return text
 
 
-@pytest.fixture(scope="module")
-def extension(tmp_path_factory) -> Path:
-    """`_C` with the emulated kernels."""
+def own_process(folder: Path) -> dict[str, str]:
+    """Builds `_C` with the emulated kernels; the environment that puts it in."""
     cxx = shutil.which("g++")
     if cxx is None:
         pytest.skip("no g++")
@@ -191,7 +170,6 @@ def extension(tmp_path_factory) -> Path:
     if not Path(sanitizer.stdout.strip()).is_absolute():
         pytest.skip("g++ without its sanitizers (libubsan)")
     pybind11 = pytest.importorskip("pybind11")
-    folder = tmp_path_factory.mktemp("emulated")
     kernels = []
     for path in CSRC.glob("*.cu"):
         kernels.append(folder / f"{path.name}.cpp")
@@ -214,17 +192,4 @@ def extension(tmp_path_factory) -> Path:
         objects = list(pool.map(compiled, sources))
     library = folder / "_C.so"
     run("-shared", *objects, "-o", library)
-    return library
-
-
-def test_on_the_cpu(extension):
-    """Every check_* of this file, in one process."""
-    command = [sys.executable, "-m", "pytest", __file__, "-o", "python_functions=check_*"]
-    command += ["-k", f"not ({TOO_LONG})", "-p", "no:cacheprovider", "-W", "error"]
-    command += ["--capture=sys"]  # the message of a process that ends is then seen
-    environment = {**os.environ, EMULATED: str(extension)}
-    done = subprocess.run(
-        command, env=environment, cwd=TESTS.parent, capture_output=True, text=True
-    )
-    assert done.returncode == 0, done.stdout + done.stderr
-    assert "skipped" not in done.stdout
+    return {EMULATED: str(library)}

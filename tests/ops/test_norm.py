@@ -18,13 +18,16 @@ import sys
 import pytest
 import torch
 from accuracy import assert_at_least_as_accurate, in_fp64
+from own_process import interpreted as own_process  # noqa: F401
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
-from triton_builds import compile_for, resources, run_checks
+from triton_builds import compile_for, resources
 
+from progtuning_kernels import backend
 from progtuning_kernels.ops import norm as norms
-from progtuning_kernels.ops.low_precision import philox
-from progtuning_kernels.ops.norm import layer_norm, layer_norm_op, rms_norm, rms_norm_op
+from progtuning_kernels.ops.masked_update.low_precision import philox
+from progtuning_kernels.ops.norm import layer_norm, norm_op, reference, rms_norm
+from progtuning_kernels.ops.norm.reference import Inputs
 
 FLOAT32, BFLOAT16, FLOAT16 = torch.float32, torch.bfloat16, torch.float16
 DTYPES = (FLOAT32, BFLOAT16, FLOAT16)
@@ -47,6 +50,14 @@ def _rms_norm(x, residual, weight, bias, **keywords):
 def _gemma_norm(x, residual, weight, bias, **keywords):
     keywords |= dict(offset=1.0, cast="after_weight")
     return rms_norm(x, weight, EPS, residual=residual, **keywords)
+
+
+def layer_norm_op(x, weight, bias, eps, implementation=None):
+    return norm_op(x, weight, bias, eps, True, 0.0, False, implementation)
+
+
+def rms_norm_op(x, weight, eps, offset=0.0, cast_first=True, implementation=None):
+    return norm_op(x, weight, None, eps, False, offset, cast_first, implementation)
 
 
 def _ones_dropped_out(shape: tuple[int, ...], p: float = P) -> Tensor:
@@ -138,18 +149,9 @@ def _combinations(op: str, residual: str) -> list[tuple[str, ...]]:
     return [c for count in counts for c in itertools.combinations(names, count)]
 
 
-@pytest.fixture
-def poisoned():
-    """Memory that nothing was written to is NaN."""
-    torch.use_deterministic_algorithms(True)
-    assert torch.empty(3).isnan().all()
-    yield
-    torch.use_deterministic_algorithms(False)
-
-
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("op, residual", CASES)
-def check_at_least_as_accurate_as_torch(op, dtype, residual, poisoned):
+def check_at_least_as_accurate_as_torch(op, dtype, residual):
     for rows, columns in SHAPES:
         # In a row of one element the gradient is what cancellation leaves: 1 - normalised^2.
         roundings = 64.0 if columns == 1 and dtype == FLOAT32 else 1.0
@@ -159,7 +161,7 @@ def check_at_least_as_accurate_as_torch(op, dtype, residual, poisoned):
 
 
 @pytest.mark.parametrize("op, residual", CASES)
-def check_every_combination_of_demands(op, residual, poisoned, monkeypatch):
+def check_every_combination_of_demands(op, residual, monkeypatch):
     """What is not demanded is not computed, and nothing is kept for it."""
     from progtuning_kernels.ops.norm import triton as norm_triton
 
@@ -206,7 +208,7 @@ def check_every_combination_of_demands(op, residual, poisoned, monkeypatch):
 
 
 @pytest.mark.parametrize("op", OPS)
-def check_missing_parameters_and_unused_results(op, poisoned):
+def check_missing_parameters_and_unused_results(op):
     x, residual, weight, bias = _inputs(op, "returned", 17, 63, BFLOAT16)
     for parameters in ([None, None], [weight, None], [None, bias]):
         _compare(op, "returned", [x, residual, *parameters], INPUTS)
@@ -222,7 +224,7 @@ def check_missing_parameters_and_unused_results(op, poisoned):
 
 @pytest.mark.parametrize("dtype", [BFLOAT16, FLOAT16], ids=str)
 @pytest.mark.parametrize("op", IN_TRITON)
-def check_rounds_where_the_models_do(op, dtype, poisoned):
+def check_rounds_where_the_models_do(op, dtype):
     """One rounding more or less would change a tenth of the results, a sum's order very few."""
     tensors = _inputs(op, "inside", 3, 1025, dtype)
     mine = _run(op, "inside", tensors, None, (), "triton")
@@ -230,7 +232,7 @@ def check_rounds_where_the_models_do(op, dtype, poisoned):
     assert (mine["y"] == plain["y"]).double().mean() > 0.99
 
 
-def check_a_row_of_other_dtype(poisoned):
+def check_a_row_of_other_dtype():
     x, residual, weight, bias = _inputs("layer_norm", "returned", 17, 63, FLOAT32)
     for op in LAYER_NORMS:
         _compare(op, "returned", [x.to(BFLOAT16), residual, weight, bias], INPUTS)
@@ -242,7 +244,7 @@ def check_a_row_of_other_dtype(poisoned):
 
 
 @pytest.mark.parametrize("op", IN_TRITON)
-def check_other_strides(op, poisoned):
+def check_other_strides(op):
     x, residual, weight, bias = _inputs(op, "returned", 30, 63, FLOAT32)
     wide = torch.randn(30, 126)
     shapes = [
@@ -269,7 +271,7 @@ def check_other_strides(op, poisoned):
 
 
 @pytest.mark.parametrize("op", IN_TRITON)
-def check_no_rows(op, poisoned):
+def check_no_rows(op):
     tensors = _inputs(op, "returned", 0, 63, FLOAT32)
     for demanded in (INPUTS, ("x",), ("weight", "bias")):
         found = _compare(op, "returned", tensors, demanded)
@@ -277,12 +279,12 @@ def check_no_rows(op, poisoned):
             assert not found["dweight"].any()
 
 
-def check_partial_sums_are_bounded_and_repeatable(poisoned, monkeypatch):
-    from progtuning_kernels.ops.norm import triton as norm_triton
+def check_partial_sums_are_bounded_and_repeatable(monkeypatch):
+    from progtuning_kernels.ops import row_partials
 
-    monkeypatch.setattr(norm_triton, "ROWS_PER_PARTIAL", 4)
-    monkeypatch.setattr(norm_triton, "MAX_PARTIALS", 3)
-    monkeypatch.setattr(norm_triton, "SUM_ROWS", 2)
+    monkeypatch.setattr(row_partials, "ROWS_PER_PARTIAL", 4)
+    monkeypatch.setattr(row_partials, "MAX_PARTIALS", 3)
+    monkeypatch.setattr(row_partials, "SUM_ROWS", 2)
     tensors = _inputs("layer_norm", "none", 33, 63, FLOAT32)
     first = _compare("layer_norm", "none", tensors, INPUTS)
     again = _compare("layer_norm", "none", tensors, INPUTS)
@@ -292,7 +294,7 @@ def check_partial_sums_are_bounded_and_repeatable(poisoned, monkeypatch):
 
 @pytest.mark.filterwarnings("ignore::RuntimeWarning")  # numpy's, on NaN
 @pytest.mark.parametrize("op", OPS)
-def check_nan_stays_in_its_row(op, poisoned):
+def check_nan_stays_in_its_row(op):
     tensors = _inputs(op, "none", 17, 63, BFLOAT16)
     tensors[0][5, 7] = torch.nan
     found = _run(op, "none", tensors, None, INPUTS, "triton")
@@ -313,6 +315,7 @@ def check_large_offsets_of_rows():
 
 
 @pytest.mark.parametrize("op", LAYER_NORMS)
+@pytest.mark.unpoisoned
 def check_elements_beyond_32_bits(op, monkeypatch):
     """The third row begins 2**31 elements behind the first; what lies between is never touched."""
     # the interpreter would copy all memory of its arguments onto itself
@@ -328,7 +331,7 @@ def check_elements_beyond_32_bits(op, monkeypatch):
         assert torch.equal(wide[name], expected), name
 
 
-def check_dropped_elements_are_those_of_philox(poisoned):
+def check_dropped_elements_are_those_of_philox():
     """Of the words that a column and a row have, whatever the shape; no two calls have the same."""
     rows, columns = torch.arange(5)[:, None].expand(5, 72), torch.arange(72).expand(5, 72)
     zero = torch.zeros_like(rows)
@@ -371,7 +374,7 @@ def check_a_seed_repeats_what_is_dropped():
     assert not any(torch.equal(a, b) for a, b in itertools.combinations(masks, 2))
 
 
-def check_no_dropout_draws_nothing(poisoned):
+def check_no_dropout_draws_nothing():
     x, residual, weight, bias = _inputs("dropout", "returned", 3, 63, BFLOAT16)
     torch.manual_seed(11)
     before = torch.get_rng_state()
@@ -387,7 +390,7 @@ def check_no_dropout_draws_nothing(poisoned):
 
 
 @pytest.mark.filterwarnings("ignore::RuntimeWarning")  # numpy's, of infinity times 0
-def check_all_dropped_out(poisoned):
+def check_all_dropped_out():
     """What is not finite in x is dropped too."""
     x, residual, weight, bias = _inputs("dropout", "returned", 3, 63, FLOAT32)
     x[0, 1], x[1, 2], x[2, 3] = torch.inf, -torch.inf, torch.nan
@@ -416,7 +419,7 @@ def check_extreme_probabilities():
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def check_backward_drops_what_forward_dropped(dtype, poisoned):
+def check_backward_drops_what_forward_dropped(dtype):
     """Of two calls, in another order, after other random numbers."""
     calls = []
     for seed in (1, 2):
@@ -437,7 +440,7 @@ def check_backward_drops_what_forward_dropped(dtype, poisoned):
 
 
 @pytest.mark.parametrize("dtype", [BFLOAT16, FLOAT16], ids=str)
-def check_gradients_of_what_is_dropped_out_are_rounded_once(dtype, poisoned):
+def check_gradients_of_what_is_dropped_out_are_rounded_once(dtype):
     """A rounding of dh before its scaling would change a fifth of the results."""
     x, residual, weight, bias = _inputs("dropout", "returned", 3, 1025, dtype)
     leaf = x.requires_grad_()
@@ -451,7 +454,7 @@ def check_gradients_of_what_is_dropped_out_are_rounded_once(dtype, poisoned):
     assert (mine == truth.to(dtype)).double().mean() > 0.99
 
 
-def check_dropout_of_unused_results(poisoned):
+def check_dropout_of_unused_results():
     """Where only the sum is used, and where it has a gradient of other strides."""
     for dtype, demanded in itertools.product((BFLOAT16, FLOAT32), ((1, 1), (1, 0), (0, 1))):
         x, residual, weight, bias = _inputs("dropout", "returned", 17, 63, FLOAT32)
@@ -468,7 +471,7 @@ def check_dropout_of_unused_results(poisoned):
                 assert leaf.grad is None
 
 
-def check_checkpoints_drop_the_same(poisoned):
+def check_checkpoints_drop_the_same():
     x, residual, weight, bias = _inputs("dropout", "inside", 17, 63, FLOAT32)
 
     def two_layers(x, residual):
@@ -488,7 +491,7 @@ def check_checkpoints_drop_the_same(poisoned):
         assert torch.equal(plain, recomputed)
 
 
-def check_operators_run_triton(poisoned):
+def check_operators_run_triton():
     for op in OPS:
         x, _, weight, bias = _inputs(op, "none", 17, 63, FLOAT32)
         mine, theirs = (
@@ -505,12 +508,6 @@ def check_operators_run_triton(poisoned):
             result.backward(torch.ones_like(result))
         for a, b in zip(mine, theirs, strict=True):
             assert a is None or torch.equal(a.grad, b.grad)
-
-
-def test_in_the_interpreter():
-    """Every check_* of this file."""
-    pytest.importorskip("triton")
-    run_checks(__file__)
 
 
 def _models() -> dict[str, tuple[torch.nn.Module, dict]]:
@@ -615,13 +612,17 @@ def test_operators_are_at_least_as_accurate_as_torch(op, dtype):
 
 
 def test_operators_compute_what_is_demanded(monkeypatch):
-    asked, explicit = [], norms._explicit_backward
+    asked, explicit = [], norms.LAYER_NORM.implementations[-1].backward
 
     def spy(*arguments):
         asked.append(tuple(arguments[-1]))
         return explicit(*arguments)
 
-    monkeypatch.setattr(norms, "_explicit_backward", spy)
+    spying = backend.Implementation(
+        "reference", reference.run, forward=reference.forward, backward=spy
+    )
+    for name in ("LAYER_NORM", "RMS_NORM"):
+        monkeypatch.setattr(norms, name, backend.Op(name, (spying,)))
     x, _, weight, bias = _inputs("layer_norm", "none", 3, 5, FLOAT32)
     for demanded in itertools.product((False, True), repeat=3):
         if any(demanded):
@@ -641,19 +642,20 @@ def test_operators_compute_what_is_demanded(monkeypatch):
 def test_opcheck(dtype):
     x, _, weight, bias = _inputs("layer_norm", "none", 5, 63, dtype)
     x.requires_grad_()
-    torch.library.opcheck(layer_norm_op, (x, None, None, EPS))
+    torch.library.opcheck(norm_op, (x, None, None, EPS, True))
     transposed = torch.randn(63, 5, 3).to(dtype).permute(2, 1, 0).requires_grad_()
-    torch.library.opcheck(layer_norm_op, (transposed, weight, bias, EPS))
-    torch.library.opcheck(rms_norm_op, (transposed, weight, EPS))
-    torch.library.opcheck(rms_norm_op, (x, None, EPS, 1.0, False))
-    torch.library.opcheck(rms_norm_op, (x, weight.float().requires_grad_(), EPS))
+    torch.library.opcheck(norm_op, (transposed, weight, bias, EPS, True))
+    torch.library.opcheck(norm_op, (transposed, weight, None, EPS, False, 0.0, True))
+    torch.library.opcheck(norm_op, (x, None, None, EPS, False, 1.0))
+    wide = weight.float().requires_grad_()
+    torch.library.opcheck(norm_op, (x, wide, None, EPS, False, 0.0, True))
     demands = itertools.product((False, True), repeat=3) if dtype == FLOAT32 else [[True] * 3]
     for demanded in demands:
         tensors = [
             t.detach().requires_grad_(wanted)
             for t, wanted in zip((x, weight, bias), demanded, strict=True)
         ]
-        torch.library.opcheck(layer_norm_op, (*tensors, EPS))
+        torch.library.opcheck(norm_op, (*tensors, EPS, True))
 
 
 @pytest.mark.parametrize("residual", RESIDUALS)
@@ -740,7 +742,10 @@ def test_reasons_and_errors(monkeypatch):
         rms_norm(x, weight.to("meta"), EPS)
 
     monkeypatch.setenv("TRITON_INTERPRET", "1")
-    against = norms._reason_against_triton_layer_norm
+
+    def against(tensors):
+        return norms.LAYER_NORM.implementations[0].reason_against(Inputs(*tensors))
+
     pytest.importorskip("triton")
     assert against([x, x, weight, None]) is None
     subclass = x.as_subclass(type("Wrapped", (Tensor,), {}))
@@ -772,6 +777,7 @@ def _variants(columns: int) -> dict[str, tuple]:
     """Kernels by name, with the kinds of their arguments, constants and options."""
     import triton
 
+    from progtuning_kernels.ops import row_partials
     from progtuning_kernels.ops.norm import triton as nt
 
     block = nt.block_of(columns)
@@ -800,10 +806,10 @@ def _variants(columns: int) -> dict[str, tuple]:
         "dx only, dropout": (nt.backward_kernel, only_dx, of_dh, options),
         "dropout": (nt.dropout_kernel, of_x, constants, options),
         "sums": (
-            nt.sum_partials_kernel,
+            row_partials.sum_partials_kernel,
             {"partials": "*fp32", "first": "*bf16", "second": "*bf16", "n_partials": "i32"},
-            dict(C=columns, ROWS=nt.SUM_ROWS, COLUMNS=nt.SUM_COLUMNS),
-            nt.SUM_OPTIONS,
+            dict(C=columns, ROWS=row_partials.SUM_ROWS, COLUMNS=nt.SUM_COLUMNS),
+            row_partials.OPTIONS,
         ),
     }
 

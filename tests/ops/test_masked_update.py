@@ -7,7 +7,6 @@ import math
 import platform
 import shutil
 import subprocess
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -18,8 +17,9 @@ from torch import Tensor
 
 from progtuning_kernels import backend
 from progtuning_kernels.ops import masked_update
-from progtuning_kernels.ops.bucket import Bucket, Hyper, Moments, build_table
-from progtuning_kernels.ops.low_precision import (
+from progtuning_kernels.ops.masked_update import reference
+from progtuning_kernels.ops.masked_update.bucket import Bucket, Hyper, Moments, Step
+from progtuning_kernels.ops.masked_update.low_precision import (
     decode_exp_avg,
     decode_exp_avg_sq,
     encode_exp_avg,
@@ -27,11 +27,11 @@ from progtuning_kernels.ops.low_precision import (
     random_halves,
     stochastic_bfloat16,
 )
-from progtuning_kernels.ops.masked_update import _one_minus_power
+from progtuning_kernels.ops.masked_update.native import tables_of
+from progtuning_kernels.ops.masked_update.reference import one_minus_power
 
 CPU = torch.device("cpu")
-CSRC = Path(__file__).parent.parent / "csrc"
-MODULE = sys.modules["progtuning_kernels.ops.masked_update"]
+CSRC = Path(__file__).parents[2] / "csrc"
 # lr and decay of 0.1, eps of 1e-3, step 7, scale 0.5: at the defaults, decay before and after the
 # update differ by 1e-7 and a test cannot see which one is there
 HYPER = dict(lr=0.1, beta1=0.8, beta2=0.95, eps=1e-3, weight_decay=0.1)
@@ -206,7 +206,7 @@ def test_native_and_reference_draw_and_round_alike(dtype, moment_dtype, extra):
         options = dict(grad_factor=torch.tensor(0.5), seed=2**40 + 7)
         ours.update(grads, hypers(), **options)
         with torch.no_grad():
-            MODULE._update_plain(plain, grads, hypers(), found_inf=None, **options)
+            reference.update_plain(plain, grads, hypers(), Step(**options))
     for i in range(len(SIZES)):
         for mine, theirs in zip(ours.moments[i], plain.moments[i], strict=True):
             assert mine is theirs or torch.equal(mine, theirs)
@@ -383,11 +383,11 @@ def test_instruction_sets_do_not_change_the_bits(tmp_path):
             ours, grads = make(dtype, moment_dtype, extra, "native")
             other, _ = make(dtype, moment_dtype, extra, "native")
             ours.update(grads, hypers(), seed=seed)
-            build_table(other)
+            records = tables_of(other).records
             addresses = torch.tensor(other.gather(grads).addresses)
             codes = map(backend.dtype_code, (dtype, other.moment_dtype))
             kind = (*codes, extra == "master", extra == "stochastic", seed)
-            assert update(other.table.data_ptr(), len(grads), addresses.data_ptr(), *kind)
+            assert update(records.data_ptr(), len(grads), addresses.data_ptr(), *kind)
             for a, b in zip(ours.moments, other.moments, strict=True):
                 assert all(x is y or torch.equal(x, y) for x, y in zip(a, b, strict=True)), name
             assert all(map(torch.equal, ours.params, other.params)), (name, dtype, moment_dtype)
@@ -455,7 +455,7 @@ def test_bias_corrections_do_not_cancel():
         exact = torch.tensor(
             [-math.expm1(math.log(beta) * t) if beta else 1.0 for t in steps.tolist()]
         )
-        torch.testing.assert_close(_one_minus_power(beta, steps), exact, rtol=4e-7, atol=0)
+        torch.testing.assert_close(one_minus_power(beta, steps), exact, rtol=4e-7, atol=0)
 
 
 def test_versions_are_bumped_so_that_autograd_notices():
@@ -500,7 +500,7 @@ def test_nan_and_infinity_survive_every_rounding(implementation):
 
 def test_random_numbers_are_philox_and_independent():
     # Salmon et al.'s reference implementation, philox4x32-7, known answers
-    from progtuning_kernels.ops.low_precision import philox
+    from progtuning_kernels.ops.masked_update.low_precision import philox
 
     zero, ones = torch.zeros(1, dtype=torch.int64), torch.full((1,), 0xFFFFFFFF)
     words = philox(0, (zero, zero, zero, zero))
@@ -592,7 +592,7 @@ def test_triton_is_chosen_in_its_interpreter_and_says_why_not_elsewhere(monkeypa
     monkeypatch.setenv("TRITON_INTERPRET", "1")
     bucket, _ = make(torch.float32, torch.float32, "", "triton")
     assert bucket.implementation.name == "triton"
-    with pytest.raises(RuntimeError, match="no Triton kernel for float64"):
+    with pytest.raises(RuntimeError, match="no Triton kernel for torch.float64"):
         make(torch.float64, torch.float64, "", "triton")
 
 
@@ -677,9 +677,9 @@ def test_empty_lists_and_bad_lists():
 )
 def test_the_binding_refuses_what_it_can_see_is_wrong(change, message):
     bucket, grads = make(torch.float32, torch.float32, "", "native", [(3,)])
-    build_table(bucket)
+    records = tables_of(bucket).records
     arguments = dict(
-        table=bucket.table.data_ptr(),
+        table=records.data_ptr(),
         grads=[grads[0].data_ptr()],
         groups=[(*hypers()[0], 0)],
         param=0,
@@ -693,6 +693,6 @@ def test_the_binding_refuses_what_it_can_see_is_wrong(change, message):
         num_threads=1,
     )
     extension = backend.native_extension()
-    assert extension.update_record_bytes == bucket.table.shape[1] * 8
+    assert extension.update_record_bytes == records.shape[1] * 8
     with pytest.raises(ValueError, match=message):
         extension.masked_update_cpu(**(arguments | change))

@@ -12,12 +12,13 @@ import re
 
 import pytest
 import torch
+from own_process import interpreted as own_process  # noqa: F401
 from torch import Tensor
-from triton_builds import compile_for, resources, run_checks
+from triton_builds import compile_for, resources
 
-from progtuning_kernels.ops import low_precision
-from progtuning_kernels.ops.bucket import Bucket, Hyper, Moments, record_of
-from progtuning_kernels.ops.masked_update import _one_minus_power, _update_plain
+from progtuning_kernels.ops.masked_update import low_precision
+from progtuning_kernels.ops.masked_update.bucket import Bucket, Hyper, Moments, Step, record_table
+from progtuning_kernels.ops.masked_update.reference import one_minus_power, update_plain
 
 triton = pytest.importorskip("triton")
 
@@ -102,12 +103,11 @@ def _assert_equal(mine: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
 
 def _plain(bucket, grads, hypers=HYPERS, *, grad_factor=None, found_inf=None, seed=SEED) -> None:
     """The specification."""
-    _update_plain(bucket, grads, hypers, grad_factor=grad_factor, found_inf=found_inf, seed=seed)
+    update_plain(bucket, grads, hypers, Step(grad_factor, found_inf, seed))
 
 
 def _update(bucket, grads, hypers=HYPERS, **keywords) -> None:
-    defaults = dict(grad_factor=None, found_inf=None, seed=SEED, zero_grads=False)
-    mut.update(bucket, bucket.gather(grads), hypers, **{**defaults, **keywords})
+    mut.update(bucket, bucket.gather(grads), hypers, Step(**{"seed": SEED, **keywords}))
 
 
 def _compare_with(
@@ -248,14 +248,15 @@ def check_bias_corrections_at_every_step():
     steps = [torch.tensor(float(count)) for count in counts]
     bucket = Bucket(p, moments, steps, implementation="reference")
     _update(bucket, [torch.ones(1) for _ in counts], [hyper])
-    numbers = bucket.triton_tables.numbers
+    numbers = bucket.tables.numbers
     updates = torch.tensor(counts) + 1.0
-    root = torch.sqrt(_one_minus_power(0.999, updates).double()).float()
-    assert torch.equal(numbers[:, 6], 1.0 / _one_minus_power(0.9, updates))
+    root = torch.sqrt(one_minus_power(0.999, updates).double()).float()
+    assert torch.equal(numbers[:, 6], 1.0 / one_minus_power(0.9, updates))
     assert torch.equal(numbers[:, 7], 1.0 / root)
     assert torch.equal(numbers[:, 9], updates)
 
 
+@pytest.mark.unpoisoned
 def check_elements_beyond_32_bits():
     """2**36 elements of which the last 4091 exist: the addresses begin far below the memory."""
     first, n, index, step = 2**36, 4091, 5, 3.0
@@ -273,15 +274,15 @@ def check_elements_beyond_32_bits():
     halves = torch.stack((words & 0xFFFF, words >> 16), dim=2).flatten()[:n]
     expected = low_precision.stochastic_bfloat16(expected, halves)
 
-    tables = bucket.triton_tables = mut.Tables(bucket)
-    record = record_of(bucket, 0)
+    tables = bucket.tables = mut.Tables(bucket)
+    record = record_table(bucket)[0].tolist()
     record[:3] = record[0] - 2 * first, record[1] - 4 * first, record[2] - 4 * first
     record[7] += first
     tables.records = torch.tensor([record])
     tables.chunks += torch.tensor([0, first // mut.BLOCK], dtype=torch.int32)
     address = grad.data_ptr() - 2 * first
     words, first_address = mut._step_words(bucket, tables, [address], HYPERS[:1], SEED)
-    mut.launch(bucket, tables, words, first_address, None, None, zero_grads=False)
+    mut.launch(bucket, tables, words, first_address, Step())
     assert torch.equal(p, expected)
 
 
@@ -303,11 +304,6 @@ def test_missing_gradients_on_a_gpu():
 @pytest.mark.parametrize("found", [1.0, math.nan])
 def test_found_inf_changes_nothing_on_a_gpu(found, zero_grads):
     _compare_where_a_step_is_skipped(found, zero_grads, "cuda")
-
-
-def test_in_the_interpreter():
-    """Every check_* of this file."""
-    run_checks(__file__)
 
 
 @pytest.mark.filterwarnings("error")

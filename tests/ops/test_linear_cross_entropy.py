@@ -7,7 +7,6 @@ check_* run in one process of their own.
 from __future__ import annotations
 
 import functools
-import importlib
 import itertools
 import math
 import os
@@ -16,19 +15,20 @@ import re
 import pytest
 import torch
 from accuracy import assert_at_least_as_accurate
+from own_process import interpreted as own_process  # noqa: F401
 from torch import Tensor
 from torch.nn import functional as F
 from torch.profiler import ProfilerActivity, profile
-from triton_builds import compile_for, resources, run_checks
+from triton_builds import compile_for, resources
 
 from progtuning_kernels.ops.linear_cross_entropy import (
+    OP,
+    chunks,
     linear_cross_entropy,
     linear_cross_entropy_op,
-    rows_per_chunk,
+    reference,
 )
-
-# the package's attribute of this name may be the function
-op_module = importlib.import_module("progtuning_kernels.ops.linear_cross_entropy")
+from progtuning_kernels.ops.linear_cross_entropy.chunks import rows_per_chunk
 
 N, H, V = 37, 19, 113
 NAMES = ("hidden", "weight", "bias")
@@ -122,7 +122,7 @@ def _results(function, inputs, options, demand=(True, True, True), dtype=None, u
 
 
 def _force_chunks(monkeypatch, rows: int) -> dict[str, int]:
-    monkeypatch.setattr(op_module, "LEAST_ROWS", rows)
+    monkeypatch.setattr(chunks, "LEAST_ROWS", rows)
     return {"max_logits_bytes": 1}
 
 
@@ -162,23 +162,15 @@ def _compare(monkeypatch, variant, dtype, implementation, chunks, demands, n=N):
             _assert_accurate(name, value, baseline, truth, label)
 
 
-@pytest.fixture
-def poisoned():
-    """Memory that nobody wrote is NaN."""
-    torch.use_deterministic_algorithms(True)
-    yield
-    torch.use_deterministic_algorithms(False)
-
-
 @pytest.mark.parametrize("variant", VARIANTS)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_as_accurate_as_plain_torch(dtype, variant, monkeypatch, poisoned):
+def test_as_accurate_as_plain_torch(dtype, variant, monkeypatch):
     _compare(monkeypatch, variant, dtype, "reference", CHUNK_ROWS, DEMANDS)
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def check_as_accurate_as_plain_torch(dtype, variant, monkeypatch, poisoned, small_blocks):
+def check_as_accurate_as_plain_torch(dtype, variant, monkeypatch, small_blocks):
     demands = DEMANDS if variant == "plain" else DEMANDS[:1]
     chunks = (4,) if variant == "plain" else (11, 4)
     _compare(monkeypatch, variant, dtype, "triton", chunks, demands, n=11)
@@ -306,7 +298,8 @@ def test_the_upstream_gradient_is_not_rounded_to_float16(n):
     gradient = torch.randn(n).mul(1e-3).half()
     factor = torch.tensor(65536.1 * 1.1)
     expected = (gradient.double() * factor.double()).half()
-    op_module._SCALE[IMPLEMENTATION](gradient, factor)
+    scale = {op.name: op.scale for op in OP.implementations}[IMPLEMENTATION]
+    scale(gradient, factor)
     torch.testing.assert_close(gradient, expected, rtol=2e-3, atol=0)
 
 
@@ -329,16 +322,17 @@ def check_a_wrong_label_makes_the_loss_nan():
         assert linear_cross_entropy(**inputs, implementation="triton").isnan()
 
 
+@pytest.mark.unpoisoned
 def check_addresses_beyond_32_bits():
     """Three rows 2^30 logits apart: only the pages that hold them exist."""
     from progtuning_kernels.ops.linear_cross_entropy import triton as triton_module
 
     stride, classes = 2**30, 40
-    far = torch.empty(2 * stride + op_module.padded(classes), dtype=torch.float16)
+    far = torch.empty(2 * stride + reference.padded(classes), dtype=torch.float16)
     logits = far.as_strided((3, classes), (stride, 1))
     logits.copy_(torch.randn(3, classes))
     near, labels = logits.clone(), torch.tensor([3, 39, 0])
-    row_loss = op_module.RowLoss(-100, 0.0, None, 0.0, None, None, torch.ones(()))
+    row_loss = reference.RowLoss(-100, 0.0, None, 0.0, None, None, torch.ones(()))
     results = []
     for where in (near, logits):
         losses = torch.empty(3)
@@ -359,7 +353,7 @@ def _peak_bytes(function) -> tuple[int, int]:
 def _workspace_bytes(hidden: Tensor, weight: Tensor) -> int:
     """What a BLAS takes for itself in the products of a chunk: oneDNN packs operands for AMX."""
     classes = len(weight)
-    logits = torch.zeros(len(hidden), op_module.padded(classes), dtype=hidden.dtype)[:, :classes]
+    logits = torch.zeros(len(hidden), reference.padded(classes), dtype=hidden.dtype)[:, :classes]
     found = []
     for a, b in ((hidden, weight.t()), (logits, weight), (logits.t(), hidden)):
         result_bytes = len(a) * b.shape[1] * a.element_size()
@@ -399,7 +393,7 @@ def test_peak_memory_is_what_the_docstring_says(dtype, monkeypatch):
         peak, largest = _peak_bytes(step)
         need_hidden, need_weight, need_bias = demand
         of_weight = wide if several or dtype == torch.float16 else element
-        logits = chunk_rows * op_module.padded(classes) * element
+        logits = chunk_rows * reference.padded(classes) * element
         kept = need_hidden * n * width * element + need_bias * 2 * classes * wide
         kept += 64 * n + 4096
         held = classes * width * of_weight
@@ -508,7 +502,7 @@ def test_opcheck(dtype, monkeypatch):
         inputs, options = _case("everything", dtype)
         for name, demanded in zip(NAMES, demand, strict=True):
             inputs[name].requires_grad_(demanded)
-        arguments = (inputs["hidden"], inputs["weight"], inputs["labels"], inputs["bias"])
+        arguments = (inputs["hidden"], inputs["weight"], inputs["bias"], inputs["labels"])
         torch.library.opcheck(
             linear_cross_entropy_op,
             (*arguments, options["class_weight"], None, list(demand))
@@ -529,12 +523,6 @@ def test_compiled(dtype, monkeypatch):
             assert (mine[name] is None) == (value is None)
             if value is not None:
                 torch.testing.assert_close(mine[name], value, rtol=0, atol=0)
-
-
-def test_in_the_interpreter():
-    """Every check_* of this file."""
-    pytest.importorskip("triton")
-    run_checks(__file__)
 
 
 @pytest.mark.filterwarnings("error")

@@ -17,8 +17,9 @@ from torch import Tensor, nn
 
 from progtuning_kernels import MaskedAdamW, backend
 from progtuning_kernels.ops import masked_norm
-from progtuning_kernels.ops.bucket import Bucket, Hyper, Moments, build_table
-from progtuning_kernels.ops.low_precision import encode_exp_avg, encode_exp_avg_sq
+from progtuning_kernels.ops.masked_update.bucket import Bucket, Hyper, Moments
+from progtuning_kernels.ops.masked_update.low_precision import encode_exp_avg, encode_exp_avg_sq
+from progtuning_kernels.ops.masked_update.native import tables_of
 
 pytestmark = pytest.mark.gpu
 
@@ -277,7 +278,7 @@ def test_runs_on_the_current_stream():
     gradient = gpu.grads[0].clone()
     gpu.grads[0].zero_()
     bucket = gpu.bucket()
-    build_table(bucket)
+    tables_of(bucket)
     stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):
@@ -293,15 +294,14 @@ class Decision:
     """The norm of a bucket's gradients and what it means, in two launches."""
 
     def __init__(self, bucket: Bucket) -> None:
-        if bucket.table is None:
-            build_table(bucket)
         self.bucket = bucket
-        self.partials = torch.full((len(bucket.chunks),), math.nan, device=GPU.name)
+        self.partials = torch.full((len(tables_of(bucket).chunks),), math.nan, device=GPU.name)
         self.control = torch.zeros(4, device=GPU.name)
 
     def sums(self, grads: Sequence[Tensor | None]) -> Tensor:
         bucket = self.bucket
-        tables = (bucket.table.data_ptr(), bucket.chunks.data_ptr(), len(bucket.chunks))
+        records, chunks, _ = tables_of(bucket)
+        tables = (records.data_ptr(), chunks.data_ptr(), len(chunks))
         addresses = [0 if g is None else g.data_ptr() or 16 for g in grads]
         dtype = backend.dtype_code(bucket.dtype)
         backend.native_extension().bucket_norm_partials_cuda(
@@ -331,7 +331,7 @@ def test_a_buckets_norm_is_masked_norm(precision):
     norm = decision.decide(max_norm=0.0)[0]
     assert torch.equal(norm, GPU.norm(gpu.grads))
     some = decision.sums([*gpu.grads[:2], None, *gpu.grads[3:]])
-    tensors = decision.bucket.chunks[:, 0]
+    tensors = tables_of(decision.bucket).chunks[:, 0]
     assert torch.equal(some, torch.where(tensors == 2, 0.0, every))
 
 

@@ -17,12 +17,14 @@ import pytest
 import torch
 import torch.nn.functional as F
 from accuracy import assert_at_least_as_accurate, in_fp64
+from own_process import interpreted as own_process  # noqa: F401
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
-from triton_builds import compile_for, resources, run_checks
+from triton_builds import compile_for, resources
 
 from progtuning_kernels import backend
 from progtuning_kernels.ops import activation
+from progtuning_kernels.ops.activation.reference import Inputs
 
 OPS = [
     ("gelu", "none"),
@@ -74,15 +76,6 @@ def _gradients(out: Tensor, tensors: list[Tensor], grad: Tensor) -> list[Tensor 
     return [next(wanted) if t.requires_grad else None for t in tensors]
 
 
-@pytest.fixture
-def poisoned():
-    """Memory without a value is NaN."""
-    torch.use_deterministic_algorithms(True)
-    assert torch.empty(3).isnan().all()
-    yield
-    torch.use_deterministic_algorithms(False)
-
-
 @pytest.mark.parametrize("dtype", [*DTYPES, torch.float64])
 @pytest.mark.parametrize(("name", "kind", "demand"), DEMANDS)
 def test_the_reference_has_the_bits_of_plain_torch(name, kind, demand, dtype):
@@ -96,7 +89,6 @@ def test_the_reference_has_the_bits_of_plain_torch(name, kind, demand, dtype):
         assert mine is theirs is None or torch.equal(mine, theirs)
 
 
-@pytest.mark.usefixtures("poisoned")
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize(("name", "kind", "demand"), DEMANDS)
 def check_at_least_as_accurate_as_plain_torch(name, kind, demand, dtype, monkeypatch):
@@ -183,7 +175,6 @@ def _halves_and_copies(name: str, kind: str) -> None:
         assert mine.is_contiguous() and torch.equal(mine, theirs)
 
 
-@pytest.mark.usefixtures("poisoned")
 def check_halves_of_one_tensor_are_read_where_they_are():
     from progtuning_kernels.ops.activation.triton import _as_rows
 
@@ -195,7 +186,6 @@ def check_halves_of_one_tensor_are_read_where_they_are():
         _halves_and_copies(name, kind)
 
 
-@pytest.mark.usefixtures("poisoned")
 @pytest.mark.parametrize(("name", "kind"), OPS)
 def check_other_memory_orders(name, kind):
     """A transposed input, a gradient spread from one number, and a tensor without dimensions."""
@@ -236,14 +226,13 @@ def check_rows_beyond_32_bits(name, kind):
         assert torch.equal(mine, theirs)
 
 
-@pytest.mark.usefixtures("poisoned")
 @pytest.mark.parametrize("rows", [79, 85])
 def check_dbias_of_many_pieces(rows, monkeypatch):
     """40 pieces, two blocks of the sum; for 85 rows longer ones, of which the last 11 are empty."""
-    from progtuning_kernels.ops.activation import triton as activation_triton
+    from progtuning_kernels.ops import row_partials
 
-    monkeypatch.setattr(activation_triton, "PIECES", 40)
-    monkeypatch.setattr(activation_triton, "ROWS_OF_PIECE", 2)
+    monkeypatch.setattr(row_partials, "MAX_PARTIALS", 40)
+    monkeypatch.setattr(row_partials, "ROWS_PER_PARTIAL", 2)
     x, bias = 2 * torch.randn(rows, 3), torch.randn(3, requires_grad=True)
     grad = torch.randn(x.shape)
     true = _demanding(in_fp64([x, bias]), (False, True))
@@ -331,7 +320,6 @@ def _compare_empty() -> None:
             assert gradient.shape == tensor.shape and not gradient.any()
 
 
-@pytest.mark.usefixtures("poisoned")
 def check_empty_tensors():
     _compare_empty()
 
@@ -344,12 +332,6 @@ def check_the_interpreter_runs_these():
     assert backend.select(activation.GELU, [torch.ones(1)]).name == "triton"
     with pytest.raises(RuntimeError, match="no Triton kernel for torch.float64"):
         activation.gelu(torch.ones(1, dtype=torch.float64), implementation="triton")
-
-
-def test_in_the_interpreter():
-    """Every check_* of this file."""
-    pytest.importorskip("triton")
-    run_checks(__file__)
 
 
 @pytest.mark.skipif(in_interpreter, reason="Triton runs on the CPU there")
@@ -373,7 +355,7 @@ def test_what_does_not_fit_is_refused():
     x = torch.ones(2, 3)
     with pytest.raises(ValueError, match="gelu: approximate must be one of .*, got 'erf'"):
         activation.gelu(x, approximate="erf")
-    with pytest.raises(ValueError, match="gelu: expected float32, .*, got torch.int64"):
+    with pytest.raises(ValueError, match="gelu: x is torch.int64, expected one of float32"):
         activation.gelu(x.long())
     with pytest.raises(ValueError, match=r"bias_gelu: x \(2, 3\) and bias \(2,\) do not fit"):
         activation.bias_gelu(x, x[:, 0])
@@ -390,14 +372,17 @@ def test_what_does_not_fit_is_refused():
 @pytest.mark.parametrize(("name", "kind"), OPS)
 def test_the_operator_checks(name, kind):
     tensors = [t.requires_grad_() for t in _draw(name, (4, 6), torch.float32)]
-    arguments = (*tensors,) if kind == "silu" else (*tensors, kind)
-    torch.library.opcheck(getattr(torch.ops.progtuning, name).default, (*arguments, "reference"))
+    places = {"gelu": "x", "bias_gelu": ("x", "bias")}.get(name, ("x", "up"))
+    inputs = Inputs(**dict(zip(places, tensors, strict=True)))
+    arguments = (*inputs, kind, "reference")
+    torch.library.opcheck(torch.ops.progtuning.activation.default, arguments)
 
 
 def test_operators_with_their_defaults():
     x = torch.randn(4, 6, requires_grad=True)
     same = x.detach().requires_grad_()
-    out = torch.ops.progtuning.gelu(x) + torch.ops.progtuning.geglu(x, x, approximate="tanh")
+    op = torch.ops.progtuning.activation
+    out = op(x, None, None, "none") + op(x, None, x, "tanh")
     expected = F.gelu(same) + F.gelu(same, approximate="tanh") * same
     assert torch.equal(out, expected)
     for some in (out, expected):
@@ -405,7 +390,7 @@ def test_operators_with_their_defaults():
     torch.testing.assert_close(x.grad, same.grad)
     with FakeTensorMode():
         fake = torch.empty(4, 6)
-        assert torch.ops.progtuning.geglu(fake, up=fake, approximate="tanh").shape == (4, 6)
+        assert op(fake, None, fake, "tanh").shape == (4, 6)
 
 
 def test_the_backward_operator_checks():
@@ -440,6 +425,7 @@ STRIDES = ("grad_stride", "x_stride", "up_stride")  # of rows, multiples of 16 i
 @pytest.mark.parametrize("architecture", [80, 90, 100, 120])
 def test_compiles_without_spills(architecture, tmp_path, monkeypatch, capfd):
     pytest.importorskip("triton")
+    from progtuning_kernels.ops import row_partials
     from progtuning_kernels.ops.activation import triton as at
 
     monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path / "cache"))
@@ -458,9 +444,10 @@ def test_compiles_without_spills(architecture, tmp_path, monkeypatch, capfd):
             assert len(re.findall(r"ld\.global\S*\.v4\.b32", made.asm["ptx"])) == vectors
             assert not re.search(r"ld\.global\S*\.b16", made.asm["ptx"])
             compiled.append(made)
-    signature = dict(out="*bf16", partials="*fp32", pieces="i32", cols="i32")
-    constants = dict(ROWS=at.SUM_ROWS, BLOCK=at.SUM_BLOCK)
-    compiled.append(compile_for(at.sum_kernel, signature, constants, architecture, at.OPTIONS))
+    signature = dict(first="*bf16", partials="*fp32", n_partials="i32")
+    constants = dict(C=3072, ROWS=row_partials.SUM_ROWS, COLUMNS=at.SUM_COLUMNS)
+    kernel = row_partials.sum_partials_kernel
+    compiled.append(compile_for(kernel, signature, constants, architecture, row_partials.OPTIONS))
     for kernel in compiled:
         used = resources(kernel, tmp_path)
         assert used.get("STACK", 0) == used.get("LOCAL", 0) == 0
