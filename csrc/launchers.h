@@ -14,29 +14,27 @@ namespace progtuning {
 enum class DType : int { kFloat32 = 0, kBFloat16 = 1, kFloat16 = 2, kFloat64 = 3, kInt8 = 4 };
 
 // Elements summed on their own before the partial sums are added: the unit of work on both devices,
-// and, because it depends on nothing but the sizes, what makes the result independent of the number
-// of threads. 8192 gives 7 M elements (one BERT block) 865 thread blocks for an H200's 132 SMs.
+// which depends on nothing but the sizes. 7 M elements (one BERT block) are 865 for an H200's 132
+// SMs.
 constexpr int64_t kNormChunk = 8192;
-
-// kL2: root of the sum of squares. kInf: largest magnitude. NaN and inf come through, NaN first.
-enum class NormKind : int { kL2 = 0, kInf = 1 };
 
 // Number of chunks of a list of tensors: the floats that masked_norm_cuda needs as scratch.
 int64_t masked_norm_chunks(const int64_t* sizes, int64_t num_tensors);
 
-// out[0] = norm over all elements of all tensors. float32, bfloat16, float16, float64.
+// out[0] = L2 norm over all elements of all tensors, NaN and inf included. float32, bfloat16,
+// float16, float64.
 // Returns false for any other dtype, having done nothing.
 bool masked_norm_cpu(const void* const* tensors, const int64_t* sizes, int64_t num_tensors,
-                     DType dtype, NormKind kind, float* out, int num_threads);
+                     DType dtype, float* out, int num_threads);
 
 // The same on the current CUDA device. float32, bfloat16, float16.
 // partials: masked_norm_chunks(sizes) floats of scratch, overwritten.
 int masked_norm_cuda(const void* const* tensors, const int64_t* sizes, int64_t num_tensors,
-                     DType dtype, NormKind kind, float* partials, float* out, void* stream);
+                     DType dtype, float* partials, float* out, void* stream);
 
 // One active tensor of a bucket, as it lies in the bucket's table: 9 words of 8 bytes, which
-// progtuning_kernels/ops/bucket.py fills. The table is in the memory of the device and holds
-// for a whole stage; only the gradients' addresses come anew with every step.
+// progtuning_kernels/ops/masked_update/bucket.py fills. The table is in the memory of the device
+// and holds for a whole stage; only the gradients' addresses come anew with every step.
 struct UpdateRecord {
   void* param;
   void* exp_avg;
@@ -91,21 +89,27 @@ constexpr int kFewUpdateTensors = 448;
 constexpr int kUpdateTensors = 4032;
 constexpr int kUpdateGroups = 8;
 
-// The same on the current CUDA device, where table, chunks, ticket, and what they and `step` point
-// to lie; grads and groups are read here and now, at most kUpdateTensors and kUpdateGroups of them.
-// float32, bfloat16, float16 (with master). chunks: all of the bucket's. ticket: 0, and 0 again
-// afterwards.
-int masked_update_cuda(const UpdateRecord* table, const UpdateChunk* chunks, int64_t num_chunks,
-                       unsigned int* ticket, void* const* grads, int64_t num_tensors,
-                       const UpdateHyper* groups, int64_t num_groups, const UpdateVariant& variant,
-                       const UpdateStep& step, void* stream);
+// A bucket on the current CUDA device, where table, chunks and ticket lie; grads is read at the
+// call.
+struct UpdateBucket {
+  const UpdateRecord* table;
+  const UpdateChunk* chunks;  // all of the bucket's
+  int64_t num_chunks;
+  unsigned int* ticket;  // 0, and 0 again after a launch; bucket_norm_partials_cuda needs none
+  void* const* grads;
+  int64_t num_tensors;  // at most kUpdateTensors
+};
+
+// masked_update_cpu on the current CUDA device, where what `step` points to lies; at most
+// kUpdateGroups groups, read here and now. float32, bfloat16, float16 (with master).
+int masked_update_cuda(const UpdateBucket& bucket, const UpdateHyper* groups, int64_t num_groups,
+                       const UpdateVariant& variant, const UpdateStep& step, void* stream);
 
 // partials[i] = sum of squares of the gradients in chunk i of a bucket, 0 where there is no
-// gradient, with the bits of masked_norm_cuda. At most kUpdateTensors gradients, float32, bfloat16
-// or float16; several buckets write theirs one behind the other.
-int bucket_norm_partials_cuda(const UpdateRecord* table, const UpdateChunk* chunks,
-                              int64_t num_chunks, void* const* grads, int64_t num_tensors,
-                              DType dtype, float* partials, void* stream);
+// gradient, with the bits of masked_norm_cuda. float32, bfloat16 or float16; several buckets write
+// theirs one behind the other.
+int bucket_norm_partials_cuda(const UpdateBucket& bucket, DType dtype, float* partials,
+                              void* stream);
 
 // What the partial sums of all buckets mean for a step. grad_scale: gradients are that much too
 // large; null: 1. found_inf: not 0 skips the step; null: 0. max_norm: 0 or less does not clip.

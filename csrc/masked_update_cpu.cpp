@@ -1,18 +1,4 @@
-// masked_update on the CPU: AdamW over all tensors of a bucket, in one parallel region.
-//
-// Maths       update_rules.h
-// Storage     p, g: float32, bfloat16, float16 (with a float32 master) or float64; m, v: float32,
-//             bfloat16, 8-bit codes or float64; contiguous or in one order of dimensions, any
-//             alignment
-// Arithmetic  float32, float64 for float64
-// Work split  fixed chunks of kUpdateChunk elements, numbered through all tensors, threads take
-//             runs of them. Inside a chunk runs of 256 elements: one block of 8-bit codes, and
-//             random numbers that stay in the first cache.
-// Determinism every element is its own, the random numbers come from its index: the same bits for
-//             any number of threads and any instruction set.
-// Alone       g++ -O3 -std=c++17 -fopenmp -fno-math-errno -ffp-contract=off -c masked_update_cpu.cpp
-#include "launchers.h"
-
+// masked_update on the CPU: AdamW over a bucket in one parallel region; see README.md.
 #include <algorithm>
 #include <cstring>
 #include <type_traits>
@@ -20,6 +6,7 @@
 
 #include "formats.h"
 #include "instruction_sets.h"
+#include "launchers.h"
 #include "random_run.h"
 #include "update_rules.h"
 
@@ -219,15 +206,15 @@ using Kernel = void (*)(const Chunk&);
 #define PROGTUNING_KERNEL(name, Param, Moment, kMaster) \
   PROGTUNING_CLONES void name(const Chunk& chunk) { update<Param, Moment, kMaster>(chunk); }
 
-#define PROGTUNING_KERNELS(name, Param, kMaster)                              \
-  PROGTUNING_KERNEL(name##_float32, Param, Float32, kMaster)                  \
-  PROGTUNING_KERNEL(name##_bfloat16, Param, StochasticBFloat16, kMaster)      \
-  PROGTUNING_KERNEL(name##_8bit, Param, EightBit, kMaster)                    \
-  Kernel name(DType moments) {                                                \
-    return moments == DType::kFloat32    ? name##_float32                     \
-           : moments == DType::kBFloat16 ? name##_bfloat16                    \
-           : moments == DType::kInt8     ? name##_8bit                        \
-                                         : nullptr;                           \
+#define PROGTUNING_KERNELS(name, Param, kMaster)                         \
+  PROGTUNING_KERNEL(name##_float32, Param, Float32, kMaster)             \
+  PROGTUNING_KERNEL(name##_bfloat16, Param, StochasticBFloat16, kMaster) \
+  PROGTUNING_KERNEL(name##_8bit, Param, EightBit, kMaster)               \
+  Kernel name(DType moments) {                                           \
+    return moments == DType::kFloat32    ? name##_float32                \
+           : moments == DType::kBFloat16 ? name##_bfloat16               \
+           : moments == DType::kInt8     ? name##_8bit                   \
+                                         : nullptr;                      \
   }
 
 PROGTUNING_KERNEL(update_float64, Float64, Float64, false)

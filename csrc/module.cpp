@@ -1,5 +1,8 @@
 // The only file of csrc that knows Python: checks what it gets, releases the GIL, turns a status
-// into an exception. Shapes, dtypes and devices are checked by the op files in Python.
+// into an exception. Shapes, dtypes and devices are checked by the ops in Python.
+#include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
+
 #include <cstdint>
 #include <stdexcept>
 #include <string>
@@ -7,133 +10,136 @@
 #include <utility>
 #include <vector>
 
-#include <pybind11/pybind11.h>
-#include <pybind11/stl.h>
-
 #include "launchers.h"
 
 namespace py = pybind11;
 using namespace progtuning;
 
-namespace {
-
-// Addresses arrive as integers (tensor.data_ptr(), a raw stream).
-using Address = std::uintptr_t;
-
+// An address, which Python has as an integer (tensor.data_ptr(), a raw stream).
 template <typename T>
-T* pointer(Address address) {
-  return reinterpret_cast<T*>(address);
-}
-
-struct TensorList {
-  std::vector<const void*> tensors;
-  const std::vector<int64_t>& sizes;
-  int64_t count;
+struct At {
+  T* address;
+  operator T*() const { return address; }
 };
 
-TensorList checked_list(const char* op, const std::vector<Address>& tensors,
-                        const std::vector<int64_t>& sizes) {
-  if (tensors.size() != sizes.size()) {
-    throw std::invalid_argument(std::string(op) + ": " + std::to_string(tensors.size()) +
-                                " tensors but " + std::to_string(sizes.size()) + " sizes");
+namespace pybind11::detail {
+
+template <typename T>
+struct type_caster<At<T>> {
+  PYBIND11_TYPE_CASTER(At<T>, const_name("int"));
+  bool load(handle source, bool) {
+    value.address = static_cast<T*>(PyLong_AsVoidPtr(source.ptr()));
+    const bool failed = PyErr_Occurred() != nullptr;
+    if (failed) PyErr_Clear();
+    return !failed;
   }
-  TensorList list{{}, sizes, static_cast<int64_t>(sizes.size())};
-  list.tensors.reserve(tensors.size());
-  for (size_t i = 0; i < tensors.size(); ++i) {
-    if (sizes[i] < 0 || (sizes[i] > 0 && tensors[i] == 0)) {
-      throw std::invalid_argument(std::string(op) + ": tensor " + std::to_string(i) +
-                                  " has a negative size or no storage");
-    }
-    list.tensors.push_back(pointer<const void>(tensors[i]));
+};
+
+template <>
+struct type_caster<DType> {
+  PYBIND11_TYPE_CASTER(DType, const_name("int"));
+  bool load(handle source, bool) {
+    const bool is_int = PyLong_Check(source.ptr());
+    if (is_int) value = static_cast<DType>(source.cast<int>());
+    return is_int;
   }
-  return list;
+};
+
+}  // namespace pybind11::detail
+
+namespace {
+
+using Tensors = std::vector<At<const void>>;
+using Grads = std::vector<At<void>>;
+using Sizes = std::vector<int64_t>;
+// The members of UpdateHyper, UpdateVariant and UpdateStep, in their order.
+using Hyper = std::tuple<double, double, double, double, double, At<const float>>;
+using Variant = std::tuple<DType, DType, bool, bool>;
+using Step = std::tuple<At<const float>, At<const float>, uint64_t, bool>;
+
+template <typename Struct, typename... T>
+Struct made(const std::tuple<T...>& members) {
+  return std::apply([](auto... member) { return Struct{member...}; }, members);
 }
 
-void check_output(const char* op, Address out) {
-  if (out == 0) throw std::invalid_argument(std::string(op) + ": the output has no storage");
-}
-
-void masked_norm_cpu_checked(const std::vector<Address>& tensors, const std::vector<int64_t>& sizes,
-                             int dtype, int kind, Address out, int num_threads) {
-  const TensorList list = checked_list("masked_norm", tensors, sizes);
-  check_output("masked_norm", out);
-  if (num_threads < 1) throw std::invalid_argument("masked_norm: num_threads must be positive");
-  if (!masked_norm_cpu(list.tensors.data(), sizes.data(), list.count, static_cast<DType>(dtype),
-                       static_cast<NormKind>(kind), pointer<float>(out), num_threads)) {
-    throw std::invalid_argument("masked_norm: no CPU kernel for dtype code " +
-                                std::to_string(dtype));
-  }
-}
-
-void bernoulli_bits_cpu_checked(Address generator, int64_t generator_bytes, int source, int64_t n,
-                                double keep, Address bits, int num_threads) {
-  if (num_threads < 1) throw std::invalid_argument("dropout: num_threads must be positive");
-  if (!(keep > 0 && keep < 1)) throw std::invalid_argument("dropout: keep is not between 0 and 1");
-  if (n < 0 || (n > 0 && bits == 0)) throw std::invalid_argument("dropout: no room for the bits");
-  if (generator == 0 || generator_bytes != kGeneratorBytes ||
-      !bernoulli_bits_cpu(pointer<void>(generator), static_cast<RandomSource>(source), n, keep,
-                          pointer<uint8_t>(bits), num_threads)) {
-    throw std::invalid_argument("dropout: no state of a torch CPU generator");
-  }
-}
-
-void masked_product_cpu_checked(Address x, Address bits, float scale, int64_t n, int dtype,
-                                Address out, int num_threads) {
-  if (num_threads < 1) throw std::invalid_argument("dropout: num_threads must be positive");
-  if (n < 0 || (n > 0 && (x == 0 || bits == 0 || out == 0))) {
-    throw std::invalid_argument("dropout: a negative size or no storage");
-  }
-  if (!masked_product_cpu(pointer<const void>(x), pointer<const uint8_t>(bits), scale, n,
-                          static_cast<DType>(dtype), pointer<void>(out), num_threads)) {
-    throw std::invalid_argument("dropout: no CPU kernel for dtype code " + std::to_string(dtype));
-  }
-}
-
-// What masked_update gets from Python: addresses and numbers, groups of (lr, weight_decay, eps,
-// beta1, beta2, address of lr).
-using HyperTuple = std::tuple<double, double, double, double, double, Address>;
-
-std::vector<UpdateHyper> hyper_groups(const std::vector<HyperTuple>& groups) {
+std::vector<UpdateHyper> made(const std::vector<Hyper>& groups) {
   std::vector<UpdateHyper> result;
-  for (const auto& [lr, weight_decay, eps, beta1, beta2, lr_tensor] : groups) {
-    result.push_back({lr, weight_decay, eps, beta1, beta2, pointer<const float>(lr_tensor)});
-  }
+  for (const Hyper& group : groups) result.push_back(made<UpdateHyper>(group));
   return result;
 }
 
-UpdateVariant update_variant(int param, int moments, bool master, bool stochastic_rounding) {
-  return {static_cast<DType>(param), static_cast<DType>(moments), master, stochastic_rounding};
+// Vectors of addresses as the launchers take them.
+template <typename T>
+T* const* raw(const std::vector<At<T>>& addresses) {
+  static_assert(sizeof(At<T>) == sizeof(T*));
+  return reinterpret_cast<T* const*>(addresses.data());
 }
 
-[[noreturn]] void no_update_kernel(const UpdateVariant& variant) {
-  throw std::invalid_argument("masked_update: no kernel for parameters of dtype code " +
-                              std::to_string(static_cast<int>(variant.param)) +
-                              " with moments of code " +
-                              std::to_string(static_cast<int>(variant.moments)) +
-                              (variant.master ? " and a master" : ""));
+void require(bool good, const char* why) {
+  if (!good) throw std::invalid_argument(why);
 }
 
-void masked_update_cpu_checked(Address table, const std::vector<Address>& grads,
-                               const std::vector<HyperTuple>& groups, int param, int moments,
-                               bool master, bool stochastic_rounding, Address grad_factor,
-                               Address found_inf, uint64_t seed, bool zero_grads,
-                               int num_threads) {
-  const auto* records = pointer<const UpdateRecord>(table);
-  const auto count = static_cast<int64_t>(grads.size());
-  if (num_threads < 1) throw std::invalid_argument("masked_update: num_threads must be positive");
-  if (records == nullptr && count > 0) throw std::invalid_argument("masked_update: no table");
-  for (int64_t i = 0; i < count; ++i) {
-    if (records[i].group >= groups.size()) {
+std::string number(DType dtype) { return std::to_string(static_cast<int>(dtype)); }
+
+void check_list(const Tensors& tensors, const Sizes& sizes, const float* out) {
+  if (tensors.size() != sizes.size()) {
+    throw std::invalid_argument("masked_norm: " + std::to_string(tensors.size()) + " tensors but " +
+                                std::to_string(sizes.size()) + " sizes");
+  }
+  for (size_t i = 0; i < tensors.size(); ++i) {
+    if (sizes[i] < 0 || (sizes[i] > 0 && tensors[i] == nullptr)) {
+      throw std::invalid_argument("masked_norm: tensor " + std::to_string(i) +
+                                  " has a negative size or no storage");
+    }
+  }
+  require(out != nullptr, "masked_norm: the output has no storage");
+}
+
+void norm_cpu(const Tensors& tensors, const Sizes& sizes, DType dtype, At<float> out, int threads) {
+  check_list(tensors, sizes, out);
+  require(threads > 0, "masked_norm: num_threads must be positive");
+  if (!masked_norm_cpu(raw(tensors), sizes.data(), sizes.size(), dtype, out, threads)) {
+    throw std::invalid_argument("masked_norm: no CPU kernel for dtype code " + number(dtype));
+  }
+}
+
+void update_cpu(At<const UpdateRecord> table, const Grads& grads, const std::vector<Hyper>& groups,
+                const Variant& members, const Step& step, int threads) {
+  require(threads > 0, "masked_update: num_threads must be positive");
+  require(table != nullptr || grads.empty(), "masked_update: no table");
+  for (size_t i = 0; i < grads.size(); ++i) {
+    if (table[i].group >= groups.size()) {
       throw std::invalid_argument("masked_update: tensor " + std::to_string(i) +
                                   " is of a group that is not there");
     }
   }
-  const UpdateVariant variant = update_variant(param, moments, master, stochastic_rounding);
-  const UpdateStep step{pointer<const float>(grad_factor), pointer<const float>(found_inf), seed,
-                        zero_grads};
-  if (!masked_update_cpu(records, count, reinterpret_cast<void* const*>(grads.data()),
-                         hyper_groups(groups).data(), variant, step, num_threads)) {
-    no_update_kernel(variant);
+  const auto variant = made<UpdateVariant>(members);
+  if (!masked_update_cpu(table, grads.size(), raw(grads), made(groups).data(), variant,
+                         made<UpdateStep>(step), threads)) {
+    throw std::invalid_argument("masked_update: no kernel for parameters of dtype code " +
+                                number(variant.param) + " with moments of code " +
+                                number(variant.moments) + (variant.master ? " and a master" : ""));
+  }
+}
+
+void bernoulli_bits(At<void> generator, int64_t generator_bytes, int source, int64_t n, double keep,
+                    At<uint8_t> bits, int threads) {
+  require(threads > 0, "dropout: num_threads must be positive");
+  require(keep > 0 && keep < 1, "dropout: keep is not between 0 and 1");
+  require(n == 0 || (n > 0 && bits != nullptr), "dropout: no room for the bits");
+  require(
+      generator != nullptr && generator_bytes == kGeneratorBytes &&
+          bernoulli_bits_cpu(generator, static_cast<RandomSource>(source), n, keep, bits, threads),
+      "dropout: no state of a torch CPU generator");
+}
+
+void masked_product(At<const void> x, At<const uint8_t> bits, float scale, int64_t n, DType dtype,
+                    At<void> out, int threads) {
+  require(threads > 0, "dropout: num_threads must be positive");
+  require(n == 0 || (n > 0 && x != nullptr && bits != nullptr && out != nullptr),
+          "dropout: a negative size or no storage");
+  if (!masked_product_cpu(x, bits, scale, n, dtype, out, threads)) {
+    throw std::invalid_argument("dropout: no CPU kernel for dtype code " + number(dtype));
   }
 }
 
@@ -142,85 +148,55 @@ void check_cuda(const char* op, int status) {
   if (status != 0) throw std::runtime_error(std::string(op) + ": " + cuda_error_string(status));
 }
 
-void masked_norm_cuda_checked(const std::vector<Address>& tensors,
-                              const std::vector<int64_t>& sizes, int dtype, int kind,
-                              Address partials, int64_t partials_size, Address out,
-                              Address stream) {
-  const TensorList list = checked_list("masked_norm", tensors, sizes);
-  check_output("masked_norm", out);
-  const int64_t needed = masked_norm_chunks(sizes.data(), list.count);
-  if (partials_size < needed || (needed > 0 && partials == 0)) {
+int64_t norm_chunks(const Sizes& sizes) { return masked_norm_chunks(sizes.data(), sizes.size()); }
+
+void norm_cuda(const Tensors& tensors, const Sizes& sizes, DType dtype, At<float> partials,
+               int64_t partials_size, At<float> out, At<void> stream) {
+  check_list(tensors, sizes, out);
+  const int64_t needed = norm_chunks(sizes);
+  if (partials_size < needed || (needed > 0 && partials == nullptr)) {
     throw std::invalid_argument("masked_norm: scratch of " + std::to_string(partials_size) +
                                 " floats, " + std::to_string(needed) + " needed");
   }
-  if (kind != static_cast<int>(NormKind::kL2) && kind != static_cast<int>(NormKind::kInf)) {
-    throw std::invalid_argument("masked_norm: no norm of kind " + std::to_string(kind));
-  }
-  check_cuda("masked_norm", masked_norm_cuda(list.tensors.data(), sizes.data(), list.count,
-                                             static_cast<DType>(dtype), static_cast<NormKind>(kind),
-                                             pointer<float>(partials), pointer<float>(out),
-                                             pointer<void>(stream)));
+  check_cuda("masked_norm", masked_norm_cuda(raw(tensors), sizes.data(), sizes.size(), dtype,
+                                             partials, out, stream));
 }
 
-// What every launch over a bucket is given: the bucket's tables and the gradients' addresses.
-void check_bucket(const std::string& op, Address table, Address chunks, int64_t num_chunks,
-                  const std::vector<Address>& grads) {
-  if (grads.size() > static_cast<size_t>(kUpdateTensors)) {
-    throw std::invalid_argument(op + ": " + std::to_string(grads.size()) +
-                                " tensors, a launch takes " + std::to_string(kUpdateTensors));
-  }
-  if (num_chunks < 0 || (num_chunks > 0 && (chunks == 0 || grads.empty()))) {
-    throw std::invalid_argument(op + ": a negative number of chunks, or chunks of nothing");
-  }
-  if (!grads.empty() && table == 0) throw std::invalid_argument(op + ": no table");
+// What every launch over a bucket is given: its tables, and the gradients' addresses.
+using BucketTables =
+    std::tuple<At<const UpdateRecord>, At<const UpdateChunk>, int64_t, At<unsigned int>>;
+
+UpdateBucket checked_bucket(const BucketTables& tables, const Grads& grads) {
+  const auto& [table, chunks, num_chunks, ticket] = tables;
+  require(grads.size() <= static_cast<size_t>(kUpdateTensors), "a bucket of too many tensors");
+  require(num_chunks == 0 || (num_chunks > 0 && chunks != nullptr && !grads.empty()),
+          "a bucket with a negative number of chunks, or chunks of nothing");
+  require(ticket != nullptr && (grads.empty() || table != nullptr), "a bucket without its tables");
+  return {table, chunks, num_chunks, ticket, raw(grads), static_cast<int64_t>(grads.size())};
 }
 
-void masked_update_cuda_checked(Address table, Address chunks, int64_t num_chunks, Address ticket,
-                                const std::vector<Address>& grads,
-                                const std::vector<HyperTuple>& groups, int param, int moments,
-                                bool master, bool stochastic_rounding, Address grad_factor,
-                                Address found_inf, uint64_t seed, bool zero_grads, Address stream) {
-  check_bucket("masked_update", table, chunks, num_chunks, grads);
-  if (ticket == 0) throw std::invalid_argument("masked_update: no ticket");
-  if (groups.size() > static_cast<size_t>(kUpdateGroups)) {
-    throw std::invalid_argument("masked_update: " + std::to_string(groups.size()) +
-                                " groups, a launch takes " + std::to_string(kUpdateGroups));
-  }
-  const UpdateVariant variant = update_variant(param, moments, master, stochastic_rounding);
-  const UpdateStep step{pointer<const float>(grad_factor), pointer<const float>(found_inf), seed,
-                        zero_grads};
+void update_cuda(const BucketTables& tables, const Grads& grads, const std::vector<Hyper>& groups,
+                 const Variant& variant, const Step& step, At<void> stream) {
+  require(groups.size() <= static_cast<size_t>(kUpdateGroups), "masked_update: too many groups");
   check_cuda("masked_update",
-             masked_update_cuda(
-                 pointer<const UpdateRecord>(table), pointer<const UpdateChunk>(chunks), num_chunks,
-                 pointer<unsigned int>(ticket), reinterpret_cast<void* const*>(grads.data()),
-                 static_cast<int64_t>(grads.size()), hyper_groups(groups).data(),
-                 static_cast<int64_t>(groups.size()), variant, step, pointer<void>(stream)));
+             masked_update_cuda(checked_bucket(tables, grads), made(groups).data(), groups.size(),
+                                made<UpdateVariant>(variant), made<UpdateStep>(step), stream));
 }
 
-void bucket_norm_partials_cuda_checked(Address table, Address chunks, int64_t num_chunks,
-                                       const std::vector<Address>& grads, int dtype,
-                                       Address partials, Address stream) {
-  check_bucket("bucket_norm", table, chunks, num_chunks, grads);
-  if (num_chunks > 0) check_output("bucket_norm", partials);
-  check_cuda("bucket_norm",
-             bucket_norm_partials_cuda(
-                 pointer<const UpdateRecord>(table), pointer<const UpdateChunk>(chunks), num_chunks,
-                 reinterpret_cast<void* const*>(grads.data()), static_cast<int64_t>(grads.size()),
-                 static_cast<DType>(dtype), pointer<float>(partials), pointer<void>(stream)));
+void bucket_norm(const BucketTables& tables, const Grads& grads, DType dtype, At<float> partials,
+                 At<void> stream) {
+  const UpdateBucket bucket = checked_bucket(tables, grads);
+  require(bucket.num_chunks == 0 || partials != nullptr, "bucket_norm: the output has no storage");
+  check_cuda("bucket_norm", bucket_norm_partials_cuda(bucket, dtype, partials, stream));
 }
 
-void norm_decision_cuda_checked(Address partials, int64_t count, Address grad_scale,
-                                Address found_inf, float max_norm, bool skip_nonfinite,
-                                Address control, Address stream) {
-  if (count < 0 || (count > 0 && partials == 0)) {
-    throw std::invalid_argument("norm_decision: no partial sums");
-  }
-  check_output("norm_decision", control);
-  check_cuda(
-      "norm_decision",
-      norm_decision_cuda(pointer<const float>(partials), count, pointer<const float>(grad_scale),
-                         pointer<const float>(found_inf), max_norm, skip_nonfinite,
-                         pointer<float>(control), pointer<void>(stream)));
+void norm_decision(At<const float> partials, int64_t count, At<const float> grad_scale,
+                   At<const float> found_inf, float max_norm, bool skip_nonfinite,
+                   At<float> control, At<void> stream) {
+  require(count == 0 || (count > 0 && partials != nullptr), "norm_decision: no partial sums");
+  require(control != nullptr, "norm_decision: the output has no storage");
+  check_cuda("norm_decision", norm_decision_cuda(partials, count, grad_scale, found_inf, max_norm,
+                                                 skip_nonfinite, control, stream));
 }
 #endif
 
@@ -245,8 +221,6 @@ std::pair<int, int> runtime_and_driver() {
 
 PYBIND11_MODULE(_C, m) {
   m.doc() = "Native ops of progtuning_kernels; called through progtuning_kernels.ops only.";
-  using release_gil = py::call_guard<py::gil_scoped_release>;
-
 #ifdef PROGTUNING_CUDA
   m.attr("cuda_built") = true;
   m.attr("cuda_archs") = PROGTUNING_CUDA_ARCHS;
@@ -260,60 +234,35 @@ PYBIND11_MODULE(_C, m) {
   m.attr("openmp") = false;
 #endif
   m.attr("compiler") = __VERSION__;
-
-  py::dict codes;
-  codes["float32"] = static_cast<int>(DType::kFloat32);
-  codes["bfloat16"] = static_cast<int>(DType::kBFloat16);
-  codes["float16"] = static_cast<int>(DType::kFloat16);
-  codes["float64"] = static_cast<int>(DType::kFloat64);
-  codes["int8"] = static_cast<int>(DType::kInt8);
-  m.attr("dtype_codes") = codes;
-  py::dict kinds;
-  kinds["l2"] = static_cast<int>(NormKind::kL2);
-  kinds["inf"] = static_cast<int>(NormKind::kInf);
-  m.attr("norm_kinds") = kinds;
+  m.attr("update_record_bytes") = sizeof(UpdateRecord);
+  const std::pair<const char*, DType> codes[] = {{"float32", DType::kFloat32},
+                                                 {"bfloat16", DType::kBFloat16},
+                                                 {"float16", DType::kFloat16},
+                                                 {"float64", DType::kFloat64},
+                                                 {"int8", DType::kInt8}};
+  py::dict by_name;
+  for (const auto& [name, code] : codes) by_name[name] = static_cast<int>(code);
+  m.attr("dtype_codes") = by_name;
 
   m.def("cuda_device_count", &device_count, "Devices the linked CUDA runtime can use; raises why.");
   m.def("cuda_versions", &runtime_and_driver, "(runtime, driver), 0 where there is none.");
-
-  m.def("masked_norm_cpu", &masked_norm_cpu_checked, py::arg("tensors"), py::arg("sizes"),
-        py::arg("dtype"), py::arg("kind"), py::arg("out"), py::arg("num_threads"), release_gil());
+  const auto def = [&m](const char* name, auto* function) {
+    m.def(name, function, py::call_guard<py::gil_scoped_release>());
+  };
+  def("masked_norm_cpu", &norm_cpu);
+  def("masked_update_cpu", &update_cpu);
   py::dict sources;
   sources["mt19937"] = static_cast<int>(RandomSource::kMt19937);
   sources["mcg31"] = static_cast<int>(RandomSource::kMcg31);
   m.attr("random_sources") = sources;
   m.attr("generator_bytes") = kGeneratorBytes;
-  m.def("bernoulli_bits_cpu", &bernoulli_bits_cpu_checked, py::arg("generator"),
-        py::arg("generator_bytes"), py::arg("source"), py::arg("n"), py::arg("keep"),
-        py::arg("bits"), py::arg("num_threads"), release_gil());
-  m.def("masked_product_cpu", &masked_product_cpu_checked, py::arg("x"), py::arg("bits"),
-        py::arg("scale"), py::arg("n"), py::arg("dtype"), py::arg("out"), py::arg("num_threads"),
-        release_gil());
-  m.attr("update_record_bytes") = sizeof(UpdateRecord);
-  m.def("masked_update_cpu", &masked_update_cpu_checked, py::arg("table"), py::arg("grads"),
-        py::arg("groups"), py::arg("param"), py::arg("moments"), py::arg("master"),
-        py::arg("stochastic_rounding"), py::arg("grad_factor"), py::arg("found_inf"),
-        py::arg("seed"), py::arg("zero_grads"), py::arg("num_threads"), release_gil());
+  def("bernoulli_bits_cpu", &bernoulli_bits);
+  def("masked_product_cpu", &masked_product);
 #ifdef PROGTUNING_CUDA
-  m.def(
-      "masked_norm_chunks",
-      [](const std::vector<int64_t>& sizes) {
-        return masked_norm_chunks(sizes.data(), static_cast<int64_t>(sizes.size()));
-      },
-      py::arg("sizes"), "Floats of scratch that masked_norm_cuda needs.");
-  m.def("masked_norm_cuda", &masked_norm_cuda_checked, py::arg("tensors"), py::arg("sizes"),
-        py::arg("dtype"), py::arg("kind"), py::arg("partials"), py::arg("partials_size"),
-        py::arg("out"), py::arg("stream"), release_gil());
-  m.def("masked_update_cuda", &masked_update_cuda_checked, py::arg("table"), py::arg("chunks"),
-        py::arg("num_chunks"), py::arg("ticket"), py::arg("grads"), py::arg("groups"),
-        py::arg("param"), py::arg("moments"), py::arg("master"), py::arg("stochastic_rounding"),
-        py::arg("grad_factor"), py::arg("found_inf"), py::arg("seed"), py::arg("zero_grads"),
-        py::arg("stream"), release_gil());
-  m.def("bucket_norm_partials_cuda", &bucket_norm_partials_cuda_checked, py::arg("table"),
-        py::arg("chunks"), py::arg("num_chunks"), py::arg("grads"), py::arg("dtype"),
-        py::arg("partials"), py::arg("stream"), release_gil());
-  m.def("norm_decision_cuda", &norm_decision_cuda_checked, py::arg("partials"), py::arg("count"),
-        py::arg("grad_scale"), py::arg("found_inf"), py::arg("max_norm"), py::arg("skip_nonfinite"),
-        py::arg("control"), py::arg("stream"), release_gil());
+  def("masked_norm_chunks", &norm_chunks);
+  def("masked_norm_cuda", &norm_cuda);
+  def("masked_update_cuda", &update_cuda);
+  def("bucket_norm_partials_cuda", &bucket_norm);
+  def("norm_decision_cuda", &norm_decision);
 #endif
 }

@@ -1,9 +1,6 @@
 // The per-element formulas of the optimizers, for host and device: the single C++ home of each.
-//
-// Every formula is written with plain +, *, / and sqrt, which IEEE 754 rounds correctly, and both
-// compilers are told not to contract them into fused multiply-adds (-ffp-contract=off,
-// --fmad=false). So the CPU, every instruction set of it, and the GPU give the same bits (but for
-// those of a NaN), and a machine without a GPU tests what the GPU computes.
+// Plain +, *, / and sqrt, which IEEE 754 rounds correctly and nothing contracts, so that the CPU,
+// every instruction set of it, and the GPU give the same bits (but for those of a NaN).
 #pragma once
 
 #include <cmath>
@@ -130,8 +127,8 @@ PROGTUNING_RULE void adamw(const AdamW<Float>& at, Float grad, Float& p, Float& 
 }
 
 // The same for moments in 8 bits, whose steps of 3 % leave no use for the last bits of root and
-// quotient: on a GPU these are the approximate ones, 2^-22 off in the update of p. m and v, and with
-// them all codes, have the same bits as ever.
+// quotient: on a GPU these are the approximate ones, 2^-22 off in the update of p. m and v, and
+// with them all codes, have the same bits as ever.
 PROGTUNING_RULE void adamw_of_codes(const AdamW<float>& at, float grad, float& p, float& m,
                                     float& v) {
 #ifdef __CUDA_ARCH__
@@ -152,15 +149,15 @@ PROGTUNING_RULE float widen_bfloat16(uint16_t x) {
   return float_of(static_cast<uint32_t>(x) << 16);
 }
 
-// NaN is left out of the rounding: 0x7fffffff + 1 would be -0.0. Infinities may take part, because at
-// most 16 bits are added to the 16 that are dropped.
+// NaN is left out of the rounding: 0x7fffffff + 1 would be -0.0. Infinities may take part, because
+// at most 16 bits are added to the 16 that are dropped.
 PROGTUNING_RULE uint16_t drop_low_half(uint32_t bits, uint32_t added) {
   const bool nan = (bits & 0x7fffffffu) > 0x7f800000u;
   return static_cast<uint16_t>((nan ? (bits | 0x00400000u) : (bits + added)) >> 16);
 }
 
-// To the nearest, ties to even. The hardware's conversions differ in the bits of a NaN only, and take
-// a tenth of the instructions.
+// To the nearest, ties to even. The hardware's conversions differ in the bits of a NaN only, and
+// take a tenth of the instructions.
 PROGTUNING_RULE uint16_t nearest_bfloat16(float x) {
 #ifdef __CUDA_ARCH__
   return __bfloat16_as_ushort(__float2bfloat16_rn(x));
@@ -205,12 +202,11 @@ PROGTUNING_RULE uint16_t nearest_float16(float x) {
 }
 
 // Philox4x32 with 7 rounds (Salmon et al., SC 2011): 128 random bits for 8 consecutive elements.
-// The counter is (element / 8, stream, tensor, step), so a number depends on what it is drawn for
-// and on nothing else; element i of the eight takes half i % 2 of word i / 2, low half first.
+// The counter is (element / 8, stream, tensor, step); element i of the eight takes half i % 2 of
+// word i / 2, low half first.
 enum class RandomStream : uint32_t { kParam = 0, kMoments = 1 };
 
-// bfloat16 moments share a number: m takes its 16 bits as they are, v with the two bytes swapped. The
-// leading bits, which nearly always decide, are then independent, at half the cost.
+// bfloat16 moments share a number: m takes its 16 bits as they are, v with the two bytes swapped.
 PROGTUNING_RULE uint32_t swapped_bytes(uint32_t random) {
   return ((random & 0xffu) << 8) | (random >> 8);
 }
@@ -255,15 +251,8 @@ PROGTUNING_RULE RandomWords philox(uint64_t seed, uint64_t eighth, RandomStream 
 }
 
 // Moments in 8 bits: blocks of 256 elements share one float32, the largest magnitude in the block.
-//     m = sign(q) * largest * (q / 127)^4        v = largest * (q / 255)^8
-// with powers that are read off the bits of a float: where log2 is replaced by exponent + mantissa,
-// which it is within 0.086, a power is a shift of the bits, a ratio their difference, and all of it
-// is inverted exactly. The powers spread the codes over many orders of magnitude; the error of
-// m / sqrt(v) after 3000 steps is that of true powers (0.08 to 0.19 of its RMS, for magnitudes that
-// spread by a factor of 1.6 to 7.4), without their six roots and eight multiplications.
-// v is rounded stochastically: with beta2 = 0.999 it falls by less than half a code in a step, so
-// the nearest code would never change once gradients have shrunk. Its smallest code is 1, not 0,
-// whose root would divide: largest / 2^64.
+//     m = sign(q) * largest * (q / 127)^4        v = largest * (q / 255)^8, rounded stochastically
+// with powers that are read off the bits of a float; why: ops/masked_update/README.md.
 constexpr int kQuantBlock = 256;
 // Below this a block's reciprocal overflows; its codes are then the smallest.
 constexpr float kSmallestLargest = 1.17549435e-38f;
@@ -283,7 +272,8 @@ PROGTUNING_RULE uint32_t power_of_ratio(uint32_t bits, uint32_t unit) {
 }
 
 // The inverse: what has the ratio `root of x` to what has `unit`. Above 1, and NaN, count as 1. The
-// bits of 1 divide by 2^kShift without a rest, so the difference need not be taken before the shift.
+// bits of 1 divide by 2^kShift without a rest, so the difference need not be taken before the
+// shift.
 template <int kShift>
 PROGTUNING_RULE float root_times(float x, uint32_t unit) {
   const uint32_t bits = bits_of(x) < kOneBits ? bits_of(x) : kOneBits;

@@ -63,7 +63,7 @@ class EmulatedGpu:
         bucket.tables = native.tables_on_cuda(bucket)
         return bucket
 
-    def norm(self, tensors: Sequence[Tensor], kind: str = "l2") -> Tensor:
+    def norm(self, tensors: Sequence[Tensor]) -> Tensor:
         extension = backend.native_extension()
         sizes = [t.numel() for t in tensors]
         partials = torch.full((extension.masked_norm_chunks(sizes),), math.nan)
@@ -72,7 +72,6 @@ class EmulatedGpu:
             [t.data_ptr() for t in tensors],
             sizes,
             backend.dtype_code(tensors[0].dtype),
-            extension.norm_kinds[kind],
             partials.data_ptr(),
             len(partials),
             out.data_ptr(),
@@ -89,14 +88,11 @@ class EmulatedGpu:
 
 def update(bucket: Bucket, gradients: Gradients, hypers: Sequence[Hyper], step: Step) -> None:
     """As masked_update's own on cuda."""
-    records, chunks, ticket = bucket.tables
+    arguments = native.launch_arguments(bucket, hypers, step)
     backend.native_extension().masked_update_cuda(
-        *(records.data_ptr(), chunks.data_ptr(), len(chunks), ticket.data_ptr()),
-        gradients.addresses,
-        *native.launch_arguments(bucket, hypers, step),
-        GPU.stream(),
+        bucket.tables.on_cuda(), gradients.addresses, *arguments, GPU.stream()
     )
-    assert ticket == 0
+    assert bucket.tables.ticket == 0
 
 
 GPU = EmulatedGpu()

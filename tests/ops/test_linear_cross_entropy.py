@@ -471,7 +471,7 @@ BAD = {
     "hidden is torch.float32, weight is torch.float16": {"weight": torch.zeros(V, H).half()},
     "hidden is torch.float32, bias is torch.float64": {"bias": torch.zeros(V).double()},
     "tensors on cpu and meta": {"weight": torch.zeros(V, H, device="meta")},
-    "no implementation for torch.int64": {"hidden": torch.zeros(N, H, dtype=torch.int64)},
+    "hidden is torch.int64": {"hidden": torch.zeros(N, H, dtype=torch.int64)},
     "reduction must be one of": {"reduction": "none"},
     "is not in .0, 1.": {"label_smoothing": 1.5},
     "softcap 0.0 is not positive": {"softcap": 0.0},

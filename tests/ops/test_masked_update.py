@@ -670,9 +670,9 @@ def test_empty_lists_and_bad_lists():
         ({"table": 0}, "no table"),
         ({"groups": []}, "tensor 0 is of a group that is not there"),
         ({"num_threads": 0}, "num_threads must be positive"),
-        ({"param": 2}, "no kernel for parameters of dtype code 2"),
-        ({"moments": 3}, "with moments of code 3"),
-        ({"master": True}, "and a master"),
+        ({"variant": (2, 0, False, False)}, "no kernel for parameters of dtype code 2"),
+        ({"variant": (0, 3, False, False)}, "with moments of code 3"),
+        ({"variant": (0, 0, True, False)}, "and a master"),
     ],
 )
 def test_the_binding_refuses_what_it_can_see_is_wrong(change, message):
@@ -682,17 +682,11 @@ def test_the_binding_refuses_what_it_can_see_is_wrong(change, message):
         table=records.data_ptr(),
         grads=[grads[0].data_ptr()],
         groups=[(*hypers()[0], 0)],
-        param=0,
-        moments=0,
-        master=False,
-        stochastic_rounding=False,
-        grad_factor=0,
-        found_inf=0,
-        seed=0,
-        zero_grads=False,
+        variant=(0, 0, False, False),
+        step=(0, 0, 0, False),
         num_threads=1,
     )
     extension = backend.native_extension()
     assert extension.update_record_bytes == records.shape[1] * 8
     with pytest.raises(ValueError, match=message):
-        extension.masked_update_cpu(**(arguments | change))
+        extension.masked_update_cpu(*(arguments | change).values())

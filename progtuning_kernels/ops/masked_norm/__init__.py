@@ -9,7 +9,6 @@ from torch import Tensor
 
 from ... import backend
 from . import native, reference
-from .reference import Kind
 
 OP = backend.register(
     backend.Op(
@@ -23,40 +22,36 @@ OP = backend.register(
 
 
 @torch.no_grad()
-def masked_norm(
-    tensors: Sequence[Tensor], *, kind: Kind = "l2", implementation: str | None = None
-) -> Tensor:
-    """Norm over a list of tensors, as a 0-dim float32 on their device (0 on the CPU for no tensor).
+def masked_norm(tensors: Sequence[Tensor], *, implementation: str | None = None) -> Tensor:
+    """L2 norm over a list of tensors, as a 0-dim float32 on their device; of none 0, on the CPU.
 
     Args:
         tensors: dense tensors of any shape on one device, float32, bfloat16, float16 or float64.
             Non-contiguous ones are copied first.
-        kind: "l2", or "inf" for the largest magnitude.
         implementation: "native" or "reference"; None chooses (see `backend.select`).
     """
     if isinstance(tensors, Tensor):
         raise TypeError("masked_norm: expected a list of tensors, got one tensor")
     tensors = list(tensors)
     if torch.compiler.is_compiling():
-        return masked_norm_op(tensors, kind, implementation)
-    dtypes = reference.checked_dtypes(tensors, kind)
+        return masked_norm_op(tensors, implementation)
+    if not tensors:
+        return torch.zeros((), dtype=torch.float32, device="cpu")
+    dtypes = reference.checked_dtypes(tensors)
     tensors = [tensor.contiguous() for tensor in tensors]
     norms = []
     for dtype in dtypes:
         group = tensors if len(dtypes) == 1 else [t for t in tensors if t.dtype == dtype]
-        norms.append(backend.select(OP, group, implementation).function(group, kind))
-    device = tensors[0].device if tensors else torch.device("cpu")
-    return norms[0] if len(norms) == 1 else reference.norm_of_norms(norms, kind, device)
+        norms.append(backend.select(OP, group, implementation).function(group))
+    return norms[0] if len(norms) == 1 else reference.norm_of_norms(norms)
 
 
 @torch.library.custom_op("progtuning::masked_norm", mutates_args=())
-def masked_norm_op(
-    tensors: Sequence[Tensor], kind: str = "l2", implementation: str | None = None
-) -> Tensor:
-    return masked_norm(tensors, kind=kind, implementation=implementation)
+def masked_norm_op(tensors: Sequence[Tensor], implementation: str | None = None) -> Tensor:
+    return masked_norm(tensors, implementation=implementation)
 
 
 @masked_norm_op.register_fake
-def _(tensors: Sequence[Tensor], kind: str = "l2", implementation: str | None = None) -> Tensor:
+def _(tensors: Sequence[Tensor], implementation: str | None = None) -> Tensor:
     device = tensors[0].device if tensors else "cpu"
     return torch.empty((), dtype=torch.float32, device=device)

@@ -9,7 +9,6 @@ from torch import Tensor
 
 from ... import backend
 from ..contract import DTYPES
-from .reference import Kind
 
 _DTYPES = {"cpu": DTYPES, "cuda": (torch.float32, torch.bfloat16, torch.float16)}
 
@@ -22,30 +21,29 @@ def reason_against(tensors: Sequence[Tensor]) -> str | None:
     return reason
 
 
-def norm(tensors: Sequence[Tensor], kind: Kind) -> Tensor:
+def norm(tensors: Sequence[Tensor]) -> Tensor:
     """`reference.norm`."""
     pointers = [tensor.data_ptr() for tensor in tensors]
     sizes = [tensor.numel() for tensor in tensors]
     device, dtype = tensors[0].device, tensors[0].dtype
     if device.type == "cpu":
-        return norm_at(pointers, sizes, dtype, kind)
+        return norm_at(pointers, sizes, dtype)
     extension = backend.native_extension()
     chunks = extension.masked_norm_chunks(sizes)
     out = torch.empty((), dtype=torch.float32, device=device)
     partials = torch.empty(chunks, dtype=torch.float32, device=device)
-    codes = backend.dtype_code(dtype), extension.norm_kinds[kind]
+    code = backend.dtype_code(dtype)
     with backend.device_guard(device):
         stream = backend.cuda_stream(device)
         scratch = (partials.data_ptr(), chunks)
-        extension.masked_norm_cuda(pointers, sizes, *codes, *scratch, out.data_ptr(), stream)
+        extension.masked_norm_cuda(pointers, sizes, code, *scratch, out.data_ptr(), stream)
     return out
 
 
-def norm_at(pointers: list[int], sizes: list[int], dtype: torch.dtype, kind: Kind) -> Tensor:
+def norm_at(pointers: list[int], sizes: list[int], dtype: torch.dtype) -> Tensor:
     """Of contiguous memory of the CPU that somebody else holds."""
     extension = backend.native_extension()
     out = torch.empty((), dtype=torch.float32, device="cpu")
-    codes = backend.dtype_code(dtype), extension.norm_kinds[kind]
     threads = torch.get_num_threads()
-    extension.masked_norm_cpu(pointers, sizes, *codes, out.data_ptr(), threads)
+    extension.masked_norm_cpu(pointers, sizes, backend.dtype_code(dtype), out.data_ptr(), threads)
     return out

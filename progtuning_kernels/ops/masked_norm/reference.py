@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
-from typing import Literal, get_args
 
 import torch
 from torch import Tensor
@@ -12,16 +10,13 @@ from torch import Tensor
 from ...sharding import is_sharded
 from ..contract import check_dtype
 
-Kind = Literal["l2", "inf"]
 # torch's float32 norm on the CPU is a few running sums: 22 M elements in one piece come out wrong
 # by 1.2e-3, in pieces of this size by 1.3e-6, in 1.2 times the time (bfloat16: in half of it).
 _PIECE = 2**18
 
 
-def checked_dtypes(tensors: Sequence[Tensor], kind: str) -> list[torch.dtype]:
+def checked_dtypes(tensors: Sequence[Tensor]) -> list[torch.dtype]:
     """The dtypes in the order of the list; raises where the contract is broken."""
-    if kind not in get_args(Kind):
-        raise ValueError(f"masked_norm: kind must be one of {get_args(Kind)}, got {kind!r}")
     # By kind, not by tensor: a list of gradients has hundreds of tensors and two or three kinds.
     for of_tensor in {type(tensor) for tensor in tensors}:
         if not issubclass(of_tensor, Tensor):
@@ -44,22 +39,15 @@ def checked_dtypes(tensors: Sequence[Tensor], kind: str) -> list[torch.dtype]:
     return list(dict.fromkeys(dtype for _, dtype, _ in kinds))
 
 
-def norm(tensors: Sequence[Tensor], kind: Kind) -> Tensor:
+def norm(tensors: Sequence[Tensor]) -> Tensor:
     """Plain torch; `_foreach_norm` because on CUDA a loop would launch once per tensor."""
     wide = torch.promote_types(tensors[0].dtype, torch.float32)
-    if kind == "inf":
-        some = [tensor for tensor in tensors if tensor.numel()]
-        norms = torch._foreach_norm(some, math.inf, dtype=wide) if some else []
-        return norm_of_norms(norms, kind, tensors[0].device)
     pieces: list[Tensor] = []
     for tensor in tensors:
         pieces += tensor.flatten().split(_PIECE) if tensor.numel() > _PIECE else [tensor]
-    return norm_of_norms(torch._foreach_norm(pieces, 2, dtype=wide), kind, tensors[0].device)
+    return norm_of_norms(torch._foreach_norm(pieces, 2, dtype=wide))
 
 
-def norm_of_norms(norms: Sequence[Tensor], kind: Kind, device: torch.device) -> Tensor:
-    """0-dim float32 from 0-dim norms of any dtype."""
-    if not norms:
-        return torch.zeros((), dtype=torch.float32, device=device)
-    stacked = torch.stack(list(norms)).double()
-    return (torch.linalg.vector_norm(stacked) if kind == "l2" else stacked.amax()).float()
+def norm_of_norms(norms: Sequence[Tensor]) -> Tensor:
+    """0-dim float32 from 0-dim norms of one device and any dtype."""
+    return torch.linalg.vector_norm(torch.stack(list(norms)).double()).float()

@@ -32,6 +32,11 @@ class Tables(NamedTuple):
     chunks: Tensor | None = None
     ticket: Tensor | None = None
 
+    def on_cuda(self) -> tuple[int, int, int, int]:
+        """Addresses and number of chunks, as csrc/module.cpp takes them."""
+        chunks = (self.chunks.data_ptr(), len(self.chunks))
+        return self.records.data_ptr(), *chunks, self.ticket.data_ptr()
+
 
 def tables_on_cuda(bucket: Bucket) -> Tables:
     """The tables for the kernels in csrc/*.cu."""
@@ -70,7 +75,7 @@ def _address(t: Tensor | None) -> int:
 
 
 def launch_arguments(bucket: Bucket, hypers: Sequence[Hyper], step: Step) -> tuple:
-    """Groups and options as csrc/module.cpp takes them; a tensor lr on a GPU is read there."""
+    """Groups, variant and step as csrc/module.cpp takes them; a tensor lr is read on the device."""
     groups = [
         (0.0, *hyper[1:], hyper.lr.data_ptr()) if isinstance(hyper.lr, Tensor) else (*hyper, 0)
         for hyper in hypers
@@ -82,25 +87,26 @@ def launch_arguments(bucket: Bucket, hypers: Sequence[Hyper], step: Step) -> tup
         bucket.stochastic_rounding,
     )
     at = (_address(step.grad_factor), _address(step.found_inf), step.seed, step.zero_grads)
-    return groups, *variant, *at
+    return groups, variant, at
 
 
 def update(bucket: Bucket, gradients: Gradients, hypers: Sequence[Hyper], step: Step) -> None:
     """`Bucket.update`."""
     device, extension = bucket.device, backend.native_extension()
-    records, chunks, ticket = tables_of(bucket)
-    stays = [isinstance(h.lr, Tensor) and h.lr.is_cuda and chunks is not None for h in hypers]
+    tables = tables_of(bucket)
+    stays = [isinstance(h.lr, Tensor) and h.lr.is_cuda and device.type == "cuda" for h in hypers]
     hypers = [
         h._replace(lr=h.lr.to(device, torch.float32) if on_gpu else float(h.lr))
         for h, on_gpu in zip(hypers, stays, strict=True)
     ]
     arguments = (gradients.addresses, *launch_arguments(bucket, hypers, step))
-    if chunks is None:
-        extension.masked_update_cpu(records.data_ptr(), *arguments, torch.get_num_threads())
+    if device.type == "cpu":
+        threads = torch.get_num_threads()
+        extension.masked_update_cpu(tables.records.data_ptr(), *arguments, threads)
     else:
-        where = (records.data_ptr(), chunks.data_ptr(), len(chunks), ticket.data_ptr())
         with backend.device_guard(device):
-            extension.masked_update_cuda(*where, *arguments, backend.cuda_stream(device))
+            stream = backend.cuda_stream(device)
+            extension.masked_update_cuda(tables.on_cuda(), *arguments, stream)
     written(bucket, gradients, zero_grads=step.zero_grads)
 
 
@@ -108,7 +114,7 @@ def gradient_norm(bucket: Bucket, gradients: Gradients) -> Tensor:
     """`masked_norm` of a CPU's gradients, without asking each of them again where it lies."""
     there = [i for i, address in enumerate(gradients.addresses) if address]
     addresses = [gradients.addresses[i] for i in there]
-    return norm_at(addresses, [bucket.params[i].numel() for i in there], bucket.dtype, "l2")
+    return norm_at(addresses, [bucket.params[i].numel() for i in there], bucket.dtype)
 
 
 def decide(
@@ -124,15 +130,14 @@ def decide(
     """Writes norm, grad_factor and found_inf of buckets on one GPU, and counts skips: (4,)."""
     extension, device = backend.native_extension(), buckets[0].device
     tables = [tables_of(bucket) for bucket in buckets]
-    counts = [len(chunks) for _, chunks, _ in tables]
+    counts = [len(of_bucket.chunks) for of_bucket in tables]
     partials = torch.empty(sum(counts), dtype=torch.float32, device=device)
     with backend.device_guard(device):
         stream, at = backend.cuda_stream(device), partials.data_ptr()
-        for bucket, some, (records, chunks, _) in zip(buckets, gradients, tables, strict=True):
-            where = (records.data_ptr(), chunks.data_ptr(), len(chunks), some.addresses)
-            code = backend.dtype_code(bucket.dtype)
-            extension.bucket_norm_partials_cuda(*where, code, at, stream)
-            at += 4 * len(chunks)
+        for bucket, some, of_bucket in zip(buckets, gradients, tables, strict=True):
+            what = (of_bucket.on_cuda(), some.addresses, backend.dtype_code(bucket.dtype))
+            extension.bucket_norm_partials_cuda(*what, at, stream)
+            at += 4 * len(of_bucket.chunks)
         scaling = (_address(grad_scale), _address(found_inf), max_grad_norm or 0.0, skip_nonfinite)
         extension.norm_decision_cuda(
             *(partials.data_ptr(), sum(counts), *scaling, control.data_ptr(), stream)
