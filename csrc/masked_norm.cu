@@ -245,34 +245,8 @@ cudaError_t launch_bucket(const UpdateBucket& bucket, float* partials, cudaStrea
   Gradients<kTensors> grads{};
   std::copy_n(bucket.grads, bucket.num_tensors, grads.tensors);
   const dim3 grid(static_cast<unsigned int>(bucket.num_chunks));
-  bucket_partials_kernel<T>
-      <<<grid, kThreads, 0, stream>>>(bucket.table, bucket.chunks, partials, grads);
-  return cudaGetLastError();
-}
-
-// launch(T{}) with the type of a dtype.
-template <typename Launch>
-cudaError_t for_dtype(DType dtype, const Launch& launch) {
-  switch (dtype) {
-    case DType::kFloat32:
-      return launch(float());
-    case DType::kBFloat16:
-      return launch(__nv_bfloat16());
-    case DType::kFloat16:
-      return launch(__half());
-    default:
-      return cudaErrorInvalidValue;
-  }
-}
-
-template <typename T, int kTensors>
-cudaError_t launch_bucket(const UpdateRecord* table, const UpdateChunk* chunks, int64_t num_chunks,
-                          void* const* grads, int64_t num_tensors, float* partials,
-                          cudaStream_t stream) {
-  Gradients<kTensors> by_value{};
-  std::copy_n(grads, num_tensors, by_value.tensors);
-  const dim3 grid(static_cast<unsigned int>(num_chunks));
-  bucket_partials_kernel<T><<<grid, kThreads, 0, stream>>>(table, chunks, partials, by_value);
+  const auto kernel = bucket_partials_kernel<T, kTensors>;
+  kernel<<<grid, kThreads, 0, stream>>>(bucket.table, bucket.chunks, partials, grads);
   return cudaGetLastError();
 }
 

@@ -124,8 +124,8 @@ __device__ __forceinline__ void prepare(const Launch<kTensors>& launch, Work& wo
 }
 
 // By all threads, before and after the update: the ticket is taken once the block has read its
-// tensor's step, and the block with the last one adds 1 to the steps, which nobody reads any more.
-// The ticket goes back to 0 by itself, for the next launch or replay.
+// tensor's step, and the block with the last one adds 1 to the steps, which no block reads any
+// more. The ticket goes back to 0 by itself, for the next launch or replay.
 template <int kTensors>
 __device__ __forceinline__ void take_ticket(const Launch<kTensors>& launch, Work& work) {
   if (threadIdx.x != 0) return;
@@ -146,7 +146,7 @@ __device__ __forceinline__ void zero(Stored* x, unsigned int n) {
 template <typename Stored, int kTensors>
 __device__ __forceinline__ void finish(const Launch<kTensors>& launch, const Work& work) {
   if (launch.zero_grads) {
-    __syncthreads();  // whoever updates an element need not be the one who zeroes its gradient
+    __syncthreads();  // another thread than the one that updates an element may zero its gradient
     zero(global<Stored>(work.grad), work.n);
   }
   __syncthreads();

@@ -34,7 +34,7 @@ Reason = Callable[[Any], str | None]
 
 @dataclass(frozen=True)
 class Implementation:
-    """One way to run an op, and what else it can do for it; nobody asks for its name.
+    """One way to run an op, and what else it can do for it. Callers never ask for its name.
 
     Args:
         name: "native", "triton" or "reference".

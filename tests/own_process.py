@@ -66,6 +66,8 @@ def _reports(item: pytest.Item) -> list[pytest.TestReport]:
             _found[file] = _run(item.module, [check.nodeid for check in checks], item.config)
         except pytest.skip.Exception as skipped:
             return [_report(item, "skipped", (file, 0, f"Skipped: {skipped}"))]
+        except Exception as error:  # what it needs was not built
+            _found[file] = {}, f"{type(error).__name__}: {error}"
     by_check, output = _found[file]
     reports = [
         item.config.hook.pytest_report_from_serializable(config=item.config, data=data)

@@ -18,10 +18,10 @@ import pytest
 import torch
 import torch.nn.functional as F
 import transformers as hf
+from own_process import interpreted as own_process  # noqa: F401
 from proofs import enable_checkpointing
 from tiny_models import MODELS, tiny_inputs, tiny_model
 from torch import Tensor, nn
-from triton_builds import run_checks
 
 from progtuning_kernels import MaskedAdamW, MilestoneSchedule, patch_model
 from progtuning_kernels.model.derived_classes import root_of
@@ -324,10 +324,6 @@ def check_a_model_that_moves_is_swapped_anew(monkeypatch):
     assert type(model.model.layers[0]) is not hf.models.llama.modeling_llama.LlamaDecoderLayer
     handle.unpatch()
     assert all(type(m) is root_of(type(m)) for m in model.modules())
-
-
-def test_in_the_interpreter():
-    run_checks(__file__)
 
 
 def test_on_a_cpu_nothing_is_swapped_that_drops_nothing_and_the_report_says_so():

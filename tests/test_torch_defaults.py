@@ -8,9 +8,9 @@ from pathlib import Path
 
 import pytest
 import torch
+from own_process import interpreted as own_process  # noqa: F401
 from tiny_models import tiny_inputs, tiny_model
 from torch import Tensor, nn
-from triton_builds import run_checks
 
 from progtuning_kernels import (
     AdaptiveSchedule,
@@ -285,7 +285,3 @@ def test_every_allocation_names_its_dtype_and_device():
         if wanted - given:
             missing.append(f"{place}: torch.{name} without {' and '.join(sorted(wanted - given))}")
     assert not missing, "\n".join(missing)
-
-
-def test_in_the_interpreter():
-    run_checks(__file__)

@@ -2,32 +2,12 @@
 
 from __future__ import annotations
 
-import os
 import re
 import shutil
 import subprocess
-import sys
 from collections.abc import Collection
 from pathlib import Path
 from typing import Any
-
-
-def run_checks(file: str) -> None:
-    """The functions of a test file named check_*, in one process with Triton's interpreter.
-
-    TRITON_INTERPRET counts only where it is set before triton is imported.
-    """
-    command = [sys.executable, "-m", "pytest", file, "-o", "python_functions=check_*"]
-    command += ["-p", "no:cacheprovider", "-W", "error"]
-    done = subprocess.run(
-        command,
-        env={**os.environ, "TRITON_INTERPRET": "1"},
-        cwd=Path(file).parent.parent,
-        capture_output=True,
-        text=True,
-    )
-    assert done.returncode == 0, done.stdout + done.stderr
-    assert "skipped" not in done.stdout
 
 
 def compile_for(

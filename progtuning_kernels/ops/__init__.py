@@ -1,4 +1,4 @@
-"""The ops, one file each: contract, reference, Triton, native, registration, in that order.
+"""The ops, a folder each: reference.py, triton.py, native.py, and the public function.
 
 Importing this package registers every op with `backend`.
 """

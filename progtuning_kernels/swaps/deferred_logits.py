@@ -1,10 +1,10 @@
-"""Logits that are computed only if somebody looks at them.
+"""Logits that are computed only when they are read.
 
-A language model's head hands its logits to a cross-entropy, and to nobody else in most training
-loops. `DeferredLogits` stands in for them: it follows what loss functions do to logits before the
-cross-entropy (upcasting, shifting, flattening, soft-capping), by doing it to the hidden states, and
-there becomes one `linear_cross_entropy`, which never holds all logits at once. Whatever else is
-asked of it, it computes them and is an ordinary tensor from then on.
+In most training loops only a cross-entropy reads the logits of a language model's head.
+`DeferredLogits` stands in for them: what loss functions do to logits before the cross-entropy
+(upcasting, shifting, flattening, soft-capping) it does to the hidden states, and at the
+cross-entropy it becomes one `linear_cross_entropy`, which never holds all logits at once. Any other
+operation computes the logits, and goes on with them as an ordinary tensor.
 """
 
 from __future__ import annotations

@@ -203,6 +203,7 @@ def check_other_memory_orders(name, kind):
         torch.testing.assert_close(_run(name, kind, one), _plain(name, kind, one))
 
 
+@pytest.mark.unpoisoned
 @pytest.mark.parametrize(("name", "kind"), [OPS[4], OPS[6], OPS[2], OPS[0]])
 def check_rows_beyond_32_bits(name, kind):
     """The last of three rows begins at element 2**31 + 16; the memory between is never touched."""

@@ -86,7 +86,7 @@ class Bucket:
     """Active tensors of one device and dtype, with their state: what one call updates.
 
     It is built once per stage, chooses the implementation, and holds references to everything whose
-    address it keeps, so that no address can pass to somebody else while it is in a table.
+    address it keeps, so that no memory in its tables is given to another tensor.
 
     Args:
         params: of one device and dtype, any shapes.
@@ -203,7 +203,7 @@ class Bucket:
                 grad if grad is None else alike(grad, p)
                 for p, grad in zip(self.params, grads, strict=True)
             ]
-        # an empty gradient has no address; it gets one that is not 0, and nobody reads there
+        # an empty gradient has no address; it gets one that is not 0 and is never read
         addresses = [0 if grad is None else grad.data_ptr() or _EMPTY for grad in ordered]
         return Gradients(grads, ordered, addresses)
 
@@ -241,7 +241,7 @@ class Bucket:
 
 
 def written(bucket: Bucket, gradients: Gradients, *, zero_grads: bool) -> None:
-    """After a kernel of our own: zeroes what it could not reach, tells autograd what changed."""
+    """After a kernel of our own: zero the gradients it had a copy of, bump all versions."""
     changed = list(bucket.params)
     if zero_grads:
         for grad, mine in zip(gradients.given, gradients.ordered, strict=True):

@@ -17,7 +17,7 @@ class GradDecision(NamedTuple):
     """All 0-dim float32 on the first bucket's device.
 
     Attributes:
-        norm: unscaled, before clipping; None where nobody needed it.
+        norm: unscaled, before clipping; None where neither clipping nor skipping needs it.
         grad_factor: what the update multiplies gradients by; None: 1.
         found_inf: 1 skips the update; None: nothing was looked for.
         counted: the step, if skipped, is counted in `control` already.
