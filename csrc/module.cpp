@@ -166,9 +166,15 @@ void norm_cuda(const Tensors& tensors, const Sizes& sizes, DType dtype, At<float
 using BucketTables =
     std::tuple<At<const UpdateRecord>, At<const UpdateChunk>, int64_t, At<unsigned int>>;
 
+void check_count(int64_t count, int64_t most, const char* what) {
+  if (count <= most) return;
+  throw std::invalid_argument(std::to_string(count) + what + ", a launch takes " +
+                              std::to_string(most));
+}
+
 UpdateBucket checked_bucket(const BucketTables& tables, const Grads& grads) {
   const auto& [table, chunks, num_chunks, ticket] = tables;
-  require(grads.size() <= static_cast<size_t>(kUpdateTensors), "a bucket of too many tensors");
+  check_count(grads.size(), kUpdateTensors, " tensors");
   require(num_chunks == 0 || (num_chunks > 0 && chunks != nullptr && !grads.empty()),
           "a bucket with a negative number of chunks, or chunks of nothing");
   require(ticket != nullptr && (grads.empty() || table != nullptr), "a bucket without its tables");
@@ -177,7 +183,7 @@ UpdateBucket checked_bucket(const BucketTables& tables, const Grads& grads) {
 
 void update_cuda(const BucketTables& tables, const Grads& grads, const std::vector<Hyper>& groups,
                  const Variant& variant, const Step& step, At<void> stream) {
-  require(groups.size() <= static_cast<size_t>(kUpdateGroups), "masked_update: too many groups");
+  check_count(groups.size(), kUpdateGroups, " groups");
   check_cuda("masked_update",
              masked_update_cuda(checked_bucket(tables, grads), made(groups).data(), groups.size(),
                                 made<UpdateVariant>(variant), made<UpdateStep>(step), stream));

@@ -41,8 +41,7 @@ class Implementation:
         function: runs the op; may assume that the op's contract checks have passed.
         reason_against: why `function` cannot run on these tensors, in one line; None if it can.
             Asked once per call of the op, so it looks at as few tensors as it can.
-        forward: the op without autograd, with what its backward needs (norm).
-        backward: the demanded gradients (norm, activation).
+        backward: the demanded gradients (activation).
         scale: multiplies gradients that are formed already (linear_cross_entropy).
         gradient_norm: of a bucket's gradients where they lie (masked_update).
         decide: clipping and skipping on the device, in two launches (masked_update).
@@ -51,7 +50,6 @@ class Implementation:
     name: str
     function: Callable[..., Any]
     reason_against: Reason = lambda tensors: None
-    forward: Callable[..., Any] | None = None
     backward: Callable[..., Any] | None = None
     scale: Callable[..., Any] | None = None
     gradient_norm: Callable[..., Any] | None = None
@@ -95,7 +93,7 @@ def register(op: Op) -> Op:
 
 
 def select(op: Op, tensors: Any, implementation: str | None = None) -> Implementation:
-    """The implementation that `op` uses for `tensors`.
+    """The implementation that `op` uses for `tensors`; the reference in code that is compiled.
 
     Args:
         op: a registered op.
@@ -109,6 +107,10 @@ def select(op: Op, tensors: Any, implementation: str | None = None) -> Implement
         RuntimeError: the forced implementation, or every one, cannot run; says why.
     """
     forced = None if implementation in (None, "auto") else implementation
+    if torch.compiler.is_compiling():  # which fuses plain torch, and cannot look into a kernel
+        if forced not in (None, "reference"):
+            raise RuntimeError(f"{op.name}: implementation={forced} cannot run in compiled code")
+        return op.implementations[-1]
     preferred = os.environ.get(ENVIRONMENT_VARIABLE) if forced is None else None
     preferred = None if preferred in (None, "", "auto") else preferred
     for name, who in ((forced, "implementation"), (preferred, ENVIRONMENT_VARIABLE)):

@@ -1,8 +1,8 @@
-"""What several ops check of their arguments, and how they hand over demanded gradients."""
+"""What several ops check of their arguments."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 
 import torch
 from torch import Tensor
@@ -18,12 +18,6 @@ def check_dtype(op: str, dtype: torch.dtype, name: str = "") -> None:
         raise ValueError(f"{op}: {found}, expected one of {names}")
 
 
-def present(gradients: Iterable[Tensor | None]) -> list[Tensor]:
-    """Those that were demanded: what a custom operator can return."""
-    return [gradient for gradient in gradients if gradient is not None]
-
-
-def placed(gradients: Sequence[Tensor], demanded: Sequence[bool]) -> list[Tensor | None]:
-    """The inverse of `present`: None where nothing was demanded."""
-    left = iter(gradients)
-    return [next(left) if wanted else None for wanted in demanded]
+def present(tensors: Iterable[Tensor | None]) -> list[Tensor]:
+    """All but None."""
+    return [tensor for tensor in tensors if tensor is not None]

@@ -19,12 +19,10 @@ import torch.nn.functional as F
 from accuracy import assert_at_least_as_accurate, in_fp64
 from own_process import interpreted as own_process  # noqa: F401
 from torch import Tensor
-from torch._subclasses.fake_tensor import FakeTensorMode
 from triton_builds import compile_for, resources
 
 from progtuning_kernels import backend
 from progtuning_kernels.ops import activation
-from progtuning_kernels.ops.activation.reference import Inputs
 
 OPS = [
     ("gelu", "none"),
@@ -368,40 +366,6 @@ def test_what_does_not_fit_is_refused():
         x.requires_grad_()
         (dx,) = torch.autograd.grad(activation.gelu(x).square().sum(), x, create_graph=True)
         dx.sum().backward()
-
-
-@pytest.mark.parametrize(("name", "kind"), OPS)
-def test_the_operator_checks(name, kind):
-    tensors = [t.requires_grad_() for t in _draw(name, (4, 6), torch.float32)]
-    places = {"gelu": "x", "bias_gelu": ("x", "bias")}.get(name, ("x", "up"))
-    inputs = Inputs(**dict(zip(places, tensors, strict=True)))
-    arguments = (*inputs, kind, "reference")
-    torch.library.opcheck(torch.ops.progtuning.activation.default, arguments)
-
-
-def test_operators_with_their_defaults():
-    x = torch.randn(4, 6, requires_grad=True)
-    same = x.detach().requires_grad_()
-    op = torch.ops.progtuning.activation
-    out = op(x, None, None, "none") + op(x, None, x, "tanh")
-    expected = F.gelu(same) + F.gelu(same, approximate="tanh") * same
-    assert torch.equal(out, expected)
-    for some in (out, expected):
-        some.sum().backward()
-    torch.testing.assert_close(x.grad, same.grad)
-    with FakeTensorMode():
-        fake = torch.empty(4, 6)
-        assert op(fake, None, fake, "tanh").shape == (4, 6)
-
-
-def test_the_backward_operator_checks():
-    op = torch.ops.progtuning.activation_backward.default
-    grad, x, bias = torch.randn(4, 6), torch.randn(12, 4).t()[:, :6], torch.randn(6)
-    for demand in itertools.product((True, False), repeat=2):
-        with_bias = (grad, x, bias, None, "tanh", [*demand, False], "reference")
-        gated = (grad, x, None, x if demand[0] else None, "silu", [demand[0], False, demand[1]])
-        for arguments in (with_bias, gated):
-            torch.library.opcheck(op, arguments)
 
 
 @pytest.mark.parametrize(("name", "kind", "demand"), DEMANDS)

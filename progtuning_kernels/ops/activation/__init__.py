@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from ... import backend
-from ..contract import placed, present
 from . import reference
 from .reference import Approximate, Inputs, Kind
 
@@ -96,9 +93,9 @@ def geglu(
 
 
 def _run(op: backend.Op, inputs: Inputs, kind: Kind, implementation: str | None) -> Tensor:
-    if torch.compiler.is_compiling():
-        return activation_op(*inputs, kind, implementation)
     chosen = backend.select(op, inputs, implementation)
+    if torch.compiler.is_compiling():
+        return chosen.function(inputs, kind)
     if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in inputs):
         return _Activation.apply(*inputs, kind, chosen)
     return chosen.function(inputs, kind)
@@ -118,63 +115,3 @@ class _Activation(torch.autograd.Function):
     def backward(ctx, grad):
         inputs, demanded = Inputs(*ctx.saved_tensors), ctx.needs_input_grad[:3]
         return *ctx.chosen.backward(grad, inputs, ctx.kind, demanded), None, None
-
-
-def _chosen(inputs: Inputs, kind: str, implementation: str | None) -> backend.Implementation:
-    gated, biased = inputs.up is not None, inputs.bias is not None
-    op = SWIGLU if kind == "silu" else GEGLU if gated else BIAS_GELU if biased else GELU
-    return backend.select(op, inputs, implementation)
-
-
-@torch.library.custom_op("progtuning::activation", mutates_args=())
-def activation_op(
-    x: Tensor,
-    bias: Tensor | None,
-    up: Tensor | None,
-    kind: str,
-    implementation: str | None = None,
-) -> Tensor:
-    """A(x + bias) * up, for compiled code and for callers from outside; `kind` is a `Kind`."""
-    inputs = Inputs(x, bias, up)
-    return _chosen(inputs, kind, implementation).function(inputs, kind)
-
-
-@activation_op.register_fake
-def _(x, bias, up, kind, implementation=None):
-    return torch.empty_like(x, memory_format=torch.contiguous_format)
-
-
-@torch.library.custom_op("progtuning::activation_backward", mutates_args=())
-def activation_backward_op(
-    grad: Tensor,
-    x: Tensor,
-    bias: Tensor | None,
-    up: Tensor | None,
-    kind: str,
-    demanded: Sequence[bool],
-    implementation: str | None = None,
-) -> list[Tensor]:
-    """The demanded ones of dx, dbias and dup, in this order."""
-    inputs = Inputs(x, bias, up)
-    chosen = _chosen(inputs, kind, implementation)
-    return present(chosen.backward(grad, inputs, kind, demanded))
-
-
-@activation_backward_op.register_fake
-def _(grad, x, bias, up, kind, demanded, implementation=None):
-    likes = zip((x, bias, x), demanded, strict=True)  # up may not be there for its own gradient
-    return [torch.empty_like(t, memory_format=torch.contiguous_format) for t, d in likes if d]
-
-
-def _save_for_backward(ctx, inputs, output) -> None:
-    x, bias, up, ctx.kind, ctx.implementation = inputs
-    ctx.save_for_backward(x, bias, up if ctx.needs_input_grad[0] else None)
-
-
-def _differentiate(ctx, grad):
-    demanded = list(ctx.needs_input_grad[:3])
-    options = (ctx.kind, demanded, ctx.implementation)
-    return *placed(activation_backward_op(grad, *ctx.saved_tensors, *options), demanded), None, None
-
-
-activation_op.register_autograd(_differentiate, setup_context=_save_for_backward)

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import get_args
 
 import torch
 from torch import Tensor
 
 from ... import backend
-from ..contract import placed, present
+from ..contract import present
 from . import reference
 from .reference import Cast, Inputs, Norm, Result
 
@@ -50,15 +49,10 @@ def _probe(device: torch.device) -> Inputs:
 
 
 def _register(name: str, reason_against_triton: backend.Reason) -> backend.Op:
-    run, forward, backward = (
-        backend.triton_function(__name__, function)
-        for function in ("run", "operator_forward", "operator_backward")
-    )
+    run = backend.triton_function(__name__, "run")
     implementations = (
-        backend.Implementation("triton", run, reason_against_triton, forward, backward),
-        backend.Implementation(
-            *("reference", reference.run), forward=reference.forward, backward=reference.backward
-        ),
+        backend.Implementation("triton", run, reason_against_triton),
+        backend.Implementation("reference", reference.run),
     )
     return backend.register(backend.Op(name, implementations, _probe))
 
@@ -95,10 +89,6 @@ def layer_norm(
         raise ValueError(f"layer_norm: dropout must be in [0, 1], got {dropout}")
     if dropout and residual is None:
         raise ValueError("layer_norm: dropout needs a residual")
-    if torch.compiler.is_compiling():
-        if torch.is_autocast_enabled(x.device.type):
-            return reference.run(inputs, norm, return_sum, dropout)
-        return _compiled(inputs, norm, return_sum, dropout, implementation)
     function = backend.select(LAYER_NORM, inputs, implementation).function
     return function(inputs, norm, return_sum, dropout)
 
@@ -135,83 +125,4 @@ def rms_norm(
     if offset and cast_first:
         raise ValueError('rms_norm: an offset needs cast="after_weight"')
     norm = Norm(eps, center=False, offset=offset, cast_first=cast_first)
-    if torch.compiler.is_compiling():
-        return _compiled(inputs, norm, return_sum, 0.0, implementation)
     return backend.select(RMS_NORM, inputs, implementation).function(inputs, norm, return_sum)
-
-
-def _compiled(
-    inputs: Inputs, norm: Norm, return_sum: bool, dropout: float, implementation: str | None
-) -> Result:
-    h = reference.sum_of(inputs, dropout)
-    y = norm_op(h, inputs.weight, inputs.bias, *norm, implementation)[0]
-    return (y, h) if return_sum else y
-
-
-def _chosen(norm: Norm, inputs: Inputs, implementation: str | None) -> backend.Implementation:
-    return backend.select(LAYER_NORM if norm.center else RMS_NORM, inputs, implementation)
-
-
-@torch.library.custom_op("progtuning::norm", mutates_args=())
-def norm_op(
-    x: Tensor,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    eps: float,
-    center: bool,
-    offset: float = 0.0,
-    cast_first: bool = False,
-    implementation: str | None = None,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """y, and per row the mean (empty without `center`) and 1 / sqrt(...); options as in `Norm`."""
-    norm, inputs = Norm(eps, center, offset, cast_first), Inputs(x, None, weight, bias)
-    y, mean, rstd = _chosen(norm, inputs, implementation).forward(inputs, norm)
-    return y, rstd.new_empty(0) if mean is None else mean, rstd
-
-
-@norm_op.register_fake
-def _(x, weight, bias, eps, center, offset=0.0, cast_first=False, implementation=None):
-    dtype = Norm(eps, center, offset, cast_first).output_dtype(x.dtype, weight)
-    rstd = x.new_empty(x.shape[:-1], dtype=torch.promote_types(x.dtype, torch.float32))
-    return x.new_empty(x.shape, dtype=dtype), rstd.new_empty(rstd.shape if center else 0), rstd
-
-
-@torch.library.custom_op("progtuning::norm_backward", mutates_args=())
-def norm_backward_op(
-    dy: Tensor,
-    x: Tensor,
-    weight: Tensor | None,
-    mean: Tensor,
-    rstd: Tensor,
-    center: bool,
-    offset: float,
-    demanded: Sequence[bool],
-    implementation: str | None = None,
-) -> list[Tensor]:
-    """The demanded ones of the gradients of x, weight and bias."""
-    norm = Norm(0.0, center, offset)
-    chosen = _chosen(norm, Inputs(x, None, weight, None), implementation)
-    mean = mean if center else None
-    return present(chosen.backward(dy, x, weight, mean, rstd, norm, demanded))
-
-
-@norm_backward_op.register_fake
-def _(dy, x, weight, mean, rstd, center, offset, demanded, implementation=None):
-    parameter = x.new_empty(x.shape[-1:]) if weight is None else weight
-    likes = zip((x, parameter, parameter), demanded, strict=True)
-    return [torch.empty_like(t, memory_format=torch.contiguous_format) for t, d in likes if d]
-
-
-def _save_for_backward(ctx, inputs, output) -> None:
-    x, weight, _, _, ctx.center, ctx.offset, _, ctx.implementation = inputs
-    ctx.mark_non_differentiable(*output[1:])
-    ctx.save_for_backward(x, weight, *output[1:])
-
-
-def _differentiate(ctx, dy, dmean, drstd):
-    demanded = list(ctx.needs_input_grad[:3])
-    options = (ctx.center, ctx.offset, demanded, ctx.implementation)
-    return *placed(norm_backward_op(dy, *ctx.saved_tensors, *options), demanded), *[None] * 5
-
-
-norm_op.register_autograd(_differentiate, setup_context=_save_for_backward)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Literal, NamedTuple
 
 import torch
@@ -91,53 +90,3 @@ def run(inputs: Inputs, norm: Norm, return_sum: bool, dropout: float = 0.0) -> R
     h = sum_of(inputs, dropout)
     y = normalise(h, inputs.weight, inputs.bias, norm)
     return (y, h) if return_sum else y
-
-
-def forward(inputs: Inputs, norm: Norm) -> tuple[Tensor, Tensor | None, Tensor]:
-    """y, mean and 1 / sqrt(...) of x, for an operator, which cannot use autograd."""
-    x, _, weight, bias = inputs
-    x = x.contiguous()  # an operator's results have the strides that its fake has promised
-    wide = x.to(torch.promote_types(x.dtype, torch.float32))
-    mean = wide.mean(-1) if norm.center else None
-    if mean is not None:
-        wide = wide - mean.unsqueeze(-1)
-    rstd = torch.rsqrt(wide.square().mean(-1) + norm.eps)
-    y = wide * rstd.unsqueeze(-1)
-    if norm.cast_first:
-        y = y.to(x.dtype)
-    if weight is not None:
-        y = y * (weight if norm.cast_first else weight.to(wide.dtype) + norm.offset)
-    if bias is not None:
-        y = y + bias
-    return y.to(norm.output_dtype(x.dtype, weight)), mean, rstd
-
-
-def backward(
-    dy: Tensor,
-    x: Tensor,
-    weight: Tensor | None,
-    mean: Tensor | None,
-    rstd: Tensor,
-    norm: Norm,
-    demanded: Sequence[bool],
-) -> list[Tensor | None]:
-    """The demanded ones of the gradients of x, weight and bias (that in the weight's dtype)."""
-    x, columns = x.contiguous(), x.shape[-1]
-    normalised = x.to(rstd.dtype)
-    if mean is not None:
-        normalised = normalised - mean.unsqueeze(-1)
-    normalised = normalised * rstd.unsqueeze(-1)
-    dy = dy.contiguous().to(rstd.dtype)
-    dx = dweight = dbias = None
-    if demanded[0]:
-        scaled = dy if weight is None else dy * (weight.to(rstd.dtype) + norm.offset)
-        dx = scaled - normalised * (normalised * scaled).mean(-1, keepdim=True)
-        if norm.center:
-            dx = dx - scaled.mean(-1, keepdim=True)
-        dx = (dx * rstd.unsqueeze(-1)).to(x.dtype)
-    parameter_dtype = x.dtype if weight is None else weight.dtype
-    if demanded[1]:
-        dweight = (dy * normalised).reshape(-1, columns).sum(0).to(parameter_dtype)
-    if demanded[2]:
-        dbias = dy.reshape(-1, columns).sum(0).to(parameter_dtype)
-    return [dx, dweight, dbias]

@@ -407,23 +407,3 @@ def run(inputs: Inputs, norm: Norm, return_sum: bool, dropout: float = 0.0) -> R
         return _Norm.apply(*inputs, norm, return_sum, drop)
     done = forward(inputs, norm, statistics=False, keep_sum=return_sum, dropout=drop)
     return (done.y, done.h) if return_sum else done.y
-
-
-def operator_forward(inputs: Inputs, norm: Norm) -> tuple[Tensor, Tensor | None, Tensor]:
-    """`reference.forward`."""
-    done = forward(inputs, norm, statistics=True)
-    return done.y, done.mean, done.rstd
-
-
-def operator_backward(
-    dy: Tensor,
-    x: Tensor,
-    weight: Tensor | None,
-    mean: Tensor | None,
-    rstd: Tensor,
-    norm: Norm,
-    demanded: Sequence[bool],
-) -> Sequence[Tensor | None]:
-    """`reference.backward`."""
-    dtypes = [x.dtype, *[x.dtype if weight is None else weight.dtype] * 2]
-    return backward(dy, None, x, weight, mean, rstd, norm, [False, *demanded], dtypes)[1:]
