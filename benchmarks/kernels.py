@@ -210,19 +210,19 @@ def _layer_norms() -> Iterator[Operation]:
     settings = norm.Norm(EPS, center=True)
 
     def plain(x, weight, bias):
-        return norm.reference(x, weight, bias, settings)
+        return norm.reference.normalise(x, weight, bias, settings)
 
     def with_residual(x, residual, weight, bias):
-        return norm.reference(x + residual, weight, bias, settings)
+        return norm.reference.normalise(x + residual, weight, bias, settings)
 
     def with_dropout(x, residual, weight, bias, return_sum=False):
         h = F.dropout(x, DROPOUT) + residual
-        y = norm.reference(h, weight, bias, settings)
+        y = norm.reference.normalise(h, weight, bias, settings)
         return (y, h) if return_sum else y
 
     def truth_of_dropout(x, residual, weight, bias, kept, return_sum):
         h = x * kept / (1 - DROPOUT) + residual
-        return norm.reference(h, weight, bias, settings), h
+        return norm.reference.normalise(h, weight, bias, settings), h
 
     def ours(**more: Any) -> Callable[[str | None], Call]:
         def build(implementation: str | None) -> Call:
@@ -277,11 +277,11 @@ def _rms_norms() -> Iterator[Operation]:
         settings = norm.Norm(EPS, False, offset, cast_first=options["cast"] == "before_weight")
 
         def plain(x, weight, settings=settings):
-            return norm.reference(x, weight, None, settings)
+            return norm.reference.normalise(x, weight, None, settings)
 
         def with_residual(x, residual, weight, settings=settings):
             h = x + residual
-            return norm.reference(h, weight, None, settings), h
+            return norm.reference.normalise(h, weight, None, settings), h
 
         def ours(options: dict[str, Any]) -> Callable[[str | None], Call]:
             def build(implementation: str | None) -> Call:
@@ -323,7 +323,9 @@ def _rms_norms() -> Iterator[Operation]:
 def _activations() -> Iterator[Operation]:
     def eager(kind: activation.Kind) -> Call:
         def call(x=None, bias=None, gate=None, up=None):
-            return activation.reference(gate if x is None else x, bias, up, kind)
+            return activation.reference.forward(
+                activation.Inputs(gate if x is None else x, bias, up), kind
+            )
 
         return call
 

@@ -23,6 +23,7 @@ from triton_builds import compile_for, resources
 
 from progtuning_kernels import backend
 from progtuning_kernels.ops import activation
+from progtuning_kernels.ops.activation.reference import Inputs
 
 OPS = [
     ("gelu", "none"),
@@ -262,11 +263,11 @@ def check_undemanded_gradients_take_no_memory(monkeypatch):
         for with_bias in (True, False):
             made.clear()
             if with_bias:
-                arguments = (grad, x, bias, None, kind, (*demand, False))
+                arguments = (grad, Inputs(x, bias), kind, (*demand, False))
                 expected = [whole] * demand[0] + [partials, row] * demand[1]
             else:
-                arguments = (grad, x, None, x if demand[0] else None, kind)
-                arguments += ((demand[0], False, demand[1]),)
+                inputs = Inputs(x, up=x if demand[0] else None)
+                arguments = (grad, inputs, kind, (demand[0], False, demand[1]))
                 expected = [whole] * sum(demand)
             if any(demand):
                 activation_triton.backward(*arguments)
@@ -328,7 +329,7 @@ def test_empty_tensors():
 
 
 def check_the_interpreter_runs_these():
-    assert backend.select(activation.GELU, [torch.ones(1)]).name == "triton"
+    assert backend.select(activation.GELU, Inputs(torch.ones(1))).name == "triton"
     with pytest.raises(RuntimeError, match="no Triton kernel for torch.float64"):
         activation.gelu(torch.ones(1, dtype=torch.float64), implementation="triton")
 
