@@ -14,12 +14,44 @@ import subprocess
 import sys
 import tempfile
 from pathlib import Path
-from types import ModuleType
+from typing import Any
 
 import pytest
 
 REPORTS = "PROGTUNING_CHECK_REPORTS"  # environment variable of such a process: the file for them
-_found: dict[str, tuple[dict[str, list[dict]], str]] = {}  # file -> reports by check, output
+# file -> failures by check that ran (None: none), and the output of the process
+_found: dict[str, tuple[dict[str, str | None], str]] = {}
+
+
+class CheckFailed(Exception):
+    """With the report of the other process."""
+
+
+class Check(pytest.Item):
+    """In the place of the function, in the process that starts the other one."""
+
+    def __init__(self, *, checked: pytest.Function, **keywords: Any) -> None:
+        super().__init__(**keywords)
+        self.checked = checked
+
+    def runtest(self) -> None:
+        file = self.nodeid.partition("::")[0]
+        if file not in _found:
+            checks = [item for item in self.session.items if isinstance(item, Check)]
+            ids = [item.nodeid for item in checks if item.nodeid.partition("::")[0] == file]
+            _found[file] = _run(self.checked.module.own_process, ids, self.config.rootpath)
+        failures, output = _found[file]
+        if self.nodeid not in failures:
+            raise CheckFailed(f"it did not run there\n{output}")
+        if failures[self.nodeid] is not None:
+            raise CheckFailed(failures[self.nodeid])
+
+    def repr_failure(self, excinfo: pytest.ExceptionInfo) -> Any:
+        failed = isinstance(excinfo.value, CheckFailed)
+        return str(excinfo.value) if failed else super().repr_failure(excinfo)
+
+    def reportinfo(self) -> Any:
+        return self.checked.reportinfo()
 
 
 def pytest_pycollect_makeitem(collector: pytest.Collector, name: str) -> list | None:
@@ -29,16 +61,20 @@ def pytest_pycollect_makeitem(collector: pytest.Collector, name: str) -> list | 
     return None if hasattr(collector.getparent(pytest.Module).obj, "own_process") else []
 
 
-def _is_check(item: pytest.Item) -> bool:
-    return getattr(item, "originalname", "").startswith("check_")
-
-
+@pytest.hookimpl(trylast=True)  # after what was not selected has gone
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Leaves out what a file says takes too long there: `left_out`, a regular expression."""
-    for item in [item for item in items if _is_check(item)]:
+    """A file's `left_out`, a regular expression, says which of its checks take too long there."""
+    if REPORTS in os.environ:
+        return
+    kept: list[pytest.Item] = []
+    for item in items:
+        if not getattr(item, "originalname", "").startswith("check_"):
+            kept.append(item)
+            continue
         left_out = getattr(item.module, "left_out", None)
-        if left_out is not None and left_out.search(item.name):
-            items.remove(item)
+        if left_out is None or not left_out.search(item.name):
+            kept.append(Check.from_parent(item.parent, name=item.name, checked=item))
+    items[:] = kept
 
 
 def interpreted(folder: Path) -> dict[str, str]:
@@ -47,78 +83,37 @@ def interpreted(folder: Path) -> dict[str, str]:
     return {"TRITON_INTERPRET": "1"}
 
 
-@pytest.hookimpl(tryfirst=True)
-def pytest_runtest_protocol(item: pytest.Item) -> bool | None:
-    if not _is_check(item) or REPORTS in os.environ:
-        return None
-    item.ihook.pytest_runtest_logstart(nodeid=item.nodeid, location=item.location)
-    for report in _reports(item):
-        item.ihook.pytest_runtest_logreport(report=report)
-    item.ihook.pytest_runtest_logfinish(nodeid=item.nodeid, location=item.location)
-    return True
-
-
-def _reports(item: pytest.Item) -> list[pytest.TestReport]:
-    file = item.nodeid.partition("::")[0]
-    if file not in _found:
-        checks = [i for i in item.session.items if _is_check(i) and i.module is item.module]
-        try:
-            _found[file] = _run(item.module, [check.nodeid for check in checks], item.config)
-        except pytest.skip.Exception as skipped:
-            return [_report(item, "skipped", (file, 0, f"Skipped: {skipped}"))]
-        except Exception as error:  # what it needs was not built
-            _found[file] = {}, f"{type(error).__name__}: {error}"
-    by_check, output = _found[file]
-    reports = [
-        item.config.hook.pytest_report_from_serializable(config=item.config, data=data)
-        for data in by_check.get(item.nodeid, [])
-    ]
-    if not any(report.when == "call" or report.failed for report in reports):
-        return [_report(item, "failed", f"it did not run there\n{output}")]
-    return reports
-
-
-def _report(item: pytest.Item, outcome: str, why: object) -> pytest.TestReport:
-    keywords = dict.fromkeys(item.keywords, 1)
-    return pytest.TestReport(item.nodeid, item.location, keywords, outcome, why, "call")
-
-
-def _run(
-    module: ModuleType, checks: list[str], config: pytest.Config
-) -> tuple[dict[str, list[dict]], str]:
+def _run(own_process: Any, checks: list[str], root: Path) -> tuple[dict[str, str | None], str]:
     with tempfile.TemporaryDirectory() as folder:
-        environment = module.own_process(Path(folder))
+        environment = own_process(Path(folder))
         reports = Path(folder, "reports")
         # --capture=sys: the message of a process that ends is then seen
         command = [sys.executable, "-m", "pytest", *checks, "-p", "no:cacheprovider"]
         done = subprocess.run(
             [*command, "-W", "error", "--capture=sys"],
             env={**os.environ, **environment, REPORTS: str(reports)},
-            cwd=config.rootpath,
+            cwd=root,
             capture_output=True,
             text=True,
         )
         lines = reports.read_text().splitlines() if reports.exists() else []
-    found: dict[str, list[dict]] = {}
-    for data in map(json.loads, lines):
-        found.setdefault(data["nodeid"], []).append(data)
-    return found, done.stdout + done.stderr
+    failures: dict[str, str | None] = {}
+    for check, failure in map(json.loads, lines):
+        failures[check] = failures.get(check) or failure
+    return failures, done.stdout + done.stderr
 
 
 class WriteReports:
-    """In such a process: what the process that started it reads."""
-
-    def __init__(self, config: pytest.Config) -> None:
-        self.config = config
+    """In the other process: what happened to each check, for the process that started it."""
 
     def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
-        if report.when == "setup" and report.passed or report.when == "teardown" and report.passed:
+        if report.passed and report.when != "call":
             return
-        data = self.config.hook.pytest_report_to_serializable(config=self.config, report=report)
+        failure = None if report.passed else report.longreprtext or str(report.longrepr)
         with open(os.environ[REPORTS], "a") as file:
-            file.write(json.dumps(data) + "\n")
+            file.write(json.dumps([report.nodeid, failure]) + "\n")
 
 
 def pytest_configure(config: pytest.Config) -> None:
     if REPORTS in os.environ:
-        config.pluginmanager.register(WriteReports(config))
+        config.pluginmanager.register(WriteReports())
