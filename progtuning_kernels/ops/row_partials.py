@@ -13,7 +13,8 @@ from torch import Tensor
 from .. import backend
 
 ROWS_PER_PARTIAL, MAX_PARTIALS = 16, 512
-SUM_ROWS = 32  # of the partial sums, that a program adds at a time
+# Of partial sums, that a program of the second kernel adds at a time: 32 columns are 128 bytes.
+SUM_ROWS, SUM_COLUMNS = 32, 32
 OPTIONS = {"num_warps": 4, "enable_fp_fusion": True}
 # Triton's interpreter truncates to bfloat16 where the GPU rounds.
 ROUND_BY_BITS = tl.constexpr(bool(triton.knobs.runtime.interpret))
@@ -69,10 +70,10 @@ def sum_partials_kernel(
             _store(second + columns, result, inside)
 
 
-def sum_partials(partials: Tensor, *sums: Tensor, columns: int) -> None:
-    """Writes one or two (C,) sums of partials, (1 or 2, P, C); columns: of a program."""
+def sum_partials(partials: Tensor, *sums: Tensor) -> None:
+    """Writes one or two (C,) sums of partials, (1 or 2, P, C)."""
     n_partials, width = partials.shape[1:]
     with backend.device_guard(partials.device):
-        sum_partials_kernel[triton.cdiv(width, columns), len(sums)](
-            *(partials, *(*sums, None)[:2], n_partials, width, SUM_ROWS, columns), **OPTIONS
+        sum_partials_kernel[triton.cdiv(width, SUM_COLUMNS), len(sums)](
+            *(partials, *(*sums, None)[:2], n_partials, width, SUM_ROWS, SUM_COLUMNS), **OPTIONS
         )

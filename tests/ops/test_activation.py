@@ -411,7 +411,7 @@ def test_compiles_without_spills(architecture, tmp_path, monkeypatch, capfd):
             assert not re.search(r"ld\.global\S*\.b16", made.asm["ptx"])
             compiled.append(made)
     signature = dict(first="*bf16", partials="*fp32", n_partials="i32")
-    constants = dict(C=3072, ROWS=row_partials.SUM_ROWS, COLUMNS=at.SUM_COLUMNS)
+    constants = dict(C=3072, ROWS=row_partials.SUM_ROWS, COLUMNS=row_partials.SUM_COLUMNS)
     kernel = row_partials.sum_partials_kernel
     compiled.append(compile_for(kernel, signature, constants, architecture, row_partials.OPTIONS))
     for kernel in compiled:

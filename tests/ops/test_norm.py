@@ -712,7 +712,7 @@ def _variants(columns: int) -> dict[str, tuple]:
         "sums": (
             row_partials.sum_partials_kernel,
             {"partials": "*fp32", "first": "*bf16", "second": "*bf16", "n_partials": "i32"},
-            dict(C=columns, ROWS=row_partials.SUM_ROWS, COLUMNS=nt.SUM_COLUMNS),
+            dict(C=columns, ROWS=row_partials.SUM_ROWS, COLUMNS=row_partials.SUM_COLUMNS),
             row_partials.OPTIONS,
         ),
     }

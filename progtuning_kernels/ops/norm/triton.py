@@ -15,8 +15,6 @@ from ..contract import present
 from ..row_partials import count_partials, rounded, sum_partials
 from .reference import Inputs, Norm, Result
 
-SUM_COLUMNS = 32  # of a program that sums partial sums: 128 bytes
-
 
 class Dropout(NamedTuple):
     """Of x, as the kernels take it; without a seed there is none.
@@ -331,7 +329,7 @@ def backward(
             **options(block),
         )
     if any(wants_parameters):
-        sum_partials(partials, *present(gradients), columns=SUM_COLUMNS)
+        sum_partials(partials, *present(gradients))
     return dx, dh, *gradients
 
 
