@@ -223,9 +223,9 @@ def _compare(path: Path, content: dict[str, Any], facts: dict[str, str], model: 
                 f"{path} is of another run: {what} is {there} there and {here} here"
             )
     weights, saved = model.state_dict(), content["state"]["model"]
+    beside = weights.keys() - facts.keys()  # such as scales, which stay those of this model
     for name in filter(facts.get, weights):
-        # a scale beside quantised weights is such a key, and stays that of this model
-        quantised = any(key.startswith(f"{name}.") for key in weights.keys() - facts.keys())
+        quantised = any(key.startswith(f"{name}.") for key in beside)
         if quantised and not saved[name].is_meta:
             if not torch.equal(weights[name].cpu(), saved[name]):
                 raise CheckpointError(
