@@ -619,7 +619,7 @@ def test_a_checkpoint_of_another_run_is_refused(call, tmp_path, capsys):
     _stopped_run(call)
     again = ["--max-steps", 9, "--resume"]
     other = _one_line_error(capsys, call(*again, model="gpt2"))
-    assert "the checkpoint is of another model" in other
+    assert "the checkpoint was written with model=" in other
     assert "written with lr=0.003, this call has lr=0.5" in _one_line_error(
         capsys, call(*again, "--lr", 0.5)
     )
