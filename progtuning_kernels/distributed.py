@@ -3,9 +3,9 @@
 `DistributedDataParallel` decides when it is built which gradients it reduces: one that stops coming
 leaves a bucket waiting, one that starts coming is not reduced at all. Its reducer is built anew,
 before the first forward of a stage, in milliseconds. FSDP2 (`fully_shard`) needs nothing but to
-gather one frozen block less. Ranks compare what they train at every change, as a schedule of its own
-on one of them would add up gradients of different tensors, or have all wait for it; they do so
-through the store that torch's process groups began with, since a collective is what would hang.
+gather one frozen block less. Ranks compare what they train at every change: another schedule on one
+of them would add up gradients of different tensors, or have all wait for it. They do so through the
+store that torch's process groups began with, since a collective is what would hang.
 """
 
 from __future__ import annotations
