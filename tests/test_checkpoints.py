@@ -39,7 +39,6 @@ from progtuning_kernels import (
 from progtuning_kernels.cache.break_even import BreakEven
 from progtuning_kernels.checkpoints import (
     CheckpointError,
-    _handle_state,
     files,
     load_checkpoint,
     save_checkpoint,
@@ -781,7 +780,7 @@ def words(step: int) -> torch.Tensor:
 class Sharded(Loop):
     """The same loop on every rank's part of fixed batches, without dropout."""
 
-    def __init__(self, rank: int, size: int, *, sharded: bool = True) -> None:
+    def __init__(self, rank: int, size: int, *, sharded: bool = True, schedule: Any = None) -> None:
         self._rows = slice(8 // size * rank, 8 // size * (rank + 1))
         torch.manual_seed(0)
         model = Toy(width=WIDTH, dropout=0.0)  # 6 rows: 2 of 4 ranks have an uneven share
@@ -791,7 +790,7 @@ class Sharded(Loop):
             for block in model.blocks:
                 fully_shard(block)
             fully_shard(model)
-        self.handle = patch_model(model, progressive())
+        self.handle = patch_model(model, schedule or progressive())
         self.optimizer = masked_adamw(self.handle)
         self.scheduler = torch.optim.lr_scheduler.LambdaLR(self.optimizer, lambda s: 1 / (1 + s))
         self.losses = []
@@ -926,7 +925,26 @@ def check_one_process(rank: int, size: int, folder: Path) -> None:
     loop.save(folder / "one-file")
 
 
+def check_norms(rank: int, size: int, folder: Path) -> None:
+    """Those of the interval under way: of the same shards they go on, of others they begin anew."""
+    loop = Sharded(rank, size, schedule=AdaptiveSchedule(4))
+    if size == 2:
+        loop.train(2).save(folder / "norms")
+        saved = loop.handle.state_dict()
+        assert saved["gradient_norms"]["sums"] is not None
+        loop = Sharded(rank, size, schedule=AdaptiveSchedule(4))
+        loop.load(folder / "norms")
+        assert loop.handle.state_dict() == saved
+    else:
+        loop.load(folder / "norms")
+        assert loop.handle.state_dict()["gradient_norms"]["sums"] is None
+    loop.train(2)
+    assert loop.handle.schedule.decisions == {3: 0}
+
+
 PLAN = (
+    (check_norms, 2),
+    (check_norms, 1),
     (check_save, 2),
     (check_same_ranks, 2),
     (check_other_ranks, 1),
@@ -950,29 +968,6 @@ def test_shards_go_from_any_number_of_ranks_to_any_other(tmp_path):
     sys.path.insert(0, str(Path(__file__).parent))  # a spawned process imports this file by name
     # one process that has trained nothing yet, and can therefore be forked
     torch.multiprocessing.spawn(run, (str(tmp_path),), nprocs=1)
-
-
-def test_norms_of_an_interval_go_to_any_number_of_ranks(monkeypatch):
-    """Squares of shards add up to those of the whole, which every rank holds or has a share of."""
-
-    def saved(*sums):
-        return [{"handle": {"step": 3, "gradient_norms": {"sums": [*s, 2.0]}}} for s in sums]
-
-    def loaded(ranks, world_size, *kinds):
-        monkeypatch.setattr(files, "world_size", lambda: world_size)
-        state = _handle_state(ranks, world_size - 1, *kinds)
-        assert state["step"] == 3
-        return state["gradient_norms"]["sums"]
-
-    shards, whole = saved([1.0, 4.0], [2.0, 8.0]), saved([3.0, 12.0])
-    assert loaded(shards, 2, True, True) == [2.0, 8.0, 2.0]  # its own
-    assert loaded(shards, 1, True, False) == [3.0, 12.0, 2.0]
-    assert loaded(shards, 4, True, True) == [0.75, 3.0, 2.0]
-    assert loaded(whole, 2, False, True) == [1.5, 6.0, 2.0]
-    assert loaded(whole * 2, 3, False, False) == [3.0, 12.0, 2.0]
-    assert loaded(shards, 2, True, False) == [3.0, 12.0, 2.0]
-    plain = [{"handle": {"step": 3}}] * 2
-    assert _handle_state(plain, 0, True, False) == {"step": 3}
 
 
 def test_a_load_that_a_users_hook_refuses_changes_nothing(tmp_path):

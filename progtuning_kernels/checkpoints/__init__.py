@@ -107,7 +107,8 @@ def load_checkpoint(
     A load that fails changes nothing.
 
     Random numbers go on where they were, on each rank. Under another number of ranks than they were
-    saved with, every rank gets new ones, from the saved seed, the step and its own number.
+    saved with, every rank gets new ones, from the saved seed, the step and its own number, and an
+    adaptive schedule of a sharded model measures the interval under way anew.
 
     Args:
         folder, handle, optimizer, scheduler: as `save_checkpoint` had them.
@@ -135,8 +136,10 @@ def load_checkpoint(
     with _undone_if_it_fails(model, patched, optimizer, scheduler):
         _to_this_rank(path, state, model, optimizer)
         if patched is not None:  # first: another plan would release what it freezes
-            in_shards = path.is_dir(), _has_shards(model)
-            patched.load_state_dict(_handle_state(ranks, files.this_rank(), *in_shards))
+            was_sharded, sharded = path.is_dir(), _has_shards(model)
+            if was_sharded != sharded or (sharded and not same_ranks):
+                own["handle"]["gradient_norms"] = {"sums": None}  # those were of other shards
+            patched.load_state_dict(own["handle"])
         optimizer.load_state_dict(state["optimizer"])
         if scheduler is not None:
             scheduler.load_state_dict(content["scheduler"])
@@ -249,29 +252,6 @@ def _state_of_rank(model: nn.Module, patched: PatchHandle | None) -> dict[str, A
         "handle": None if patched is None else patched.state_dict(),
         "cache": None if patched is None or patched.cache is None else patched.cache.manifest(),
     }
-
-
-def _handle_state(
-    ranks: list[dict[str, Any]], rank: int, was: bool, sharded: bool
-) -> dict[str, Any]:
-    """The handle's state for this rank, from those of the ranks that saved.
-
-    They differ in the sums of squared gradient norms of an adaptive schedule's interval, where each
-    rank had a shard of every gradient. For other ranks the whole is cut into equal parts.
-
-    Args:
-        was, sharded: whether gradients were in shards there, and whether they are here.
-    """
-    if len(ranks) == files.world_size() and was == sharded:
-        return ranks[rank]["handle"]
-    state = ranks[0]["handle"]
-    saved = [r["handle"].get("gradient_norms", {}) for r in (ranks if was else ranks[:1])]
-    sums = [norms.get("sums") for norms in saved]
-    if None in sums:
-        return state
-    parts = files.world_size() if sharded else 1
-    squares = [sum(column) / parts for column in zip(*(s[:-1] for s in sums), strict=True)]
-    return {**state, "gradient_norms": {"sums": [*squares, sums[0][-1]]}}
 
 
 # shards
