@@ -31,6 +31,8 @@ from .files import CheckpointError
 
 __all__ = ["CheckpointError", "load_checkpoint", "save_checkpoint"]
 
+_ANY_SHAPE = "something"
+
 
 def save_checkpoint(
     folder: str | os.PathLike[str],
@@ -193,8 +195,8 @@ def _facts(
 ) -> dict[str, str]:
     """What must be the same in a run that goes on: names, shapes, schedule, groups.
 
-    Keys that modules write into their state dict beside parameters and buffers are left out:
-    bitsandbytes' 4-bit layers write some of changing length, and take them back from nobody.
+    What modules write into their state dict beside parameters and buffers may have any shape:
+    bitsandbytes' 4-bit layers write descriptions of changing length, and do not take them back.
     """
     facts = {
         "the schedule": "none" if patched is None else repr(patched.schedule),
@@ -203,8 +205,8 @@ def _facts(
     named = (model.named_parameters, model.named_buffers)
     known = {name for names in named for name, _ in names(remove_duplicate=False)}
     for key, value in model.state_dict().items():
-        if key in known or key.endswith("_extra_state"):
-            facts[key] = f"{[*value.shape]}" if isinstance(value, Tensor) else "no tensor"
+        has_shape = key in known and isinstance(value, Tensor)
+        facts[key] = f"{[*value.shape]}" if has_shape else _ANY_SHAPE
     names = {id(p): name for name, p in model.named_parameters()}
     for g, group in enumerate(optimizer.param_groups):
         for i, p in enumerate(group["params"]):
@@ -226,8 +228,9 @@ def _compare(path: Path, content: dict[str, Any], facts: dict[str, str], model: 
                 f"{path} is of another run: {what} is {there} there and {here} here"
             )
     weights, saved = model.state_dict(), content["state"]["model"]
-    beside = weights.keys() - facts.keys()  # such as scales, which stay those of this model
-    for name in filter(facts.get, weights):
+    # such as scales, which stay those of this model
+    beside = [name for name, fact in facts.items() if fact == _ANY_SHAPE]
+    for name in weights:
         quantised = any(key.startswith(f"{name}.") for key in beside)
         if quantised and not saved[name].is_meta:
             if not torch.equal(weights[name].cpu(), saved[name]):
