@@ -266,7 +266,7 @@ def _save_shards(partial: Path, state: dict[str, Any]) -> list[tuple[str, int]]:
     Returns:
         Name and CRC-32 of every file.
     """
-    import torch.distributed.checkpoint as dcp
+    from torch.distributed.checkpoint.state_dict_saver import save
 
     tensors: dict[str, Tensor] = {}
     for name, _, values, key in _entries(state):
@@ -274,7 +274,7 @@ def _save_shards(partial: Path, state: dict[str, Any]) -> list[tuple[str, int]]:
             tensors[name] = value
             values[key] = torch.empty(value.shape, dtype=value.dtype, device="meta")
     files.on_first(partial.mkdir)
-    _copy_shards(dcp.save, tensors, partial)  # synchronises every file
+    _copy_shards(save, tensors, partial)  # synchronises every file
     own = [*partial.glob(f"__{files.this_rank()}_*")]
     if files.this_rank() == 0:
         own.append(partial / ".metadata")
@@ -290,7 +290,8 @@ def _to_this_rank(
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
     targets: dict[str, Tensor] = {}
     for name, i, values, key in _entries(state):
-        like, value = here.get(key) if i is None else parameters[i], values[key]
+        like: Any = here.get(key) if i is None else parameters[i]
+        value = values[key]
         if not isinstance(value, Tensor):
             continue
         alike = isinstance(like, Tensor) and like.shape == value.shape
@@ -303,9 +304,9 @@ def _to_this_rank(
         elif alike and is_sharded(like):
             values[key] = _sharded_as(like, value)
     if path.is_dir():
-        import torch.distributed.checkpoint as dcp
+        from torch.distributed.checkpoint.state_dict_loader import load
 
-        _copy_shards(dcp.load, targets, path)
+        _copy_shards(load, targets, path)
 
 
 def _entries(state: dict[str, Any]) -> Iterator[tuple[str, int | None, dict[Any, Any], Any]]:
@@ -320,7 +321,7 @@ def _entries(state: dict[str, Any]) -> Iterator[tuple[str, int | None, dict[Any,
         yield from ((f"optimizer/{i}/{key}", i, values, key) for key in values)
 
 
-def _sharded_as(like: Tensor, whole: Tensor) -> Tensor:
+def _sharded_as(like: Any, whole: Tensor) -> Tensor:
     from torch.distributed.tensor import distribute_tensor
 
     # every rank has the whole: nothing is sent

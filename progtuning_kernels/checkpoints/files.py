@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch.utils.serialization import config
+from torch.utils.serialization import config as serialization
 
 from ..backend import one_line
 
@@ -122,7 +122,8 @@ def _write(content: dict[str, Any], path: Path) -> None:
     Raises:
         TypeError: it could not be read back without running code from it.
     """
-    with config.patch("save.compute_crc32", True), path.open("wb") as file:
+    checksums_on = serialization.patch("save.compute_crc32", True)  # pyright: ignore
+    with checksums_on, path.open("wb") as file:
         torch.save(content, file)
         file.flush()
         os.fsync(file.fileno())
