@@ -79,6 +79,11 @@ class Op:
         if names != [name for name in PREFERENCE if name in names]:
             raise ValueError(f"{self.name}: implementations {names} are not in order {PREFERENCE}")
 
+    @property
+    def reference(self) -> Implementation:
+        """The last one: plain torch, which runs anywhere."""
+        return self.implementations[-1]
+
 
 OPS: dict[str, Op] = {}
 _passed_over: dict[str, str] = {}  # op -> why PROGTUNING_BACKEND's choice did not run it last
@@ -110,7 +115,7 @@ def select(op: Op, tensors: Any, implementation: str | None = None) -> Implement
     if torch.compiler.is_compiling():  # which fuses plain torch, and cannot look into a kernel
         if forced not in (None, "reference"):
             raise RuntimeError(f"{op.name}: implementation={forced} cannot run in compiled code")
-        return op.implementations[-1]
+        return op.reference
     preferred = os.environ.get(ENVIRONMENT_VARIABLE) if forced is None else None
     preferred = None if preferred in (None, "", "auto") else preferred
     for name, who in ((forced, "implementation"), (preferred, ENVIRONMENT_VARIABLE)):

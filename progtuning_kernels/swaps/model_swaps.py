@@ -251,10 +251,10 @@ class KernelSwaps:
         dtype = (floats[0] if own is None else own).dtype
         sample = [torch.empty(2, swap.width, dtype=dtype, device=device), None, None]
         try:
-            chosen = backend.select(swap.op, sample).name
+            chosen = backend.select(swap.op, sample)
         except RuntimeError as error:
             return _Verdict(None, backend.one_line(error))
-        if chosen == "reference":
+        if chosen is swap.op.reference:
             return _Verdict(None, "the op would run its reference, which is the module's own code")
         differs = checks.difference(module, swap, device, dtype)
         if differs is not None:

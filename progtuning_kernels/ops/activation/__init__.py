@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
@@ -11,8 +13,8 @@ from . import reference
 from .reference import Approximate, Inputs, Kind
 
 
-def _reason_against_triton(inputs: Inputs) -> str | None:
-    return backend.triton_reason(inputs.x.device, inputs.x.dtype)
+def _reason_against_triton(inputs: Sequence[Tensor | None]) -> str | None:
+    return backend.triton_reason(inputs[0].device, inputs[0].dtype)
 
 
 def _probe(device: torch.device) -> Inputs:

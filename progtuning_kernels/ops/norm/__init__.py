@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import get_args
 
 import torch
@@ -16,20 +17,20 @@ from .reference import Cast, Inputs, Norm, Result
 MAX_TRITON_COLUMNS = 8192
 
 
-def _reason_against_triton(inputs: Inputs) -> str | None:
-    tensors = present(inputs)
-    reason = backend.triton_reason(inputs.x.device, *(tensor.dtype for tensor in tensors))
+def _reason_against_triton(inputs: Sequence[Tensor | None]) -> str | None:
+    x, tensors = inputs[0], present(inputs)
+    reason = backend.triton_reason(x.device, *(tensor.dtype for tensor in tensors))
     if reason is not None:
         return reason
-    if inputs.x.shape[-1] > MAX_TRITON_COLUMNS:
-        return f"rows of {inputs.x.shape[-1]} elements; Triton's are at most {MAX_TRITON_COLUMNS}"
+    if x.shape[-1] > MAX_TRITON_COLUMNS:
+        return f"rows of {x.shape[-1]} elements; Triton's are at most {MAX_TRITON_COLUMNS}"
     for tensor in tensors:
         if type(tensor) not in (Tensor, torch.nn.Parameter):
             return f"no Triton kernel for tensors of type {type(tensor).__name__}"
     return None
 
 
-def _reason_against_triton_layer_norm(inputs: Inputs) -> str | None:
+def _reason_against_triton_layer_norm(inputs: Sequence[Tensor | None]) -> str | None:
     x, residual, *parameters = inputs
     dtypes = {tensor.dtype for tensor in present(inputs)}
     if dtypes != {torch.float32} and torch.is_autocast_enabled(x.device.type):
