@@ -30,12 +30,16 @@ def _figure(height: float, lines: int = 1) -> tuple[Figure, list[Axes]]:
     return figure, axes
 
 
-def _legend(figure: Figure, ax: Axes, rows: Sequence[Row]) -> Figure:
-    labels = [f"{r.label} (mean of {len(r.runs)} runs)" if r.runs[1:] else r.label for r in rows]
-    labels = [label.replace("$", r"\$") for label in labels]  # no maths
-    columns = max(1, min(len(rows), 105 // (max(map(len, labels)) + 5)))  # 105 in 8 inches
+def _label(row: Row) -> str:
+    label = f"{row.label} (mean of {len(row.runs)} runs)" if row.runs[1:] else row.label
+    # matplotlib reads text between two $ as maths, and leaves "_..." out of legends
+    return label.replace("$", r"\$") if label[0] != "_" else f" {label}"
+
+
+def _legend(figure: Figure, ax: Axes) -> Figure:
+    handles, labels = ax.get_legend_handles_labels()
+    columns = max(1, min(len(labels), 105 // (max(map(len, labels)) + 5)))  # 105 in 8 inches
     place = "outside lower center"
-    handles, _ = ax.get_legend_handles_labels()
     figure.legend(handles, labels, loc=place, ncols=columns, frameon=False, fontsize=9)
     return figure
 
@@ -57,14 +61,10 @@ def _curve_plot(
         field: of a run, whose entries hold the figures `x` and `y`.
     """
     figure, (ax,) = _figure(4.2)
-    drawn = []
     for index, row in enumerate(rows):
         pairs = [[(number(e, x), number(e, y)) for e in getattr(r, field)] for r in row.runs]
         found = [np.array([pair for pair in run if None not in pair]).T for run in pairs]
         curves = [curve for curve in found if curve.size]  # (2, points) each
-        if not curves:
-            continue
-        drawn.append(row)
         colour, line = _COLOURS[index % 7], _LINES[index // 7 % 4]
         for curve in curves:
             ax.plot(*curve, color=colour, alpha=0.18, linewidth=0.8)
@@ -72,13 +72,14 @@ def _curve_plot(
         same = len({curve.shape for curve in curves}) == 1
         for at, (xs, ys) in enumerate([np.mean(curves, axis=0)] if same else curves):
             ys, marker = (smooth(ys), None) if is_noisy else (ys, "o")
-            name = None if at else row.label
+            name = None if at else _label(row)
             ax.plot(xs, ys, line, color=colour, linewidth=1.8, marker=marker, ms=4, label=name)
         for stage in row.runs[0].stages[1:16] if x == "step" else ():
             ax.axvline(stage["first_step"] - 0.5, color=colour, linewidth=0.8, linestyle=":")
-    ax.set(xlabel={"step": "optimizer step"}.get(x, "training time (s)"), ylabel=label)
+    ax.set(xlabel={"step": "optimizer step"}.get(x, "training time (s)"))
+    ax.set_ylabel(label.replace("$", r"\$"))
     ax.margins(x=0.01)
-    return _legend(figure, ax, drawn) if drawn else None
+    return _legend(figure, ax) if ax.get_legend_handles_labels()[1] else None
 
 
 def _loss_plot(rows: Sequence[Row]) -> Figure | None:
@@ -115,12 +116,12 @@ def _stage_plot(rows: Sequence[Row]) -> Figure | None:
             errors = np.std(figures, axis=0, ddof=1) / len(runs) ** 0.5 if runs[1:] else None
             at, colour = start + np.arange(count), _COLOURS[index % 7]
             style = {"color": colour, "hatch": _HATCHES[index // 7 % 4], "edgecolor": "white"}
-            ax.bar(at, figures.mean(0), 0.85, yerr=errors, capsize=2, label=row.label, **style)
+            ax.bar(at, figures.mean(0), 0.85, yerr=errors, capsize=2, label=_label(row), **style)
             for x, stage in list(zip(at, row.runs[0].stages, strict=True))[::every]:
                 ticks[x] = stage["boundary"]
         ax.set_xticks([*ticks], [*ticks.values()], fontsize=8)
         ax.set(ylabel=label, xlabel="boundary k of each stage")
-    return _legend(figure, axes[0], rows)
+    return _legend(figure, axes[0])
 
 
 # by name of the file: caption, and what draws it
