@@ -244,8 +244,7 @@ def bench(**options: Any) -> None:
 
 
 @app.command(
-    epilog="Example: progtuning contribution --dataset docstrings --measure all --output "
-    "runs/contribution"
+    epilog="Example: progtuning contribution --dataset docstrings --output runs/contribution"
 )
 @click.option("--train-file", type=_PATH, help="Training rows: .jsonl, .json, .csv or .tsv.")
 @click.option("--validation-file", type=_PATH, help="Validation rows.")
@@ -254,19 +253,7 @@ def bench(**options: Any) -> None:
 )
 @click.option("--model", default="minilm", help=_MINILM)
 @click.option("--task", **_choice("classification", "causal-lm"), help="What the loss is of.")
-@click.option(
-    "--measure",
-    **_choice("all", "train", "skip", "gradient"),
-    help="train: embeddings, head and one block at a time, as in the paper; skip: the block's "
-    "input in place of its output; gradient: the norm over its parameters.",
-)
-@click.option("--steps", **_positive(50), help="Of each training of train; batches of gradient.")
-@click.option(
-    "--tune-steps",
-    type=click.IntRange(min=0),
-    help="Steps of full training before skip and gradient, which a new head makes noise of; 0 for "
-    "a model that is fine-tuned. [default: --steps]",
-)
+@click.option("--steps", **_positive(50), help="Of each training, one more than there are blocks.")
 @_blocks_option
 @click.option("--text-column", help="Found if named text, text_a, sentence, sentence1, ...")
 @click.option("--pair-column", help="Second text of a pair; found if named text_b, ...")
@@ -291,10 +278,13 @@ def bench(**options: Any) -> None:
     "--output",
     type=_PATH,
     default=Path("runs/contribution"),
-    help="Gets contribution.json and contribution.png.",
+    help="Gets contribution.json.",
 )
 def contribution(**options: Any) -> None:
-    """Measure what every block contributes, for a schedule with weights."""
+    """Measure what every block contributes, for a schedule with weights.
+
+    As in the paper: the fall in validation loss when the block trains beside embeddings and head.
+    """
     from . import contribution_command
 
     contribution_command.run(options)

@@ -18,7 +18,7 @@ import shutil
 import statistics
 import time
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any
@@ -168,16 +168,6 @@ class Run:
         if failure is None:
             shutil.rmtree(output / "checkpoints", ignore_errors=True)
         return result
-
-    def fit(self, on_step: Callable[[int], None]) -> None:
-        """All steps, and nothing else: no evaluation, no file.
-
-        Args:
-            on_step: called with the number of steps done.
-        """
-        for window in self.order.windows(self.step, self.total_steps):
-            self._train_step(window, None, self.schedule.stage(self.step), measure=False)
-            on_step(self.step)
 
     def _lr_scheduler(self) -> torch.optim.lr_scheduler.LambdaLR:
         """Warm-up and linear decay; under an annealed schedule each unit's own cosine decays."""
