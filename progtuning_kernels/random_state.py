@@ -68,6 +68,15 @@ def set_random_state(state: dict[str, Any], model: nn.Module) -> None:
             generator.set_state(one)
 
 
+def seed_generators(*numbers: int) -> None:
+    """Seed the generators of torch, Python and numpy from non-negative integers."""
+    state = numpy.random.SeedSequence(numbers).generate_state(1, numpy.uint64)
+    seed = int(state[0]) >> 1
+    torch.manual_seed(seed)
+    random.seed(seed)
+    numpy.random.seed(seed % 2**32)
+
+
 @contextmanager
 def random_state_kept(model: nn.Module) -> Iterator[None]:
     """Leave all generators as they were before."""

@@ -310,9 +310,9 @@ def check_compiled_blocks_keep_their_own_code():
 def check_a_model_that_moves_is_swapped_anew(monkeypatch):
     model = tiny_model("llama-causal-lm")
     answers = {"cpu": "not yet"}
-    real = model_swaps._backend.triton_reason
+    real = model_swaps.backend.triton_reason
     monkeypatch.setattr(
-        model_swaps._backend, "triton_reason", lambda d: answers.get(d.type) or real(d)
+        model_swaps.backend, "triton_reason", lambda d: answers.get(d.type) or real(d)
     )
     handle = patch_model(model, MilestoneSchedule({0: 1}))
     assert handle.kernel_report().swapped == 0
