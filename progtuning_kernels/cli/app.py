@@ -129,6 +129,11 @@ def app() -> None:
 @click.option("--lr", **_not_negative(5e-5), help="Peak learning rate.")
 @click.option("--weight-decay", **_not_negative(0.01), help="Decay of matrices.")
 @click.option("--warmup", **_not_negative(0.06, 1), help="Share of the steps that warm up.")
+@click.option(
+    "--anneal",
+    is_flag=True,
+    help="Each unit's rate falls on its own cosine to 0 where it freezes (FreezeOut).",
+)
 @click.option("--max-grad-norm", **_not_negative(1.0), help="0: no clipping.")
 @click.option(
     "--state-dtype",

@@ -29,7 +29,7 @@ from ..checkpoints import load_checkpoint, save_checkpoint
 from ..freezing.truncation import measure_forward
 from ..model.layout import EMBEDDINGS, Layout, find_layout, parameter_slots
 from ..optim import state_bytes
-from ..schedules import AnnealedSchedule, ObservingSchedule
+from ..schedules import ObservingSchedule, annealed_lr
 from . import methods, metrics, models
 from .batches import (
     Batch,
@@ -170,11 +170,12 @@ class Run:
         return result
 
     def _lr_scheduler(self) -> torch.optim.lr_scheduler.LambdaLR:
-        """Warm-up and linear decay; under an annealed schedule each unit's own cosine decays."""
+        """Warm-up and linear decay; with --anneal each unit's own cosine decays."""
         warmup, optimizer = round(self.settings.warmup * self.total_steps), self.trained.optimizer
-        if isinstance(self.schedule, AnnealedSchedule) and self.trained.handle is not None:
+        if self.settings.anneal and self.trained.handle is not None:
             with as_user_error():
-                factors = self.schedule.lr_factors(
+                factors = annealed_lr(
+                    self.schedule,
                     optimizer.param_groups,
                     self.layout.num_blocks,
                     base=lambda step: min(1.0, step / max(1, warmup)) if warmup else 1.0,

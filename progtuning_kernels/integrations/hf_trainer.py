@@ -17,7 +17,7 @@ from transformers.utils import logging
 from ..model.call_stack import caller
 from ..optim import MaskedOptimizer, release_frozen_state
 from ..patch import PatchHandle, check_options, handle_of, patch_model
-from ..schedules import AnnealedSchedule, ObservingSchedule, Schedule, check_schedule
+from ..schedules import ObservingSchedule, Schedule, check_schedule
 
 # Where the Trainer's own clipping is kept while a masked optimizer clips in its place: on the
 # arguments, so that a run that ended in an exception can be put right by the next one.
@@ -141,14 +141,6 @@ class ProgtuningCallback(TrainerCallback):
         self.schedule = copy.deepcopy(self._given)  # without the decisions of an earlier train()
         if self._binds:
             self.schedule.bind(state.max_steps)
-        if isinstance(self.schedule, AnnealedSchedule) and not all(
-            "unit" in group for group in optimizer.param_groups
-        ):
-            raise ValueError(
-                "AnnealedSchedule needs an optimizer with a group per unit; make it first: with "
-                "patch_model(model, schedule) as handle: groups = handle.param_groups(by_unit=True)"
-                ", and give it to the Trainer together with its LambdaLR (optimizers=)"
-            )
         self._clean_up(args, model)  # after an earlier train() that ended in an exception
         saved = state.stateful_callbacks.get(_DECISIONS) if state.global_step else None
         if isinstance(self.schedule, ObservingSchedule) and saved is not None:
