@@ -15,7 +15,7 @@ LAYERS = [
     {"optim", "swaps", "cache", "distributed"},
     {"freezing"},
     {"patch", "planner"},
-    {"integrations", "report", "contribution", "checkpoints"},
+    {"integrations", "report", "contribution", "checkpoints", "bench"},
     {"cli", "__init__"},
     {"__main__"},
 ]
