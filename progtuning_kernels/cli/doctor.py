@@ -1,5 +1,5 @@
-"""`progtuning doctor`: what this machine has, which implementation of each op runs on it, and why
-the others do not. Prints on any machine: whatever is missing is a line of the report, no error.
+"""`progtuning doctor`: what this machine has, which implementation each op uses on it, and why the
+others do not run. Prints on any machine: what is missing is a line of the report, no error.
 """
 
 from __future__ import annotations
@@ -119,8 +119,19 @@ def _implementations() -> Table:
         table.add_column(name, overflow="fold")
     for row in backend.backend_report().rows:
         runs = "[green]yes[/]" if row.ok else "[red]no[/]"
+        if row.implementation == _used(row.op, row.device):
+            runs = "[bold green]used[/]"
         table.add_row(row.op, row.device, row.implementation, runs, escape(row.reason or ""))
     return table
+
+
+def _used(op: str, device: str) -> str | None:
+    """Name of the implementation that an op of the ordinary kind runs with; None without any."""
+    asked = backend.OPS[op]
+    try:
+        return backend.select(asked, asked.probe(torch.device(device))).name
+    except Exception:  # no GPU, or PROGTUNING_BACKEND forces one that cannot run
+        return None
 
 
 def _pairs(title: str, rows: list[tuple[str, str]]) -> Table:

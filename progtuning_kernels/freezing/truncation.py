@@ -13,6 +13,7 @@ from torch import nn
 
 from ..model.forward_hooks import ForwardHooks, buffers_kept, tensors_in
 from ..model.layout import EMBEDDINGS, Layout, parameter_slots
+from ..text_table import text_table
 
 
 @dataclass(frozen=True)
@@ -152,15 +153,7 @@ class TruncationReport:
             self.activation_bytes,
         )
         rows.append(("total", *map(cell, totals)))
-        widths = [max(len(row[c]) for row in rows) for c in range(len(rows[0]))]
-        lines = [
-            "  ".join(
-                text.ljust(w) if c == 0 else text.rjust(w)
-                for c, (text, w) in enumerate(zip(row, widths, strict=True))
-            ).rstrip()
-            for row in rows
-        ]
-        return "\n".join([*lines, *self.tied, *filter(None, [self.kernels, self.cache])])
+        return "\n".join([text_table(rows), *self.tied, *filter(None, [self.kernels, self.cache])])
 
 
 def _some(names: Sequence[str]) -> str:
