@@ -77,7 +77,6 @@ class _Runner:
         stage, within = divmod(steps[0], work.steps_of_stage)
         if device.type == "cuda" and not within:
             torch.cuda.reset_peak_memory_stats(device)
-        torch.manual_seed(steps[0])  # the same dropout for everybody whose draws are the same
         of_steps = [batches[step % work.batches] for step in steps]
         losses, spent_ms = timed_steps(self.session, steps, of_steps, device)
         self.total_ms += spent_ms

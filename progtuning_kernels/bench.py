@@ -139,12 +139,17 @@ def our_session(
 def timed_steps(
     session: Session, steps: Sequence[int], batches: Sequence[Batch], device: torch.device
 ) -> tuple[list[Tensor], float]:
-    """Losses of steps in a row, and milliseconds for all of them; the device is waited for."""
+    """Losses of steps in a row, and milliseconds for all of them; the device is waited for.
+
+    Torch's generator is seeded by the first step: those whose draws are the same have the same
+    dropout.
+    """
 
     def wait() -> None:
         if device.type == "cuda":
             torch.cuda.synchronize(device)
 
+    torch.manual_seed(steps[0])
     wait()
     started = time.perf_counter()
     losses = [session.step(step, batch) for step, batch in zip(steps, batches, strict=True)]

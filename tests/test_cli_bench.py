@@ -44,7 +44,9 @@ def test_the_table_fits_a_terminal(model_folders, capsys, monkeypatch):
     _call(model_folders)
     out = capsys.readouterr().out
     assert "gate: gradients within" in out and "…" not in out
-    assert out.count("loss 0.") + out.count("loss 1.") == 8
+    table = [line.split() for line in out.splitlines()[3:-2]]
+    assert [line[0] for line in table] == ["1"] * 4 + ["2"] * 4 + ["run"] * 4
+    assert all(0 < float(line[-1]) < 3 and float(line[-2]) > 0 for line in table[:8])
     assert max(map(len, out.splitlines()[1:])) <= 80
 
 

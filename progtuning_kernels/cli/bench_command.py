@@ -18,7 +18,6 @@ from typing import Any
 import torch
 from rich.console import Console
 from rich.progress import track
-from rich.table import Table
 from torch import nn
 
 from ..backend import one_line
@@ -38,6 +37,7 @@ from ..model.layout import find_layout
 from ..patch import patch_model
 from ..planner.example_batch import example_batch, on_device
 from ..schedules import ProgressiveSchedule
+from ..text_table import text_table
 from .errors import UserError, as_user_error
 from .models import autocast_dtype, check_length, choose_device
 from .plan_command import model_without_weights
@@ -202,39 +202,26 @@ def run(options: Mapping[str, Any]) -> None:
         "gate_largest_difference": largest,
         "rows": rows,
     }
-    if o["json"]:
-        print(json.dumps(content, indent=1))
-    else:
-        _show(content, console, [*sessions])
+    print(json.dumps(content, indent=1) if o["json"] else _shown(content))
 
 
-def _show(content: Mapping[str, Any], console: Console, methods: list[str]) -> None:
+def _shown(content: Mapping[str, Any]) -> str:
+    """What was measured, a line per stage and way, and the whole run relative to full training."""
     o, rows = content["config"], content["rows"]
-    console.print(
+    cells = [("stage", "boundary", "", "step (ms)", "/ full", "mean loss")]
+    total_ms: dict[str, float] = {}
+    for row in rows:
+        full_ms = next(r["step_ms"] for r in rows if r["stage"] == row["stage"])  # the first
+        total_ms[row["method"]] = total_ms.get(row["method"], 0.0) + row["step_ms"]
+        figures = f"{row['step_ms']:,.1f}", f"{row['step_ms'] / full_ms:.2f}"
+        where = str(row["stage"]), str(row["boundary"]), row["method"]
+        cells.append((*where, *figures, f"{row['mean_loss']:.4f}"))
+    for name, ms in total_ms.items():
+        cells.append(("run", "", name, "", f"{ms / total_ms['full']:.2f}", ""))
+    return (
         f"{content['model']['class']}, {content['model']['blocks']} blocks, {o['batch_size']} x "
         f"{o['seq_len']} tokens, {content['meta']['device']}; gate: gradients within "
-        f"{content['gate_largest_difference']:.0e} of plain torch",
-        soft_wrap=True,
-        highlight=False,
+        f"{content['gate_largest_difference']:.0e} of plain torch\n\n"
+        + text_table(cells, left=(0, 2))
+        + "\n\nMedian step, and mean loss over the steps of the stage."
     )
-    table = Table(caption="Median step and its share of full training; mean loss of the stage.")
-    for name in ("stage\nboundary", *methods):
-        # two lines of a heading, three of a cell: 80 columns are enough for steps of minutes
-        table.add_column(name.replace(", ", "\n"), justify="right", no_wrap=True)
-    totals = dict.fromkeys(methods, 0.0)
-    for stage in range(1, o["stages"] + 1):
-        of_stage = {row["method"]: row for row in rows if row["stage"] == stage}
-        full_ms = of_stage["full"]["step_ms"]
-        cells = []
-        for name in methods:
-            row = of_stage[name]
-            totals[name] += row["step_ms"]
-            cells.append(
-                f"{row['step_ms']:,.1f} ms\n{row['step_ms'] / full_ms:.2f} of full\n"
-                f"loss {row['mean_loss']:.4f}"
-            )
-        table.add_row(f"{stage}\n{of_stage['full']['boundary']}", *cells)
-        table.add_section()
-    shares = [f"{totals[name] / totals['full']:.2f}" for name in methods]
-    table.add_row("run", *shares)
-    console.print(table)
