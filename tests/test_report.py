@@ -174,6 +174,7 @@ def without(field: str) -> dict[str, Any]:
         (json.dumps(make_metrics() | {"format": 2}), r"not a run of format 1 \(format: 2\)"),
         (json.dumps(without("summary")), "'summary' is missing"),
         ('{"log_history": 7}', "'log_history' is no list of the Trainer's logs"),
+        ('{"log_history": [3]}', "'log_history' is no list of the Trainer's logs"),
         ('{"log_history": [{"loss": 1.0}]}', "'log_history' is no list of the Trainer's logs"),
     ],
     ids=lambda value: value[:20] if isinstance(value, str) and len(value) < 60 else "",

@@ -336,7 +336,11 @@ def demo(**options: Any) -> None:
 )
 @click.option("--markdown", is_flag=True, help="Print the comparison as a Markdown table as well.")
 def report(runs: Sequence[Path], output: Path, markdown: bool) -> None:
-    """Compare finished runs (their folders): tables, plots, one HTML file."""
+    """Compare finished runs: a table, plots, one HTML file.
+
+    A run is a folder that train has written, or one of transformers' Trainer, which takes method
+    and seed from its name (full-seed0).
+    """
     from . import report_command
 
     report_command.run(runs, output, markdown=markdown)

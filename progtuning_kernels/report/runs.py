@@ -18,7 +18,7 @@ MISSING = "–"
 _FORMAT = 1
 _METHODS = {"full": 0, "progressive": 1, "progressive-cache": 2, "lora": 3, "progressive-lora": 4}
 # of the Trainer's evaluations, what is no metric
-_NO_METRICS = re.compile(r"eval_(loss|runtime|\w+_per_second|model_preparation_time)$")
+_NO_METRICS = re.compile(r"eval_(\w+_)?(loss|runtime|\w+_per_second|model_preparation_time)$")
 
 
 @dataclass(frozen=True)
@@ -90,19 +90,19 @@ def load_run(path: str | Path) -> Run:
 def _of_trainer(file: Path, state: Mapping[str, Any]) -> Run:
     """A run of the Trainer; its name, method and seed are those of its folder, `METHOD-seed<N>`.
 
-    Stages are known to the logging step. Seconds are the Trainer's `train_runtime`, evaluation
-    included, which the state in a checkpoint does not have.
+    Stages are known to the logging step. Seconds are the `train_runtime` of the last `train()`,
+    evaluation included; the state in a checkpoint does not have it.
     """
     logs = state["log_history"]
-    if not isinstance(logs, list) or not all("step" in log for log in logs):
+    is_list = isinstance(logs, list) and all(isinstance(log, dict) for log in logs)
+    if not is_list or not all("step" in log for log in logs):
         raise ValueError(f"{file}: 'log_history' is no list of the Trainer's logs")
     folder = file.resolve().parent
     name = folder.parent.name if re.fullmatch(r"checkpoint-\d+", folder.name) else folder.name
     method, seed = re.fullmatch(r"(.*?)(?:-seed(\d+))?", name).groups()
     named = [key for log in logs for key in log if key.startswith("eval_")]
     metric = next((key for key in named if not _NO_METRICS.match(key)), "eval_loss")
-    evaluated = [log for log in logs if "eval_loss" in log]
-    evaluations = [{"step": e["step"], "metric": e.get(metric)} for e in evaluated]
+    evaluations = [{"step": log["step"], "metric": log[metric]} for log in logs if metric in log]
     steps = [log for log in logs if "loss" in log]
     stages: list[dict[str, Any]] = []
     for log in (log for log in steps if "boundary" in log):
@@ -111,8 +111,8 @@ def _of_trainer(file: Path, state: Mapping[str, Any]) -> Run:
             stages.append(stage | {"first_step": stages[-1]["last_step"] + 1 if stages else 1})
         stages[-1]["last_step"] = log["step"]
     config = {"epochs": state.get("num_train_epochs"), "batch_size": state.get("train_batch_size")}
-    seconds = next((log["train_runtime"] for log in logs if "train_runtime" in log), None)
-    summary = {"steps": state.get("global_step"), "train_seconds": seconds}
+    seconds = [log["train_runtime"] for log in logs if "train_runtime" in log][-1:]
+    summary = {"steps": state.get("global_step"), "train_seconds": seconds[0] if seconds else None}
     summary["metric"] = evaluations[-1]["metric"] if evaluations else None
     about = (name, method, int(seed or 0), metric.removeprefix("eval_"), config, {}, {}, {})
     return Run(file.parent, *about, steps, evaluations, stages, summary)
