@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-# Okabe and Ito's palette, made for colour-blind readers; one for each row, in their order
+# Okabe and Ito's palette, made for colour-blind readers; by the place of a row in the table
 _COLOURS = ("#0072B2", "#D55E00", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#000000")
 _LINES = ("-", "--", ":", "-.")  # of the first seven rows, the next seven, ...
 _HATCHES = ("", "///", "...", "xxx")
@@ -61,11 +61,11 @@ def _curve_plot(
         field: of a run, whose entries hold the figures `x` and `y`.
     """
     figure, (ax,) = _figure(4.2)
-    for index, row in enumerate(rows):
+    for row in rows:
         pairs = [[(number(e, x), number(e, y)) for e in getattr(r, field)] for r in row.runs]
         found = [np.array([pair for pair in run if None not in pair]).T for run in pairs]
         curves = [curve for curve in found if curve.size]  # (2, points) each
-        colour, line = _COLOURS[index % 7], _LINES[index // 7 % 4]
+        colour, line = _COLOURS[row.place % 7], _LINES[row.place // 7 % 4]
         for curve in curves:
             ax.plot(*curve, color=colour, alpha=0.18, linewidth=0.8)
         # runs with other points (one that was not evaluated so often) have no mean
@@ -109,13 +109,13 @@ def _stage_plot(rows: Sequence[Row]) -> Figure | None:
     every = -(-sum(counts) // 12)  # 12 numbers of two digits fit under half of 8 inches
     for ax, (key, (label, scale)) in zip(axes, panels.items(), strict=True):
         ticks = {}
-        for index, (row, start, count) in enumerate(zip(rows, starts, counts, strict=False)):
+        for row, start, count in zip(rows, starts, counts, strict=False):
             runs = [run for run in row.runs if len(run.stages) == count]
             stored = [[number(stage, key) for stage in run.stages] for run in runs]
             figures = scale * np.array(stored, dtype=float)  # nan, a gap, where there is none
             errors = np.std(figures, axis=0, ddof=1) / len(runs) ** 0.5 if runs[1:] else None
-            at, colour = start + np.arange(count), _COLOURS[index % 7]
-            style = {"color": colour, "hatch": _HATCHES[index // 7 % 4], "edgecolor": "white"}
+            at, colour = start + np.arange(count), _COLOURS[row.place % 7]
+            style = {"color": colour, "hatch": _HATCHES[row.place // 7 % 4], "edgecolor": "white"}
             ax.bar(at, figures.mean(0), 0.85, yerr=errors, capsize=2, label=_label(row), **style)
             for x, stage in list(zip(at, row.runs[0].stages, strict=True))[::every]:
                 ticks[x] = stage["boundary"]

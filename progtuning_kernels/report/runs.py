@@ -44,6 +44,7 @@ class Run:
 class Row:
     """The repeats of one method: runs that did the same work with different seeds."""
 
+    place: int  # in the table, from 0
     label: str
     method: str
     runs: list[Run]
@@ -146,7 +147,7 @@ def group_runs(runs: Sequence[Run]) -> list[Row]:
             label = name if len({name for name, _ in own}) > 1 else method
             namesakes = [other[0] for other_name, other in own if other_name == name]
             label += "".join(f", {w} {work(group[0])[w]}" for w in differences(namesakes))
-            rows.append(Row(label, method, group))
+            rows.append(Row(len(rows), label, method, group))
     return rows
 
 
