@@ -6,7 +6,7 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from .plan import ObservingSchedule, Schedule, check_schedule
+from .plan import Schedule, check_schedule, decides_by_gradients
 
 
 def annealed_lr(
@@ -57,7 +57,7 @@ def annealed_lr(
 def freezing_steps(schedule: Schedule, num_blocks: int) -> list[int]:
     """First step without each unit (embeddings, blocks, head); the run's length where none is."""
     total = schedule.total_steps
-    if isinstance(schedule, ObservingSchedule):
+    if decides_by_gradients(schedule):
         raise ValueError(
             f"{schedule!r} does not know its freezing steps in advance: nothing can be annealed"
         )
