@@ -11,8 +11,9 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from progtuning_kernels import MaskedAdamW, ProgressiveSchedule, patch_model
+from progtuning_kernels.ops.bucket import Bucket
+from progtuning_kernels.optim.groups import Member
 from progtuning_kernels.optim.in_backward import block_of
-from progtuning_kernels.optim.masked_optimizer import Member
 
 OPTIONS = dict(lr=0.05, betas=(0.8, 0.95), eps=1e-3, weight_decay=0.1)
 
@@ -129,17 +130,17 @@ def test_one_call_per_block(monkeypatch):
         model.named_parameters(), in_backward=True, nonfinite="ignore", **OPTIONS
     )
     calls = []
-    apply = MaskedAdamW.apply
+    update = Bucket.update
     monkeypatch.setattr(
-        MaskedAdamW,
-        "apply",
-        lambda self, active, grads, decision: (
-            calls.append([len(bucket.members) for bucket in active]),
-            apply(self, active, grads, decision),
+        Bucket,
+        "update",
+        lambda self, *args, **options: (
+            calls.append(len(self.params)),
+            update(self, *args, **options),
         ),
     )
     loss_of(model, 0).backward()
-    assert calls == [[2]] * 5  # head, then four blocks of weight and bias
+    assert calls == [2] * 5  # head, then four blocks of weight and bias
     optimizer.step()
     assert len(calls) == 5
 
@@ -199,7 +200,8 @@ def test_stage_changes_move_the_hooks():
             handle.advance()
         assert_same(*models)
         active = sum(p.requires_grad for p in models[0].parameters())
-        assert len(optimizers[0]._in_backward._handles) == active
+        hooks = [bool(p._post_accumulate_grad_hooks) for p in models[0].parameters()]
+        assert sum(hooks) == active
         assert (
             optimizers[0]
             .state.keys()
@@ -340,9 +342,10 @@ class Reentrant(Blocks):
 
 def test_reentrant_checkpointing_is_refused():
     model = Reentrant()
-    MaskedAdamW(model.named_parameters(), in_backward=True, **OPTIONS)
+    optimizer = MaskedAdamW(model.named_parameters(), in_backward=True, **OPTIONS)
     with pytest.raises(RuntimeError, match="use_reentrant=False"):
         loss_of(model, 0).backward()
+    optimizer.zero_grad()
 
 
 def test_a_backward_that_broke_off_leaves_nothing():
@@ -406,3 +409,14 @@ def test_gradients_that_grad_scaler_has_unscaled_are_clipped_by_their_own_norm()
         results.append((p.detach(), optimizer.grad_norm))
     assert torch.equal(results[0][0], results[1][0])
     torch.testing.assert_close(results[0][1], results[1][1])
+
+
+def test_a_dropped_optimizer_updates_nothing_more():
+    model = Blocks()
+    for lr in (1.0, 0.0):  # the second takes the place of the first
+        optimizer = MaskedAdamW(model.named_parameters(), lr=lr, in_backward=True)
+    before = [p.detach().clone() for p in model.parameters()]
+    loss_of(model, 0).backward()
+    optimizer.step()
+    assert all(map(torch.equal, model.parameters(), before))
+    assert len(optimizer.state) == len(before) - 2  # it has seen every gradient

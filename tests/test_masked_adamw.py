@@ -586,7 +586,7 @@ def test_state_of_another_optimizer_or_of_another_shape_is_refused_before_anythi
     for saved, message in (
         (sgd, "no betas"),
         (foreign, "parameter 0 has no exp_avg but"),
-        (reshaped, r"parameter 1 is of shape \(1, 9\), the parameter of \(7, 9\)"),
+        (reshaped, r"exp_avg_sq of parameter 1 is of shape \(1, 9\), not \(7, 9\)"),
     ):
         with pytest.raises(ValueError, match=message):
             optimizer.load_state_dict(saved)
