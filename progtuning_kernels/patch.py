@@ -289,6 +289,19 @@ class PatchHandle:
             self.reassert()
         return changed
 
+    def settle(self) -> None:
+        """Call this before a checkpoint that is written between `optimizer.step()` and `advance()`.
+
+        A schedule that decides by gradient norms gets those of the step just made; what was
+        switched on below the boundary is frozen again, and frozen parameters lose their gradients.
+        `advance` does the same. Calling it again does nothing.
+
+        Raises:
+            RuntimeError: a schedule that decides by gradient norms has seen none.
+        """
+        self.observe()
+        self.reassert()
+
     def reassert(self) -> None:
         """Put back what changed behind the plan; `advance` and `seek` do it.
 

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from .. import backend
+from ..sharding import is_sharded, local_of
 from .bucket import Bucket, Gradients, build_table
 from .masked_norm import masked_norm
 
@@ -57,7 +58,7 @@ def decide(
         skip_nonfinite: look for NaN and infinities; without clipping this is what costs the norm.
         grad_scale, found_inf: GradScaler's, 0-dim; None: 1 and nothing found.
         known_norm: 0-dim, the norm of the gradients as they are (scaled), if it is known.
-        previous_norm: 0-dim; clip by it instead of by the norm of these gradients.
+        previous_norm: 0-dim; clip by it instead of by the norm of these gradients, if it is finite.
         control: (4,) float32 for the native kernel to write norm, grad_factor and found_inf into
             and to count skipped steps in; None: a fresh one.
     """
@@ -81,7 +82,10 @@ def decide(
         found = ~norm.isfinite() if found is None else found | ~norm.isfinite()
     factor = None
     if max_grad_norm is not None:
-        clip_by = norm if previous_norm is None else previous_norm.to(device)
+        clip_by = norm
+        if previous_norm is not None:  # not finite where there was no good step yet
+            previous = previous_norm.to(device)
+            clip_by = torch.where(previous.isfinite(), previous, norm)
         factor = (max_grad_norm / (clip_by + 1e-6)).clamp(max=1.0)
         if not factor.is_cuda and factor == 1.0:
             factor = None  # torch's own kernel would write the gradients back
@@ -122,11 +126,6 @@ def _norm_where_they_lie(bucket: Bucket, gradients: Gradients) -> Tensor:
     return out
 
 
-def local_of(t: Tensor) -> Tensor:
-    """The shard of a DTensor on this rank; any other tensor itself."""
-    return t.to_local() if hasattr(t, "to_local") else t
-
-
 def norm_over_ranks(grads: Sequence[Tensor | None]) -> Tensor:
     """Norm over all shards of all gradients: one reduction per way of sharding.
 
@@ -140,7 +139,7 @@ def norm_over_ranks(grads: Sequence[Tensor | None]) -> Tensor:
         if grad is None:
             continue
         groups = ()
-        if hasattr(grad, "placements"):
+        if is_sharded(grad):
             sharded = [i for i, p in enumerate(grad.placements) if p.is_shard()]
             groups = tuple((grad.device_mesh, i) for i in sharded)
         kinds.setdefault(groups, []).append(local_of(grad))

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from ..ops.bucket import GROUPS_PER_LAUNCH, TENSORS_PER_LAUNCH, Bucket, Gradients, is_dense
-from ..ops.grad_decision import local_of
+from ..sharding import is_sharded, local_of
 from .groups import Member
 
 
@@ -30,7 +30,7 @@ class ActiveBucket:
         self.groups = list(groups)  # of the optimizer, in the bucket's numbering
         self._places = self._places_of_states()
         self._written: list[int] | None = None  # versions after the last update, with masters
-        self.sharded = any(local_of(p) is not p for p in self.parameters)
+        self.sharded = any(map(is_sharded, self.parameters))
 
     def follow_parameters(self) -> None:
         """Set the masters of parameters that were written from outside, as loading weights does.

@@ -20,8 +20,9 @@ import torch
 from torch import Tensor
 from torch.autograd import Variable
 
-from ..ops.grad_decision import GradDecision, local_of
+from ..ops.grad_decision import GradDecision
 from ..ops.masked_norm import masked_norm
+from ..sharding import is_sharded
 from .active_buckets import BucketTable
 from .groups import Member
 
@@ -52,7 +53,7 @@ def refuse_distributed(members: Iterable[Member], *, needs_norm: bool) -> None:
     several = distributed.is_available() and distributed.is_initialized()
     several = several and distributed.get_world_size() > 1
     for member in members:
-        sharded = local_of(member.parameter) is not member.parameter
+        sharded = is_sharded(member.parameter)
         if several and not sharded:
             raise RuntimeError(
                 f"in_backward=True: the gradient of {member.label} is this rank's own; "
@@ -161,16 +162,14 @@ class BackwardHooks:
             block.ready.clear()
 
     def end_of_step(self) -> tuple[Tensor | None, Tensor | None]:
-        """Norm of the step's gradients and whether a block was skipped, as far as blocks know."""
+        """Norm of the step's gradients, and whether a block was skipped, as far as blocks know."""
         norms = [decision.norm for decision in self._decisions]
         found = [decision.found_inf for decision in self._decisions]
         self._decisions, self._done = [], set()
         self.forget_backward()
-        return _together(norms, masked_norm), _together(found, lambda all: torch.stack(all).amax())
+        return _norm_of(norms, "l2"), _norm_of(found, "inf")
 
 
-def _together(
-    values: list[Tensor | None], reduce: Callable[[list[Tensor]], Tensor]
-) -> Tensor | None:
+def _norm_of(values: list[Tensor | None], kind: Literal["l2", "inf"]) -> Tensor | None:
     known = [value for value in values if value is not None]
-    return reduce([value.to(known[0].device) for value in known]) if known else None
+    return masked_norm([value.to(known[0].device) for value in known], kind=kind) if known else None

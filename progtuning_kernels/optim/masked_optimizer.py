@@ -18,7 +18,8 @@ from torch.optim import Optimizer
 
 from .. import freeze_events
 from ..ops.bucket import Bucket, Hyper
-from ..ops.grad_decision import GradDecision, decide, local_of, norm_over_ranks
+from ..ops.grad_decision import GradDecision, decide, norm_over_ranks
+from ..sharding import local_of
 from .active_buckets import ActiveBucket, BucketTable
 from .frozen_state import OnFreeze, offload_frozen_state, release_frozen_state
 from .groups import GroupSnapshot, Member, members_of, parameters_of
@@ -33,32 +34,14 @@ class MaskedOptimizer(Optimizer):
 
     Args:
         params: parameters, named parameters or groups, frozen ones included.
-        defaults: hyper-parameters of the groups.
-        max_grad_norm: clip the global L2 norm of the active gradients to this; None: no clipping.
-        on_freeze: "release" drops the state of a tensor as soon as it stops being active, "keep"
-            holds it for a tensor that will be thawed, "offload" holds it in pinned CPU memory.
-        nonfinite: "skip" leaves everything as it is in a step whose gradients hold a NaN or an
-            infinity, and counts it; "ignore" saves the norm pass where nothing is clipped.
-        in_backward: update every block as soon as its gradients are there (`in_backward.py`).
-        clip_mode: how `max_grad_norm` and `in_backward` go together.
-        zero_grads: leave zeros in the gradients that were used.
-        seed: of the random numbers that round the state.
+        defaults: hyper-parameters of the groups; the settings are those of `MaskedAdamW`.
     """
 
     # GradScaler then hands over its scale and its finding instead of unscaling in passes of its own
     _step_supports_amp_scaling = True
     # of the whole optimizer: in a group they would be ignored
-    _SETTINGS = frozenset(
-        (
-            "max_grad_norm",
-            "on_freeze",
-            "nonfinite",
-            "in_backward",
-            "clip_mode",
-            "zero_grads",
-            "seed",
-        )
-    )
+    _SETTINGS = frozenset({"max_grad_norm", "on_freeze", "nonfinite", "in_backward", "seed"})
+    _SETTINGS |= {"clip_mode", "zero_grads"}
     # What a subclass defines:
     init_state: Callable[[Tensor], dict[str, Tensor]]  # fresh state of one parameter
     # (params, states, indices, groups) of a launch, local shards where they are DTensors
@@ -121,16 +104,13 @@ class MaskedOptimizer(Optimizer):
     def __setstate__(self, state: dict[str, Any]) -> None:
         copied = "defaults" in state  # load_state_dict brings state and groups only
         if not copied:
-            members = members_of(self.param_groups)
-            state = {**state, "state": open_state(state["state"], members, self.state_from)}
+            own = members_of(self.param_groups)
+            state = {**state, "state": open_state(state["state"], own, self.state_from)}
         super().__setstate__(state)
         for group in self.param_groups:  # of an older torch
             for option, value in self.defaults.items():
                 group.setdefault(option, value)
-        if copied:
-            self._start()
-        else:
-            self._make_tables()
+        self._start() if copied else self._make_tables()
 
     @property
     def grad_norm(self) -> Tensor | None:
@@ -179,8 +159,7 @@ class MaskedOptimizer(Optimizer):
             if p.is_complex():
                 raise ValueError(
                     f"{type(self).__name__} has no update for complex parameters ({p.dtype}, shape "
-                    f"{tuple(p.shape)}): keep torch.view_as_real of it as the parameter, or freeze "
-                    "it"
+                    f"{tuple(p.shape)}): keep torch.view_as_real of it as parameter, or freeze it"
                 )
         return active
 
@@ -248,6 +227,9 @@ class MaskedOptimizer(Optimizer):
                 optimizer, or an option that this one does not have. Nothing is changed then.
         """
 
+        def check(saved: dict[str, Any]) -> None:
+            self.check_groups(saved["param_groups"])
+
         def finish(saved: dict[str, Any]) -> None:
             if masked := saved.get("masked"):
                 self.seed = masked["seed"]
@@ -255,9 +237,7 @@ class MaskedOptimizer(Optimizer):
                 self._previous_norm = masked.get("previous_norm")
             self._settled = False
 
-        load_state_dict(
-            self, state_dict, lambda saved: self.check_groups(saved["param_groups"]), finish
-        )
+        load_state_dict(self, state_dict, check, finish)
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         super().zero_grad(set_to_none)
@@ -355,7 +335,7 @@ class MaskedOptimizer(Optimizer):
         if not any(any(some.addresses) for some in gradients):
             return None
         known_norm = None
-        if any(bucket.sharded for bucket in active):
+        if self._needs_norm() and any(bucket.sharded for bucket in active):
             known_norm = norm_over_ranks([p.grad for b in active for p in b.parameters])
         decision = decide(
             [bucket.bucket for bucket in active],
@@ -380,6 +360,9 @@ class MaskedOptimizer(Optimizer):
             )
         return decision
 
+    def _needs_norm(self) -> bool:
+        return self.max_grad_norm is not None or self.nonfinite == "skip"
+
     def _updates_early(self) -> bool:
         """Whether updates run inside backward: exact clipping needs every gradient first."""
         return self.in_backward and (self.max_grad_norm is None or self.clip_mode != "exact")
@@ -392,8 +375,7 @@ class MaskedOptimizer(Optimizer):
         if self._snapshot.differs_from(self.param_groups):
             active = self._active_members()
             self._hooks.arrange_blocks(active)
-        needs_norm = self.max_grad_norm is not None or self.nonfinite == "skip"
-        refuse_distributed(active, needs_norm=needs_norm)
+        refuse_distributed(active, needs_norm=self._needs_norm())
         return True
 
     @torch.no_grad()

@@ -15,6 +15,7 @@ from ..ops.low_precision import (
     encode_exp_avg,
     encode_exp_avg_sq,
 )
+from ..sharding import is_sharded
 
 StateDtype = torch.dtype | Literal["8bit"]
 # by the names that the command line and the planner give them
@@ -36,7 +37,7 @@ def new_moments(p: Tensor, dtype: StateDtype) -> dict[str, Tensor]:
     """
     if dtype != "8bit":
         return {name: _zeros_like(p, dtype) for name, _ in _CODES}
-    if hasattr(p, "to_local"):
+    if is_sharded(p):
         raise ValueError(
             "state_dtype='8bit' with sharded parameters: blocks of 256 elements would move with "
             "the number of ranks; use torch.bfloat16"

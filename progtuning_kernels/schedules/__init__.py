@@ -12,7 +12,16 @@ To add a schedule: one class with `plan(step, num_blocks) -> FreezePlan`, `stage
 
 from .adaptive import AdaptiveSchedule
 from .blocks import BlockOrder, CyclicBlockSchedule, RandomBlockSchedule, UnitPolicy
-from .plan import FreezePlan, ObservingSchedule, Schedule, check_schedule, whole_number
+from .plan import (
+    FreezePlan,
+    ObservingSchedule,
+    Schedule,
+    check_schedule,
+    decides_by_gradients,
+    stage_count,
+    steps_to_check,
+    whole_number,
+)
 from .progressive import AnnealedSchedule, EmbeddingPolicy, MilestoneSchedule, ProgressiveSchedule
 
 __all__ = [
@@ -29,5 +38,8 @@ __all__ = [
     "Schedule",
     "UnitPolicy",
     "check_schedule",
+    "decides_by_gradients",
+    "stage_count",
+    "steps_to_check",
     "whole_number",
 ]

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from numbers import Real
 from operator import index
-from typing import Any, Protocol, get_args, runtime_checkable
+from typing import Any, Protocol, TypeGuard, get_args, runtime_checkable
 
 
 @dataclass(frozen=True)
@@ -84,6 +84,22 @@ class ObservingSchedule(Protocol):
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Take over the decisions of a saved run."""
         ...
+
+
+def decides_by_gradients(schedule: Schedule) -> TypeGuard[ObservingSchedule]:
+    """Whether it decides while it trains; any other schedule's plans are known from the start."""
+    return isinstance(schedule, ObservingSchedule)
+
+
+def stage_count(schedule: Schedule, total_steps: int) -> int | None:
+    """Stages of a run of this length; None where they are decided while it trains."""
+    return None if decides_by_gradients(schedule) else schedule.stage(total_steps - 1) + 1
+
+
+def steps_to_check(schedule: Schedule) -> set[int]:
+    """Steps whose plans show whether the schedule fits a model: the first, milestones, the last."""
+    last = {schedule.total_steps - 1} if schedule.total_steps else set()
+    return {0, *getattr(schedule, "milestones", ()), *last}
 
 
 def check_step(step: int) -> None:
