@@ -267,6 +267,31 @@ def test_previous_norm_and_per_block_clip_by_what_they_say():
                 torch.testing.assert_close(p, q, rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.parametrize("bad_step", [0, 1, 2])
+def test_a_step_that_is_not_finite_does_not_clip_the_next_one(bad_step):
+    """Divided by the norm of such a step, every gradient would be NaN."""
+    model = Blocks()
+    optimizer = MaskedAdamW(
+        model.named_parameters(),
+        in_backward=True,
+        max_grad_norm=0.01,
+        clip_mode="previous_norm",
+        **OPTIONS,
+    )
+    last_good = None
+    for step in range(4):
+        loss_of(model, step, float("nan") if step == bad_step else 1.0).backward()
+        optimizer.step()
+        assert all(p.isfinite().all() for p in model.parameters())
+        if step == bad_step and last_good is not None:
+            assert optimizer.state_dict()["masked"]["previous_norm"] == last_good
+        elif step != bad_step:
+            last_good = optimizer.grad_norm
+    assert optimizer.skipped_steps == 1
+    moved = optimizer.state[model.head.weight]
+    assert moved["step"] == 3 and moved["exp_avg"].norm() > 0
+
+
 def test_a_resumed_run_clips_by_the_norm_before():
     straight, other = pair()
     options = dict(OPTIONS, in_backward=True, max_grad_norm=0.01, clip_mode="previous_norm")

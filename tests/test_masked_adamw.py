@@ -582,15 +582,33 @@ def test_state_of_another_optimizer_or_of_another_shape_is_refused_before_anythi
         state["momentum"] = state.pop("exp_avg")
     reshaped = copy.deepcopy(adam)
     reshaped["state"][1]["exp_avg_sq"] = torch.ones(1, 9)  # copy_ would spread it over the rows
+    counted = copy.deepcopy(adam)
+    counted["state"][1]["step"] = torch.ones(2)
     sgd = _stepped(torch.optim.SGD(_parameters(), momentum=0.9))
     for saved, message in (
         (sgd, "no betas"),
         (foreign, "parameter 0 has no exp_avg but"),
         (reshaped, r"exp_avg_sq of parameter 1 is of shape \(1, 9\), not \(7, 9\)"),
+        (counted, r"saved step of parameter 1 is of shape \(2,\), not \(\)"),
     ):
         with pytest.raises(ValueError, match=message):
             optimizer.load_state_dict(saved)
     assert optimizer.param_groups[0]["lr"] == 0.5 and not optimizer.state
+    counted["state"][1]["step"] = torch.ones(1)
+    optimizer.load_state_dict(counted)
+    assert optimizer.state[optimizer.param_groups[0]["params"][1]]["step"].shape == ()
+
+
+def test_scales_of_another_number_of_blocks_are_refused_before_anything_changes():
+    """One scale would be spread over all blocks."""
+    coded, plain = ([nn.Parameter(torch.ones(20, 256))] for _ in range(2))
+    saved = _stepped(MaskedAdamW(coded, state_dtype="8bit"))
+    saved["state"][0]["exp_avg_scale"] = torch.ones(1)
+    for options in ({"state_dtype": "8bit"}, {}):
+        optimizer = MaskedAdamW(plain, lr=0.5, **options)
+        with pytest.raises(ValueError, match=r"exp_avg_scale of parameter 0 is of shape \(1,\)"):
+            optimizer.load_state_dict(saved)
+        assert optimizer.param_groups[0]["lr"] == 0.5 and not optimizer.state
 
 
 def test_hooks_see_and_change_the_whole_state():

@@ -28,9 +28,9 @@ class ActiveBucket:
         self.parameters = [member.parameter for member in members]
         self.bucket = bucket
         self.groups = list(groups)  # of the optimizer, in the bucket's numbering
+        self.sharded = any(map(is_sharded, self.parameters))
         self._places = self._places_of_states()
         self._written: list[int] | None = None  # versions after the last update, with masters
-        self.sharded = any(map(is_sharded, self.parameters))
 
     def follow_parameters(self) -> None:
         """Set the masters of parameters that were written from outside, as loading weights does.
@@ -79,12 +79,8 @@ class ActiveBucket:
         )
 
     def _places_of_states(self) -> list[int]:
-        return [
-            local_of(t).data_ptr()
-            for own in self.states
-            for t in own.values()
-            if isinstance(t, Tensor)
-        ]
+        tensors = [t for own in self.states for t in own.values() if isinstance(t, Tensor)]
+        return [t.data_ptr() for t in (map(local_of, tensors) if self.sharded else tensors)]
 
 
 class BucketTable:

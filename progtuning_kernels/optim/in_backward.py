@@ -85,8 +85,7 @@ class BackwardHooks:
     def __init__(
         self, begin: Callable[[], bool], update: Callable[[BucketTable], GradDecision | None]
     ) -> None:
-        # weak, so that a dropped optimizer goes at once, and its hooks do nothing more
-        self._begin, self._update = weakref.WeakMethod(begin), weakref.WeakMethod(update)
+        self._begin, self._update = begin, update
         self._handles: list[torch.utils.hooks.RemovableHandle] = []
         self._blocks: list[_Block] = []
         self._places: dict[Tensor, tuple[_Block, Member]] = {}
@@ -99,11 +98,11 @@ class BackwardHooks:
         for handle in self._handles:
             handle.remove()
         self.arrange_blocks(members)
-        own = weakref.WeakMethod(self._gradient_is_there)
+        own = weakref.ref(self)  # the hooks of a dropped optimizer do nothing
 
         def hook(p: Tensor) -> None:
-            if (gradient_is_there := own()) is not None:
-                gradient_is_there(p)
+            if (hooks := own()) is not None:
+                hooks._gradient_is_there(p)
 
         self._handles = [p.register_post_accumulate_grad_hook(hook) for p in self._places]
 
@@ -119,7 +118,7 @@ class BackwardHooks:
 
     def _gradient_is_there(self, p: Tensor) -> None:
         if self._graph_task is None:
-            if not self._begin()():
+            if not self._begin():
                 return
             self._graph_task = torch._C._current_graph_task_id()
             Variable._execution_engine.queue_callback(self._end_of_backward)
@@ -151,7 +150,7 @@ class BackwardHooks:
     def _complete(self, block: _Block) -> None:
         block.ready.clear()
         self._done |= {m.index for m in block.table.members if m.parameter.grad is not None}
-        decision = self._update()(block.table)
+        decision = self._update(block.table)
         if decision is not None:  # else another hook has taken the gradients
             self._decisions.append(decision)
 

@@ -58,7 +58,7 @@ _OWN_STATE = ("step", "master", *MOMENT_KEYS, *SCALE_KEYS)
 class MaskedAdamW(MaskedOptimizer):
     """AdamW whose frozen tensors cost nothing: no update, no decay, no state, no launch.
 
-    The formula is that of `ops/masked_update.py`. State and `state_dict` have the layout of
+    The formula is that of `ops/masked_update`. State and `state_dict` have the layout of
     `torch.optim.AdamW`, and either loads the other's; moments in 8 bits go to torch through
     `torch_state_dict()`.
 
@@ -118,7 +118,7 @@ class MaskedAdamW(MaskedOptimizer):
             raise ValueError(
                 "stochastic_rounding and master_weights exclude each other: a master loses nothing"
             )
-        self.state_dtype = state_dtype
+        self.state_dtype: StateDtype = state_dtype
         self.stochastic_rounding = stochastic_rounding
         self.master_weights = master_weights
         defaults = dict(
@@ -241,18 +241,18 @@ class MaskedAdamW(MaskedOptimizer):
                     f"{', '.join(map(str, saved))}: it is of another kind of optimizer"
                 )
         step = torch.as_tensor(saved["step"], dtype=torch.float32, device=p.device)
-        shapes = dict.fromkeys(("master", *MOMENT_KEYS), p.shape)
+        step = step.reshape(()) if step.shape == (1,) else step
+        shapes = {"step": (), "master": tuple(p.shape)}
+        shapes |= dict.fromkeys(MOMENT_KEYS, tuple(p.shape))
         shapes |= dict.fromkeys(SCALE_KEYS, (number_of_scales(p),))
-        for key, shape in shapes.items():  # copy_ would spread one row over the others
-            if key in saved and saved[key].shape != shape:
+        for key, value in (saved | {"step": step}).items():
+            if key in shapes and value.shape != shapes[key]:  # copy_ would spread it over the rest
                 raise ValueError(
-                    f"the saved {key} of {member.label} is of shape {tuple(saved[key].shape)}, "
-                    f"not {tuple(shape)}"
+                    f"the saved {key} of {member.label} is of shape {tuple(value.shape)}, not "
+                    f"{shapes[key]}"
                 )
-        if step.numel() != 1:
-            raise ValueError(f"the saved step of {member.label} is of shape {tuple(step.shape)}")
         state = self.init_state(p)
-        state["step"].copy_(step.reshape(()))
+        state["step"].copy_(step)
         copy_moments({key: state[key] for key in state.keys() - {"step", "master"}}, saved)
         if "master" in state and "master" in saved:
             state["master"].copy_(saved["master"])

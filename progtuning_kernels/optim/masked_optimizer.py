@@ -8,6 +8,7 @@ of a step's 180, for 200 small tensors in 2 groups on a CPU.
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any, Literal, get_args
@@ -93,7 +94,10 @@ class MaskedOptimizer(Optimizer):
         self._settled = True  # False: what was loaded for frozen tensors is all there yet
         self._hooks: BackwardHooks | None = None
         if self.in_backward:
-            self._hooks = BackwardHooks(self._begin_backward, self._update_block)
+            own = weakref.proxy(self)  # a dropped optimizer goes at once, and updates no more
+            self._hooks = BackwardHooks(
+                lambda: own._begin_backward(), lambda table: own._update_block(table)
+            )
         self._make_tables()
         freeze_events.listen(self)
 
@@ -211,7 +215,7 @@ class MaskedOptimizer(Optimizer):
         "masked" holds what belongs to no parameter: the seed, steps skipped, and the norm that
         `clip_mode="previous_norm"` clips by. Hooks see all of it.
         """
-        masked = {"seed": self.seed, "skipped_steps": self.skipped_steps}
+        masked: dict[str, Any] = {"seed": self.seed, "skipped_steps": self.skipped_steps}
         if self.in_backward:
             masked["previous_norm"] = self._previous_norm
         return save_state_dict(self, masked)
@@ -294,7 +298,7 @@ class MaskedOptimizer(Optimizer):
             with torch.enable_grad():
                 loss = closure()
         scale, found_inf = getattr(self, "grad_scale", None), getattr(self, "found_inf", None)
-        hooks = self._hooks if self._updates_early() else None
+        hooks = self._early_hooks()
         if hooks is not None and scale is not None:
             raise RuntimeError(
                 f"{type(self).__name__}: in_backward=True has updated with scaled gradients before "
@@ -363,18 +367,20 @@ class MaskedOptimizer(Optimizer):
     def _needs_norm(self) -> bool:
         return self.max_grad_norm is not None or self.nonfinite == "skip"
 
-    def _updates_early(self) -> bool:
-        """Whether updates run inside backward: exact clipping needs every gradient first."""
-        return self.in_backward and (self.max_grad_norm is None or self.clip_mode != "exact")
+    def _early_hooks(self) -> BackwardHooks | None:
+        """Those that update inside backward; None where clipping needs every gradient first."""
+        exact = self.max_grad_norm is not None and self.clip_mode == "exact"
+        return None if exact else self._hooks
 
     def _begin_backward(self) -> bool:
-        if self.accumulating() or not self._updates_early():
+        hooks = self._early_hooks()
+        if hooks is None or self.accumulating():
             return False
         self.check_groups()
         active = self._table.members
         if self._snapshot.differs_from(self.param_groups):
             active = self._active_members()
-            self._hooks.arrange_blocks(active)
+            hooks.arrange_blocks(active)
         refuse_distributed(active, needs_norm=self._needs_norm())
         return True
 

@@ -61,7 +61,7 @@ def moments_in(state: dict[str, Tensor]) -> Moments:
 def wide_moments(state: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
     """Both moments in float32, or in float64 where they are."""
     m, v, m_scale, v_scale = moments_in(state)
-    if m_scale is None:
+    if m_scale is None or v_scale is None:
         wide = torch.promote_types(m.dtype, torch.float32)
         return m.to(wide), v.to(wide)
     decoded_m, decoded_v = (torch.empty_like(codes, dtype=torch.float32) for codes in (m, v))
