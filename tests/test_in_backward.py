@@ -176,6 +176,29 @@ def test_a_forgotten_accumulate_is_an_error_with_the_cure():
     loss_of(model, 2).backward()
 
 
+def test_a_block_of_which_some_have_no_gradient_is_updated_when_backward_ends():
+    model = Blocks()
+    model.layers[3].unused = nn.Parameter(torch.ones(3))
+    optimizer = MaskedAdamW(model.named_parameters(), in_backward=True, **OPTIONS)
+    loss_of(model, 0).backward()
+    assert optimizer.state[model.layers[3].weight]["step"] == 1
+    assert all(p.grad is None for p in model.parameters())
+    optimizer.step()
+    assert optimizer.state[model.layers[3].weight]["step"] == 1
+
+
+def test_a_tensor_that_left_its_group_is_not_updated():
+    model = Blocks()
+    optimizer = MaskedAdamW(model.named_parameters(), in_backward=True, **OPTIONS)
+    group, left = optimizer.param_groups[0], model.layers[2].weight
+    place = group["param_names"].index("layers.2.weight")
+    assert group["params"].pop(place) is left and group["param_names"].pop(place)
+    before = left.detach().clone()
+    loss_of(model, 0).backward()  # its hook is still there
+    optimizer.step()
+    assert torch.equal(left, before) and left.grad is not None
+
+
 def test_stage_changes_move_the_hooks():
     models, optimizers, handles = [], [], []
     for in_backward in (True, False):
@@ -403,6 +426,8 @@ def test_grad_scaler_came_too_late():
 def test_options_that_exclude_each_other():
     with pytest.raises(ValueError, match="clip_mode='per_block' is for in_backward=True"):
         MaskedAdamW(Blocks().parameters(), clip_mode="per_block")
+    with pytest.raises(ValueError, match="zero_grads keeps the gradients that in_backward"):
+        MaskedAdamW(Blocks().parameters(), in_backward=True, zero_grads=True)
     with pytest.raises(ValueError, match="clip_mode must be one of"):
         MaskedAdamW(Blocks().parameters(), in_backward=True, clip_mode="sometimes")
 

@@ -72,6 +72,27 @@ def test_equals_torch_with_its_clipping(max_grad_norm):
             torch.testing.assert_close(p, q, rtol=2e-6, atol=1e-6)
 
 
+@pytest.mark.parametrize("backend", ["auto", "reference"])
+@pytest.mark.parametrize("in_backward", [False, True])
+def test_tiny_gradients_are_clipped_by_torchs_coefficient(in_backward, backend, monkeypatch):
+    """Their norm is of the size of the 1e-6 that `clip_grad_norm_` adds to it."""
+    monkeypatch.setenv("PROGTUNING_BACKEND", backend)
+    mine, theirs = (nn.Parameter(torch.ones(64, 64)) for _ in range(2))
+    clip_mode = "per_block" if in_backward else "exact"
+    optimizer = MaskedAdamW(
+        [mine], max_grad_norm=5e-7, betas=(0.0, 0.0), in_backward=in_backward, clip_mode=clip_mode
+    )
+    gradient = torch.full((64, 64), 1e-6 / 64)
+    (mine * gradient).sum().backward()
+    optimizer.step()
+    theirs.grad = gradient.clone()
+    norm = nn.utils.clip_grad_norm_([theirs], 5e-7)
+    coefficient = (optimizer.state[mine]["exp_avg"] / gradient).mean().item()
+    assert coefficient == pytest.approx(5e-7 / (norm.item() + 1e-6), rel=1e-6)
+    assert coefficient == pytest.approx(0.25, rel=1e-5)
+    torch.testing.assert_close(optimizer.state[mine]["exp_avg"], theirs.grad, rtol=1e-6, atol=0)
+
+
 def test_frozen_tensors_keep_every_bit_and_have_no_state():
     model, inputs = tiny_model("bert-sequence"), tiny_inputs("bert-sequence")
     handle = patch_model(model, ProgressiveSchedule(4, 8))

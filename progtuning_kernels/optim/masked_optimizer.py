@@ -73,6 +73,8 @@ class MaskedOptimizer(Optimizer):
                 raise ValueError(f"{name} must be one of {get_args(kinds)}, got {value!r}")
         if clip_mode != "exact" and not in_backward:
             raise ValueError(f"clip_mode={clip_mode!r} is for in_backward=True")
+        if zero_grads and in_backward:  # step() would use the zeros once more
+            raise ValueError("zero_grads keeps the gradients that in_backward=True gives up")
         if not 0 <= seed < 2**64:
             raise ValueError(f"seed must have 64 bits, got {seed}")
         super().__init__(params, defaults)
@@ -389,9 +391,8 @@ class MaskedOptimizer(Optimizer):
         previous = self._previous_norm if self.clip_mode == "previous_norm" else None
         active = table.buckets(self.state, self._build_bucket)
         decision = self._update(active, previous_norm=previous)
-        if not self.zero_grads:
-            for member in table.members:
-                member.parameter.grad = None
+        for member in table.members:
+            member.parameter.grad = None
         return decision
 
 
