@@ -305,6 +305,7 @@ def test_options_that_exclude_each_other_are_named():
         ({"state_dtype": torch.float16}, "state_dtype must be one of"),
         ({"stochastic_rounding": True, "master_weights": True}, "exclude each other"),
         ({"seed": -1}, "seed must have 64 bits"),
+        ({"seed": 2**64}, "seed must have 64 bits"),
         ({"on_freeze": "forget"}, "on_freeze must be one of"),
     ):
         with pytest.raises(ValueError, match=message):
