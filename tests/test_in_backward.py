@@ -169,6 +169,19 @@ def test_accumulation_acts_on_the_last_micro_batch_only():
         assert_same(inside, after)
 
 
+def test_a_block_that_only_an_earlier_micro_batch_used_is_updated_by_step():
+    inside, after = pair()
+    early = MaskedAdamW(inside.named_parameters(), in_backward=True, **OPTIONS)
+    late = MaskedAdamW(after.parameters(), **OPTIONS)
+    for model, optimizer in ((inside, early), (after, late)):
+        with optimizer.accumulate():
+            model.unused(torch.ones(16)).sum().backward()
+        loss_of(model, 0).backward()
+        optimizer.step()
+    assert early.state[inside.unused.weight]["step"] == 1
+    assert_same(inside, after)
+
+
 def test_a_forgotten_accumulate_is_an_error_with_the_cure():
     model = Blocks()
     optimizer = MaskedAdamW(model.named_parameters(), in_backward=True, **OPTIONS)
@@ -418,6 +431,40 @@ def test_a_backward_that_broke_off_leaves_nothing(calls):
         loss_of(model, 1).backward()
         optimizer.step()
         assert calls == [2] * 5
+
+
+def test_zero_grad_forgets_a_backward_that_broke_off():
+    model = Blocks()
+    optimizer = MaskedAdamW(model.named_parameters(), in_backward=True, **OPTIONS)
+
+    def broken(gradient: torch.Tensor) -> None:
+        raise ArithmeticError("out of luck")
+
+    handle = model.layers[0].weight.register_hook(broken)
+    with pytest.raises(ArithmeticError):
+        loss_of(model, 0).backward()
+    handle.remove()
+    optimizer.zero_grad()
+    with optimizer.accumulate():
+        loss_of(model, 1).backward()
+
+
+def test_a_group_added_later_is_updated_inside_the_next_backward():
+    model = Blocks()
+    named = list(model.named_parameters())
+    optimizer = MaskedAdamW(named[:4], in_backward=True, **OPTIONS)
+    optimizer.add_param_group({"params": named[4:8]})
+    loss_of(model, 0).backward()
+    assert [p.grad is None for _, p in named[:10]] == [True] * 8 + [False] * 2
+
+
+def test_accumulate_gives_back_to_what_decided_before():
+    """The Trainer's callback decides for the Trainer."""
+    optimizer = MaskedAdamW(Blocks().named_parameters(), in_backward=True)
+    optimizer.accumulating = decides = lambda: True
+    with optimizer.accumulate():
+        assert optimizer.accumulating()
+    assert optimizer.accumulating is decides
 
 
 def test_grad_scaler_came_too_late():

@@ -21,6 +21,7 @@ from progtuning_kernels import (
     PatchHandle,
     ProgressiveSchedule,
     RandomBlockSchedule,
+    freeze_events,
     patch_model,
 )
 from progtuning_kernels.optim import release_frozen_state, state_bytes
@@ -230,6 +231,19 @@ def test_loading_into_a_frozen_stage_releases_what_is_not_active():
     assert len(loaded.state) == len(SHAPES)  # the plan that it belongs to may be yet to come
     loaded.step()
     assert copies[0] not in loaded.state and len(loaded.state) == len(SHAPES) - 1
+    copies[1].requires_grad_(False)
+    freeze_events.announce()  # from now on at the change itself
+    assert copies[1] not in loaded.state
+
+
+def test_steps_skipped_before_a_checkpoint_are_counted_after_it():
+    parameters = _parameters()
+    optimizer = MaskedAdamW(parameters)
+    _give_gradients(parameters, 0, scale=float("nan"))
+    optimizer.step()
+    loaded = MaskedAdamW(_parameters())
+    loaded.load_state_dict(optimizer.state_dict())
+    assert loaded.skipped_steps == optimizer.skipped_steps == 1
 
 
 THAWING = {
@@ -360,8 +374,6 @@ def test_works_with_schedulers_closures_and_tensor_lr():
 
 @pytest.mark.parametrize("copied", [copy.deepcopy, lambda o: pickle.loads(pickle.dumps(o))])
 def test_copies_go_on_and_release(copied):
-    from progtuning_kernels import freeze_events
-
     parameters = _parameters()
     optimizer = MaskedAdamW(parameters, max_grad_norm=0.5, on_freeze="release")
     _give_gradients(parameters, 0)
@@ -390,8 +402,6 @@ def test_optimizer_of_another_model_keeps_its_state():
 
 
 def test_a_dropped_optimizer_is_not_kept_alive():
-    from progtuning_kernels import freeze_events
-
     optimizer = MaskedAdamW(_parameters())
     assert optimizer in freeze_events._listeners
     count = len(freeze_events._listeners)

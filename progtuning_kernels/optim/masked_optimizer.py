@@ -273,8 +273,6 @@ class MaskedOptimizer(Optimizer):
             state = self.state[p]
             if not state:
                 state.update(self.init_state(p))
-            if isinstance(state.get("step"), float | int):  # written by hand, as older torch had it
-                state["step"] = torch.tensor(state["step"], dtype=torch.float32, device=p.device)
             states.append(state)
         bucket = self.make_bucket(
             [local_of(member.parameter).detach() for member in members],
