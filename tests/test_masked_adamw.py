@@ -599,7 +599,7 @@ def test_a_state_that_does_not_say_whose_decay_it_has_is_taken_with_a_warning():
     optimizer = MaskedAdamW(_parameters())
     with pytest.warns(UserWarning, match="AdamW's is used") as found:
         optimizer.load_state_dict(saved)
-    assert len(found) == 1
+    assert len(found) == 1 and found[0].filename == __file__
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         _stepped(optimizer)

@@ -17,13 +17,12 @@ from .in_backward import ClipMode
 from .masked_optimizer import MaskedOptimizer, Nonfinite
 from .moments import (
     MOMENT_KEYS,
-    SCALE_KEYS,
     STATE_DTYPES,
     StateDtype,
     copy_moments,
+    moment_shapes,
     moments_in,
     new_moments,
-    number_of_scales,
     wide_moments,
 )
 
@@ -52,7 +51,7 @@ _FIXED = {
     "correct_bias": True,
     "bias_correction": True,
 }
-_OWN_STATE = ("step", "master", *MOMENT_KEYS, *SCALE_KEYS)
+_OWN_STATE = ("step", "master", *MOMENT_KEYS)
 
 
 class MaskedAdamW(MaskedOptimizer):
@@ -222,7 +221,7 @@ class MaskedAdamW(MaskedOptimizer):
                 warnings.warn(
                     "the saved groups do not say whether weight_decay acts on the weights (AdamW) "
                     "or on the gradients (Adam), as those of older torch: AdamW's is used",
-                    stacklevel=7,
+                    stacklevel=8,
                 )
             elif not group["decoupled_weight_decay"]:
                 raise ValueError(
@@ -242,9 +241,7 @@ class MaskedAdamW(MaskedOptimizer):
                 )
         step = torch.as_tensor(saved["step"], dtype=torch.float32, device=p.device)
         step = step.reshape(()) if step.shape == (1,) else step
-        shapes = {"step": (), "master": tuple(p.shape)}
-        shapes |= dict.fromkeys(MOMENT_KEYS, tuple(p.shape))
-        shapes |= dict.fromkeys(SCALE_KEYS, (number_of_scales(p),))
+        shapes = {"step": (), "master": tuple(p.shape), **moment_shapes(p)}
         for key, value in (saved | {"step": step}).items():
             if key in shapes and value.shape != shapes[key]:  # copy_ would spread it over the rest
                 raise ValueError(

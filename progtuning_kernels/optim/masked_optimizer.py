@@ -233,9 +233,6 @@ class MaskedOptimizer(Optimizer):
                 optimizer, or an option that this one does not have. Nothing is changed then.
         """
 
-        def check(saved: dict[str, Any]) -> None:
-            self.check_groups(saved["param_groups"])
-
         def finish(saved: dict[str, Any]) -> None:
             if masked := saved.get("masked"):
                 self.seed = masked["seed"]
@@ -243,7 +240,7 @@ class MaskedOptimizer(Optimizer):
                 self._previous_norm = masked.get("previous_norm")
             self._settled = False
 
-        load_state_dict(self, state_dict, check, finish)
+        load_state_dict(self, state_dict, self.check_groups, finish)
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         super().zero_grad(set_to_none)

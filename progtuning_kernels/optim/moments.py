@@ -25,8 +25,9 @@ STATE_DTYPES: dict[str, StateDtype] = {
     "8bit": "8bit",
 }
 _CODES = (("exp_avg", torch.int8), ("exp_avg_sq", torch.uint8))
-MOMENT_KEYS = ("exp_avg", "exp_avg_sq", "exp_avg_code", "exp_avg_sq_code")
-SCALE_KEYS = ("exp_avg_scale", "exp_avg_sq_scale")
+_CODE_KEYS = ("exp_avg_code", "exp_avg_sq_code")
+_SCALE_KEYS = ("exp_avg_scale", "exp_avg_sq_scale")
+MOMENT_KEYS = ("exp_avg", "exp_avg_sq", *_CODE_KEYS, *_SCALE_KEYS)
 
 
 def new_moments(p: Tensor, dtype: StateDtype) -> dict[str, Tensor]:
@@ -43,19 +44,21 @@ def new_moments(p: Tensor, dtype: StateDtype) -> dict[str, Tensor]:
             "the number of ranks; use torch.bfloat16"
         )
     codes = {f"{name}_code": _zeros_like(p, kind) for name, kind in _CODES}
-    blocks = number_of_scales(p)
-    scales = {key: torch.zeros(blocks, dtype=torch.float32, device=p.device) for key in SCALE_KEYS}
+    shape = moment_shapes(p)["exp_avg_scale"]
+    scales = {key: torch.zeros(shape, dtype=torch.float32, device=p.device) for key in _SCALE_KEYS}
     return codes | scales
 
 
-def number_of_scales(p: Tensor) -> int:
-    return -(-p.numel() // QUANT_BLOCK)
+def moment_shapes(p: Tensor) -> dict[str, tuple[int, ...]]:
+    """Of every tensor that may hold a part of the moments."""
+    scales = dict.fromkeys(_SCALE_KEYS, (-(-p.numel() // QUANT_BLOCK),))
+    return dict.fromkeys(MOMENT_KEYS, tuple(p.shape)) | scales
 
 
 def moments_in(state: dict[str, Tensor]) -> Moments:
     if "exp_avg" in state:
         return Moments(state["exp_avg"], state["exp_avg_sq"])
-    return Moments(*(state[key] for key in (*MOMENT_KEYS[2:], *SCALE_KEYS)))
+    return Moments(*(state[key] for key in (*_CODE_KEYS, *_SCALE_KEYS)))
 
 
 def wide_moments(state: dict[str, Tensor]) -> tuple[Tensor, Tensor]:

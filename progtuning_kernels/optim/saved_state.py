@@ -54,19 +54,19 @@ def save_state_dict(optimizer: Optimizer, masked: dict[str, Any]) -> StateDict:
 def load_state_dict(
     optimizer: Optimizer,
     state_dict: StateDict,
-    check: Callable[[StateDict], None],
+    check_groups: Callable[[list[dict[str, Any]]], None],
     finish: Callable[[StateDict], None],
 ) -> None:
     """torch's `load_state_dict`, which hands sealed state to the optimizer's `__setstate__`.
 
     Args:
-        check: refuses what the user's hooks have left of the state dict.
+        check_groups: refuses groups, as the user's hooks have left them.
         finish: takes what belongs to no parameter, before the user's hooks look at the result.
     """
     checked: StateDict = {}
 
     def seal(_: Optimizer, saved: StateDict) -> StateDict:
-        check(saved)
+        check_groups(saved["param_groups"])
         checked.update(saved)
         own = set(parameters_of(saved["param_groups"]))
         state = {i: _Sealed(s) if i in own else s for i, s in saved["state"].items()}
