@@ -239,11 +239,25 @@ def test_loading_into_a_frozen_stage_releases_what_is_not_active():
 def test_steps_skipped_before_a_checkpoint_are_counted_after_it():
     parameters = _parameters()
     optimizer = MaskedAdamW(parameters)
-    _give_gradients(parameters, 0, scale=float("nan"))
-    optimizer.step()
     loaded = MaskedAdamW(_parameters())
-    loaded.load_state_dict(optimizer.state_dict())
-    assert loaded.skipped_steps == optimizer.skipped_steps == 1
+    _give_gradients(parameters, 0, scale=float("nan"))
+    for skipped in (1, 2):  # what the first saving has done does not stay
+        optimizer.step()
+        loaded.load_state_dict(optimizer.state_dict())
+        assert loaded.skipped_steps == optimizer.skipped_steps == skipped
+
+
+def test_a_first_gradient_may_come_in_any_step():
+    parameters = _parameters()
+    optimizer = MaskedAdamW(parameters)
+    for step in range(3):
+        _give_gradients(parameters, step)
+        if step == 0:
+            parameters[1].grad = parameters[2].grad = None
+        elif step == 1:
+            parameters[2].grad = None
+        optimizer.step()
+    assert [int(optimizer.state[p]["step"]) for p in parameters] == [3, 2, 1, 3, 3, 3]
 
 
 THAWING = {
@@ -674,12 +688,13 @@ def test_hooks_see_and_change_the_whole_state():
         p = optimizer.param_groups[0]["params"][1]
         seen["after"] = optimizer.state[p]["exp_avg"].mean().item()
         optimizer.state[p]["average"] = torch.ones(2)
+        seen["seed"] = optimizer.seed
 
     twin = MaskedAdamW(_parameters())
     twin.register_load_state_dict_pre_hook(before_loading)
     twin.register_load_state_dict_post_hook(after_loading)
     twin.load_state_dict(saved)
-    assert (seen["loaded"], seen["after"], twin.seed) == (3.0, -3.0, 8)
+    assert (seen["loaded"], seen["after"], seen["seed"], twin.seed) == (3.0, -3.0, 8, 8)
     assert twin.state["run"] == "first"  # as torch, which copies what belongs to no parameter
     other = MaskedAdamW(_parameters())
     other.load_state_dict(twin.state_dict())

@@ -51,8 +51,8 @@ def new_moments(p: Tensor, dtype: StateDtype) -> dict[str, Tensor]:
 
 def moment_shapes(p: Tensor) -> dict[str, tuple[int, ...]]:
     """Of every tensor that may hold a part of the moments."""
-    scales = dict.fromkeys(_SCALE_KEYS, (-(-p.numel() // QUANT_BLOCK),))
-    return dict.fromkeys(MOMENT_KEYS, tuple(p.shape)) | scales
+    blocks = -(-p.numel() // QUANT_BLOCK)
+    return {key: (blocks,) if key in _SCALE_KEYS else tuple(p.shape) for key in MOMENT_KEYS}
 
 
 def moments_in(state: dict[str, Tensor]) -> Moments:
