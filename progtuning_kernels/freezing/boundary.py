@@ -162,7 +162,7 @@ class Boundary:
         self._encoders = [m for m in holders if "use_nested_tensor" in m.__dict__]
         self._modes: dict[nn.Module, list[tuple[nn.Module, bool]]] = {}
 
-    def move(self, frozen: Collection[int], boundary: int) -> None:
+    def place_modules(self, frozen: Collection[int], boundary: int) -> None:
         """Put every module on its side.
 
         Args:
@@ -176,14 +176,14 @@ class Boundary:
             for path in self._layout.module_paths(unit):
                 no_grad = unit in frozen if unit == EMBEDDINGS else unit < boundary
                 sides[self._model.get_submodule(path)] = _Side(no_grad, unit in frozen)
-        # what left the model in the meantime is nobody's any more
+        # modules that have left the model in the meantime go back to their own class
         self._put_back(module for module in self._sides if module not in sides)
         self._sides = sides
         for module, side in sides.items():
             self._switch(module, side)
         self._pad(bool(frozen))
 
-    def restore(self) -> None:
+    def restore_modules(self) -> None:
         """Put every module back as it was found, but for modes asked for in the meantime."""
         self._put_back(self._sides)
         self._pad(False)

@@ -63,13 +63,13 @@ class GradientNorms:
         self._sums: Tensor | None = None
         self._seen = False  # whether any gradient came in this interval
 
-    def install(self) -> None:
-        """Hooks on the parameters that are active now, none on others.
+    def install_norm_hooks(self) -> None:
+        """Hook the parameters that are active now, and no others.
 
         Called before optimizers hear of a change of plan, so that a hook here runs before one that
         frees the gradient.
         """
-        self.remove()
+        self.remove_norm_hooks()
         self._blocks = {}
         for i, path in enumerate(self._layout.block_paths):
             active = [p for p in self._model.get_submodule(path).parameters() if p.requires_grad]
@@ -80,13 +80,13 @@ class GradientNorms:
                 hook = self._hook(i, block)
                 self._handles.append(p.register_post_accumulate_grad_hook(hook))
 
-    def remove(self) -> None:
+    def remove_norm_hooks(self) -> None:
         for handle in self._handles:
             handle.remove()
         self._handles.clear()
         self._awaits_end = False
 
-    def begin(self, step: int) -> None:
+    def begin_step(self, step: int) -> None:
         """The next backward passes belong to `step`; what was measured of another is dropped."""
         if step not in (self._step, self._step + 1):
             self._sums, self._seen = None, False
@@ -95,7 +95,7 @@ class GradientNorms:
             block.square = None
             block.ready.clear()
 
-    def end(self) -> None:
+    def end_step(self) -> None:
         """The step is made: its norms count, and the schedule decides if it is time to.
 
         Calling it again does nothing. A step with a NaN or an infinity is left out; where nothing

@@ -30,8 +30,6 @@ EMBEDDINGS = -1  # unit number of the embeddings; blocks are 0..L-1, the head is
 _RUNS_LAST = re.compile(r"(^|\.)(decoder|language_model|text_decoder|talker)(\.|$)")
 _LISTS = (nn.ModuleList, nn.ModuleDict)  # they have no forward
 _IN_ORDER = (nn.ModuleList, nn.Sequential)
-# PEFT's prefix tuning: one table whose columns are keys and values of block 0, of block 1, ...
-_SLICED = re.compile(r"(^|\.)prompt_encoder\.[^.]+\.embedding\.weight$")
 
 
 @dataclass(frozen=True)
@@ -123,8 +121,6 @@ class Layout:
 
     def units_of(self, name: str) -> tuple[int, ...]:
         """Units that use the parameter: all blocks of a stack for what its blocks share."""
-        if _SLICED.search(name):
-            return tuple(self.stacks[-1].blocks)
         if _is_shared(name, self.families):
             return tuple(self._nearest_stack(name).blocks)
         return (self.unit_of(name),)
@@ -139,6 +135,13 @@ class Layout:
                 if parameter is not None and not (ruled or _is_shared(name, self.families)):
                     found[name] = parameter
         return found
+
+    def guess_unruled(self, model: nn.Module) -> None:
+        """Take such parameters for head until a forward shows a unit that is computed from them: so
+        nothing is cut off, and no state of a resumed run is dropped, on a guess.
+        """
+        for name in self.unruled(model):
+            self.found.setdefault(name, self.head)
 
     @cached_property
     def _unit_of_path(self) -> dict[str, int]:
@@ -568,14 +571,12 @@ class ParameterSlot:
         owner: module that it hangs on.
         attribute: its name there.
         units: units that use it, in ascending order; several where it is tied or shared.
-        sliced: its columns belong to the blocks in `units` in equal parts, and freeze with them.
     """
 
     name: str
     owner: nn.Module
     attribute: str
     units: tuple[int, ...]
-    sliced: bool = False
 
     @property
     def parameter(self) -> nn.Parameter:
@@ -601,5 +602,4 @@ def parameter_slots(model: nn.Module, layout: Layout) -> Iterator[ParameterSlot]
             first.setdefault(id(parameter), (name, module, attribute))
             units[id(parameter)].update(layout.units_of(name))
     for key, (name, module, attribute) in first.items():
-        used_by = tuple(sorted(units[key]))
-        yield ParameterSlot(name, module, attribute, used_by, bool(_SLICED.search(name)))
+        yield ParameterSlot(name, module, attribute, tuple(sorted(units[key])))
