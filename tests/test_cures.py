@@ -33,7 +33,7 @@ def families(monkeypatch):
     """A table of families that the test may add to."""
     monkeypatch.setattr("progtuning_kernels.model.families.FAMILIES", table := dict(FAMILIES))
     for user in ("layout", "cures"):
-        monkeypatch.setattr(f"progtuning_kernels.{user}.FAMILIES", table)
+        monkeypatch.setattr(f"progtuning_kernels.model.{user}.FAMILIES", table)
     return table
 
 

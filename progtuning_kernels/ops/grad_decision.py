@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from .. import backend
+from ..sharding import is_sharded, local_of
 from .bucket import Bucket, Gradients, build_table
 from .masked_norm import masked_norm
 
@@ -122,11 +123,6 @@ def _norm_where_they_lie(bucket: Bucket, gradients: Gradients) -> Tensor:
     return out
 
 
-def local_of(t: Tensor) -> Tensor:
-    """The shard of a DTensor on this rank; any other tensor itself."""
-    return t.to_local() if hasattr(t, "to_local") else t
-
-
 def norm_over_ranks(grads: Sequence[Tensor | None]) -> Tensor:
     """Norm over all shards of all gradients: one reduction per way of sharding.
 
@@ -140,7 +136,7 @@ def norm_over_ranks(grads: Sequence[Tensor | None]) -> Tensor:
         if grad is None:
             continue
         groups = ()
-        if hasattr(grad, "placements"):
+        if is_sharded(grad):
             sharded = [i for i, p in enumerate(grad.placements) if p.is_shard()]
             groups = tuple((grad.device_mesh, i) for i in sharded)
         kinds.setdefault(groups, []).append(local_of(grad))

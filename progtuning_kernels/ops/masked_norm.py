@@ -22,6 +22,7 @@ import torch
 from torch import Tensor
 
 from .. import backend
+from ..sharding import is_sharded
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 Kind = Literal["l2", "inf"]
@@ -117,7 +118,7 @@ def _checked_dtypes(tensors: Sequence[Tensor]) -> list[torch.dtype]:
     for kind in {type(tensor) for tensor in tensors}:
         if not issubclass(kind, Tensor):
             raise TypeError(f"masked_norm: expected tensors, got {kind.__name__}")
-        if hasattr(kind, "to_local"):
+        if is_sharded(kind):
             raise ValueError(
                 "masked_norm: got a DTensor; pass tensor.to_local() and add the squares over ranks"
             )

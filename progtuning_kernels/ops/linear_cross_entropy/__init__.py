@@ -44,6 +44,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from ... import backend
+from ...sharding import is_sharded
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 LABEL_DTYPES = (torch.int64, torch.int32)
@@ -382,7 +383,7 @@ def linear_cross_entropy(
         if not isinstance(tensor, Tensor):
             kind = type(tensor).__name__
             raise TypeError(f"linear_cross_entropy: {name} must be a tensor, got {kind}")
-        if hasattr(type(tensor), "to_local"):
+        if is_sharded(type(tensor)):
             raise ValueError(
                 f"linear_cross_entropy: {name} is a DTensor; pass {name}.full_tensor(), which "
                 "autograd follows"
