@@ -158,7 +158,6 @@ def load_checkpoint(
             scheduler.load_state_dict(content["scheduler"])
         model.load_state_dict(weights)  # last: there is no second copy to go back to
     if patched is not None:
-        patched.accept_weights()
         if patched.cache is not None and own["cache"] is not None:
             patched.cache.expect(own["cache"])
     if len(ranks) == _world_size():
