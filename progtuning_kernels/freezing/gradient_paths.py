@@ -23,9 +23,9 @@ from torch import nn
 
 from ..model.call_stack import called_from
 from ..model.cures import cure_for
-from ..model.families import UnsupportedModelError
+from ..model.families import UnsupportedModelError, register_call
 from ..model.forward_hooks import Before, ForwardHooks, tensors_in
-from ..model.layout import EMBEDDINGS, Layout, ParameterSlot, parameter_slots, register_call
+from ..model.layout import EMBEDDINGS, Layout, ParameterSlot, parameter_slots
 from ..sharding import is_sharded
 
 
