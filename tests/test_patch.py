@@ -129,7 +129,7 @@ def test_copies_are_ordinary_models(copied):
     marker = inputs["input_ids"].numpy().tobytes()
     assert marker not in pickle.dumps(model)  # no batch travels with a saved model
     twin = copied(model)
-    assert handle_of(twin) is None and handle.last_forward is not None
+    assert handle_of(twin) is None and handle.forwards.last is not None
     assert {type(block) for block in twin.bert.encoder.layer} == {type(model.bert.encoder.layer[3])}
     with torch.no_grad():
         for parameter in twin.parameters():
@@ -853,7 +853,7 @@ def test_a_report_repeats_the_forward_with_what_the_model_was_given(kind):
     for report in reports:
         report.assert_truncated()
         assert report.nodes == reports[0].nodes > 0
-    assert handle.last_forward.args[0]["input_ids"] is inputs["input_ids"]
+    assert handle.forwards.last.args[0]["input_ids"] is inputs["input_ids"]
 
 
 class _Sparse(nn.Module):

@@ -1123,7 +1123,7 @@ def test_an_error_in_a_forward_reaches_its_caller(error, where, first, grads):
     for batch in (inputs, others):
         _assert_same(gradients(model, batch), gradients(plain.model, batch))
     assert dict(model.named_modules()) == modules
-    assert handle.proved
+    assert handle.freezer.proved
     assert hooks == [(len(m._forward_hooks), len(m._forward_pre_hooks)) for m in modules.values()]
 
 

@@ -11,10 +11,8 @@ from typing import Any
 import torch
 
 from ..model.layout import EMBEDDINGS
-from .changes import ModelChanges
 from .freezer import Freezer
 from .gradient_paths import GradientPaths
-from .known_plans import KnownPlans
 from .missed_steps import MissedSteps
 from .unit_use import UnitUse, measure_forward
 
@@ -58,12 +56,8 @@ class Forwards:
         last: inputs of the last training forward; None before the first.
     """
 
-    def __init__(
-        self, freezer: Freezer, changes: ModelChanges, plans: KnownPlans, missed: MissedSteps
-    ) -> None:
+    def __init__(self, freezer: Freezer, missed: MissedSteps) -> None:
         self._freezer = freezer
-        self._changes = changes
-        self._plans = plans
         self._missed = missed
         self._paths: GradientPaths | None = None  # of the forward that proves
         self.last: ForwardInputs | None = None
@@ -79,7 +73,7 @@ class Forwards:
         """
         freezer, trains = self._freezer, torch.is_grad_enabled()
         if trains:
-            self._changes.follow_before_forward()
+            freezer.follow_changes()
             if not freezer.sharded:  # FSDP2 writes weights at every forward
                 self._missed.before_forward(freezer.step)
         if freezer.cache is not None:
@@ -88,7 +82,7 @@ class Forwards:
                 return args, kwargs
         self.end_proof()  # torch calls no hook after a KeyboardInterrupt
         if trains:
-            freezer.follow_model()
+            freezer.follow_surroundings()
             if not freezer.proved:
                 self._paths = self._watch_paths(inputs=(args, kwargs))
             self.last = ForwardInputs.taken(args, kwargs, freezer.active.device.type)
@@ -118,7 +112,6 @@ class Forwards:
         if output is not None:
             if paths.finish(output):
                 self._freezer.freeze_moved()
-                self._plans.check_known(self._freezer.step)
             self._freezer.proved = True
 
     def count_last(self) -> dict[int, UnitUse]:
@@ -142,7 +135,7 @@ class Forwards:
             freezer.model,
             freezer.layout,
             no_grad=no_grad,
-            freezes=freezer.frozen | self._plans.frozen_sometime(freezer.step),
+            freezes=freezer.frozen_sometime(),
             **options,
         )
 

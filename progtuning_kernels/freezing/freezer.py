@@ -1,9 +1,17 @@
-"""Takes a plan and makes one model train what it says: flags, and all that hangs on them."""
+"""Takes a plan and makes one model train what it says: flags, and all that hangs on them.
+
+The plan stays in force when the model changes between two forwards: PEFT switches flags when
+another adapter is chosen, and makes modules when one is added; heads and embeddings are replaced;
+weights are pruned and renamed; the model moves to another device, or into a wrapper.
+"""
 
 from __future__ import annotations
 
+import warnings
+from collections.abc import Iterator
 from dataclasses import dataclass
 from datetime import timedelta
+from itertools import zip_longest
 
 import torch
 from torch import nn
@@ -11,11 +19,12 @@ from torch import nn
 from .. import freeze_events
 from ..cache import PrefixServer
 from ..distributed import Wrapper, refuse_flat_parameters, surrounding
-from ..model.adapters import check_adapters
+from ..model.adapters import adapter_configs, check_adapters, rank_allocation_end
 from ..model.derived_classes import without_derived_ancestors
 from ..model.families import UnsupportedModelError
 from ..model.layout import EMBEDDINGS, Layout
-from ..schedules import FreezePlan
+from ..model.structure import Structure
+from ..schedules import FreezePlan, Schedule, decides_by_gradients, steps_to_check
 from ..swaps import Kernels, KernelSwaps
 from .active_set import ActiveSet, TiedPolicy
 from .boundary import Boundary, FrozenMode
@@ -43,18 +52,19 @@ class Freezer:
 
     Args:
         model: the model that `layout` describes.
+        schedule: where the plans come from, to look ahead in it; None to plan without training.
         frozen_mode, tied, kernels: as for `patch_model`.
-        norms: watches the blocks that train, for a schedule that decides by gradient norms.
 
     Attributes:
         active: the flags.
         swaps: the modules that run freeze-aware ops.
+        norms: gradient norms, for a schedule that decides by them.
         cache: serves forwards without their prefix; None without one.
-        wrapper: what surrounds the model on several processes; None on one.
         plan: the plan in force, None before the first.
         step: the optimizer step that it is in force for.
         state: what it comes to.
         proved: whether a forward has shown, since the flags were set, that nothing is cut off.
+        trained: whether a training forward has run.
 
     Raises:
         UnsupportedModelError: adapters that cannot freeze with their blocks.
@@ -64,26 +74,32 @@ class Freezer:
         self,
         model: nn.Module,
         layout: Layout,
+        schedule: Schedule | None = None,
         *,
         frozen_mode: FrozenMode,
         tied: TiedPolicy,
         kernels: Kernels = "off",
-        norms: GradientNorms | None = None,
+        step: int = 0,
     ) -> None:
-        check_adapters(model)
         self.model = model
         self.layout = layout
+        self._note_adapters()
         self.active = ActiveSet(model, layout, tied)
         self.swaps = KernelSwaps(model, layout, kernels)
+        self.norms: GradientNorms | None = None
+        if schedule is not None and decides_by_gradients(schedule):
+            self.norms = GradientNorms(model, layout, schedule)
+            self.norms.begin_step(step)
         self.cache: PrefixServer | None = None
-        self.wrapper: Wrapper | None = None
         self.plan: FreezePlan | None = None
-        self.step = 0
+        self.step = step
         self.state = StageState(0, frozenset(layout.units), 0)
-        self.proved = False
+        self.proved = self.trained = False
+        self._schedule = schedule
+        self._structure = Structure(model, layout)
         self._boundary = Boundary(model, layout, frozen_mode)
         self._checkpointing = Checkpointing(model, layout)
-        self._norms = norms
+        self._wrapper: Wrapper | None = None
         self._device: torch.device | None = None  # that the swaps were chosen for
 
     @property
@@ -99,19 +115,35 @@ class Freezer:
     @property
     def sharded(self) -> bool:
         """Whether the model is sharded by `fully_shard`."""
-        return self.wrapper is not None and self.wrapper.sharded
+        return self._wrapper is not None and self._wrapper.sharded
 
-    def freeze(self, plan: FreezePlan, step: int = 0) -> StageState:
-        """Put `plan` in force for optimizer step `step`.
+    def enter_step(self, step: int, plan: FreezePlan) -> bool:
+        """Optimizer step `step` comes next, under `plan`; whether flags were set anew.
 
         Raises:
-            RuntimeError: the ranks do not train the same.
+            ValueError: the plan cannot be trained.
+            RuntimeError: the model has other blocks than it had, or the ranks do not train the
+                same.
         """
+        anew = self._note_rebuilt() or plan != self.plan
+        if anew:
+            self.check_plan(step, plan)
+        if self.norms is not None:
+            self.norms.begin_step(step)
+        if anew:
+            self.freeze(plan, step)
+        else:
+            self.step = step
+            self.freeze_again()
+        return anew
+
+    def freeze(self, plan: FreezePlan, step: int = 0) -> StageState:
+        """Put `plan` in force for optimizer step `step`."""
         self.plan, self.step = plan, step
         if self._device is None:
-            self.reinstall_swaps()
-        if self.wrapper is not None:
-            self.wrapper.reshard()
+            self._reinstall_swaps()
+        if self._wrapper is not None:
+            self._wrapper.reshard()
         self.active.set_flags(plan)
         self._follow_flags()
         self.proved = False
@@ -121,14 +153,42 @@ class Freezer:
         """A forward has shown that parameters belong to other units: before its backward."""
         if self.active.set_flags(self.plan):
             self._follow_flags()
+        self.check_known_plans()
 
-    def follow_model(self) -> None:
-        """Before a training forward: what the user may have changed without telling."""
+    def freeze_again(self) -> None:
+        """Freeze what was switched on behind the plan; drop gradients of frozen parameters."""
+        if not self._follow_switches():
+            self.active.freeze_again()
+
+    def follow_changes(self) -> None:
+        """Before a training forward: take in what was done to the model since the last.
+
+        Modules and parameters that came or went are looked for before the first under a plan.
+
+        Raises:
+            RuntimeError: the blocks are others than when the model was patched.
+            UnsupportedModelError, ValueError: as `patch_model`, of adapters added since.
+        """
+        self._put_back_stand_ins()
+        self._structure.check_blocks()
+        if not self._follow_switches() and not self.proved and self._note_rebuilt():
+            self._freeze_anew()
+
+    def follow_surroundings(self) -> None:
+        """In a training forward: what runs it, where, and how it is checkpointed.
+
+        Raises:
+            UnsupportedModelError: a wrapper that does not follow changes of what trains.
+        """
         if not self.proved:
-            self._attach_surrounding()
+            refuse_flat_parameters(self.model)
+            found = surrounding(self.model)
+            if found is not None and (self._wrapper is None or not self._wrapper.holds(found)):
+                self.attach(found)
         if self.active.device.type != self._device.type:
-            self.reinstall_swaps()
+            self._reinstall_swaps()
         self.truncate_checkpointing()
+        self.trained = True
 
     def truncate_checkpointing(self) -> None:
         """Keep gradient checkpointing from undoing the truncation, whenever it is switched on."""
@@ -143,17 +203,81 @@ class Freezer:
                 "a prefix cache takes blocks out of the model, which fully_shard gathers all the "
                 "same: patch without cache=, or use DistributedDataParallel"
             )
-        self.wrapper = wrapper
-        if self._norms is not None:
-            self._norms.reduced_at_end = wrapper.ddp is not None
-            self._norms.sharded = wrapper.sharded
+        self._wrapper = wrapper
+        if self.norms is not None:
+            self.norms.reduced_at_end = wrapper.ddp is not None
+            self.norms.sharded = wrapper.sharded
         if wrapper.sharded:  # `fully_shard` has replaced parameters
-            self.reinstall_swaps()
-            if self._norms is not None:
-                self._norms.install_norm_hooks()
+            self._reinstall_swaps()
+            if self.norms is not None:
+                self.norms.install_norm_hooks()
         wrapper.follow(step=self.step, boundary=self.boundary)
 
-    def reinstall_swaps(self) -> None:
+    def check_plan(self, step: int, plan: FreezePlan) -> None:
+        """Raise `ValueError` if nothing would train, or AdaLoRA would miss gradients."""
+        self.active.check_plan(plan)
+        if self._allocation_end is None or step > self._allocation_end:
+            return
+        if any(self.active.frozen_by(plan)):
+            raise ValueError(
+                f"AdaLoRA moves ranks between all adapters up to step {self._allocation_end} "
+                f"(total_step - tfinal), and step {step} freezes some: raise tfinal until that "
+                "comes first, or use LoRA"
+            )
+
+    def check_known_plans(self) -> None:
+        """Check the plans that show whether the schedule fits the model."""
+        for step, plan in self._known_plans():
+            self.check_plan(step, plan)
+
+    def check_structure(self) -> None:
+        """Raise `RuntimeError` if the layout does not describe the model any more."""
+        if self._rebuilt():
+            self._structure.check()
+
+    def frozen_sometime(self) -> set[int]:
+        """Units that are frozen now, or by a plan that is known already."""
+        if decides_by_gradients(self._schedule):
+            return set(self.layout.units)
+        plans = [plan for _, plan in self._known_plans()]
+        trains = self.active.trains
+        return self.frozen | {
+            unit for unit in self.layout.units if not all(trains(unit, plan) for plan in plans)
+        }
+
+    def restore_model(self) -> None:
+        """Put the model back as it was found, but for what the user froze in the meantime."""
+        if self.cache is not None:
+            self.cache.close()
+            self.cache = None
+        self._boundary.restore_modules()
+        self.swaps.remove_swaps()
+        self.active.restore_flags()
+        self._checkpointing.restore_checkpointing()
+        if self.norms is not None:
+            self.norms.remove_norm_hooks()
+        if self._wrapper is not None:
+            self._wrapper.release()
+            self._wrapper = None
+        freeze_events.announce()
+
+    def _follow_flags(self) -> None:
+        """Everything else that hangs on which parameters are active."""
+        active, boundary = self.active.units, 0
+        if EMBEDDINGS not in active:
+            blocks = range(self.layout.num_blocks)
+            boundary = next((i for i in blocks if i in active), self.layout.num_blocks)
+        self.state = StageState(boundary, frozenset(active), self.active.active_params)
+        self._boundary.place_modules(self.frozen, boundary)
+        if self.norms is not None:
+            self.norms.install_norm_hooks()
+        if self._wrapper is not None:
+            self._wrapper.follow(step=self.step, boundary=boundary)
+        freeze_events.announce()
+        if self.cache is not None:
+            self.cache.move(boundary)
+
+    def _reinstall_swaps(self) -> None:
         """Swaps anew, below the boundary's classes: the model has moved, or has other modules."""
         self._boundary.restore_modules()
         self.swaps.remove_swaps()
@@ -166,41 +290,64 @@ class Freezer:
         self.swaps.install_swaps(self._device)
         self._boundary.place_modules(self.frozen, self.boundary)
 
-    def restore_model(self) -> None:
-        """Put the model back as it was found, but for what the user froze in the meantime."""
-        if self.cache is not None:
-            self.cache.close()
-            self.cache = None
-        self._boundary.restore_modules()
-        self.swaps.remove_swaps()
-        self.active.restore_flags()
-        self._checkpointing.restore_checkpointing()
-        if self._norms is not None:
-            self._norms.remove_norm_hooks()
-        if self.wrapper is not None:
-            self.wrapper.release()
-            self.wrapper = None
-        freeze_events.announce()
+    def _follow_switches(self) -> bool:
+        """Train what was switched on since the last plan, wherever the plan in force trains it: a
+        block that had nothing to train may train now. Whether anything changed.
+        """
+        switched = self.active.take_switched(self.plan)
+        adapters = adapter_configs(self.model)
+        if any(a is not b for a, b in zip_longest(self._adapters, adapters)):
+            self._note_adapters()
+            self._note_modules()
+            self._reinstall_swaps()  # in new modules, and where adapters stand now
+        elif not switched:
+            return False
+        self._freeze_anew()
+        return True
 
-    def _attach_surrounding(self) -> None:
-        """Attach the wrapper that runs this forward, unless it is attached."""
-        refuse_flat_parameters(self.model)
-        found = surrounding(self.model)
-        if found is not None and (self.wrapper is None or not self.wrapper.holds(found)):
-            self.attach(found)
+    def _freeze_anew(self) -> None:
+        self.check_plan(self.step, self.plan)
+        self.freeze(self.plan, self.step)
 
-    def _follow_flags(self) -> None:
-        """Everything else that hangs on which parameters are active."""
-        active, boundary = self.active.units, 0
-        if EMBEDDINGS not in active:
-            blocks = range(self.layout.num_blocks)
-            boundary = next((i for i in blocks if i in active), self.layout.num_blocks)
-        self.state = StageState(boundary, frozenset(active), self.active.active_params)
-        self._boundary.place_modules(self.frozen, boundary)
-        if self._norms is not None:
-            self._norms.install_norm_hooks()
-        if self.wrapper is not None:
-            self.wrapper.follow(step=self.step, boundary=boundary)
-        freeze_events.announce()
+    def _known_plans(self) -> Iterator[tuple[int, FreezePlan]]:
+        """This step's, those that show most, and all before AdaLoRA has allocated its ranks."""
+        steps = {self.step, *steps_to_check(self._schedule)}
+        if self._allocation_end is not None and (total := self._schedule.total_steps):
+            steps |= set(range(min(total, self._allocation_end + 1)))
+        for step in sorted(steps):
+            yield step, self._schedule.plan(step, self.layout.num_blocks)
+
+    def _note_adapters(self) -> None:
+        check_adapters(self.model)
+        self._adapters = adapter_configs(self.model)
+        self._allocation_end = rank_allocation_end(self.model)
+
+    def _put_back_stand_ins(self) -> None:
         if self.cache is not None:
-            self.cache.move(boundary)
+            self.cache.put_back()  # a forward that was interrupted leaves them
+
+    def _rebuilt(self) -> bool:
+        """Whether modules or parameters came or went, not counting a cache's stand-ins."""
+        if self._structure.changed:
+            self._put_back_stand_ins()
+        return self._structure.changed
+
+    def _note_rebuilt(self) -> bool:
+        if not self._rebuilt():
+            return False
+        self._note_modules()
+        return True
+
+    def _note_modules(self) -> None:
+        """Take in modules and parameters that came or went."""
+        self._structure.check()
+        self.layout.guess_unruled(self.model)
+        new = self.active.rescan_parameters()
+        self._structure.note()
+        if new and self.trained:
+            more = f" and {len(new) - 1} more" if len(new) > 1 else ""
+            warnings.warn(
+                f"{new[0]}{more} came into the model while it was trained: an optimizer that was "
+                "made before does not hold it, and leaves it as it is",
+                stacklevel=6,
+            )

@@ -18,15 +18,12 @@ from torch import nn
 from ..cache import CacheReport, PrefixCache, PrefixServer
 from ..distributed import shards_of
 from ..model.layout import Layout
-from ..schedules import FreezePlan, Schedule, decides_by_gradients, whole_number
+from ..schedules import FreezePlan, Schedule, whole_number
 from ..swaps import KernelReport, Kernels
 from .active_set import TiedPolicy
 from .boundary import FrozenMode
-from .changes import ModelChanges
-from .forwards import ForwardInputs, Forwards
+from .forwards import Forwards
 from .freezer import Freezer
-from .gradient_norms import GradientNorms
-from .known_plans import KnownPlans
 from .missed_steps import MissedSteps
 from .param_groups import param_groups
 from .truncation import TruncationReport, report_truncation
@@ -76,6 +73,7 @@ class PatchHandle:
         model: the patched model, without the wrapper that `patch_model` was given.
         schedule: the schedule that plans its steps.
         layout: how the model is cut into units.
+        freezer: puts the plan in force.
         forwards: what is done around the model's forwards.
     """
 
@@ -97,21 +95,21 @@ class PatchHandle:
         layout.guess_unruled(model)
         self._listeners: list[Callable[[PatchHandle], None]] = []
         self._missed = MissedSteps(model, layout, schedule)
-        self._norms: GradientNorms | None = None
-        if decides_by_gradients(schedule):
-            self._norms = GradientNorms(model, layout, schedule)
-            self._norms.begin_step(step)
-        self._freezer = Freezer(
-            model, layout, frozen_mode=frozen_mode, tied=tied, kernels=kernels, norms=self._norms
+        self.freezer = Freezer(
+            model,
+            layout,
+            schedule,
+            frozen_mode=frozen_mode,
+            tied=tied,
+            kernels=kernels,
+            step=step,
         )
         plan = schedule.plan(step, layout.num_blocks)
-        self._plans = KnownPlans(model, layout, schedule, self._freezer.active)
-        self._plans.check_known(step)
+        self.freezer.check_known_plans()
         if cache is not None:
             fixed = frozen_mode == "eval"
-            self._freezer.cache = PrefixServer(model, layout, cache, fixed=fixed)
-        self._changes = ModelChanges(model, layout, self._freezer, self._plans)
-        self.forwards = Forwards(self._freezer, self._changes, self._plans, self._missed)
+            self.freezer.cache = PrefixServer(model, layout, cache, fixed=fixed)
+        self.forwards = Forwards(self.freezer, self._missed)
         self._hooks = [
             model.register_forward_pre_hook(_before_forward, with_kwargs=True),
             model.register_forward_hook(_after_forward, always_call=True),
@@ -119,7 +117,7 @@ class PatchHandle:
         model.__dict__[_HANDLE] = self
         live_handles.add(self)
         try:
-            self._freezer.freeze(plan, step)
+            self.freezer.freeze(plan, step)
             if shards_of(model):
                 self.attach(model)
         except BaseException:
@@ -145,12 +143,12 @@ class PatchHandle:
     @property
     def step(self) -> int:
         """Optimizer steps done; `plan` is the plan of the next one."""
-        return self._freezer.step
+        return self.freezer.step
 
     @property
     def plan(self) -> FreezePlan:
         """The plan in force."""
-        return self._freezer.plan
+        return self.freezer.plan
 
     @property
     def boundary(self) -> int:
@@ -159,7 +157,7 @@ class PatchHandle:
         0 if the embeddings do, `num_blocks` if only the head does. It lies above `plan.boundary`
         where the user had frozen more than the plan does.
         """
-        return self._freezer.boundary
+        return self.freezer.boundary
 
     @property
     def num_blocks(self) -> int:
@@ -173,27 +171,17 @@ class PatchHandle:
     @property
     def active_params(self) -> int:
         """Number of parameters that the next step updates."""
-        return self._freezer.state.trainable_params
+        return self.freezer.state.trainable_params
 
     @property
     def trainable_params(self) -> int:
         """Number of parameters that were trainable when the model was patched."""
-        return self._freezer.active.trainable_params
+        return self.freezer.active.trainable_params
 
     @property
     def cache(self) -> PrefixServer | None:
         """Serves forwards without their prefix; None without `cache=`."""
-        return self._freezer.cache
-
-    @property
-    def proved(self) -> bool:
-        """Whether a forward under the plan in force has shown that nothing is cut off."""
-        return self._freezer.proved
-
-    @property
-    def last_forward(self) -> ForwardInputs | None:
-        """Inputs of the last training forward, held for `truncation_report`."""
-        return self.forwards.last
+        return self.freezer.cache
 
     def advance(self) -> bool:
         """Count one optimizer step; move to its successor's plan.
@@ -219,21 +207,11 @@ class PatchHandle:
             raise RuntimeError("the model is not patched any more: call patch_model again")
         step = whole_number("step", step, 0)
         self._missed.told(step)
-        plan = self.schedule.plan(step, self.num_blocks)
-        changed = plan != self.plan
-        rebuilt = self._changes.note_rebuilt()
-        if changed or rebuilt:
-            self._plans.check_plan(step, plan)
-        if self._norms is not None:
-            self._norms.begin_step(step)
-        if changed or rebuilt:
-            self._freezer.freeze(plan, step)
+        plan, before = self.schedule.plan(step, self.num_blocks), self.plan
+        if self.freezer.enter_step(step, plan):
             for listener in self._listeners:
                 listener(self)
-        else:
-            self._freezer.step = step
-            self._changes.freeze_again()
-        return changed
+        return plan != before
 
     def settle(self) -> None:
         """Call this before a checkpoint that is written between `optimizer.step()` and `advance()`.
@@ -246,7 +224,7 @@ class PatchHandle:
             RuntimeError: a schedule that decides by gradient norms has seen none.
         """
         self._end_step()
-        self._changes.freeze_again()
+        self.freezer.freeze_again()
 
     def observe(self) -> None:
         """Deprecated: `settle` does it."""
@@ -256,15 +234,15 @@ class PatchHandle:
     def reassert(self) -> None:
         """Deprecated: `settle` does it."""
         _deprecated("reassert")
-        self._changes.freeze_again()
+        self.freezer.freeze_again()
 
     def accept_weights(self) -> None:
         """Deprecated: nothing needs it any more."""
         _deprecated("accept_weights")
 
     def _end_step(self) -> None:
-        if self._norms is not None:
-            self._norms.end_step()
+        if self.freezer.norms is not None:
+            self.freezer.norms.end_step()
 
     def attach(self, wrapped: nn.Module, *, timeout: timedelta | None = None) -> PatchHandle:
         """Tell the handle what surrounds the model on several processes, after wrapping it.
@@ -289,7 +267,7 @@ class PatchHandle:
             UnsupportedModelError: FSDP1, DeepSpeed or DataParallel; FSDP2 with a prefix cache.
             RuntimeError: the ranks do not train the same. So do `advance()` and `seek()` later.
         """
-        self._freezer.attach(wrapped, timeout)
+        self.freezer.attach(wrapped, timeout)
         return self
 
     def on_change(self, listener: Callable[[PatchHandle], None]) -> None:
@@ -320,7 +298,7 @@ class PatchHandle:
         return param_groups(
             self.model,
             self.layout,
-            self._freezer.active,
+            self.freezer.active,
             lr=lr,
             weight_decay=weight_decay,
             by_unit=by_unit,
@@ -332,11 +310,11 @@ class PatchHandle:
         The last training forward is run once more, on the same inputs, with counters attached:
         training itself is never slowed down by counting, and its random numbers stay as they were.
         """
-        self._changes.check_structure()
+        self.freezer.check_structure()
         return report_truncation(
             self.model,
             self.layout,
-            self._freezer.active,
+            self.freezer.active,
             self.forwards.count_last(),
             boundary=self.boundary,
             kernels=self.kernel_report().summary(),
@@ -367,7 +345,7 @@ class PatchHandle:
 
     def kernel_report(self) -> KernelReport:
         """Which modules run freeze-aware ops, which keep their own forward, and why."""
-        return self._freezer.swaps.report
+        return self.freezer.swaps.report
 
     def state_dict(self) -> dict[str, Any]:
         """Everything a resumed run needs: the plan is a function of the step, and of the decisions
@@ -379,9 +357,9 @@ class PatchHandle:
             "num_blocks": self.num_blocks,
             "schedule": repr(self.schedule),
         }
-        if self._norms is not None:
+        if self.freezer.norms is not None:
             state["decisions"] = self.schedule.state_dict()
-            state["gradient_norms"] = self._norms.state_dict()
+            state["gradient_norms"] = self.freezer.norms.state_dict()
         return state
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -398,11 +376,11 @@ class PatchHandle:
             )
         if state["schedule"] != repr(self.schedule):
             raise ValueError(f"saved under {state['schedule']}, this run has {self.schedule!r}")
-        if self._norms is not None:
+        if self.freezer.norms is not None:
             self.schedule.load_state_dict(state["decisions"])
         self.seek(state["step"])
-        if self._norms is not None:
-            self._norms.load_state_dict(state["gradient_norms"])
+        if self.freezer.norms is not None:
+            self.freezer.norms.load_state_dict(state["gradient_norms"])
 
     def unpatch(self) -> None:
         """Put the model back as it was found, but for what the user froze in the meantime.
@@ -411,7 +389,7 @@ class PatchHandle:
         """
         if handle_of(self.model) is not self:
             return
-        self._freezer.restore_model()
+        self.freezer.restore_model()
         for hook in self._hooks:
             hook.remove()
         self.forwards.end_proof()
