@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from torch import nn
 
 from ..model.layout import Layout, parameter_slots
+from ..text_table import text_table
 from .active_set import ActiveSet
 from .unit_use import UnitUse
 
@@ -128,15 +129,8 @@ class TruncationReport:
             self.activation_bytes,
         )
         rows.append(("total", *map(cell, totals)))
-        widths = [max(len(row[c]) for row in rows) for c in range(len(rows[0]))]
-        lines = [
-            "  ".join(
-                text.ljust(w) if c == 0 else text.rjust(w)
-                for c, (text, w) in enumerate(zip(row, widths, strict=True))
-            ).rstrip()
-            for row in rows
-        ]
-        return "\n".join([*lines, *self.tied, *filter(None, [self.kernels, self.cache])])
+        notes = [*self.tied, *filter(None, [self.kernels, self.cache])]
+        return "\n".join([*text_table(rows, left=[0]), *notes])
 
 
 def _some(names: Sequence[str]) -> str:

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from .. import backend
 from ..model.derived_classes import base_of, derive
 from ..model.layout import Layout
+from ..text_table import text_table
 from . import checks, cpu_dropout
 from .kinds import GELU, HEAD, CannotSwap, Swap, bypassed, language_model_head, recognise
 
@@ -82,12 +83,7 @@ class KernelReport:
             swapped = "yes" if row.swapped else "no"
             first = (row.kind, row.module_class, str(row.count), row.example)
             cells.append((*first, swapped, row.because))
-        widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
-        lines = [
-            "  ".join(cell.ljust(w) for cell, w in zip(line, widths, strict=True)).rstrip()
-            for line in cells
-        ]
-        return "\n".join(lines)
+        return "\n".join(text_table(cells, left=range(6)))
 
 
 class _Verdict(NamedTuple):
