@@ -101,11 +101,8 @@ class ActiveSet:
         return self._flags != before
 
     def take_switched(self, plan: FreezePlan) -> bool:
-        """Take what was switched on since the last plan for the user's own choice, as PEFT does it
-        with another adapter.
-
-        Returns:
-            True where `plan` trains some of it and so wants to be applied anew.
+        """Note as the user's choice what was switched on since the last plan, as PEFT does it for
+        another adapter; whether `plan` trains some of it, and so has to be put in force anew.
         """
         chosen = [slot for slot, on in self._switched() if on]
         self._user_trainable.update((slot.name, True) for slot in chosen)
@@ -200,7 +197,7 @@ class ActiveSet:
                 yield slot, not on
 
     def _note_user_choices(self) -> None:
-        """What somebody switched since the last plan stays so wherever the next one trains it."""
+        """Keep what the user switched since the last plan, wherever the next one trains it."""
         self._user_trainable.update((slot.name, on) for slot, on in self._switched())
 
 

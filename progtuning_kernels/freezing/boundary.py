@@ -1,11 +1,8 @@
 """Runs the prefix without autograd.
 
 A block below the boundary is switched, per instance, to one fixed subclass of its own class whose
-`forward` runs under `torch.no_grad()`. Block k then receives a tensor without `grad_fn`, so that
-autograd has nothing below it whatever the caller did above or before. Of the ways to install this,
-flipping `block.__class__` is the one that survives deepcopy and `torch.compile` per block (three
-graphs for any number of stages, where a flag on the instance recompiles until the limit and then
-runs eagerly); nothing is written into any `__dict__` but `training`.
+`forward` runs under `torch.no_grad()`: autograd then has nothing below block k, whatever the caller
+did above or before. README.md says why classes are flipped.
 """
 
 from __future__ import annotations

@@ -1,18 +1,7 @@
 """Gradient norms per block, for schedules that decide by them.
 
-They are taken inside backward, by a hook on every active parameter of a block: when
-`handle.advance()` is called gradients may be zeroed, or gone (an optimizer that updates inside
-backward frees them block by block). Under accumulation the last micro-batch of a window counts:
-only then is a gradient whole. A block costs one foreach norm in a step that the schedule observes,
-one Python call per tensor in others, and nothing under other schedules. Sums stay on the device;
-the host waits for them at a decision, and where a state dict is made in the steps that count (the
-Trainer's callback makes one after every step).
-
-Ranks: `DistributedDataParallel` reduces gradients after the hooks of their tensors, some of them at
-the end of backward, so norms are then taken after that. At a decision the sums of squares are
-added over all ranks and the first one's result is sent to the others, so that every rank decides by
-the same bits. A norm is that of the whole gradient, whether ranks hold it or shards of it, so that
-a run may go on with another number of ranks.
+They are taken inside backward, by a hook on every active parameter of a block; README.md says why,
+and how ranks come to the same bits.
 """
 
 from __future__ import annotations

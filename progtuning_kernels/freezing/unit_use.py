@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from bisect import bisect_right
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
+from functools import partial
+from operator import itemgetter
 from typing import Any
 
 import torch
@@ -56,64 +59,47 @@ class _UnitClock:
         self.unit = unit
         self.marks.append((torch.autograd._get_sequence_nr(), unit))
 
-    def _note_output(self, unit: int, path: str, output: Any) -> None:
-        if path not in self.requiring_grad[unit] and any(
-            t.requires_grad for t in tensors_in(output)
-        ):
-            self.requiring_grad[unit].append(path)
-
     @contextmanager
     def watch(self) -> Iterator[None]:
         """Hooks on every module of the layout."""
-        handles = []
+        handles: list[Any] = []
         for unit in self._layout.units:
             for path in self._layout.module_paths(unit):
                 module = self._model.get_submodule(path)
-                handles.append(
-                    ForwardHooks(module, self._entering(unit), self._leaving(unit, path))
-                )
+                leave = partial(self._leave, unit, path)
+                handles.append(ForwardHooks(module, partial(self._enter, unit), leave))
                 for name, inner in module.named_modules(prefix=path):
                     if inner is not module and inner._forward_hooks:
-                        handles.append(inner.register_forward_hook(self._noting(unit, name)))
+                        note = partial(self._note_output, unit, name)
+                        handles.append(inner.register_forward_hook(note))
         try:
             yield
         finally:
             for handle in handles:
                 handle.remove()
 
-    def _entering(self, unit: int) -> Callable[..., None]:
-        first = {stack.first for stack in self._layout.stacks} & {unit}
+    def _enter(self, unit: int, *_: Any) -> None:
+        self._unfinished |= {stack.first for stack in self._layout.stacks} & {unit}
+        self._mark(unit)
 
-        def enter(*_: Any) -> None:
-            self._unfinished |= first
-            self._mark(unit)
+    def _leave(self, unit: int, path: str, module: nn.Module, output: Any) -> None:
+        layout = self._layout
+        if path == layout.module_paths(unit)[-1]:
+            ended = {stack.first for stack in layout.stacks if stack.blocks[-1] == unit}
+            self._unfinished -= ended
+            self._through |= unit == layout.head - 1
+        self._mark(layout.head if self._through and not self._unfinished else unit)
+        self._note_output(unit, path, module, (), output)
 
-        return enter
-
-    def _leaving(self, unit: int, path: str) -> Callable[..., None]:
-        ended = [stack for stack in self._layout.stacks if stack.blocks[-1] == unit]
-        is_end = bool(ended) and path == self._layout.module_paths(unit)[-1]
-
-        def leave(module: nn.Module, output: Any) -> None:
-            if is_end:
-                self._unfinished.discard(ended[0].first)
-                self._through |= unit == self._layout.head - 1
-            done = self._through and not self._unfinished
-            self._mark(self._layout.head if done else unit)
-            self._note_output(unit, path, output)
-
-        return leave
-
-    def _noting(self, unit: int, path: str) -> Callable[..., None]:
-        return lambda module, args, output: self._note_output(unit, path, output)
+    def _note_output(self, unit: int, path: str, module: nn.Module, args: Any, output: Any) -> None:
+        if path not in self.requiring_grad[unit] and any(
+            t.requires_grad for t in tensors_in(output)
+        ):
+            self.requiring_grad[unit].append(path)
 
     def unit_at(self, sequence_number: int) -> int:
-        unit = self.marks[0][1]
-        for first, marked in self.marks:
-            if first > sequence_number:
-                break
-            unit = marked
-        return unit
+        after = bisect_right(self.marks, sequence_number, key=itemgetter(0))
+        return self.marks[max(after - 1, 0)][1]
 
 
 def _count_nodes(
