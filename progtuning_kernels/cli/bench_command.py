@@ -22,7 +22,7 @@ from rich.table import Table
 from torch import nn
 
 from ..cache import PrefixCache
-from ..freezing.param_groups import decay_groups
+from ..freezing.decay_groups import decay_groups
 from ..optim import MaskedAdamW, state_bytes
 from ..patch import PatchHandle, patch_model
 from ..planner.example_batch import example_batch, on_device

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from ..cache import PrefixCache
-from ..freezing.param_groups import decay_groups
+from ..freezing.decay_groups import decay_groups
 from ..model.layout import Layout
 from ..optim import MaskedAdamW
 from ..optim.masked_adamw import StateDtype

@@ -125,7 +125,10 @@ class Freezer:
             RuntimeError: the model has other blocks than it had, or the ranks do not train the
                 same.
         """
-        anew = self._note_rebuilt() or plan != self.plan
+        rebuilt = self._rebuilt()
+        if rebuilt:
+            self._note_modules()
+        anew = rebuilt or plan != self.plan
         if anew:
             self.check_plan(step, plan)
         if self.norms is not None:
@@ -136,6 +139,11 @@ class Freezer:
             self.step = step
             self.freeze_again()
         return anew
+
+    def end_step(self) -> None:
+        """The step is made: its gradient norms count, where the schedule decides by them."""
+        if self.norms is not None:
+            self.norms.end_step()
 
     def freeze(self, plan: FreezePlan, step: int = 0) -> StageState:
         """Put `plan` in force for optimizer step `step`."""
@@ -171,7 +179,8 @@ class Freezer:
         """
         self._put_back_stand_ins()
         self._structure.check_blocks()
-        if not self._follow_switches() and not self.proved and self._note_rebuilt():
+        if not self._follow_switches() and not self.proved and self._rebuilt():
+            self._note_modules()
             self._freeze_anew()
 
     def follow_surroundings(self) -> None:
@@ -256,6 +265,9 @@ class Freezer:
         self._checkpointing.restore_checkpointing()
         if self.norms is not None:
             self.norms.remove_norm_hooks()
+
+    def release_wrapper(self) -> None:
+        """Have what is active again reduced again, and tell optimizers of it."""
         if self._wrapper is not None:
             self._wrapper.release()
             self._wrapper = None
@@ -332,12 +344,6 @@ class Freezer:
             self._put_back_stand_ins()
         return self._structure.changed
 
-    def _note_rebuilt(self) -> bool:
-        if not self._rebuilt():
-            return False
-        self._note_modules()
-        return True
-
     def _note_modules(self) -> None:
         """Take in modules and parameters that came or went."""
         self._structure.check()
@@ -349,5 +355,5 @@ class Freezer:
             warnings.warn(
                 f"{new[0]}{more} came into the model while it was trained: an optimizer that was "
                 "made before does not hold it, and leaves it as it is",
-                stacklevel=6,
+                stacklevel=5,
             )

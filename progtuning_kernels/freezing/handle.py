@@ -17,15 +17,15 @@ from torch import nn
 
 from ..cache import CacheReport, PrefixCache, PrefixServer
 from ..distributed import shards_of
-from ..model.layout import Layout
+from ..model.layout import Layout, parameter_slots
 from ..schedules import FreezePlan, Schedule, whole_number
 from ..swaps import KernelReport, Kernels
 from .active_set import TiedPolicy
 from .boundary import FrozenMode
+from .decay_groups import decay_groups
 from .forwards import Forwards
 from .freezer import Freezer
 from .missed_steps import MissedSteps
-from .param_groups import param_groups
 from .truncation import TruncationReport, report_truncation
 
 _HANDLE = "_progtuning_handle"
@@ -58,14 +58,6 @@ def _after_forward(model: nn.Module, args: tuple[Any, ...], output: Any) -> None
         handle.forwards.after_forward(output)
 
 
-def _deprecated(name: str) -> None:
-    warnings.warn(
-        f"PatchHandle.{name} goes with the next release: call settle() before a checkpoint",
-        DeprecationWarning,
-        stacklevel=3,
-    )
-
-
 class PatchHandle:
     """What `patch_model` returns: the schedule's grip on one model. Also a context manager.
 
@@ -95,15 +87,8 @@ class PatchHandle:
         layout.guess_unruled(model)
         self._listeners: list[Callable[[PatchHandle], None]] = []
         self._missed = MissedSteps(model, layout, schedule)
-        self.freezer = Freezer(
-            model,
-            layout,
-            schedule,
-            frozen_mode=frozen_mode,
-            tied=tied,
-            kernels=kernels,
-            step=step,
-        )
+        options = {"frozen_mode": frozen_mode, "tied": tied, "kernels": kernels}
+        self.freezer = Freezer(model, layout, schedule, **options, step=step)
         plan = schedule.plan(step, layout.num_blocks)
         self.freezer.check_known_plans()
         if cache is not None:
@@ -133,6 +118,16 @@ class PatchHandle:
     def __reduce__(self) -> tuple:
         # a copy of the model is an ordinary model: it carries None where the handle was
         return (type(None), ())
+
+    def __getattr__(self, name: str) -> Any:
+        if name not in ("observe", "reassert", "accept_weights"):
+            raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")
+        warnings.warn(
+            f"PatchHandle.{name} goes with the next release: call settle() before a checkpoint",
+            DeprecationWarning,
+            stacklevel=2,
+        )
+        return self.settle
 
     def __enter__(self) -> PatchHandle:
         return self
@@ -198,7 +193,7 @@ class PatchHandle:
             RuntimeError: the model is not patched any more, its blocks are others than they were,
                 or a schedule that decides by gradient norms has seen none.
         """
-        self._end_step()
+        self.freezer.end_step()
         return self.seek(self.step + 1)
 
     def seek(self, step: int) -> bool:
@@ -223,26 +218,8 @@ class PatchHandle:
         Raises:
             RuntimeError: a schedule that decides by gradient norms has seen none.
         """
-        self._end_step()
+        self.freezer.end_step()
         self.freezer.freeze_again()
-
-    def observe(self) -> None:
-        """Deprecated: `settle` does it."""
-        _deprecated("observe")
-        self._end_step()
-
-    def reassert(self) -> None:
-        """Deprecated: `settle` does it."""
-        _deprecated("reassert")
-        self.freezer.freeze_again()
-
-    def accept_weights(self) -> None:
-        """Deprecated: nothing needs it any more."""
-        _deprecated("accept_weights")
-
-    def _end_step(self) -> None:
-        if self.freezer.norms is not None:
-            self.freezer.norms.end_step()
 
     def attach(self, wrapped: nn.Module, *, timeout: timedelta | None = None) -> PatchHandle:
         """Tell the handle what surrounds the model on several processes, after wrapping it.
@@ -295,14 +272,19 @@ class PatchHandle:
                 What several units use is in the one that it freezes with. An update of more than 8
                 groups takes more than one call.
         """
-        return param_groups(
-            self.model,
-            self.layout,
-            self.freezer.active,
-            lr=lr,
-            weight_decay=weight_decay,
-            by_unit=by_unit,
-        )
+        slots = list(parameter_slots(self.model, self.layout))
+        names = {id(slot.parameter): slot.name for slot in slots}
+        groups = decay_groups([slot.parameter for slot in slots], weight_decay)
+        if by_unit:
+            groups = []
+            for unit in self.layout.units:
+                own = [s.parameter for s in slots if self.freezer.active.freezes_with(s) == unit]
+                groups += [{**group, "unit": unit} for group in decay_groups(own, weight_decay)]
+        for group in groups:
+            group["param_names"] = [names[id(p)] for p in group["params"]]
+            if lr is not None:
+                group["lr"] = lr
+        return groups
 
     def truncation_report(self) -> TruncationReport:
         """Per unit: parameters, active ones, autograd nodes and bytes saved by the last forward.
@@ -311,15 +293,7 @@ class PatchHandle:
         training itself is never slowed down by counting, and its random numbers stay as they were.
         """
         self.freezer.check_structure()
-        return report_truncation(
-            self.model,
-            self.layout,
-            self.freezer.active,
-            self.forwards.count_last(),
-            boundary=self.boundary,
-            kernels=self.kernel_report().summary(),
-            cache=None if self.cache is None else self.cache.report().summary(),
-        )
+        return report_truncation(self.freezer, self.forwards.count_last())
 
     def prefetch(self, **batch: Any) -> None:
         """Tell the prefix cache which batch comes next, where the loop knows: it starts reading.
@@ -397,3 +371,4 @@ class PatchHandle:
         self._listeners.clear()
         del self.model.__dict__[_HANDLE]
         live_handles.discard(self)
+        self.freezer.release_wrapper()

@@ -5,11 +5,9 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from torch import nn
-
-from ..model.layout import Layout, parameter_slots
+from ..model.layout import parameter_slots
 from ..text_table import text_table
-from .active_set import ActiveSet
+from .freezer import Freezer
 from .unit_use import UnitUse
 
 
@@ -19,28 +17,19 @@ class TruncationError(AssertionError):
 
 @dataclass(frozen=True)
 class UnitReport:
-    """One unit: its name, numbers of parameters, and what the forward left behind (if measured).
+    """One unit: its name, numbers of parameters, and what a forward left behind, as in `UnitUse`.
 
-    `active_names` are the qualified names of its active parameters.
+    `active_names` are the qualified names of its active parameters. What was not measured is None.
     """
 
     label: str
     params: int
     active: int
-    use: UnitUse | None
     active_names: tuple[str, ...] = ()
-
-    @property
-    def nodes(self) -> int | None:
-        return None if self.use is None else self.use.nodes
-
-    @property
-    def saved_bytes(self) -> int | None:
-        return None if self.use is None else self.use.saved_bytes
-
-    @property
-    def activation_bytes(self) -> int | None:
-        return None if self.use is None else self.use.activation_bytes
+    nodes: int | None = None
+    saved_bytes: int | None = None
+    activation_bytes: int | None = None
+    requiring_grad: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -93,19 +82,19 @@ class TruncationReport:
                     "plan was applied: call handle.advance() once per step, or freeze it with "
                     "requires_grad_(False)"
                 )
-            if unit.use is None:
+            if unit.nodes is None:
                 raise TruncationError("nothing to prove yet: run a forward with gradients first")
             if unit.nodes:
-                where = _some(unit.use.requiring_grad) or "something in it"
+                where = _some(unit.requiring_grad) or "something in it"
                 raise TruncationError(
                     f"{unit.label}: backward runs {unit.nodes} autograd nodes below boundary "
                     f"{self.boundary} ({where} requires grad); something replaced its forward "
                     "after patching: patch the model last, or look for hooks that call "
                     "requires_grad_() on its output"
                 )
-            if unit.use.requiring_grad:
+            if unit.requiring_grad:
                 raise TruncationError(
-                    f"{unit.label}: the output of {_some(unit.use.requiring_grad)} requires grad "
+                    f"{unit.label}: the output of {_some(unit.requiring_grad)} requires grad "
                     f"below boundary {self.boundary}, though nothing there trains; a hook calls "
                     "requires_grad_() on it, as enable_input_require_grads() makes them: call "
                     "model.disable_input_require_grads(), or remove the hook"
@@ -138,36 +127,35 @@ def _some(names: Sequence[str]) -> str:
     return names[0] + (f" and {len(names) - 1} more" if len(names) > 1 else "") if names else ""
 
 
-def report_truncation(
-    model: nn.Module,
-    layout: Layout,
-    active: ActiveSet,
-    uses: Mapping[int, UnitUse],
-    *,
-    boundary: int,
-    kernels: str,
-    cache: str | None,
-) -> TruncationReport:
+def report_truncation(freezer: Freezer, uses: Mapping[int, UnitUse]) -> TruncationReport:
     """Put together what is known of every unit.
 
     Args:
         uses: what a forward left behind; {} where none has run.
-        kernels, cache: what became of them, a line each.
     """
+    layout, cache = freezer.layout, freezer.cache
     params = dict.fromkeys(layout.units, 0)
     trained = dict(params)
     names: dict[int, list[str]] = {unit: [] for unit in params}
     tied = []
-    for slot in parameter_slots(model, layout):
+    for slot in parameter_slots(freezer.model, layout):
         # counted once, however many units use it
         params[slot.home] += slot.parameter.numel()
         if slot.parameter.requires_grad:
             trained[slot.home] += slot.parameter.numel()
             names[slot.home].append(slot.name)
         if len(slot.units) > 1:
-            tied.append(active.explain(slot))
-    units = (
-        UnitReport(layout.unit_label(u), params[u], trained[u], uses.get(u), tuple(names[u]))
-        for u in params
+            tied.append(freezer.active.explain(slot))
+    units = []
+    for u in params:
+        use = vars(uses[u]) if u in uses else {}
+        units.append(
+            UnitReport(layout.unit_label(u), params[u], trained[u], tuple(names[u]), **use)
+        )
+    return TruncationReport(
+        tuple(units),
+        freezer.boundary,
+        tuple(tied),
+        kernels=freezer.swaps.report.summary(),
+        cache=None if cache is None else cache.report().summary(),
     )
-    return TruncationReport(tuple(units), boundary, tuple(tied), kernels, cache)
