@@ -13,7 +13,6 @@ from dataclasses import dataclass
 from datetime import timedelta
 from itertools import zip_longest
 
-import torch
 from torch import nn
 
 from .. import freeze_events
@@ -60,7 +59,7 @@ class Freezer:
         swaps: the modules that run freeze-aware ops.
         norms: gradient norms, for a schedule that decides by them.
         cache: serves forwards without their prefix; None without one.
-        plan: the plan in force, None before the first.
+        plan: the plan in force.
         step: the optimizer step that it is in force for.
         state: what it comes to.
         proved: whether a forward has shown, since the flags were set, that nothing is cut off.
@@ -91,7 +90,7 @@ class Freezer:
             self.norms = GradientNorms(model, layout, schedule)
             self.norms.begin_step(step)
         self.cache: PrefixServer | None = None
-        self.plan: FreezePlan | None = None
+        self.plan: FreezePlan  # there is none before the first
         self.step = step
         self.state = StageState(0, frozenset(layout.units), 0)
         self.proved = self.trained = False
@@ -100,7 +99,7 @@ class Freezer:
         self._boundary = Boundary(model, layout, frozen_mode)
         self._checkpointing = Checkpointing(model, layout)
         self._wrapper: Wrapper | None = None
-        self._device: torch.device | None = None  # that the swaps were chosen for
+        self._device_type = ""  # that the swaps were chosen for
 
     @property
     def boundary(self) -> int:
@@ -148,7 +147,7 @@ class Freezer:
     def freeze(self, plan: FreezePlan, step: int = 0) -> StageState:
         """Put `plan` in force for optimizer step `step`."""
         self.plan, self.step = plan, step
-        if self._device is None:
+        if not self._device_type:
             self._reinstall_swaps()
         if self._wrapper is not None:
             self._wrapper.reshard()
@@ -194,7 +193,7 @@ class Freezer:
             found = surrounding(self.model)
             if found is not None and (self._wrapper is None or not self._wrapper.holds(found)):
                 self.attach(found)
-        if self.active.device.type != self._device.type:
+        if self.active.device.type != self._device_type:
             self._reinstall_swaps()
         self.truncate_checkpointing()
         self.trained = True
@@ -298,8 +297,8 @@ class Freezer:
                 cls = without_derived_ancestors(type(module))
                 if cls is not type(module):
                     module.__class__ = cls
-        self._device = self.active.device
-        self.swaps.install_swaps(self._device)
+        self._device_type = self.active.device.type
+        self.swaps.install_swaps(self.active.device)
         self._boundary.place_modules(self.frozen, self.boundary)
 
     def _follow_switches(self) -> bool:

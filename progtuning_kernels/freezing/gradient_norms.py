@@ -30,7 +30,7 @@ class GradientNorms:
 
     Args:
         model: the model that `layout` describes.
-        schedule: says which steps it observes.
+        schedule: says which steps it observes, and decides.
 
     Attributes:
         reduced_at_end: gradients are whole at the end of backward only, as under
@@ -41,7 +41,7 @@ class GradientNorms:
     def __init__(self, model: nn.Module, layout: Layout, schedule: ObservingSchedule) -> None:
         self._model = model
         self._layout = layout
-        self._schedule = schedule
+        self.schedule = schedule
         self._step = 0
         self._ended = False
         self._blocks: dict[int, _Block] = {}
@@ -94,23 +94,23 @@ class GradientNorms:
         Raises:
             RuntimeError: the interval is over, and no backward ran in the steps that count.
         """
-        if self._ended or not self._schedule.observes(self._step):
+        if self._ended or not self.schedule.observes(self._step):
             return
         self._ended = True
         squares = {i: b.square for i, b in self._blocks.items() if b.square is not None}
         if squares:
             self._seen = True
             self._add(squares)
-        if self._schedule.decides(self._step):
+        if self.schedule.decides(self._step):
             if not self._seen:
                 raise RuntimeError(
-                    f"{self._schedule!r}: no gradient of any block was seen in the steps up to "
+                    f"{self.schedule!r}: no gradient of any block was seen in the steps up to "
                     f"{self._step}; it needs a backward through the patched model in each"
                 )
             norms = self._norms()
             self._sums, self._seen = None, False
             if norms is not None:
-                self._schedule.observe(self._step, norms, self._layout.num_blocks)
+                self.schedule.observe(self._step, norms, self._layout.num_blocks)
 
     def state_dict(self) -> dict[str, Any]:
         """The sums of an interval that is not over; reading them waits for the device."""
@@ -125,11 +125,11 @@ class GradientNorms:
 
     def _hook(self, index: int, block: _Block):
         def gradient_is_there(p: Tensor) -> None:
-            if not self._schedule.observes(self._step):
+            if not self.schedule.observes(self._step):
                 return
             if p.grad is None:
                 raise RuntimeError(
-                    f"{self._schedule!r}: an optimizer has freed a gradient of block {index} "
+                    f"{self.schedule!r}: an optimizer has freed a gradient of block {index} "
                     "before its norm was taken: build it after patch_model"
                 )
             if not self._awaits_end:

@@ -87,7 +87,7 @@ class PatchHandle:
         layout.guess_unruled(model)
         self._listeners: list[Callable[[PatchHandle], None]] = []
         self._missed = MissedSteps(model, layout, schedule)
-        options = {"frozen_mode": frozen_mode, "tied": tied, "kernels": kernels}
+        options: dict[str, Any] = {"frozen_mode": frozen_mode, "tied": tied, "kernels": kernels}
         self.freezer = Freezer(model, layout, schedule, **options, step=step)
         plan = schedule.plan(step, layout.num_blocks)
         self.freezer.check_known_plans()
@@ -331,9 +331,9 @@ class PatchHandle:
             "num_blocks": self.num_blocks,
             "schedule": repr(self.schedule),
         }
-        if self.freezer.norms is not None:
-            state["decisions"] = self.schedule.state_dict()
-            state["gradient_norms"] = self.freezer.norms.state_dict()
+        if (norms := self.freezer.norms) is not None:
+            state["decisions"] = norms.schedule.state_dict()
+            state["gradient_norms"] = norms.state_dict()
         return state
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -350,11 +350,11 @@ class PatchHandle:
             )
         if state["schedule"] != repr(self.schedule):
             raise ValueError(f"saved under {state['schedule']}, this run has {self.schedule!r}")
-        if self.freezer.norms is not None:
-            self.schedule.load_state_dict(state["decisions"])
+        if (norms := self.freezer.norms) is not None:
+            norms.schedule.load_state_dict(state["decisions"])
         self.seek(state["step"])
-        if self.freezer.norms is not None:
-            self.freezer.norms.load_state_dict(state["gradient_norms"])
+        if norms is not None:
+            norms.load_state_dict(state["gradient_norms"])
 
     def unpatch(self) -> None:
         """Put the model back as it was found, but for what the user froze in the meantime.
