@@ -23,27 +23,22 @@ class ForwardInputs:
 
     args: tuple[Any, ...]
     kwargs: dict[str, Any]
-    autocast: tuple[str, torch.dtype] | None  # device type and dtype, None where it was off
+    autocast: AbstractContextManager[Any]  # that it ran under
 
     @classmethod
     def taken(
         cls, args: tuple[Any, ...], kwargs: dict[str, Any], device_type: str
     ) -> ForwardInputs:
-        """The inputs of the forward that begins, under the autocast that it runs under."""
-        autocast = None
+        """The inputs of the forward that begins."""
+        autocast: AbstractContextManager[Any] = nullcontext()
         if torch.amp.is_autocast_available(device_type) and torch.is_autocast_enabled(device_type):
-            autocast = (device_type, torch.get_autocast_dtype(device_type))
-        return cls(*_with_own_containers((args, kwargs)), autocast)
+            autocast = torch.autocast(device_type, dtype=torch.get_autocast_dtype(device_type))
+        args, kwargs = _with_own_containers((args, kwargs))
+        return cls(args, kwargs, autocast)
 
     def clones(self) -> tuple[tuple[Any, ...], dict[str, Any]]:
         """Copies, since some models write into the tensors that they are called with."""
         return _with_own_containers((self.args, self.kwargs), clone=True)
-
-    def autocast_context(self) -> AbstractContextManager[Any]:
-        if self.autocast is None:
-            return nullcontext()
-        device_type, dtype = self.autocast
-        return torch.autocast(device_type, dtype=dtype)
 
 
 class Forwards:
@@ -120,7 +115,7 @@ class Forwards:
         if last is None:
             return {}
         paused = nullcontext() if freezer.cache is None else freezer.cache.paused()
-        with last.autocast_context(), paused:
+        with last.autocast, paused:
             paths = self._watch_paths(compiled=True)
             try:
                 return measure_forward(freezer.model, freezer.layout, *last.clones())

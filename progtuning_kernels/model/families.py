@@ -77,11 +77,9 @@ FAMILIES: dict[str, Family] = {
     "jina_embeddings_v3": Family(after=r"(^|\.)pooler\."),
     # Relative positions that every block uses.
     "deberta": Family(shared=r"encoder\.rel_embeddings\."),
-    "deberta-v2": Family(
-        shared=r"encoder\.(rel_embeddings|LayerNorm)\.", first_block=r"encoder\.conv\."
-    ),
-    "sew-d": Family(
-        shared=r"encoder\.(rel_embeddings|LayerNorm)\.", first_block=r"encoder\.conv\."
+    **dict.fromkeys(
+        ("deberta-v2", "sew-d"),
+        Family(shared=r"encoder\.(rel_embeddings|LayerNorm)\.", first_block=r"encoder\.conv\."),
     ),
     "yolos": Family(shared=r"encoder\.(interpolation|mid_position_embeddings)"),
     "cpmant": Family(
