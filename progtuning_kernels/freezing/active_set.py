@@ -20,7 +20,6 @@ class ActiveSet:
     """Sets `requires_grad` of one model's parameters, and nothing else of the model.
 
     Args:
-        model: the model that `layout` describes.
         tied: what a weight shared by embeddings and head does once the embeddings are frozen.
 
     Attributes:

@@ -140,7 +140,6 @@ class Boundary:
     """Holds the modules of one model on their side of the boundary.
 
     Args:
-        model: the model that `layout` describes.
         frozen_mode: "eval" keeps frozen modules in eval mode (a fixed function, no dropout),
             "train" leaves their mode alone.
     """

@@ -17,11 +17,7 @@ from ..model.layout import Layout
 
 
 class Checkpointing:
-    """Gradient checkpointing of one model, changed for as long as the model is patched.
-
-    Args:
-        model: the model that `layout` describes.
-    """
+    """Gradient checkpointing of one model, changed for as long as the model is patched."""
 
     def __init__(self, model: nn.Module, layout: Layout) -> None:
         self._model = model

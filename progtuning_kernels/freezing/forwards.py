@@ -60,12 +60,7 @@ class Forwards:
     def before_forward(
         self, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> tuple[tuple[Any, ...], dict[str, Any]]:
-        """Returns the arguments to call the model with.
-
-        Raises:
-            RuntimeError: the blocks are others than when the model was patched.
-            UnsupportedModelError, ValueError: as `patch_model`, of adapters added since.
-        """
+        """Returns the arguments to call the model with."""
         freezer, trains = self._freezer, torch.is_grad_enabled()
         if trains:
             freezer.follow_changes()
@@ -86,11 +81,7 @@ class Forwards:
         return args, kwargs
 
     def after_forward(self, output: Any) -> None:
-        """Also after one that has raised, with None for its output.
-
-        Raises:
-            UnsupportedModelError, RuntimeError: as `GradientPaths`.
-        """
+        """Also after one that has raised, with None for its output."""
         cache = self._freezer.cache
         if cache is not None:
             if cache.busy:

@@ -50,7 +50,6 @@ class Freezer:
     """Puts one plan after the other in force on one model.
 
     Args:
-        model: the model that `layout` describes.
         schedule: where the plans come from, to look ahead in it; None to plan without training.
         frozen_mode, tied, kernels: as for `patch_model`.
 
@@ -64,9 +63,6 @@ class Freezer:
         state: what it comes to.
         proved: whether a forward has shown, since the flags were set, that nothing is cut off.
         trained: whether a training forward has run.
-
-    Raises:
-        UnsupportedModelError: adapters that cannot freeze with their blocks.
     """
 
     def __init__(
@@ -117,13 +113,7 @@ class Freezer:
         return self._wrapper is not None and self._wrapper.sharded
 
     def enter_step(self, step: int, plan: FreezePlan) -> bool:
-        """Optimizer step `step` comes next, under `plan`; whether flags were set anew.
-
-        Raises:
-            ValueError: the plan cannot be trained.
-            RuntimeError: the model has other blocks than it had, or the ranks do not train the
-                same.
-        """
+        """Optimizer step `step` comes next, under `plan`; whether flags were set anew."""
         rebuilt = self._rebuilt()
         if rebuilt:
             self._note_modules()
@@ -171,10 +161,6 @@ class Freezer:
         """Before a training forward: take in what was done to the model since the last.
 
         Modules and parameters that came or went are looked for before the first under a plan.
-
-        Raises:
-            RuntimeError: the blocks are others than when the model was patched.
-            UnsupportedModelError, ValueError: as `patch_model`, of adapters added since.
         """
         self._put_back_stand_ins()
         self._structure.check_blocks()
@@ -183,11 +169,7 @@ class Freezer:
             self._freeze_anew()
 
     def follow_surroundings(self) -> None:
-        """In a training forward: what runs it, where, and how it is checkpointed.
-
-        Raises:
-            UnsupportedModelError: a wrapper that does not follow changes of what trains.
-        """
+        """In a training forward: what runs it, where, and how it is checkpointed."""
         if not self.proved:
             refuse_flat_parameters(self.model)
             found = surrounding(self.model)

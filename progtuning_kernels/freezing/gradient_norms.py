@@ -29,7 +29,6 @@ class GradientNorms:
     """Watches the blocks of one model for one schedule.
 
     Args:
-        model: the model that `layout` describes.
         schedule: says which steps it observes, and decides.
 
     Attributes:
@@ -49,9 +48,9 @@ class GradientNorms:
         self._awaits_end = False  # of the backward that is running
         self.reduced_at_end = False
         self.sharded = False
-        # (L + 1,): sums of squares over the steps of an interval, and how many steps
+        # (L + 1,): sums of squares over the steps of an interval, and how many steps; None until a
+        # gradient has come in it
         self._sums: Tensor | None = None
-        self._seen = False  # whether any gradient came in this interval
 
     def install_norm_hooks(self) -> None:
         """Hook the parameters that are active now, and no others.
@@ -79,7 +78,7 @@ class GradientNorms:
     def begin_step(self, step: int) -> None:
         """The next backward passes belong to `step`; what was measured of another is dropped."""
         if step not in (self._step, self._step + 1):
-            self._sums, self._seen = None, False
+            self._sums = None
         self._step, self._ended = step, False
         for block in self._blocks.values():
             block.square = None
@@ -99,16 +98,15 @@ class GradientNorms:
         self._ended = True
         squares = {i: b.square for i, b in self._blocks.items() if b.square is not None}
         if squares:
-            self._seen = True
             self._add(squares)
         if self.schedule.decides(self._step):
-            if not self._seen:
+            if self._sums is None:
                 raise RuntimeError(
                     f"{self.schedule!r}: no gradient of any block was seen in the steps up to "
                     f"{self._step}; it needs a backward through the patched model in each"
                 )
             norms = self._norms()
-            self._sums, self._seen = None, False
+            self._sums = None
             if norms is not None:
                 self.schedule.observe(self._step, norms, self._layout.num_blocks)
 
@@ -118,7 +116,6 @@ class GradientNorms:
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         sums = state["sums"]
-        self._seen = sums is not None
         if sums is not None:
             sums = torch.tensor(sums, dtype=torch.float32, device="cpu")
         self._sums = sums

@@ -27,7 +27,6 @@ class GradientPaths:
     """Watches the modules of one model during one forward.
 
     Args:
-        model: the model that `layout` describes.
         layout: its cut into units; units of bare parameters are written into `layout.found`.
         no_grad: units that run without autograd.
         freezes: units that are frozen now or will be.

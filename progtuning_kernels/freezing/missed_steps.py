@@ -20,9 +20,6 @@ class MissedSteps:
     """Compares what a handle is told with what happens to the weights of its model.
 
     Each warning is given once.
-
-    Args:
-        model: the model that `layout` describes.
     """
 
     def __init__(self, model: nn.Module, layout: Layout, schedule: Schedule) -> None:

@@ -20,11 +20,7 @@ _CURE = (
 
 
 class Structure:
-    """What hangs where in one model, as it was when this was made or `note` was called last.
-
-    Args:
-        model: the model that `layout` describes.
-    """
+    """What hangs where in one model, as it was when this was made or `note` was called last."""
 
     def __init__(self, model: nn.Module, layout: Layout) -> None:
         self._model = model
