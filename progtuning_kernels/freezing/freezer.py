@@ -321,8 +321,9 @@ class Freezer:
 
     def _rebuilt(self) -> bool:
         """Whether modules or parameters came or went, not counting a cache's stand-ins."""
-        if self._structure.changed:
-            self._put_back_stand_ins()
+        if not self._structure.changed:
+            return False
+        self._put_back_stand_ins()
         return self._structure.changed
 
     def _note_modules(self) -> None:
