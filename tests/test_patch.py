@@ -995,6 +995,9 @@ def test_settling_makes_the_model_what_a_checkpoint_must_hold_and_leaves_the_ste
         assert frozen.grad is None and not below.word_embeddings.weight.requires_grad
         assert model.bert.encoder.layer[2].output.dense.weight.grad is not None
     handle.truncation_report().assert_truncated()
+    handle.unpatch()
+    with pytest.raises(RuntimeError, match="not patched any more"):
+        handle.settle()
 
 
 def test_settling_hands_the_norms_of_a_step_over_once():

@@ -198,8 +198,7 @@ class PatchHandle:
 
     def seek(self, step: int) -> bool:
         """Jump to the plan of optimizer step `step`, as after a resume; True when it changed."""
-        if handle_of(self.model) is not self:
-            raise RuntimeError("the model is not patched any more: call patch_model again")
+        self._check_patched()
         step = whole_number("step", step, 0)
         self._missed.told(step)
         plan, before = self.schedule.plan(step, self.num_blocks), self.plan
@@ -216,10 +215,16 @@ class PatchHandle:
         `advance` does the same. Calling it again does nothing.
 
         Raises:
-            RuntimeError: a schedule that decides by gradient norms has seen none.
+            RuntimeError: the model is not patched any more, or a schedule that decides by gradient
+                norms has seen none.
         """
+        self._check_patched()
         self.freezer.end_step()
         self.freezer.freeze_again()
+
+    def _check_patched(self) -> None:
+        if handle_of(self.model) is not self:
+            raise RuntimeError("the model is not patched any more: call patch_model again")
 
     def attach(self, wrapped: nn.Module, *, timeout: timedelta | None = None) -> PatchHandle:
         """Tell the handle what surrounds the model on several processes, after wrapping it.
