@@ -156,9 +156,6 @@ class ProgtuningCallback(TrainerCallback):
                 ", and give it to the Trainer together with its LambdaLR (optimizers=)"
             )
         self._clean_up(args, model)  # after an earlier train() that ended in an exception
-        saved = state.stateful_callbacks.get(_DECISIONS) if state.global_step else None
-        if decides_by_gradients(self.schedule) and saved is not None:
-            self.schedule.load_state_dict(saved["decisions"])
         # the optimizer of a resumed run has its state by now, and keeps what this plan trains
         self.handle = patch_model(
             model, self.schedule, step=state.global_step, **self._patch_options
@@ -166,19 +163,20 @@ class ProgtuningCallback(TrainerCallback):
         _handles.add(self.handle)
         if trainer is not None and args.world_size > 1:
             self.handle.attach(trainer.model_wrapped)
+        saved = state.stateful_callbacks.get(_DECISIONS) if state.global_step else None
         if decides_by_gradients(self.schedule) and saved is not None:
             self.handle.load_state_dict(saved)
         self._release(optimizer)  # a checkpoint is older than the plan of the step that follows it
-        if isinstance(_inner(optimizer), MaskedOptimizer):
+        masked = _inner(optimizer)
+        if isinstance(masked, MaskedOptimizer):
             # an update inside backward waits for the last micro-batch of a window
-            _inner(optimizer).accumulating = _accumulates
-        if isinstance(_inner(optimizer), MaskedOptimizer) and args.max_grad_norm:
-            # it clips in its own pass; the Trainer must not do it again
-            own = _inner(optimizer).max_grad_norm
-            both = args.max_grad_norm if own is None else min(own, args.max_grad_norm)
-            _inner(optimizer).max_grad_norm = both
-            setattr(args, _PARKED, args.max_grad_norm)
-            args.max_grad_norm = 0.0
+            masked.accumulating = _accumulates
+            if args.max_grad_norm:
+                # it clips in its own pass; the Trainer must not do it again
+                norms = {args.max_grad_norm, masked.max_grad_norm} - {None}
+                masked.max_grad_norm = min(norms)
+                setattr(args, _PARKED, args.max_grad_norm)
+                args.max_grad_norm = 0.0
         self._bars_of_others = _progress_bars()  # the Trainer's is made after this
         self._shown = None
 
@@ -257,9 +255,8 @@ class ProgtuningCallback(TrainerCallback):
     def _show_stage(self, state: TrainerState) -> None:
         """In the Trainer's progress bar, and as a line for those who asked for such lines."""
         self._shown = self.handle.stage
-        text = f"stage {self._shown + 1}"
-        if (stages := stage_count(self.schedule, self.schedule.total_steps)) is not None:
-            text += f"/{stages}"
+        count = stage_count(self.schedule, self.schedule.total_steps)
+        text = f"stage {self._shown + 1}" + (f"/{count}" if count else "")
         for bar in _progress_bars():
             if bar not in self._bars_of_others and bar.total == state.max_steps:
                 bar.set_description(text)
