@@ -23,7 +23,7 @@ from progtuning_kernels.bench import (
     plain_session,
     trace,
 )
-from progtuning_kernels.patch import decay_groups
+from progtuning_kernels.freezing.decay_groups import decay_groups
 
 
 class Gate:

@@ -247,7 +247,7 @@ class BackendReport:
         for row in self.rows:
             runs = "yes" if row.ok else "no"
             cells.append((row.op, row.device, row.implementation, runs, row.reason or ""))
-        return text_table(cells, left=range(5))
+        return "\n".join(text_table(cells, left=range(5)))
 
 
 def backend_report() -> BackendReport:

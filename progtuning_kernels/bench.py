@@ -16,8 +16,9 @@ import torch
 from torch import Tensor, nn
 
 from .cache import PrefixCache
+from .freezing.decay_groups import decay_groups
 from .optim import MaskedAdamW
-from .patch import decay_groups, patch_model
+from .patch import patch_model
 from .schedules import Schedule
 
 Batch = Mapping[str, Any]

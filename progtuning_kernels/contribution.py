@@ -121,7 +121,7 @@ def measure_contribution(
         for only in range(-1, layout.num_blocks):  # without any block first
             rewind()
             trainable = tuple(i == only for i in range(layout.num_blocks))
-            active.apply(FreezePlan(trainable, embeddings=embeddings))
+            active.set_flags(FreezePlan(trainable, embeddings=embeddings))
             for done in _train(model, batches, loss, steps, lr, max_grad_norm):
                 if on_progress is not None:
                     on_progress((only + 1) * steps + done, (layout.num_blocks + 1) * steps)

@@ -1,23 +1,17 @@
-"""Tables as plain text, for what `print` shows of a report."""
+"""Tables that reports print."""
 
 from __future__ import annotations
 
 from collections.abc import Collection, Sequence
 
 
-def text_table(rows: Sequence[Sequence[str]], *, left: Collection[int] = (0,)) -> str:
-    """One line per row, the columns two spaces apart.
-
-    Args:
-        rows: of equally many cells; the head, where there is one, is a row like others.
-        left: columns that are aligned at the left; the others are at the right.
-    """
+def text_table(rows: Sequence[Sequence[str]], left: Collection[int]) -> list[str]:
+    """One line per row; the columns of `left` begin at one place, the others end at one."""
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    lines = []
-    for row in rows:
-        padded = (
-            cell.ljust(width) if column in left else cell.rjust(width)
-            for column, (cell, width) in enumerate(zip(row, widths, strict=True))
-        )
-        lines.append("  ".join(padded).rstrip())
-    return "\n".join(lines)
+    return [
+        "  ".join(
+            cell.ljust(width) if c in left else cell.rjust(width)
+            for c, (cell, width) in enumerate(zip(row, widths, strict=True))
+        ).rstrip()
+        for row in rows
+    ]

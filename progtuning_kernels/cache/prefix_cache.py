@@ -149,4 +149,4 @@ class CacheReport:
             *((f"bypassed {n:,} times", reason) for reason, n in self.bypasses.items()),
             *(("warning", text) for text in self.warnings),
         ]
-        return text_table(lines, left=(0, 1))
+        return "\n".join(text_table(lines, left=(0, 1)))

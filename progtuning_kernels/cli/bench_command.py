@@ -222,6 +222,6 @@ def _shown(content: Mapping[str, Any]) -> str:
         f"{content['model']['class']}, {content['model']['blocks']} blocks, {o['batch_size']} x "
         f"{o['seq_len']} tokens, {content['meta']['device']}; gate: gradients within "
         f"{content['gate_largest_difference']:.0e} of plain torch\n\n"
-        + text_table(cells, left=(0, 2))
+        + "\n".join(text_table(cells, left=(0, 2)))
         + "\n\nMedian step, and mean loss over the steps of the stage."
     )

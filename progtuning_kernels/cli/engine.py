@@ -26,7 +26,7 @@ from typing import Any
 import torch
 
 from ..checkpoints import load_checkpoint, save_checkpoint
-from ..freezing.truncation import measure_forward
+from ..freezing.unit_use import measure_forward
 from ..model.layout import EMBEDDINGS, Layout, find_layout, parameter_slots
 from ..optim import state_bytes
 from ..schedules import annealed_lr, stage_count

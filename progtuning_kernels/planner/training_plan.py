@@ -140,8 +140,9 @@ class TrainingPlan:
         }
 
     def __str__(self) -> str:
-        table = text_table(self._rows(), left=(0, 2))
-        return "\n".join([self.title, "", table, "", *self._conclusions()])
+        return "\n".join(
+            [self.title, "", *text_table(self._rows(), left=[0, 2]), "", *self._conclusions()]
+        )
 
     def _rows(self) -> list[list[str]]:
         head = ["stage", "steps", "trains", "params (M)", "GFLOP fwd", "bwd", "weights"]

@@ -32,7 +32,7 @@ _LEAST_LOGITS_BYTES = 64 * 2**20
 
 @dataclass(frozen=True)
 class KernelRow:
-    """Modules of one class that met the same fate.
+    """Modules of one class that are all swapped, or all kept for one reason.
 
     Attributes:
         kind: what they are, e.g. "RMSNorm".
@@ -83,7 +83,7 @@ class KernelReport:
             swapped = "yes" if row.swapped else "no"
             first = (row.kind, row.module_class, str(row.count), row.example)
             cells.append((*first, swapped, row.because))
-        return text_table(cells, left=range(6))
+        return "\n".join(text_table(cells, left=range(6)))
 
 
 class _Verdict(NamedTuple):
@@ -131,11 +131,11 @@ class KernelSwaps:
         self._swapped: list[nn.Module] = []
         self.report = KernelReport((), "no device was looked at")
 
-    def follow(self, device: torch.device) -> None:
+    def install_swaps(self, device: torch.device) -> None:
         """Swap for this type of device, if the last call was for another."""
         if self._device is not None and self._device.type == device.type:
             return
-        self.restore()
+        self.remove_swaps()
         self._device = device
         nothing = _reason_for_nothing(self._kernels, device)
         if nothing is not None:
@@ -145,7 +145,7 @@ class KernelSwaps:
         else:
             self.report = self._swap_all(device)
 
-    def restore(self) -> None:
+    def remove_swaps(self) -> None:
         """Every module back to its own class."""
         for module in self._swapped:
             base = base_of(type(module))
