@@ -26,6 +26,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .text_table import text_table
+
 PREFERENCE = ("native", "triton", "reference")
 ENVIRONMENT_VARIABLE = "PROGTUNING_BACKEND"
 # Why an implementation cannot run on an op's tensors, in one line; None if it can.
@@ -288,11 +290,7 @@ class BackendReport:
         for row in self.rows:
             runs = "yes" if row.ok else "no"
             cells.append((row.op, row.device, row.implementation, runs, row.reason or ""))
-        widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
-        lines = []
-        for line in cells:
-            padded = (cell.ljust(width) for cell, width in zip(line, widths, strict=True))
-            lines.append("  ".join(padded).rstrip())
+        lines = text_table(cells, left=range(5))
         for op, reason in self.passed_over.items():
             lines.append(f"{op}: not what {ENVIRONMENT_VARIABLE} prefers: {reason}")
         return "\n".join(lines)
