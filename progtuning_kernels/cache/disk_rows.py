@@ -195,6 +195,9 @@ class DiskRows:
             self._file.execute("BEGIN EXCLUSIVE")
             for table in _TABLES:
                 self._file.execute(f"CREATE TABLE IF NOT EXISTS {table}")
+        found = self._file.execute("SELECT sql FROM sqlite_master ORDER BY rowid").fetchall()
+        if found != [(f"CREATE TABLE {table}",) for table in _TABLES]:
+            raise sqlite3.DatabaseError("its tables are others")
 
     def _start_anew(self) -> None:
         self._warn_damaged()
