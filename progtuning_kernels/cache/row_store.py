@@ -227,7 +227,7 @@ class RowStore:
             (B, T, C) of `dtype` on `device`, ready for the current stream.
 
         Raises:
-            KeyError: a row is not there, does not have the length and width asked for, or is damaged
+            KeyError: a row is not there, has not the length and width asked for, or is damaged
                 on disk, and so is there no more.
             ValueError, RuntimeError: as `write`.
         """
