@@ -21,8 +21,8 @@ from proofs import enable_checkpointing
 from tiny_models import MODELS, tiny_inputs, tiny_model
 from torch import Tensor, nn
 
-from progtuning_kernels import MaskedAdamW, MilestoneSchedule, _backend, patch_model
-from progtuning_kernels.derived_classes import root_of
+from progtuning_kernels import MaskedAdamW, MilestoneSchedule, backend, patch_model
+from progtuning_kernels.model.derived_classes import root_of
 from progtuning_kernels.ops import dropout
 from progtuning_kernels.swaps import cpu_dropout
 
@@ -124,13 +124,13 @@ def test_an_unknown_generator_and_functorch_run_plain_torch(monkeypatch):
 
 
 @pytest.mark.skipif(
-    _backend.native_reason(torch.device("cpu")) is not None, reason="no native extension"
+    backend.native_reason(torch.device("cpu")) is not None, reason="no native extension"
 )
 def test_the_way_to_draw_is_found_where_it_is_known():
     cpuinfo = Path("/proc/cpuinfo")
     if not cpuinfo.exists() or "AuthenticAMD" not in cpuinfo.read_text():
         pytest.skip("a processor on which it has not been seen")
-    assert op._random_source() == _backend.native_extension().random_sources["mt19937"]
+    assert op._random_source() == backend.native_extension().random_sources["mt19937"]
 
 
 @native_only
@@ -184,7 +184,7 @@ def test_a_bit_per_element_is_saved():
 def test_a_state_that_is_none_is_refused():
     generator = torch.Generator()
     state, bits = generator.get_state(), torch.zeros(1, dtype=torch.uint8)
-    call = _backend.native_extension().bernoulli_bits_cpu
+    call = backend.native_extension().bernoulli_bits_cpu
     good = [state.data_ptr(), state.numel(), 0, 8, 0.5, bits.data_ptr(), 1]
     call(*good)
     for place, bad, why in (
@@ -232,7 +232,7 @@ def _by_hand(source: str, words: _Words, count: int, keep: float) -> list[bool]:
 @pytest.mark.parametrize("source", ["mt19937", "mcg31"])
 def test_both_ways_to_draw(source):
     """torch takes one of them on any one processor; both are right, for any number of threads."""
-    code, threads = _backend.native_extension().random_sources[source], torch.get_num_threads()
+    code, threads = backend.native_extension().random_sources[source], torch.get_num_threads()
     try:
         for count in (1, 9, 16_383, 16_385, 40_000):
             for keep in (0.9, 0.5, 0.001):
@@ -272,7 +272,7 @@ def test_instruction_sets_do_not_change_the_bits(tmp_path):
         draw, product = library.bits, library.product
         draw.argtypes = [pointer, ctypes.c_int, ctypes.c_int64, ctypes.c_double, pointer]
         product.argtypes = [pointer, pointer, ctypes.c_float, ctypes.c_int64, ctypes.c_int, pointer]
-        for code in _backend.native_extension().random_sources.values():
+        for code in backend.native_extension().random_sources.values():
             generator = torch.Generator().manual_seed(1)
             state, bits = generator.get_state(), torch.empty((count + 7) // 8, dtype=torch.uint8)
             assert draw(state.data_ptr(), code, count, 0.7, bits.data_ptr())
@@ -281,7 +281,7 @@ def test_instruction_sets_do_not_change_the_bits(tmp_path):
         for dtype in DTYPES:
             x = torch.randn(count).to(dtype)
             out = torch.full_like(x, math.nan)
-            kind = _backend.dtype_code(dtype)
+            kind = backend.dtype_code(dtype)
             assert product(x.data_ptr(), bits.data_ptr(), 1.25, count, kind, out.data_ptr())
             assert torch.equal(out, op._MaskedProduct.apply(x, bits, 1.25)), (isa, dtype)
 
@@ -481,11 +481,11 @@ def test_attention_that_differs_is_left_alone(monkeypatch):
 def test_the_variable_that_forces_a_backend(monkeypatch):
     model = _dropping("bert-sequence")
     for forced, why in (("reference", "=reference"), ("triton", "=triton")):
-        monkeypatch.setenv(_backend.ENVIRONMENT_VARIABLE, forced)
+        monkeypatch.setenv(backend.ENVIRONMENT_VARIABLE, forced)
         with patch_model(model, MilestoneSchedule({0: 0})) as handle:
             assert not handle.kernel_report().swapped
             assert why in str(handle.kernel_report())
-    monkeypatch.setenv(_backend.ENVIRONMENT_VARIABLE, "native")
+    monkeypatch.setenv(backend.ENVIRONMENT_VARIABLE, "native")
     with patch_model(model, MilestoneSchedule({0: 0})) as handle:
         assert handle.kernel_report().swapped
 

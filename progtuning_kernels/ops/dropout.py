@@ -23,7 +23,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .. import _backend
+from .. import backend
 
 NATIVE_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
@@ -41,7 +41,7 @@ def _scale(p: float, dtype: torch.dtype) -> float:
 
 def _bits(generator: torch.Generator, source: int, count: int, keep: float) -> Tensor:
     """`count` numbers of `bernoulli_(keep)`, one bit each; moves the generator on as it does."""
-    extension = _backend.native_extension()
+    extension = backend.native_extension()
     state = generator.get_state()
     bits = torch.empty((count + 7) // 8, dtype=torch.uint8, device="cpu")
     extension.bernoulli_bits_cpu(
@@ -60,7 +60,7 @@ def _bits(generator: torch.Generator, source: int, count: int, keep: float) -> T
 @functools.cache
 def _random_source() -> int | None:
     """The code of the way in which this torch draws on this processor; None for an unknown one."""
-    extension = _backend.native_extension()
+    extension = backend.native_extension()
     generator, keep, count = torch.Generator().manual_seed(2506_21119), 0.9, 5000
     start = generator.get_state()
     expected = torch.empty(count, dtype=torch.float32, device="cpu")
@@ -85,12 +85,12 @@ class _MaskedProduct(torch.autograd.Function):
     def forward(x: Tensor, bits: Tensor, scale: float) -> Tensor:
         x = x.contiguous()
         out = torch.empty_like(x)
-        _backend.native_extension().masked_product_cpu(
+        backend.native_extension().masked_product_cpu(
             x.data_ptr(),
             bits.data_ptr(),
             scale,
             x.numel(),
-            _backend.dtype_code(x.dtype),
+            backend.dtype_code(x.dtype),
             out.data_ptr(),
             torch.get_num_threads(),
         )
@@ -115,7 +115,7 @@ def _native(x: Tensor, p: float) -> Tensor:
 def _reason_against_native(x: Tensor) -> str | None:
     if x.device.type != "cpu":
         return f"torch's own is one kernel on {x.device.type}"
-    reason = _backend.native_reason(x.device)
+    reason = backend.native_reason(x.device)
     if reason is not None:
         return reason
     if x.dtype not in NATIVE_DTYPES:
@@ -129,12 +129,12 @@ def _reason_against_native(x: Tensor) -> str | None:
     return None
 
 
-OP = _backend.register(
-    _backend.Op(
+OP = backend.register(
+    backend.Op(
         "dropout",
         (
-            _backend.Implementation("native", _native, _reason_against_native),
-            _backend.Implementation("reference", reference, lambda x: None),
+            backend.Implementation("native", _native, _reason_against_native),
+            backend.Implementation("reference", reference, lambda x: None),
         ),
         probe=lambda device: torch.zeros(8, dtype=torch.float32, device=device),
     )
@@ -150,7 +150,7 @@ def dropout(
         x: any shape and dtype that `F.dropout` takes.
         p: probability of an element to become 0.
         training: without it, x comes back as it is.
-        implementation: "native" or "reference"; None chooses (see `_backend.select`).
+        implementation: "native" or "reference"; None chooses (see `backend.select`).
 
     Raises:
         ValueError: p is not between 0 and 1.
@@ -159,4 +159,4 @@ def dropout(
         raise ValueError(f"dropout: p must be between 0 and 1, got {p}")
     if not training or p in (0, 1) or not x.numel() or torch.compiler.is_compiling():
         return F.dropout(x, p, training)
-    return _backend.select(OP, x, implementation).function(x, p)
+    return backend.select(OP, x, implementation).function(x, p)
