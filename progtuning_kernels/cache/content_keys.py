@@ -17,10 +17,12 @@ from typing import Any
 import numpy as np
 import torch
 
+# Flags of a forward whose output holds something of every block.
+WANTS_ALL_BLOCKS = frozenset({"output_hidden_states", "output_attentions", "output_router_logits"})
 # What a loss, a decoder or the form of the output reads, as a rule: where a trial of the model has
 # shown that nothing below the boundary reads them, two labels for one text share its row. Whatever
 # has another name is hashed.
-READ_ABOVE = frozenset(
+READ_ABOVE = WANTS_ALL_BLOCKS | frozenset(
     {
         "labels",
         "label",
@@ -34,9 +36,6 @@ READ_ABOVE = frozenset(
         "num_items_in_batch",
         "return_dict",
         "use_cache",
-        "output_hidden_states",
-        "output_attentions",
-        "output_router_logits",
         "logits_to_keep",
         "decoder_input_ids",
         "decoder_attention_mask",
@@ -72,6 +71,9 @@ class Rows:
     def keys(self, token: bytes) -> list[bytes]:
         """The rows' keys (16 bytes each) under one state of the prefix's weights."""
         return [hashlib.blake2b(d, digest_size=16, key=token).digest() for d in self.digests]
+
+    def take(self, rows: Sequence[int]) -> Rows:
+        return Rows(tuple(self.digests[i] for i in rows), tuple(self.spans[i] for i in rows))
 
 
 def _bytes_by_row(tensor: torch.Tensor, rows: int) -> np.ndarray:
@@ -289,15 +291,4 @@ class Call:
             if mask is not None and not plain:
                 digest.update(mask[row])
             digests.append(digest.digest())
-        return Rows(tuple(digests), tuple(spans))
-
-    def identified(self, ids: Sequence[Any], salt: bytes, *, unpadded: bool) -> Rows:
-        """As `rows`, with the user's own identifiers in the place of the content."""
-        spans, _ = self.spans
-        if not unpadded:
-            spans = [(0, self.tokens or 0)] * self.size
-        digests = [
-            hashlib.blake2b(b"%r:%d:%d;" % (i, *span) + salt, digest_size=16).digest()
-            for i, span in zip(ids, spans, strict=True)
-        ]
         return Rows(tuple(digests), tuple(spans))

@@ -7,12 +7,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Literal
 
-import torch
-
-from .row_codec import CodecError
-from .row_store import RowStore
-
-CacheDevice = Literal["auto", "cuda", "cpu", "disk"]
+from .row_codec import CodecError, StoredDtype
+from .row_store import RowStore, StoreDevice, free_cpu_bytes
 
 
 class PrefixCache:
@@ -31,9 +27,6 @@ class PrefixCache:
         dtype: precision of stored rows: None keeps that of the activations (losses and weights are
             then those of a run without cache), `torch.bfloat16`, or "8bit".
         path: folder on disk, whose rows a later run with the same prefix weights finds again.
-        id_column: name of a model argument with one identifier per row (integers in a tensor, or
-            strings); it replaces the hash of the content and is taken out before the model sees it.
-            The Trainer lets it through with `remove_unused_columns=False` only.
 
     Raises:
         ValueError: `max_bytes` is not positive, or what `RowStore` refuses.
@@ -43,24 +36,22 @@ class PrefixCache:
         self,
         max_bytes: int,
         *,
-        device: CacheDevice = "auto",
-        dtype: torch.dtype | Literal["8bit"] | None = None,
+        device: StoreDevice = "auto",
+        dtype: StoredDtype = None,
         path: str | os.PathLike[str] | None = None,
-        id_column: str | None = None,
     ) -> None:
         if not isinstance(max_bytes, int) or max_bytes < 1:
             raise ValueError(f"max_bytes must be a number of bytes, 1 or more, got {max_bytes!r}")
         self.max_bytes = max_bytes
-        self.device: CacheDevice = device
+        self.device: StoreDevice = device
         self.dtype = dtype
         self.path = path
-        self.id_column = id_column
         self._in_use = False
 
     def __repr__(self) -> str:
         return (
             f"PrefixCache({self.max_bytes}, device={self.device!r}, dtype={self.dtype}, "
-            f"path={self.path!r}, id_column={self.id_column!r})"
+            f"path={self.path!r})"
         )
 
     def open(self) -> RowStore:
@@ -82,8 +73,7 @@ class PrefixCache:
 
 def automatic_cache() -> PrefixCache:
     """A quarter of the CPU memory that is free now."""
-    free = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    return PrefixCache(max(1, free // 4))
+    return PrefixCache(max(1, free_cpu_bytes() // 4))
 
 
 @dataclass(frozen=True)

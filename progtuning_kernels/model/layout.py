@@ -126,7 +126,7 @@ class Layout:
         if _SLICED.search(name):
             return tuple(self.stacks[-1].blocks)
         if _is_shared(name, self.families):
-            return tuple(self._nearest_stack(name).blocks)
+            return tuple(self.nearest_stack(name).blocks)
         return (self.unit_of(name),)
 
     def unruled(self, model: nn.Module) -> dict[str, nn.Parameter]:
@@ -144,7 +144,9 @@ class Layout:
     def _unit_of_path(self) -> dict[str, int]:
         return {path: i for i, path in enumerate(self.block_paths)} | dict(self.outside)
 
-    def _nearest_stack(self, name: str) -> Stack:
+    def nearest_stack(self, name: str) -> Stack:
+        """The stack whose path has most leading parts in common with a qualified name."""
+
         def shared_parts(stack: Stack) -> int:
             pairs = zip(stack.path.split("."), name.split("."), strict=False)
             return next((i for i, (a, b) in enumerate(pairs) if a != b), len(name))
