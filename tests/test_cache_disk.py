@@ -133,7 +133,7 @@ def test_rows_are_found_again(folder):
     assert rows_found(open_store(folder)) == set(ROWS)
 
 
-@pytest.mark.parametrize("dtype", [None, torch.bfloat16, "8bit"], ids=str)
+@pytest.mark.parametrize("dtype", [None, torch.bfloat16], ids=str)
 def test_bytes_are_those_of_memory(tmp_path, dtype):
     hidden, spans = torch.randn(4, 5, 130), [(0, 5), (2, 4), (0, 1), (5, 5)]
     keys = [key(i) for i in range(4)]
@@ -271,7 +271,7 @@ def test_file_of_any_moment_with_damage(tmp_path, quiet, steps, data):
 def test_row_damaged_during_a_run_is_lost_once(folder):
     store = open_store(folder)
     victim = level, number = ROWS[0]
-    place = store._levels[level][key(number)].place
+    place = store._levels[level][key(number)]
     with store._disk._file as file:
         file.execute(
             "UPDATE contents SET content = zeroblob(?) WHERE number = ?",

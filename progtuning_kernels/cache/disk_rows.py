@@ -12,13 +12,16 @@ import os
 import sqlite3
 import struct
 import zlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from .row_codec import DTYPES, RowFormat
+import torch
+from torch import Tensor
 
 _VERSION = 2
+# a dtype's number on disk is its place here: append only
+DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 _RECORD = struct.Struct("<qHI16sIII")  # number, dtype, level, key, tokens, width, CRC of content
 _CRC = struct.Struct("<I")  # of the record, which it follows
 # the other one where damage is within a name that a message shows
@@ -44,13 +47,13 @@ class DiskRow:
     number: int
     level: int
     key: bytes
-    format: RowFormat
-    tokens: int
+    dtype: torch.dtype
+    shape: tuple[int, int]  # (tokens, C)
     checksum: int
 
     @property
     def nbytes(self) -> int:
-        return self.tokens * self.format.token_bytes
+        return self.shape[0] * self.shape[1] * self.dtype.itemsize
 
 
 class DiskUnavailable(Exception):
@@ -63,7 +66,7 @@ class DiskRows:
     Args:
         path: the folder; it is made where it is missing.
         stored: name of the dtype that is asked for; rows of another one are not used.
-        warn: called with a kind and a text when something went wrong.
+        warn: called with a text when something went wrong.
 
     Attributes:
         used: bytes of rows; the file is at most a tenth larger, and keeps the space of rows that
@@ -75,7 +78,7 @@ class DiskRows:
     """
 
     def __init__(
-        self, path: str | os.PathLike[str], stored: str, warn: Callable[[str, str], None]
+        self, path: str | os.PathLike[str], stored: str, warn: Callable[[str], None]
     ) -> None:
         self._folder = Path(path)
         self._stored = stored
@@ -126,22 +129,21 @@ class DiskRows:
         except (OSError, *_ERRORS) as error:
             raise DiskUnavailable(f"cannot write there ({error})") from error
 
-    def write(
-        self, rows: Sequence[tuple[int, bytes, RowFormat, int]], contents: Sequence[memoryview]
-    ) -> list[DiskRow]:
-        """Write rows, each a level, a key, a format and tokens; none is there after an error."""
-        if self._stopped or self._forked():
+    def write(self, level: int, rows: Mapping[bytes, Tensor]) -> list[DiskRow]:
+        """Write rows, (tokens, C) on the CPU each; none is there after an error."""
+        if self._stopped or self._forked() or not rows:
             return []
-        made = [
-            DiskRow(self._next + i, *row, zlib.crc32(content, self._seed))
-            for i, (row, content) in enumerate(zip(rows, contents, strict=True))
-        ]
+        made, contents = [], []
+        for number, (key, row) in enumerate(rows.items(), self._next):
+            content = memoryview(row.flatten().view(torch.uint8).numpy())
+            checksum = zlib.crc32(content, self._seed)
+            made.append(DiskRow(number, level, key, row.dtype, tuple(row.shape), checksum))
+            contents.append((number, content))
         self._next += len(made)
         records = [(row.number, self._record(row)) for row in made]
-        numbered = [(row.number, content) for row, content in zip(made, contents, strict=True)]
         try:
             with self._file:
-                self._file.executemany("INSERT INTO contents VALUES (?, ?)", numbered)
+                self._file.executemany("INSERT INTO contents VALUES (?, ?)", contents)
                 self._file.executemany("INSERT INTO records VALUES (?, ?)", records)
         except _ERRORS as error:
             self._fail(error)
@@ -163,21 +165,21 @@ class DiskRows:
             except _ERRORS as error:
                 self._fail(error)
 
-    def read(self, row: DiskRow, target: memoryview) -> bool:
-        """Read a row's bytes to `target`; False if they are not what was written."""
+    def read(self, row: DiskRow) -> Tensor | None:
+        """A row, (tokens, C); None if its bytes are not what was written."""
         if self._forked():
-            return False
+            return None
         query = "SELECT content FROM contents WHERE number = ?"
         try:
             (content,) = self._file.execute(query, (row.number,)).fetchone() or (None,)
         except _ERRORS:
             content = None
         if isinstance(content, bytes) and zlib.crc32(content, self._seed) == row.checksum:
-            if len(content) == target.nbytes:
-                target[:] = content
-                return True
+            out = torch.empty(row.shape, dtype=row.dtype)
+            memoryview(out.flatten().view(torch.uint8).numpy())[:] = content
+            return out
         self._warn_damaged()
-        return False
+        return None
 
     def close(self) -> None:
         """Let other processes have the folder; a fork leaves it to its parent."""
@@ -242,21 +244,16 @@ class DiskRows:
             self._file.execute("VACUUM")
 
     def _record(self, row: DiskRow) -> bytes:
-        code, width = DTYPES.index(row.format.dtype), row.format.width
-        place = (row.number, code, row.level, row.key, row.tokens, width, row.checksum)
-        fields = _RECORD.pack(*place)
+        dtype, place = DTYPES.index(row.dtype), (row.level, row.key, *row.shape, row.checksum)
+        fields = _RECORD.pack(row.number, dtype, *place)
         return fields + _CRC.pack(zlib.crc32(fields, self._seed))
 
     def _row_of(self, number: int, record: object) -> DiskRow | None:
         if not isinstance(record, bytes) or len(record) != _RECORD.size + _CRC.size:
             return None
-        fields, crc = record[: _RECORD.size], record[_RECORD.size :]
-        if _CRC.pack(zlib.crc32(fields, self._seed)) != crc:
-            return None
-        named, code, level, key, tokens, width, checksum = _RECORD.unpack(fields)
-        if named != number:
-            return None
-        return DiskRow(number, level, key, RowFormat(DTYPES[code], width), tokens, checksum)
+        named, dtype, level, key, tokens, width, checksum = _RECORD.unpack_from(record)
+        row = DiskRow(number, level, key, DTYPES[dtype % 4], (tokens, width), checksum)
+        return row if named == number and self._record(row) == record else None
 
     def _forked(self) -> bool:
         """Whether this is a fork (a data loader's worker): SQLite serves its own process alone."""
@@ -271,7 +268,7 @@ class DiskRows:
                 error = another
         self._stopped = True
         text = f"{self._folder}: no more rows are written ({error}); those there are still read"
-        self._warn("stopped", text)
+        self._warn(text)
 
     def _warn_damaged(self) -> None:
-        self._warn("damaged", f"{self._folder}: rows that are damaged are computed anew")
+        self._warn(f"{self._folder}: rows that are damaged are computed anew")

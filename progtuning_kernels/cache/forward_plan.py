@@ -1,9 +1,13 @@
-"""Plans one forward: which rows to read, which to compute first, and which to store."""
+"""Plans one forward: which rows to read, and which to compute before and store.
+
+Missing rows are computed by a forward of their own, which starts from the highest level that has
+them and ends at the boundary; then the model runs on from the activations of the whole batch.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -12,7 +16,7 @@ from .break_even import BreakEven, Stopwatch
 from .content_keys import Call, Rows
 from .keyed_rows import KeyedRows
 from .side_forwards import SideForwards
-from .stand_ins import Catch, Swaps
+from .stand_ins import Swaps
 from .trial import Path
 
 
@@ -24,12 +28,10 @@ class ForwardPlan:
         level: the boundary.
         rows: the samples of `call`.
         hash_ms: what it took to recognise them.
-        grads: it is a training forward; others read and store nothing.
-        still_hold: asked whether rows (B, T, C) that were read are still what the prefix computes.
-        taken: called with boundary activations (B, T, C) that a forward has computed and with the
-            spans of their tokens.
-        stand_ins: to install for the forward.
-        served: it runs without the prefix, or without a part of it.
+        still_hold: asked whether rows of the whole batch that were read, (B, T, C), are still what
+            the prefix computes. Where they are not, nothing is stored any more.
+        served: some rows were there.
+        computed: a row that was not: its place, boundary activations (1, T, C) and span.
     """
 
     level: int
@@ -37,49 +39,55 @@ class ForwardPlan:
     path: Path
     rows: Rows
     hash_ms: float
-    grads: bool
     side: SideForwards
     stored: KeyedRows
     counts: BreakEven
     watch: Stopwatch
     still_hold: Callable[[Tensor], bool]
-    taken: Callable[[Tensor, Sequence[tuple[int, int]]], None]
-    stand_ins: list[Swaps | Catch] = field(default_factory=list)
     served: bool = False
-    _lower: set[int] = field(default_factory=set)  # levels below that hold some of the rows
+    computed: tuple[int, Tensor, tuple[int, int]] | None = None
 
-    def make(self, *, proved: bool) -> None:
-        """Decide, and compute what is to be computed before.
+    def read_rows(self) -> Swaps | None:
+        """Stand-ins of a forward without gradients: one level has all rows, or the prefix runs.
+
+        Nothing is counted or stored.
+        """
+        level, *others = set(self._best_levels())
+        if others or not level or (hidden := self._read(level, self.rows)) is None:
+            return None
+        if level == self.level and not self.still_hold(hidden):
+            return None
+        self.served = True
+        return self.path.levels[level].feed(hidden)
+
+    def read_and_compute_rows(self, *, proved: bool) -> Swaps | None:
+        """Stand-ins of a training forward.
 
         Args:
             proved: the plan's first training forward, which must run the prefix, is over.
         """
-        if self._length is None:  # a shape that was not seen yet
-            self._take()
-            return
-        best = self._best_levels()
-        self._lower = set(best) - {0, self.level}
+        best, size = self._best_levels(), self.call.size
         missing = best.count(0)
-        if self.grads:
-            self.counts.hits += self.call.size - missing
-            self.counts.misses += missing
-        levels = set(best)
-        if not proved and self.grads:
-            self._take()
-        elif len(levels) == 1 and not missing:
-            self._serve_one(levels.pop())
-        elif 2 * missing > self.call.size or not self.grads:
-            self._take()
-        else:
-            self._serve_mixed(best)
-
-    @property
-    def _length(self) -> int | None:
-        return self.path.length(self.call)
+        self.counts.hits += size - missing
+        self.counts.misses += missing
+        whole: Tensor | None = None
+        for level in sorted(set(best)):
+            chosen = [i for i, at in enumerate(best) if at == level]
+            hidden = self._hidden(level, chosen)
+            if whole is None:
+                whole = hidden if len(chosen) == size else hidden.new_empty(size, *hidden.shape[1:])
+            if hidden is not whole:
+                whole[torch.tensor(chosen, device=whole.device)] = hidden
+        if not proved:
+            return None
+        self.served = missing < size
+        return self.path.levels[self.level].feed(whole)
 
     def _best_levels(self) -> list[int]:
         """For each row, the highest level that holds it; 0 where none does."""
         best = [0] * self.call.size
+        if self.path.length(self.call) is None:  # a shape that was not seen yet
+            return best
         for level in reversed(self.stored.known_levels()):
             if level in self.path.levels:
                 there = self.stored.contains(level, self.rows)
@@ -89,85 +97,44 @@ class ForwardPlan:
     def _read(self, level: int, rows: Rows) -> Tensor | None:
         """(rows, T, C); None where the store has lost one."""
         started, count = self.watch.now(), len(rows.digests)
-        shape = (self._length, self.path.width)
+        shape = (self.path.length(self.call), self.path.width)
         hidden = self.stored.read(level, rows, shape, self.call.device, self.path.dtype)
         if hidden is not None:
             hash_ms = self.hash_ms * count / self.call.size
             self.watch.stop(started, lambda ms: self.counts.add_read(ms + hash_ms, count))
         return hidden
 
-    def _serve_one(self, level: int) -> None:
-        """All rows from one level; those of a lower one move up on the way."""
-        hidden = self._read(level, self.rows)
-        if hidden is None or (level == self.level and not self.still_hold(hidden)):
-            self._take()
-            return
-        self._feed(level, hidden)
-        if level < self.level:
-            self._take(whole=False)
-
-    def _serve_mixed(self, best: Sequence[int]) -> None:
-        """Missing rows by a forward of their own that ends at the boundary, the rest read."""
-        whole: Tensor | None = None
-        for level in sorted(set(best), reverse=True):
-            chosen = [i for i, at in enumerate(best) if at == level]
-            rows = self.rows.take(chosen)
-            if level and (read := self._read(level, rows)) is None:
-                self._take()
-                return
-            if level == self.level:
-                hidden = read
-            else:
-                hidden = self.side.boundary_activations(
-                    self.path.levels,
-                    self.level,
-                    self.call.take(chosen),
-                    (level, read) if level else None,
-                    draws=self.path.draws,
-                )
-                if level:
-                    self.stored.drop(level, rows)
-                self._store(rows, hidden)
-                # as a read row is, so that a batch does not depend on what was stored
-                for row, (start, end) in zip(hidden, rows.spans, strict=True):
-                    row[:start] = 0
-                    row[end:] = 0
-            if whole is None:
-                whole = hidden.new_empty((self.call.size, *hidden.shape[1:]))
-            whole[torch.tensor(chosen, dtype=torch.long, device=whole.device)] = hidden
-        self._feed(self.level, whole)
-
-    def _feed(self, level: int, hidden: Tensor) -> None:
-        self.stand_ins.append(self.path.levels[level].feed(hidden))
-        self.served = True
-
-    def _store(self, rows: Rows, hidden: Tensor) -> bool:
-        """Whether there was room for all of them."""
+    def _hidden(self, level: int, chosen: Sequence[int]) -> Tensor:
+        """Boundary activations (rows, T, C) of some rows, which are at `level`."""
+        path, rows, whole = self.path, self.rows.take(chosen), len(chosen) == self.call.size
+        read = self._read(level, rows) if level else None
+        if level == self.level and read is not None:
+            if not whole or self.still_hold(read):
+                return read
+            read = None
+        call = self.call if whole else self.call.take(chosen)
+        started = self.watch.now()
+        hidden = self.side.boundary_activations(
+            path.levels,
+            self.level,
+            call,
+            None if read is None else (level, read),
+            draws=path.draws,
+        )
+        if read is None:
+            self.watch.stop(started, lambda ms: self.counts.add_prefix(ms, len(chosen)))
+        else:  # first: a full store has no room for a row twice
+            self.stored.drop(level, rows)
+        if path.length(call) is None:
+            path.lengths[call.shapes(path.consumed)] = hidden.shape[1]
+            rows = Rows(rows.digests, ((0, hidden.shape[1]),) * len(chosen))
         refused = self.stored.write(self.level, rows, hidden, hits=self.counts.hits)
         self.counts.refused += refused
-        return not refused
-
-    def _take(self, *, whole: bool = True) -> None:
-        """Store what arrives at the boundary in a training forward; rows leave lower levels.
-
-        Args:
-            whole: it runs the whole prefix, and shows what that costs.
-        """
-        if not self.grads:
-            return
-        started = self.watch.now() if whole else None
-
-        def receive(hidden: Tensor) -> None:
-            size = hidden.shape[0]
-            if started is not None:
-                self.watch.stop(started, lambda ms: self.counts.add_prefix(ms, size))
-            if self._length is None:
-                self.path.lengths[self.call.shapes(self.path.consumed)] = hidden.shape[1]
-                self.rows = Rows(self.rows.digests, ((0, hidden.shape[1]),) * size)
-            self.taken(hidden, self.rows.spans)
-            for level in self._lower:  # first: a full store has no room for a row twice
-                self.stored.drop(level, self.rows)
-            if self._store(self.rows, hidden) and self.counts.wants_reads:
-                self._read(self.level, self.rows)
-
-        self.stand_ins.append(self.path.levels[self.level].take(receive))
+        if self.counts.wants_reads and not refused:
+            self._read(self.level, rows)
+        self.computed = chosen[0], hidden[:1].clone(), rows.spans[0]
+        # as a row that was read, so that a batch does not depend on what was stored
+        for row, (start, end) in zip(hidden, rows.spans, strict=True):
+            row[:start] = 0
+            row[end:] = 0
+        return hidden

@@ -1,8 +1,7 @@
 """`RowStore`: boundary activations by level and key, in GPU memory, CPU memory and on disk.
 
 A *row* is what the frozen prefix made of one sample: (tokens, C), without padding. In memory it is
-a tensor of bytes of its own, which torch's allocators give back when it is dropped; on disk a
-record (`disk_rows.py`). `row_codec.py` knows what the bytes mean.
+a tensor of its own, which torch's allocators give back when it is dropped.
 
 Nothing is evicted to make room. Every epoch reads every sample once; a store with room for a tenth
 of them that evicts the least recently used finds next to none, one that keeps what came first a
@@ -15,22 +14,31 @@ import os
 import sys
 import warnings
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, get_args
 
 import torch
 from torch import Tensor
 
-from .disk_rows import DiskRow, DiskRows, DiskUnavailable
-from .row_codec import CodecError, ErrorMeter, RowFormat, StoredDtype, row_format
+from .disk_rows import DTYPES, DiskRow, DiskRows, DiskUnavailable
 
 StoreDevice = Literal["auto", "cuda", "cpu", "disk"]
 
 KEY_BYTES = 16
 _GPU_SHARE, _CPU_SHARE = 0.25, 0.5  # of free memory, where the caller leaves the choice to us
-_STORED = (None, torch.float32, torch.bfloat16, torch.float16, "8bit")
+_DTYPES = (None, torch.float32, torch.bfloat16, torch.float16)
 _CPU = torch.device("cpu")
+
+
+def stored_dtype(asked: torch.dtype | None, activation: torch.dtype) -> torch.dtype:
+    """Dtype of stored rows: never one of more bytes than the activation has, nor of as many.
+
+    Raises:
+        TypeError: no activation is of that dtype.
+    """
+    if activation not in DTYPES:
+        raise TypeError(f"hidden states must be of a floating dtype, got {activation}")
+    return activation if asked is None or asked.itemsize >= activation.itemsize else asked
 
 
 def free_cpu_bytes() -> int:
@@ -56,31 +64,20 @@ def free_gpu_bytes(device: torch.device) -> int:
     return torch.cuda.mem_get_info(device)[0]
 
 
-@dataclass(slots=True)
-class _Row:
-    format: RowFormat
-    tokens: int
-    place: Tensor | DiskRow  # (nbytes,) uint8 in memory
-
-    @property
-    def nbytes(self) -> int:
-        return self.tokens * self.format.token_bytes
-
-
 class RowStore:
     """Rows of boundary activations by (level, key), under one byte budget over all tiers.
 
     For one thread. A fork (a data loader's worker) finds no row on disk and writes none.
 
     Args:
-        max_bytes: budget of the rows' bytes over all tiers; the index (400 bytes of Python objects
+        max_bytes: budget of the rows' bytes over all tiers; the index (500 bytes of Python objects
             a row) and the pages of a file (a tenth at most) come on top.
         device: "cuda", "cpu", "disk": only there. "auto": up to a quarter of the free GPU memory if
             the activations are on a GPU, then up to half of the free CPU memory, then disk if there
             is a `path`.
-        dtype: of stored rows. None keeps that of the activations, and every bit; "8bit" is
-            described in `row_codec.py`. A row that the dtype cannot hold (overflow, NaN) is not
-            stored, activations of no more bytes than `dtype` are stored as they are.
+        dtype: of stored rows. None keeps that of the activations, and every bit. A row that the
+            dtype cannot hold (overflow, NaN) is not stored, activations of no more bytes than
+            `dtype` are stored as they are.
         path: folder for "disk" and "auto", made where it is missing. One store at a time uses it;
             where it cannot be used rows stay in CPU memory, up to half of what is free.
 
@@ -97,15 +94,15 @@ class RowStore:
         max_bytes: int,
         *,
         device: StoreDevice = "auto",
-        dtype: StoredDtype = None,
+        dtype: torch.dtype | None = None,
         path: str | os.PathLike[str] | None = None,
     ) -> None:
         if max_bytes < 0:
             raise ValueError(f"max_bytes must not be negative, got {max_bytes}")
         if device not in get_args(StoreDevice):
             raise ValueError(f"device must be one of {get_args(StoreDevice)}, got {device!r}")
-        if dtype not in _STORED:
-            raise ValueError(f"dtype must be one of {_STORED}, got {dtype!r}")
+        if dtype not in _DTYPES:
+            raise ValueError(f"dtype must be one of {_DTYPES}, got {dtype!r}")
         if device == "disk" and path is None:
             raise ValueError("device='disk' needs a path")
         if device == "cuda" and not torch.cuda.is_available():
@@ -116,11 +113,9 @@ class RowStore:
         self._dtype = dtype
         self._path = path if device in ("auto", "disk") else None
         self._fingerprint: str | None = None
-        self._levels: dict[int, dict[bytes, _Row]] = {}
+        self._levels: dict[int, dict[bytes, Tensor | DiskRow]] = {}
         self._memory = {"cuda": 0, "cpu": 0}  # bytes of rows
         self._disk: DiskRows | None = None
-        self._meter = ErrorMeter()
-        self._warned: set[str] = set()
 
     def bind(self, fingerprint: str) -> None:
         """Say which function the prefix is; rows of any other one are dropped.
@@ -139,11 +134,11 @@ class RowStore:
                 name = str(self._dtype or "own").removeprefix("torch.")
                 self._disk = DiskRows(self._path, name, self._warn)
             for row in self._disk.bind(fingerprint, self._max_bytes):
-                self._levels.setdefault(row.level, {})[row.key] = _Row(row.format, row.tokens, row)
+                self._levels.setdefault(row.level, {})[row.key] = row
         except DiskUnavailable as error:
             if self._disk is not None:
                 self._disk.close()
-            self._warn("unavailable", f"rows are kept in memory, not in {self._path}: {error}")
+            self._warn(f"rows are kept in memory, not in {self._path}: {error}")
             self._disk = self._path = None
 
     def contains(self, level: int, keys: Sequence[bytes]) -> list[bool]:
@@ -171,37 +166,27 @@ class RowStore:
         """
         self._check(level, keys, tuple(hidden.shape), spans)
         stored = self._levels.get(level, {})
-        format_ = row_format(self._dtype, hidden.dtype, hidden.shape[2])
-        fresh = {key: i for i, key in enumerate(keys) if key not in stored}
-        tokens = {key: spans[i][1] - spans[i][0] for key, i in fresh.items()}
-        homes = self._homes({k: n * format_.token_bytes for k, n in tokens.items()}, hidden.device)
-        if not homes:
-            return 0
-        counts = [tokens[key] for key in homes]
-        parts = [hidden[fresh[key], slice(*spans[fresh[key]])] for key in homes]
-        values = torch.cat(parts)  # (N, C)
-        packed = format_.encode(values)
-        kept = [True] * len(homes)
-        if format_.dtype != hidden.dtype:
-            kept = self._fitting(format_, values, packed, counts)
-        new: dict[bytes, _Row] = {}
+        dtype = stored_dtype(self._dtype, hidden.dtype)
+        fresh = {key: (i, *spans[i]) for i, key in enumerate(keys) if key not in stored}
+        token_bytes = hidden.shape[2] * dtype.itemsize
+        sizes = {key: (end - start) * token_bytes for key, (_, start, end) in fresh.items()}
+        homes = self._homes(sizes, hidden.device)
+        new: dict[bytes, Tensor | DiskRow] = {}
         for home in dict.fromkeys(homes.values()):
-            contents = packed.to(home or _CPU).split(counts)
-            own = {
-                key: content.flatten()
-                for key, content, keep in zip(homes, contents, kept, strict=True)
-                if keep and homes[key] == home
-            }
+            own = [key for key in homes if homes[key] == home]
+            try:
+                there = hidden.to(home or _CPU)
+                parts = (there[i, start:end] for i, start, end in map(fresh.__getitem__, own))
+                rows = {key: p.to(dtype, copy=True) for key, p in zip(own, parts, strict=True)}
+            except (RuntimeError, MemoryError):  # torch has no other error where memory ends
+                continue
+            if dtype != hidden.dtype:
+                rows = self._finite(rows)
             if home is None:
-                rows = [(level, key, format_, tokens[key]) for key in own]
-                views = [memoryview(content.numpy()) for content in own.values()]
-                places = self._disk.write(rows, views)
+                new.update((row.key, row) for row in self._disk.write(level, rows))
             else:
-                places = _copies(list(own.values()))
-                self._memory[home.type] += sum(place.numel() for place in places)
-            # none where the disk is full or memory cannot be had
-            pairs = zip(own, places, strict=False)
-            new.update((key, _Row(format_, tokens[key], place)) for key, place in pairs)
+                new.update(rows)
+                self._memory[home.type] += sum(row.nbytes for row in rows.values())
         if new:
             self._levels.setdefault(level, {}).update(new)
         return len(new)
@@ -233,44 +218,34 @@ class RowStore:
         """
         self._check(level, keys, shape, spans)
         stored = self._levels.get(level, {})
-        by_format: dict[RowFormat, list[int]] = {}
+        out = torch.zeros(shape, dtype=dtype, device=device)
         for i, (key, (start, end)) in enumerate(zip(keys, spans, strict=True)):
             row = stored.get(key)
-            if row is None or (row.tokens, row.format.width) != (end - start, shape[2]):
+            if row is None or row.shape != (end - start, shape[2]):
                 raise KeyError(f"no row {key.hex()} of {end - start} tokens at level {level}")
-            by_format.setdefault(row.format, []).append(i)
-        device = torch.device(device)
-        out = torch.zeros(shape, dtype=dtype, device=device)
-        for format_, batch in by_format.items():
-            own = [keys[i] for i in batch]
-            ranges = [(i * shape[1] + spans[i][0], i * shape[1] + spans[i][1]) for i in batch]
-            if format_.dtype == dtype:
-                flat, size = out.view(torch.uint8).flatten(), format_.token_bytes
-                self._load(level, own, [flat[start * size : end * size] for start, end in ranges])
-                continue
-            counts = [end - start for start, end in ranges]
-            packed = torch.empty(
-                (sum(counts), format_.token_bytes), dtype=torch.uint8, device=device
-            )
-            self._load(level, own, [part.flatten() for part in packed.split(counts)])
-            flat = out.view(-1, shape[2])
-            tokens = format_.decode(packed, dtype).split(counts)
-            for (start, end), part in zip(ranges, tokens, strict=True):
-                flat[start:end] = part
+            if isinstance(row, DiskRow):
+                row = self._disk.read(row)
+                if row is None:
+                    self.drop(level, [key])
+                    raise KeyError(f"row {key.hex()} of level {level} is damaged")
+            if out.is_cuda and not row.is_cuda:  # the GPU reads pinned memory: nothing waits
+                row = row.pin_memory().to(out.device, non_blocking=True)
+            out[i, start:end].copy_(row)
         return out
 
     def drop(self, level: int, keys: Sequence[bytes] | None = None) -> None:
         """Forget these rows, or the whole level; their space is used again."""
         stored = self._levels.get(level, {})
-        keys = list(stored) if keys is None else keys
-        places = [stored.pop(key).place for key in keys if key in stored]
-        if level in self._levels and not stored:
-            del self._levels[level]
-        if on_disk := [place for place in places if isinstance(place, DiskRow)]:
+        rows = [
+            stored.pop(key) for key in (list(stored) if keys is None else keys) if key in stored
+        ]
+        if not stored:
+            self._levels.pop(level, None)
+        if on_disk := [row for row in rows if isinstance(row, DiskRow)]:
             self._disk.drop(on_disk)
-        for place in places:
-            if isinstance(place, Tensor):
-                self._memory[place.device.type] -= place.numel()
+        for row in rows:
+            if isinstance(row, Tensor):
+                self._memory[row.device.type] -= row.nbytes
 
     def levels(self) -> tuple[int, ...]:
         """Levels that have rows, ascending."""
@@ -290,14 +265,6 @@ class RowStore:
         """The same by "cuda", "cpu" and "disk"."""
         return {**self._memory, "disk": self._disk.used if self._disk else 0}
 
-    @property
-    def error(self) -> CodecError | None:
-        """What a lossy dtype changed in the rows written since `bind`; None where nothing was lost.
-
-        Rows that an earlier process wrote to disk are not in it.
-        """
-        return self._meter.error
-
     def close(self) -> None:
         """Give all memory back and let another store have the folder. Rows on disk stay."""
         self._forget_all()
@@ -309,7 +276,6 @@ class RowStore:
     def _forget_all(self) -> None:
         self._levels.clear()
         self._memory = {"cuda": 0, "cpu": 0}
-        self._meter = ErrorMeter()
 
     def _check(
         self,
@@ -366,64 +332,15 @@ class RowStore:
             return int(_GPU_SHARE * (used + free_gpu_bytes(device))) - used
         return int(_CPU_SHARE * (used + free_cpu_bytes())) - used
 
-    def _fitting(
-        self, format_: RowFormat, values: Tensor, packed: Tensor, counts: Sequence[int]
-    ) -> list[bool]:
-        """Measure what encoding changed; which rows of `counts` tokens the format can hold."""
-        measured = self._meter.measure(format_, values, packed)  # (3, N)
-        fits = measured.isfinite().all(dim=0)
-        rows = [bool(part.all()) for part in fits.split(counts)]
-        if not all(rows):
-            text = f"rows with values that {format_.dtype} cannot hold, or NaN, are not stored"
-            self._warn("unfit", text)
-            whole = torch.tensor(rows, device=fits.device).repeat_interleave(
-                torch.tensor(counts, device=fits.device)
-            )
-            measured = measured[:, whole]
-        self._meter.add(measured)
-        return rows
+    def _finite(self, rows: dict[bytes, Tensor]) -> dict[bytes, Tensor]:
+        """The rows without infinities and NaN."""
+        finite = torch.stack([row.isfinite().all() for row in rows.values()]).tolist()
+        if not all(finite):
+            text = f"rows with values that {self._dtype} cannot hold, or NaN, are not stored"
+            self._warn(text)
+        return {key: row for (key, row), fits in zip(rows.items(), finite, strict=True) if fits}
 
-    def _load(self, level: int, keys: Sequence[bytes], targets: list[Tensor]) -> None:
-        """Copy the bytes of rows to `targets`, (n,) uint8 of one device."""
-        device = targets[0].device
-        places = [self._levels[level][key].place for key in keys]
-        far = [i for i, p in enumerate(places) if isinstance(p, DiskRow) or p.device != device]
-        near = sorted(set(range(len(places))).difference(far))
-        if near:
-            torch._foreach_copy_([targets[i] for i in near], [places[i] for i in near])
-        if not far:
-            return
-        ends = [targets[i] for i in far]
-        if device.type == "cuda":  # by way of memory that the GPU reads itself: nothing waits
-            sizes = [end.numel() for end in ends]
-            staged = torch.empty(sum(sizes), dtype=torch.uint8, pin_memory=True)
-            parts = list(staged.split(sizes))
-        else:
-            parts = ends
-        for i, part in zip(far, parts, strict=True):
-            place = places[i]
-            if isinstance(place, Tensor):
-                part.copy_(place)
-            elif not self._disk.read(place, memoryview(part.numpy())):
-                self.drop(level, [keys[i]])
-                raise KeyError(f"row {keys[i].hex()} of level {level} is damaged")
-        if device.type == "cuda":
-            # torch gives pinned memory out again after the copy from it
-            torch._foreach_copy_(ends, staged.to(device, non_blocking=True).split(sizes))
-
-    def _warn(self, kind: str, text: str) -> None:
-        if kind not in self._warned:
-            self._warned.add(kind)
+    def _warn(self, text: str) -> None:
+        if text not in self.warnings:
             self.warnings.append(text)
             warnings.warn(text, stacklevel=3)
-
-
-def _copies(contents: Sequence[Tensor]) -> list[Tensor]:
-    """Tensors of their own with the same bytes; none where there is no memory for them."""
-    try:
-        copies = [torch.empty_like(content) for content in contents]
-    except (RuntimeError, MemoryError):  # RuntimeError: torch's OutOfMemoryError among others
-        return []
-    if copies:
-        torch._foreach_copy_(copies, list(contents))
-    return copies

@@ -11,7 +11,7 @@ import inspect
 import time
 import warnings
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -29,7 +29,7 @@ from .prefix_cache import CacheReport, PrefixCache
 from .prefix_weights import PrefixWeights
 from .reasons import call_reason, stage_reason
 from .side_forwards import SideForwards
-from .stand_ins import Catch, Swaps
+from .stand_ins import Swaps, UnservableError
 from .trial import Path, Trial, error_line
 
 _PROBE_EVERY = 256  # served forwards; one row each
@@ -89,7 +89,7 @@ class PrefixServer:
         self._served = 0
         self._counts = BreakEven()
         self._watch = Stopwatch("cpu")
-        self._stand_ins: list[Swaps | Catch] = []  # of the forward that comes
+        self._stand_ins: Swaps | None = None  # of the forward that comes
         self._failed: tuple[Any, str] | None = None  # what could not be learnt for it, and why
         self._grads_before: bool | None = None
         self._settings: list[tuple[str, Any]] | None = None  # after the last forward
@@ -129,9 +129,9 @@ class PrefixServer:
 
     def put_back(self) -> None:
         """Put every module in its own place again, also after a forward that was interrupted."""
-        for stand_ins in self._stand_ins:
-            stand_ins.remove_stand_ins()
-        self._stand_ins, self._failed = [], None
+        if self._stand_ins is not None:
+            self._stand_ins.remove_stand_ins()
+        self._stand_ins = self._failed = None
         for path in self._paths.values():
             for level in path.levels.values():
                 level.forget()
@@ -179,17 +179,16 @@ class PrefixServer:
             try:
                 reason = call_reason(self._model, self._weights, call)
                 reason = reason or self._prepare(call, proved=proved)
-            except UnknownContent as unknown:
-                reason = str(unknown)
+            except (UnknownContent, UnservableError) as error:
+                reason = str(error)
             if reason is not None:
                 self._bypasses[reason] += 1
         return kwargs
 
     def install(self) -> None:
         """Put the stand-ins of the forward that comes in their places, until `after_forward`."""
-        if not self.busy:
-            for stand_ins in self._stand_ins:
-                stand_ins.install_stand_ins()
+        if not self.busy and self._stand_ins is not None:
+            self._stand_ins.install_stand_ins()
 
     def after_forward(self, *, raised: bool) -> None:
         """Every module in its own place again."""
@@ -239,15 +238,8 @@ class PrefixServer:
         if not (path.unpadded and path.per_token):
             rows = Rows(rows.digests, ((0, path.length(call) or 0),) * call.size)
 
-        def sample(hidden: Tensor, spans: Sequence[tuple[int, int]]) -> _Sample:
-            return _Sample(path, context, call.take([0]), hidden[:1].clone(), spans[0])
-
-        def still_hold(hidden: Tensor) -> bool:
-            return self._still_holds(sample(hidden, rows.spans), grads=grads)
-
-        def taken(hidden: Tensor, spans: Sequence[tuple[int, int]]) -> None:
-            if self._sample is None:
-                self._sample = sample(hidden, spans)
+        def sample(row: int, hidden: Tensor, span: tuple[int, int]) -> _Sample:
+            return _Sample(path, context, call.take([row]), hidden, span)
 
         plan = ForwardPlan(
             self.level,
@@ -255,16 +247,20 @@ class PrefixServer:
             path,
             rows,
             hash_ms,
-            grads,
             side=self._side,
             stored=self._rows,
             counts=self._counts,
             watch=self._watch,
-            still_hold=still_hold,
-            taken=taken,
+            still_hold=lambda hidden: self._still_holds(
+                lambda: sample(0, hidden[:1], rows.spans[0]), grads=grads
+            ),
         )
-        plan.make(proved=proved)
-        self._stand_ins = plan.stand_ins
+        if grads:
+            self._stand_ins = plan.read_and_compute_rows(proved=proved)
+            if self._sample is None and plan.computed is not None:
+                self._sample = sample(*plan.computed)
+        else:
+            self._stand_ins = plan.read_rows()
         if plan.served:
             self._served += 1
             self._changes.clear()
@@ -332,7 +328,7 @@ class PrefixServer:
             self._paths.clear()
         return True
 
-    def _still_holds(self, sample: _Sample, *, grads: bool) -> bool:
+    def _still_holds(self, sample: Callable[[], _Sample], *, grads: bool) -> bool:
         """Whether a stored row is still what the prefix computes; looked at now and then.
 
         Writes through `tensor.data`, as some averages of weights make them between training and
@@ -342,7 +338,7 @@ class PrefixServer:
         self._grads_before = grads
         if not changed and (self._served + 1) % _PROBE_EVERY:
             return True
-        if self._holds(sample, STORED_TOLERANCE[self._cache.dtype]):
+        if self._holds(sample(), STORED_TOLERANCE[self._cache.dtype]):
             return True
         for level in self._rows.store.levels():
             self._forget_level(level)
@@ -400,7 +396,6 @@ class PrefixServer:
             served_steps=self._served,
             prefix_ms=counts.prefix_ms,
             read_ms=counts.read_ms,
-            codec_error=store.error,
             bypasses=dict(self._bypasses),
             warnings=tuple(warned),
         )
