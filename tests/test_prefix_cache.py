@@ -268,7 +268,8 @@ def test_left_padding_is_another_row(name, rows):
         found, expected = gradients(handle.model, batch), gradients(plain.model, batch)
         _assert_same(found, expected, exact=False)
     assert handle.cache_report().rows == {2: rows}
-    assert handle.cache_report().served_steps == 2
+    shared = rows < 2 * BATCH
+    assert handle.cache_report().served_steps == 2 + shared
 
 
 def test_only_missing_rows_of_a_mixed_batch_run_the_prefix():
@@ -283,10 +284,10 @@ def test_only_missing_rows_of_a_mixed_batch_run_the_prefix():
         _assert_same(found, gradients(plain.model, batch), exact=False)
     other = tiny_inputs("bert-sequence", seed=3)
     batch = _joined(other, _rows(several, (0,)))
-    with _rows_entering(_blocks(handle)[0]) as entered:  # cheaper for all in the forward itself
+    with _rows_entering(_blocks(handle)[0]) as entered:
         found = gradients(handle.model, batch)
-    assert entered == [BATCH + 1]
-    _assert_same(found, gradients(plain.model, batch))
+    assert entered == [BATCH]
+    _assert_same(found, gradients(plain.model, batch), exact=False)
     assert handle.cache_report().rows == {2: 2 * BATCH + BATCH}
 
 

@@ -1,19 +1,18 @@
 """Rows in one SQLite file, which a later process finds again; README.md says why SQLite, how fast.
 
 A transaction holds a batch of rows, so that a process may be killed at any byte. Nothing is
-synchronised to the device: after a loss of power, checksums tell what is left. The content of a row
-has the CRC-32 in its record, and a record one of its own; both start from the file's purpose, its
-fingerprint and dtype. A file that SQLite cannot read is replaced by an empty one.
+synchronised to the device: after a loss of power, checksums tell what is left. A row's covers the
+file's purpose (fingerprint and dtype), its record and its content, and is looked at in every read.
+A file that SQLite cannot read is replaced by an empty one.
 """
 
 from __future__ import annotations
 
 import os
 import sqlite3
-import struct
 import zlib
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -22,10 +21,9 @@ from torch import Tensor
 _VERSION = 2
 # a dtype's number on disk is its place here: append only
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
-_RECORD = struct.Struct("<qHI16sIII")  # number, dtype, level, key, tokens, width, CRC of content
-_CRC = struct.Struct("<I")  # of the record, which it follows
 # the other one where damage is within a name that a message shows
 _ERRORS = (sqlite3.Error, UnicodeDecodeError)
+_LARGEST_ROW = 10**9 - 1024  # bytes; SQLite takes no value of more
 _SETTINGS = (
     "page_size = 16384",  # files are 1.01 to 1.07 times their rows, of 18 to 196 KB; 4096: slow
     "locking_mode = EXCLUSIVE",
@@ -35,21 +33,26 @@ _SETTINGS = (
 )
 _TABLES = (
     "purpose (text)",
-    "records (number INTEGER PRIMARY KEY, record)",
+    "records (number INTEGER PRIMARY KEY, level, key, dtype, tokens, width, checksum)",
     "contents (number INTEGER PRIMARY KEY, content)",
 )
 
 
 @dataclass(frozen=True, slots=True)
 class DiskRow:
-    """One row on disk. `number` finds it, `checksum` is the CRC-32 of its bytes."""
+    """One row on disk, as its record says; `number` finds it.
+
+    Attributes:
+        shape: (tokens, C).
+        checksum: CRC-32 of purpose, record and content.
+    """
 
     number: int
     level: int
     key: bytes
     dtype: torch.dtype
-    shape: tuple[int, int]  # (tokens, C)
-    checksum: int
+    shape: tuple[int, int]
+    checksum: int = 0
 
     @property
     def nbytes(self) -> int:
@@ -131,20 +134,24 @@ class DiskRows:
 
     def write(self, level: int, rows: Mapping[bytes, Tensor]) -> list[DiskRow]:
         """Write rows, (tokens, C) on the CPU each; none is there after an error."""
+        rows = {key: row for key, row in rows.items() if row.nbytes <= _LARGEST_ROW}
         if self._stopped or self._forked() or not rows:
             return []
-        made, contents = [], []
+        made, contents, records = [], [], []
         for number, (key, row) in enumerate(rows.items(), self._next):
             content = memoryview(row.flatten().view(torch.uint8).numpy())
-            checksum = zlib.crc32(content, self._seed)
-            made.append(DiskRow(number, level, key, row.dtype, tuple(row.shape), checksum))
+            whole = DiskRow(number, level, key, row.dtype, tuple(row.shape))
+            whole = replace(whole, checksum=self._checksum(whole, content))
+            made.append(whole)
             contents.append((number, content))
+            records.append(
+                (number, level, key, DTYPES.index(row.dtype), *row.shape, whole.checksum)
+            )
         self._next += len(made)
-        records = [(row.number, self._record(row)) for row in made]
         try:
             with self._file:
                 self._file.executemany("INSERT INTO contents VALUES (?, ?)", contents)
-                self._file.executemany("INSERT INTO records VALUES (?, ?)", records)
+                self._file.executemany("INSERT INTO records VALUES (?, ?, ?, ?, ?, ?, ?)", records)
         except _ERRORS as error:
             self._fail(error)
             return []
@@ -174,7 +181,7 @@ class DiskRows:
             (content,) = self._file.execute(query, (row.number,)).fetchone() or (None,)
         except _ERRORS:
             content = None
-        if isinstance(content, bytes) and zlib.crc32(content, self._seed) == row.checksum:
+        if isinstance(content, bytes) and self._checksum(row, content) == row.checksum:
             out = torch.empty(row.shape, dtype=row.dtype)
             memoryview(out.flatten().view(torch.uint8).numpy())[:] = content
             return out
@@ -221,14 +228,16 @@ class DiskRows:
                 self._file.execute("INSERT INTO purpose VALUES (?)", (purpose,))
         found: dict[tuple[int, bytes], DiskRow] = {}
         unfit = []
-        for number, record in self._file.execute("SELECT number, record FROM records").fetchall():
-            row = self._row_of(number, record)
-            if row is None:
-                self._warn_damaged()
-            if row is None or (row.level, row.key) in found or self.used + row.nbytes > max_bytes:
+        for number, level, key, *rest in self._file.execute("SELECT * FROM records").fetchall():
+            row = None
+            if isinstance(key, bytes) and all(isinstance(n, int) for n in (level, *rest)):
+                dtype, tokens, width, checksum = rest
+                row = DiskRow(number, level, key, DTYPES[dtype % 4], (tokens, width), checksum)
+            room = max_bytes - self.used
+            if row is None or (level, key) in found or not 0 <= row.nbytes <= room:
                 unfit.append(number)
                 continue
-            found[row.level, row.key] = row
+            found[level, key] = row
             self._next = max(self._next, number + 1)
             self._there.add(number)
             self.used += row.nbytes
@@ -243,17 +252,9 @@ class DiskRows:
         if not self._there:  # the only moment at which giving the space back copies nothing
             self._file.execute("VACUUM")
 
-    def _record(self, row: DiskRow) -> bytes:
-        dtype, place = DTYPES.index(row.dtype), (row.level, row.key, *row.shape, row.checksum)
-        fields = _RECORD.pack(row.number, dtype, *place)
-        return fields + _CRC.pack(zlib.crc32(fields, self._seed))
-
-    def _row_of(self, number: int, record: object) -> DiskRow | None:
-        if not isinstance(record, bytes) or len(record) != _RECORD.size + _CRC.size:
-            return None
-        named, dtype, level, key, tokens, width, checksum = _RECORD.unpack_from(record)
-        row = DiskRow(number, level, key, DTYPES[dtype % 4], (tokens, width), checksum)
-        return row if named == number and self._record(row) == record else None
+    def _checksum(self, row: DiskRow, content: bytes | memoryview) -> int:
+        about = f"{row.number} {row.level} {row.key!r} {row.dtype} {row.shape}"
+        return zlib.crc32(content, zlib.crc32(about.encode(), self._seed))
 
     def _forked(self) -> bool:
         """Whether this is a fork (a data loader's worker): SQLite serves its own process alone."""

@@ -37,7 +37,6 @@ class KeyedRows:
         self._cache = cache
         self._tokens: dict[int, bytes] = {}
         self._bound: str | None = None
-        self._foreign: set[int] = set()  # levels with rows of an earlier process
         self._expected: str | None = None  # fingerprint that those should be bound to
 
     def bind_level(self, level: int) -> None:
@@ -49,7 +48,6 @@ class KeyedRows:
             weights = self._weights.fingerprint(1) if self.on_disk else os.urandom(64)
             self._bound = hashlib.blake2b(about + weights, digest_size=16).hexdigest()
             self.store.bind(self._bound)
-            self._foreign = set(self.store.levels())
             if self._expected not in (None, self._bound):
                 warnings.warn(
                     f"{self._cache.path} held rows of another model, configuration or version of "
@@ -73,7 +71,6 @@ class KeyedRows:
     def forget_level(self, level: int) -> None:
         self.store.drop(level)
         self._tokens.pop(level, None)
-        self._foreign.discard(level)
 
     def forget_above(self, unit: int) -> None:
         """Forget what was computed from `unit`, and so all levels above it."""
@@ -103,24 +100,11 @@ class KeyedRows:
             self.store.drop(level, keys)
             return None
 
-    def write(self, level: int, rows: Rows, hidden: Tensor, *, hits: int) -> int:
-        """Store the rows of a batch (B, T, C) that are not there.
-
-        Args:
-            hits: rows that were found in this stage.
-
-        Returns:
-            The number of those for which there is no room.
-        """
+    def write(self, level: int, rows: Rows, hidden: Tensor) -> int:
+        """Store the rows of a batch (B, T, C) that are not there; how many found no room."""
         keys = rows.keys(self._tokens[level])
-        absent = self.store.contains(level, keys).count(False)
-        stored = self.store.write(level, keys, hidden, rows.spans) if absent else 0
-        if stored < absent and level in self._foreign and not hits:
-            # rows of another data set or other weights fill the folder
-            self.store.drop(level)
-            self._foreign.discard(level)
-            stored += self.store.write(level, keys, hidden, rows.spans)
-        return max(0, absent - stored)
+        absent = len(set(keys)) - sum(self.store.contains(level, list(set(keys))))
+        return absent - self.store.write(level, keys, hidden, rows.spans) if absent else 0
 
     def drop(self, level: int, rows: Rows) -> None:
         self.store.drop(level, rows.keys(self._tokens[level]))

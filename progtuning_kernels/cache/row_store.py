@@ -24,7 +24,6 @@ from .disk_rows import DTYPES, DiskRow, DiskRows, DiskUnavailable
 
 StoreDevice = Literal["auto", "cuda", "cpu", "disk"]
 
-KEY_BYTES = 16
 _GPU_SHARE, _CPU_SHARE = 0.25, 0.5  # of free memory, where the caller leaves the choice to us
 _DTYPES = (None, torch.float32, torch.bfloat16, torch.float16)
 _CPU = torch.device("cpu")
@@ -162,9 +161,9 @@ class RowStore:
             The number of rows that were stored.
 
         Raises:
-            ValueError: keys, spans and shape do not fit each other. RuntimeError: not bound.
+            RuntimeError: not bound. TypeError: `hidden` is not floating.
         """
-        self._check(level, keys, tuple(hidden.shape), spans)
+        self._require_bound()
         stored = self._levels.get(level, {})
         dtype = stored_dtype(self._dtype, hidden.dtype)
         fresh = {key: (i, *spans[i]) for i, key in enumerate(keys) if key not in stored}
@@ -214,9 +213,9 @@ class RowStore:
         Raises:
             KeyError: a row is not there, has not the length and width asked for, or is damaged
                 on disk, and so is there no more.
-            ValueError, RuntimeError: as `write`.
+            RuntimeError: not bound.
         """
-        self._check(level, keys, shape, spans)
+        self._require_bound()
         stored = self._levels.get(level, {})
         out = torch.zeros(shape, dtype=dtype, device=device)
         for i, (key, (start, end)) in enumerate(zip(keys, spans, strict=True)):
@@ -273,27 +272,13 @@ class RowStore:
             self._disk.close()
             self._disk = None
 
+    def _require_bound(self) -> None:
+        if self._fingerprint is None:
+            raise RuntimeError("bind the store to a fingerprint first")
+
     def _forget_all(self) -> None:
         self._levels.clear()
         self._memory = {"cuda": 0, "cpu": 0}
-
-    def _check(
-        self,
-        level: int,
-        keys: Sequence[bytes],
-        shape: tuple[int, ...],
-        spans: Sequence[tuple[int, int]],
-    ) -> None:
-        if self._fingerprint is None:
-            raise RuntimeError("bind the store to a fingerprint first")
-        if level < 0:
-            raise ValueError(f"level must not be negative, got {level}")
-        if len(shape) != 3 or not len(keys) == len(spans) == shape[0]:
-            raise ValueError(f"{len(keys)} keys and {len(spans)} spans for rows of {tuple(shape)}")
-        if any(len(key) != KEY_BYTES for key in keys):
-            raise ValueError(f"keys must be of {KEY_BYTES} bytes")
-        if not all(0 <= start <= end <= shape[1] for start, end in spans):
-            raise ValueError(f"spans must lie within {shape[1]} tokens, got {list(spans)}")
 
     def _homes(
         self, sizes: Mapping[bytes, int], device: torch.device

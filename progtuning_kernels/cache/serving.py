@@ -11,9 +11,9 @@ import inspect
 import time
 import warnings
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -24,35 +24,16 @@ from .break_even import BreakEven, Stopwatch
 from .content_keys import Call, Rows, UnknownContent
 from .forward_plan import ForwardPlan
 from .keyed_rows import KeyedRows
-from .outputs import STORED_TOLERANCE, TOLERANCE, close_rows
 from .prefix_cache import CacheReport, PrefixCache
 from .prefix_weights import PrefixWeights
 from .reasons import call_reason, stage_reason
+from .row_check import RowCheck, Sample
 from .side_forwards import SideForwards
 from .stand_ins import Swaps, UnservableError
 from .trial import Path, Trial, error_line
 
-_PROBE_EVERY = 256  # served forwards; one row each
 _MAX_CHANGES = 8  # of one thing, with no served forward in between; each is learnt anew
 _MAX_PATHS = 8  # kinds of arguments in one stage; each costs two forwards
-
-
-@dataclass(frozen=True)
-class _Sample:
-    """A row as it was computed once, to be computed again when something may have changed.
-
-    Attributes:
-        context: precision, adapters and mode that it was computed with.
-        call: its arguments.
-        hidden: its boundary activations, (1, T, C).
-        span: of its tokens.
-    """
-
-    path: Path
-    context: tuple[Any, ...]
-    call: Call
-    hidden: Tensor
-    span: tuple[int, int]
 
 
 class PrefixServer:
@@ -78,6 +59,7 @@ class PrefixServer:
         self._weights = PrefixWeights(model, layout)
         self._rows = KeyedRows(model, layout, self._weights, cache)
         self._side = SideForwards(model)
+        self._check = RowCheck(self._weights, self._side, self._rows, cache.dtype)
         self._names = _argument_names(model)
         self.level = 0
         self._paused = False
@@ -91,10 +73,6 @@ class PrefixServer:
         self._watch = Stopwatch("cpu")
         self._stand_ins: Swaps | None = None  # of the forward that comes
         self._failed: tuple[Any, str] | None = None  # what could not be learnt for it, and why
-        self._grads_before: bool | None = None
-        self._settings: list[tuple[str, Any]] | None = None  # after the last forward
-        self._doubted = False  # they have changed since a row was looked at
-        self._sample: _Sample | None = None
 
     @property
     def busy(self) -> bool:
@@ -109,11 +87,9 @@ class PrefixServer:
         self._forget_changed()
         self.level = level = min(boundary, self._layout.stacks[0].length)
         self._rows.forget_above(level)  # the blocks in between train now
-        self._notice_settings()
-        self._settings = None  # more modules are watched from here
+        self._check.begin_stage(level)
         self._weights.watch(level)
         self._paths.clear()
-        self._sample = None
         self._bypasses.clear()
         self._changes.clear()
         self._counts, self._served, self._off = BreakEven(), 0, False
@@ -174,7 +150,7 @@ class PrefixServer:
             return kwargs
         self.put_back()
         if self._reason is None and not self._paused:
-            self._notice_settings()
+            self._check.compare_settings()
             call = Call(self._names, args, kwargs)
             try:
                 reason = call_reason(self._model, self._weights, call)
@@ -198,7 +174,7 @@ class PrefixServer:
             kind, reason = self._failed
             self._paths[kind] = Path(reason)
         if self._reason is None and not self._paused:  # what a forward itself sets does not count
-            self._settings = self._weights.settings()
+            self._check.note_settings()
         self.put_back()
 
     def prefetch(self, kwargs: Mapping[str, Any]) -> None:
@@ -224,8 +200,11 @@ class PrefixServer:
         precision = _precision(self._model, device_type)
         salt = repr(precision).encode() + self._weights.adapters()
         context = (salt, self._model.training)
-        if self._doubted and not self._look_again(context):
-            return "a setting of the model has changed: rows are looked at in training first"
+        if self._check.doubted:
+            if (holds := self._check.resolve_doubt(context)) is None:
+                return "a setting of the model has changed: rows are looked at in training first"
+            if not holds:
+                self._paths.clear()
         path = self._find_path(call, (call.signature, precision, self._model.training))
         if path is None or path.reason is not None:
             return None if path is None else path.reason
@@ -238,8 +217,15 @@ class PrefixServer:
         if not (path.unpadded and path.per_token):
             rows = Rows(rows.digests, ((0, path.length(call) or 0),) * call.size)
 
-        def sample(row: int, hidden: Tensor, span: tuple[int, int]) -> _Sample:
-            return _Sample(path, context, call.take([row]), hidden, span)
+        def sample(row: int, hidden: Tensor, span: tuple[int, int]) -> Sample:
+            return Sample(path, context, call.take([row]), hidden, span)
+
+        def still_hold(hidden: Tensor) -> bool:
+            first = partial(sample, 0, hidden[:1], rows.spans[0])
+            if self._check.probe(first, grads=grads, served=self._served):
+                return True
+            self._bypasses["stored rows did not fit the weights any more: dropped"] += 1
+            return False
 
         plan = ForwardPlan(
             self.level,
@@ -251,14 +237,12 @@ class PrefixServer:
             stored=self._rows,
             counts=self._counts,
             watch=self._watch,
-            still_hold=lambda hidden: self._still_holds(
-                lambda: sample(0, hidden[:1], rows.spans[0]), grads=grads
-            ),
+            still_hold=still_hold,
         )
         if grads:
             self._stand_ins = plan.read_and_compute_rows(proved=proved)
-            if self._sample is None and plan.computed is not None:
-                self._sample = sample(*plan.computed)
+            if self._check.sample is None and plan.computed is not None:
+                self._check.sample = sample(*plan.computed)
         else:
             self._stand_ins = plan.read_rows()
         if plan.served:
@@ -284,16 +268,9 @@ class PrefixServer:
             self._failed = (kind, padding), f"a trial of its forward raises {error_line(error)}"
             return None
         if path.place_found and self._rows.on_disk:  # their keys were made without it
-            for at in self._rows.store.levels():
-                self._forget_level(at)
+            self._check.drop_all_rows()
         self._paths[kind, padding] = path
         return path
-
-    # what the prefix is a function of
-
-    def _notice_settings(self) -> None:
-        if self._settings not in (None, self._weights.settings()):
-            self._doubted = True
 
     def _forget_changed(self) -> None:
         """Drop what was computed from weights that are not there any more."""
@@ -304,68 +281,15 @@ class PrefixServer:
         self._changes[name] += 1
         self._rows.forget_above(unit)
         if self.level > unit:
-            self._sample = None
+            self._check.sample = None
         self._paths.clear()
         self._weights.watch(self.level)
         if self._changes[name] > _MAX_CHANGES and self._reason is None:
             self._switch_off(f"what the prefix reads ({name}) changes between forwards")
 
-    def _look_again(self, context: tuple[Any, ...]) -> bool:
-        """Drop all rows if a setting that has changed is one that the prefix reads.
-
-        Returns:
-            Whether that could be found out: not where rows come from another precision or mode.
-        """
-        sample = self._sample
-        if sample is not None and sample.context != context:
-            return False
-        self._doubted = False
-        holds = sample is not None and self._holds(sample, STORED_TOLERANCE[None])
-        for level in self._rows.store.levels():
-            if not holds or level < self.level:  # those below hold other things
-                self._forget_level(level)
-        if not holds:
-            self._paths.clear()
-        return True
-
-    def _still_holds(self, sample: Callable[[], _Sample], *, grads: bool) -> bool:
-        """Whether a stored row is still what the prefix computes; looked at now and then.
-
-        Writes through `tensor.data`, as some averages of weights make them between training and
-        evaluation, leave no other trace.
-        """
-        changed = self._grads_before not in (None, grads)
-        self._grads_before = grads
-        if not changed and (self._served + 1) % _PROBE_EVERY:
-            return True
-        if self._holds(sample(), STORED_TOLERANCE[self._cache.dtype]):
-            return True
-        for level in self._rows.store.levels():
-            self._forget_level(level)
-        self._bypasses["stored rows did not fit the weights any more: dropped"] += 1
-        self._rows.bind_level(self.level)
-        return False
-
-    def _holds(self, sample: _Sample, tolerance: float) -> bool:
-        """Whether the prefix computes a row as it did."""
-        path, tolerance = sample.path, max(tolerance, TOLERANCE.get(sample.path.dtype, 0.0))
-        try:
-            computed = self._side.boundary_activations(
-                path.levels, self.level, sample.call, draws=path.draws
-            )
-        except Exception:  # a setting under which it does not even run
-            return False
-        return close_rows(computed, sample.hidden, [sample.span], tolerance)
-
-    def _forget_level(self, level: int) -> None:
-        if level == self.level:
-            self._sample = None
-        self._rows.forget_level(level)
-
     def _switch_off(self, verdict: str) -> None:
         self._reason, self._off = verdict, True
-        for level in self._rows.store.levels():
-            self._forget_level(level)
+        self._check.drop_all_rows()
         warnings.warn(f"the prefix cache is off for this stage: {verdict}", stacklevel=5)
 
     # reporting
