@@ -1,9 +1,9 @@
 """Rows in one SQLite file, which a later process finds again; README.md says why SQLite, how fast.
 
 A transaction holds a batch of rows, so that a process may be killed at any byte. Nothing is
-synchronised to the device: after a loss of power, checksums tell what is left. A row's covers the
-file's purpose (fingerprint and dtype), its record and its content, and is looked at in every read.
-A file that SQLite cannot read is replaced by an empty one.
+synchronised to the device: after a loss of power, checksums of records and of contents tell what is
+left. They start from the file's purpose, its fingerprint and dtype; a content's is looked at in
+every read. A file that SQLite cannot read is replaced by an empty one.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ import os
 import sqlite3
 import zlib
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -33,7 +33,7 @@ _SETTINGS = (
 )
 _TABLES = (
     "purpose (text)",
-    "records (number INTEGER PRIMARY KEY, level, key, dtype, tokens, width, checksum)",
+    "records (number INTEGER PRIMARY KEY, level, key, dtype, tokens, width, checksum, own)",
     "contents (number INTEGER PRIMARY KEY, content)",
 )
 
@@ -44,7 +44,7 @@ class DiskRow:
 
     Attributes:
         shape: (tokens, C).
-        checksum: CRC-32 of purpose, record and content.
+        checksum: CRC-32 of its content.
     """
 
     number: int
@@ -52,7 +52,7 @@ class DiskRow:
     key: bytes
     dtype: torch.dtype
     shape: tuple[int, int]
-    checksum: int = 0
+    checksum: int
 
     @property
     def nbytes(self) -> int:
@@ -140,18 +140,18 @@ class DiskRows:
         made, contents, records = [], [], []
         for number, (key, row) in enumerate(rows.items(), self._next):
             content = memoryview(row.flatten().view(torch.uint8).numpy())
-            whole = DiskRow(number, level, key, row.dtype, tuple(row.shape))
-            whole = replace(whole, checksum=self._checksum(whole, content))
-            made.append(whole)
+            checksum = zlib.crc32(content, self._seed)
+            made.append(DiskRow(number, level, key, row.dtype, tuple(row.shape), checksum))
             contents.append((number, content))
-            records.append(
-                (number, level, key, DTYPES.index(row.dtype), *row.shape, whole.checksum)
-            )
+            record = [number, level, key, DTYPES.index(row.dtype), *row.shape, checksum]
+            records.append((*record, self._own_checksum(record)))
         self._next += len(made)
         try:
             with self._file:
                 self._file.executemany("INSERT INTO contents VALUES (?, ?)", contents)
-                self._file.executemany("INSERT INTO records VALUES (?, ?, ?, ?, ?, ?, ?)", records)
+                self._file.executemany(
+                    "INSERT INTO records VALUES (?, ?, ?, ?, ?, ?, ?, ?)", records
+                )
         except _ERRORS as error:
             self._fail(error)
             return []
@@ -181,7 +181,7 @@ class DiskRows:
             (content,) = self._file.execute(query, (row.number,)).fetchone() or (None,)
         except _ERRORS:
             content = None
-        if isinstance(content, bytes) and self._checksum(row, content) == row.checksum:
+        if isinstance(content, bytes) and zlib.crc32(content, self._seed) == row.checksum:
             out = torch.empty(row.shape, dtype=row.dtype)
             memoryview(out.flatten().view(torch.uint8).numpy())[:] = content
             return out
@@ -228,13 +228,12 @@ class DiskRows:
                 self._file.execute("INSERT INTO purpose VALUES (?)", (purpose,))
         found: dict[tuple[int, bytes], DiskRow] = {}
         unfit = []
-        for number, level, key, *rest in self._file.execute("SELECT * FROM records").fetchall():
+        for *record, own in self._file.execute("SELECT * FROM records").fetchall():
+            number, level, key, dtype, *shape, checksum = record
             row = None
-            if isinstance(key, bytes) and all(isinstance(n, int) for n in (level, *rest)):
-                dtype, tokens, width, checksum = rest
-                row = DiskRow(number, level, key, DTYPES[dtype % 4], (tokens, width), checksum)
-            room = max_bytes - self.used
-            if row is None or (level, key) in found or not 0 <= row.nbytes <= room:
+            if own == self._own_checksum(record):
+                row = DiskRow(number, level, key, DTYPES[dtype], tuple(shape), checksum)
+            if row is None or (level, key) in found or self.used + row.nbytes > max_bytes:
                 unfit.append(number)
                 continue
             found[level, key] = row
@@ -252,9 +251,8 @@ class DiskRows:
         if not self._there:  # the only moment at which giving the space back copies nothing
             self._file.execute("VACUUM")
 
-    def _checksum(self, row: DiskRow, content: bytes | memoryview) -> int:
-        about = f"{row.number} {row.level} {row.key!r} {row.dtype} {row.shape}"
-        return zlib.crc32(content, zlib.crc32(about.encode(), self._seed))
+    def _own_checksum(self, record: list[int | bytes]) -> int:
+        return zlib.crc32(repr(record).encode(), self._seed)
 
     def _forked(self) -> bool:
         """Whether this is a fork (a data loader's worker): SQLite serves its own process alone."""
