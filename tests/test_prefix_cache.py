@@ -1227,6 +1227,12 @@ def test_a_model_compiled_whole_runs_its_prefix():
     assert "compiled" in handle.cache_report().reason
 
 
+def test_a_batch_announced_is_a_hint_that_is_no_longer_taken():
+    handle = _patch(tiny_model("bert-sequence"), cache=_cache())
+    with pytest.deprecated_call(match="leave it out"):
+        handle.prefetch(**tiny_inputs("bert-sequence"))
+
+
 def test_trainer(tmp_path):
     rows = []
     for seed in range(4):

@@ -114,7 +114,7 @@ class Call:
                 named[inner] = item
         return named
 
-    def changed(self, change: Callable[[str, Any], Any] = lambda name, value: value) -> Call:
+    def changed(self, change: Callable[[str, Any], Any]) -> Call:
         """The same call with `change(name, value)` in the place of every value.
 
         Dicts are new ones, so that a model may write into them.

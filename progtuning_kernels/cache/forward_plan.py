@@ -132,7 +132,8 @@ class ForwardPlan:
         self.counts.refused += refused
         if self.counts.wants_reads and not refused:
             self._read(self.level, rows)
-        self.computed = chosen[0], hidden[:1].clone(), rows.spans[0]
+        if self.computed is None:
+            self.computed = chosen[0], hidden[:1].clone(), rows.spans[0]
         # as a row that was read, so that a batch does not depend on what was stored
         for row, (start, end) in zip(hidden, rows.spans, strict=True):
             row[:start] = 0

@@ -103,7 +103,8 @@ class KeyedRows:
     def write(self, level: int, rows: Rows, hidden: Tensor) -> int:
         """Store the rows of a batch (B, T, C) that are not there; how many found no room."""
         keys = rows.keys(self._tokens[level])
-        absent = len(set(keys)) - sum(self.store.contains(level, list(set(keys))))
+        known = dict(zip(keys, self.store.contains(level, keys), strict=True))
+        absent = list(known.values()).count(False)
         return absent - self.store.write(level, keys, hidden, rows.spans) if absent else 0
 
     def drop(self, level: int, rows: Rows) -> None:
