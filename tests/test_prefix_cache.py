@@ -1311,6 +1311,19 @@ def test_resume_finds_the_rows_of_a_folder_again(tmp_path):
         assert handle.cache_report().hits == 0
 
 
+def test_rows_of_another_data_set_make_room(tmp_path):
+    one, other = (tiny_inputs("bert-sequence", seed=seed) for seed in (1, 2))
+    rows = {}
+    for inputs in (one, other):
+        room = PrefixCache(sum(rows.values()) or BUDGET, device="disk", path=tmp_path)
+        with _patch(tiny_model("bert-sequence"), cache=room) as handle:
+            for _ in range(3):
+                gradients(handle.model, inputs)
+            report = handle.cache_report()
+            assert report.hits == 2 * BATCH and report.state == "on"
+            rows = {2: report.nbytes}
+
+
 def test_copies_pickles_and_the_unpatched_model_know_of_no_cache():
     handle = _patch(tiny_model("bert-sequence"), 2, cache=_cache())
     model, inputs = handle.model, tiny_inputs("bert-sequence")

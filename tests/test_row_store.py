@@ -11,7 +11,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from progtuning_kernels.cache import row_store
+from progtuning_kernels.cache import PrefixCache, row_store
 from progtuning_kernels.cache.row_store import RowStore, free_cpu_bytes, stored_dtype
 
 CPU = torch.device("cpu")
@@ -196,6 +196,7 @@ def test_what_is_not_there_as_asked_for_is_a_key_error():
     "settings_",
     [
         dict(max_bytes=-1),
+        dict(max_bytes=0),
         dict(device="gpu"),
         dict(dtype=torch.int8),
         dict(dtype="8bit"),
@@ -205,7 +206,7 @@ def test_what_is_not_there_as_asked_for_is_a_key_error():
 )
 def test_bad_settings_are_refused(settings_):
     with pytest.raises(ValueError):
-        RowStore(**{"max_bytes": 1, **settings_})
+        PrefixCache(**{"max_bytes": 1, **settings_})
 
 
 def test_sample_that_is_twice_in_a_batch_is_stored_once():

@@ -128,7 +128,7 @@ class ForwardPlan:
         if path.length(call) is None:
             path.lengths[call.shapes(path.consumed)] = hidden.shape[1]
             rows = Rows(rows.digests, ((0, hidden.shape[1]),) * len(chosen))
-        refused = self.stored.write(self.level, rows, hidden)
+        refused = self.stored.write(self.level, rows, hidden, hits=self.counts.hits)
         self.counts.refused += refused
         if self.counts.wants_reads and not refused:
             self._read(self.level, rows)

@@ -37,6 +37,7 @@ class KeyedRows:
         self._cache = cache
         self._tokens: dict[int, bytes] = {}
         self._bound: str | None = None
+        self._foreign: set[int] = set()  # levels with rows of an earlier process
         self._expected: str | None = None  # fingerprint that those should be bound to
 
     def bind_level(self, level: int) -> None:
@@ -48,6 +49,7 @@ class KeyedRows:
             weights = self._weights.fingerprint(1) if self.on_disk else os.urandom(64)
             self._bound = hashlib.blake2b(about + weights, digest_size=16).hexdigest()
             self.store.bind(self._bound)
+            self._foreign = set(self.store.levels())
             if self._expected not in (None, self._bound):
                 warnings.warn(
                     f"{self._cache.path} held rows of another model, configuration or version of "
@@ -71,6 +73,7 @@ class KeyedRows:
     def forget_level(self, level: int) -> None:
         self.store.drop(level)
         self._tokens.pop(level, None)
+        self._foreign.discard(level)
 
     def forget_above(self, unit: int) -> None:
         """Forget what was computed from `unit`, and so all levels above it."""
@@ -100,12 +103,23 @@ class KeyedRows:
             self.store.drop(level, keys)
             return None
 
-    def write(self, level: int, rows: Rows, hidden: Tensor) -> int:
-        """Store the rows of a batch (B, T, C) that are not there; how many found no room."""
+    def write(self, level: int, rows: Rows, hidden: Tensor, *, hits: int) -> int:
+        """Store the rows of a batch (B, T, C) that are not there; how many found no room.
+
+        Args:
+            hits: rows that were found in this stage.
+        """
         keys = rows.keys(self._tokens[level])
         known = dict(zip(keys, self.store.contains(level, keys), strict=True))
         absent = list(known.values()).count(False)
-        return absent - self.store.write(level, keys, hidden, rows.spans) if absent else 0
+        if not absent:
+            return 0
+        stored = self.store.write(level, keys, hidden, rows.spans)
+        if stored < absent and level in self._foreign and not hits:
+            self.store.drop(level)  # rows of another data set fill the folder
+            self._foreign.discard(level)
+            stored += self.store.write(level, keys, hidden, rows.spans)
+        return max(0, absent - stored)
 
     def drop(self, level: int, rows: Rows) -> None:
         self.store.drop(level, rows.keys(self._tokens[level]))

@@ -5,11 +5,13 @@ from __future__ import annotations
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Literal, get_args
 
 import torch
 
 from .row_store import RowStore, StoreDevice, free_cpu_bytes, stored_dtype
+
+_DTYPES = (None, torch.float32, torch.bfloat16, torch.float16)
 
 
 class PrefixCache:
@@ -30,7 +32,8 @@ class PrefixCache:
         path: folder on disk, whose rows a later run with the same prefix weights finds again.
 
     Raises:
-        ValueError: `max_bytes` is not positive, or what `RowStore` refuses.
+        ValueError: `max_bytes` is not positive, unknown device or dtype, "disk" without a path,
+            "cuda" without a GPU.
     """
 
     def __init__(
@@ -43,6 +46,14 @@ class PrefixCache:
     ) -> None:
         if not isinstance(max_bytes, int) or max_bytes < 1:
             raise ValueError(f"max_bytes must be a number of bytes, 1 or more, got {max_bytes!r}")
+        if device not in get_args(StoreDevice):
+            raise ValueError(f"device must be one of {get_args(StoreDevice)}, got {device!r}")
+        if dtype not in _DTYPES:
+            raise ValueError(f"dtype must be one of {_DTYPES}, got {dtype!r}")
+        if device == "disk" and path is None:
+            raise ValueError("device='disk' needs a path")
+        if device == "cuda" and not torch.cuda.is_available():
+            raise ValueError("device='cuda' needs a GPU")
         self.max_bytes = max_bytes
         self.device: StoreDevice = device
         self.dtype = dtype

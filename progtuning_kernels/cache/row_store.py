@@ -15,7 +15,7 @@ import sys
 import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Literal, get_args
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -25,7 +25,6 @@ from .disk_rows import DTYPES, DiskRow, DiskRows, DiskUnavailable
 StoreDevice = Literal["auto", "cuda", "cpu", "disk"]
 
 _GPU_SHARE, _CPU_SHARE = 0.25, 0.5  # of free memory, where the caller leaves the choice to us
-_DTYPES = (None, torch.float32, torch.bfloat16, torch.float16)
 _CPU = torch.device("cpu")
 
 
@@ -82,10 +81,6 @@ class RowStore:
 
     Attributes:
         warnings: what went wrong, once per kind; each was given to `warnings.warn` too.
-
-    Raises:
-        ValueError: unknown device or dtype, negative budget, "disk" without a path, "cuda" without
-            a GPU.
     """
 
     def __init__(
@@ -96,16 +91,6 @@ class RowStore:
         dtype: torch.dtype | None = None,
         path: str | os.PathLike[str] | None = None,
     ) -> None:
-        if max_bytes < 0:
-            raise ValueError(f"max_bytes must not be negative, got {max_bytes}")
-        if device not in get_args(StoreDevice):
-            raise ValueError(f"device must be one of {get_args(StoreDevice)}, got {device!r}")
-        if dtype not in _DTYPES:
-            raise ValueError(f"dtype must be one of {_DTYPES}, got {dtype!r}")
-        if device == "disk" and path is None:
-            raise ValueError("device='disk' needs a path")
-        if device == "cuda" and not torch.cuda.is_available():
-            raise ValueError("device='cuda' needs a GPU")
         self.warnings: list[str] = []
         self._max_bytes = max_bytes
         self._device = device
