@@ -58,15 +58,10 @@ class UnknownContent(ValueError):
 
 @dataclass(frozen=True)
 class Rows:
-    """The samples of one batch.
+    """The samples of one batch."""
 
-    Attributes:
-        digests: 16 bytes a row.
-        spans: (start, end) of each row's tokens in the padded batch.
-    """
-
-    digests: tuple[bytes, ...]
-    spans: tuple[tuple[int, int], ...]
+    digests: tuple[bytes, ...]  # 16 bytes each
+    spans: tuple[tuple[int, int], ...]  # (start, end) of each one's tokens in the padded batch
 
     def keys(self, token: bytes) -> list[bytes]:
         """The rows' keys (16 bytes each) under one state of the prefix's weights."""
@@ -86,23 +81,16 @@ class Call:
     """The arguments of one forward.
 
     An argument that is a dict stands for its entries: sentence-transformers calls its model with
-    one, and writes into it.
-
-    Attributes:
-        names: parameter names of the positional arguments.
+    one, and writes into it. Properties raise `UnknownContent` where they cannot tell.
     """
 
-    names: tuple[str, ...]
+    names: tuple[str, ...]  # of the positional arguments
     args: tuple[Any, ...]
     kwargs: Mapping[str, Any]
 
     @cached_property
     def named(self) -> dict[str, Any]:
-        """Every argument that is not None, by name.
-
-        Raises:
-            UnknownContent: two have one name.
-        """
+        """Every argument that is not None, by name."""
         pairs = (*zip(self.names, self.args, strict=False), *self.kwargs.items())
         named: dict[str, Any] = {}
         for name, value in pairs:
@@ -140,11 +128,7 @@ class Call:
 
     @cached_property
     def size(self) -> int:
-        """B, rows of the batch.
-
-        Raises:
-            UnknownContent: no tensor has rows.
-        """
+        """B, rows of the batch."""
         for name in _INPUTS:
             if name in self.tensors:
                 return self.tensors[name].shape[0]
@@ -164,10 +148,6 @@ class Call:
 
     @cached_property
     def device(self) -> torch.device:
-        """
-        Raises:
-            UnknownContent: no argument is a tensor.
-        """
         for value in self.tensors.values():
             return value.device
         raise UnknownContent("no argument is a tensor with one row per sample")
@@ -183,11 +163,7 @@ class Call:
 
     @cached_property
     def signature(self) -> tuple[Any, ...]:
-        """What the path through the model can depend on: kinds of tensors, values of the rest.
-
-        Raises:
-            UnknownContent: an argument is neither a tensor nor a plain value.
-        """
+        """What the path through the model can depend on: kinds of tensors, values of the rest."""
         kinds: list[tuple[Any, ...]] = []
         for name, value in sorted(self.named.items()):
             if isinstance(value, torch.Tensor):
@@ -248,9 +224,6 @@ class Call:
             unpadded: leave the padding out, so that a row is the same in any batch; the place where
                 its tokens start stays in, because absolute positions depend on it.
             consumed: arguments of `READ_ABOVE` that something below the boundary does read.
-
-        Raises:
-            UnknownContent: the attention mask is not of shape (B, T).
         """
         size, tokens = self.size, self.tokens
         spans, ones = self.spans

@@ -40,19 +40,14 @@ _TABLES = (
 
 @dataclass(frozen=True, slots=True)
 class DiskRow:
-    """One row on disk, as its record says; `number` finds it.
-
-    Attributes:
-        shape: (tokens, C).
-        checksum: CRC-32 of its content.
-    """
+    """One row on disk, as its record says; `number` finds it."""
 
     number: int
     level: int
     key: bytes
     dtype: torch.dtype
-    shape: tuple[int, int]
-    checksum: int
+    shape: tuple[int, int]  # (tokens, C)
+    checksum: int  # CRC-32 of its content
 
     @property
     def nbytes(self) -> int:
@@ -110,10 +105,7 @@ class DiskRows:
             raise DiskUnavailable(f"cannot write there ({error})") from error
 
     def bind(self, fingerprint: str, max_bytes: int) -> list[DiskRow]:
-        """Find the rows that were stored under this fingerprint.
-
-        Args:
-            max_bytes: rows beyond it are dropped.
+        """Find the rows that were stored under this fingerprint, up to `max_bytes`; drop others.
 
         Raises:
             DiskUnavailable: the file cannot be written.

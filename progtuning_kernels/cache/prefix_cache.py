@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import KW_ONLY, dataclass, field
 from typing import Literal, get_args
 
 import torch
@@ -14,6 +14,7 @@ from .row_store import RowStore, StoreDevice, free_cpu_bytes, stored_dtype
 _DTYPES = (None, torch.float32, torch.bfloat16, torch.float16)
 
 
+@dataclass(eq=False)
 class PrefixCache:
     """Keeps what the frozen prefix computes for a sample, so that later epochs read it instead.
 
@@ -36,35 +37,25 @@ class PrefixCache:
             "cuda" without a GPU.
     """
 
-    def __init__(
-        self,
-        max_bytes: int,
-        *,
-        device: StoreDevice = "auto",
-        dtype: torch.dtype | None = None,
-        path: str | os.PathLike[str] | None = None,
-    ) -> None:
+    max_bytes: int
+    _: KW_ONLY
+    device: StoreDevice = "auto"
+    dtype: torch.dtype | None = None
+    path: str | os.PathLike[str] | None = None
+    _in_use: bool = field(default=False, init=False, repr=False)
+
+    def __post_init__(self) -> None:
+        max_bytes, device = self.max_bytes, self.device
         if not isinstance(max_bytes, int) or max_bytes < 1:
             raise ValueError(f"max_bytes must be a number of bytes, 1 or more, got {max_bytes!r}")
         if device not in get_args(StoreDevice):
             raise ValueError(f"device must be one of {get_args(StoreDevice)}, got {device!r}")
-        if dtype not in _DTYPES:
-            raise ValueError(f"dtype must be one of {_DTYPES}, got {dtype!r}")
-        if device == "disk" and path is None:
+        if self.dtype not in _DTYPES:
+            raise ValueError(f"dtype must be one of {_DTYPES}, got {self.dtype!r}")
+        if device == "disk" and self.path is None:
             raise ValueError("device='disk' needs a path")
         if device == "cuda" and not torch.cuda.is_available():
             raise ValueError("device='cuda' needs a GPU")
-        self.max_bytes = max_bytes
-        self.device: StoreDevice = device
-        self.dtype = dtype
-        self.path = path
-        self._in_use = False
-
-    def __repr__(self) -> str:
-        return (
-            f"PrefixCache({self.max_bytes}, device={self.device!r}, dtype={self.dtype}, "
-            f"path={self.path!r})"
-        )
 
     def row_bytes(self, tokens: int, width: int, dtype: torch.dtype) -> int:
         """What a row of boundary activations of `dtype` takes."""

@@ -21,20 +21,13 @@ _PROBE_EVERY = 256  # served forwards; one row each
 
 @dataclass(frozen=True)
 class Sample:
-    """A row as it was once.
-
-    Attributes:
-        context: precision, adapters and mode that it was computed with.
-        call: its arguments.
-        hidden: its boundary activations, (1, T, C).
-        span: of its tokens.
-    """
+    """A row as it was once."""
 
     path: Path
-    context: tuple[Any, ...]
+    context: tuple[Any, ...]  # precision, adapters and mode that it was computed with
     call: Call
-    hidden: Tensor
-    span: tuple[int, int]
+    hidden: Tensor  # its boundary activations, (1, T, C)
+    span: tuple[int, int]  # of its tokens
 
 
 class RowCheck:

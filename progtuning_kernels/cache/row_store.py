@@ -68,16 +68,10 @@ class RowStore:
     For one thread. A fork (a data loader's worker) finds no row on disk and writes none.
 
     Args:
-        max_bytes: budget of the rows' bytes over all tiers; the index (500 bytes of Python objects
-            a row) and the pages of a file (a tenth at most) come on top.
-        device: "cuda", "cpu", "disk": only there. "auto": up to a quarter of the free GPU memory if
-            the activations are on a GPU, then up to half of the free CPU memory, then disk if there
-            is a `path`.
-        dtype: of stored rows. None keeps that of the activations, and every bit. A row that the
-            dtype cannot hold (overflow, NaN) is not stored, activations of no more bytes than
-            `dtype` are stored as they are.
-        path: folder for "disk" and "auto", made where it is missing. One store at a time uses it;
-            where it cannot be used rows stay in CPU memory, up to half of what is free.
+        max_bytes, device, dtype, path: as in `PrefixCache`. "auto": up to a quarter of the free GPU
+            memory if the activations are on a GPU, then up to half of the free CPU memory, then
+            disk. The index (500 bytes of Python objects a row) and the pages of a file come on top
+            of the budget. A folder that cannot be used is replaced by memory, as in "auto".
 
     Attributes:
         warnings: what went wrong, once per kind; each was given to `warnings.warn` too.
@@ -104,8 +98,7 @@ class RowStore:
     def bind(self, fingerprint: str) -> None:
         """Say which function the prefix is; rows of any other one are dropped.
 
-        Call it before the first read or write, and whenever weights of the prefix have changed. On
-        disk, rows that were stored under this fingerprint are found again, all others are replaced.
+        On disk, those that were stored under this fingerprint are found again.
         """
         if fingerprint == self._fingerprint:
             return
@@ -134,19 +127,15 @@ class RowStore:
     def write(
         self, level: int, keys: Sequence[bytes], hidden: Tensor, spans: Sequence[tuple[int, int]]
     ) -> int:
-        """Store the rows of a batch that are not there and for which there is room.
+        """Store the rows of a batch that are not there, as far as there is room; how many were.
+
+        A row with values that the dtype cannot hold (overflow, NaN) is not.
 
         Args:
             level: what the rows are the output of: the prefix below this block.
             keys: B times 16 bytes.
             hidden: (B, T, C), floating, CPU or GPU.
             spans: row i is hidden[i, start:end].
-
-        Returns:
-            The number of rows that were stored.
-
-        Raises:
-            RuntimeError: not bound. TypeError: `hidden` is not floating.
         """
         self._require_bound()
         stored = self._levels.get(level, {})
@@ -186,19 +175,13 @@ class RowStore:
         device: torch.device,
         dtype: torch.dtype,
     ) -> Tensor:
-        """The hidden states of a batch, zeros outside the spans.
+        """The hidden states of a batch, (B, T, C) = `shape`, zeros outside the spans.
 
-        Args:
-            level, keys, spans: as in `write`; a row may lie elsewhere in its batch than it did.
-            shape: (B, T, C).
-
-        Returns:
-            (B, T, C) of `dtype` on `device`, ready for the current stream.
+        A row may lie elsewhere in its batch than it did when it was written.
 
         Raises:
             KeyError: a row is not there, has not the length and width asked for, or is damaged
                 on disk, and so is there no more.
-            RuntimeError: not bound.
         """
         self._require_bound()
         stored = self._levels.get(level, {})
@@ -268,7 +251,7 @@ class RowStore:
     def _homes(
         self, sizes: Mapping[bytes, int], device: torch.device
     ) -> dict[bytes, torch.device | None]:
-        """The device in whose memory each row goes, None for the disk, for which there is room.
+        """Where the rows go for which there is room: a device's memory, or None for the disk.
 
         Args:
             sizes: bytes of each row.

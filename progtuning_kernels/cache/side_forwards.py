@@ -1,4 +1,4 @@
-"""Runs forwards that nobody asked for: on a trial, and for the rows that a batch misses."""
+"""Runs forwards beside those of the loop: for a trial, and for rows that a batch misses."""
 
 from __future__ import annotations
 

@@ -33,35 +33,22 @@ from .stand_ins import UnservableError
 
 @dataclass
 class Path:
-    """How forwards with one kind of arguments go.
+    """How forwards with one kind of arguments go."""
 
-    Attributes:
-        reason: why they are not served; None where they are.
-        levels: boundary activations that they can start from.
-        unpadded: rows are stored without padding. False where something above the boundary reads
-            the hidden states of padding.
-        draws: code around the prefix draws random numbers, to no effect (BART's layerdrop of 0).
-        consumed: arguments of `READ_ABOVE` that the prefix reads all the same.
-        keys_and_values: the output holds those of all blocks.
-        dtype, width: of the boundary activations, and their C.
-        alone: it was learnt from one row, which does not show whether rows depend on others.
-        per_token: T of the boundary activations is that of the token ids.
-        lengths: T by the shapes of one sample, where it is not.
-        place_found: the prefix reads a tensor that some other module holds, newly watched.
-    """
-
-    reason: str | None = None
-    levels: dict[int, Level] = field(default_factory=dict)
+    reason: str | None = None  # why they are not served; None where they are
+    levels: dict[int, Level] = field(default_factory=dict)  # that they can start from
+    # rows are stored without padding; not where something above the boundary reads that of
+    # hidden states
     unpadded: bool = True
-    draws: bool = False
-    consumed: frozenset[str] = frozenset()
-    keys_and_values: bool = False
-    dtype: torch.dtype = torch.float32
-    width: int = 0
-    alone: bool = False
-    per_token: bool = True
-    lengths: dict[Any, int] = field(default_factory=dict)
-    place_found: bool = False
+    draws: bool = False  # code around the prefix does, to no effect (BART's layerdrop of 0)
+    consumed: frozenset[str] = frozenset()  # of `READ_ABOVE`, that the prefix reads all the same
+    keys_and_values: bool = False  # the output holds those of all blocks
+    dtype: torch.dtype = torch.float32  # of the boundary activations
+    width: int = 0  # C
+    alone: bool = False  # learnt from one row, which does not show whether it depends on others
+    per_token: bool = True  # T of the boundary activations is that of the token ids
+    lengths: dict[Any, int] = field(default_factory=dict)  # T by shapes of a sample, where not
+    place_found: bool = False  # it reads a tensor that some other module holds, newly watched
 
     def length(self, call: Call) -> int | None:
         """T of the boundary activations; None for a shape that was not seen yet."""
