@@ -79,8 +79,6 @@ class PrefixServer:
         """A forward of the server's own is under way; the handle's other hooks leave it alone."""
         return self._side.busy
 
-    # stages
-
     def move(self, boundary: int) -> None:
         """Begin a stage: everything below block `boundary` is frozen."""
         self.put_back()
@@ -128,8 +126,6 @@ class PrefixServer:
             yield
         finally:
             self._paused = before
-
-    # one forward
 
     def before_forward(
         self, args: tuple[Any, ...], kwargs: dict[str, Any], *, proved: bool
@@ -291,8 +287,6 @@ class PrefixServer:
         self._reason, self._off = verdict, True
         self._check.drop_all_rows()
         warnings.warn(f"the prefix cache is off for this stage: {verdict}", stacklevel=5)
-
-    # reporting
 
     def report(self) -> CacheReport:
         self._watch.poll()
