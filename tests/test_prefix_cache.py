@@ -1576,6 +1576,22 @@ def test_trials_leave_no_trace_in_buffers_generators_and_inputs():
         assert torch.equal(buffer, dict(untouched.named_buffers())[name]), name
 
 
+def test_rows_that_are_computed_before_a_forward_leave_no_trace_in_buffers():
+    class Counting(_Own):
+        def __init__(self):
+            super().__init__()
+            self.register_buffer("forwards", torch.zeros(()))
+
+        def forward(self, input_ids):
+            self.forwards += 1
+            return self.run(input_ids)
+
+    handle, untouched = _own_pair(Counting())
+    for seed in (0, 1, 2, 0, 1):
+        assert torch.equal(handle.model(_ids(seed)), untouched(_ids(seed)))
+    assert handle.model.forwards == 5 and handle.cache_report().served_steps == 2
+
+
 @pytest.mark.parametrize("kept", ["attribute", "hook", "integers"])
 def test_what_a_frozen_block_hands_on_beside_its_output_keeps_it_running(kept):
     class Reading(_Own):

@@ -58,7 +58,7 @@ class PrefixServer:
         self._fixed = fixed
         self._weights = PrefixWeights(model, layout)
         self._rows = KeyedRows(model, layout, self._weights, cache)
-        self._side = SideForwards(model)
+        self._side = SideForwards(model, layout)
         self._check = RowCheck(self._weights, self._side, self._rows, cache.dtype)
         self._names = _argument_names(model)
         self.level = 0

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from ..model.forward_hooks import buffers_kept
+from ..model.layout import Layout
 from ..random_state import gpus_of, random_state_kept, set_torch_state, torch_state
 from .content_keys import Call
 from .recorded_levels import Level
@@ -25,8 +26,9 @@ class SideForwards:
         busy: one of them is under way; the hooks of the patched model leave it alone.
     """
 
-    def __init__(self, model: nn.Module) -> None:
+    def __init__(self, model: nn.Module, layout: Layout) -> None:
         self._model = model
+        self._around = [model.get_submodule(path) for path in layout.containers]
         self.busy = False
 
     @contextmanager
@@ -91,6 +93,13 @@ class SideForwards:
 
         gpus = gpus_of(self._model) if draws else []
         state = torch_state(gpus) if draws else None
+        # those of frozen modules stay as they are, and what lies above is not reached
+        buffers = [
+            (module._buffers, name, buffer, buffer._version, buffer.clone())
+            for module in self._around
+            for name, buffer in module._buffers.items()
+            if buffer is not None
+        ]
         try:
             with self._busy(), ExitStack() as stand_ins:
                 stand_ins.enter_context(levels[at].take(receive).installed())
@@ -102,6 +111,10 @@ class SideForwards:
         finally:
             if state is not None:
                 set_torch_state(state, gpus)
+            for held, name, buffer, version, values in buffers:
+                held[name] = buffer
+                if buffer._version != version:
+                    buffer.copy_(values)
         if not taken:
             raise UnservableError(f"block {at - 1} is not called through its list")
         return taken[0]
