@@ -26,9 +26,9 @@ from progtuning_kernels import (
     RandomBlockSchedule,
     plan_training,
 )
+from progtuning_kernels.freezing.freezer import StageState
 from progtuning_kernels.patch import patch_model
 from progtuning_kernels.planner.calibration import UnitCosts
-from progtuning_kernels.planner.stage_flags import StageState
 from progtuning_kernels.planner.stage_meter import largest_batch
 from progtuning_kernels.swaps import cpu_dropout
 

@@ -19,12 +19,13 @@ from torch.utils import _pytree as pytree
 
 from ..freezing.active_set import TiedPolicy
 from ..freezing.boundary import FrozenMode
+from ..freezing.freezer import Freezer, StageState
 from ..model.layout import EMBEDDINGS, Layout, find_layout
 from ..optim import MaskedAdamW
 from ..schedules import FreezePlan
 from .example_batch import on_device
 from .meta_step import loss_of, meta_copy
-from .stage_flags import StageFlags, StageState
+from .stage_meter import freeze_quietly
 
 _MIN_ROUNDS = 3  # after one that warms up
 
@@ -204,7 +205,7 @@ def measure_units(
     blocks = find_layout(small, [layout.stacks[0].path])
     vocabulary = getattr(getattr(model, "config", None), "vocab_size", None)
     batch = on_device(inputs, device, vocabulary)
-    flags = StageFlags(small, blocks, tied, frozen_mode)
+    freezer = Freezer(small, blocks, tied=tied, frozen_mode=frozen_mode)
     optimizer = MaskedAdamW(
         small.parameters(), lr=1e-6, state_dtype=state_dtype, master_weights=master_weights
     )
@@ -221,7 +222,7 @@ def measure_units(
             rounds = 0
             while rounds <= _MIN_ROUNDS or time.perf_counter() - began < seconds:
                 for name, plan in plans.items():
-                    state = flags.put(plan)
+                    state = freeze_quietly(freezer, plan)
                     params = state.trainable_params if name == "full" else params
                     _timed_step(small, blocks, batch, optimizer, clock, name)
                 if not rounds:

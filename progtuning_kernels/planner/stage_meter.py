@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -10,12 +11,12 @@ import torch
 from torch import nn
 
 from ..cache import PrefixCache
-from ..freezing.truncation import measure_forward
+from ..freezing.freezer import Freezer, StageState
+from ..freezing.unit_use import measure_forward
 from ..model.layout import EMBEDDINGS, Layout, parameter_slots
 from ..optim import MaskedAdamW
 from ..schedules import FreezePlan
 from .meta_step import StepFlops, TargetKernels, count_flops, peak_live_bytes
-from .stage_flags import StageFlags, StageState
 from .training_plan import StagePlan
 
 OptimizerName = Literal["adamw", "adamw-bf16", "adamw-8bit"]
@@ -55,12 +56,26 @@ class MeasuredStage:
         return blocks < self.head - self.state.boundary
 
 
+def freeze_quietly(freezer: Freezer, plan: FreezePlan) -> StageState:
+    """Put `plan` in force on a copy of the model, without the warnings that training gives.
+
+    Raises:
+        ValueError: it leaves nothing to train.
+    """
+    freezer.active.check_plan(plan)
+    state = freezer.freeze(plan)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        freezer.truncate_checkpointing()
+    return state
+
+
 class StageMeter:
     """Puts plans on one model, and measures a step under each.
 
     Args:
         model: a copy on the meta device that nobody else uses.
-        flags: of that copy.
+        freezer: of that copy.
         inputs: its arguments, on the meta device.
     """
 
@@ -68,13 +83,13 @@ class StageMeter:
         self,
         model: nn.Module,
         layout: Layout,
-        flags: StageFlags,
+        freezer: Freezer,
         inputs: Mapping[str, Any],
         options: Options,
     ) -> None:
         self.model = model
         self.layout = layout
-        self._flags = flags
+        self._freezer = freezer
         self._inputs = inputs
         self._options = options
         self._measured: dict[FreezePlan, MeasuredStage] = {}
@@ -86,7 +101,7 @@ class StageMeter:
         return self._measured[plan]
 
     def _measure(self, plan: FreezePlan) -> MeasuredStage:
-        options, state = self._options, self._flags.put(plan)
+        options, state = self._options, freeze_quietly(self._freezer, plan)
         flops = count_flops(
             self.model,
             self.layout,
@@ -105,7 +120,7 @@ class StageMeter:
             weight_bytes=weights,
             gradient_bytes=self._gradient_bytes(),
             state_bytes=state_bytes,
-            activation_bytes=self._activation_bytes(state),
+            activation_bytes=self._activation_bytes(),
             peak_bytes=weights + state_bytes + live,
             forward_flops=flops.forward,
             backward_flops=flops.backward,
@@ -122,7 +137,7 @@ class StageMeter:
         in_backward: bool | None = None,
     ) -> int:
         """Of a step under `plan` with other inputs, or with updates inside backward."""
-        self._flags.put(plan)
+        freeze_quietly(self._freezer, plan)
         options = self._options
         within = options.in_backward if in_backward is None else in_backward
         live = self._live_bytes(inputs or self._inputs, in_backward=within)
@@ -130,7 +145,7 @@ class StageMeter:
 
     def state_bytes(self, plan: FreezePlan, optimizer: OptimizerName) -> int:
         """Of another optimizer's state under `plan`."""
-        self._flags.put(plan)
+        freeze_quietly(self._freezer, plan)
         return self._state_bytes(optimizer)
 
     def _live_bytes(self, inputs: Mapping[str, Any], *, in_backward: bool) -> int:
@@ -158,11 +173,9 @@ class StageMeter:
                 units[slot.home] += slot.parameter.nbytes
         return (max if self._options.in_backward else sum)(units.values())
 
-    def _activation_bytes(self, state: StageState) -> int:
+    def _activation_bytes(self) -> int:
         with TargetKernels(self._options.device):
-            uses = measure_forward(
-                self.model, self.layout, (), self._inputs, boundary=state.boundary
-            )
+            uses = measure_forward(self.model, self.layout, (), self._inputs)
         return sum(use.activation_bytes for use in uses.values())
 
     def _cache_bytes(self, state: StageState) -> int | None:
