@@ -79,9 +79,9 @@ class PrefixServer:
         """A forward of the server's own is under way; the handle's other hooks leave it alone."""
         return self._side.busy
 
-    def move(self, boundary: int) -> None:
+    def begin_stage(self, boundary: int) -> None:
         """Begin a stage: everything below block `boundary` is frozen."""
-        self.put_back()
+        self.remove_stand_ins()
         self._forget_changed()
         self.level = level = min(boundary, self._layout.stacks[0].length)
         self._rows.forget_above(level)  # the blocks in between train now
@@ -97,11 +97,11 @@ class PrefixServer:
         )
 
     def close(self) -> None:
-        self.put_back()
+        self.remove_stand_ins()
         self._paths.clear()
         self._rows.close()
 
-    def put_back(self) -> None:
+    def remove_stand_ins(self) -> None:
         """Put every module in its own place again, also after a forward that was interrupted."""
         if self._stand_ins is not None:
             self._stand_ins.remove_stand_ins()
@@ -132,7 +132,7 @@ class PrefixServer:
     ) -> dict[str, Any]:
         """Look the rows of a forward up, and compute what is missing if that is cheap.
 
-        `install` then makes the forward take what there is.
+        `install_stand_ins` then makes the forward take what there is.
 
         Args:
             args: positional arguments of the model.
@@ -144,7 +144,7 @@ class PrefixServer:
         """
         if self.busy:
             return kwargs
-        self.put_back()
+        self.remove_stand_ins()
         if self._reason is None and not self._paused:
             self._check.compare_settings()
             call = Call(self._names, args, kwargs)
@@ -157,7 +157,7 @@ class PrefixServer:
                 self._bypasses[reason] += 1
         return kwargs
 
-    def install(self) -> None:
+    def install_stand_ins(self) -> None:
         """Put the stand-ins of the forward that comes in their places, until `after_forward`."""
         if not self.busy and self._stand_ins is not None:
             self._stand_ins.install_stand_ins()
@@ -171,7 +171,7 @@ class PrefixServer:
             self._paths[kind] = Path(reason)
         if self._reason is None and not self._paused:  # what a forward itself sets does not count
             self._check.note_settings()
-        self.put_back()
+        self.remove_stand_ins()
 
     def prefetch(self, kwargs: Mapping[str, Any]) -> None:
         """Deprecated: rows are read where they are needed."""
