@@ -190,14 +190,18 @@ class RowStore:
             row = stored.get(key)
             if row is None or row.shape != (end - start, shape[2]):
                 raise KeyError(f"no row {key.hex()} of {end - start} tokens at level {level}")
+            target = out[i, start:end]
             if isinstance(row, DiskRow):
-                row = self._disk.read(row)
-                if row is None:
+                direct = not out.is_cuda and row.dtype == dtype
+                content = target if direct else torch.empty(row.shape, dtype=row.dtype)
+                if not self._disk.read(row, content):
                     self.drop(level, [key])
                     raise KeyError(f"row {key.hex()} of level {level} is damaged")
+                row = content
             if out.is_cuda and not row.is_cuda:  # the GPU reads pinned memory: nothing waits
                 row = row.pin_memory().to(out.device, non_blocking=True)
-            out[i, start:end].copy_(row)
+            if row is not target:
+                target.copy_(row)
         return out
 
     def drop(self, level: int, keys: Sequence[bytes] | None = None) -> None:
