@@ -9,6 +9,7 @@ from typing import Literal, get_args
 
 import torch
 
+from ..text_table import text_table
 from .row_store import RowStore, StoreDevice, free_cpu_bytes, stored_dtype
 
 _DTYPES = (None, torch.float32, torch.bfloat16, torch.float16)
@@ -141,5 +142,4 @@ class CacheReport:
             *((f"bypassed {n:,} times", reason) for reason, n in self.bypasses.items()),
             *(("warning", text) for text in self.warnings),
         ]
-        width = max(len(name) for name, _ in lines)
-        return "\n".join(f"{name.ljust(width)}  {value}" for name, value in lines)
+        return "\n".join(text_table(lines, left=(0, 1)))
