@@ -11,7 +11,6 @@ import torch
 from torch import nn
 
 from ..cache import PrefixCache
-from ..cache.row_codec import row_format
 from ..freezing.freezer import Freezer, StageState
 from ..freezing.unit_use import measure_forward
 from ..model.layout import EMBEDDINGS, Layout, parameter_slots
@@ -197,7 +196,7 @@ class StageMeter:
         finally:
             hook.remove()
         _, tokens, width = hidden[0].shape  # (B, T, C)
-        return tokens * row_format(cache.dtype, hidden[0].dtype, width).token_bytes
+        return cache.row_bytes(tokens, width, hidden[0].dtype)
 
 
 def largest_batch(peak_bytes: Callable[[int], int], rows: int, limit: int) -> int:
