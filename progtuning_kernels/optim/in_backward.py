@@ -166,9 +166,11 @@ class BackwardHooks:
         found = [decision.found_inf for decision in self._decisions]
         self._decisions, self._done = [], set()
         self.forget_backward()
-        return _norm_of(norms, "l2"), _norm_of(found, "inf")
+        norms, found = _known(norms), _known(found)
+        return masked_norm(norms) if norms else None, torch.stack(found).amax() if found else None
 
 
-def _norm_of(values: list[Tensor | None], kind: Literal["l2", "inf"]) -> Tensor | None:
+def _known(values: list[Tensor | None]) -> list[Tensor]:
+    """All but None, on the first one's device."""
     known = [value for value in values if value is not None]
-    return masked_norm([value.to(known[0].device) for value in known], kind=kind) if known else None
+    return [value.to(known[0].device) for value in known]
