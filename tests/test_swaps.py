@@ -312,7 +312,9 @@ def check_a_model_that_moves_is_swapped_anew(monkeypatch):
     answers = {"cpu": "not yet"}
     real = model_swaps.backend.triton_reason
     monkeypatch.setattr(
-        model_swaps.backend, "triton_reason", lambda d: answers.get(d.type) or real(d)
+        model_swaps.backend,
+        "triton_reason",
+        lambda d, *dtypes: answers.get(d.type) or real(d, *dtypes),
     )
     handle = patch_model(model, MilestoneSchedule({0: 1}))
     assert handle.kernel_report().swapped == 0
