@@ -65,26 +65,15 @@ void masked_norm_cpu_checked(const std::vector<Address>& tensors, const std::vec
   }
 }
 
-void bernoulli_bits_cpu_checked(Address generator, int64_t generator_bytes, int source, int64_t n,
-                                double keep, Address bits, int num_threads) {
+void dropout_cpu_checked(Address x, uint64_t seed, uint32_t limit, int64_t n, int dtype,
+                         Address out, int num_threads) {
   if (num_threads < 1) throw std::invalid_argument("dropout: num_threads must be positive");
-  if (!(keep > 0 && keep < 1)) throw std::invalid_argument("dropout: keep is not between 0 and 1");
-  if (n < 0 || (n > 0 && bits == 0)) throw std::invalid_argument("dropout: no room for the bits");
-  if (generator == 0 || generator_bytes != kGeneratorBytes ||
-      !bernoulli_bits_cpu(pointer<void>(generator), static_cast<RandomSource>(source), n, keep,
-                          pointer<uint8_t>(bits), num_threads)) {
-    throw std::invalid_argument("dropout: no state of a torch CPU generator");
-  }
-}
-
-void masked_product_cpu_checked(Address x, Address bits, float scale, int64_t n, int dtype,
-                                Address out, int num_threads) {
-  if (num_threads < 1) throw std::invalid_argument("dropout: num_threads must be positive");
-  if (n < 0 || (n > 0 && (x == 0 || bits == 0 || out == 0))) {
+  if (limit == 0 || limit > 0xffff) throw std::invalid_argument("dropout: no limit of 16 bits");
+  if (n < 0 || (n > 0 && (x == 0 || out == 0))) {
     throw std::invalid_argument("dropout: a negative size or no storage");
   }
-  if (!masked_product_cpu(pointer<const void>(x), pointer<const uint8_t>(bits), scale, n,
-                          static_cast<DType>(dtype), pointer<void>(out), num_threads)) {
+  if (!dropout_cpu(pointer<const void>(x), seed, limit, n, static_cast<DType>(dtype),
+                   pointer<void>(out), num_threads)) {
     throw std::invalid_argument("dropout: no CPU kernel for dtype code " + std::to_string(dtype));
   }
 }
@@ -278,17 +267,8 @@ PYBIND11_MODULE(_C, m) {
 
   m.def("masked_norm_cpu", &masked_norm_cpu_checked, py::arg("tensors"), py::arg("sizes"),
         py::arg("dtype"), py::arg("kind"), py::arg("out"), py::arg("num_threads"), release_gil());
-  py::dict sources;
-  sources["mt19937"] = static_cast<int>(RandomSource::kMt19937);
-  sources["mcg31"] = static_cast<int>(RandomSource::kMcg31);
-  m.attr("random_sources") = sources;
-  m.attr("generator_bytes") = kGeneratorBytes;
-  m.def("bernoulli_bits_cpu", &bernoulli_bits_cpu_checked, py::arg("generator"),
-        py::arg("generator_bytes"), py::arg("source"), py::arg("n"), py::arg("keep"),
-        py::arg("bits"), py::arg("num_threads"), release_gil());
-  m.def("masked_product_cpu", &masked_product_cpu_checked, py::arg("x"), py::arg("bits"),
-        py::arg("scale"), py::arg("n"), py::arg("dtype"), py::arg("out"), py::arg("num_threads"),
-        release_gil());
+  m.def("dropout_cpu", &dropout_cpu_checked, py::arg("x"), py::arg("seed"), py::arg("limit"),
+        py::arg("n"), py::arg("dtype"), py::arg("out"), py::arg("num_threads"), release_gil());
   m.attr("update_record_bytes") = sizeof(UpdateRecord);
   m.def("masked_update_cpu", &masked_update_cpu_checked, py::arg("table"), py::arg("grads"),
         py::arg("groups"), py::arg("param"), py::arg("moments"), py::arg("master"),

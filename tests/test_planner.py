@@ -30,7 +30,6 @@ from progtuning_kernels.patch import patch_model
 from progtuning_kernels.planner.calibration import UnitCosts
 from progtuning_kernels.planner.stage_flags import StageState
 from progtuning_kernels.planner.stage_meter import largest_batch
-from progtuning_kernels.swaps import cpu_dropout
 
 ROWS, TOKENS = 6, 24
 SCHEDULES = {
@@ -97,31 +96,6 @@ def test_stages_are_those_of_a_real_run(name, dropout, schedule):
         assert stage.activation_bytes == pytest.approx(measured, rel=0.01)
     whole = sum(t.nbytes for t in (*model.parameters(), *model.buffers()))
     assert {s.weight_bytes for s in plan.stages} == {whole}
-
-
-@pytest.mark.skipif(cpu_dropout.reason_against() is not None, reason="no dropout of ours")
-@pytest.mark.parametrize("name", ["bert-sequence", "gpt2-causal-lm"])
-def test_dropout_on_a_cpu_is_planned_to_keep_bits(name, monkeypatch):
-    model = tiny_model(name, dropout=True)
-    options = dict(batch_size=24, seq_len=30, dtype=torch.float32, device="cpu")
-    plan = plan_training(model, SCHEDULES["progressive"], **options)
-    batch = _batch(model, rows=24, tokens=30)
-    measured = {}
-    for kernels in ("off", "auto"):
-        with patch_model(model, ProgressiveSchedule(4, 8), kernels=kernels) as handle:
-            for stage in plan.stages:
-                handle.seek(stage.first_step)
-                model(**batch)
-                found = handle.truncation_report().activation_bytes
-                measured.setdefault(stage.first_step, {})[kernels] = found
-    for stage in plan.stages:
-        found = measured[stage.first_step]
-        assert found["auto"] < 0.95 * found["off"]
-        assert stage.activation_bytes == pytest.approx(found["auto"], rel=0.01)
-    monkeypatch.setenv("PROGTUNING_BACKEND", "reference")  # then patch_model puts nothing in
-    for stage in plan_training(model, SCHEDULES["progressive"], **options).stages:
-        found = measured[stage.first_step]
-        assert stage.activation_bytes == pytest.approx(found["off"], rel=0.01)
 
 
 @pytest.mark.parametrize("name", ["bert-sequence", "gpt2-causal-lm", "llama-causal-lm"])

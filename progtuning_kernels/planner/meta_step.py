@@ -25,8 +25,6 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
 from ..layout import Layout, parameter_slots
-from ..ops.dropout import NATIVE_DTYPES
-from ..swaps import cpu_dropout
 
 aten = torch.ops.aten
 
@@ -70,20 +68,6 @@ _FLOPS = {
 }
 
 
-class _KeepsBits(torch.autograd.Function):
-    """`ops.dropout` by what it keeps."""
-
-    @staticmethod
-    def forward(ctx: Any, x: torch.Tensor) -> torch.Tensor:
-        count = (x.numel() + 7) // 8
-        ctx.save_for_backward(torch.empty(count, dtype=torch.uint8, device=x.device))
-        return torch.empty_like(x)
-
-    @staticmethod
-    def backward(ctx: Any, grad: torch.Tensor) -> torch.Tensor:
-        return torch.empty_like(grad)
-
-
 class TargetKernels(TorchFunctionMode):
     """Lets meta tensors take the paths that real ones would take on `device`.
 
@@ -100,9 +84,6 @@ class TargetKernels(TorchFunctionMode):
         # a GPU that is not there cannot be asked which kernel it takes
         self.asks_device = device.type == "cpu" or torch.cuda.is_available()
         self.attention: set[str] = set()
-        # what `patch_model` would put in where it trains
-        self._keeps_bits = device.type == "cpu" and cpu_dropout.reason_against() is None
-        self._attends_by_parts = self._keeps_bits and cpu_dropout.attention_differs() is None
 
     def __torch_function__(
         self, func: Callable[..., Any], types: Any, args: Any = (), kwargs: Any = None
@@ -119,17 +100,10 @@ class TargetKernels(TorchFunctionMode):
     def _drop(
         self, x: torch.Tensor, p: float = 0.5, training: bool = True, inplace: bool = False
     ) -> Any:
-        """A GPU keeps a byte an element, torch on a CPU the scaled noise in the input's dtype, and
-        `ops.dropout` a bit."""
-        if not training or p == 0:
-            return x
-        if self._device.type == "cuda":
+        """A GPU keeps a byte an element, a CPU the scaled noise in the input's dtype."""
+        if training and 0 < p < 1 and self._device.type == "cuda":
             return torch.native_dropout(x, p, True)[0]
-        enough = x.numel() * x.element_size() >= cpu_dropout.FROM_BYTES
-        fits = x.is_contiguous() and x.dtype in NATIVE_DTYPES and not inplace and p < 1
-        if self._keeps_bits and enough and fits:
-            return _KeepsBits.apply(x)
-        return F.dropout(x, p, True, inplace)
+        return F.dropout(x, p, training, inplace)
 
     def _attend(
         self,
@@ -151,14 +125,6 @@ class TargetKernels(TorchFunctionMode):
             SDPBackend.EFFICIENT_ATTENTION,
             SDPBackend.CUDNN_ATTENTION,
         ):
-            if (
-                self._attends_by_parts
-                and query.dtype is torch.float32
-                and cpu_dropout.drops_enough(query, key, dropout_p, cpu_dropout.FROM_BYTES)
-            ):
-                return cpu_dropout.composed_attention(
-                    query, key, value, attn_mask, is_causal, **options, drop=_KeepsBits.apply
-                )
             return F.scaled_dot_product_attention(
                 query, key, value, attn_mask, dropout_p, is_causal, **options
             )
