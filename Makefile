@@ -9,7 +9,7 @@ CONSTRAINTS ?= constraints.txt
 BIN := .venv/bin
 SOURCES := pyproject.toml setup.py $(CONSTRAINTS) $(wildcard csrc/*)
 
-.PHONY: demo test lint bench bench-compare gpu-suite accuracy clean
+.PHONY: demo test lint types bench bench-compare gpu-suite accuracy clean
 
 demo: .venv/.demo ## fine-tune a pretrained model fully and progressively, and compare
 	$(BIN)/progtuning demo $(ARGS)
@@ -17,9 +17,13 @@ demo: .venv/.demo ## fine-tune a pretrained model fully and progressively, and c
 test: .venv/.test ## the whole test suite, a file at a time on each of WORKERS
 	$(BIN)/python -m pytest -n $(WORKERS) --dist loadfile $(ARGS)
 
-lint: .venv/.test ## style and format check
+lint: .venv/.lint ## style and format of Python and C++; installs nothing heavy
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+	$(BIN)/clang-format --dry-run --Werror csrc/*
+
+types: .venv/.test ## types of the public modules
+	$(BIN)/pyright
 
 bench: .venv/.bench ## this machine's CPU: the optimizer, dropout, and whole training runs against other packages
 	$(BIN)/python benchmarks/optimizer.py --output $(OUT)
@@ -41,6 +45,11 @@ gpu-suite: ## everything that needs a GPU, in 8 minutes: make gpu-suite OUT=FOLD
 
 clean: ## forget the environment and everything built
 	rm -rf .venv build *.egg-info progtuning_kernels/_build.json progtuning_kernels/_C*.so
+
+.venv/.lint: $(CONSTRAINTS)
+	@test -x $(BIN)/pip || $(PYTHON) -m venv .venv
+	@$(BIN)/pip install --quiet --disable-pip-version-check -c $(CONSTRAINTS) ruff clang-format
+	@touch $@
 
 # torch first and pinned: resolved with the rest, pip would fetch every candidate to read its metadata
 .venv/.torch: $(CONSTRAINTS)

@@ -33,7 +33,7 @@ from progtuning_kernels.cli.errors import UserError
 from progtuning_kernels.cli.progress import TrainProgress
 from progtuning_kernels.cli.settings import TrainSettings
 from progtuning_kernels.cli.train import load_data
-from progtuning_kernels.schedule_files import read_settings
+from progtuning_kernels.schedules.files import read_settings
 
 EXPERIMENT = Path(__file__).resolve().parent / "experiments" / "accuracy.toml"
 NAMES = {"rte": "RTE", "mrpc": "MRPC", "cola": "CoLA", "sst2": "SST-2", "stsb": "STS-B"}

@@ -44,8 +44,8 @@ from progtuning_kernels import (
     register_family,
 )
 from progtuning_kernels.cli.provenance import provenance
-from progtuning_kernels.families import FAMILIES
-from progtuning_kernels.layout import EMBEDDINGS, Layout, find_layout, parameter_slots
+from progtuning_kernels.model.families import FAMILIES
+from progtuning_kernels.model.layout import EMBEDDINGS, Layout, find_layout, parameter_slots
 
 BATCH, TOKENS, VOCABULARY = 2, 8, 101
 SECONDS = 60  # of CPU time for one architecture

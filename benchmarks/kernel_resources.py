@@ -36,7 +36,7 @@ sys.path.insert(0, str(ROOT / "tests"))
 
 from triton_builds import compile_for, resources, usage  # noqa: E402
 
-from progtuning_kernels import _backend, ops  # noqa: E402
+from progtuning_kernels import backend, ops  # noqa: E402
 from progtuning_kernels.cli.provenance import provenance  # noqa: E402
 
 RESULT = ROOT / "benchmarks" / "results" / "compiled" / "kernel_resources.json"
@@ -126,7 +126,7 @@ def recording(variant: str, width: int | None) -> Iterator[list[Launch]]:
 
     with (
         mock.patch.object(JITFunction, "run", record),
-        mock.patch.object(_backend, "triton_reason", return_value=None),
+        mock.patch.object(backend, "triton_reason", return_value=None),
     ):
         yield launches
 
@@ -322,7 +322,7 @@ def _demangled(names: list[str]) -> list[str]:
 
 def _cuda_binaries(folder: Path) -> Iterator[Path]:
     """What the kernels can be read from."""
-    if (extension := _backend.native_extension()) is not None and extension.cuda_built:
+    if (extension := backend.native_extension()) is not None and extension.cuda_built:
         yield Path(extension.__file__)
         return
     with mock.patch("setuptools.setup"):

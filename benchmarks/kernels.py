@@ -59,7 +59,7 @@ sys.path[:0] = [str(ROOT / "benchmarks"), str(ROOT / "tests")]
 from accuracy import in_fp64, relative_error  # noqa: E402
 from optimizer import copy_gb_per_s, wait  # noqa: E402
 
-from progtuning_kernels import _backend, ops  # noqa: E402
+from progtuning_kernels import backend, ops  # noqa: E402
 from progtuning_kernels.cli.provenance import provenance  # noqa: E402
 from progtuning_kernels.ops import activation, norm  # noqa: E402
 
@@ -655,7 +655,7 @@ class Timer:
             try:
                 run(self.call, self.sets[0])
             except RuntimeError as error:
-                self.not_captured = _backend.one_line(error)
+                self.not_captured = backend.one_line(error)
             finally:
                 torch.cuda.set_sync_debug_mode("default")
         torch.cuda.synchronize()
@@ -672,7 +672,7 @@ class Timer:
                 if len(self.sets) == 1:
                     break
         except Exception as error:  # torch's, or Triton's own kinds
-            self.not_captured = _backend.one_line(error)
+            self.not_captured = backend.one_line(error)
             self.graphs.clear()
             torch.cuda.synchronize()
 
@@ -808,7 +808,7 @@ def measure(case: Case, machine: Machine, rounds: int = ROUNDS) -> dict[str, Any
 
 
 def reason(error: Exception) -> str:
-    return f"{type(error).__name__}: {_backend.one_line(error)}"
+    return f"{type(error).__name__}: {backend.one_line(error)}"
 
 
 def _restorer(case: Case, sets: list[Given]) -> Callable[[], None]:
@@ -1002,7 +1002,7 @@ def _device_state(device: torch.device) -> str | None:
     try:
         done = subprocess.run(command, capture_output=True, text=True, timeout=20)
     except (OSError, subprocess.TimeoutExpired) as error:
-        return f"not known: {_backend.one_line(error)}"
+        return f"not known: {backend.one_line(error)}"
     return done.stdout.strip() or f"not known: {done.stderr.strip()}"
 
 

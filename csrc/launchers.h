@@ -10,7 +10,7 @@
 
 namespace progtuning {
 
-// Codes shared with progtuning_kernels/_backend.py, which reads them from the module.
+// Codes shared with progtuning_kernels/backend.py, which reads them from the module.
 enum class DType : int { kFloat32 = 0, kBFloat16 = 1, kFloat16 = 2, kFloat64 = 3, kInt8 = 4 };
 
 // Elements summed on their own before the partial sums are added: the unit of work on both devices,

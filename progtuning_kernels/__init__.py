@@ -4,15 +4,15 @@
 says; see README.md for the manual.
 """
 
-from ._backend import backend_report
+from .backend import backend_report
 from .cache import CacheReport, PrefixCache
 from .checkpoints import CheckpointError, load_checkpoint, save_checkpoint
 from .contribution import Contribution, measure_contribution
-from .families import UnsupportedModelError, register_family
+from .freezing.truncation import TruncationError, TruncationReport
+from .model.families import UnsupportedModelError, register_family
 from .optim import MaskedAdamW, release_frozen_state
 from .patch import PatchHandle, patch_model
 from .planner import TrainingPlan, plan_training
-from .schedule_files import schedule_from_file
 from .schedules import (
     AdaptiveSchedule,
     AnnealedSchedule,
@@ -22,7 +22,7 @@ from .schedules import (
     ProgressiveSchedule,
     RandomBlockSchedule,
 )
-from .truncation import TruncationError, TruncationReport
+from .schedules.files import schedule_from_file
 
 __version__ = "0.1.0"
 

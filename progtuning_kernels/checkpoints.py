@@ -37,8 +37,9 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from ._backend import one_line
+from .backend import one_line
 from .patch import PatchHandle
+from .random_state import random_state, set_random_state
 
 _FORMAT = 2
 _NAME = re.compile(r"step-(\d{8,})(\.pt)?")
@@ -161,7 +162,7 @@ def load_checkpoint(
         if patched.cache is not None and own["cache"] is not None:
             patched.cache.expect(own["cache"])
     if len(ranks) == _world_size():
-        _set_random_state(own["random"], model)
+        set_random_state(own["random"], model)
     else:
         _seed_anew(ranks[0]["random"]["seed"], content["step"], rank)
     return content["extra"]
@@ -368,7 +369,7 @@ def _compare(
 
 def _of_this_rank(model: nn.Module, patched: PatchHandle | None) -> dict[str, Any]:
     return {
-        "random": _random_state(model),
+        "random": {"seed": torch.initial_seed(), **random_state(model)},
         "handle": None if patched is None else patched.state_dict(),
         "cache": None if patched is None or patched.cache is None else patched.cache.manifest(),
     }
@@ -397,32 +398,6 @@ def _handle_state(
     parts = _world_size() if sharded else 1
     squares = [sum(column) / parts for column in zip(*(s[:-1] for s in sums), strict=True)]
     return {**state, "gradient_norms": {"sums": [*squares, sums[0][-1]]}}
-
-
-def _gpus(model: nn.Module) -> list[torch.device]:
-    """Those of the model: asking all of a machine's would start a context on each."""
-    return sorted({p.device for p in model.parameters() if p.is_cuda}, key=lambda d: d.index)
-
-
-def _random_state(model: nn.Module) -> dict[str, Any]:
-    kind, keys, *rest = numpy.random.get_state()
-    return {
-        "seed": torch.initial_seed(),
-        "torch": torch.get_rng_state(),
-        "cuda": [torch.cuda.get_rng_state(device) for device in _gpus(model)],
-        "python": random.getstate(),
-        "numpy": (str(kind), keys.tolist(), *rest),
-    }
-
-
-def _set_random_state(state: dict[str, Any], model: nn.Module) -> None:
-    torch.set_rng_state(state["torch"])
-    gpus = _gpus(model)
-    if len(gpus) == len(state["cuda"]):
-        for device, one in zip(gpus, state["cuda"], strict=True):
-            torch.cuda.set_rng_state(one, device)
-    random.setstate(state["python"])
-    numpy.random.set_state(state["numpy"])
 
 
 def _seed_anew(seed: int, step: int, rank: int) -> None:

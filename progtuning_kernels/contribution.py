@@ -29,9 +29,9 @@ from typing import Any, Literal, get_args
 import torch
 from torch import Tensor, nn
 
-from .active_set import ActiveSet
 from .cache.stand_ins import Run, Structure, Swaps, entering
-from .layout import Layout, find_layout
+from .freezing.active_set import ActiveSet
+from .model.layout import Layout, find_layout
 from .optim import MaskedAdamW
 from .patch import handle_of
 from .schedules import FreezePlan

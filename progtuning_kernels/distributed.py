@@ -32,9 +32,10 @@ import torch.distributed as dist
 from torch import nn
 from torch.nn.parallel import DataParallel, DistributedDataParallel
 
-from .call_stack import called_from
-from .families import UnsupportedModelError
-from .layout import Layout, parameter_slots
+from .model.call_stack import called_from
+from .model.families import UnsupportedModelError
+from .model.layout import Layout, parameter_slots
+from .sharding import is_sharded
 
 _AGREED = "agreed"
 _meetings = itertools.count()  # every rank makes its wrappers in the same order
@@ -293,9 +294,8 @@ class Wrapper:
             return dist.get_process_group_ranks(self.ddp.process_group)
         if self._root is None:
             return []
-        sharded = _loaded("torch.distributed.tensor", "DTensor")
         for p in self._model.parameters():
-            if isinstance(p, sharded):
+            if is_sharded(p):
                 return sorted(p.device_mesh.mesh.flatten().tolist())
         return [*range(dist.get_world_size())]  # inside a forward: gathered at this moment
 

@@ -21,22 +21,22 @@ import torch
 from torch import nn
 
 from . import freeze_events
-from .active_set import ActiveSet, TiedPolicy
-from .adapters import adapter_configs, check_adapters, rank_allocation_end
-from .boundary import Boundary, FrozenMode
 from .cache import CacheReport, PrefixCache, PrefixServer, automatic_cache
-from .checkpointing import drop_input_grads, make_nonreentrant
-from .derived_classes import without_derived_ancestors
 from .distributed import Wrapper, refuse_flat_parameters, shards_of, surrounding, unwrap
-from .families import UnsupportedModelError
-from .gradient_norms import GradientNorms
-from .gradient_paths import GradientPaths
-from .layout import EMBEDDINGS, Layout, find_layout, parameter_slots
-from .missed_steps import MissedSteps
+from .freezing.active_set import ActiveSet, TiedPolicy
+from .freezing.boundary import Boundary, FrozenMode
+from .freezing.checkpointing import drop_input_grads, make_nonreentrant
+from .freezing.gradient_norms import GradientNorms
+from .freezing.gradient_paths import GradientPaths
+from .freezing.missed_steps import MissedSteps
+from .freezing.truncation import TruncationReport, UnitReport, measure_forward
+from .model.adapters import adapter_configs, check_adapters, rank_allocation_end
+from .model.derived_classes import without_derived_ancestors
+from .model.families import UnsupportedModelError
+from .model.layout import EMBEDDINGS, Layout, find_layout, parameter_slots
+from .model.structure import Structure
 from .schedules import FreezePlan, ObservingSchedule, Schedule, check_schedule, whole_number
-from .structure import Structure
 from .swaps import KernelReport, Kernels, KernelSwaps
-from .truncation import TruncationReport, UnitReport, measure_forward
 
 _HANDLE = "_progtuning_handle"
 _live: weakref.WeakSet[PatchHandle] = weakref.WeakSet()  # of models that are patched now
@@ -169,7 +169,7 @@ class PatchHandle:
         self._frozen: set[int] = set()  # units that hold no active tensor
         self.proved = False
         self._paths: GradientPaths | None = None  # of the forward that proves
-        # what was changed for checkpointing, to be put back: see checkpointing.py
+        # what was changed for checkpointing, to be put back: see freezing/checkpointing.py
         self._embeddings_frozen = False
         self._reentrant: list[tuple[nn.Module, Any, Any]] = []
         self._input_grads: list[nn.Module] = []
@@ -288,6 +288,19 @@ class PatchHandle:
         else:
             self.reassert()
         return changed
+
+    def settle(self) -> None:
+        """Call this before a checkpoint that is written between `optimizer.step()` and `advance()`.
+
+        A schedule that decides by gradient norms gets those of the step just made; what was
+        switched on below the boundary is frozen again, and frozen parameters lose their gradients.
+        `advance` does the same. Calling it again does nothing.
+
+        Raises:
+            RuntimeError: a schedule that decides by gradient norms has seen none.
+        """
+        self.observe()
+        self.reassert()
 
     def reassert(self) -> None:
         """Put back what changed behind the plan; `advance` and `seek` do it.

@@ -11,7 +11,7 @@ from test_every_family import BOUNDARIES, CHECKPOINTED
 from test_precision_and_modes import FAMILIES, GENERATING
 from tiny_models import MODELS, tiny_model
 
-from progtuning_kernels.layout import EMBEDDINGS, find_layout, parameter_slots
+from progtuning_kernels.model.layout import EMBEDDINGS, find_layout, parameter_slots
 
 NAMES = {
     "bert": "BERT",

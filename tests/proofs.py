@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from progtuning_kernels import FreezePlan
-from progtuning_kernels.layout import EMBEDDINGS, find_layout, parameter_slots
+from progtuning_kernels.model.layout import EMBEDDINGS, find_layout, parameter_slots
 
 
 class FixedPlan:

@@ -21,7 +21,7 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 from triton_builds import compile_for, resources, run_checks
 
-from progtuning_kernels import _backend
+from progtuning_kernels import backend
 from progtuning_kernels.ops import activation
 
 OPS = [
@@ -100,7 +100,7 @@ def test_the_reference_has_the_bits_of_plain_torch(name, kind, demand, dtype):
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize(("name", "kind", "demand"), DEMANDS)
 def check_at_least_as_accurate_as_plain_torch(name, kind, demand, dtype, monkeypatch):
-    from progtuning_kernels.ops import activation_triton
+    from progtuning_kernels.ops.activation import triton as activation_triton
 
     monkeypatch.setattr(activation_triton, "BLOCK", 128)  # the interpreter computes erf one by one
     # the interpreter truncates to bfloat16 where the GPU rounds: twice the error
@@ -185,7 +185,7 @@ def _halves_and_copies(name: str, kind: str) -> None:
 
 @pytest.mark.usefixtures("poisoned")
 def check_halves_of_one_tensor_are_read_where_they_are():
-    from progtuning_kernels.ops.activation_triton import _as_rows
+    from progtuning_kernels.ops.activation.triton import _as_rows
 
     gate, up = torch.randn(3, 5, 74).chunk(2, -1)
     for half, rows in zip((gate, up), _as_rows([gate, up], one_row=True), strict=True):
@@ -240,7 +240,7 @@ def check_rows_beyond_32_bits(name, kind):
 @pytest.mark.parametrize("rows", [79, 85])
 def check_dbias_of_many_pieces(rows, monkeypatch):
     """40 pieces, two blocks of the sum; for 85 rows longer ones, of which the last 11 are empty."""
-    from progtuning_kernels.ops import activation_triton
+    from progtuning_kernels.ops.activation import triton as activation_triton
 
     monkeypatch.setattr(activation_triton, "PIECES", 40)
     monkeypatch.setattr(activation_triton, "ROWS_OF_PIECE", 2)
@@ -257,7 +257,7 @@ def check_dbias_of_many_pieces(rows, monkeypatch):
 
 
 def check_undemanded_gradients_take_no_memory(monkeypatch):
-    from progtuning_kernels.ops import activation_triton
+    from progtuning_kernels.ops.activation import triton as activation_triton
 
     made = []
     for make in ("empty", "empty_like", "zeros_like"):
@@ -341,7 +341,7 @@ def test_empty_tensors():
 
 
 def check_the_interpreter_runs_these():
-    assert _backend.select(activation.GELU, [torch.ones(1)]).name == "triton"
+    assert backend.select(activation.GELU, [torch.ones(1)]).name == "triton"
     with pytest.raises(RuntimeError, match="no Triton kernel for torch.float64"):
         activation.gelu(torch.ones(1, dtype=torch.float64), implementation="triton")
 
@@ -440,7 +440,7 @@ STRIDES = ("grad_stride", "x_stride", "up_stride")  # of rows, multiples of 16 i
 @pytest.mark.parametrize("architecture", [80, 90, 100, 120])
 def test_compiles_without_spills(architecture, tmp_path, monkeypatch, capfd):
     pytest.importorskip("triton")
-    from progtuning_kernels.ops import activation_triton as at
+    from progtuning_kernels.ops.activation import triton as at
 
     monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path / "cache"))
     sizes = dict.fromkeys(("rows", "cols", "blocks", "rows_of_piece", "pieces"), "i32")

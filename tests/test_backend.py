@@ -7,8 +7,8 @@ import pytest
 import torch
 
 import progtuning_kernels
-from progtuning_kernels import _backend, ops
-from progtuning_kernels._backend import Implementation, Op, backend_report, select
+from progtuning_kernels import backend, ops
+from progtuning_kernels.backend import Implementation, Op, backend_report, select
 from progtuning_kernels.cli import doctor
 from progtuning_kernels.ops.masked_norm import DTYPES
 
@@ -31,7 +31,7 @@ def op(monkeypatch):
 
 def test_the_first_without_a_reason_runs(op):
     assert select(op, TENSORS).name == "reference"
-    everything = Op("example", tuple(map(implementation, _backend.PREFERENCE)))
+    everything = Op("example", tuple(map(implementation, backend.PREFERENCE)))
     assert select(everything, TENSORS).name == "native"
     assert select(everything, TENSORS, "auto").name == "native"
 
@@ -46,7 +46,7 @@ def test_the_reasons_are_about_the_tensors_at_hand(op):
 
 
 def test_a_forced_implementation_that_can_run_does(op, monkeypatch):
-    everything = Op("example", tuple(map(implementation, _backend.PREFERENCE)))
+    everything = Op("example", tuple(map(implementation, backend.PREFERENCE)))
     assert select(everything, TENSORS, "triton").name == "triton"
     monkeypatch.setenv("PROGTUNING_BACKEND", "reference")
     assert select(everything, TENSORS).name == "reference"
@@ -82,7 +82,7 @@ def test_nothing_can_run(op):
 
 def test_registration_refuses_a_second_op_of_a_name_and_a_wrong_order():
     with pytest.raises(ValueError, match="registered twice"):
-        _backend.register(_backend.OPS["masked_norm"])
+        backend.register(backend.OPS["masked_norm"])
     with pytest.raises(ValueError, match="not in order"):
         Op("example", (implementation("reference"), implementation("native")))
 
@@ -90,7 +90,7 @@ def test_registration_refuses_a_second_op_of_a_name_and_a_wrong_order():
 def test_the_report_has_every_row_and_a_reason_for_every_no():
     report = backend_report()
     rows = {(row.op, row.device, row.implementation): row for row in report.rows}
-    assert len(rows) == len(report.rows) == len(_backend.OPS) * 2 * len(_backend.PREFERENCE)
+    assert len(rows) == len(report.rows) == len(backend.OPS) * 2 * len(backend.PREFERENCE)
     assert {row.op for row in report.rows} == set(ops.__all__)
     for row in report.rows:
         assert (row.ok and row.reason is None) or (not row.ok and row.reason)
@@ -106,7 +106,7 @@ def test_the_report_survives_an_op_whose_probe_fails(monkeypatch):
         raise RuntimeError("out of memory\nlong trace")
 
     broken = Op("broken", (implementation("reference"),), probe)
-    monkeypatch.setitem(_backend.OPS, "broken", broken)
+    monkeypatch.setitem(backend.OPS, "broken", broken)
     reasons = [r.reason for r in backend_report().rows if r.op == "broken" and r.device == "cpu"]
     assert reasons == ["out of memory"] * 3
 
@@ -116,9 +116,9 @@ def no_extension(monkeypatch):
     """As if `_C` did not import."""
     monkeypatch.setitem(sys.modules, "progtuning_kernels._C", None)
     monkeypatch.delattr(progtuning_kernels, "_C", raising=False)
-    _backend._load_native.cache_clear()
+    backend._load_native.cache_clear()
     yield
-    _backend._load_native.cache_clear()
+    backend._load_native.cache_clear()
 
 
 @pytest.mark.parametrize(
@@ -130,31 +130,31 @@ def no_extension(monkeypatch):
     ],
 )
 def test_without_the_extension_the_reason_is_kept(no_extension, monkeypatch, record, reason):
-    monkeypatch.setattr(_backend, "build_record", lambda: record)
+    monkeypatch.setattr(backend, "build_record", lambda: record)
     monkeypatch.delenv("PROGTUNING_BACKEND", raising=False)
-    assert _backend.native_extension() is None
-    assert reason in _backend.native_reason(CPU)
+    assert backend.native_extension() is None
+    assert reason in backend.native_reason(CPU)
     assert ops.masked_norm([torch.full((4,), 2.0)]).item() == 4.0
     with pytest.raises(RuntimeError, match="implementation=native cannot run: the extension"):
         ops.masked_norm(TENSORS, implementation="native")
 
 
 def test_the_build_record_is_read_from_the_package(tmp_path, monkeypatch):
-    monkeypatch.setattr(_backend, "__file__", str(tmp_path / "_backend.py"))
-    assert _backend.build_record() == {}
+    monkeypatch.setattr(backend, "__file__", str(tmp_path / "backend.py"))
+    assert backend.build_record() == {}
     (tmp_path / "_build.json").write_text("not json")
-    assert _backend.build_record() == {}
+    assert backend.build_record() == {}
     (tmp_path / "_build.json").write_text(json.dumps({"native": False, "reason": "why"}))
-    assert _backend.build_record() == {"native": False, "reason": "why"}
+    assert backend.build_record() == {"native": False, "reason": "why"}
 
 
 def test_triton_needs_the_interpreter_on_the_cpu(monkeypatch):
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
-    assert "TRITON_INTERPRET=1" in _backend.triton_reason(CPU)
-    assert "meta" in _backend.triton_reason(torch.device("meta"))
+    assert "TRITON_INTERPRET=1" in backend.triton_reason(CPU)
+    assert "meta" in backend.triton_reason(torch.device("meta"))
     monkeypatch.setenv("TRITON_INTERPRET", "1")
-    monkeypatch.setattr(_backend, "_triton_import_reason", lambda: "Triton does not load: why")
-    assert _backend.triton_reason(CPU) == "Triton does not load: why"
+    monkeypatch.setattr(backend, "_triton_import_reason", lambda: "Triton does not load: why")
+    assert backend.triton_reason(CPU) == "Triton does not load: why"
 
 
 @pytest.mark.parametrize(
@@ -177,22 +177,22 @@ def test_why_native_cannot_run_on_a_gpu(monkeypatch, cuda_built, driver_error, c
         cuda_archs="sm_80 sm_120 compute_80",
         cuda_device_count=cuda_device_count,
     )
-    monkeypatch.setattr(_backend, "_load_native", lambda: (fake, None))
-    monkeypatch.setattr(_backend, "build_record", lambda: {"cuda_reason": "nvcc not found"})
+    monkeypatch.setattr(backend, "_load_native", lambda: (fake, None))
+    monkeypatch.setattr(backend, "build_record", lambda: {"cuda_reason": "nvcc not found"})
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda index: capability)
-    _backend._native_cuda_reason.cache_clear()
+    backend._native_cuda_reason.cache_clear()
     try:
-        assert _backend.native_reason(torch.device("cuda", 0)) == reason
+        assert backend.native_reason(torch.device("cuda", 0)) == reason
     finally:
-        _backend._native_cuda_reason.cache_clear()
+        backend._native_cuda_reason.cache_clear()
 
 
-@pytest.mark.skipif(_backend.native_extension() is None, reason="the extension was not built")
+@pytest.mark.skipif(backend.native_extension() is None, reason="the extension was not built")
 def test_dtype_codes_and_devices_without_kernels():
-    assert len({_backend.dtype_code(dtype) for dtype in DTYPES}) == len(DTYPES)
+    assert len({backend.dtype_code(dtype) for dtype in DTYPES}) == len(DTYPES)
     with pytest.raises(KeyError):
-        _backend.dtype_code(torch.int64)
-    assert _backend.native_reason(torch.device("meta")) == "no native kernels for meta tensors"
+        backend.dtype_code(torch.int64)
+    assert backend.native_reason(torch.device("meta")) == "no native kernels for meta tensors"
 
 
 @pytest.mark.parametrize("module", ["progtuning_kernels", "progtuning_kernels.ops"])
@@ -229,7 +229,7 @@ def test_doctor_prints_everything(capsys, monkeypatch):
 def test_doctor_prints_without_the_extension(no_extension, capsys, monkeypatch):
     monkeypatch.setenv("COLUMNS", "200")
     record = {"native": False, "reason": "no compiler [cc] here"}
-    monkeypatch.setattr(_backend, "build_record", lambda: record)
+    monkeypatch.setattr(backend, "build_record", lambda: record)
     doctor.run()
     for part in capsys.readouterr().out.split("Implementations"):
         assert "the extension was not built: no compiler [cc] here" in part

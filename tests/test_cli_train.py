@@ -745,7 +745,7 @@ def test_models_that_cannot_be_cut_get_one_line(call, capsys, tmp_path, word_tok
 
 def test_a_refusal_in_the_first_step_is_one_line(call, capsys, monkeypatch):
     from progtuning_kernels.cli import engine
-    from progtuning_kernels.families import UnsupportedModelError
+    from progtuning_kernels.model.families import UnsupportedModelError
 
     def refuse(*_, **__):
         raise UnsupportedModelError("Model: something that\nfreezing would cut off")

@@ -15,7 +15,7 @@ from progtuning_kernels import (
     measure_contribution,
     patch_model,
 )
-from progtuning_kernels.layout import find_layout
+from progtuning_kernels.model.layout import find_layout
 
 METHODS = ("skip", "gradient", "train")
 

@@ -32,7 +32,7 @@ if EMULATED in os.environ:  # before progtuning_kernels looks for its `_C`
 import test_gpu_masked_update  # noqa: E402
 import test_masked_norm  # noqa: E402
 
-from progtuning_kernels import _backend  # noqa: E402
+from progtuning_kernels import backend  # noqa: E402
 from progtuning_kernels.ops import grad_decision  # noqa: E402
 from progtuning_kernels.ops.bucket import (  # noqa: E402
     Bucket,
@@ -60,20 +60,20 @@ class EmulatedGpu:
 
     def bucket(self, *args, **options) -> Bucket:
         bucket = Bucket(*args, implementation="native", **options)
-        bucket.implementation = _backend.Implementation("native", update, lambda bucket: None)
+        bucket.implementation = backend.Implementation("native", update, lambda bucket: None)
         build_table(bucket)
         build_chunks(bucket)
         return bucket
 
     def norm(self, tensors: Sequence[Tensor], kind: str = "l2") -> Tensor:
-        extension = _backend.native_extension()
+        extension = backend.native_extension()
         sizes = [t.numel() for t in tensors]
         partials = torch.full((extension.masked_norm_chunks(sizes),), math.nan)
         out = torch.full((), math.nan)
         extension.masked_norm_cuda(
             [t.data_ptr() for t in tensors],
             sizes,
-            _backend.dtype_code(tensors[0].dtype),
+            backend.dtype_code(tensors[0].dtype),
             extension.norm_kinds[kind],
             partials.data_ptr(),
             len(partials),
@@ -100,15 +100,15 @@ def update(
     zero_grads: bool,
 ) -> None:
     """As masked_update's own on cuda."""
-    _backend.native_extension().masked_update_cuda(
+    backend.native_extension().masked_update_cuda(
         bucket.table.data_ptr(),
         bucket.chunks.data_ptr(),
         len(bucket.chunks),
         bucket.ticket.data_ptr(),
         gradients.addresses,
         [(0.0, *h[1:], h.lr.data_ptr()) if isinstance(h.lr, Tensor) else (*h, 0) for h in hypers],
-        _backend.dtype_code(bucket.dtype),
-        _backend.dtype_code(bucket.moment_dtype),
+        backend.dtype_code(bucket.dtype),
+        backend.dtype_code(bucket.moment_dtype),
         bucket.masters is not None,
         bucket.stochastic_rounding,
         0 if grad_factor is None else grad_factor.data_ptr(),
@@ -144,7 +144,7 @@ def emulated_gpu(monkeypatch):
             optimizer._control = torch.zeros(4)
         return optimizer._control
 
-    monkeypatch.setattr(_backend, "cuda_stream", lambda device: GPU.stream())
+    monkeypatch.setattr(backend, "cuda_stream", lambda device: GPU.stream())
     monkeypatch.setattr(grad_decision, "_decides_natively", lambda buckets: True)
     monkeypatch.setattr(grad_decision, "build_table", tables)
     monkeypatch.setattr(MaskedOptimizer, "_control_on", control_on)

@@ -16,8 +16,8 @@ import transformers as hf
 from torch import nn
 
 from progtuning_kernels import UnsupportedModelError
-from progtuning_kernels.families import FAMILIES
-from progtuning_kernels.layout import find_layout
+from progtuning_kernels.model.families import FAMILIES
+from progtuning_kernels.model.layout import find_layout
 
 _SOURCE = Path(__file__).parent.parent / "benchmarks" / "architectures.py"
 _SPEC = importlib.util.spec_from_file_location("architectures", _SOURCE)
@@ -31,9 +31,9 @@ WIDTH = 4
 @pytest.fixture(autouse=True)
 def families(monkeypatch):
     """A table of families that the test may add to."""
-    monkeypatch.setattr("progtuning_kernels.families.FAMILIES", table := dict(FAMILIES))
+    monkeypatch.setattr("progtuning_kernels.model.families.FAMILIES", table := dict(FAMILIES))
     for user in ("layout", "cures"):
-        monkeypatch.setattr(f"progtuning_kernels.{user}.FAMILIES", table)
+        monkeypatch.setattr(f"progtuning_kernels.model.{user}.FAMILIES", table)
     return table
 
 

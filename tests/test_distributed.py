@@ -42,10 +42,10 @@ from progtuning_kernels import (
     save_checkpoint,
 )
 from progtuning_kernels.cache.break_even import BreakEven
-from progtuning_kernels.derived_classes import derived_classes
-from progtuning_kernels.families import UnsupportedModelError
 from progtuning_kernels.integrations.hf_trainer import ProgtuningCallback
-from progtuning_kernels.layout import parameter_slots
+from progtuning_kernels.model.derived_classes import derived_classes
+from progtuning_kernels.model.families import UnsupportedModelError
+from progtuning_kernels.model.layout import parameter_slots
 from progtuning_kernels.schedules import AnnealedSchedule
 
 WORLD, STEPS, ROWS = 2, 9, 4

@@ -20,8 +20,8 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.checkpoint import checkpoint
 
-from progtuning_kernels import MaskedAdamW, MilestoneSchedule, _backend, patch_model
-from progtuning_kernels.derived_classes import root_of
+from progtuning_kernels import MaskedAdamW, MilestoneSchedule, backend, patch_model
+from progtuning_kernels.model.derived_classes import root_of
 from progtuning_kernels.ops import dropout
 from progtuning_kernels.ops.low_precision import philox
 from progtuning_kernels.swaps import cpu_dropout
@@ -272,15 +272,15 @@ def test_nothing_is_saved():
 @native_only
 def test_launches_that_make_no_sense_are_refused():
     x = torch.ones(8)
-    call = _backend.native_extension().dropout_cpu
-    good = [x.data_ptr(), 1, 2**15, 8, _backend.dtype_code(x.dtype), x.data_ptr(), 1]
+    call = backend.native_extension().dropout_cpu
+    good = [x.data_ptr(), 1, 2**15, 8, backend.dtype_code(x.dtype), x.data_ptr(), 1]
     call(*good)
     for place, bad, why in (
         (0, 0, "no storage"),
         (2, 0, "limit"),
         (2, 2**16, "limit"),
         (3, -1, "negative size"),
-        (4, _backend.dtype_code(torch.float64), "no CPU kernel"),
+        (4, backend.dtype_code(torch.float64), "no CPU kernel"),
         (5, 0, "no storage"),
         (6, 0, "num_threads"),
     ):
@@ -307,10 +307,10 @@ def test_instruction_sets_do_not_change_the_bits(tmp_path):
         drop.argtypes = [pointer, ctypes.c_uint64, ctypes.c_uint32, ctypes.c_int64, ctypes.c_int]
         drop.argtypes += [pointer]
         for dtype in DTYPES:
-            x, kind = torch.randn(count).to(dtype), _backend.dtype_code(dtype)
+            x, kind = torch.randn(count).to(dtype), backend.dtype_code(dtype)
             alone, built = torch.full_like(x, math.nan), torch.full_like(x, math.nan)
             assert drop(x.data_ptr(), seed, limit, count, kind, alone.data_ptr())
-            _backend.native_extension().dropout_cpu(
+            backend.native_extension().dropout_cpu(
                 x.data_ptr(), seed, limit, count, kind, built.data_ptr(), 1
             )
             assert torch.equal(alone, built), (isa, dtype)
@@ -555,14 +555,14 @@ def test_modules_with_a_forward_of_their_own_keep_it():
 
 
 @native_only
-def test_the_variable_that_forces_a_backend(monkeypatch):
+def test_the_variable_that_forces_abackend(monkeypatch):
     model = _dropping("bert-sequence")
     for forced, why in (("reference", "=reference"), ("triton", "=triton")):
-        monkeypatch.setenv(_backend.ENVIRONMENT_VARIABLE, forced)
+        monkeypatch.setenv(backend.ENVIRONMENT_VARIABLE, forced)
         with patch_model(model, MilestoneSchedule({0: 0})) as handle:
             assert not handle.kernel_report().swapped
             assert why in str(handle.kernel_report())
-    monkeypatch.setenv(_backend.ENVIRONMENT_VARIABLE, "native")
+    monkeypatch.setenv(backend.ENVIRONMENT_VARIABLE, "native")
     with patch_model(model, MilestoneSchedule({0: 0})) as handle:
         assert handle.kernel_report().swapped
 

@@ -12,8 +12,8 @@ from tiny_models import MODELS, tiny_inputs, tiny_model
 from torch import nn
 
 from progtuning_kernels import UnsupportedModelError
-from progtuning_kernels.families import Family, register_family
-from progtuning_kernels.layout import EMBEDDINGS, find_layout, parameter_slots
+from progtuning_kernels.model.families import Family, register_family
+from progtuning_kernels.model.layout import EMBEDDINGS, find_layout, parameter_slots
 
 
 class _Plain(nn.Module):
@@ -62,8 +62,8 @@ class _TextFirst(nn.Module):
 @pytest.fixture
 def table(monkeypatch):
     """A table of families of the test's own."""
-    monkeypatch.setattr("progtuning_kernels.families.FAMILIES", table := {})
-    monkeypatch.setattr("progtuning_kernels.layout.FAMILIES", table)
+    monkeypatch.setattr("progtuning_kernels.model.families.FAMILIES", table := {})
+    monkeypatch.setattr("progtuning_kernels.model.layout.FAMILIES", table)
     return table
 
 
@@ -335,7 +335,7 @@ def test_a_rule_may_be_given_for_a_class(monkeypatch):
     class Late(nn.Module):
         pass
 
-    monkeypatch.setattr("progtuning_kernels.families.FAMILIES", table := {})
+    monkeypatch.setattr("progtuning_kernels.model.families.FAMILIES", table := {})
     register_family(Late, embeddings=r"^late\.")
     assert table["Late"].embeddings == r"^late\."
     with pytest.raises(TypeError, match="a model_type or a class, not None"):

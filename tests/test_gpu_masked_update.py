@@ -15,7 +15,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from progtuning_kernels import MaskedAdamW, _backend
+from progtuning_kernels import MaskedAdamW, backend
 from progtuning_kernels.ops import masked_norm
 from progtuning_kernels.ops.bucket import Bucket, Hyper, Moments, build_table
 from progtuning_kernels.ops.low_precision import encode_exp_avg, encode_exp_avg_sq
@@ -55,7 +55,7 @@ class Gpu:
         return masked_norm(tensors, kind=kind, implementation="native")
 
     def stream(self) -> int:
-        return _backend.cuda_stream(torch.device(self.name, torch.cuda.current_device()))
+        return backend.cuda_stream(torch.device(self.name, torch.cuda.current_device()))
 
     def captured(self, step: Callable[[], None]) -> Callable[[], None]:
         """What replays a graph of `step`, whose kernels have been loaded before."""
@@ -303,8 +303,8 @@ class Decision:
         bucket = self.bucket
         tables = (bucket.table.data_ptr(), bucket.chunks.data_ptr(), len(bucket.chunks))
         addresses = [0 if g is None else g.data_ptr() or 16 for g in grads]
-        dtype = _backend.dtype_code(bucket.dtype)
-        _backend.native_extension().bucket_norm_partials_cuda(
+        dtype = backend.dtype_code(bucket.dtype)
+        backend.native_extension().bucket_norm_partials_cuda(
             *tables, addresses, dtype, self.partials.data_ptr(), GPU.stream()
         )
         return self.partials
@@ -316,7 +316,7 @@ class Decision:
 def decided(partials, control, max_norm, grad_scale, found_inf, skip) -> Tensor:
     optional = (0 if t is None else t.data_ptr() for t in (grad_scale, found_inf))
     where = (control.data_ptr(), GPU.stream())
-    _backend.native_extension().norm_decision_cuda(
+    backend.native_extension().norm_decision_cuda(
         partials.data_ptr(), len(partials), *optional, max_norm, skip, *where
     )
     return control

@@ -1,4 +1,4 @@
-"""The layer order of the package, read from its imports."""
+"""The floors of the package, read from its imports; `python tests/test_layers.py` prints them."""
 
 from __future__ import annotations
 
@@ -10,20 +10,19 @@ import pytest
 PACKAGE = Path(__file__).parent.parent / "progtuning_kernels"
 # a module may import from lower layers, and within a folder from its own
 LAYERS = [
-    {"_backend", "schedules", "families", "freeze_events", "derived_classes", "call_stack"}
-    | {"forward_hooks"},
-    {"ops", "layout", "schedule_files"},
-    {"cures"},
-    {"optim", "boundary", "truncation", "gradient_paths", "checkpointing", "adapters"}
-    | {"swaps", "cache", "gradient_norms", "distributed", "structure"}
-    | {"missed_steps"},
-    {"active_set"},
+    {"backend", "freeze_events", "random_state", "sharding"},
+    {"schedules", "ops", "model"},
+    {"optim", "swaps", "cache", "distributed"},
+    {"freezing"},
     {"patch", "planner"},
     {"integrations", "report", "contribution", "checkpoints"},
     {"cli", "__init__"},
     {"__main__"},
 ]
 FRAMEWORKS = {"transformers", "peft", "accelerate", "datasets"}
+FILES = {p.relative_to(PACKAGE).with_suffix("").as_posix() for p in PACKAGE.rglob("*.py")} | {
+    p.relative_to(PACKAGE).as_posix() for p in PACKAGE.rglob("*") if p.is_dir()
+}
 MODULES = sorted(p.relative_to(PACKAGE).with_suffix("").parts for p in PACKAGE.rglob("*.py"))
 
 
@@ -31,21 +30,51 @@ def _layer(part: str) -> int:
     return next(i for i, parts in enumerate(LAYERS) if part in parts)
 
 
+def _is_package(name: str) -> bool:
+    return PACKAGE.joinpath(*name.split(".")).is_dir()
+
+
 def _imports(module: tuple[str, ...]) -> list[tuple[str, str]]:
-    """(top package, first part below it) of everything a file imports, at any depth."""
+    """(top package, dotted name of a file below it) of all that a file imports, at any depth."""
     tree = ast.parse(PACKAGE.joinpath(*module).with_suffix(".py").read_text())
+    for_types = {
+        inner
+        for node in ast.walk(tree)
+        if isinstance(node, ast.If) and ast.unparse(node.test) == "TYPE_CHECKING"
+        for inner in ast.walk(node)
+    }
     found = []
     for node in ast.walk(tree):
+        if node in for_types:
+            continue
         if isinstance(node, ast.Import):
             found += [(a.name.split(".")[0], "") for a in node.names]
         elif isinstance(node, ast.ImportFrom) and not node.level:
             found.append((node.module.split(".")[0], ""))
         elif isinstance(node, ast.ImportFrom):
-            parts = [*module[: len(module) - node.level], *filter(None, [node.module])]
-            whole = ".".join(parts).split(".")
-            names = [whole[0]] if whole[0] else [a.name for a in node.names]
-            found += [("progtuning_kernels", name) for name in names]
+            base = ".".join([*module[: len(module) - node.level], *filter(None, [node.module])])
+            for alias in node.names:
+                inner = f"{base}.{alias.name}".lstrip(".")
+                name = inner if inner.replace(".", "/") in FILES else base
+                if name:  # else a name of the package itself: its version, the extension
+                    name = f"{name}.__init__" if _is_package(name) else name
+                    found.append(("progtuning_kernels", name))
     return found
+
+
+def _circle(graph: dict[str, set[str]]) -> list[str]:
+    """Names along one circle, [] where there is none."""
+    done: set[str] = set()
+
+    def walk(name: str, path: list[str]) -> list[str]:
+        if name in path:
+            return [*path[path.index(name) :], name]
+        if name in done:
+            return []
+        done.add(name)
+        return next(filter(None, (walk(other, [*path, name]) for other in graph[name])), [])
+
+    return next(filter(None, (walk(name, []) for name in graph)), [])
 
 
 def test_every_module_has_a_layer():
@@ -54,25 +83,52 @@ def test_every_module_has_a_layer():
 
 @pytest.mark.parametrize("module", MODULES, ids="/".join)
 def test_imports_point_downwards(module):
-    for package, part in _imports(module):
-        if package == "progtuning_kernels" and part in set().union(*LAYERS):
+    for package, name in _imports(module):
+        part = name.split(".")[0]
+        if package == "progtuning_kernels":
             same_folder = part == module[0] and len(module) > 1
-            assert same_folder or _layer(part) < _layer(module[0]), f"{module} imports {part}"
+            assert same_folder or _layer(part) < _layer(module[0]), f"{module} imports {name}"
         if package in FRAMEWORKS:
             assert module[0] in ("integrations", "cli"), f"{module} imports {package}"
 
 
+def test_no_two_files_import_each_other_by_any_way():
+    graph = {
+        ".".join(module): {name for package, name in _imports(module) if package == PACKAGE.name}
+        for module in MODULES
+    }
+    assert not (circle := _circle(graph)), " -> ".join(circle)
+    assert _circle({"a": {"b"}, "b": {"c"}, "c": {"b"}}) == ["b", "c", "b"]
+
+
 def test_optimizers_and_patch_do_not_know_each_other():
     for module in MODULES:
-        parts = {part for _, part in _imports(module)}
+        parts = {name.split(".")[0] for _, name in _imports(module)}
         if module[0] == "optim":
-            assert not parts & {"patch", "boundary", "layout"}
-        if module[0] in (
-            "patch",
-            "boundary",
-            "truncation",
-            "gradient_paths",
-            "adapters",
-            "gradient_norms",
-        ):
+            assert not parts & {"patch", "freezing", "model"}
+        if module[0] in ("patch", "freezing", "model"):
             assert not parts & {"optim", "ops"}
+
+
+def _lines(path: Path) -> int:
+    return len(path.read_text().splitlines())
+
+
+def main() -> None:
+    total = 0
+    for floor, parts in reversed(list(enumerate(LAYERS))):
+        sizes = {
+            part: sum(
+                _lines(PACKAGE.joinpath(*m).with_suffix(".py")) for m in MODULES if m[0] == part
+            )
+            for part in parts
+        }
+        total += sum(sizes.values())
+        rooms = ", ".join(f"{part} {size:,}" for part, size in sorted(sizes.items()))
+        print(f"floor {floor}  {sum(sizes.values()):6,} lines   {rooms}")
+    csrc = sum(_lines(p) for p in (PACKAGE.parent / "csrc").iterdir())
+    print(f"csrc     {csrc:6,} lines\ntogether {total + csrc:6,} lines")
+
+
+if __name__ == "__main__":
+    main()

@@ -187,7 +187,7 @@ def check_as_accurate_as_plain_torch(dtype, variant, monkeypatch, poisoned, smal
 @pytest.fixture
 def small_blocks(monkeypatch):
     """Four blocks per row, the last of 17 logits."""
-    triton_module = pytest.importorskip("progtuning_kernels.ops.linear_cross_entropy_triton")
+    triton_module = pytest.importorskip("progtuning_kernels.ops.linear_cross_entropy.triton")
     monkeypatch.setattr(triton_module, "BLOCK", 32)
 
 
@@ -331,7 +331,7 @@ def check_a_wrong_label_makes_the_loss_nan():
 
 def check_addresses_beyond_32_bits():
     """Three rows 2^30 logits apart: only the pages that hold them exist."""
-    from progtuning_kernels.ops import linear_cross_entropy_triton as triton_module
+    from progtuning_kernels.ops.linear_cross_entropy import triton as triton_module
 
     stride, classes = 2**30, 40
     far = torch.empty(2 * stride + op_module.padded(classes), dtype=torch.float16)
@@ -542,7 +542,7 @@ def test_in_the_interpreter():
 @pytest.mark.parametrize("architecture", [80, 90, 100, 120])
 def test_compiles_without_spills(architecture, tmp_path, monkeypatch, capfd):
     pytest.importorskip("triton")
-    from progtuning_kernels.ops import linear_cross_entropy_triton as triton_module
+    from progtuning_kernels.ops.linear_cross_entropy import triton as triton_module
 
     monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path / "cache"))
     floats = ("label_smoothing", "softcap", "inverse_softcap", "z_loss")

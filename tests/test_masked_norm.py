@@ -9,7 +9,7 @@ from accuracy import assert_at_least_as_accurate, in_fp64, relative_error
 from csrc_builds import one_per_instruction_set
 from torch import Tensor
 
-from progtuning_kernels import _backend
+from progtuning_kernels import backend
 from progtuning_kernels.ops import masked_norm
 from progtuning_kernels.ops.masked_norm import DTYPES, masked_norm_op
 
@@ -24,7 +24,7 @@ LISTS = {
 }
 
 native_only = pytest.mark.skipif(
-    _backend.native_reason(CPU) is not None, reason=str(_backend.native_reason(CPU))
+    backend.native_reason(CPU) is not None, reason=str(backend.native_reason(CPU))
 )
 both = pytest.mark.parametrize(
     "implementation", [pytest.param("native", marks=native_only), "reference"]
@@ -147,9 +147,9 @@ def test_the_number_of_threads_does_not_change_the_bits():
     # The last tensor is there to make the list long enough for more than one thread.
     tensors = [torch.tensor([x]) for x in HALF_WAY + 1000 * [GRAIN]] + [torch.zeros(100_000)]
     pointers, sizes = [x.data_ptr() for x in tensors], [x.numel() for x in tensors]
-    code, out = _backend.dtype_code(torch.float32), torch.zeros(())
+    code, out = backend.dtype_code(torch.float32), torch.zeros(())
     for threads in (1, 2, 2, 2, 3, 7):
-        _backend.native_extension().masked_norm_cpu(
+        backend.native_extension().masked_norm_cpu(
             pointers, sizes, code, 0, out.data_ptr(), threads
         )
         assert out.item() == 1.0, f"{threads} threads"
@@ -171,7 +171,7 @@ def test_instruction_sets_do_not_change_the_bits(tmp_path):
         norm = library.norm
         norm.argtypes = [ctypes.c_void_p, ctypes.c_int64, ctypes.c_int, ctypes.c_void_p]
         for dtype in CPU_DTYPES:
-            code, out = _backend.dtype_code(dtype), torch.zeros(())
+            code, out = backend.dtype_code(dtype), torch.zeros(())
             for stride, expected in ORDER.items():
                 x = order_probe(stride, dtype)
                 norm(x.data_ptr(), x.numel(), code, out.data_ptr())
@@ -285,7 +285,7 @@ def test_a_dtensor_is_refused():
 )
 def test_the_binding_refuses_what_it_can_see_is_wrong(arguments, message):
     with pytest.raises(ValueError, match=message):
-        _backend.native_extension().masked_norm_cpu(*arguments)
+        backend.native_extension().masked_norm_cpu(*arguments)
 
 
 @both

@@ -16,7 +16,7 @@ import torch
 from accuracy import assert_at_least_as_accurate, in_fp64, relative_error
 from torch import Tensor
 
-from progtuning_kernels import _backend
+from progtuning_kernels import backend
 from progtuning_kernels.ops import masked_update
 from progtuning_kernels.ops.bucket import Bucket, Hyper, Moments, build_table
 from progtuning_kernels.ops.low_precision import (
@@ -38,7 +38,7 @@ HYPER = dict(lr=0.1, beta1=0.8, beta2=0.95, eps=1e-3, weight_decay=0.1)
 SIZES = [(1,), (63,), (255,), (257,), (17, 241), (0,), (2**16 + 3,)]
 
 native_only = pytest.mark.skipif(
-    _backend.native_reason(CPU) is not None, reason=str(_backend.native_reason(CPU))
+    backend.native_reason(CPU) is not None, reason=str(backend.native_reason(CPU))
 )
 both = pytest.mark.parametrize(
     "implementation", [pytest.param("native", marks=native_only), "reference"]
@@ -385,7 +385,7 @@ def test_instruction_sets_do_not_change_the_bits(tmp_path):
             ours.update(grads, hypers(), seed=seed)
             build_table(other)
             addresses = torch.tensor(other.gather(grads).addresses)
-            codes = map(_backend.dtype_code, (dtype, other.moment_dtype))
+            codes = map(backend.dtype_code, (dtype, other.moment_dtype))
             kind = (*codes, extra == "master", extra == "stochastic", seed)
             assert update(other.table.data_ptr(), len(grads), addresses.data_ptr(), *kind)
             for a, b in zip(ours.moments, other.moments, strict=True):
@@ -432,7 +432,7 @@ def test_views_with_gaps_and_transposed_gradients(implementation):
 
 def test_a_view_with_gaps_is_not_for_native():
     wide_ones = [torch.zeros(6, 8)[:, :3] for _ in range(4)]
-    reason = "a tensor with gaps" if _backend.native_extension() else "the extension"
+    reason = "a tensor with gaps" if backend.native_extension() else "the extension"
     with pytest.raises(RuntimeError, match=reason):
         masked_update(
             *([t] for t in wide_ones), [torch.zeros(())], **HYPER, implementation="native"
@@ -692,7 +692,7 @@ def test_the_binding_refuses_what_it_can_see_is_wrong(change, message):
         zero_grads=False,
         num_threads=1,
     )
-    extension = _backend.native_extension()
+    extension = backend.native_extension()
     assert extension.update_record_bytes == bucket.table.shape[1] * 8
     with pytest.raises(ValueError, match=message):
         extension.masked_update_cpu(**(arguments | change))

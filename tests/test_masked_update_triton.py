@@ -21,7 +21,7 @@ from progtuning_kernels.ops.masked_update import _one_minus_power, _update_plain
 
 triton = pytest.importorskip("triton")
 
-from progtuning_kernels.ops import masked_update_triton as mut  # noqa: E402
+from progtuning_kernels.ops.masked_update import triton as mut  # noqa: E402
 
 # lr and decay of 0.1, eps of 1e-3: at the defaults, other orders of the formula differ by 1e-7
 HYPERS = [Hyper(0.1, 0.1, 1e-3, 0.8, 0.95), Hyper(0.03, 0.2, 1e-2, 0.9, 0.99)]

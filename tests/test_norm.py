@@ -161,7 +161,7 @@ def check_at_least_as_accurate_as_torch(op, dtype, residual, poisoned):
 @pytest.mark.parametrize("op, residual", CASES)
 def check_every_combination_of_demands(op, residual, poisoned, monkeypatch):
     """What is not demanded is not computed, and nothing is kept for it."""
-    from progtuning_kernels.ops import norm_triton
+    from progtuning_kernels.ops.norm import triton as norm_triton
 
     computed, kept = [], []
     kernel, apply = norm_triton.backward_kernel, norm_triton._Norm.apply
@@ -278,7 +278,7 @@ def check_no_rows(op, poisoned):
 
 
 def check_partial_sums_are_bounded_and_repeatable(poisoned, monkeypatch):
-    from progtuning_kernels.ops import norm_triton
+    from progtuning_kernels.ops.norm import triton as norm_triton
 
     monkeypatch.setattr(norm_triton, "ROWS_PER_PARTIAL", 4)
     monkeypatch.setattr(norm_triton, "MAX_PARTIALS", 3)
@@ -405,7 +405,7 @@ def check_all_dropped_out(poisoned):
 
 
 def check_extreme_probabilities():
-    from progtuning_kernels.ops.norm_triton import draw_dropout
+    from progtuning_kernels.ops.norm.triton import draw_dropout
 
     expected = {1e-12: (-(2**31), 1.0), 0.5: (-1, 2.0), 1 - 1e-12: (2**31 - 1, 1e12)}
     for p, (last, scale) in expected.items():
@@ -772,7 +772,7 @@ def _variants(columns: int) -> dict[str, tuple]:
     """Kernels by name, with the kinds of their arguments, constants and options."""
     import triton
 
-    from progtuning_kernels.ops import norm_triton as nt
+    from progtuning_kernels.ops.norm import triton as nt
 
     block = nt.block_of(columns)
     constants = dict(C=columns, BLOCK=block)

@@ -35,8 +35,8 @@ from progtuning_kernels import (
     patch_model,
     release_frozen_state,
 )
-from progtuning_kernels.derived_classes import root_of
 from progtuning_kernels.integrations.hf_trainer import ProgtuningCallback
+from progtuning_kernels.model.derived_classes import root_of
 from progtuning_kernels.patch import handle_of
 
 

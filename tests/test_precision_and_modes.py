@@ -11,7 +11,7 @@ from torch._dynamo.testing import CompileCounter
 from transformers import AutoModelForCausalLM
 
 from progtuning_kernels import MaskedAdamW, MilestoneSchedule, ProgressiveSchedule, patch_model
-from progtuning_kernels.layout import find_layout
+from progtuning_kernels.model.layout import find_layout
 
 FAMILIES = [
     "bert-sequence",

@@ -36,7 +36,7 @@ from progtuning_kernels.cache import serving
 from progtuning_kernels.cache.break_even import BreakEven
 from progtuning_kernels.cache.content_keys import Call, UnknownContent
 from progtuning_kernels.integrations.hf_trainer import ProgtuningCallback
-from progtuning_kernels.layout import EMBEDDINGS
+from progtuning_kernels.model.layout import EMBEDDINGS
 from progtuning_kernels.patch import handle_of
 
 BLOCKS = 4

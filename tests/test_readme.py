@@ -66,7 +66,7 @@ def test_before_and_after_run_and_train(tmp_path):
 
 
 def test_families_snippet_runs(monkeypatch):
-    monkeypatch.setattr("progtuning_kernels.families.FAMILIES", table := {})
+    monkeypatch.setattr("progtuning_kernels.model.families.FAMILIES", table := {})
     (code,) = _python("Families")
     names = {"register_family": register_family, "patch_model": patch_model}
     names |= {"model": tiny_model("bart-seq2seq-lm").model, "schedule": ProgressiveSchedule(2, 4)}

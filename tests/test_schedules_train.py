@@ -33,7 +33,7 @@ from progtuning_kernels import (
 )
 from progtuning_kernels.cli.app import main
 from progtuning_kernels.integrations.hf_trainer import ProgtuningCallback
-from progtuning_kernels.layout import EMBEDDINGS, find_layout, parameter_slots
+from progtuning_kernels.model.layout import EMBEDDINGS, find_layout, parameter_slots
 from progtuning_kernels.optim import state_bytes
 from progtuning_kernels.patch import handle_of
 from progtuning_kernels.schedules import Schedule

@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from triton_builds import run_checks
 
 from progtuning_kernels import MaskedAdamW, MilestoneSchedule, patch_model
-from progtuning_kernels.derived_classes import root_of
+from progtuning_kernels.model.derived_classes import root_of
 from progtuning_kernels.swaps import model_swaps
 from progtuning_kernels.swaps.deferred_logits import DeferredLogits, defer, materialise
 from progtuning_kernels.swaps.kinds import recognise
@@ -310,9 +310,9 @@ def check_compiled_blocks_keep_their_own_code():
 def check_a_model_that_moves_is_swapped_anew(monkeypatch):
     model = tiny_model("llama-causal-lm")
     answers = {"cpu": "not yet"}
-    real = model_swaps._backend.triton_reason
+    real = model_swaps.backend.triton_reason
     monkeypatch.setattr(
-        model_swaps._backend, "triton_reason", lambda d: answers.get(d.type) or real(d)
+        model_swaps.backend, "triton_reason", lambda d: answers.get(d.type) or real(d)
     )
     handle = patch_model(model, MilestoneSchedule({0: 1}))
     assert handle.kernel_report().swapped == 0

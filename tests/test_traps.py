@@ -27,8 +27,8 @@ from progtuning_kernels import (
     register_family,
 )
 from progtuning_kernels.cache.break_even import BreakEven
-from progtuning_kernels.derived_classes import root_of
-from progtuning_kernels.families import FAMILIES
+from progtuning_kernels.model.derived_classes import root_of
+from progtuning_kernels.model.families import FAMILIES
 
 BERT, LLAMA, T5 = "bert-sequence", "llama-causal-lm", "t5-seq2seq-lm"
 ABOVE_TWO = FreezePlan.from_boundary(2, 4, embeddings=False)
@@ -41,8 +41,8 @@ def _blocks(model: nn.Module, handle) -> list[nn.Module]:
 @pytest.fixture
 def families(monkeypatch):
     """A table of families that the test may add to."""
-    monkeypatch.setattr("progtuning_kernels.families.FAMILIES", table := dict(FAMILIES))
-    monkeypatch.setattr("progtuning_kernels.layout.FAMILIES", table)
+    monkeypatch.setattr("progtuning_kernels.model.families.FAMILIES", table := dict(FAMILIES))
+    monkeypatch.setattr("progtuning_kernels.model.layout.FAMILIES", table)
     return table
 
 

@@ -10,7 +10,7 @@ import transformers as hf
 from proofs import frozen_by_hand, gradients
 
 from progtuning_kernels import MaskedAdamW, ProgressiveSchedule, patch_model
-from progtuning_kernels.families import FAMILIES
+from progtuning_kernels.model.families import FAMILIES
 
 _SIZES = dict(hidden_size=32, num_hidden_layers=4, num_attention_heads=4, vocab_size=97)
 MODELS = {

@@ -9,8 +9,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from ..forward_hooks import ForwardHooks
-from ..layout import EMBEDDINGS, Layout
+from ..model.forward_hooks import ForwardHooks
+from ..model.layout import EMBEDDINGS, Layout
 from .prefix_inputs import Place
 
 _PLAIN = (bool, int, float, str)

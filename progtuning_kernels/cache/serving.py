@@ -26,8 +26,8 @@ import torch
 from torch import nn
 from torch.utils import _pytree as pytree
 
-from ..forward_hooks import buffers_kept, tensors_in
-from ..layout import Layout
+from ..model.forward_hooks import buffers_kept, tensors_in
+from ..model.layout import Layout
 from .break_even import BreakEven, Stopwatch
 from .content_keys import READ_ABOVE, READ_BY_BATCHES, Call, Rows, UnknownContent
 from .prefix_cache import CacheReport, PrefixCache

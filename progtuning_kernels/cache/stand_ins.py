@@ -19,8 +19,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from ..derived_classes import root_of
-from ..layout import EMBEDDINGS, Layout
+from ..model.derived_classes import root_of
+from ..model.layout import EMBEDDINGS, Layout
 
 Run = Callable[[nn.Module, tuple[Any, ...], dict[str, Any]], Any]
 

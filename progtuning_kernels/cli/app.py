@@ -11,7 +11,7 @@ from typing import Any, NoReturn
 import click
 
 from .. import __version__
-from ..families import UnsupportedModelError
+from ..model.families import UnsupportedModelError
 from .errors import UserError
 
 _PATH = click.Path(path_type=Path)

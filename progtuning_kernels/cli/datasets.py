@@ -14,7 +14,7 @@ from pathlib import Path
 from reprlib import repr as short
 from typing import Any
 
-from .._backend import one_line
+from ..backend import one_line
 from .errors import UserError
 
 Row = dict[str, Any]

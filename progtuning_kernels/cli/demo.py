@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 from rich.console import Console
 
-from .. import _backend, report
+from .. import backend, report
 from .datasets import TextData
 from .engine import Run
 from .errors import as_user_error
@@ -42,7 +42,7 @@ def run(
     """
     console = Console()
     console.print(f"Fine-tuning {model} on {dataset}: {', '.join(methods)} ({stages} stages).")
-    missing = _backend.native_reason(torch.device("cpu"))
+    missing = backend.native_reason(torch.device("cpu"))
     if missing is not None:
         console.print(f"Without the native extension ({missing}): slower.", soft_wrap=True)
     empty_folder(output, DEMO_FILES)

@@ -15,7 +15,7 @@ from rich.markup import escape
 from rich.table import Table
 
 # Imported for their registration: the table of implementations has one part per op.
-from .. import __version__, _backend, ops  # noqa: F401
+from .. import __version__, backend, ops  # noqa: F401
 
 _PACKAGES = ("transformers", "triton", "numpy", "peft", "accelerate")
 _OPENMP_NAMES = ("libgomp", "libomp", "libiomp5")
@@ -62,9 +62,9 @@ def _versions() -> list[tuple[str, str]]:
 
 
 def _extension() -> list[tuple[str, str]]:
-    extension = _backend.native_extension()
+    extension = backend.native_extension()
     if extension is None:
-        return [("loaded", f"no: {_backend.native_reason(torch.device('cpu'))}")]
+        return [("loaded", f"no: {backend.native_reason(torch.device('cpu'))}")]
     rows = [("loaded", extension.__file__), ("compiler", extension.compiler)]
     if extension.cuda_built:
         runtime, driver = extension.cuda_versions()
@@ -73,7 +73,7 @@ def _extension() -> list[tuple[str, str]]:
         rows.append(("CUDA driver supports", _cuda_version(driver) if driver else "no driver"))
         rows.append(("CUDA devices", _attempt(lambda: str(extension.cuda_device_count()))))
     else:
-        why = _backend.build_record().get("cuda_reason") or "no record of the reason"
+        why = backend.build_record().get("cuda_reason") or "no record of the reason"
         rows.append(("CUDA", f"not built: {why}"))
     pools = openmp_pools()
     rows.append(("OpenMP", "yes" if extension.openmp else "no: native CPU ops use one thread"))
@@ -117,7 +117,7 @@ def _implementations() -> Table:
     table = Table(title="Implementations", title_justify="left")
     for name in ("op", "device", "implementation", "runs", "because"):
         table.add_column(name, overflow="fold")
-    for row in _backend.backend_report().rows:
+    for row in backend.backend_report().rows:
         runs = "[green]yes[/]" if row.ok else "[red]no[/]"
         table.add_row(row.op, row.device, row.implementation, runs, escape(row.reason or ""))
     return table

@@ -26,10 +26,10 @@ from typing import Any
 import torch
 
 from ..checkpoints import load_checkpoint, save_checkpoint
-from ..layout import EMBEDDINGS, Layout, find_layout, parameter_slots
+from ..freezing.truncation import measure_forward
+from ..model.layout import EMBEDDINGS, Layout, find_layout, parameter_slots
 from ..optim import state_bytes
 from ..schedules import AnnealedSchedule, ObservingSchedule
-from ..truncation import measure_forward
 from . import methods, metrics, models
 from .batches import (
     Batch,

@@ -9,12 +9,12 @@ import torch
 from torch import nn
 
 from ..cache import PrefixCache
-from ..layout import Layout
+from ..model.layout import Layout
 from ..optim import MaskedAdamW
 from ..optim.masked_adamw import StateDtype
 from ..patch import PatchHandle, decay_groups, patch_model
-from ..schedule_files import KINDS, make_schedule, schedule_from_file
 from ..schedules import AnnealedSchedule, FreezePlan, ProgressiveSchedule, Schedule
+from ..schedules.files import KINDS, make_schedule, schedule_from_file
 from .errors import UserError, as_user_error
 from .settings import TrainSettings
 from .sizes import parse_bytes

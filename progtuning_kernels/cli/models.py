@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from .._backend import one_line
+from ..backend import one_line
 from .errors import UserError, as_user_error
 from .settings import Task
 

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from .._backend import one_line
+from ..backend import one_line
 from .errors import UserError, as_user_error
 from .models import check_length, choose_device, minilm_folder, quiet_transformers
 from .sizes import parse_bytes

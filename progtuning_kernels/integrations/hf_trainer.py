@@ -14,7 +14,7 @@ from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState,
 from transformers.trainer_callback import CallbackHandler
 from transformers.utils import logging
 
-from ..call_stack import caller
+from ..model.call_stack import caller
 from ..optim import MaskedOptimizer, release_frozen_state
 from ..patch import PatchHandle, check_options, handle_of, patch_model
 from ..schedules import AnnealedSchedule, ObservingSchedule, Schedule, check_schedule

@@ -1,6 +1,6 @@
 """The ops, one file each: contract, reference, Triton, native, registration, in that order.
 
-Importing this package registers every op with `_backend`.
+Importing this package registers every op with `backend`.
 """
 
 from .activation import bias_gelu, geglu, gelu, swiglu

@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from .. import _backend
+from .. import backend
 from .low_precision import QUANT_BLOCK
 
 UPDATE_CHUNK = 8192  # elements of a CUDA block; csrc/launchers.h
@@ -126,11 +126,11 @@ class Bucket:
             for i, p in enumerate(self.params)
         ]
         self.addresses = [p.data_ptr() for p in self.params]
-        self.implementation = _backend.select(_backend.OPS["masked_update"], self, implementation)
+        self.implementation = backend.select(backend.OPS["masked_update"], self, implementation)
         self.table: Tensor | None = None  # (tensors, 9) int64: UpdateRecord in csrc/launchers.h
         self.chunks: Tensor | None = None  # (chunks, 2) int32: tensor, chunk of it; CUDA only
         self.ticket: Tensor | None = None  # counts the blocks of a launch that are done; CUDA only
-        self.triton_tables: Any = None  # what masked_update_triton.py keeps for a stage
+        self.triton_tables: Any = None  # what masked_update/triton.py keeps for a stage
 
     def _check(self) -> None:
         lengths = {len(self.moments), len(self.steps), len(self.indices), len(self.groups)}

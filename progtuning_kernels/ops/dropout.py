@@ -21,7 +21,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .. import _backend
+from .. import backend
 
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 _LEAST_P = 0.001
@@ -39,12 +39,12 @@ class _KeepBelow(torch.autograd.Function):
     def forward(x: Tensor, seed: int, limit: int) -> Tensor:
         x = x.contiguous()
         out = torch.empty_like(x)
-        _backend.native_extension().dropout_cpu(
+        backend.native_extension().dropout_cpu(
             x.data_ptr(),
             seed,
             limit,
             x.numel(),
-            _backend.dtype_code(x.dtype),
+            backend.dtype_code(x.dtype),
             out.data_ptr(),
             torch.get_num_threads(),
         )
@@ -69,7 +69,7 @@ def _native(x: Tensor, p: float) -> Tensor:
 def _reason_against_native(x: Tensor) -> str | None:
     if x.device.type != "cpu":
         return f"torch's own is one kernel on {x.device.type}"
-    reason = _backend.native_reason(x.device)
+    reason = backend.native_reason(x.device)
     if reason is not None:
         return reason
     if x.dtype not in _DTYPES:
@@ -79,12 +79,12 @@ def _reason_against_native(x: Tensor) -> str | None:
     return None
 
 
-OP = _backend.register(
-    _backend.Op(
+OP = backend.register(
+    backend.Op(
         "dropout",
         (
-            _backend.Implementation("native", _native, _reason_against_native),
-            _backend.Implementation("reference", reference, lambda x: None),
+            backend.Implementation("native", _native, _reason_against_native),
+            backend.Implementation("reference", reference, lambda x: None),
         ),
         probe=lambda device: torch.zeros(8, dtype=torch.float32, device=device),
     )
@@ -100,7 +100,7 @@ def dropout(
         x: any shape and dtype that `F.dropout` takes.
         p: probability of an element to become 0.
         training: without it, x comes back as it is.
-        implementation: "native" or "reference"; None chooses (see `_backend.select`).
+        implementation: "native" or "reference"; None chooses (see `backend.select`).
 
     Raises:
         ValueError: p is not between 0 and 1.
@@ -109,4 +109,4 @@ def dropout(
         raise ValueError(f"dropout: p must be between 0 and 1, got {p}")
     if not training or p in (0, 1) or not x.numel() or torch.compiler.is_compiling():
         return F.dropout(x, p, training)
-    return _backend.select(OP, x, implementation).function(x, p)
+    return backend.select(OP, x, implementation).function(x, p)

@@ -16,7 +16,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from .. import _backend
+from .. import backend
+from ..sharding import is_sharded, local_of
 from .bucket import Bucket, Gradients, build_table
 from .masked_norm import masked_norm
 
@@ -108,23 +109,18 @@ def _norm(
 
 def _norm_where_they_lie(bucket: Bucket, gradients: Gradients) -> Tensor:
     """`masked_norm` of gathered gradients, without asking each of them again where it lies."""
-    extension = _backend.native_extension()
+    extension = backend.native_extension()
     out = torch.empty((), dtype=torch.float32, device=bucket.device)
     there = [i for i, address in enumerate(gradients.addresses) if address]
     extension.masked_norm_cpu(
         [gradients.addresses[i] for i in there],
         [bucket.params[i].numel() for i in there],
-        _backend.dtype_code(bucket.dtype),
+        backend.dtype_code(bucket.dtype),
         extension.norm_kinds["l2"],
         out.data_ptr(),
         torch.get_num_threads(),
     )
     return out
-
-
-def local_of(t: Tensor) -> Tensor:
-    """The shard of a DTensor on this rank; any other tensor itself."""
-    return t.to_local() if hasattr(t, "to_local") else t
 
 
 def norm_over_ranks(grads: Sequence[Tensor | None]) -> Tensor:
@@ -140,7 +136,7 @@ def norm_over_ranks(grads: Sequence[Tensor | None]) -> Tensor:
         if grad is None:
             continue
         groups = ()
-        if hasattr(grad, "placements"):
+        if is_sharded(grad):
             sharded = [i for i, p in enumerate(grad.placements) if p.is_shard()]
             groups = tuple((grad.device_mesh, i) for i in sharded)
         kinds.setdefault(groups, []).append(local_of(grad))
@@ -171,7 +167,7 @@ def _native(
     found_inf: Tensor | None,
     control: Tensor | None,
 ) -> GradDecision:
-    extension, device = _backend.native_extension(), buckets[0].device
+    extension, device = backend.native_extension(), buckets[0].device
     for bucket in buckets:
         if bucket.table is None:
             build_table(bucket)
@@ -180,8 +176,8 @@ def _native(
     counted = control is not None
     if control is None:
         control = torch.zeros(4, dtype=torch.float32, device=device)
-    with _backend.device_guard(device):
-        stream = _backend.cuda_stream(device)
+    with backend.device_guard(device):
+        stream = backend.cuda_stream(device)
         offset = 0
         for bucket, some, count in zip(buckets, gradients, counts, strict=True):
             extension.bucket_norm_partials_cuda(
@@ -189,7 +185,7 @@ def _native(
                 bucket.chunks.data_ptr(),
                 count,
                 some.addresses,
-                _backend.dtype_code(bucket.dtype),
+                backend.dtype_code(bucket.dtype),
                 partials.data_ptr() + 4 * offset,
                 stream,
             )

@@ -21,7 +21,8 @@ from typing import Literal, get_args
 import torch
 from torch import Tensor
 
-from .. import _backend
+from .. import backend
+from ..sharding import is_sharded
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 Kind = Literal["l2", "inf"]
@@ -55,8 +56,8 @@ def _norm_of_norms(norms: Sequence[Tensor], kind: Kind, like: Tensor) -> Tensor:
 
 
 def _native(tensors: Sequence[Tensor], kind: Kind) -> Tensor:
-    extension = _backend.native_extension()
-    device, dtype = tensors[0].device, _backend.dtype_code(tensors[0].dtype)
+    extension = backend.native_extension()
+    device, dtype = tensors[0].device, backend.dtype_code(tensors[0].dtype)
     pointers = [tensor.data_ptr() for tensor in tensors]
     sizes = [tensor.numel() for tensor in tensors]
     code = extension.norm_kinds[kind]
@@ -68,15 +69,15 @@ def _native(tensors: Sequence[Tensor], kind: Kind) -> Tensor:
     chunks = extension.masked_norm_chunks(sizes)
     partials = torch.empty(chunks, dtype=torch.float32, device=device)
     scratch, result = partials.data_ptr(), out.data_ptr()
-    with _backend.device_guard(device):
-        stream = _backend.cuda_stream(device)
+    with backend.device_guard(device):
+        stream = backend.cuda_stream(device)
         extension.masked_norm_cuda(pointers, sizes, dtype, code, scratch, chunks, result, stream)
     return out
 
 
 def _reason_against_native(tensors: Sequence[Tensor]) -> str | None:
     device, dtype = tensors[0].device, tensors[0].dtype
-    reason = _backend.native_reason(device)
+    reason = backend.native_reason(device)
     if reason is None and dtype not in _NATIVE_DTYPES[device.type]:
         return f"no native kernel for {dtype} on {device.type}"
     return reason
@@ -92,7 +93,7 @@ def masked_norm(
         tensors: dense tensors of any shape on one device, float32, bfloat16, float16 or float64.
             Non-contiguous ones are copied first.
         kind: "l2", or "inf" for the largest magnitude.
-        implementation: "native" or "reference"; None chooses (see `_backend.select`).
+        implementation: "native" or "reference"; None chooses (see `backend.select`).
     """
     if isinstance(tensors, Tensor):
         raise TypeError("masked_norm: expected a list of tensors, got one tensor")
@@ -108,7 +109,7 @@ def masked_norm(
     norms = []
     for dtype in dtypes:
         group = tensors if len(dtypes) == 1 else [t for t in tensors if t.dtype == dtype]
-        norms.append(_backend.select(OP, group, implementation).function(group, kind))
+        norms.append(backend.select(OP, group, implementation).function(group, kind))
     return norms[0] if len(norms) == 1 else _norm_of_norms(norms, kind, norms[0])
 
 
@@ -117,7 +118,7 @@ def _checked_dtypes(tensors: Sequence[Tensor]) -> list[torch.dtype]:
     for kind in {type(tensor) for tensor in tensors}:
         if not issubclass(kind, Tensor):
             raise TypeError(f"masked_norm: expected tensors, got {kind.__name__}")
-        if hasattr(kind, "to_local"):
+        if is_sharded(kind):
             raise ValueError(
                 "masked_norm: got a DTensor; pass tensor.to_local() and add the squares over ranks"
             )
@@ -137,12 +138,12 @@ def _checked_dtypes(tensors: Sequence[Tensor]) -> list[torch.dtype]:
     return [dtype for _, dtype, _ in kinds]
 
 
-OP = _backend.register(
-    _backend.Op(
+OP = backend.register(
+    backend.Op(
         "masked_norm",
         (
-            _backend.Implementation("native", _native, _reason_against_native),
-            _backend.Implementation("reference", reference, lambda tensors: None),
+            backend.Implementation("native", _native, _reason_against_native),
+            backend.Implementation("reference", reference, lambda tensors: None),
         ),
     )
 )

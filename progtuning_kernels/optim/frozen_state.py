@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from ..ops.grad_decision import local_of
+from ..sharding import local_of
 
 OnFreeze = Literal["release", "keep", "offload"]
 

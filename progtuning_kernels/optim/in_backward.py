@@ -28,8 +28,8 @@ import torch
 from torch import Tensor
 from torch.autograd import Variable
 
-from ..ops.grad_decision import local_of
 from ..ops.masked_norm import masked_norm
+from ..sharding import local_of
 
 if TYPE_CHECKING:
     from .masked_optimizer import ActiveBucket, MaskedOptimizer, Member

@@ -18,6 +18,7 @@ from ..ops.low_precision import (
     encode_exp_avg,
     encode_exp_avg_sq,
 )
+from ..sharding import is_sharded
 from .frozen_state import OnFreeze
 from .in_backward import ClipMode
 from .masked_optimizer import MaskedOptimizer, Member, Nonfinite
@@ -148,7 +149,7 @@ class MaskedAdamW(MaskedOptimizer):
         dtype = self._moment_dtype(p)
         state = {"step": torch.zeros((), dtype=torch.float32, device=p.device)}
         if dtype == "8bit":
-            if hasattr(p, "to_local"):
+            if is_sharded(p):
                 raise ValueError(
                     "state_dtype='8bit' with sharded parameters: blocks of 256 elements would move "
                     "with the number of ranks; use torch.bfloat16"

@@ -30,7 +30,8 @@ from ..ops.bucket import (
     Hyper,
     is_dense,
 )
-from ..ops.grad_decision import GradDecision, decide, local_of, norm_over_ranks
+from ..ops.grad_decision import GradDecision, decide, norm_over_ranks
+from ..sharding import local_of
 from .frozen_state import OnFreeze, offload_frozen_state, release_frozen_state
 from .in_backward import ClipMode, UpdateInBackward
 

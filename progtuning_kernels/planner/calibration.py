@@ -17,9 +17,9 @@ import torch
 from torch import nn
 from torch.utils import _pytree as pytree
 
-from ..active_set import TiedPolicy
-from ..boundary import FrozenMode
-from ..layout import EMBEDDINGS, Layout, find_layout
+from ..freezing.active_set import TiedPolicy
+from ..freezing.boundary import FrozenMode
+from ..model.layout import EMBEDDINGS, Layout, find_layout
 from ..optim import MaskedAdamW
 from ..schedules import FreezePlan
 from .example_batch import on_device

@@ -24,7 +24,7 @@ from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
-from ..layout import Layout, parameter_slots
+from ..model.layout import Layout, parameter_slots
 
 aten = torch.ops.aten
 

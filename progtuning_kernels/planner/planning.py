@@ -14,12 +14,12 @@ from typing import Any, get_args
 import torch
 from torch import nn
 
-from .._backend import one_line
-from ..active_set import TiedPolicy
-from ..boundary import FrozenMode
+from ..backend import one_line
 from ..cache import PrefixCache
-from ..derived_classes import derived_classes
-from ..layout import find_layout
+from ..freezing.active_set import TiedPolicy
+from ..freezing.boundary import FrozenMode
+from ..model.derived_classes import derived_classes
+from ..model.layout import find_layout
 from ..schedules import FreezePlan, ProgressiveSchedule, Schedule
 from .calibration import CannotCalibrate, UnitCosts, measure_units
 from .example_batch import example_batch, on_meta

@@ -7,10 +7,10 @@ from dataclasses import dataclass
 
 from torch import nn
 
-from ..active_set import ActiveSet, TiedPolicy
-from ..boundary import Boundary, FrozenMode
-from ..checkpointing import drop_input_grads, make_nonreentrant
-from ..layout import EMBEDDINGS, Layout
+from ..freezing.active_set import ActiveSet, TiedPolicy
+from ..freezing.boundary import Boundary, FrozenMode
+from ..freezing.checkpointing import drop_input_grads, make_nonreentrant
+from ..model.layout import EMBEDDINGS, Layout
 from ..schedules import FreezePlan
 
 

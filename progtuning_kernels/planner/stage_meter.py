@@ -11,10 +11,10 @@ from torch import nn
 
 from ..cache import PrefixCache
 from ..cache.row_codec import row_format
-from ..layout import EMBEDDINGS, Layout, parameter_slots
+from ..freezing.truncation import measure_forward
+from ..model.layout import EMBEDDINGS, Layout, parameter_slots
 from ..optim import MaskedAdamW
 from ..schedules import FreezePlan
-from ..truncation import measure_forward
 from .meta_step import StepFlops, TargetKernels, count_flops, peak_live_bytes
 from .stage_flags import StageFlags, StageState
 from .training_plan import StagePlan

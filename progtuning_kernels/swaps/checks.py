@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from .. import _backend
+from .. import backend
 from .kinds import GATED_MLP, HEAD, Swap
 
 # Of the largest element of the original's result. Ours round once where the original rounds at
@@ -53,7 +53,7 @@ def difference(
             expected = _results(swap, type(module).forward, subject, inputs)
             found = _results(swap, swap.forward, subject, inputs)
     except Exception as error:
-        return f"the check failed: {_backend.one_line(error)}"
+        return f"the check failed: {backend.one_line(error)}"
     finally:
         for m, mode in modes:
             m.training = mode

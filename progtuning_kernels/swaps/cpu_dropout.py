@@ -17,8 +17,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from .. import _backend
-from ..layout import Layout
+from .. import backend
+from ..model.layout import Layout
 from ..ops.dropout import OP, dropout
 
 # Forward and backward of ours take 40 us more than torch's two small kernels; 16,384 numbers cost
@@ -28,9 +28,9 @@ FROM_BYTES = 2**16
 
 def reason_against() -> str | None:
     """Why `ops.dropout` would run plain torch here, in one line; None if it would not."""
-    forced = os.environ.get(_backend.ENVIRONMENT_VARIABLE)
+    forced = os.environ.get(backend.ENVIRONMENT_VARIABLE)
     if forced in ("triton", "reference"):
-        return f"{_backend.ENVIRONMENT_VARIABLE}={forced}"
+        return f"{backend.ENVIRONMENT_VARIABLE}={forced}"
     return OP.implementations[0].reason_against(torch.empty(2, dtype=torch.float32, device="cpu"))
 
 

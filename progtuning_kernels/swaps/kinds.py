@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .. import _backend
+from .. import backend
 from ..ops import activation, geglu, gelu, layer_norm, rms_norm, swiglu
 from ..ops import norm as norms
 from .deferred_logits import defer
@@ -46,7 +46,7 @@ class Swap:
     kind: str
     settings: Hashable
     forward: Callable[..., Any]
-    op: _backend.Op
+    op: backend.Op
     width: int
     inputs: int = 1
     growth: float = 1.0
@@ -87,7 +87,7 @@ def language_model_head(module: nn.Linear) -> Swap:
         HEAD,
         own_class,
         forward,
-        _backend.OPS["linear_cross_entropy"],
+        backend.OPS["linear_cross_entropy"],
         module.in_features,
         growth=module.out_features / module.in_features,
     )
@@ -182,7 +182,7 @@ def _same_norm(module: nn.Module, name: str, cast: norms.Cast, offset: float) ->
         try:
             expected = type(module).forward(twin, x)
         except Exception as error:
-            raise CannotSwap(f"its forward takes more than x: {_backend.one_line(error)}") from None
+            raise CannotSwap(f"its forward takes more than x: {backend.one_line(error)}") from None
         if not isinstance(expected, Tensor) or expected.shape != x.shape:
             raise CannotSwap("its forward returns more than the norm of x")
         form = norms.Norm(_eps(twin, name, x), False, offset, cast == "before_weight")
@@ -258,7 +258,7 @@ def _gated_mlp(module: nn.Module) -> Swap | None:
         GATED_MLP,
         (names, act, dropout, kind),
         forward,
-        _backend.OPS["swiglu" if kind == "silu" else "geglu"],
+        backend.OPS["swiglu" if kind == "silu" else "geglu"],
         width,
         growth=inside / width,
         inner=(act,),

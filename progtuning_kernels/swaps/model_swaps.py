@@ -11,9 +11,9 @@ from typing import Any, Literal, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from .. import _backend
-from ..derived_classes import base_of, derive
-from ..layout import Layout
+from .. import backend
+from ..model.derived_classes import base_of, derive
+from ..model.layout import Layout
 from . import checks, cpu_dropout
 from .kinds import GELU, HEAD, CannotSwap, Swap, bypassed, language_model_head, recognise
 
@@ -144,7 +144,7 @@ class KernelSwaps:
         nothing = _reason_for_nothing(self._kernels, device)
         if nothing is not None:
             self.report = KernelReport((), nothing)
-        elif device.type == "cpu" and _backend.triton_reason(device) is not None:
+        elif device.type == "cpu" and backend.triton_reason(device) is not None:
             self.report = self._swap_dropout()
         else:
             self.report = self._swap_all(device)
@@ -235,9 +235,9 @@ class KernelSwaps:
         dtype = (floats[0] if own is None else own).dtype
         sample = [torch.empty(2, swap.width, dtype=dtype, device=device), None, None]
         try:
-            chosen = _backend.select(swap.op, sample).name
+            chosen = backend.select(swap.op, sample).name
         except RuntimeError as error:
-            return _Verdict(None, _backend.one_line(error))
+            return _Verdict(None, backend.one_line(error))
         if chosen == "reference":
             return _Verdict(None, "the op would run its reference, which is the module's own code")
         differs = checks.difference(module, swap, device, dtype)
@@ -269,10 +269,10 @@ class KernelSwaps:
 def _reason_for_nothing(kernels: Kernels, device: torch.device) -> str | None:
     if kernels == "off":
         return 'kernels="off"'
-    forced = os.environ.get(_backend.ENVIRONMENT_VARIABLE)
+    forced = os.environ.get(backend.ENVIRONMENT_VARIABLE)
     if forced == "reference":
-        return f"{_backend.ENVIRONMENT_VARIABLE}=reference, which is the model's own code"
-    reason = _backend.triton_reason(device)
+        return f"{backend.ENVIRONMENT_VARIABLE}=reference, which is the model's own code"
+    reason = backend.triton_reason(device)
     if reason is None or device.type != "cpu":
         return reason
     against = cpu_dropout.reason_against()

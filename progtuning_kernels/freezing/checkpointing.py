@@ -13,7 +13,7 @@ from typing import Any
 
 from torch import nn
 
-from .layout import Layout
+from ..model.layout import Layout
 
 
 def _is_reentrant(module: nn.Module) -> bool:

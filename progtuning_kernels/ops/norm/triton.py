@@ -21,8 +21,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .. import _backend
-from .norm import Norm, Result
+from ... import backend
+from . import Norm, Result
 
 ROWS_PER_PARTIAL, MAX_PARTIALS = 16, 512
 # Of partial sums, that a program of the second kernel adds at a time: 32 columns are 128 bytes.
@@ -324,7 +324,7 @@ def forward(
     weight = None if weight is None else weight.contiguous()
     bias = None if bias is None else bias.contiguous()
     block = block_of(columns)
-    with _backend.device_guard(device):
+    with backend.device_guard(device):
         forward_kernel[len(x),](
             *(x, residual, weight, bias, y, h, mean, rstd, *dropout),
             *(x.stride(0), 0 if residual is None else residual.stride(0), norm.eps, norm.offset),
@@ -378,7 +378,7 @@ def backward(
         torch.empty(columns, dtype=dtype, device=device) if wanted else None
         for wanted, dtype in zip(wants_parameters, dtypes[1:], strict=True)
     ]
-    with _backend.device_guard(device):
+    with backend.device_guard(device):
         backward_kernel[programs,](
             *(dy_rows, dsum, h_rows, weight, mean, rstd, dx, dh, *sums),
             *(*(dropout if wants_x else NO_DROPOUT), n_rows, dy_rows.stride(0)),
@@ -402,7 +402,7 @@ def dropped_out(x: Tensor, dropout: Dropout, dtype: torch.dtype) -> Tensor:
         return y
     rows = _rows(x)
     columns, block = rows.shape[1], block_of(rows.shape[1])
-    with _backend.device_guard(x.device):
+    with backend.device_guard(x.device):
         dropout_kernel[len(rows),](
             *(rows, y, *dropout, rows.stride(0), columns, block), **options(block)
         )

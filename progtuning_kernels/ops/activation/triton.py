@@ -17,7 +17,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .. import _backend
+from ... import backend
 
 # 8 elements per thread: 16 bytes of bfloat16
 BLOCK = 1024
@@ -198,7 +198,7 @@ def forward(x: Tensor, bias: Tensor | None, up: Tensor | None, kind: str) -> Ten
     bias = None if bias is None else bias.contiguous()
     rows, cols = x_rows.shape
     blocks = triton.cdiv(cols, BLOCK)
-    with _backend.device_guard(x.device):
+    with backend.device_guard(x.device):
         forward_kernel[rows * blocks,](
             *(out, x_rows, bias, up_rows, cols, blocks, _stride(x_rows), _stride(up_rows)),
             *(kind, _aligned(x), BLOCK),
@@ -234,7 +234,7 @@ def backward(
         rows_of_piece = triton.cdiv(rows, pieces)
         partials = torch.empty((pieces, cols), dtype=torch.float32, device=x.device)
         dbias = torch.empty_like(bias)
-    with _backend.device_guard(x.device):
+    with backend.device_guard(x.device):
         backward_kernel[pieces * blocks,](
             *(dx, dup, partials, grad_rows, x_rows, bias, up_rows),
             *(rows, cols, blocks, rows_of_piece),

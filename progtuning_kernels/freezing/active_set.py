@@ -9,9 +9,9 @@ from typing import Literal
 import torch
 from torch import nn
 
-from .adapters import FrozenColumns, adapter_configs
-from .layout import EMBEDDINGS, Layout, ParameterSlot, parameter_slots
-from .schedules import FreezePlan
+from ..model.adapters import FrozenColumns, adapter_configs
+from ..model.layout import EMBEDDINGS, Layout, ParameterSlot, parameter_slots
+from ..schedules import FreezePlan
 
 TiedPolicy = Literal["frozen", "head_only"]
 

@@ -31,7 +31,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from .. import _backend
+from ... import backend
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 Approximate = Literal["none", "tanh"]
@@ -75,19 +75,19 @@ def reference_backward(
 
 
 def _triton(x: Tensor, bias: Tensor | None, up: Tensor | None, kind: Kind) -> Tensor:
-    from .activation_triton import forward  # not before it is needed: triton need not be there
+    from .triton import forward  # not before it is needed: triton need not be there
 
     return forward(x, bias, up, kind)
 
 
 def _triton_backward(*arguments: Any) -> Gradients:
-    from .activation_triton import backward
+    from .triton import backward
 
     return backward(*arguments)
 
 
 def _reason_against_triton(tensors: Sequence[Tensor]) -> str | None:
-    reason = _backend.triton_reason(tensors[0].device)
+    reason = backend.triton_reason(tensors[0].device)
     if reason is None and tensors[0].dtype == torch.float64:
         return "no Triton kernel for torch.float64"
     return reason
@@ -99,12 +99,12 @@ _BACKWARDS: dict[str, Callable[..., Gradients]] = {
 }
 
 
-def _register(name: str) -> _backend.Op:
+def _register(name: str) -> backend.Op:
     implementations = (
-        _backend.Implementation("triton", _triton, _reason_against_triton),
-        _backend.Implementation("reference", reference, lambda tensors: None),
+        backend.Implementation("triton", _triton, _reason_against_triton),
+        backend.Implementation("reference", reference, lambda tensors: None),
     )
-    return _backend.register(_backend.Op(name, implementations))
+    return backend.register(backend.Op(name, implementations))
 
 
 GELU, BIAS_GELU = _register("gelu"), _register("bias_gelu")
@@ -119,7 +119,7 @@ def gelu(
     Args:
         x: float32, bfloat16, float16 or float64.
         approximate: "none", or "tanh".
-        implementation: "triton" or "reference"; None chooses (see `_backend.select`).
+        implementation: "triton" or "reference"; None chooses (see `backend.select`).
     """
     _check("gelu", x, approximate)
     if torch.compiler.is_compiling():
@@ -206,14 +206,14 @@ def _check_gated(name: str, gate: Tensor, up: Tensor, approximate: str) -> None:
 
 
 def _run(
-    op: _backend.Op,
+    op: backend.Op,
     x: Tensor,
     bias: Tensor | None,
     up: Tensor | None,
     kind: Kind,
     implementation: str | None,
 ) -> Tensor:
-    chosen = _backend.select(op, [x], implementation)
+    chosen = backend.select(op, [x], implementation)
     if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x, bias, up)):
         return _Activation.apply(x, bias, up, kind, chosen)
     return chosen.function(x, bias, up, kind)
@@ -270,7 +270,7 @@ def activation_backward_op(
     implementation: str | None = None,
 ) -> list[Tensor]:
     """The demanded ones of dx, dbias and dup, in this order."""
-    name = _backend.select(GELU, [x], implementation).name
+    name = backend.select(GELU, [x], implementation).name
     gradients = _BACKWARDS[name](grad, x, bias, up, kind, demanded)
     return [gradient for gradient in gradients if gradient is not None]
 

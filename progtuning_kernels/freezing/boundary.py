@@ -17,8 +17,8 @@ from typing import Any, Literal, NamedTuple
 import torch
 from torch import nn
 
-from .derived_classes import derive, derived_classes, without_derived_ancestors
-from .layout import EMBEDDINGS, Layout
+from ..model.derived_classes import derive, derived_classes, without_derived_ancestors
+from ..model.layout import EMBEDDINGS, Layout
 
 FrozenMode = Literal["eval", "train"]
 

@@ -27,9 +27,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .. import _backend
-from .bucket import Bucket, Gradients, Hyper, record_of, written
-from .low_precision import QUANT_BLOCK
+from ... import backend
+from ..bucket import Bucket, Gradients, Hyper, record_of, written
+from ..low_precision import QUANT_BLOCK
 
 # 8 elements per thread: what one call of Philox serves, 16 bytes of bfloat16, and a warp holds one
 # block of 8-bit codes. 7 M parameters (a BERT block) are 3,418 programs for an H200's 132 SMs.
@@ -539,7 +539,7 @@ def update(
 ) -> None:
     """`Bucket.update`; of tensors on the CPU under Triton's interpreter."""
     tables = _tables(bucket)
-    with _backend.device_guard(bucket.device):
+    with backend.device_guard(bucket.device):
         words, first = _step_words(bucket, tables, gradients.addresses, hypers, seed)
         launch(bucket, tables, words, first, grad_factor, found_inf, zero_grads=zero_grads)
     written(bucket, gradients, zero_grads=zero_grads)

@@ -11,9 +11,9 @@ from contextlib import suppress
 from torch import nn
 from torch.optim import Optimizer
 
-from .call_stack import called_from
-from .layout import Layout
-from .schedules import ObservingSchedule, Schedule
+from ..model.call_stack import called_from
+from ..model.layout import Layout
+from ..schedules import ObservingSchedule, Schedule
 
 
 class MissedSteps:

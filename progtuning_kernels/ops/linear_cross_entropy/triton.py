@@ -12,8 +12,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .. import _backend
-from .linear_cross_entropy import RowLoss, padded
+from ... import backend
+from . import RowLoss, padded
 
 # 16 elements per thread: 32 bytes of bfloat16 in flight, with registers left for 6 programs per SM
 BLOCK = 4096
@@ -186,7 +186,7 @@ def rows(
         return
     cap, classes, stride = row_loss.softcap, logits.shape[1], logits.stride(0)
     width = padded(classes) if stride >= padded(classes) else classes
-    with _backend.device_guard(logits.device):
+    with backend.device_guard(logits.device):
         rows_kernel[len(logits),](
             *(logits, stride, width, classes, labels.contiguous(), losses),
             *(row_loss.class_weight, row_loss.class_weight_sum, row_loss.factor),
@@ -206,7 +206,7 @@ def scale(gradient: Tensor, factor: Tensor) -> None:
     """`linear_cross_entropy.scale_reference`; of a contiguous gradient."""
     if not gradient.numel():
         return
-    with _backend.device_guard(gradient.device):
+    with backend.device_guard(gradient.device):
         programs = triton.cdiv(gradient.numel(), SCALE_BLOCK)
         scale_kernel[programs,](gradient, factor, gradient.numel(), SCALE_BLOCK, **SCALE_OPTIONS)
     torch.autograd.graph.increment_version(gradient)

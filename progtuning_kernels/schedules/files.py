@@ -28,8 +28,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from ._backend import one_line
-from .schedules import (
+from ..backend import one_line
+from . import (
     AdaptiveSchedule,
     AnnealedSchedule,
     CyclicBlockSchedule,

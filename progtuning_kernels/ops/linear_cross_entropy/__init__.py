@@ -43,7 +43,8 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from .. import _backend
+from ... import backend
+from ...sharding import is_sharded
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 LABEL_DTYPES = (torch.int64, torch.int32)
@@ -127,13 +128,13 @@ def scale_reference(gradient: Tensor, factor: Tensor) -> None:
 def _triton(
     logits: Tensor, labels: Tensor, losses: Tensor, row_loss: RowLoss, *, gradient: bool
 ) -> None:
-    from .linear_cross_entropy_triton import rows  # not before it is needed: it imports triton
+    from .triton import rows  # not before it is needed: it imports triton
 
     rows(logits, labels, losses, row_loss, gradient=gradient)
 
 
 def _scale_triton(gradient: Tensor, factor: Tensor) -> None:
-    from .linear_cross_entropy_triton import scale
+    from .triton import scale
 
     scale(gradient, factor)
 
@@ -142,18 +143,18 @@ _SCALE = {"triton": _scale_triton, "reference": scale_reference}
 
 
 def _reason_against_triton(tensors: Sequence[Tensor]) -> str | None:
-    reason = _backend.triton_reason(tensors[0].device)
+    reason = backend.triton_reason(tensors[0].device)
     if reason is None and tensors[0].dtype == torch.float64:
         return "no Triton kernel for float64"
     return reason
 
 
-OP = _backend.register(
-    _backend.Op(
+OP = backend.register(
+    backend.Op(
         "linear_cross_entropy",
         (
-            _backend.Implementation("triton", _triton, _reason_against_triton),
-            _backend.Implementation("reference", reference, lambda tensors: None),
+            backend.Implementation("triton", _triton, _reason_against_triton),
+            backend.Implementation("reference", reference, lambda tensors: None),
         ),
     )
 )
@@ -258,7 +259,7 @@ def _run(
     need_hidden, need_weight, need_bias = demand
     n, classes, dtype, device = len(hidden), len(weight), hidden.dtype, hidden.device
     wide = _wide(dtype)
-    chosen = _backend.select(OP, [hidden], options.implementation)
+    chosen = backend.select(OP, [hidden], options.implementation)
     if class_weight is not None:
         class_weight = class_weight.to(wide).contiguous()
     denominator = _denominator(labels, class_weight, num_items, options)
@@ -369,7 +370,7 @@ def linear_cross_entropy(
         num_items: divides the sum of the rows instead, with either reduction: what the Trainer
             hands to a loss as num_items_in_batch.
         max_logits_bytes: of the logits that exist at a time; at least 512 rows do.
-        implementation: "triton" or "reference"; None chooses (see `_backend.select`).
+        implementation: "triton" or "reference"; None chooses (see `backend.select`).
 
     Raises:
         TypeError, ValueError: the arguments do not fit together; says which.
@@ -382,7 +383,7 @@ def linear_cross_entropy(
         if not isinstance(tensor, Tensor):
             kind = type(tensor).__name__
             raise TypeError(f"linear_cross_entropy: {name} must be a tensor, got {kind}")
-        if hasattr(type(tensor), "to_local"):
+        if is_sharded(type(tensor)):
             raise ValueError(
                 f"linear_cross_entropy: {name} is a DTensor; pass {name}.full_tensor(), which "
                 "autograd follows"

@@ -24,8 +24,9 @@ import torch
 from torch import Tensor, nn
 from torch.autograd import Variable
 
-from .layout import Layout
-from .schedules import ObservingSchedule
+from ..model.layout import Layout
+from ..schedules import ObservingSchedule
+from ..sharding import local_of
 
 
 class _Block:
@@ -167,8 +168,7 @@ class GradientNorms:
     @torch.no_grad()
     def _measure(self, block: _Block) -> None:
         block.ready.clear()
-        grads = [p.grad for p in block.parameters if p.grad is not None]
-        grads = [g.to_local() if hasattr(g, "to_local") else g for g in grads]
+        grads = [local_of(p.grad) for p in block.parameters if p.grad is not None]
         if grads:
             norms = torch._foreach_norm(grads, 2, dtype=torch.float32)
             block.square = torch.stack(norms).square().sum()

@@ -29,8 +29,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .. import _backend
-from .bucket import (
+from ... import backend
+from ..bucket import (
     Bucket,
     Gradients,
     Hyper,
@@ -41,7 +41,7 @@ from .bucket import (
     is_dense,
     written,
 )
-from .low_precision import (
+from ..low_precision import (
     decode_exp_avg,
     decode_exp_avg_sq,
     encode_exp_avg,
@@ -242,8 +242,8 @@ def _native(
         for lr, hyper in zip(lrs, hypers, strict=True)
     ]
     common = (
-        _backend.dtype_code(bucket.dtype),
-        _backend.dtype_code(bucket.moment_dtype),
+        backend.dtype_code(bucket.dtype),
+        backend.dtype_code(bucket.moment_dtype),
         bucket.masters is not None,
         bucket.stochastic_rounding,
         _address(grad_factor),
@@ -251,12 +251,12 @@ def _native(
         seed,
         zero_grads,
     )
-    extension, table = _backend.native_extension(), bucket.table.data_ptr()
+    extension, table = backend.native_extension(), bucket.table.data_ptr()
     if on_cuda:
         chunks, ticket = bucket.chunks, bucket.ticket.data_ptr()
         where = (table, chunks.data_ptr(), len(chunks), ticket)
-        with _backend.device_guard(bucket.device):
-            stream = _backend.cuda_stream(bucket.device)
+        with backend.device_guard(bucket.device):
+            stream = backend.cuda_stream(bucket.device)
             extension.masked_update_cuda(*where, gradients.addresses, groups, *common, stream)
     else:
         threads = torch.get_num_threads()
@@ -279,20 +279,20 @@ def _reason_against_kernels(bucket: Bucket) -> str | None:
 
 
 def _reason_against_native(bucket: Bucket) -> str | None:
-    reason = _backend.native_reason(bucket.device) or _reason_against_kernels(bucket)
+    reason = backend.native_reason(bucket.device) or _reason_against_kernels(bucket)
     if reason is None and bucket.device.type == "cuda" and bucket.dtype == torch.float64:
         return "no native kernel for float64 on cuda"
     return reason
 
 
 def _triton(bucket: Bucket, gradients: Gradients, hypers: Sequence[Hyper], **step: Any) -> None:
-    from .masked_update_triton import update  # not before it is needed: triton need not be there
+    from .triton import update  # not before it is needed: triton need not be there
 
     update(bucket, gradients, hypers, **step)
 
 
 def _reason_against_triton(bucket: Bucket) -> str | None:
-    reason = _backend.triton_reason(bucket.device) or _reason_against_kernels(bucket)
+    reason = backend.triton_reason(bucket.device) or _reason_against_kernels(bucket)
     if reason is None and bucket.dtype == torch.float64:
         return "no Triton kernel for float64"
     return reason
@@ -305,13 +305,13 @@ def _probe(device: torch.device) -> Bucket:
     return Bucket([p], [moments], [step], implementation="reference")
 
 
-OP = _backend.register(
-    _backend.Op(
+OP = backend.register(
+    backend.Op(
         "masked_update",
         (
-            _backend.Implementation("native", _native, _reason_against_native),
-            _backend.Implementation("triton", _triton, _reason_against_triton),
-            _backend.Implementation("reference", reference, lambda bucket: None),
+            backend.Implementation("native", _native, _reason_against_native),
+            backend.Implementation("triton", _triton, _reason_against_triton),
+            backend.Implementation("reference", reference, lambda bucket: None),
         ),
         _probe,
     )

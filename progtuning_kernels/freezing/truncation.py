@@ -11,8 +11,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from .forward_hooks import ForwardHooks, buffers_kept, tensors_in
-from .layout import EMBEDDINGS, Layout, parameter_slots
+from ..model.forward_hooks import ForwardHooks, buffers_kept, tensors_in
+from ..model.layout import EMBEDDINGS, Layout, parameter_slots
 
 
 @dataclass(frozen=True)

@@ -21,11 +21,12 @@ import torch
 import torch.utils.checkpoint
 from torch import nn
 
-from .call_stack import called_from
-from .cures import cure_for
-from .families import UnsupportedModelError
-from .forward_hooks import Before, ForwardHooks, tensors_in
-from .layout import EMBEDDINGS, Layout, ParameterSlot, parameter_slots, register_call
+from ..model.call_stack import called_from
+from ..model.cures import cure_for
+from ..model.families import UnsupportedModelError
+from ..model.forward_hooks import Before, ForwardHooks, tensors_in
+from ..model.layout import EMBEDDINGS, Layout, ParameterSlot, parameter_slots, register_call
+from ..sharding import is_sharded
 
 
 class GradientPaths:
@@ -63,7 +64,7 @@ class GradientPaths:
         self._freezes = freezes
         self._slots = {id(slot.parameter): slot for slot in parameter_slots(model, layout)}
         # fully_shard puts other tensors in the places of parameters for as long as a block runs
-        self._sharded = any(hasattr(s.parameter, "to_local") for s in self._slots.values())
+        self._sharded = any(is_sharded(s.parameter) for s in self._slots.values())
         self._unruled = {id(p): name for name, p in layout.unruled(model).items()}
         self._checked: dict[Any, int] = {}  # lowest unit that a node was followed for
         self._readers: dict[int, int] = {}  # lowest unit computed from a parameter, by its id

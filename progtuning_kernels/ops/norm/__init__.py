@@ -33,7 +33,7 @@ from typing import Literal, NamedTuple, get_args
 import torch
 from torch import Tensor
 
-from .. import _backend
+from ... import backend
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 # A program holds a row in registers; of wider ones, backward would spill.
@@ -106,7 +106,7 @@ def _triton(
     return_sum: bool,
     dropout: float = 0.0,
 ) -> Result:
-    from . import norm_triton
+    from . import triton as norm_triton
 
     return norm_triton.norm(x, residual, weight, bias, norm, return_sum, dropout)
 
@@ -166,7 +166,7 @@ def _explicit_backward(
 def _reason_against_triton(tensors: Sequence[Tensor | None]) -> str | None:
     """Tensors: x, and what else there is of residual, weight and bias."""
     x = tensors[0]
-    reason = _backend.triton_reason(x.device)
+    reason = backend.triton_reason(x.device)
     if reason is not None:
         return reason
     if x.shape[-1] > MAX_TRITON_COLUMNS:
@@ -215,7 +215,7 @@ def layer_norm(
         dropout: probability in [0, 1]: x is dropped out before the residual is added, and the
             elements that are kept are scaled by 1 / (1 - dropout). Only with a residual.
         return_sum: return (y, dropout(x) + residual).
-        implementation: "triton" or "reference"; None chooses (see `_backend.select`).
+        implementation: "triton" or "reference"; None chooses (see `backend.select`).
     """
     _check("layer_norm", x, residual, weight, bias, return_sum)
     if not 0 <= dropout <= 1:
@@ -230,7 +230,7 @@ def layer_norm(
         h = _sum(x, residual, dropout)
         y = layer_norm_op(h, weight, bias, eps, implementation)[0]
         return (y, h) if return_sum else y
-    function = _backend.select(LAYER_NORM, tensors, implementation).function
+    function = backend.select(LAYER_NORM, tensors, implementation).function
     return function(*tensors, norm, return_sum, dropout)
 
 
@@ -256,7 +256,7 @@ def rms_norm(
             by the weight (Llama, Qwen, Mistral, T5): a float32 weight makes a float32 result.
             "after_weight": all in float32, rounded at the end (Gemma, OLMo 2, gpt-oss).
         return_sum: return (y, x + residual).
-        implementation: "triton" or "reference"; None chooses (see `_backend.select`).
+        implementation: "triton" or "reference"; None chooses (see `backend.select`).
     """
     _check("rms_norm", x, residual, weight, None, return_sum)
     if cast not in get_args(Cast):
@@ -269,7 +269,7 @@ def rms_norm(
         y = rms_norm_op(h, weight, eps, offset, cast_first, implementation)[0]
         return (y, h) if return_sum else y
     norm = Norm(eps, center=False, offset=offset, cast_first=cast_first)
-    function = _backend.select(RMS_NORM, [x, residual, weight], implementation).function
+    function = backend.select(RMS_NORM, [x, residual, weight], implementation).function
     return function(x, residual, weight, None, norm, return_sum)
 
 
@@ -308,22 +308,22 @@ def _probe(device: torch.device) -> Sequence[Tensor | None]:
     ]
 
 
-LAYER_NORM = _backend.register(
-    _backend.Op(
+LAYER_NORM = backend.register(
+    backend.Op(
         "layer_norm",
         (
-            _backend.Implementation("triton", _triton, _reason_against_triton_layer_norm),
-            _backend.Implementation("reference", _reference, lambda tensors: None),
+            backend.Implementation("triton", _triton, _reason_against_triton_layer_norm),
+            backend.Implementation("reference", _reference, lambda tensors: None),
         ),
         _probe,
     )
 )
-RMS_NORM = _backend.register(
-    _backend.Op(
+RMS_NORM = backend.register(
+    backend.Op(
         "rms_norm",
         (
-            _backend.Implementation("triton", _triton, _reason_against_triton),
-            _backend.Implementation("reference", _reference, lambda tensors: None),
+            backend.Implementation("triton", _triton, _reason_against_triton),
+            backend.Implementation("reference", _reference, lambda tensors: None),
         ),
         _probe,
     )
@@ -331,24 +331,24 @@ RMS_NORM = _backend.register(
 
 
 def _forward(
-    op: _backend.Op,
+    op: backend.Op,
     h: Tensor,
     weight: Tensor | None,
     bias: Tensor | None,
     norm: Norm,
     implementation: str | None,
 ) -> tuple[Tensor, Tensor | None, Tensor]:
-    chosen = _backend.select(op, [h, None, weight, bias], implementation)
+    chosen = backend.select(op, [h, None, weight, bias], implementation)
     if chosen.name == "reference":
         return _explicit_forward(h, weight, bias, norm)
-    from . import norm_triton
+    from . import triton as norm_triton
 
     forward = norm_triton.forward(h, None, weight, bias, norm, statistics=True)
     return forward.y, forward.mean, forward.rstd
 
 
 def _backward(
-    op: _backend.Op,
+    op: backend.Op,
     dy: Tensor,
     h: Tensor,
     weight: Tensor | None,
@@ -358,10 +358,10 @@ def _backward(
     demanded: Sequence[bool],
     implementation: str | None,
 ) -> list[Tensor]:
-    chosen = _backend.select(op, [h, None, weight], implementation)
+    chosen = backend.select(op, [h, None, weight], implementation)
     if chosen.name == "reference":
         return _explicit_backward(dy, h, weight, mean, rstd, norm, demanded)
-    from . import norm_triton
+    from . import triton as norm_triton
 
     dtypes = [h.dtype, *[h.dtype if weight is None else weight.dtype] * 2]
     demanded = [False, *demanded]  # x is h

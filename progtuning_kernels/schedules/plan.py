@@ -1,0 +1,149 @@
+"""What a schedule is: a pure function of (step, number of blocks) that gives a `FreezePlan`."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from numbers import Real
+from operator import index
+from typing import Any, Protocol, TypeGuard, get_args, runtime_checkable
+
+
+@dataclass(frozen=True)
+class FreezePlan:
+    """Which units train.
+
+    Attributes:
+        trainable: one flag per block, block 0 (at the input) first.
+        embeddings: whether the embeddings train.
+        head: whether the head (final norm, pooler, classifier, LM head) trains.
+    """
+
+    trainable: tuple[bool, ...]
+    embeddings: bool = False
+    head: bool = True
+
+    @property
+    def num_blocks(self) -> int:
+        return len(self.trainable)
+
+    @property
+    def boundary(self) -> int:
+        """Lowest trainable block: 0 if the embeddings train, `num_blocks` if only the head does."""
+        if self.embeddings:
+            return 0
+        return next((i for i, on in enumerate(self.trainable) if on), self.num_blocks)
+
+    @classmethod
+    def from_boundary(cls, boundary: int, num_blocks: int, *, embeddings: bool) -> FreezePlan:
+        """The plan that trains blocks `boundary..num_blocks-1` and the head."""
+        return cls(tuple(i >= boundary for i in range(num_blocks)), embeddings=embeddings)
+
+
+@runtime_checkable
+class Schedule(Protocol):
+    """What `patch_model` asks of a schedule; its `repr`, which a resumed run compares, shows all
+    settings.
+    """
+
+    total_steps: int | None
+
+    def plan(self, step: int, num_blocks: int) -> FreezePlan:
+        """The plan of optimizer step `step` (0 is the first) for a model of `num_blocks` blocks."""
+        ...
+
+    def stage(self, step: int) -> int:
+        """Index of the stage that `step` belongs to."""
+        ...
+
+    def bind(self, total_steps: int) -> Schedule:
+        """Set the length of the run in optimizer steps; returns the schedule itself."""
+        ...
+
+
+@runtime_checkable
+class ObservingSchedule(Protocol):
+    """What `patch_model` asks, beside `Schedule`, of one that decides by gradient norms."""
+
+    def observes(self, step: int) -> bool:
+        """Whether the gradients of this step count."""
+        ...
+
+    def decides(self, step: int) -> bool:
+        """Whether a decision falls after this step."""
+        ...
+
+    def observe(self, step: int, norms: Sequence[float], num_blocks: int) -> None:
+        """Decide after step `step`, by one gradient norm per block (0 where none trains)."""
+        ...
+
+    def state_dict(self) -> dict[str, Any]:
+        """The decisions so far: numbers and lists only."""
+        ...
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Take over the decisions of a saved run."""
+        ...
+
+
+def decides_by_gradients(schedule: Schedule) -> TypeGuard[ObservingSchedule]:
+    """Whether it decides while it trains; any other schedule's plans are known from the start."""
+    return isinstance(schedule, ObservingSchedule)
+
+
+def stage_count(schedule: Schedule, total_steps: int) -> int | None:
+    """Stages of a run of this length; None where they are decided while it trains."""
+    return None if decides_by_gradients(schedule) else schedule.stage(total_steps - 1) + 1
+
+
+def steps_to_check(schedule: Schedule) -> set[int]:
+    """Steps whose plans show whether the schedule fits a model: the first, milestones, the last."""
+    last = {schedule.total_steps - 1} if schedule.total_steps else set()
+    return {0, *getattr(schedule, "milestones", ()), *last}
+
+
+def check_step(step: int) -> None:
+    if step < 0:
+        raise ValueError(f"step must be 0 or more, got {step}")
+
+
+def whole_number(name: str, value: Any, least: int | None = None) -> int:
+    """`value` as an int of at least `least`: an int of any library, or a float that is whole.
+
+    Raises:
+        TypeError: no number.
+        ValueError: a number that is not whole, or less than `least`.
+    """
+    wanted = f"{name} must be {'' if least is None else f'{least} or more, and '}whole"
+    try:
+        if isinstance(value, bool):
+            raise TypeError
+        number = index(value)
+    except TypeError:
+        if isinstance(value, bool) or not isinstance(value, Real):
+            raise TypeError(f"{wanted}, got {value!r}: pass a number") from None
+        if value != value // 1:
+            raise ValueError(f"{wanted}, got {value!r}: pass an int") from None
+        number = int(value)
+    if least is not None and number < least:
+        raise ValueError(f"{wanted}, got {value!r}")
+    return number
+
+
+def check_schedule(schedule: Any, taker: str) -> None:
+    """Raise `TypeError` if `schedule`, which was given to `taker`, is none."""
+    if isinstance(schedule, type):
+        raise TypeError(
+            f"{taker} takes a schedule, not its class: pass {schedule.__name__}(...), "
+            "e.g. ProgressiveSchedule(stages=3)"
+        )
+    if not isinstance(schedule, Schedule):
+        raise TypeError(
+            f"{taker} takes a schedule, e.g. ProgressiveSchedule(stages=3), got {schedule!r}"
+        )
+
+
+def check_choice(name: str, value: str, choices: Any) -> None:
+    if value not in get_args(choices):
+        listing = ", ".join(map(repr, get_args(choices)))
+        raise ValueError(f"{name} must be one of {listing}, got {value!r}")

@@ -1,0 +1,310 @@
+"""Schedules that freeze from the input upwards, at given steps."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from fractions import Fraction
+from itertools import accumulate
+from typing import Any, Literal
+
+from .plan import (
+    FreezePlan,
+    ObservingSchedule,
+    Schedule,
+    check_choice,
+    check_schedule,
+    check_step,
+    whole_number,
+)
+
+EmbeddingPolicy = Literal["first_stage", "always", "never"]
+
+
+class ProgressiveSchedule:
+    """Progtuning (arXiv 2506.21119): T stages of equal length, the lowest part dropped at each.
+
+    The L blocks are cut into T consecutive parts; stage t trains parts t..T-1 and the head. Equal
+    parts have floor(L/T) blocks, left-over blocks go to the top part, which trains longest.
+
+    Args:
+        stages: T, at least 1 and at most the number of blocks.
+        total_steps: optimizer steps of the run; stage t covers the steps s with
+            floor(s*T/total_steps) == t. None: bound later by `bind` or by the Trainer callback;
+            until then only step 0 has a plan.
+        embeddings: "first_stage" (train in stage 0 only), "always" (backward can then never be
+            truncated: a step costs 1 - f/3 instead of 1 - 2f/3), or "never".
+        weights: contribution per block, finite, none negative, not all 0. Parts then have equal
+            cumulative contribution instead of an equal count: part t begins where the blocks below
+            hold nearest to t/T of the whole, at the lower of two places that are equally near,
+            and no part is left empty. Compared exactly, so the same on every machine. None is the
+            paper's rule.
+
+    Raises:
+        ValueError: on settings that no run can satisfy; the message names the setting.
+    """
+
+    def __init__(
+        self,
+        stages: int,
+        total_steps: int | None = None,
+        *,
+        embeddings: EmbeddingPolicy = "first_stage",
+        weights: Sequence[float] | None = None,
+    ) -> None:
+        check_choice("embeddings", embeddings, EmbeddingPolicy)
+        self.weights = None if weights is None else _weights(weights)
+        self.stages = whole_number("stages", stages, 1)
+        self.embeddings: EmbeddingPolicy = embeddings
+        self.total_steps: int | None = None
+        if total_steps is not None:
+            self.bind(total_steps)
+
+    def __repr__(self) -> str:
+        weights = "" if self.weights is None else f", weights={self.weights}"
+        return (
+            f"ProgressiveSchedule(stages={self.stages}, total_steps={self.total_steps}, "
+            f"embeddings={self.embeddings!r}{weights})"
+        )
+
+    def bind(self, total_steps: int) -> ProgressiveSchedule:
+        total_steps = whole_number("total_steps", total_steps, 1)
+        if total_steps < self.stages:
+            raise ValueError(
+                f"total_steps={total_steps} is fewer than stages={self.stages}: "
+                "every stage needs at least one step"
+            )
+        self.total_steps = total_steps
+        return self
+
+    def stage(self, step: int) -> int:
+        check_step(step)
+        if step == 0 or self.stages == 1:
+            return 0
+        if self.total_steps is None:
+            raise ValueError(
+                "the schedule does not know the length of the run: give total_steps or call "
+                "schedule.bind(total_steps) before the first step"
+            )
+        return min(self.stages - 1, step * self.stages // self.total_steps)
+
+    def boundaries(self, num_blocks: int) -> tuple[int, ...]:
+        """First trainable block of every stage, e.g. (0, 4, 8) for 12 blocks in 3 stages."""
+        if self.stages > num_blocks:
+            raise ValueError(f"stages={self.stages} is more than the {num_blocks} blocks there are")
+        if self.weights is None:
+            return tuple(t * (num_blocks // self.stages) for t in range(self.stages))
+        if len(self.weights) != num_blocks:
+            raise ValueError(f"{len(self.weights)} weights for a model of {num_blocks} blocks")
+        # contribution of the blocks below each cut
+        below = [Fraction(0), *accumulate(map(Fraction, self.weights))]
+        cuts = [0]
+        for t in range(1, self.stages):
+            target = below[-1] * t / self.stages
+            # each part keeps at least one block, so the cut lies between these two
+            allowed = range(cuts[-1] + 1, num_blocks - (self.stages - t) + 1)
+            cuts.append(min(allowed, key=lambda cut: abs(below[cut] - target)))
+        return tuple(cuts)
+
+    def plan(self, step: int, num_blocks: int) -> FreezePlan:
+        boundaries = self.boundaries(num_blocks)
+        stage = self.stage(step)
+        embeddings = self.embeddings == "always" or (self.embeddings == "first_stage" and not stage)
+        return FreezePlan.from_boundary(boundaries[stage], num_blocks, embeddings=embeddings)
+
+
+class MilestoneSchedule:
+    """Explicit boundaries: from step s on, the blocks from `milestones[s]` and the head train.
+
+    Args:
+        milestones: {step: boundary}. A missing step 0 means boundary 0 from the start; a boundary
+            equal to the number of blocks trains the head alone, one of -1 everything, the
+            embeddings included. Boundaries may also fall again.
+        embeddings: beside -1, "first_stage" (until the first milestone after step 0, and only under
+            boundary 0), "always", or "never".
+
+    `MilestoneSchedule({}, embeddings="always")` never freezes anything, and
+    `MilestoneSchedule({0: 2, 10: 1, 20: 0, 30: -1})` thaws two blocks from the head down, the
+    embeddings last.
+
+    Raises:
+        ValueError: on milestones that no run can have; the message names the milestone.
+    """
+
+    def __init__(
+        self, milestones: Mapping[int, int], *, embeddings: EmbeddingPolicy = "first_stage"
+    ) -> None:
+        check_choice("embeddings", embeddings, EmbeddingPolicy)
+        if not isinstance(milestones, Mapping):
+            raise TypeError(f"milestones must be {{step: boundary}}, got {milestones!r}")
+        given = {
+            whole_number("a milestone's step", step, 0): whole_number(
+                f"the boundary of milestone {step}", boundary, -1
+            )
+            for step, boundary in milestones.items()
+        }
+        if embeddings == "never" and -1 in given.values():
+            raise ValueError('a boundary of -1 trains the embeddings, and embeddings is "never"')
+        self.milestones = dict(sorted({0: 0, **given}.items()))
+        self.embeddings: EmbeddingPolicy = embeddings
+        self.total_steps: int | None = None
+
+    def __repr__(self) -> str:
+        return f"MilestoneSchedule({self.milestones}, embeddings={self.embeddings!r})"
+
+    def bind(self, total_steps: int) -> MilestoneSchedule:
+        """Note the length of the run; milestones are absolute steps and do not depend on it."""
+        self.total_steps = whole_number("total_steps", total_steps, 1)
+        return self
+
+    def stage(self, step: int) -> int:
+        check_step(step)
+        return sum(milestone <= step for milestone in self.milestones) - 1
+
+    def plan(self, step: int, num_blocks: int) -> FreezePlan:
+        for milestone, boundary in self.milestones.items():
+            if boundary > num_blocks:
+                raise ValueError(
+                    f"milestone {milestone}: boundary {boundary} is above the {num_blocks} blocks "
+                    f"there are ({num_blocks} trains the head alone)"
+                )
+        stage = self.stage(step)
+        boundary = list(self.milestones.values())[stage]
+        first = self.embeddings == "first_stage" and stage == 0 and boundary == 0
+        embeddings = boundary == -1 or first or self.embeddings == "always"
+        return FreezePlan.from_boundary(boundary, num_blocks, embeddings=embeddings)
+
+
+def _weights(weights: Sequence[float]) -> tuple[float, ...]:
+    try:
+        numbers = tuple(map(float, weights))
+    except (TypeError, ValueError):
+        raise TypeError(f"weights must be numbers, one per block, got {weights!r}") from None
+    if not (all(0 <= w < float("inf") for w in numbers) and any(numbers)):
+        raise ValueError("weights must be finite, none negative and not all 0, one per block")
+    return numbers
+
+
+class AnnealedSchedule:
+    """FreezeOut's learning rates (arXiv 1706.04983) for any schedule that only ever freezes.
+
+    Every unit's rate falls from its full value to 0 at the step at which it freezes, along its own
+    cosine, so that a freeze is no jump:
+
+        scale(s) = a * (1 + cos(pi * s / s_u)) / 2      0 from s_u on
+
+    with s_u the first step at which the plan leaves unit u out (the length of the run where it
+    never does), and a = 1, or S / s_u (S steps in all) if `scaled`, which gives every unit the same
+    sum of rates. FreezeOut itself, with its linear spacing, is `ProgressiveSchedule(L)` within.
+
+    Plans are those of the schedule within. The scales take effect through groups of one unit each
+    and any scheduler that takes factors:
+
+        schedule = AnnealedSchedule(ProgressiveSchedule(12, total_steps))
+        handle = patch_model(model, schedule)
+        optimizer = MaskedAdamW(handle.param_groups(lr=5e-5, by_unit=True))
+        factors = schedule.lr_factors(optimizer.param_groups, handle.num_blocks, base=warm_up)
+        scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, factors)
+
+    Args:
+        schedule: of known length (`total_steps`) before the first scale is asked for.
+        scaled: FreezeOut's "scaled" variant, with larger rates where they fall earlier.
+
+    Raises:
+        ValueError: a schedule that decides while it trains; from `lr_scales`, one that thaws.
+    """
+
+    def __init__(self, schedule: Schedule, *, scaled: bool = False) -> None:
+        check_schedule(schedule, "AnnealedSchedule")
+        if isinstance(schedule, ObservingSchedule):
+            raise ValueError(
+                f"{schedule!r} does not know its freezing steps in advance: nothing can be annealed"
+            )
+        self.schedule = schedule
+        self.scaled = bool(scaled)
+        self._ends: tuple[tuple[int | None, int], tuple[int, ...]] | None = None
+
+    def __repr__(self) -> str:
+        return f"AnnealedSchedule({self.schedule!r}, scaled={self.scaled})"
+
+    @property
+    def total_steps(self) -> int | None:
+        return self.schedule.total_steps
+
+    def bind(self, total_steps: int) -> AnnealedSchedule:
+        self.schedule.bind(total_steps)
+        return self
+
+    def stage(self, step: int) -> int:
+        return self.schedule.stage(step)
+
+    def plan(self, step: int, num_blocks: int) -> FreezePlan:
+        return self.schedule.plan(step, num_blocks)
+
+    def freezing_steps(self, num_blocks: int) -> tuple[int, ...]:
+        """First step without each unit (embeddings, blocks, head); `total_steps` where none is.
+
+        Raises:
+            ValueError: the length of the run is unknown, or a unit thaws.
+        """
+        total = self.total_steps
+        if total is None:
+            raise ValueError(
+                "annealing needs the length of the run: call schedule.bind(total_steps) first"
+            )
+        if self._ends is None or self._ends[0] != (total, num_blocks):
+            ends = [total] * (num_blocks + 2)
+            before, stage = None, -1
+            for step in range(total):
+                if self.stage(step) == stage:
+                    continue
+                stage = self.stage(step)
+                flags = _unit_flags(self.plan(step, num_blocks))
+                for i, on in enumerate(flags):
+                    if before is not None and on and not before[i]:
+                        raise ValueError(f"{self.schedule!r} thaws at step {step}: nothing anneals")
+                    if not on and ends[i] == total:
+                        ends[i] = step
+                before = flags
+            self._ends = ((total, num_blocks), tuple(ends))
+        return self._ends[1]
+
+    def lr_scales(self, step: int, num_blocks: int) -> tuple[float, ...]:
+        """Factor of the learning rate per unit: embeddings, blocks 0..L-1, head."""
+        check_step(step)
+        total = self.total_steps
+        return tuple(
+            (total / end if self.scaled else 1.0) * (1 + math.cos(math.pi * step / end)) / 2
+            if step < end
+            else 0.0
+            for end in self.freezing_steps(num_blocks)
+        )
+
+    def lr_factors(
+        self,
+        groups: Sequence[Mapping[str, Any]],
+        num_blocks: int,
+        base: Callable[[int], float] = lambda step: 1.0,
+    ) -> list[Callable[[int], float]]:
+        """One function of the step per group, as `torch.optim.lr_scheduler.LambdaLR` takes them.
+
+        Args:
+            groups: of `handle.param_groups(by_unit=True)`, also through an optimizer.
+            base: factor for all units, e.g. of a warm-up.
+
+        Raises:
+            ValueError: groups that do not say their unit, or a schedule that thaws.
+        """
+        if not all("unit" in group for group in groups):
+            raise ValueError("the groups do not say their unit: handle.param_groups(by_unit=True)")
+        self.freezing_steps(num_blocks)
+
+        def factor(unit: int) -> Callable[[int], float]:
+            # unit numbers begin with the embeddings' -1
+            return lambda step: base(step) * self.lr_scales(step, num_blocks)[unit + 1]
+
+        return [factor(group["unit"]) for group in groups]
+
+
+def _unit_flags(plan: FreezePlan) -> tuple[bool, ...]:
+    return (plan.embeddings, *plan.trainable, plan.head)
