@@ -6,11 +6,10 @@
 //             draws the mask of its forward again: 0.2 ns an element, less than a byte of memory
 // Determinism the same bits for any number of threads and any instruction set
 // Alone       g++ -O3 -std=c++17 -fopenmp -fno-math-errno -ffp-contract=off -c dropout_cpu.cpp
-#include "launchers.h"
-
 #include <algorithm>
 
 #include "formats.h"
+#include "launchers.h"
 #include "random_run.h"
 
 namespace progtuning {
@@ -33,11 +32,11 @@ PROGTUNING_RULE void keep_below(const void* input, const uint16_t* random, uint3
 
 // A function each, because only functions can be cloned.
 using KeepBelow = void (*)(const void*, const uint16_t*, uint32_t, int64_t, int64_t, void*);
-#define PROGTUNING_KEEP_BELOW(Format)                                                      \
-  PROGTUNING_CLONES void keep_below_##Format(const void* x, const uint16_t* random,        \
-                                             uint32_t limit, int64_t start, int64_t n,     \
-                                             void* out) {                                  \
-    keep_below<Format>(x, random, limit, start, n, out);                                   \
+#define PROGTUNING_KEEP_BELOW(Format)                                                  \
+  PROGTUNING_CLONES void keep_below_##Format(const void* x, const uint16_t* random,    \
+                                             uint32_t limit, int64_t start, int64_t n, \
+                                             void* out) {                              \
+    keep_below<Format>(x, random, limit, start, n, out);                               \
   }
 PROGTUNING_KEEP_BELOW(Float32)
 PROGTUNING_KEEP_BELOW(BFloat16)
