@@ -24,7 +24,12 @@ from .in_backward import ClipMode
 from .masked_optimizer import MaskedOptimizer, Member, Nonfinite
 
 StateDtype = torch.dtype | Literal["8bit"]
-_STATE_DTYPES = (torch.float32, torch.bfloat16, "8bit")
+# what `state_dtype` may be, by the names of the command line
+STATE_DTYPES: dict[str, StateDtype] = {
+    "fp32": torch.float32,
+    "bf16": torch.bfloat16,
+    "8bit": "8bit",
+}
 # a smaller tensor keeps float32 moments: it has few bytes to save, and one large element would
 # decide for all of it
 SMALLEST_8BIT = 4096
@@ -111,8 +116,8 @@ class MaskedAdamW(MaskedOptimizer):
         zero_grads: bool = False,
         seed: int = 0,
     ) -> None:
-        if state_dtype not in _STATE_DTYPES:
-            raise ValueError(f"state_dtype must be one of {_STATE_DTYPES}, got {state_dtype!r}")
+        if state_dtype not in (choices := tuple(STATE_DTYPES.values())):
+            raise ValueError(f"state_dtype must be one of {choices}, got {state_dtype!r}")
         if stochastic_rounding and master_weights:
             raise ValueError(
                 "stochastic_rounding and master_weights exclude each other: a master loses nothing"

@@ -29,43 +29,34 @@ from ..model.layout import Layout, parameter_slots
 aten = torch.ops.aten
 
 
-def _attention_flops(query: Any, key: Any, value: Any, *_: Any, **__: Any) -> int:
-    """Two matmuls over the whole square, causal or not, as torch counts them: 2 n m (d + d_v)."""
-    return _score_elements(query, key) * 2 * (query[-1] + value[-1])
+def _attention_flops(of_d: int, of_d_v: int, *, first: int = 0) -> Callable[..., int]:
+    """Operations per score for every element of d, the width of a query, and of d_v, of a value.
+
+    The whole square counts, causal or not, as torch counts it. A matmul over it is 2 n m d.
+
+    Args:
+        first: which argument the query is.
+    """
+
+    def count(*shapes: Any, **_: Any) -> int:
+        query, key, value = shapes[first : first + 3]
+        batch, heads, rows, d = query
+        return batch * heads * rows * key[-2] * (of_d * d + of_d_v * value[-1])
+
+    return count
 
 
-def _attention_backward_flops(
-    grad: Any, query: Any, key: Any, value: Any, *_: Any, **__: Any
-) -> int:
-    """dQ and dK over d, dP and dV over d_v: 2 n m (2 d + 2 d_v)."""
-    return _score_elements(query, key) * 4 * (query[-1] + value[-1])
-
-
-def _recomputing_backward_flops(
-    grad: Any, query: Any, key: Any, value: Any, *_: Any, **__: Any
-) -> int:
-    """The same, and the scores once more, which torch counts on GPUs: 2 n m d."""
-    scores = _score_elements(query, key) * 2 * query[-1]
-    return scores + _attention_backward_flops(grad, query, key, value)
-
-
-def _score_elements(query: Any, key: Any) -> int:
-    batch, heads, rows, _ = query
-    return batch * heads * rows * key[-2]
-
-
-# torch 2.13 leaves the CPU's fused attention out of its count: here it counts as the unfused one.
-# The GPU's it counts as here, but stops at grouped queries.
-_GPU_KERNELS = ("flash_attention", "efficient_attention", "cudnn_attention")
+# torch 2.13 leaves the CPU's fused attention out of its count: here it counts as the unfused one,
+# whose backward has dQ and dK over d, dP and dV over d_v. The GPU's it counts as here, with the
+# scores computed again in backward, but stops at grouped queries.
 _FLOPS = {
-    aten._scaled_dot_product_flash_attention_for_cpu: _attention_flops,
-    aten._scaled_dot_product_flash_attention_for_cpu_backward: _attention_backward_flops,
-    **{getattr(aten, f"_scaled_dot_product_{kind}"): _attention_flops for kind in _GPU_KERNELS},
-    **{
-        getattr(aten, f"_scaled_dot_product_{kind}_backward"): _recomputing_backward_flops
-        for kind in _GPU_KERNELS
-    },
+    aten._scaled_dot_product_flash_attention_for_cpu: _attention_flops(2, 2),
+    aten._scaled_dot_product_flash_attention_for_cpu_backward: _attention_flops(4, 4, first=1),
 }
+for _kind in ("flash", "efficient", "cudnn"):
+    _name = f"_scaled_dot_product_{_kind}_attention"
+    _FLOPS[getattr(aten, _name)] = _attention_flops(2, 2)
+    _FLOPS[getattr(aten, f"{_name}_backward")] = _attention_flops(6, 4, first=1)
 
 
 class TargetKernels(TorchFunctionMode):
@@ -247,12 +238,14 @@ class StepFlops:
 
     Attributes:
         forward: of the whole forward. prefix: the part of it below the boundary.
+        prefix_output: hidden states at the boundary, on the meta device; None without a prefix.
         backward: with what checkpointing computes again.
         attention: names of the attention kernels.
     """
 
     forward: int
     prefix: int
+    prefix_output: torch.Tensor | None
     backward: int
     attention: frozenset[str]
 
@@ -315,30 +308,28 @@ def _backward(loss: torch.Tensor) -> None:
 @contextmanager
 def _gradients_dropped_per_unit(model: nn.Module, layout: Layout) -> Iterator[None]:
     """Drop a unit's gradients when its last one has come, as an update inside backward does."""
-    waiting: dict[int, set[nn.Parameter]] = defaultdict(set)
-    members: dict[int, list[nn.Parameter]] = defaultdict(list)
-    handles = []
+    units: dict[int, set[nn.Parameter]] = defaultdict(set)
+    for slot in parameter_slots(model, layout):
+        if slot.parameter.requires_grad:
+            units[slot.home].add(slot.parameter)
 
-    def arrived(unit: int) -> Callable[[nn.Parameter], None]:
-        def note(parameter: nn.Parameter) -> None:
-            waiting[unit].discard(parameter)
-            if not waiting[unit]:
-                for member in members[unit]:
+    def dropping(members: set[nn.Parameter]) -> Callable[[nn.Parameter], None]:
+        waiting = set(members)
+
+        def note(arrived: nn.Parameter) -> None:
+            waiting.discard(arrived)
+            if not waiting:
+                for member in members:
                     member.grad = None
 
         return note
 
-    for slot in parameter_slots(model, layout):
-        if slot.parameter.requires_grad:
-            waiting[slot.home].add(slot.parameter)
-            members[slot.home].append(slot.parameter)
-            hook = arrived(slot.home)
-            handles.append(slot.parameter.register_post_accumulate_grad_hook(hook))
-    try:
+    with ExitStack() as stack:
+        for members in units.values():
+            note = dropping(members)
+            for parameter in members:
+                stack.callback(parameter.register_post_accumulate_grad_hook(note).remove)
         yield
-    finally:
-        for handle in handles:
-            handle.remove()
 
 
 def count_flops(
@@ -358,11 +349,12 @@ def count_flops(
         device: where the step would run.
     """
     kernels, counter = TargetKernels(device), FlopCounterMode(display=False, custom_mapping=_FLOPS)
-    prefix = 0
+    prefix, hidden = 0, None
 
-    def leave_prefix(*_: Any) -> None:
-        nonlocal prefix
+    def leave_prefix(_: nn.Module, args: Any, output: Any) -> None:
+        nonlocal prefix, hidden
         prefix = counter.get_total_flops()
+        hidden = output if isinstance(output, torch.Tensor) else output[0]
 
     with ExitStack() as stack:
         if boundary:
@@ -375,7 +367,7 @@ def count_flops(
         _backward(loss)
     model.zero_grad(set_to_none=True)
     backward = counter.get_total_flops() - forward
-    return StepFlops(forward, prefix, backward, frozenset(kernels.attention))
+    return StepFlops(forward, prefix, hidden, backward, frozenset(kernels.attention))
 
 
 def peak_live_bytes(

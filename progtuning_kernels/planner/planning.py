@@ -25,14 +25,7 @@ from .calibration import CannotCalibrate, UnitCosts, measure_units
 from .example_batch import example_batch, on_meta
 from .meta_step import meta_copy
 from .stage_flags import StageFlags
-from .stage_meter import (
-    STATE_DTYPES,
-    MeasuredStage,
-    OptimizerName,
-    Options,
-    StageMeter,
-    largest_batch,
-)
+from .stage_meter import MeasuredStage, OptimizerName, Options, StageMeter, state_dtype_of
 from .training_plan import Remedy, StagePlan, TrainingPlan
 
 # A distinct plan of a model of 32 blocks takes 2 s, and nobody reads a longer table.
@@ -85,15 +78,13 @@ def plan_training(
     frozen_mode: FrozenMode = "eval",
     tied: TiedPolicy = "frozen",
     blocks: str | Sequence[str] | None = None,
-    suggest_batch: bool = False,
     calibrate: bool = False,
 ) -> TrainingPlan:
     """Say what every stage of a run costs, without weights and without training.
 
     The model's own forward and backward run on the meta device, once for every distinct plan of the
     schedule, while operations (torch's counter), saved activations and live bytes are counted.
-    Modules are counted as they are, without freeze-aware kernels but for dropout on a CPU. Autocast
-    is not modelled.
+    Modules are counted as they are, without freeze-aware kernels. Autocast is not modelled.
 
     Args:
         model: an unpatched model; it is not changed. Its weights may be on the meta device:
@@ -114,8 +105,6 @@ def plan_training(
         padding: rows are padded, so that there is an attention mask.
         inputs: arguments of the model in place of tokens and labels, `batch_size` in dimension 0.
         frozen_mode, tied, blocks: as for `patch_model`.
-        suggest_batch: for every stage, the rows of a micro-batch that fit in `memory_bytes`, or in
-            the peak of the run if none is given.
         calibrate: time real steps of two blocks, embeddings and head on `device`, for about two
             seconds (four rounds at least), and compose stages from that.
 
@@ -167,8 +156,8 @@ def plan_training(
         else:
             batch = on_meta(inputs, batch_size, batch_size)
         meter = StageMeter(copied, layout, flags, batch, options)
-        full = meter.measure(everything)
-        measured = [meter.measure(plan) for plan in plans]
+        by_plan = {plan: meter.measure(plan) for plan in dict.fromkeys((everything, *plans))}
+    full, measured = by_plan[everything], [by_plan[plan] for plan in plans]
 
     notes = [_attention_note(target, full, padding=padding)]
     length_known = steps is not None or schedule.total_steps is not None
@@ -183,11 +172,15 @@ def plan_training(
                 batch,
                 dtype=dtype,
                 device=target,
-                state_dtype=STATE_DTYPES[optimizer],
+                state_dtype=state_dtype_of(optimizer),
                 master_weights=master_weights,
                 tied=tied,
                 frozen_mode=frozen_mode,
-                between=any(m.passes_frozen_blocks for m in measured),
+                between=any(
+                    i not in m.state.active
+                    for m in measured
+                    for i in range(m.state.boundary, layout.num_blocks)
+                ),
             )
             notes.append(f"times: real steps of two blocks on {target}")
         except CannotCalibrate as reason:
@@ -198,16 +191,6 @@ def plan_training(
     ]
     peak = max(range(len(stages)), key=lambda i: stages[i].peak_bytes)
     with _no_data(model):
-        if suggest_batch:
-            limit = stages[peak].peak_bytes if memory_bytes is None else memory_bytes
-            best = {
-                plan: _suggestion(meter, plan, batch, batch_size, limit)
-                for plan in dict.fromkeys(plans)
-            }
-            stages = [
-                replace(stage, suggested_batch_size=best[plan])
-                for stage, plan in zip(stages, plans, strict=True)
-            ]
         remedies = _remedies(meter, plans[peak], stages[peak], options, batch, batch_size)
     return TrainingPlan(
         title=(
@@ -261,14 +244,6 @@ def _with_times(
         step_ratio=seconds / whole,
         step_ms=seconds * 1e3,
         cached_step_ratio=cached if has_cache else None,
-    )
-
-
-def _suggestion(
-    meter: StageMeter, plan: FreezePlan, batch: Mapping[str, Any], rows: int, limit: int
-) -> int:
-    return largest_batch(
-        lambda n: meter.peak_bytes(plan, inputs=on_meta(batch, rows, n)), rows, limit
     )
 
 
