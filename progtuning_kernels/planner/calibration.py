@@ -25,6 +25,7 @@ from ..schedules import FreezePlan
 from .example_batch import on_device
 from .meta_step import loss_of, meta_copy
 from .stage_flags import StageFlags, StageState
+from .stage_meter import Options, state_dtype_of
 
 _MIN_ROUNDS = 3  # after one that warms up
 
@@ -179,11 +180,9 @@ def measure_units(
     model: nn.Module,
     layout: Layout,
     inputs: Mapping[str, Any],
+    options: Options,
     *,
     dtype: torch.dtype,
-    device: torch.device,
-    state_dtype: Any,
-    master_weights: bool,
     tied: TiedPolicy,
     frozen_mode: FrozenMode,
     between: bool,
@@ -200,13 +199,17 @@ def measure_units(
     Raises:
         CannotCalibrate: blocks that differ, or a step that fails.
     """
+    device = options.device
     small = _two_block_model(model, layout, dtype, device)
     blocks = find_layout(small, [layout.stacks[0].path])
     vocabulary = getattr(getattr(model, "config", None), "vocab_size", None)
     batch = on_device(inputs, device, vocabulary)
     flags = StageFlags(small, blocks, tied, frozen_mode)
     optimizer = MaskedAdamW(
-        small.parameters(), lr=1e-6, state_dtype=state_dtype, master_weights=master_weights
+        small.parameters(),
+        lr=1e-6,
+        state_dtype=state_dtype_of(options.optimizer),
+        master_weights=options.master_weights,
     )
     plans = {
         "full": FreezePlan((True, True), embeddings=True),

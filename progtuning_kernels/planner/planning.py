@@ -25,7 +25,7 @@ from .calibration import CannotCalibrate, UnitCosts, measure_units
 from .example_batch import example_batch, on_meta
 from .meta_step import meta_copy
 from .stage_flags import StageFlags
-from .stage_meter import MeasuredStage, OptimizerName, Options, StageMeter, state_dtype_of
+from .stage_meter import MeasuredStage, OptimizerName, Options, StageMeter
 from .training_plan import Remedy, StagePlan, TrainingPlan
 
 # A distinct plan of a model of 32 blocks takes 2 s, and nobody reads a longer table.
@@ -170,10 +170,8 @@ def plan_training(
                 model,
                 layout,
                 batch,
+                options,
                 dtype=dtype,
-                device=target,
-                state_dtype=state_dtype_of(optimizer),
-                master_weights=master_weights,
                 tied=tied,
                 frozen_mode=frozen_mode,
                 between=any(
@@ -191,7 +189,7 @@ def plan_training(
     ]
     peak = max(range(len(stages)), key=lambda i: stages[i].peak_bytes)
     with _no_data(model):
-        remedies = _remedies(meter, plans[peak], stages[peak], options, batch, batch_size)
+        remedies = _remedies(meter, plans[peak], stages[peak], batch, batch_size)
     return TrainingPlan(
         title=(
             f"{type(model).__name__}, {layout.num_blocks} blocks, {batch_size} rows of {seq_len} "
@@ -230,20 +228,18 @@ def _attention_note(device: torch.device, full: MeasuredStage, *, padding: bool)
 def _with_times(
     measured: MeasuredStage, full: MeasuredStage, costs: UnitCosts | None, num_blocks: int
 ) -> StagePlan:
-    figures, flops = measured.figures, measured.flops
+    def cost(stage: MeasuredStage, *, cached: bool = False) -> float:
+        if costs is None:
+            return stage.figures.flops - stage.flops.prefix * cached
+        return costs.step_s(stage.state, num_blocks, cached=cached)
+
+    whole, figures = cost(full), measured.figures
     has_cache = figures.cache_bytes_per_sample is not None
-    if costs is None:
-        cached = (figures.flops - flops.prefix) / full.figures.flops
-        ratio = figures.flops / full.figures.flops
-        return replace(figures, step_ratio=ratio, cached_step_ratio=cached if has_cache else None)
-    whole = costs.step_s(full.state, num_blocks)
-    seconds = costs.step_s(measured.state, num_blocks)
-    cached = costs.step_s(measured.state, num_blocks, cached=True) / whole
     return replace(
         figures,
-        step_ratio=seconds / whole,
-        step_ms=seconds * 1e3,
-        cached_step_ratio=cached if has_cache else None,
+        step_ratio=cost(measured) / whole,
+        step_ms=None if costs is None else cost(measured) * 1e3,
+        cached_step_ratio=cost(measured, cached=True) / whole if has_cache else None,
     )
 
 
@@ -251,28 +247,25 @@ def _remedies(
     meter: StageMeter,
     plan: FreezePlan,
     stage: StagePlan,
-    options: Options,
     batch: Mapping[str, Any],
     rows: int,
 ) -> list[Remedy]:
     """What each option alone makes of the peak, where it lowers it."""
-    found = []
-    for name, words in (("adamw-8bit", "8-bit state"), ("adamw-bf16", "bf16 moments")):
-        state = meter.state_bytes(plan, name)
-        found.append(Remedy(words, stage.peak_bytes - stage.state_bytes + state))
-    if not options.in_backward:
-        within = meter.peak_bytes(plan, in_backward=True)
-        found.append(Remedy("in_backward (without exact clipping)", within))
+    stateless = stage.peak_bytes - stage.state_bytes
+    peaks = {
+        "8-bit state": stateless + meter.state_bytes(plan, "adamw-8bit"),
+        "bf16 moments": stateless + meter.state_bytes(plan, "adamw-bf16"),
+        "in_backward (without exact clipping)": meter.peak_bytes(plan, in_backward=True),
+    }
     if plan.embeddings:
-        without = replace(plan, embeddings=False)
-        found.append(Remedy('embeddings="never"', meter.peak_bytes(without)))
+        peaks['embeddings="never"'] = meter.peak_bytes(replace(plan, embeddings=False))
     if rows > 1:
         half = on_meta(batch, rows, rows // 2)
-        found.append(Remedy(f"a micro-batch of {rows // 2}", meter.peak_bytes(plan, inputs=half)))
+        peaks[f"a micro-batch of {rows // 2}"] = meter.peak_bytes(plan, inputs=half)
     if _switch_checkpointing_on(meter.model):  # last, as it stays on in the copy
-        found.append(Remedy("gradient checkpointing", meter.peak_bytes(plan)))
-    lower = (remedy for remedy in found if remedy.peak_bytes < stage.peak_bytes)
-    return sorted(lower, key=lambda remedy: remedy.peak_bytes)
+        peaks["gradient checkpointing"] = meter.peak_bytes(plan)
+    found = (Remedy(*item) for item in peaks.items() if item[1] < stage.peak_bytes)
+    return sorted(found, key=lambda remedy: remedy.peak_bytes)
 
 
 def _switch_checkpointing_on(model: nn.Module) -> bool:

@@ -41,11 +41,7 @@ class Options:
 
 @dataclass(frozen=True)
 class MeasuredStage:
-    """One plan: its units, its counts, and the figures for the user.
-
-    Attributes:
-        figures: as yet without the stage's steps and relative times.
-    """
+    """One plan: its units, its operations, and all figures but the steps and relative times."""
 
     state: StageState
     flops: StepFlops
@@ -56,9 +52,7 @@ class StageMeter:
     """Puts plans on one model, and measures a step under each.
 
     Args:
-        model: a copy on the meta device that nobody else uses.
-        flags: of that copy.
-        inputs: its arguments, on the meta device.
+        model: a copy on the meta device that nobody else uses. flags, inputs: of that copy.
     """
 
     def __init__(
@@ -100,9 +94,9 @@ class StageMeter:
             trainable_params=state.trainable_params,
             weight_bytes=self._weight_bytes(),
             gradient_bytes=(max if self._options.in_backward else sum)(units.values()),
-            state_bytes=self._state_bytes(self._options.optimizer),
+            state_bytes=self.state_bytes(plan, self._options.optimizer),
             activation_bytes=sum(use.activation_bytes for use in uses.values()),
-            peak_bytes=self._peak_bytes(self._inputs, in_backward=self._options.in_backward),
+            peak_bytes=self.peak_bytes(plan),
             forward_flops=flops.forward,
             backward_flops=flops.backward,
             step_ratio=1.0,
@@ -115,32 +109,22 @@ class StageMeter:
         plan: FreezePlan,
         *,
         inputs: Mapping[str, Any] | None = None,
-        in_backward: bool | None = None,
+        in_backward: bool = False,
     ) -> int:
-        """Of a step under `plan` with other inputs, or with updates inside backward."""
-        self._flags.put(plan)
-        within = self._options.in_backward if in_backward is None else in_backward
-        return self._peak_bytes(inputs or self._inputs, in_backward=within)
-
-    def state_bytes(self, plan: FreezePlan, optimizer: OptimizerName) -> int:
-        """Of another optimizer's state under `plan`."""
-        self._flags.put(plan)
-        return self._state_bytes(optimizer)
-
-    def _peak_bytes(self, inputs: Mapping[str, Any], *, in_backward: bool) -> int:
+        """Of a step under `plan`; with other inputs, or with updates inside backward."""
+        state_bytes = self.state_bytes(plan, self._options.optimizer)
         live = peak_live_bytes(
             self.model,
             self._layout,
-            inputs,
+            inputs or self._inputs,
             device=self._options.device,
-            in_backward=in_backward,
+            in_backward=in_backward or self._options.in_backward,
         )
-        return self._weight_bytes() + self._state_bytes(self._options.optimizer) + live
+        return self._weight_bytes() + state_bytes + live
 
-    def _weight_bytes(self) -> int:
-        return sum(t.nbytes for t in (*self.model.parameters(), *self.model.buffers()))
-
-    def _state_bytes(self, optimizer: OptimizerName) -> int:
+    def state_bytes(self, plan: FreezePlan, optimizer: OptimizerName) -> int:
+        """Of that optimizer's state under `plan`."""
+        self._flags.put(plan)
         active = [p for p in self.model.parameters() if p.requires_grad]
         masked = MaskedAdamW(
             active,
@@ -148,6 +132,9 @@ class StageMeter:
             master_weights=self._options.master_weights,
         )
         return sum(t.nbytes for p in active for t in masked.init_state(p).values())
+
+    def _weight_bytes(self) -> int:
+        return sum(t.nbytes for t in (*self.model.parameters(), *self.model.buffers()))
 
     def _cache_bytes(self, flops: StepFlops) -> int | None:
         """Of one row of `seq_len` tokens; a row is stored without its padding."""
