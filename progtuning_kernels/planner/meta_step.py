@@ -343,8 +343,7 @@ def count_flops(
     """Count the operations of a forward and a backward.
 
     Args:
-        model: on the meta device, its flags set for the stage.
-        inputs: the model's arguments, on the meta device.
+        model: on the meta device, its flags set for the stage. inputs: there, too.
         boundary: the effective one; the block below it ends the prefix.
         device: where the step would run.
     """
@@ -381,11 +380,7 @@ def peak_live_bytes(
     """The most that activations, temporaries and gradients take together in one step.
 
     Not counted in one run with the operations: torch's counter keeps what a checkpoint computes
-    again alive to the end.
-
-    Args:
-        model, inputs, device: as for `count_flops`.
-        in_backward: gradients of a unit are dropped as soon as they are complete.
+    again alive to the end. `in_backward`: a unit's gradients are dropped as soon as they are there.
     """
     memory = LiveBytes(model, inputs)
     with ExitStack() as stack:
