@@ -129,13 +129,14 @@ def test_backward_has_the_mask_of_forward_to_the_bit(dtype, p):
 
 @native_only
 def test_the_mask_is_philox_of_a_seed_that_torch_draws():
-    count, p = 20_001, 0.3
+    count, p = 300_001, 0.3  # so many that some lie at the limit itself
     torch.manual_seed(4)
     seed = torch.randint(2**63 - 1, ())
     torch.manual_seed(4)
     eighths, zero = torch.arange((count + 7) // 8), torch.zeros((count + 7) // 8, dtype=torch.int64)
     words = torch.stack(philox(seed, (eighths, zero + (2 << 24), zero, zero)), 1)  # (eighths, 4)
     drawn = torch.stack([words & 0xFFFF, words >> 16 & 0xFFFF], -1).flatten()[:count]
+    assert (drawn == _limit(p)).any() and (drawn == _limit(p) - 1).any()
     assert torch.equal(_mask(count, p), drawn < _limit(p))
 
 
