@@ -20,7 +20,7 @@ from ..freezing.active_set import TiedPolicy
 from ..freezing.boundary import FrozenMode
 from ..model.derived_classes import derived_classes
 from ..model.layout import find_layout
-from ..schedules import FreezePlan, ProgressiveSchedule, Schedule
+from ..schedules import FreezePlan, ProgressiveSchedule, Schedule, decides_by_gradients
 from .calibration import CannotCalibrate, UnitCosts, measure_units
 from .example_batch import example_batch, on_meta
 from .meta_step import meta_copy
@@ -47,7 +47,7 @@ def _stage_starts(schedule: Schedule, total_steps: int) -> list[int]:
 
 def _with_length(schedule: Schedule, steps: int | None) -> Schedule:
     """The schedule, or a copy of it that knows how long the run is."""
-    if hasattr(schedule, "observe"):
+    if decides_by_gradients(schedule):
         raise ValueError(
             f"{type(schedule).__name__} decides while it trains: plan a MilestoneSchedule that "
             "freezes as you expect it to"
