@@ -1,20 +1,11 @@
 """Keeps what surrounds a model on several processes right when the plan changes.
 
-`DistributedDataParallel` decides when it is built which gradients it reduces, and in which buckets.
-A gradient that stops coming later leaves a bucket waiting (one step goes unreduced, the next
-raises), and one that starts coming is not reduced at all (ranks drift apart without an error). So
-the reducer is built anew, over the active tensors alone, before the first forward of a stage:
-milliseconds, without a broadcast, and only active gradients are sent from then on.
-
-FSDP2 (`fully_shard`) needs nothing for its gradients: a frozen block has none to scatter. Its
-backward would gather the weights of one frozen block too many, the one below the boundary, ahead of
-time; that is switched off.
-
-Plans are functions of the step, so ranks agree without a word. Where they do not all the same (a
-schedule or seed of its own on one rank, a missed `advance()`, a layer that one rank froze),
-gradients would be added up that belong to different tensors, or every rank would wait for another.
-So they compare what they train whenever it changes, through the store that torch's process groups
-began with, not by a collective, which is what would hang.
+`DistributedDataParallel` decides when it is built which gradients it reduces: one that stops coming
+leaves a bucket waiting, one that starts coming is not reduced at all. Its reducer is built anew,
+before the first forward of a stage, in milliseconds. FSDP2 (`fully_shard`) needs nothing but to
+gather one frozen block less. Ranks compare what they train at every change: another schedule on one
+of them would add up gradients of different tensors, or have all wait for it. They do so through the
+store that torch's process groups began with, since a collective is what would hang.
 """
 
 from __future__ import annotations

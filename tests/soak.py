@@ -284,20 +284,20 @@ def soak(
     """One undisturbed run and one that is killed `kills` times."""
     started = time.perf_counter()
     variant, shared, rng = VARIANTS[name], Shared(), random.Random(f"{seed} {name}")
-    peace, war = folder / f"{name}-undisturbed", folder / f"{name}-killed"
-    finish(start(variant, steps, peace, shared))
+    undisturbed, killed = folder / f"{name}-undisturbed", folder / f"{name}-killed"
+    finish(start(variant, steps, undisturbed, shared))
     shared.made = 0
     phases: Counter[str] = Counter()
     partial = done = 0
     kinds = rng.choices([*SHARES], [*SHARES.values()], k=kills)
     positions = sorted(rng.randrange(steps - 2 * EVERY) for _ in range(kills))
     for kind, position in zip(kinds, positions, strict=True):
-        if wait_to_kill(start(variant, steps, war, shared), kind, position, shared, rng):
+        if wait_to_kill(start(variant, steps, killed, shared), kind, position, shared, rng):
             done += 1
             phases[PHASES[shared.phase]] += 1
-            partial += shared.phase == WRITING and any(war.glob("*.partial"))
+            partial += shared.phase == WRITING and any(killed.glob("*.partial"))
         tick()
-    finish(start(variant, steps, war, shared))
+    finish(start(variant, steps, killed, shared))
     return Outcome(
         kills=done,
         phases=phases,
@@ -305,7 +305,7 @@ def soak(
         steps=steps,
         made=shared.made,
         seconds=time.perf_counter() - started,
-        different=differences(last_checkpoint(peace, steps), last_checkpoint(war, steps)),
+        different=differences(last_checkpoint(undisturbed, steps), last_checkpoint(killed, steps)),
     )
 
 

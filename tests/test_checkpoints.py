@@ -36,9 +36,13 @@ from progtuning_kernels import (
     patch_model,
     release_frozen_state,
 )
-from progtuning_kernels import checkpoints as module
 from progtuning_kernels.cache.break_even import BreakEven
-from progtuning_kernels.checkpoints import CheckpointError, load_checkpoint, save_checkpoint
+from progtuning_kernels.checkpoints import (
+    CheckpointError,
+    files,
+    load_checkpoint,
+    save_checkpoint,
+)
 
 BLOCKS, WIDTH, WORDS = 4, 6, 20
 
@@ -185,7 +189,9 @@ def test_a_run_goes_on_to_the_same_bits(name, steps, tmp_path):
 def test_frozen_tensors_have_no_state_and_get_none(tmp_path):
     stopped(tmp_path, steps=7)
     saved = torch.load(tmp_path / "step-00000007.pt", weights_only=True)
-    named = set(saved["optimizer"]["state"])
+    groups = Loop(progressive()).handle.param_groups()
+    names = [name for group in groups for name in group["param_names"]]
+    named = {names[i] for i in saved["state"]["optimizer"]["state"]}
     assert named and not any(n.startswith(("embeddings", "blocks.0", "blocks.1")) for n in named)
     resumed = Loop(progressive())
     resumed.load(tmp_path)
@@ -255,7 +261,7 @@ def test_a_writer_killed_at_any_moment_leaves_the_earlier_checkpoint(moment, tmp
 
 def test_it_is_on_the_device_before_it_has_its_name(tmp_path, monkeypatch):
     calls: list[str] = []
-    fsync, replace = module.os.fsync, module.os.replace
+    fsync, replace = files.os.fsync, files.os.replace
 
     def noted_fsync(opened: int) -> None:
         calls.append("folder" if Path(f"/proc/self/fd/{opened}").is_dir() else "file")
@@ -265,8 +271,8 @@ def test_it_is_on_the_device_before_it_has_its_name(tmp_path, monkeypatch):
         calls.append("rename")
         replace(*paths)
 
-    monkeypatch.setattr(module.os, "fsync", noted_fsync)
-    monkeypatch.setattr(module.os, "replace", noted_replace)
+    monkeypatch.setattr(files.os, "fsync", noted_fsync)
+    monkeypatch.setattr(files.os, "replace", noted_replace)
     stopped(tmp_path, steps=1)
     assert calls == ["file", "rename", "folder"]
 
@@ -288,7 +294,7 @@ def test_only_the_newest_stay(keep, tmp_path):
 
 def damage_by_a_bit(path: Path) -> None:
     content = bytearray(path.read_bytes())
-    weights = torch.load(path, weights_only=True)["model"]["blocks.0.linear.weight"]
+    weights = torch.load(path, weights_only=True)["state"]["model"]["blocks.0.linear.weight"]
     content[content.index(weights.numpy().tobytes()) + 2] ^= 1
     path.write_bytes(content)
 
@@ -358,10 +364,31 @@ def test_the_folder_of_another_run_is_left_alone(tmp_path):
 
 def test_another_format_is_named(tmp_path, monkeypatch):
     with monkeypatch.context() as patch:
-        patch.setattr(module, "_FORMAT", 1)
+        patch.setattr(files, "FORMAT", 4)
         stopped(tmp_path)
-    with pytest.raises(CheckpointError, match="it has format 1, this version reads 2"):
+    whole = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
+    with pytest.raises(CheckpointError, match="00005.pt has format 4, this version reads 3: fini"):
         Loop(progressive()).load(tmp_path)
+    with pytest.raises(CheckpointError, match="of a later step"):  # it is not taken for damaged
+        Loop(progressive()).save(tmp_path)
+    assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == whole
+
+
+@pytest.mark.parametrize("name", ["step-00000005.pt", "step-00000005/state.pt"])
+def test_a_checkpoint_of_the_format_before_is_refused_in_one_line(name, tmp_path):
+    """Weights and the optimizer's state went by name there, in a folder as None."""
+    model = Toy().state_dict()
+    if name.endswith("/state.pt"):
+        (tmp_path / name).parent.mkdir()
+        model = dict.fromkeys(model)
+    optimizer = {"state": {}, "groups": [{"lr": 0.1, "params": [*model]}], "rest": {}}
+    content = {"format": 2, "step": 5, "ranks": [], "extra": {}, "schedule": None}
+    content |= {"tensors": {}, "model": model, "optimizer": optimizer, "scheduler": None}
+    content |= {"files": [("__0_0.distcp", 7, 1)]} if name.endswith("/state.pt") else {}
+    torch.save(content, tmp_path / name)
+    with pytest.raises(CheckpointError, match="format 2, this version reads 3: finish") as error:
+        Loop(progressive()).load(tmp_path)
+    assert "\n" not in str(error.value)
 
 
 # other runs
@@ -381,17 +408,23 @@ def _other_order(handle: PatchHandle) -> torch.optim.Optimizer:
 OTHERS = {
     "width": (
         dict(width=8),
-        r"of another model: blocks.0.linear.bias is \[6\] there and \[8\] here",
+        r"of another run: embeddings.weight is \[20, 6\] there and \[20, 8\] here",
     ),
     "blocks": (
         dict(blocks=5),
-        r"of another model: blocks.4.linear.bias is missing there and \[6\]",
+        r"of another run: blocks.4.norm.weight is missing there and \[6\] here",
     ),
-    "schedule": (dict(schedule=ProgressiveSchedule(2, 12)), r"saved under .*stages=4.*stages=2"),
-    "groups": (dict(optimizer=_only_one_group), "had 2 parameter groups, this one 1"),
+    "schedule": (
+        dict(schedule=ProgressiveSchedule(2, 12)),
+        r"the schedule is .*stages=4.* there and .*stages=2",
+    ),
+    "groups": (
+        dict(optimizer=_only_one_group),
+        "parameter 1 of the optimizer's group 0 is blocks.0.lin",
+    ),
     "order": (
         dict(optimizer=_other_order),
-        "group 0 has embeddings.weight there where head.weight",
+        "parameter 0 of the optimizer's group 0 is embeddings.weight there and head.weight here",
     ),
 }
 
@@ -414,14 +447,14 @@ def test_checkpoints_of_other_runs_get_one_line_and_change_nothing(name, tmp_pat
 
 def test_a_schedule_or_scheduler_on_one_side_only_is_refused(tmp_path):
     loop = stopped(tmp_path)
-    with pytest.raises(CheckpointError, match="with a scheduler, unlike this run"):
+    with pytest.raises(CheckpointError, match="rate scheduler is some there and none here"):
         load_checkpoint(tmp_path, loop.handle, loop.optimizer)
     with pytest.raises(
-        CheckpointError, match=r"written with ProgressiveSchedule\(.*unlike this run"
+        CheckpointError, match=r"the schedule is ProgressiveSchedule\(.* there and none here"
     ):
         model = Toy()
         load_checkpoint(tmp_path, model, torch.optim.SGD(model.parameters()))
-    with pytest.raises(CheckpointError, match="with no schedule"):
+    with pytest.raises(CheckpointError, match=r"the schedule is none there and Prog.* here"):
         other = tmp_path / "other"
         save_checkpoint(other, Toy(), loop.optimizer, step=1)
         load_checkpoint(other, loop.handle, loop.optimizer)
@@ -453,7 +486,11 @@ def _spoil_state(loop: Loop, patch: pytest.MonkeyPatch) -> None:
     patch.setattr(loop.optimizer, "load_state_dict", load)
 
 
-@pytest.mark.parametrize("what", ["optimizer", "scheduler"])
+def _refuse(*_: Any) -> None:
+    raise ValueError("of another kind")
+
+
+@pytest.mark.parametrize("what", ["optimizer", "scheduler", "weights"])
 def test_a_load_that_fails_half_way_changes_nothing(what, tmp_path, monkeypatch):
     """In the middle of a run, where there is a state to lose: blocks 0 to 2 freeze at step 8."""
     later = Loop(RandomBlockSchedule(2, 2, seed=1)).seed()
@@ -467,6 +504,8 @@ def test_a_load_that_fails_half_way_changes_nothing(what, tmp_path, monkeypatch)
     flags = [p.requires_grad for p in loop.handle.model.parameters()]
     if what == "optimizer":
         _spoil_state(loop, monkeypatch)
+    if what == "weights":
+        hook = loop.handle.model.blocks[2].register_load_state_dict_post_hook(_refuse)
     loop.scheduler.refuses = what == "scheduler"
     for number, seed in enumerate((torch.manual_seed, random.seed, numpy.random.seed)):
         seed(number)
@@ -478,6 +517,8 @@ def test_a_load_that_fails_half_way_changes_nothing(what, tmp_path, monkeypatch)
     assert differences(now, before) == []
     assert [p.requires_grad for p in loop.handle.model.parameters()] == flags
     loop.scheduler.refuses = False
+    if what == "weights":
+        hook.remove()
     loop.load(tmp_path)
     assert loop.handle.step == 9
 
@@ -739,7 +780,7 @@ def words(step: int) -> torch.Tensor:
 class Sharded(Loop):
     """The same loop on every rank's part of fixed batches, without dropout."""
 
-    def __init__(self, rank: int, size: int, *, sharded: bool = True) -> None:
+    def __init__(self, rank: int, size: int, *, sharded: bool = True, schedule: Any = None) -> None:
         self._rows = slice(8 // size * rank, 8 // size * (rank + 1))
         torch.manual_seed(0)
         model = Toy(width=WIDTH, dropout=0.0)  # 6 rows: 2 of 4 ranks have an uneven share
@@ -749,7 +790,7 @@ class Sharded(Loop):
             for block in model.blocks:
                 fully_shard(block)
             fully_shard(model)
-        self.handle = patch_model(model, progressive())
+        self.handle = patch_model(model, schedule or progressive())
         self.optimizer = masked_adamw(self.handle)
         self.scheduler = torch.optim.lr_scheduler.LambdaLR(self.optimizer, lambda s: 1 / (1 + s))
         self.losses = []
@@ -861,7 +902,7 @@ def check_replicas(rank: int, size: int, folder: Path) -> None:
     assert differences(again.whole(), loop.whole()) == []
     # a rank on its own trouble: nobody is left waiting
     with pytest.raises(CheckpointError if rank == 0 else KeyError, match="on rank 1|mine"):
-        module._together(lambda: {}["mine"] if rank == 1 else None)
+        files.together(lambda: {}["mine"] if rank == 1 else None)
 
 
 def check_replicas_elsewhere(rank: int, size: int, folder: Path) -> None:
@@ -884,7 +925,26 @@ def check_one_process(rank: int, size: int, folder: Path) -> None:
     loop.save(folder / "one-file")
 
 
+def check_norms(rank: int, size: int, folder: Path) -> None:
+    """Those of the interval under way: of the same shards they go on, of others they begin anew."""
+    loop = Sharded(rank, size, schedule=AdaptiveSchedule(4))
+    if size == 2:
+        loop.train(2).save(folder / "norms")
+        saved = loop.handle.state_dict()
+        assert saved["gradient_norms"]["sums"] is not None
+        loop = Sharded(rank, size, schedule=AdaptiveSchedule(4))
+        loop.load(folder / "norms")
+        assert loop.handle.state_dict() == saved
+    else:
+        loop.load(folder / "norms")
+        assert loop.handle.state_dict()["gradient_norms"]["sums"] is None
+    loop.train(2)
+    assert loop.handle.schedule.decisions == {3: 0}
+
+
 PLAN = (
+    (check_norms, 2),
+    (check_norms, 1),
     (check_save, 2),
     (check_same_ranks, 2),
     (check_other_ranks, 1),
@@ -908,29 +968,6 @@ def test_shards_go_from_any_number_of_ranks_to_any_other(tmp_path):
     sys.path.insert(0, str(Path(__file__).parent))  # a spawned process imports this file by name
     # one process that has trained nothing yet, and can therefore be forked
     torch.multiprocessing.spawn(run, (str(tmp_path),), nprocs=1)
-
-
-def test_norms_of_an_interval_go_to_any_number_of_ranks(monkeypatch):
-    """Squares of shards add up to those of the whole, which every rank holds or has a share of."""
-
-    def saved(*sums):
-        return [{"handle": {"step": 3, "gradient_norms": {"sums": [*s, 2.0]}}} for s in sums]
-
-    def loaded(ranks, world_size, **kinds):
-        monkeypatch.setattr(module, "_world_size", lambda: world_size)
-        state = module._handle_state(ranks, world_size - 1, **kinds)
-        assert state["step"] == 3
-        return state["gradient_norms"]["sums"]
-
-    shards, whole = saved([1.0, 4.0], [2.0, 8.0]), saved([3.0, 12.0])
-    assert loaded(shards, 2, was=True, sharded=True) == [2.0, 8.0, 2.0]  # its own
-    assert loaded(shards, 1, was=True, sharded=False) == [3.0, 12.0, 2.0]
-    assert loaded(shards, 4, was=True, sharded=True) == [0.75, 3.0, 2.0]
-    assert loaded(whole, 2, was=False, sharded=True) == [1.5, 6.0, 2.0]
-    assert loaded(whole * 2, 3, was=False, sharded=False) == [3.0, 12.0, 2.0]
-    assert loaded(shards, 2, was=True, sharded=False) == [3.0, 12.0, 2.0]
-    plain = [{"handle": {"step": 3}}] * 2
-    assert module._handle_state(plain, 0, was=True, sharded=False) == {"step": 3}
 
 
 def test_a_load_that_a_users_hook_refuses_changes_nothing(tmp_path):

@@ -557,13 +557,14 @@ def test_causal_lm_of_empty_texts_and_of_models_that_look_ahead(call, capsys, tm
 
 
 def test_changed_data_is_noticed_on_resume(call, text_files, tmp_path, capsys):
-    _stopped_run(call)
-    changed = tmp_path / "train.jsonl"
-    changed.write_text(text_files[0].read_text().replace("w7", "w8"))
-    arguments = call("--max-steps", 9, "--resume")
-    arguments[arguments.index("--train-file") + 1] = str(changed)
-    error = _one_line_error(capsys, arguments)
+    rows = tmp_path / "train.jsonl"
+    rows.write_text(text_files[0].read_text())
+    _stopped_run(call, "--train-file", rows)
+    rows.write_text(rows.read_text().replace("w7", "w8"))
+    error = _one_line_error(capsys, call("--max-steps", 9, "--resume", "--train-file", rows))
     assert "the data has changed" in error
+    error = _one_line_error(capsys, call("--max-steps", 9, "--resume"))
+    assert f"was written with train_file='{rows}'" in error
 
 
 @pytest.mark.parametrize("extra", [("--accumulate", "2"), ("--method", "lora")], ids=" ".join)
@@ -619,7 +620,7 @@ def test_a_checkpoint_of_another_run_is_refused(call, tmp_path, capsys):
     _stopped_run(call)
     again = ["--max-steps", 9, "--resume"]
     other = _one_line_error(capsys, call(*again, model="gpt2"))
-    assert "the checkpoint is of another model" in other
+    assert "the checkpoint was written with model=" in other
     assert "written with lr=0.003, this call has lr=0.5" in _one_line_error(
         capsys, call(*again, "--lr", 0.5)
     )

@@ -39,7 +39,6 @@ from .batches import (
     encode_causal_lm,
     encode_classification,
 )
-from .checkpoints import check_same_run
 from .datasets import TextData
 from .errors import UserError, as_user_error
 from .output import RUN_FILES, empty_folder
@@ -437,16 +436,21 @@ class Run:
             digest.update(repr((row["input_ids"], row.get("labels"))).encode())
         return digest.hexdigest()
 
-    def _parameters(self) -> list[list[Any]]:
-        return [[name, list(p.shape)] for name, p in self.trained.model.named_parameters()]
-
     def _same_run(self) -> dict[str, Any]:
-        """What a checkpoint is compared with."""
-        return {
-            "parameters": self._parameters(),
-            "settings": self._identity(),
-            "data": self._data_digest(),
-        }
+        """What a checkpoint is compared with, beside what the library compares."""
+        return {"settings": self._identity(), "data": self._data_digest()}
+
+    def _check_same_run(self, saved: dict[str, Any]) -> None:
+        """Raise `UserError` with the first setting that differs from a checkpoint's."""
+        current = self._same_run()
+        for name, value in current["settings"].items():
+            if saved["settings"].get(name) != value:
+                raise UserError(
+                    f"the checkpoint was written with {name}={saved['settings'].get(name)!r}, "
+                    f"this call has {name}={value!r}"
+                )
+        if saved["data"] != current["data"]:
+            raise UserError("the data has changed since the checkpoint was written")
 
     def _save_checkpoint(self) -> None:
         save_checkpoint(
@@ -472,7 +476,7 @@ class Run:
                 self.trained.handle or self.trained.model,
                 self.trained.optimizer,
                 scheduler=self.scheduler,
-                check=lambda saved: check_same_run(saved, self._same_run()),
+                check=self._check_same_run,
             )
         for warning in caught:  # of a damaged checkpoint
             progress.note(f"{self.name}: {warning.message}")

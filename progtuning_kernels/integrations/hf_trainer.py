@@ -17,7 +17,13 @@ from transformers.utils import logging
 from ..model.call_stack import caller
 from ..optim import MaskedOptimizer, release_frozen_state
 from ..patch import PatchHandle, check_options, handle_of, patch_model
-from ..schedules import AnnealedSchedule, ObservingSchedule, Schedule, check_schedule
+from ..schedules import (
+    AnnealedSchedule,
+    Schedule,
+    check_schedule,
+    decides_by_gradients,
+    stage_count,
+)
 
 # Where the Trainer's own clipping is kept while a masked optimizer clips in its place: on the
 # arguments, so that a run that ended in an exception can be put right by the next one.
@@ -150,9 +156,6 @@ class ProgtuningCallback(TrainerCallback):
                 ", and give it to the Trainer together with its LambdaLR (optimizers=)"
             )
         self._clean_up(args, model)  # after an earlier train() that ended in an exception
-        saved = state.stateful_callbacks.get(_DECISIONS) if state.global_step else None
-        if isinstance(self.schedule, ObservingSchedule) and saved is not None:
-            self.schedule.load_state_dict(saved["decisions"])
         # the optimizer of a resumed run has its state by now, and keeps what this plan trains
         self.handle = patch_model(
             model, self.schedule, step=state.global_step, **self._patch_options
@@ -160,19 +163,20 @@ class ProgtuningCallback(TrainerCallback):
         _handles.add(self.handle)
         if trainer is not None and args.world_size > 1:
             self.handle.attach(trainer.model_wrapped)
-        if isinstance(self.schedule, ObservingSchedule) and saved is not None:
+        saved = state.stateful_callbacks.get(_DECISIONS) if state.global_step else None
+        if decides_by_gradients(self.schedule) and saved is not None:
             self.handle.load_state_dict(saved)
         self._release(optimizer)  # a checkpoint is older than the plan of the step that follows it
-        if isinstance(_inner(optimizer), MaskedOptimizer):
+        masked = _inner(optimizer)
+        if isinstance(masked, MaskedOptimizer):
             # an update inside backward waits for the last micro-batch of a window
-            _inner(optimizer).accumulating = _accumulates
-        if isinstance(_inner(optimizer), MaskedOptimizer) and args.max_grad_norm:
-            # it clips in its own pass; the Trainer must not do it again
-            own = _inner(optimizer).max_grad_norm
-            both = args.max_grad_norm if own is None else min(own, args.max_grad_norm)
-            _inner(optimizer).max_grad_norm = both
-            setattr(args, _PARKED, args.max_grad_norm)
-            args.max_grad_norm = 0.0
+            masked.accumulating = _accumulates
+            if args.max_grad_norm:
+                # it clips in its own pass; the Trainer must not do it again
+                norms = {args.max_grad_norm, masked.max_grad_norm} - {None}
+                masked.max_grad_norm = min(norms)
+                setattr(args, _PARKED, args.max_grad_norm)
+                args.max_grad_norm = 0.0
         self._bars_of_others = _progress_bars()  # the Trainer's is made after this
         self._shown = None
 
@@ -196,13 +200,12 @@ class ProgtuningCallback(TrainerCallback):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         # a checkpoint of this step may be written before the next begins
-        self.handle.observe()
-        self.handle.reassert()
+        self.handle.settle()
 
     def on_step_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        if isinstance(self.schedule, ObservingSchedule):
+        if decides_by_gradients(self.schedule):
             saved = self.handle.state_dict()
             state.stateful_callbacks[_DECISIONS] = saved | {"step": state.global_step}
 
@@ -254,9 +257,8 @@ class ProgtuningCallback(TrainerCallback):
     def _show_stage(self, state: TrainerState) -> None:
         """In the Trainer's progress bar, and as a line for those who asked for such lines."""
         self._shown = self.handle.stage
-        text = f"stage {self._shown + 1}"
-        if not isinstance(self.schedule, ObservingSchedule):
-            text += f"/{self.schedule.stage(self.schedule.total_steps - 1) + 1}"
+        count = stage_count(self.schedule, self.schedule.total_steps)
+        text = f"stage {self._shown + 1}" + (f"/{count}" if count else "")
         for bar in _progress_bars():
             if bar not in self._bars_of_others and bar.total == state.max_steps:
                 bar.set_description(text)
