@@ -87,7 +87,8 @@ def _two_block_model(
     if len(kinds) > 1:
         raise CannotCalibrate("the blocks have parameters of different shapes")
     small = meta_copy(model, dtype)
-    del small.get_submodule(layout.stacks[0].path)[2:]
+    blocks: Any = small.get_submodule(layout.stacks[0].path)
+    del blocks[2:]
     small.to_empty(device=device)
     with torch.no_grad():
         for p in small.parameters():

@@ -107,7 +107,7 @@ class TargetKernels(TorchFunctionMode):
         scale: float | None = None,
         enable_gqa: bool = False,
     ) -> torch.Tensor:
-        options = dict(scale=scale, enable_gqa=enable_gqa)
+        options: dict[str, Any] = dict(scale=scale, enable_gqa=enable_gqa)
         inputs = (query, key, value, attn_mask)
         backend = self._choose(inputs, dropout_p, is_causal, options)
         self.attention.add(backend.name.removesuffix("_ATTENTION").lower())
@@ -143,7 +143,7 @@ class TargetKernels(TorchFunctionMode):
 
     def _choose(
         self,
-        inputs: tuple[torch.Tensor | None, ...],
+        inputs: tuple[Any, ...],
         dropout_p: float,
         is_causal: bool,
         options: dict[str, Any],
@@ -161,7 +161,8 @@ class TargetKernels(TorchFunctionMode):
                 ).requires_grad_(t.requires_grad)
                 for t in inputs
             ]
-            return SDPBackend(torch._fused_sdp_choice(*row, dropout_p, is_causal, **options))
+            choose: Any = torch._fused_sdp_choice  # pyright: ignore[reportPrivateImportUsage]
+            return SDPBackend(choose(*row, dropout_p, is_causal, **options))
         half = query.dtype in (torch.bfloat16, torch.float16)
         if half and mask is None and query.shape[-1] <= 256:
             return SDPBackend.FLASH_ATTENTION
@@ -268,7 +269,7 @@ def meta_copy(model: nn.Module, dtype: torch.dtype) -> nn.Module:
                 memo[id(t)] = nn.Parameter(empty, requires_grad=t.requires_grad)
             else:
                 memo[id(t)] = torch.empty_like(t, device="meta")
-    copied = copy.deepcopy(model, memo).train()
+    copied: Any = copy.deepcopy(model, memo).train()
     if hasattr(copied, "tie_weights") and all(p.is_meta for p in model.parameters()):
         copied.tie_weights()  # transformers 5.0 leaves that out of a model built on the meta device
     for module in copied.modules():

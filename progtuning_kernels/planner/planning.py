@@ -45,18 +45,19 @@ def _stage_starts(schedule: Schedule, total_steps: int) -> list[int]:
         starts.append(following)
 
 
-def _with_length(schedule: Schedule, steps: int | None) -> Schedule:
-    """The schedule, or a copy of it that knows how long the run is."""
+def _with_length(schedule: Schedule, steps: int | None) -> tuple[Schedule, int]:
+    """The schedule, or a copy of it that knows how long the run is, and that length."""
     if decides_by_gradients(schedule):
         raise ValueError(
             f"{type(schedule).__name__} decides while it trains: plan a MilestoneSchedule that "
             "freezes as you expect it to"
         )
     if steps is None and schedule.total_steps is not None:
-        return schedule
+        return schedule, schedule.total_steps
     if steps is None and not isinstance(schedule, ProgressiveSchedule):
         raise ValueError("the schedule does not know the length of the run: give steps=")
-    return copy.deepcopy(schedule).bind(steps or _ANY_LENGTH)
+    length = steps or _ANY_LENGTH
+    return copy.deepcopy(schedule).bind(length), int(length)
 
 
 def plan_training(
@@ -131,7 +132,7 @@ def plan_training(
         here = next(model.parameters()).device
         device = ("cuda" if torch.cuda.is_available() else "cpu") if here.type == "meta" else here
     target = torch.device(device)
-    timed = _with_length(schedule, steps)
+    timed, total_steps = _with_length(schedule, steps)
     options = Options(
         optimizer=optimizer,
         master_weights=master_weights,
@@ -141,11 +142,11 @@ def plan_training(
     )
     copied = meta_copy(model, dtype)
     layout = find_layout(copied, blocks)
-    starts = _stage_starts(timed, timed.total_steps)
+    starts = _stage_starts(timed, total_steps)
     plans = [timed.plan(start, layout.num_blocks) for start in starts]
     if len(set(plans)) > _MOST_PLANS:
         raise ValueError(
-            f"{len(set(plans))} different plans in {timed.total_steps:,} steps, more than the "
+            f"{len(set(plans))} different plans in {total_steps:,} steps, more than the "
             f"{_MOST_PLANS} that a table holds: give fewer steps="
         )
     everything = FreezePlan((True,) * layout.num_blocks, embeddings=True)
@@ -185,7 +186,7 @@ def plan_training(
             notes.append(f"not calibrated: {one_line(reason)}")
     stages = [
         replace(_with_times(m, full, costs, layout.num_blocks), first_step=start, steps=end - start)
-        for m, start, end in zip(measured, starts, [*starts[1:], timed.total_steps], strict=True)
+        for m, start, end in zip(measured, starts, [*starts[1:], total_steps], strict=True)
     ]
     peak = max(range(len(stages)), key=lambda i: stages[i].peak_bytes)
     with _no_data(model):
@@ -268,7 +269,7 @@ def _remedies(
     return sorted(found, key=lambda remedy: remedy.peak_bytes)
 
 
-def _switch_checkpointing_on(model: nn.Module) -> bool:
+def _switch_checkpointing_on(model: Any) -> bool:
     """Whether it was off, and a Hugging Face model that has it."""
     if not getattr(model, "supports_gradient_checkpointing", False) or any(
         getattr(module, "gradient_checkpointing", False) for module in model.modules()

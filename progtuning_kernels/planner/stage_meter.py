@@ -142,4 +142,5 @@ class StageMeter:
         if cache is None or hidden is None:
             return None
         _, tokens, width = hidden.shape  # (B, T, C)
-        return tokens * row_format(cache.dtype, hidden.dtype, width).token_bytes
+        stored: Any = cache.dtype
+        return tokens * row_format(stored, hidden.dtype, width).token_bytes
