@@ -323,7 +323,7 @@ class _Training:
 
     def run(self, plan: FreezePlan, tell: Callable[[int], None]) -> None:
         """Train what `plan` says, from the weights at hand."""
-        self._active.apply(plan)
+        self._active.set_flags(plan)
         parameters = [p for p in self.model.parameters() if p.requires_grad]
         if not parameters:  # adapters in the blocks, and nothing else that trains
             tell(self.steps)

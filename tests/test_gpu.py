@@ -94,7 +94,7 @@ def test_memory_falls_with_the_stages():
         model(**inputs).loss.backward()
         optimizer.step()
         optimizer.zero_grad()
-        handle.last_forward = None
+        handle.forwards.last = None
         held.append(torch.cuda.memory_allocated())
         handle.advance()
     assert held == sorted(set(held), reverse=True)

@@ -129,7 +129,7 @@ def test_copies_are_ordinary_models(copied):
     marker = inputs["input_ids"].numpy().tobytes()
     assert marker not in pickle.dumps(model)  # no batch travels with a saved model
     twin = copied(model)
-    assert handle_of(twin) is None and handle.last_forward is not None
+    assert handle_of(twin) is None and handle.forwards.last is not None
     assert {type(block) for block in twin.bert.encoder.layer} == {type(model.bert.encoder.layer[3])}
     with torch.no_grad():
         for parameter in twin.parameters():
@@ -853,7 +853,7 @@ def test_a_report_repeats_the_forward_with_what_the_model_was_given(kind):
     for report in reports:
         report.assert_truncated()
         assert report.nodes == reports[0].nodes > 0
-    assert handle.last_forward.args[0]["input_ids"] is inputs["input_ids"]
+    assert handle.forwards.last.args[0]["input_ids"] is inputs["input_ids"]
 
 
 class _Sparse(nn.Module):
@@ -980,3 +980,50 @@ def test_a_report_leaves_buffers_and_inputs_as_they_are():
     handle.truncation_report().assert_truncated()
     assert torch.equal(x, given)
     assert all(torch.equal(b, before[name]) for name, b in model.named_buffers())
+
+
+def test_settling_makes_the_model_what_a_checkpoint_must_hold_and_leaves_the_step():
+    model, inputs = tiny_model("bert-sequence"), tiny_inputs("bert-sequence")
+    handle = patch_model(model, MilestoneSchedule({0: 2}))
+    frozen, below = model.bert.encoder.layer[1].output.dense.weight, model.bert.embeddings
+    for _ in range(2):
+        gradients(model, inputs)
+        frozen.grad = torch.ones_like(frozen)
+        below.word_embeddings.weight.requires_grad_(True)
+        handle.settle()
+        assert (handle.step, handle.boundary) == (0, 2)
+        assert frozen.grad is None and not below.word_embeddings.weight.requires_grad
+        assert model.bert.encoder.layer[2].output.dense.weight.grad is not None
+    handle.truncation_report().assert_truncated()
+    handle.unpatch()
+    with pytest.raises(RuntimeError, match="not patched any more"):
+        handle.settle()
+
+
+def test_settling_hands_the_norms_of_a_step_over_once():
+    schedule = AdaptiveSchedule(1)
+    model, inputs = tiny_model("bert-sequence"), tiny_inputs("bert-sequence")
+    handle = patch_model(model, schedule)
+    for step in range(3):
+        gradients(model, inputs)
+        assert len(schedule.decisions) == step
+        handle.settle()
+        state = handle.state_dict()
+        assert len(schedule.decisions) == step + 1
+        handle.settle()
+        assert handle.state_dict() == state
+        handle.advance()
+        assert len(schedule.decisions) == step + 1
+    with pytest.raises(RuntimeError, match="no gradient of any block was seen"):
+        handle.settle()
+
+
+@pytest.mark.parametrize("name", ["observe", "reassert", "accept_weights"])
+def test_names_of_before_settle_warn_and_do_it(name):
+    model = tiny_model("bert-sequence")
+    handle = patch_model(model, MilestoneSchedule({0: 2}))
+    weight = model.bert.embeddings.word_embeddings.weight.requires_grad_(True)
+    with pytest.warns(DeprecationWarning, match=f"PatchHandle.{name} .* settle"):
+        getattr(handle, name)()
+    assert not weight.requires_grad
+    assert not hasattr(handle, "settled")

@@ -77,7 +77,6 @@ ADAPTERS = {
     ),
     "bitfit": _with_biases_only,
     "bottleneck": _with_bottlenecks,
-    "prefix": _peft(peft.PrefixTuningConfig(task_type="SEQ_CLS", num_virtual_tokens=3)),
 }
 
 
@@ -104,7 +103,7 @@ def _plan(boundary: int) -> FreezePlan:
 
 
 @pytest.mark.parametrize("boundary", range(BLOCKS + 1))
-@pytest.mark.parametrize("kind", [kind for kind in ADAPTERS if kind != "prefix"])
+@pytest.mark.parametrize("kind", ADAPTERS)
 def test_gradients_are_those_of_plain_freezing(kind, boundary):
     inputs = tiny_inputs(BERT)
     schedule = MilestoneSchedule({2: boundary})  # AdaLoRA allocates before
@@ -137,50 +136,9 @@ def test_adapters_of_frozen_blocks_do_not_change_by_one_bit_and_have_no_state(ki
         handle.advance()
         for name, value in frozen_at.items():
             assert torch.equal(model.get_parameter(name), value), (step, name)
-    if kind != "prefix":
-        blocks = {_unit(n) for n in frozen_at if n in dict(handle.model.named_parameters())}
-        assert blocks >= {0, 1, 2}
+    blocks = {_unit(n) for n in frozen_at if n in dict(handle.model.named_parameters())}
+    assert blocks >= {0, 1, 2}
     handle.unpatch()
-
-
-def _prefix_table(model: nn.Module) -> nn.Parameter:
-    return model.prompt_encoder["default"].embedding.weight  # (virtual tokens, L * 2 * C)
-
-
-@pytest.mark.parametrize("name", [BERT, LLAMA])
-def test_prefix_tuning_truncates_and_holds_the_columns_of_frozen_blocks(name):
-    torch.manual_seed(4)
-    config = peft.PrefixTuningConfig(
-        task_type="SEQ_CLS" if name == BERT else "CAUSAL_LM", num_virtual_tokens=3
-    )
-    model, inputs = peft.get_peft_model(tiny_model(name), config).train(), tiny_inputs(name)
-    table = _prefix_table(model)
-    width = table.shape[1] // BLOCKS
-    whole = gradients(model, inputs)
-    key = next(n for n in whole if "prompt_encoder" in n)
-    handle = patch_model(model, MilestoneSchedule({0: 0, 3: 2, 6: 3, 9: 1}))
-    optimizer = torch.optim.AdamW(handle.param_groups(lr=0.1, weight_decay=0.1))
-    size = table.numel() // BLOCKS
-    others = handle.active_params - table.numel()
-    for step in range(12):
-        boundary = handle.boundary
-        assert boundary == (0, 2, 3, 1)[step // 3]
-        assert handle.active_params == others + size * (BLOCKS - boundary)
-        before = table.detach().clone()
-        found = gradients(model, inputs)
-        assert not found[key][:, : boundary * width].any()
-        if step == 0:
-            assert torch.equal(found[key], whole[key])
-        assert found[key][:, boundary * width :].any()
-        handle.truncation_report().assert_truncated()
-        optimizer.step()
-        if step % 3 == 0:  # otherwise advance() puts them back, at a change of plan too
-            handle.reassert()
-            assert torch.equal(table[:, : boundary * width], before[:, : boundary * width])
-        handle.advance()
-        assert torch.equal(table[:, : boundary * width], before[:, : boundary * width])
-        assert (table != before)[:, boundary * width :].all()
-    assert f"{BLOCKS - 1} of {BLOCKS} train" in str(handle.truncation_report())
 
 
 def test_prompts_that_cannot_freeze_are_refused_in_one_line():
@@ -194,9 +152,10 @@ def test_prompts_that_cannot_freeze_are_refused_in_one_line():
             peft.PromptEncoderConfig(**sequence, encoder_hidden_size=8),
             "p_tuning trains only what enters below block 0",
         ),
+        (peft.PrefixTuningConfig(**sequence), "all blocks in one tensor, .* use LoRA or IA3"),
         (
             peft.PrefixTuningConfig(**sequence, prefix_projection=True, encoder_hidden_size=8),
-            "prefix_projection=False",
+            "all blocks in one tensor",
         ),
     ):
         model = peft.get_peft_model(tiny_model(BERT), config)
@@ -383,19 +342,6 @@ def test_state_of_frozen_adapters_is_released():
         handle.advance()
     steps = [a - b for a, b in zip(sizes, sizes[1:], strict=False)]
     assert len(set(steps)) == 1 and steps[0] > 0  # one block's adapters less at every stage
-
-
-def test_loaded_columns_of_frozen_blocks_are_not_put_back():
-    """Block 1 on trains from step 0; loaded weights are those of a run that trained all of them."""
-    model = ADAPTERS["prefix"](tiny_model("bert-sequence"))
-    handle = patch_model(model, MilestoneSchedule({0: 1, 2: 2}))
-    loaded = torch.randn_like(_prefix_table(model))
-    for step in (0, 3):
-        with torch.no_grad():
-            _prefix_table(model).copy_(loaded)
-        handle.load_state_dict(handle.state_dict() | {"step": step})
-        handle.reassert()
-        assert torch.equal(_prefix_table(model), loaded), step
 
 
 def _lora(**options) -> peft.LoraConfig:

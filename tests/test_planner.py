@@ -26,9 +26,9 @@ from progtuning_kernels import (
     RandomBlockSchedule,
     plan_training,
 )
+from progtuning_kernels.freezing.freezer import StageState
 from progtuning_kernels.patch import patch_model
 from progtuning_kernels.planner.calibration import UnitCosts
-from progtuning_kernels.planner.stage_flags import StageState
 
 ROWS, TOKENS = 6, 24
 SCHEDULES = {

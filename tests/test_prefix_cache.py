@@ -466,7 +466,7 @@ def test_merging_and_switching_adapters():
     check(served=2)
     with handle.model.disable_adapter(), plain.model.disable_adapter(), torch.no_grad():
         assert torch.equal(handle.model(**inputs).logits, plain.model(**inputs).logits)
-    handle.reassert(), plain.reassert()
+    handle.settle(), plain.settle()
     check(served=2)  # the adapters are back, and so are their rows
     for model in (handle.model, plain.model):
         model.base_model.merge_adapter()
@@ -1123,7 +1123,7 @@ def test_an_error_in_a_forward_reaches_its_caller(error, where, first, grads):
     for batch in (inputs, others):
         _assert_same(gradients(model, batch), gradients(plain.model, batch))
     assert dict(model.named_modules()) == modules
-    assert handle.proved
+    assert handle.freezer.proved
     assert hooks == [(len(m._forward_hooks), len(m._forward_pre_hooks)) for m in modules.values()]
 
 

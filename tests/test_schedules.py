@@ -26,7 +26,13 @@ from progtuning_kernels import (
     RandomBlockSchedule,
     schedule_from_file,
 )
-from progtuning_kernels.schedules import ObservingSchedule, Schedule
+from progtuning_kernels.schedules import (
+    ObservingSchedule,
+    Schedule,
+    decides_by_gradients,
+    stage_count,
+    steps_to_check,
+)
 from progtuning_kernels.schedules.blocks import _sample
 
 
@@ -258,6 +264,28 @@ def test_settings_are_numbers_of_any_library_and_nothing_else(name):
         assert repr(made) == repr(expected)
         assert "np." not in repr(made) and type(made.total_steps) is type(expected.total_steps)
         assert made.stage(3) == expected.stage(3) and made.plan(3, 4) == expected.plan(3, 4)
+
+
+def test_schedules_are_asked_what_is_known_of_them_ahead():
+    class Own:
+        """Of a user: what `Schedule` asks for, and nothing else."""
+
+        total_steps = 6
+
+        def plan(self, step: int, num_blocks: int) -> FreezePlan:
+            return FreezePlan.from_boundary(self.stage(step), num_blocks, embeddings=False)
+
+        def stage(self, step: int) -> int:
+            return step // 4
+
+        def bind(self, total_steps: int) -> Own:
+            return self
+
+    assert not decides_by_gradients(Own()) and decides_by_gradients(AdaptiveSchedule(5))
+    assert stage_count(Own(), 6) == 2 and stage_count(AdaptiveSchedule(5), 6) is None
+    assert steps_to_check(Own()) == {0, 5}
+    assert steps_to_check(MilestoneSchedule({3: 1, 7: 2})) == {0, 3, 7}
+    assert steps_to_check(ProgressiveSchedule(2)) == {0}
 
 
 def test_schedules_fulfil_the_protocol_and_need_the_standard_library_only():

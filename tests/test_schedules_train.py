@@ -128,7 +128,7 @@ def test_frozen_blocks_inside_the_suffix_save_less_and_have_no_gradient(model_na
             assert all((g is not None) == on for g in grads)
         saved[flags] = saved_bytes(lambda h=handle: h.model(**inputs))
         assert saved[flags] <= saved_bytes(lambda m=twin: m(**inputs))
-        units[flags] = [unit.use.saved_bytes for unit in handle.truncation_report().units[1:-1]]
+        units[flags] = [unit.saved_bytes for unit in handle.truncation_report().units[1:-1]]
     assert saved[1, 1, 1, 1] > saved[1, 0, 1, 0] > saved[0, 1, 0, 1]
     full, alternating, _ = units.values()
     # each linear layer of a frozen block keeps its weight only: (B*T, C) inputs are not saved

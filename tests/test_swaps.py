@@ -317,8 +317,7 @@ def check_a_model_that_moves_is_swapped_anew(monkeypatch):
     handle = patch_model(model, MilestoneSchedule({0: 1}))
     assert handle.kernel_report().swapped == 0
     answers.clear()
-    handle.device_type = "elsewhere"  # as if it had been patched there
-    handle._kernels._device = None
+    handle.freezer._device_type = "elsewhere"  # as if it had been patched there
     model(**_short_inputs("llama-causal-lm", 0))
     assert handle.kernel_report().swapped == 14
     assert type(model.model.layers[0]) is not hf.models.llama.modeling_llama.LlamaDecoderLayer
@@ -376,7 +375,7 @@ def test_small_inputs_keep_the_original():
 )
 def test_the_size_from_which_a_launch_pays(calls, megabytes):
     model = tiny_model("bert-sequence")
-    swaps = patch_model(model, MilestoneSchedule({0: 0}))._kernels
+    swaps = patch_model(model, MilestoneSchedule({0: 0})).freezer.swaps
     swap = model_swaps.Swap("any", None, None, None, 4)
     size = swaps._from_bytes(swap, calls, torch.device("cuda"))
     assert size == pytest.approx(megabytes * 1e6, rel=1e-2)

@@ -146,10 +146,8 @@ def load_checkpoint(
         if scheduler is not None:
             scheduler.load_state_dict(content["scheduler"])
         model.load_state_dict(state["model"], strict=False)  # what is missing has been compared
-    if patched is not None:
-        patched.accept_weights()
-        if patched.cache is not None and own["cache"] is not None:
-            patched.cache.expect(own["cache"])
+    if patched is not None and patched.cache is not None and own["cache"] is not None:
+        patched.cache.expect(own["cache"])
     if same_ranks:
         set_random_state(own["random"], model)
     else:

@@ -22,8 +22,9 @@ from rich.table import Table
 from torch import nn
 
 from ..cache import PrefixCache
+from ..freezing.decay_groups import decay_groups
 from ..optim import MaskedAdamW, state_bytes
-from ..patch import PatchHandle, decay_groups, patch_model
+from ..patch import PatchHandle, patch_model
 from ..planner.example_batch import example_batch, on_device
 from ..schedules import ProgressiveSchedule
 from .errors import UserError, as_user_error

@@ -26,10 +26,10 @@ from typing import Any
 import torch
 
 from ..checkpoints import load_checkpoint, save_checkpoint
-from ..freezing.truncation import measure_forward
+from ..freezing.unit_use import measure_forward
 from ..model.layout import EMBEDDINGS, Layout, find_layout, parameter_slots
 from ..optim import state_bytes
-from ..schedules import AnnealedSchedule, ObservingSchedule
+from ..schedules import AnnealedSchedule, stage_count
 from . import methods, metrics, models
 from .batches import (
     Batch,
@@ -152,9 +152,7 @@ class Run:
             r for r in self.records.steps if r["stage"] == self.schedule.stage(self.step)
         ]
         # how many an adaptive schedule will make of it is not known yet
-        stages = None
-        if not isinstance(self.schedule, ObservingSchedule):
-            stages = self.schedule.stage(self.total_steps - 1) + 1
+        stages = stage_count(self.schedule, self.total_steps)
         with progress.running(self.name, self.step, self.total_steps, stages):
             self._train_steps(progress, stage_steps)
         failure = self.failure()

@@ -9,10 +9,11 @@ import torch
 from torch import nn
 
 from ..cache import PrefixCache
+from ..freezing.decay_groups import decay_groups
 from ..model.layout import Layout
 from ..optim import MaskedAdamW
-from ..optim.masked_adamw import STATE_DTYPES
-from ..patch import PatchHandle, decay_groups, patch_model
+from ..optim.moments import STATE_DTYPES
+from ..patch import PatchHandle, patch_model
 from ..schedules import AnnealedSchedule, FreezePlan, ProgressiveSchedule, Schedule
 from ..schedules.files import KINDS, make_schedule, schedule_from_file
 from .errors import UserError, as_user_error

@@ -74,7 +74,7 @@ def docstring_data(train_rows: int, validation_rows: int) -> TextData:
 def plan_table(s: TrainSettings, data: TextData) -> Table:
     """What a run would do, stage by stage, without loading weights."""
     from ..patch import patch_model
-    from ..schedules import MilestoneSchedule, ObservingSchedule
+    from ..schedules import MilestoneSchedule, decides_by_gradients
     from .batches import Order
     from .methods import build_schedule
     from .models import load_model_and_tokenizer
@@ -120,7 +120,7 @@ def plan_table(s: TrainSettings, data: TextData) -> Table:
     )
     if len(firsts) > _MOST_ROWS:
         table.caption += f" The first {_MOST_ROWS} of {len(firsts)} stages."
-    if isinstance(schedule, ObservingSchedule):
+    if decides_by_gradients(schedule):
         table.caption += " What an adaptive schedule freezes later is decided while it trains."
     return table
 

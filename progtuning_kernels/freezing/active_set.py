@@ -9,7 +9,7 @@ from typing import Literal
 import torch
 from torch import nn
 
-from ..model.adapters import FrozenColumns, adapter_configs
+from ..model.adapters import adapter_configs
 from ..model.layout import EMBEDDINGS, Layout, ParameterSlot, parameter_slots
 from ..schedules import FreezePlan
 
@@ -20,7 +20,6 @@ class ActiveSet:
     """Sets `requires_grad` of one model's parameters, and nothing else of the model.
 
     Args:
-        model: the model that `layout` describes.
         tied: what a weight shared by embeddings and head does once the embeddings are frozen.
 
     Attributes:
@@ -36,7 +35,6 @@ class ActiveSet:
         self._objects: list[weakref.ref[nn.Parameter]] = []  # one a slot
         self._flags: list[bool] = []  # of the plan in force, one a slot
         self._user_trainable: dict[str, bool] = {}
-        self._frozen_columns: list[FrozenColumns] = []
         self._adapted = bool(adapter_configs(model))
         self._scan()
 
@@ -50,31 +48,23 @@ class ActiveSet:
         """Elements that were trainable when the model was patched."""
         return sum(s.parameter.numel() for s in self._slots if self._user_trainable[s.name])
 
-    def active_params(self, plan: FreezePlan) -> int:
+    @property
+    def active_params(self) -> int:
         """Elements that the plan in force trains."""
         flags = zip(self._slots, self._flags, strict=True)
-        return sum(self.active_size(slot, plan) for slot, on in flags if on)
-
-    def active_size(self, slot: ParameterSlot, plan: FreezePlan) -> int:
-        """Elements of an active parameter that really train under `plan`."""
-        size = slot.parameter.numel()
-        if not slot.sliced:
-            return size
-        return size // len(slot.units) * len(self.active_units(slot, plan))
+        return sum(slot.parameter.numel() for slot, on in flags if on)
 
     def active_units(self, slot: ParameterSlot, plan: FreezePlan) -> tuple[int, ...]:
         """Units in which the parameter is active under `plan`; () when it is frozen."""
         if not self._user_trainable[slot.name]:
             return ()
         trained = tuple(unit for unit in slot.units if self.trains(unit, plan))
-        if trained == slot.units or slot.sliced:
+        if trained == slot.units:
             return trained
         return trained if self._tied == "head_only" and trained == (self._layout.head,) else ()
 
     def freezes_with(self, slot: ParameterSlot) -> int:
         """The unit whose freezing is the parameter's, under a schedule that freezes upwards."""
-        if slot.sliced:
-            return slot.units[-1]  # trains while any of its columns does
         both = slot.units == (EMBEDDINGS, self._layout.head)
         return slot.units[-1] if both and self._tied == "head_only" else slot.units[0]
 
@@ -84,7 +74,7 @@ class ActiveSet:
             if self._user_trainable[slot.name] and not self.active_units(slot, plan):
                 yield slot
 
-    def check(self, plan: FreezePlan) -> None:
+    def check_plan(self, plan: FreezePlan) -> None:
         """Raise `ValueError` if `plan` leaves nothing to train."""
         if not any(self.active_units(slot, plan) for slot in self._slots):
             raise ValueError(
@@ -92,50 +82,33 @@ class ActiveSet:
                 "freezes everything that was trainable when the model was patched"
             )
 
-    def rescan(self) -> list[str]:
+    def rescan_parameters(self) -> list[str]:
         """Modules or parameters came or went: names of the parameters that are new."""
         self._note_user_choices()
         return self._scan()
 
-    def apply(self, plan: FreezePlan) -> None:
-        """Set every flag as `plan` says."""
-        self.rescan()
+    def set_flags(self, plan: FreezePlan) -> bool:
+        """Set every flag as `plan` says; whether that changed one of the plan before."""
+        before = self._flags
+        self.rescan_parameters()
         units = [self.active_units(slot, plan) for slot in self._slots]
         self._flags = [bool(used) for used in units]
         for slot, on in zip(self._slots, self._flags, strict=True):
             slot.parameter.requires_grad_(on)
-        self.reassert()  # with the columns that were frozen before
-        self.hold_columns(plan)
+        self.freeze_again()
         self.units = {unit for used in units for unit in used}
-
-    def move(self, plan: FreezePlan) -> bool:
-        """Parameters have moved to other units; whether that changed a flag."""
-        before = self._flags
-        self.apply(plan)
         return self._flags != before
 
-    def hold_columns(self, plan: FreezePlan) -> None:
-        """Frozen columns of a table are from now on what they are at this moment."""
-        units = [(slot, self.active_units(slot, plan)) for slot in self._slots if slot.sliced]
-        self._frozen_columns = [
-            FrozenColumns.of(slot, [unit for unit in slot.units if unit not in used])
-            for slot, used in units
-            if used and used != slot.units
-        ]
-
-    def follow(self, plan: FreezePlan) -> bool:
-        """Take what was switched on since the last plan for the user's own choice, as PEFT does it
-        with another adapter.
-
-        Returns:
-            True where `plan` trains some of it and so wants to be applied anew.
+    def take_switched(self, plan: FreezePlan) -> bool:
+        """Note as the user's choice what was switched on since the last plan, as PEFT does it for
+        another adapter; whether `plan` trains some of it, and so has to be put in force anew.
         """
         chosen = [slot for slot, on in self._switched() if on]
         self._user_trainable.update((slot.name, True) for slot in chosen)
         return any(self.active_units(slot, plan) for slot in chosen)
 
-    def reassert(self) -> None:
-        """Freeze again what was switched on, drop its gradient, put frozen columns back."""
+    def freeze_again(self) -> None:
+        """Freeze what was switched on since, and drop gradients of what is frozen."""
         for slot, on in zip(self._slots, self._flags, strict=True):
             parameter = _current(slot)
             if on or parameter is None or not self._user_trainable[slot.name]:
@@ -145,28 +118,19 @@ class ActiveSet:
             if parameter.grad is not None:
                 # a frozen tensor with a gradient would still be updated, and counted by clipping
                 parameter.grad = None
-        for columns in self._frozen_columns:
-            if _current(columns.slot) is not None:
-                columns.put_back()
 
-    def restore(self) -> None:
+    def restore_flags(self) -> None:
         """Every flag as it was found, but for what the user switched in the meantime."""
         self._note_user_choices()
         if self._flags:
-            self.reassert()
+            self.freeze_again()
         self._scan()
         for slot in self._slots:
             slot.parameter.requires_grad_(self._user_trainable[slot.name])
 
-    def explain(self, slot: ParameterSlot, plan: FreezePlan) -> str:
+    def explain(self, slot: ParameterSlot) -> str:
         """What becomes of a parameter that several units use."""
         label = self._layout.unit_label
-        if slot.sliced:
-            trained = len(self.active_units(slot, plan))
-            return (
-                f"tied: {slot.name} holds columns of {label(slot.units[0])} to "
-                f"{label(slot.units[-1])}; {trained} of {len(slot.units)} train, its state stays"
-            )
         if EMBEDDINGS in slot.units:
             users = " and ".join(map(label, slot.units))
             why = self._tied
@@ -232,7 +196,7 @@ class ActiveSet:
                 yield slot, not on
 
     def _note_user_choices(self) -> None:
-        """What somebody switched since the last plan stays so wherever the next one trains it."""
+        """Keep what the user switched since the last plan, wherever the next one trains it."""
         self._user_trainable.update((slot.name, on) for slot, on in self._switched())
 
 

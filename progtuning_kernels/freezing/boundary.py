@@ -1,11 +1,8 @@
 """Runs the prefix without autograd.
 
 A block below the boundary is switched, per instance, to one fixed subclass of its own class whose
-`forward` runs under `torch.no_grad()`. Block k then receives a tensor without `grad_fn`, so that
-autograd has nothing below it whatever the caller did above or before. Of the ways to install this,
-flipping `block.__class__` is the one that survives deepcopy and `torch.compile` per block (three
-graphs for any number of stages, where a flag on the instance recompiles until the limit and then
-runs eagerly); nothing is written into any `__dict__` but `training`.
+`forward` runs under `torch.no_grad()`: autograd then has nothing below block k, whatever the caller
+did above or before. README.md says why classes are flipped.
 """
 
 from __future__ import annotations
@@ -26,15 +23,7 @@ FrozenMode = Literal["eval", "train"]
 _requested_mode: weakref.WeakKeyDictionary[nn.Module, bool] = weakref.WeakKeyDictionary()
 
 
-class _Flags(NamedTuple):
-    """Key of a frozen class: see `frozen_class`."""
-
-    no_grad: bool
-    hold_eval: bool
-    own_forward: bool
-
-
-_unfrozen: dict[type, type] = {}
+_unfrozen: dict[type, type] = {}  # class made here: the one that it was made from
 
 
 def _hiding(name: str, value: Callable[[Any], Any]) -> property:
@@ -42,13 +31,14 @@ def _hiding(name: str, value: Callable[[Any], Any]) -> property:
     return property(value, lambda self, given: self.__dict__.__setitem__(name, given))
 
 
-def unfrozen_class(cls: type) -> type:
-    """The class that `frozen_class` was derived from, or `cls` itself."""
+def _unfrozen_class(module: nn.Module) -> type:
+    """The class that the module has without anything derived here."""
+    cls = without_derived_ancestors(type(module))
     return _unfrozen.get(cls, cls)
 
 
 def frozen_class(base: type, *, no_grad: bool, hold_eval: bool, own_forward: bool) -> type:
-    """One fixed subclass of `base` per combination of flags.
+    """One fixed subclass of `base` per combination of flags; `base` itself without a flag.
 
     Args:
         no_grad: `forward` runs under `torch.no_grad()`, and is never checkpointed: there is nothing
@@ -73,6 +63,8 @@ def frozen_class(base: type, *, no_grad: bool, hold_eval: bool, own_forward: boo
         _hold_eval(self, base, mode)
         return self
 
+    if not (no_grad or hold_eval):
+        return base
     members: dict[str, Any] = {}
     if no_grad:
         members["__call__" if own_forward else "forward"] = call if own_forward else forward
@@ -80,7 +72,7 @@ def frozen_class(base: type, *, no_grad: bool, hold_eval: bool, own_forward: boo
             members["gradient_checkpointing"] = _hiding("gradient_checkpointing", lambda _: False)
     if hold_eval:
         members["train"] = train
-    made = derive(base, _Flags(no_grad, hold_eval, own_forward), members)
+    made = derive(base, ("frozen", no_grad, hold_eval, own_forward), members)
     _unfrozen[made] = base
     return made
 
@@ -148,7 +140,6 @@ class Boundary:
     """Holds the modules of one model on their side of the boundary.
 
     Args:
-        model: the model that `layout` describes.
         frozen_mode: "eval" keeps frozen modules in eval mode (a fixed function, no dropout),
             "train" leaves their mode alone.
     """
@@ -162,7 +153,7 @@ class Boundary:
         self._encoders = [m for m in holders if "use_nested_tensor" in m.__dict__]
         self._modes: dict[nn.Module, list[tuple[nn.Module, bool]]] = {}
 
-    def move(self, frozen: Collection[int], boundary: int) -> None:
+    def place_modules(self, frozen: Collection[int], boundary: int) -> None:
         """Put every module on its side.
 
         Args:
@@ -176,21 +167,21 @@ class Boundary:
             for path in self._layout.module_paths(unit):
                 no_grad = unit in frozen if unit == EMBEDDINGS else unit < boundary
                 sides[self._model.get_submodule(path)] = _Side(no_grad, unit in frozen)
-        # what left the model in the meantime is nobody's any more
+        # modules that have left the model in the meantime go back to their own class
         self._put_back(module for module in self._sides if module not in sides)
         self._sides = sides
         for module, side in sides.items():
             self._switch(module, side)
         self._pad(bool(frozen))
 
-    def restore(self) -> None:
+    def restore_modules(self) -> None:
         """Put every module back as it was found, but for modes asked for in the meantime."""
         self._put_back(self._sides)
         self._pad(False)
 
     def _pad(self, on: bool) -> None:
         for encoder in self._encoders:
-            base = unfrozen_class(without_derived_ancestors(type(encoder)))
+            base = _unfrozen_class(encoder)
             encoder.__class__ = _padded_class(base) if on else base
 
     def _put_back(self, modules: Iterable[nn.Module]) -> None:
@@ -199,23 +190,14 @@ class Boundary:
 
     def _switch(self, module: nn.Module, side: _Side) -> None:
         no_grad, hold_eval = side.no_grad, side.frozen and self._hold_eval
-        base = unfrozen_class(without_derived_ancestors(type(module)))
+        base = _unfrozen_class(module)
         if hold_eval and module not in self._modes:
             self._modes[module] = [(m, m.training) for m in module.modules()]
             _requested_mode.pop(module, None)
             _hold_eval(module, base, module.training)
         _drop_own_forward(module)
-        plain = not (no_grad or hold_eval)
-        target = (
-            base
-            if plain
-            else frozen_class(
-                base,
-                no_grad=no_grad,
-                hold_eval=hold_eval,
-                own_forward=no_grad and "forward" in module.__dict__,
-            )
-        )
+        own_forward = no_grad and "forward" in module.__dict__
+        target = frozen_class(base, no_grad=no_grad, hold_eval=hold_eval, own_forward=own_forward)
         if type(module) is not target:
             module.__class__ = target
         if not hold_eval and module in self._modes:

@@ -16,59 +16,71 @@ from torch import nn
 from ..model.layout import Layout
 
 
+class Checkpointing:
+    """Gradient checkpointing of one model, changed for as long as the model is patched."""
+
+    def __init__(self, model: nn.Module, layout: Layout) -> None:
+        self._model = model
+        self._layout = layout
+        # modules whose variant was replaced, with the function they had and the one they have now
+        self._replaced: list[tuple[nn.Module, Any, Any]] = []
+        self._input_grads: list[nn.Module] = []  # that had `enable_input_require_grads()` in force
+
+    def keep_truncated(self) -> None:
+        """Undo what was switched on since the last call; wanted wherever the embeddings are frozen,
+        for the input of block 0 does not require grad then, though the block may train.
+        """
+        self._drop_input_grads()
+        self._make_nonreentrant()
+
+    def restore_checkpointing(self) -> None:
+        """Put back what was found."""
+        for module, function, replacement in self._replaced:
+            if module._gradient_checkpointing_func is replacement:
+                module._gradient_checkpointing_func = function
+        for module in self._input_grads:
+            module.enable_input_require_grads()
+
+    def _make_nonreentrant(self) -> None:
+        # looks at the blocks only, which is cheap enough for every forward, unless it finds one
+        blocks = map(self._model.get_submodule, self._layout.block_paths)
+        if not any(map(_is_reentrant, blocks)):
+            return
+        for module in filter(_is_reentrant, self._model.modules()):
+            function = module._gradient_checkpointing_func
+            replacement = functools.partial(
+                function.func, *function.args, **{**function.keywords, "use_reentrant": False}
+            )
+            module._gradient_checkpointing_func = replacement
+            self._replaced.append((module, function, replacement))
+        warnings.warn(
+            "gradient checkpointing with use_reentrant=True trains nothing above a frozen prefix: "
+            "the patched model uses use_reentrant=False",
+            stacklevel=2,
+        )
+
+    def _drop_input_grads(self) -> None:
+        for path in self._layout.containers:
+            module = self._model.get_submodule(path)
+            # transformers 5.0 keeps one hook, later ones a list; wrappers forward both names, so
+            # the module's own __dict__ is what counts
+            own = module.__dict__
+            if own.get("_require_grads_hooks") or own.get("_require_grads_hook"):
+                module.disable_input_require_grads()
+                _drop_forgotten_hooks(module)
+                self._input_grads.append(module)
+
+
 def _is_reentrant(module: nn.Module) -> bool:
     # a functools.partial of torch's checkpoint, put there by transformers
     function = module.__dict__.get("_gradient_checkpointing_func")
     return bool(getattr(function, "keywords", {}).get("use_reentrant"))
 
 
-def make_nonreentrant(model: nn.Module, layout: Layout) -> list[tuple[nn.Module, Any, Any]]:
-    """Put the non-reentrant variant in the place of the reentrant one, in every module.
-
-    Looks at the blocks only, which is cheap enough for every forward, unless it finds something.
-
-    Returns:
-        The modules it changed, each with the function that it had and the one that it has now.
-    """
-    if not any(_is_reentrant(model.get_submodule(path)) for path in layout.block_paths):
-        return []
-    changed = []
-    for module in filter(_is_reentrant, model.modules()):
-        function = module._gradient_checkpointing_func
-        replacement = functools.partial(
-            function.func, *function.args, **{**function.keywords, "use_reentrant": False}
-        )
-        module._gradient_checkpointing_func = replacement
-        changed.append((module, function, replacement))
-    warnings.warn(
-        "gradient checkpointing with use_reentrant=True trains nothing above a frozen prefix: the "
-        "patched model uses use_reentrant=False",
-        stacklevel=2,
-    )
-    return changed
-
-
-def drop_input_grads(model: nn.Module, layout: Layout) -> list[nn.Module]:
-    """Undo `enable_input_require_grads()` on the model and the models inside it.
-
-    Returns:
-        The modules on which it was in force.
-    """
-    found = []
-    for path in layout.containers:
-        module = model.get_submodule(path)
-        # transformers 5.0 keeps one hook, later ones a list; wrappers forward both names, so the
-        # module's own __dict__ is what counts
-        own = module.__dict__
-        if own.get("_require_grads_hooks") or own.get("_require_grads_hook"):
-            module.disable_input_require_grads()
-            _drop_forgotten_hooks(module)
-            found.append(module)
-    return found
-
-
 def _drop_forgotten_hooks(module: nn.Module) -> None:
-    """Switched on twice, as TRL does with adapters, the first hooks are in nobody's list."""
+    """Take away the first hooks where it was switched on twice, as TRL does with adapters: no list
+    holds them.
+    """
     for part in module.modules():
         for key, hook in list(part._forward_hooks.items()):
             if getattr(hook, "__name__", None) == "make_inputs_require_grads":

@@ -1,18 +1,7 @@
 """Gradient norms per block, for schedules that decide by them.
 
-They are taken inside backward, by a hook on every active parameter of a block: when
-`handle.advance()` is called gradients may be zeroed, or gone (an optimizer that updates inside
-backward frees them block by block). Under accumulation the last micro-batch of a window counts:
-only then is a gradient whole. A block costs one foreach norm in a step that the schedule observes,
-one Python call per tensor in others, and nothing under other schedules. Sums stay on the device;
-the host waits for them at a decision, and where a state dict is made in the steps that count (the
-Trainer's callback makes one after every step).
-
-Ranks: `DistributedDataParallel` reduces gradients after the hooks of their tensors, some of them at
-the end of backward, so norms are then taken after that. At a decision the sums of squares are
-added over all ranks and the first one's result is sent to the others, so that every rank decides by
-the same bits. A norm is that of the whole gradient, whether ranks hold it or shards of it, so that
-a run may go on with another number of ranks.
+They are taken inside backward, by a hook on every active parameter of a block; README.md says why,
+and how ranks come to the same bits.
 """
 
 from __future__ import annotations
@@ -40,8 +29,7 @@ class GradientNorms:
     """Watches the blocks of one model for one schedule.
 
     Args:
-        model: the model that `layout` describes.
-        schedule: says which steps it observes.
+        schedule: says which steps it observes, and decides.
 
     Attributes:
         reduced_at_end: gradients are whole at the end of backward only, as under
@@ -52,7 +40,7 @@ class GradientNorms:
     def __init__(self, model: nn.Module, layout: Layout, schedule: ObservingSchedule) -> None:
         self._model = model
         self._layout = layout
-        self._schedule = schedule
+        self.schedule = schedule
         self._step = 0
         self._ended = False
         self._blocks: dict[int, _Block] = {}
@@ -60,17 +48,17 @@ class GradientNorms:
         self._awaits_end = False  # of the backward that is running
         self.reduced_at_end = False
         self.sharded = False
-        # (L + 1,): sums of squares over the steps of an interval, and how many steps
+        # (L + 1,): sums of squares over the steps of an interval, and how many steps; None until a
+        # gradient has come in it
         self._sums: Tensor | None = None
-        self._seen = False  # whether any gradient came in this interval
 
-    def install(self) -> None:
-        """Hooks on the parameters that are active now, none on others.
+    def install_norm_hooks(self) -> None:
+        """Hook the parameters that are active now, and no others.
 
         Called before optimizers hear of a change of plan, so that a hook here runs before one that
         frees the gradient.
         """
-        self.remove()
+        self.remove_norm_hooks()
         self._blocks = {}
         for i, path in enumerate(self._layout.block_paths):
             active = [p for p in self._model.get_submodule(path).parameters() if p.requires_grad]
@@ -81,22 +69,22 @@ class GradientNorms:
                 hook = self._hook(i, block)
                 self._handles.append(p.register_post_accumulate_grad_hook(hook))
 
-    def remove(self) -> None:
+    def remove_norm_hooks(self) -> None:
         for handle in self._handles:
             handle.remove()
         self._handles.clear()
         self._awaits_end = False
 
-    def begin(self, step: int) -> None:
+    def begin_step(self, step: int) -> None:
         """The next backward passes belong to `step`; what was measured of another is dropped."""
         if step not in (self._step, self._step + 1):
-            self._sums, self._seen = None, False
+            self._sums = None
         self._step, self._ended = step, False
         for block in self._blocks.values():
             block.square = None
             block.ready.clear()
 
-    def end(self) -> None:
+    def end_step(self) -> None:
         """The step is made: its norms count, and the schedule decides if it is time to.
 
         Calling it again does nothing. A step with a NaN or an infinity is left out; where nothing
@@ -105,23 +93,22 @@ class GradientNorms:
         Raises:
             RuntimeError: the interval is over, and no backward ran in the steps that count.
         """
-        if self._ended or not self._schedule.observes(self._step):
+        if self._ended or not self.schedule.observes(self._step):
             return
         self._ended = True
         squares = {i: b.square for i, b in self._blocks.items() if b.square is not None}
         if squares:
-            self._seen = True
             self._add(squares)
-        if self._schedule.decides(self._step):
-            if not self._seen:
+        if self.schedule.decides(self._step):
+            if self._sums is None:
                 raise RuntimeError(
-                    f"{self._schedule!r}: no gradient of any block was seen in the steps up to "
+                    f"{self.schedule!r}: no gradient of any block was seen in the steps up to "
                     f"{self._step}; it needs a backward through the patched model in each"
                 )
             norms = self._norms()
-            self._sums, self._seen = None, False
+            self._sums = None
             if norms is not None:
-                self._schedule.observe(self._step, norms, self._layout.num_blocks)
+                self.schedule.observe(self._step, norms, self._layout.num_blocks)
 
     def state_dict(self) -> dict[str, Any]:
         """The sums of an interval that is not over; reading them waits for the device."""
@@ -129,18 +116,17 @@ class GradientNorms:
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         sums = state["sums"]
-        self._seen = sums is not None
         if sums is not None:
             sums = torch.tensor(sums, dtype=torch.float32, device="cpu")
         self._sums = sums
 
     def _hook(self, index: int, block: _Block):
         def gradient_is_there(p: Tensor) -> None:
-            if not self._schedule.observes(self._step):
+            if not self.schedule.observes(self._step):
                 return
             if p.grad is None:
                 raise RuntimeError(
-                    f"{self._schedule!r}: an optimizer has freed a gradient of block {index} "
+                    f"{self.schedule!r}: an optimizer has freed a gradient of block {index} "
                     "before its norm was taken: build it after patch_model"
                 )
             if not self._awaits_end:

@@ -1,20 +1,14 @@
-"""Proves that freezing from the bottom cuts nothing off that still trains.
+"""Proves that freezing from the bottom cuts off nothing that still trains.
 
-Frozen units run under `no_grad`. That is right if nothing in a unit is computed from a parameter
-that trains longer than the unit does: a decoder block frozen before the encoder would cut the
-encoder's gradient off, and so would an input norm that was taken for head, without any error. One
-training forward shows it: here every unit's inputs are followed through the autograd graph down
-to the leaves that they were computed from, and so is what the model returns.
-
-The graph also says where the bare parameters of wrappers and other containers belong (a logit
-scale, loss weights, a mask token), which no order of registration tells: with the first unit that
-is computed from them, and with the head if none is.
+One training forward shows it: the inputs of every unit are followed through the autograd graph down
+to the parameters that they are computed from. README.md says what could be cut off otherwise.
 """
 
 from __future__ import annotations
 
 import re
 from collections.abc import Collection, Iterable, Iterator
+from functools import partial
 from typing import Any
 
 import torch
@@ -23,9 +17,9 @@ from torch import nn
 
 from ..model.call_stack import called_from
 from ..model.cures import cure_for
-from ..model.families import UnsupportedModelError
-from ..model.forward_hooks import Before, ForwardHooks, tensors_in
-from ..model.layout import EMBEDDINGS, Layout, ParameterSlot, parameter_slots, register_call
+from ..model.families import UnsupportedModelError, register_call
+from ..model.forward_hooks import ForwardHooks, tensors_in
+from ..model.layout import EMBEDDINGS, Layout, ParameterSlot, parameter_slots
 from ..sharding import is_sharded
 
 
@@ -33,7 +27,6 @@ class GradientPaths:
     """Watches the modules of one model during one forward.
 
     Args:
-        model: the model that `layout` describes.
         layout: its cut into units; units of bare parameters are written into `layout.found`.
         no_grad: units that run without autograd.
         freezes: units that are frozen now or will be.
@@ -76,7 +69,8 @@ class GradientPaths:
             for path in layout.module_paths(unit):
                 module = model.get_submodule(path)
                 if compiled or module._compiled_call_impl is None:
-                    self._hooks.append(ForwardHooks(module, self._hook(unit, path)))
+                    check = partial(self._before_module, unit, path)
+                    self._hooks.append(ForwardHooks(module, check))
                 else:
                     self._blind = True
 
@@ -119,23 +113,22 @@ class GradientPaths:
                     f"{register_call(self._model, 'head', pattern)} before patching"
                 )
 
-    def _hook(self, unit: int, path: str) -> Before:
-        def check(module: nn.Module, args: Any, kwargs: Any) -> None:
-            self._ran.append(path)
-            tensors = [t for t in tensors_in((args, kwargs)) if t.requires_grad]
-            if not torch.is_grad_enabled():
-                trains = unit not in self._no_grad and path in self._layout.block_paths
-                # a model may run a part of itself under no_grad by its own will
-                if trains and not tensors and called_from(torch.utils.checkpoint.__file__):
-                    raise RuntimeError(
-                        f"{path} trains but runs without autograd above a frozen prefix, as "
-                        "reentrant checkpointing makes it: pass use_reentrant=False"
-                    )
-                return
+    def _before_module(
+        self, unit: int, path: str, module: nn.Module, args: Any, kwargs: Any
+    ) -> None:
+        self._ran.append(path)
+        tensors = [t for t in tensors_in((args, kwargs)) if t.requires_grad]
+        if torch.is_grad_enabled():
             for leaf in _leaves(tensors, self._checked, unit):
                 self._check(leaf, unit, path)
-
-        return check
+            return
+        trains = unit not in self._no_grad and path in self._layout.block_paths
+        # a model may run a part of itself under no_grad by its own will
+        if trains and not tensors and called_from(torch.utils.checkpoint.__file__):
+            raise RuntimeError(
+                f"{path} trains but runs without autograd above a frozen prefix, as "
+                "reentrant checkpointing makes it: pass use_reentrant=False"
+            )
 
     def _check(self, leaf: torch.Tensor, unit: int, path: str) -> None:
         """`path`, a module of `unit`, is computed from `leaf`, a parameter or another tensor."""

@@ -13,16 +13,13 @@ from torch.optim import Optimizer
 
 from ..model.call_stack import called_from
 from ..model.layout import Layout
-from ..schedules import ObservingSchedule, Schedule
+from ..schedules import Schedule, decides_by_gradients, stage_count
 
 
 class MissedSteps:
     """Compares what a handle is told with what happens to the weights of its model.
 
     Each warning is given once.
-
-    Args:
-        model: the model that `layout` describes.
     """
 
     def __init__(self, model: nn.Module, layout: Layout, schedule: Schedule) -> None:
@@ -34,12 +31,10 @@ class MissedSteps:
         self._updates = 0  # how often that has changed at this step
         self._warned_of_none = self._warned_of_end = False
         total = schedule.total_steps
-        observing = isinstance(schedule, ObservingSchedule)
         if (
             total
-            and not observing
+            and stage_count(schedule, total) == schedule.stage(0) + 1
             and self._comes_to_more()
-            and schedule.stage(total - 1) == schedule.stage(0)
         ):
             warnings.warn(
                 f"{schedule!r} changes nothing within the {total} steps of the run: its first plan "
@@ -88,7 +83,7 @@ class MissedSteps:
 
     def _comes_to_more(self) -> bool:
         """Whether a later step belongs to another stage."""
-        if not isinstance(self._schedule, ObservingSchedule):
+        if not decides_by_gradients(self._schedule):
             with suppress(Exception):  # a schedule of the user's own may know no such step
                 return self._schedule.stage(10**9) != self._schedule.stage(0)
         return True

@@ -233,8 +233,6 @@ class ProgtuningCallback(TrainerCallback):
         **kwargs: Any,
     ) -> None:
         args, model = _of_the_trainer(args, model, kwargs)
-        if self.handle is not None and handle_of(model) is self.handle:
-            self.handle.accept_weights()  # the best model may have been loaded
         self._clean_up(args, model)
 
     def _run_first(self) -> None:

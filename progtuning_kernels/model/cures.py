@@ -12,8 +12,8 @@ from itertools import groupby
 
 from torch import nn
 
-from .families import FAMILIES, Family, UnsupportedModelError, joined
-from .layout import Layout, ParameterSlot, find_layout, kind_of, parameter_slots, register_call
+from .families import FAMILIES, Family, UnsupportedModelError, joined, kind_of, register_call
+from .layout import Layout, ParameterSlot, find_layout, parameter_slots
 
 
 def cure_for(

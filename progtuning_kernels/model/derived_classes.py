@@ -32,7 +32,7 @@ def root_of(cls: type) -> type:
 
 
 def without_derived_ancestors(cls: type) -> type:
-    """What `cls` would be had its bases been the original ones when somebody else made it.
+    """What `cls` would be, had it been made from the original classes.
 
     FSDP2 makes a class of its own out of the class that a module has at that moment. Where that is
     one of ours, its changes would stay in for good, below whatever is derived later.
@@ -67,14 +67,14 @@ class _Deaf(nn.Module):
 def _unnoticed(
     metaclass: type, name: str, bases: tuple[type, ...], namespace: dict[str, Any]
 ) -> type:
-    """A class whose bases and metaclass run no code of their own: it is in nobody's registry.
+    """A class whose bases and metaclass run no code when it is made: no registry gets it.
 
     They may register, refuse a second class of one name, or want arguments unknown here.
     """
     # of the metaclasses, `ABCMeta` alone keeps something in a class that its instances need
     new = ABCMeta.__new__ if issubclass(metaclass, ABCMeta) else type.__new__
     made = new(metaclass, name, (_Deaf, *bases), namespace)
-    type.__setattr__(made, "__bases__", bases)  # which calls nobody
+    type.__setattr__(made, "__bases__", bases)  # which calls no code of theirs
     return made
 
 
@@ -96,7 +96,7 @@ def derive(base: type, key: Hashable, members: Mapping[str, Any]) -> type:
         return (_new_instance, (root_of(base),), *state)
 
     def init(self: Any, *args: Any, **kwargs: Any) -> None:
-        # whoever finds this class among `__subclasses__()` and calls it wants the original
+        # code that finds this class among `__subclasses__()` and calls it wants the original
         self.__class__ = root_of(base)
         self.__init__(*args, **kwargs)
 

@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from typing import Any
+
+from torch import nn
+
+EMBEDDINGS = -1  # unit number of the embeddings; blocks are 0..L-1, the head is L
 
 
 class UnsupportedModelError(ValueError):
@@ -73,11 +77,9 @@ FAMILIES: dict[str, Family] = {
     "jina_embeddings_v3": Family(after=r"(^|\.)pooler\."),
     # Relative positions that every block uses.
     "deberta": Family(shared=r"encoder\.rel_embeddings\."),
-    "deberta-v2": Family(
-        shared=r"encoder\.(rel_embeddings|LayerNorm)\.", first_block=r"encoder\.conv\."
-    ),
-    "sew-d": Family(
-        shared=r"encoder\.(rel_embeddings|LayerNorm)\.", first_block=r"encoder\.conv\."
+    **dict.fromkeys(
+        ("deberta-v2", "sew-d"),
+        Family(shared=r"encoder\.(rel_embeddings|LayerNorm)\.", first_block=r"encoder\.conv\."),
     ),
     "yolos": Family(shared=r"encoder\.(interpolation|mid_position_embeddings)"),
     "cpmant": Family(
@@ -163,3 +165,53 @@ def joined(family: Family, rules: Mapping[str, Any]) -> Family:
         except (re.error, TypeError) as error:
             raise ValueError(f"{name}={rule!r} is no regular expression: {error}") from None
     return replace(family, **new)
+
+
+def ruled_unit(name: str, families: Sequence[Family], head: int) -> int | None:
+    """Unit that a family's rules give to a parameter name or to a path that ends in a dot.
+
+    The rule that names it to its end goes first, then those that so name a module around it.
+    """
+    parts = name.removesuffix(".").split(".")
+    around = [".".join(parts[:i]) + "." for i in range(len(parts) - 1, 0, -1)]
+    exact = (matched_unit(path, families, head, end=r"\Z") for path in (name, *around))
+    found = next((unit for unit in exact if unit is not None), None)
+    return matched_unit(name, families, head) if found is None else found
+
+
+def matched_unit(name: str, families: Sequence[Family], head: int, end: str = "") -> int | None:
+    for family in families:
+        for pattern, unit in (
+            (family.head, head),
+            (family.embeddings, EMBEDDINGS),
+            (family.first_block, 0),
+        ):
+            if pattern and re.search(f"(?:{pattern}){end}", name):
+                return unit
+    return None
+
+
+def is_shared(name: str, families: Sequence[Family]) -> bool:
+    return any(f.shared and re.search(f.shared, name) for f in families)
+
+
+def kinds_of(model: nn.Module) -> list[str]:
+    """What the rules of a family may be registered for: classes and types of its modules."""
+    kinds: dict[str, None] = {}
+    for module in model.modules():
+        kinds |= dict.fromkeys(cls.__name__ for cls in type(module).__mro__)
+        model_type = getattr(module.__dict__.get("config"), "model_type", None)
+        if isinstance(model_type, str):
+            kinds[model_type] = None
+    return list(kinds)
+
+
+def kind_of(model: nn.Module) -> str:
+    """What a rule for this very model is registered for."""
+    own = getattr(getattr(model, "config", None), "model_type", None)
+    return own if own in kinds_of(model) else type(model).__name__
+
+
+def register_call(model: nn.Module, rule: str, pattern: str) -> str:
+    """The call that gives this model a rule, as a user types it."""
+    return f"register_family({kind_of(model)!r}, {rule}=r'{pattern}')"

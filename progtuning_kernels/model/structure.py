@@ -13,13 +13,14 @@ from torch import nn
 
 from .layout import Layout
 
+_CURE = (
+    "when the model was patched: call handle.unpatch() and then "
+    "patch_model(model, schedule, step=handle.step)"
+)
+
 
 class Structure:
-    """What hangs where in one model, as it was when this was made or `note` was called last.
-
-    Args:
-        model: the model that `layout` describes.
-    """
+    """What hangs where in one model, as it was when this was made or `note` was called last."""
 
     def __init__(self, model: nn.Module, layout: Layout) -> None:
         self._model = model
@@ -45,14 +46,14 @@ class Structure:
         for path, before in self._blocks.items():
             blocks = _module_at(self._model, path)
             if blocks is None or [*blocks._modules.values()] != before:
-                raise RuntimeError(_message(f"{path} holds other blocks than it did"))
+                raise RuntimeError(f"{path} holds other blocks than it did {_CURE}")
 
     def check(self) -> None:
         """Raise `RuntimeError` if the layout does not describe the model any more."""
         self.check_blocks()
         for path in (*self._layout.outside, *filter(None, self._layout.containers)):
             if _module_at(self._model, path) is None:
-                raise RuntimeError(_message(f"{path} is gone, which was there"))
+                raise RuntimeError(f"{path} is gone, which was there {_CURE}")
 
 
 def _names(parameters: Mapping[str, nn.Parameter | None]) -> list[str]:
@@ -64,10 +65,3 @@ def _module_at(model: nn.Module, path: str) -> nn.Module | None:
         if (model := model._modules.get(name)) is None:
             return None
     return model
-
-
-def _message(change: str) -> str:
-    return (
-        f"{change} when the model was patched: call handle.unpatch() and then "
-        "patch_model(model, schedule, step=handle.step)"
-    )

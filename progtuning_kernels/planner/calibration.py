@@ -17,13 +17,13 @@ from torch.utils import _pytree as pytree
 
 from ..freezing.active_set import TiedPolicy
 from ..freezing.boundary import FrozenMode
+from ..freezing.freezer import Freezer, StageState
 from ..model.layout import EMBEDDINGS, Layout, find_layout
 from ..optim import MaskedAdamW
 from ..schedules import FreezePlan
 from .example_batch import on_device
 from .meta_step import loss_of, meta_copy
-from .stage_flags import StageFlags, StageState
-from .stage_meter import Options, state_dtype_of
+from .stage_meter import Options, freeze_quietly, state_dtype_of
 
 _MIN_ROUNDS = 3  # after one that warms up
 
@@ -199,7 +199,7 @@ def measure_units(
     blocks = find_layout(small, [layout.stacks[0].path])
     vocabulary = getattr(getattr(model, "config", None), "vocab_size", None)
     batch = on_device(inputs, device, vocabulary)
-    flags = StageFlags(small, blocks, tied, frozen_mode)
+    freezer = Freezer(small, blocks, tied=tied, frozen_mode=frozen_mode)
     optimizer = MaskedAdamW(
         small.parameters(),
         lr=1e-6,
@@ -210,14 +210,14 @@ def measure_units(
     plans = {"full": full, "lowest": upper}
     if between:
         plans["between"] = replace(upper, embeddings=True)
-    clock, params = _Sections(device), flags.put(full).trainable_params
+    clock, params = _Sections(device), freeze_quietly(freezer, full).trainable_params
     began = time.perf_counter()
     try:
         with torch.enable_grad():
             rounds = 0
             while rounds <= _MIN_ROUNDS or time.perf_counter() - began < seconds:
                 for name, plan in plans.items():
-                    flags.put(plan)
+                    freeze_quietly(freezer, plan)
                     _timed_step(small, blocks, batch, optimizer, clock, name)
                 if not rounds:
                     clock.seconds.clear()

@@ -18,13 +18,13 @@ from ..backend import one_line
 from ..cache import PrefixCache
 from ..freezing.active_set import TiedPolicy
 from ..freezing.boundary import FrozenMode
+from ..freezing.freezer import Freezer
 from ..model.derived_classes import derived_classes
 from ..model.layout import find_layout
 from ..schedules import FreezePlan, ProgressiveSchedule, Schedule, decides_by_gradients
 from .calibration import CannotCalibrate, UnitCosts, measure_units
 from .example_batch import example_batch, on_meta
 from .meta_step import meta_copy
-from .stage_flags import StageFlags
 from .stage_meter import MeasuredStage, OptimizerName, Options, StageMeter
 from .training_plan import Remedy, StagePlan, TrainingPlan
 
@@ -150,13 +150,13 @@ def plan_training(
             f"{_MOST_PLANS} that a table holds: give fewer steps="
         )
     everything = FreezePlan((True,) * layout.num_blocks, embeddings=True)
-    flags = StageFlags(copied, layout, tied, frozen_mode)
+    freezer = Freezer(copied, layout, tied=tied, frozen_mode=frozen_mode)
     with _no_data(model):
         if inputs is None:
             batch = example_batch(copied, batch_size, seq_len, padding=padding, device=target)
         else:
             batch = on_meta(inputs, batch_size, batch_size)
-        meter = StageMeter(copied, layout, flags, batch, options)
+        meter = StageMeter(copied, layout, freezer, batch, options)
         by_plan = {plan: meter.measure(plan) for plan in dict.fromkeys((everything, *plans))}
     full, measured = by_plan[everything], [by_plan[plan] for plan in plans]
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -11,13 +12,13 @@ from torch import nn
 
 from ..cache import PrefixCache
 from ..cache.row_codec import row_format
-from ..freezing.truncation import measure_forward
+from ..freezing.freezer import Freezer, StageState
+from ..freezing.unit_use import measure_forward
 from ..model.layout import EMBEDDINGS, Layout, parameter_slots
 from ..optim import MaskedAdamW
-from ..optim.masked_adamw import STATE_DTYPES
+from ..optim.moments import STATE_DTYPES
 from ..schedules import FreezePlan
 from .meta_step import StepFlops, TargetKernels, count_flops, peak_live_bytes
-from .stage_flags import StageFlags, StageState
 from .training_plan import StagePlan
 
 OptimizerName = Literal["adamw", "adamw-bf16", "adamw-8bit"]
@@ -48,34 +49,48 @@ class MeasuredStage:
     figures: StagePlan
 
 
+def freeze_quietly(freezer: Freezer, plan: FreezePlan) -> StageState:
+    """Put `plan` in force on a copy of the model, without the warnings that training gives.
+
+    Raises:
+        ValueError: it leaves nothing to train.
+    """
+    freezer.active.check_plan(plan)
+    state = freezer.freeze(plan)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        freezer.truncate_checkpointing()
+    return state
+
+
 class StageMeter:
     """Puts plans on one model, and measures a step under each.
 
     Args:
-        model: a copy on the meta device that nobody else uses. flags, inputs: of that copy.
+        model: a copy on the meta device that nobody else uses. freezer, inputs: of that copy.
     """
 
     def __init__(
         self,
         model: nn.Module,
         layout: Layout,
-        flags: StageFlags,
+        freezer: Freezer,
         inputs: Mapping[str, Any],
         options: Options,
     ) -> None:
         self.model = model
         self._layout = layout
-        self._flags = flags
+        self._freezer = freezer
         self._inputs = inputs
         self._options = options
 
     def measure(self, plan: FreezePlan) -> MeasuredStage:
         """Everything about a step under `plan`."""
-        state, device = self._flags.put(plan), self._options.device
+        state, device = freeze_quietly(self._freezer, plan), self._options.device
         where = (self.model, self._layout)
         flops = count_flops(*where, self._inputs, boundary=state.boundary, device=device)
         with TargetKernels(device):
-            uses = measure_forward(*where, (), self._inputs, boundary=state.boundary)
+            uses = measure_forward(*where, (), self._inputs)
         units = dict.fromkeys(self._layout.units, 0)
         for slot in parameter_slots(*where):
             if slot.parameter.requires_grad:
@@ -124,7 +139,7 @@ class StageMeter:
 
     def state_bytes(self, plan: FreezePlan, optimizer: OptimizerName) -> int:
         """Of that optimizer's state under `plan`."""
-        self._flags.put(plan)
+        freeze_quietly(self._freezer, plan)
         active = [p for p in self.model.parameters() if p.requires_grad]
         masked = MaskedAdamW(
             active,

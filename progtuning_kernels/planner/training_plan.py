@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
+
+from ..text_table import text_table
 
 
 @dataclass(frozen=True)
@@ -136,7 +137,9 @@ class TrainingPlan:
         }
 
     def __str__(self) -> str:
-        return "\n".join([self.title, "", *_table(self._rows()), "", *self._conclusions()])
+        return "\n".join(
+            [self.title, "", *text_table(self._rows(), left=[0, 2]), "", *self._conclusions()]
+        )
 
     def _rows(self) -> list[list[str]]:
         head = ["stage", "steps", "trains", "params (M)", "GFLOP fwd", "bwd", "weights"]
@@ -183,14 +186,3 @@ def _size(count: int) -> str:
     if count >= 2**30:
         return f"{count / 2**30:,.2f} GiB"
     return f"{count / 2**20:,.1f} MiB" if count >= 2**20 else f"{count / 2**10:,.1f} KiB"
-
-
-def _table(rows: Sequence[Sequence[str]]) -> list[str]:
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    return [
-        "  ".join(
-            text.ljust(w) if c in (0, 2) else text.rjust(w)
-            for c, (text, w) in enumerate(zip(row, widths, strict=True))
-        ).rstrip()
-        for row in rows
-    ]

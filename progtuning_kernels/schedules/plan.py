@@ -74,8 +74,8 @@ class Schedule(Protocol):
 
 
 @runtime_checkable
-class ObservingSchedule(Protocol):
-    """What `patch_model` asks, beside `Schedule`, of one that decides by gradient norms."""
+class ObservingSchedule(Schedule, Protocol):
+    """What `patch_model` asks of a schedule that decides by gradient norms."""
 
     def observes(self, step: int) -> bool:
         """Whether the gradients of this step count."""

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from .. import backend
 from ..model.derived_classes import base_of, derive
 from ..model.layout import Layout
+from ..text_table import text_table
 from . import checks, cpu_dropout
 from .kinds import GELU, HEAD, CannotSwap, Swap, bypassed, language_model_head, recognise
 
@@ -31,7 +32,7 @@ _LEAST_LOGITS_BYTES = 64 * 2**20
 
 @dataclass(frozen=True)
 class KernelRow:
-    """Modules of one class that met the same fate.
+    """Modules of one class that are all swapped, or all kept for one reason.
 
     Attributes:
         kind: what they are, e.g. "RMSNorm".
@@ -82,12 +83,7 @@ class KernelReport:
             swapped = "yes" if row.swapped else "no"
             first = (row.kind, row.module_class, str(row.count), row.example)
             cells.append((*first, swapped, row.because))
-        widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
-        lines = [
-            "  ".join(cell.ljust(w) for cell, w in zip(line, widths, strict=True)).rstrip()
-            for line in cells
-        ]
-        return "\n".join(lines)
+        return "\n".join(text_table(cells, left=range(6)))
 
 
 class _Verdict(NamedTuple):
@@ -135,11 +131,11 @@ class KernelSwaps:
         self._swapped: list[nn.Module] = []
         self.report = KernelReport((), "no device was looked at")
 
-    def follow(self, device: torch.device) -> None:
+    def install_swaps(self, device: torch.device) -> None:
         """Swap for this type of device, if the last call was for another."""
         if self._device is not None and self._device.type == device.type:
             return
-        self.restore()
+        self.remove_swaps()
         self._device = device
         nothing = _reason_for_nothing(self._kernels, device)
         if nothing is not None:
@@ -149,7 +145,7 @@ class KernelSwaps:
         else:
             self.report = self._swap_all(device)
 
-    def restore(self) -> None:
+    def remove_swaps(self) -> None:
         """Every module back to its own class."""
         for module in self._swapped:
             base = base_of(type(module))

@@ -1,0 +1,143 @@
+"""What is done before and after every forward of a patched model."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import MutableMapping
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from ..model.layout import EMBEDDINGS
+from .freezer import Freezer
+from .gradient_paths import GradientPaths
+from .missed_steps import MissedSteps
+from .unit_use import UnitUse, measure_forward
+
+
+@dataclass(frozen=True)
+class ForwardInputs:
+    """The inputs of a training forward as they were before it, so that a report can repeat it."""
+
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+    autocast: AbstractContextManager[Any]  # that it ran under
+
+    @classmethod
+    def taken(
+        cls, args: tuple[Any, ...], kwargs: dict[str, Any], device_type: str
+    ) -> ForwardInputs:
+        """The inputs of the forward that begins."""
+        autocast: AbstractContextManager[Any] = nullcontext()
+        if torch.amp.is_autocast_available(device_type) and torch.is_autocast_enabled(device_type):
+            autocast = torch.autocast(device_type, dtype=torch.get_autocast_dtype(device_type))
+        args, kwargs = _with_own_containers((args, kwargs))
+        return cls(args, kwargs, autocast)
+
+    def clones(self) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        """Copies, since some models write into the tensors that they are called with."""
+        return _with_own_containers((self.args, self.kwargs), clone=True)
+
+
+class Forwards:
+    """Stands around the forwards of one patched model.
+
+    Before one that trains, changes of the model are followed; under a new plan it is proved that
+    freezing cuts nothing off. A prefix cache puts its stand-ins in last.
+
+    Attributes:
+        last: inputs of the last training forward; None before the first.
+    """
+
+    def __init__(self, freezer: Freezer, missed: MissedSteps) -> None:
+        self._freezer = freezer
+        self._missed = missed
+        self._paths: GradientPaths | None = None  # of the forward that proves
+        self.last: ForwardInputs | None = None
+
+    def before_forward(
+        self, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        """Returns the arguments to call the model with."""
+        freezer, trains = self._freezer, torch.is_grad_enabled()
+        if trains:
+            freezer.follow_changes()
+            if not freezer.sharded:  # FSDP2 writes weights at every forward
+                self._missed.before_forward(freezer.step)
+        if freezer.cache is not None:
+            kwargs = freezer.cache.before_forward(args, kwargs, proved=freezer.proved)
+            if freezer.cache.busy:
+                return args, kwargs
+        self.end_proof()  # torch calls no hook after a KeyboardInterrupt
+        if trains:
+            freezer.follow_surroundings()
+            if not freezer.proved:
+                self._paths = self._watch_paths(inputs=(args, kwargs))
+            self.last = ForwardInputs.taken(args, kwargs, freezer.active.device.type)
+        if freezer.cache is not None:
+            freezer.cache.install()
+        return args, kwargs
+
+    def after_forward(self, output: Any) -> None:
+        """Also after one that has raised, with None for its output."""
+        cache = self._freezer.cache
+        if cache is not None:
+            if cache.busy:
+                return
+            cache.after_forward(raised=output is None)
+        self.end_proof(output)
+
+    def end_proof(self, output: Any = None) -> None:
+        """The forward that `GradientPaths` watches, if any, is over; None: it has raised."""
+        paths, self._paths = self._paths, None
+        if paths is None:
+            return
+        paths.remove()
+        if output is not None:
+            if paths.finish(output):
+                self._freezer.freeze_moved()
+            self._freezer.proved = True
+
+    def count_last(self) -> dict[int, UnitUse]:
+        """Run the last training forward once more, with counters; {} before the first."""
+        freezer, last = self._freezer, self.last
+        if last is None:
+            return {}
+        paused = nullcontext() if freezer.cache is None else freezer.cache.paused()
+        with last.autocast, paused:
+            paths = self._watch_paths(compiled=True)
+            try:
+                return measure_forward(freezer.model, freezer.layout, *last.clones())
+            finally:
+                paths.remove()
+                self.last = last  # not the clones
+
+    def _watch_paths(self, **options: Any) -> GradientPaths:
+        freezer = self._freezer
+        no_grad = {*range(freezer.boundary), *({EMBEDDINGS} & freezer.frozen)}
+        return GradientPaths(
+            freezer.model,
+            freezer.layout,
+            no_grad=no_grad,
+            freezes=freezer.frozen_sometime(),
+            **options,
+        )
+
+
+def _with_own_containers(value: Any, *, clone: bool = False) -> Any:
+    """A copy that shares every tensor, unless they are cloned too: models write into the dict that
+    they are called with, and some into its tensors.
+    """
+    if isinstance(value, torch.Tensor):
+        return value.clone() if clone else value
+    if isinstance(value, tuple):
+        items = [_with_own_containers(item, clone=clone) for item in value]
+        return value._make(items) if hasattr(value, "_make") else tuple(items)
+    if isinstance(value, MutableMapping | list):
+        pairs = list(value.items() if isinstance(value, MutableMapping) else enumerate(value))
+        value = copy.copy(value)
+        for key, item in pairs:
+            value[key] = _with_own_containers(item, clone=clone)
+    return value

@@ -1,0 +1,341 @@
+"""Takes a plan and makes one model train what it says: flags, and all that hangs on them.
+
+The plan stays in force when the model changes between two forwards: PEFT switches flags when
+another adapter is chosen, and makes modules when one is added; heads and embeddings are replaced;
+weights are pruned and renamed; the model moves to another device, or into a wrapper.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterator
+from dataclasses import dataclass
+from datetime import timedelta
+from itertools import zip_longest
+
+from torch import nn
+
+from .. import freeze_events
+from ..cache import PrefixServer
+from ..distributed import Wrapper, refuse_flat_parameters, surrounding
+from ..model.adapters import adapter_configs, check_adapters, rank_allocation_end
+from ..model.derived_classes import without_derived_ancestors
+from ..model.families import UnsupportedModelError
+from ..model.layout import EMBEDDINGS, Layout
+from ..model.structure import Structure
+from ..schedules import FreezePlan, Schedule, decides_by_gradients, steps_to_check
+from ..swaps import Kernels, KernelSwaps
+from .active_set import ActiveSet, TiedPolicy
+from .boundary import Boundary, FrozenMode
+from .checkpointing import Checkpointing
+from .gradient_norms import GradientNorms
+
+
+@dataclass(frozen=True)
+class StageState:
+    """What a plan comes to.
+
+    Attributes:
+        boundary: the effective one.
+        active: units that hold an active tensor.
+        trainable_params: elements that train.
+    """
+
+    boundary: int
+    active: frozenset[int]
+    trainable_params: int
+
+
+class Freezer:
+    """Puts one plan after the other in force on one model.
+
+    Args:
+        schedule: where the plans come from, to look ahead in it; None to plan without training.
+        frozen_mode, tied, kernels: as for `patch_model`.
+
+    Attributes:
+        active: the flags.
+        swaps: the modules that run freeze-aware ops.
+        norms: gradient norms, for a schedule that decides by them.
+        cache: serves forwards without their prefix; None without one.
+        plan: the plan in force.
+        step: the optimizer step that it is in force for.
+        state: what it comes to.
+        proved: whether a forward has shown, since the flags were set, that nothing is cut off.
+        trained: whether a training forward has run.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        layout: Layout,
+        schedule: Schedule | None = None,
+        *,
+        frozen_mode: FrozenMode,
+        tied: TiedPolicy,
+        kernels: Kernels = "off",
+        step: int = 0,
+    ) -> None:
+        self.model = model
+        self.layout = layout
+        self._note_adapters()
+        self.active = ActiveSet(model, layout, tied)
+        self.swaps = KernelSwaps(model, layout, kernels)
+        self.norms: GradientNorms | None = None
+        if schedule is not None and decides_by_gradients(schedule):
+            self.norms = GradientNorms(model, layout, schedule)
+            self.norms.begin_step(step)
+        self.cache: PrefixServer | None = None
+        self.plan: FreezePlan  # there is none before the first
+        self.step = step
+        self.state = StageState(0, frozenset(layout.units), 0)
+        self.proved = self.trained = False
+        self._schedule = schedule
+        self._structure = Structure(model, layout)
+        self._boundary = Boundary(model, layout, frozen_mode)
+        self._checkpointing = Checkpointing(model, layout)
+        self._wrapper: Wrapper | None = None
+        self._device_type = ""  # that the swaps were chosen for
+
+    @property
+    def boundary(self) -> int:
+        """The effective boundary."""
+        return self.state.boundary
+
+    @property
+    def frozen(self) -> set[int]:
+        """Units that hold no active tensor."""
+        return set(self.layout.units) - self.state.active
+
+    @property
+    def sharded(self) -> bool:
+        """Whether the model is sharded by `fully_shard`."""
+        return self._wrapper is not None and self._wrapper.sharded
+
+    def enter_step(self, step: int, plan: FreezePlan) -> bool:
+        """Optimizer step `step` comes next, under `plan`; whether flags were set anew."""
+        rebuilt = self._rebuilt()
+        if rebuilt:
+            self._note_modules()
+        anew = rebuilt or plan != self.plan
+        if anew:
+            self.check_plan(step, plan)
+        if self.norms is not None:
+            self.norms.begin_step(step)
+        if anew:
+            self.freeze(plan, step)
+        else:
+            self.step = step
+            self.freeze_again()
+        return anew
+
+    def end_step(self) -> None:
+        """The step is made: its gradient norms count, where the schedule decides by them."""
+        if self.norms is not None:
+            self.norms.end_step()
+
+    def freeze(self, plan: FreezePlan, step: int = 0) -> StageState:
+        """Put `plan` in force for optimizer step `step`."""
+        self.plan, self.step = plan, step
+        if not self._device_type:
+            self._reinstall_swaps()
+        if self._wrapper is not None:
+            self._wrapper.reshard()
+        self.active.set_flags(plan)
+        self._follow_flags()
+        self.proved = False
+        return self.state
+
+    def freeze_moved(self) -> None:
+        """A forward has shown that parameters belong to other units: before its backward."""
+        if self.active.set_flags(self.plan):
+            self._follow_flags()
+        self.check_known_plans()
+
+    def freeze_again(self) -> None:
+        """Freeze what was switched on behind the plan; drop gradients of frozen parameters."""
+        if not self._follow_switches():
+            self.active.freeze_again()
+
+    def follow_changes(self) -> None:
+        """Before a training forward: take in what was done to the model since the last.
+
+        Modules and parameters that came or went are looked for before the first under a plan.
+        """
+        self._put_back_stand_ins()
+        self._structure.check_blocks()
+        if not self._follow_switches() and not self.proved and self._rebuilt():
+            self._note_modules()
+            self._freeze_anew()
+
+    def follow_surroundings(self) -> None:
+        """In a training forward: what runs it, where, and how it is checkpointed."""
+        if not self.proved:
+            refuse_flat_parameters(self.model)
+            found = surrounding(self.model)
+            if found is not None and (self._wrapper is None or not self._wrapper.holds(found)):
+                self.attach(found)
+        if self.active.device.type != self._device_type:
+            self._reinstall_swaps()
+        self.truncate_checkpointing()
+        self.trained = True
+
+    def truncate_checkpointing(self) -> None:
+        """Keep gradient checkpointing from undoing the truncation, whenever it is switched on."""
+        if EMBEDDINGS not in self.state.active:
+            self._checkpointing.keep_truncated()
+
+    def attach(self, wrapped: nn.Module, timeout: timedelta | None = None) -> None:
+        """See `PatchHandle.attach`."""
+        wrapper = Wrapper(self.model, self.layout, wrapped, timeout=timeout)
+        if wrapper.sharded and self.cache is not None:
+            raise UnsupportedModelError(
+                "a prefix cache takes blocks out of the model, which fully_shard gathers all the "
+                "same: patch without cache=, or use DistributedDataParallel"
+            )
+        self._wrapper = wrapper
+        if self.norms is not None:
+            self.norms.reduced_at_end = wrapper.ddp is not None
+            self.norms.sharded = wrapper.sharded
+        if wrapper.sharded:  # `fully_shard` has replaced parameters
+            self._reinstall_swaps()
+            if self.norms is not None:
+                self.norms.install_norm_hooks()
+        wrapper.follow(step=self.step, boundary=self.boundary)
+
+    def check_plan(self, step: int, plan: FreezePlan) -> None:
+        """Raise `ValueError` if nothing would train, or AdaLoRA would miss gradients."""
+        self.active.check_plan(plan)
+        if self._allocation_end is None or step > self._allocation_end:
+            return
+        if any(self.active.frozen_by(plan)):
+            raise ValueError(
+                f"AdaLoRA moves ranks between all adapters up to step {self._allocation_end} "
+                f"(total_step - tfinal), and step {step} freezes some: raise tfinal until that "
+                "comes first, or use LoRA"
+            )
+
+    def check_known_plans(self) -> None:
+        """Check the plans that show whether the schedule fits the model."""
+        for step, plan in self._known_plans():
+            self.check_plan(step, plan)
+
+    def check_structure(self) -> None:
+        """Raise `RuntimeError` if the layout does not describe the model any more."""
+        if self._rebuilt():
+            self._structure.check()
+
+    def frozen_sometime(self) -> set[int]:
+        """Units that are frozen now, or by a plan that is known already."""
+        if decides_by_gradients(self._schedule):
+            return set(self.layout.units)
+        plans = [plan for _, plan in self._known_plans()]
+        trains = self.active.trains
+        return self.frozen | {
+            unit for unit in self.layout.units if not all(trains(unit, plan) for plan in plans)
+        }
+
+    def restore_model(self) -> None:
+        """Put the model back as it was found, but for what the user froze in the meantime."""
+        if self.cache is not None:
+            self.cache.close()
+            self.cache = None
+        self._boundary.restore_modules()
+        self.swaps.remove_swaps()
+        self.active.restore_flags()
+        self._checkpointing.restore_checkpointing()
+        if self.norms is not None:
+            self.norms.remove_norm_hooks()
+
+    def release_wrapper(self) -> None:
+        """Have what is active again reduced again, and tell optimizers of it."""
+        if self._wrapper is not None:
+            self._wrapper.release()
+            self._wrapper = None
+        freeze_events.announce()
+
+    def _follow_flags(self) -> None:
+        """Everything else that hangs on which parameters are active."""
+        active, boundary = self.active.units, 0
+        if EMBEDDINGS not in active:
+            blocks = range(self.layout.num_blocks)
+            boundary = next((i for i in blocks if i in active), self.layout.num_blocks)
+        self.state = StageState(boundary, frozenset(active), self.active.active_params)
+        self._boundary.place_modules(self.frozen, boundary)
+        if self.norms is not None:
+            self.norms.install_norm_hooks()
+        if self._wrapper is not None:
+            self._wrapper.follow(step=self.step, boundary=boundary)
+        freeze_events.announce()
+        if self.cache is not None:
+            self.cache.move(boundary)
+
+    def _reinstall_swaps(self) -> None:
+        """Swaps anew, below the boundary's classes: the model has moved, or has other modules."""
+        self._boundary.restore_modules()
+        self.swaps.remove_swaps()
+        if self.sharded:  # `fully_shard` has made classes out of those that it found
+            for module in self.model.modules():
+                cls = without_derived_ancestors(type(module))
+                if cls is not type(module):
+                    module.__class__ = cls
+        self._device_type = self.active.device.type
+        self.swaps.install_swaps(self.active.device)
+        self._boundary.place_modules(self.frozen, self.boundary)
+
+    def _follow_switches(self) -> bool:
+        """Train what was switched on since the last plan, wherever the plan in force trains it: a
+        block that had nothing to train may train now. Whether anything changed.
+        """
+        switched = self.active.take_switched(self.plan)
+        adapters = adapter_configs(self.model)
+        if any(a is not b for a, b in zip_longest(self._adapters, adapters)):
+            self._note_adapters()
+            self._note_modules()
+            self._reinstall_swaps()  # in new modules, and where adapters stand now
+        elif not switched:
+            return False
+        self._freeze_anew()
+        return True
+
+    def _freeze_anew(self) -> None:
+        self.check_plan(self.step, self.plan)
+        self.freeze(self.plan, self.step)
+
+    def _known_plans(self) -> Iterator[tuple[int, FreezePlan]]:
+        """This step's, those that show most, and all before AdaLoRA has allocated its ranks."""
+        steps = {self.step, *steps_to_check(self._schedule)}
+        if self._allocation_end is not None and (total := self._schedule.total_steps):
+            steps |= set(range(min(total, self._allocation_end + 1)))
+        for step in sorted(steps):
+            yield step, self._schedule.plan(step, self.layout.num_blocks)
+
+    def _note_adapters(self) -> None:
+        check_adapters(self.model)
+        self._adapters = adapter_configs(self.model)
+        self._allocation_end = rank_allocation_end(self.model)
+
+    def _put_back_stand_ins(self) -> None:
+        if self.cache is not None:
+            self.cache.put_back()  # a forward that was interrupted leaves them
+
+    def _rebuilt(self) -> bool:
+        """Whether modules or parameters came or went, not counting a cache's stand-ins."""
+        if not self._structure.changed:
+            return False
+        self._put_back_stand_ins()
+        return self._structure.changed
+
+    def _note_modules(self) -> None:
+        """Take in modules and parameters that came or went."""
+        self._structure.check()
+        self.layout.guess_unruled(self.model)
+        new = self.active.rescan_parameters()
+        self._structure.note()
+        if new and self.trained:
+            more = f" and {len(new) - 1} more" if len(new) > 1 else ""
+            warnings.warn(
+                f"{new[0]}{more} came into the model while it was trained: an optimizer that was "
+                "made before does not hold it, and leaves it as it is",
+                stacklevel=5,
+            )

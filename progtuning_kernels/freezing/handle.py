@@ -1,0 +1,379 @@
+"""`PatchHandle`: the schedule's grip on one patched model.
+
+`p.requires_grad` is the single source of truth for "trainable": the handle has it set, optimizers
+read it.
+"""
+
+from __future__ import annotations
+
+import warnings
+import weakref
+from collections.abc import Callable
+from datetime import timedelta
+from typing import Any
+
+import torch
+from torch import nn
+
+from ..cache import CacheReport, PrefixCache, PrefixServer
+from ..distributed import shards_of
+from ..model.layout import Layout, parameter_slots
+from ..schedules import FreezePlan, Schedule, whole_number
+from ..swaps import KernelReport, Kernels
+from .active_set import TiedPolicy
+from .boundary import FrozenMode
+from .decay_groups import decay_groups
+from .forwards import Forwards
+from .freezer import Freezer
+from .missed_steps import MissedSteps
+from .truncation import TruncationReport, report_truncation
+
+_HANDLE = "_progtuning_handle"
+live_handles: weakref.WeakSet[PatchHandle] = weakref.WeakSet()  # of models that are patched now
+
+
+def handle_of(model: nn.Module) -> PatchHandle | None:
+    """The handle of a patched model, None if it is not patched."""
+    return model.__dict__.get(_HANDLE)
+
+
+def _before_forward(
+    model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
+    """Forward pre-hook. It finds the handle through the model: a copy of the model has none."""
+    handle = handle_of(model)
+    if handle is None or torch.compiler.is_compiling():
+        return None
+    return handle.forwards.before_forward(args, kwargs)
+
+
+def _after_forward(model: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+    """Forward hook, called after an exception too: `output` is None then.
+
+    There is one, for good: torch calls such hooks while it iterates over them, and one that took
+    itself away there would hide the error of the forward behind one of its own.
+    """
+    handle = handle_of(model)
+    if handle is not None and not torch.compiler.is_compiling():
+        handle.forwards.after_forward(output)
+
+
+class PatchHandle:
+    """What `patch_model` returns: the schedule's grip on one model. Also a context manager.
+
+    Attributes:
+        model: the patched model, without the wrapper that `patch_model` was given.
+        schedule: the schedule that plans its steps.
+        layout: how the model is cut into units.
+        freezer: puts the plan in force.
+        forwards: what is done around the model's forwards.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        schedule: Schedule,
+        layout: Layout,
+        *,
+        frozen_mode: FrozenMode,
+        tied: TiedPolicy,
+        kernels: Kernels,
+        cache: PrefixCache | None,
+        step: int,
+    ) -> None:
+        self.model = model
+        self.schedule = schedule
+        self.layout = layout
+        layout.guess_unruled(model)
+        self._listeners: list[Callable[[PatchHandle], None]] = []
+        self._missed = MissedSteps(model, layout, schedule)
+        options: dict[str, Any] = {"frozen_mode": frozen_mode, "tied": tied, "kernels": kernels}
+        self.freezer = Freezer(model, layout, schedule, **options, step=step)
+        plan = schedule.plan(step, layout.num_blocks)
+        self.freezer.check_known_plans()
+        if cache is not None:
+            fixed = frozen_mode == "eval"
+            self.freezer.cache = PrefixServer(model, layout, cache, fixed=fixed)
+        self.forwards = Forwards(self.freezer, self._missed)
+        self._hooks = [
+            model.register_forward_pre_hook(_before_forward, with_kwargs=True),
+            model.register_forward_hook(_after_forward, always_call=True),
+        ]
+        model.__dict__[_HANDLE] = self
+        live_handles.add(self)
+        try:
+            self.freezer.freeze(plan, step)
+            if shards_of(model):
+                self.attach(model)
+        except BaseException:
+            self.unpatch()
+            raise
+
+    def __repr__(self) -> str:
+        return (
+            f"PatchHandle({type(self.model).__name__}, step={self.step}, "
+            f"boundary={self.boundary} of {self.num_blocks}, {self.schedule!r})"
+        )
+
+    def __reduce__(self) -> tuple:
+        # a copy of the model is an ordinary model: it carries None where the handle was
+        return (type(None), ())
+
+    def __getattr__(self, name: str) -> Any:
+        if name not in ("observe", "reassert", "accept_weights"):
+            raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")
+        warnings.warn(
+            f"PatchHandle.{name} goes with the next release: call settle() before a checkpoint",
+            DeprecationWarning,
+            stacklevel=2,
+        )
+        return self.settle
+
+    def __enter__(self) -> PatchHandle:
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self.unpatch()
+
+    @property
+    def step(self) -> int:
+        """Optimizer steps done; `plan` is the plan of the next one."""
+        return self.freezer.step
+
+    @property
+    def plan(self) -> FreezePlan:
+        """The plan in force."""
+        return self.freezer.plan
+
+    @property
+    def boundary(self) -> int:
+        """The effective boundary: lowest block that really holds an active tensor.
+
+        0 if the embeddings do, `num_blocks` if only the head does. It lies above `plan.boundary`
+        where the user had frozen more than the plan does.
+        """
+        return self.freezer.boundary
+
+    @property
+    def num_blocks(self) -> int:
+        return self.layout.num_blocks
+
+    @property
+    def stage(self) -> int:
+        """Index of the stage that the next step belongs to."""
+        return self.schedule.stage(self.step)
+
+    @property
+    def active_params(self) -> int:
+        """Number of parameters that the next step updates."""
+        return self.freezer.state.trainable_params
+
+    @property
+    def trainable_params(self) -> int:
+        """Number of parameters that were trainable when the model was patched."""
+        return self.freezer.active.trainable_params
+
+    @property
+    def cache(self) -> PrefixServer | None:
+        """Serves forwards without their prefix; None without `cache=`."""
+        return self.freezer.cache
+
+    def advance(self) -> bool:
+        """Count one optimizer step; move to its successor's plan.
+
+        Call it once per optimizer step, after `optimizer.step()`. What something else switched on
+        below the boundary in the meantime (PEFT does, on leaving `disable_adapter()`) is frozen
+        again; what was switched on where the plan trains is the user's own choice, and trains. What
+        was switched off stays off until the plan changes, and is then taken for such a choice.
+
+        Returns:
+            True when the plan changed.
+
+        Raises:
+            RuntimeError: the model is not patched any more, its blocks are others than they were,
+                or a schedule that decides by gradient norms has seen none.
+        """
+        self.freezer.end_step()
+        return self.seek(self.step + 1)
+
+    def seek(self, step: int) -> bool:
+        """Jump to the plan of optimizer step `step`, as after a resume; True when it changed."""
+        self._check_patched()
+        step = whole_number("step", step, 0)
+        self._missed.told(step)
+        plan, before = self.schedule.plan(step, self.num_blocks), self.plan
+        if self.freezer.enter_step(step, plan):
+            for listener in self._listeners:
+                listener(self)
+        return plan != before
+
+    def settle(self) -> None:
+        """Call this before a checkpoint that is written between `optimizer.step()` and `advance()`.
+
+        A schedule that decides by gradient norms gets those of the step just made; what was
+        switched on below the boundary is frozen again, and frozen parameters lose their gradients.
+        `advance` does the same. Calling it again does nothing.
+
+        Raises:
+            RuntimeError: the model is not patched any more, or a schedule that decides by gradient
+                norms has seen none.
+        """
+        self._check_patched()
+        self.freezer.end_step()
+        self.freezer.freeze_again()
+
+    def _check_patched(self) -> None:
+        if handle_of(self.model) is not self:
+            raise RuntimeError("the model is not patched any more: call patch_model again")
+
+    def attach(self, wrapped: nn.Module, *, timeout: timedelta | None = None) -> PatchHandle:
+        """Tell the handle what surrounds the model on several processes, after wrapping it.
+
+        Every change of plan then keeps it right before the first forward of the stage: DDP's
+        gradient buckets are built anew over the active tensors, FSDP2 stops gathering weights that
+        backward does not reach, and ranks compare what they train. The first training forward
+        finds a DDP or FSDP2 by itself; call this where that forward is compiled as a whole
+        (`torch.compile` around DDP), or to set the timeout. All ranks call it at the same place.
+
+        Args:
+            wrapped: the `DistributedDataParallel` around the model, the sharded model, either
+                inside `torch.compile`; the model itself where there is one process.
+            timeout: how long a rank waits for the others at a change of plan; None: as long as the
+                process group waits in a collective.
+
+        Returns:
+            The handle itself.
+
+        Raises:
+            ValueError: `wrapped` does not hold the model.
+            UnsupportedModelError: FSDP1, DeepSpeed or DataParallel; FSDP2 with a prefix cache.
+            RuntimeError: the ranks do not train the same. So do `advance()` and `seek()` later.
+        """
+        self.freezer.attach(wrapped, timeout)
+        return self
+
+    def on_change(self, listener: Callable[[PatchHandle], None]) -> None:
+        """Call `listener(handle)` after every change of plan."""
+        self._listeners.append(listener)
+
+    def param_groups(
+        self,
+        lr: float | None = None,
+        weight_decay: float | None = None,
+        *,
+        by_unit: bool = False,
+    ) -> list[dict[str, Any]]:
+        """Two groups over all parameters, frozen ones included: they never change afterwards.
+
+        `param_names` of a group tells an optimizer that updates inside backward what a block is.
+
+        Args:
+            lr: learning rate to write into the groups; None leaves it to the optimizer.
+            weight_decay: decay of the first group, which holds matrices; None leaves it to the
+                optimizer. Biases and norm weights (one dimension or none) are in the second,
+                without decay.
+            by_unit: up to two groups per unit instead, each with its number in "unit" (-1 the
+                embeddings, 0..L-1 the blocks, L the head), for rates that differ between units.
+                What several units use is in the one that it freezes with. An update of more than 8
+                groups takes more than one call.
+        """
+        slots = list(parameter_slots(self.model, self.layout))
+        names = {id(slot.parameter): slot.name for slot in slots}
+        groups = decay_groups([slot.parameter for slot in slots], weight_decay)
+        if by_unit:
+            groups = []
+            for unit in self.layout.units:
+                own = [s.parameter for s in slots if self.freezer.active.freezes_with(s) == unit]
+                groups += [{**group, "unit": unit} for group in decay_groups(own, weight_decay)]
+        for group in groups:
+            group["param_names"] = [names[id(p)] for p in group["params"]]
+            if lr is not None:
+                group["lr"] = lr
+        return groups
+
+    def truncation_report(self) -> TruncationReport:
+        """Per unit: parameters, active ones, autograd nodes and bytes saved by the last forward.
+
+        The last training forward is run once more, on the same inputs, with counters attached:
+        training itself is never slowed down by counting, and its random numbers stay as they were.
+        """
+        self.freezer.check_structure()
+        return report_truncation(self.freezer, self.forwards.count_last())
+
+    def prefetch(self, **batch: Any) -> None:
+        """Tell the prefix cache which batch comes next, where the loop knows: it starts reading.
+
+        Call it under the autocast that the model will be called under. Without a cache, or where
+        nothing of the batch is stored, it does nothing.
+
+        Args:
+            batch: the model's arguments, best still on the CPU.
+        """
+        if self.cache is not None:
+            self.cache.prefetch(batch)
+
+    def cache_report(self) -> CacheReport:
+        """What the prefix cache did in the stage at hand, and why it did not do more.
+
+        Raises:
+            RuntimeError: the model was patched without a cache.
+        """
+        if self.cache is None:
+            raise RuntimeError("there is no cache: patch_model(model, schedule, cache=...)")
+        return self.cache.report()
+
+    def kernel_report(self) -> KernelReport:
+        """Which modules run freeze-aware ops, which keep their own forward, and why."""
+        return self.freezer.swaps.report
+
+    def state_dict(self) -> dict[str, Any]:
+        """Everything a resumed run needs: the plan is a function of the step, and of the decisions
+        of a schedule that makes any. Numbers, strings, lists and dicts only.
+        """
+        state = {
+            "format": 1,
+            "step": self.step,
+            "num_blocks": self.num_blocks,
+            "schedule": repr(self.schedule),
+        }
+        if (norms := self.freezer.norms) is not None:
+            state["decisions"] = norms.schedule.state_dict()
+            state["gradient_norms"] = norms.state_dict()
+        return state
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go to the step of a saved run, whose weights have been loaded before.
+
+        Raises:
+            ValueError: the state belongs to a model or a schedule other than this one.
+        """
+        if state.get("format") != 1:
+            raise ValueError(f"not the state of a PatchHandle: format {state.get('format')!r}")
+        if state["num_blocks"] != self.num_blocks:
+            raise ValueError(
+                f"saved for a model of {state['num_blocks']} blocks, this one has {self.num_blocks}"
+            )
+        if state["schedule"] != repr(self.schedule):
+            raise ValueError(f"saved under {state['schedule']}, this run has {self.schedule!r}")
+        if (norms := self.freezer.norms) is not None:
+            norms.schedule.load_state_dict(state["decisions"])
+        self.seek(state["step"])
+        if norms is not None:
+            norms.load_state_dict(state["gradient_norms"])
+
+    def unpatch(self) -> None:
+        """Put the model back as it was found, but for what the user froze in the meantime.
+
+        Calling it again does nothing.
+        """
+        if handle_of(self.model) is not self:
+            return
+        self.freezer.restore_model()
+        for hook in self._hooks:
+            hook.remove()
+        self.forwards.end_proof()
+        self.forwards.last = None
+        self._listeners.clear()
+        del self.model.__dict__[_HANDLE]
+        live_handles.discard(self)
+        self.freezer.release_wrapper()
