@@ -18,6 +18,7 @@ from hypothesis import strategies as st
 
 from progtuning_kernels import (
     AdaptiveSchedule,
+    AnnealedSchedule,
     CyclicBlockSchedule,
     FreezePlan,
     MilestoneSchedule,
@@ -492,7 +493,7 @@ def test_every_unit_anneals_to_nothing_where_it_freezes(run, embeddings, scaled)
     schedule = ProgressiveSchedule(stages, total_steps, embeddings=embeddings)
     groups = [{"unit": unit} for unit in range(-1, num_blocks + 1)]
     factors = annealed_lr(schedule, groups, num_blocks, scaled=scaled)
-    ends = freezing_steps(schedule, num_blocks)
+    _, ends = freezing_steps(schedule, num_blocks)
     for unit, end in enumerate(ends):
         scales = [factors[unit](step) for step in range(total_steps)]
         assert scales == sorted(scales, reverse=True)
@@ -578,3 +579,15 @@ def test_toml_without_a_parser_says_what_to_write(tmp_path, monkeypatch):
     (tmp_path / "a.toml").write_text("")
     with pytest.raises(ValueError, match="TOML needs Python 3.11: write it as JSON or YAML"):
         schedule_from_file(tmp_path / "a.toml")
+
+
+def test_the_schedule_that_wrapped_another_works_for_one_release_more():
+    inner = ProgressiveSchedule(3)
+    with pytest.warns(DeprecationWarning, match="annealed_lr"):
+        schedule = AnnealedSchedule(inner, scaled=True).bind(9)
+    assert isinstance(copy.deepcopy(schedule), Schedule) and inner.total_steps == 9
+    groups = [{"unit": unit} for unit in range(-1, 5)]
+    old = schedule.lr_factors(groups, 4, lambda step: 0.5)
+    new = annealed_lr(inner, groups, 4, base=lambda step: 0.5, scaled=True)
+    assert [f(s) for f in old for s in range(9)] == [f(s) for f in new for s in range(9)]
+    assert [schedule.plan(s, 4) for s in range(9)] == [inner.plan(s, 4) for s in range(9)]

@@ -1,5 +1,7 @@
 """Progressive fine-tuning under the Hugging Face `Trainer`: one callback, nothing else changes."""
 
+# pyright: reportOptionalMemberAccess=false
+# the Trainer calls on_train_begin, which makes the handle, before the other hooks
 from __future__ import annotations
 
 import copy
@@ -152,9 +154,10 @@ class ProgtuningCallback(TrainerCallback):
             model, self.schedule, step=state.global_step, **self._patch_options
         )
         _handles.add(self.handle)
-        if trainer is not None and args.world_size > 1:
+        if trainer is not None and trainer.model_wrapped is not None and args.world_size > 1:
             self.handle.attach(trainer.model_wrapped)
-        saved = state.stateful_callbacks.get(_DECISIONS) if state.global_step else None
+        decisions: Any = state.stateful_callbacks  # a dict by now, typed as the list it was
+        saved = decisions.get(_DECISIONS) if state.global_step else None
         if decides_by_gradients(self.schedule) and saved is not None:
             self.handle.load_state_dict(saved)
         self._release(optimizer)  # a checkpoint is older than the plan of the step that follows it
@@ -198,7 +201,8 @@ class ProgtuningCallback(TrainerCallback):
     ) -> None:
         if decides_by_gradients(self.schedule):
             saved = self.handle.state_dict()
-            state.stateful_callbacks[_DECISIONS] = saved | {"step": state.global_step}
+            decisions: Any = state.stateful_callbacks
+            decisions[_DECISIONS] = saved | {"step": state.global_step}
 
     def on_log(
         self,
@@ -209,8 +213,9 @@ class ProgtuningCallback(TrainerCallback):
         **kwargs: Any,
     ) -> None:
         # SetFit gives the loss another name
-        training = logs is not None and ("loss" in logs or "learning_rate" in logs)
-        if training and self.handle is not None:
+        if logs is None or self.handle is None:
+            return
+        if "loss" in logs or "learning_rate" in logs:
             logs |= (shown := self._numbers())
             state.log_history[-1] |= shown  # the Trainer has copied the logs already
 
@@ -246,7 +251,7 @@ class ProgtuningCallback(TrainerCallback):
     def _show_stage(self, state: TrainerState) -> None:
         """In the Trainer's progress bar, and as a line for those who asked for such lines."""
         self._shown = self.handle.stage
-        count = stage_count(self.schedule, self.schedule.total_steps)
+        count = stage_count(self.schedule, self.schedule.total_steps or state.max_steps)
         text = f"stage {self._shown + 1}" + (f"/{count}" if count else "")
         for bar in _progress_bars():
             if bar not in self._bars_of_others and bar.total == state.max_steps:

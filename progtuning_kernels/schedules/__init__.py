@@ -11,6 +11,7 @@ To add a schedule: one class with `plan(step, num_blocks) -> FreezePlan`, `stage
 """
 
 from .adaptive import AdaptiveSchedule
+from .annealing import AnnealedSchedule as AnnealedSchedule
 from .annealing import annealed_lr
 from .blocks import BlockOrder, CyclicBlockSchedule, RandomBlockSchedule, UnitPolicy
 from .plan import (

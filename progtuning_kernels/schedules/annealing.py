@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -40,7 +41,7 @@ def annealed_lr(
     check_schedule(schedule, "annealed_lr")
     if not all("unit" in group for group in groups):
         raise ValueError("the groups do not say their unit: handle.param_groups(by_unit=True)")
-    ends, total = freezing_steps(schedule, num_blocks), schedule.total_steps
+    total, ends = freezing_steps(schedule, num_blocks)
 
     def factor(end: int) -> Callable[[int], float]:
         def at(step: int) -> float:
@@ -54,8 +55,8 @@ def annealed_lr(
     return [factor(ends[group["unit"] + 1]) for group in groups]  # the embeddings are unit -1
 
 
-def freezing_steps(schedule: Schedule, num_blocks: int) -> list[int]:
-    """First step without each unit (embeddings, blocks, head); the run's length where none is."""
+def freezing_steps(schedule: Schedule, num_blocks: int) -> tuple[int, list[int]]:
+    """Length of the run; first step without each unit (embeddings, blocks, head), else the length."""
     total = schedule.total_steps
     if decides_by_gradients(schedule):
         raise ValueError(
@@ -80,4 +81,38 @@ def freezing_steps(schedule: Schedule, num_blocks: int) -> list[int]:
             raise ValueError(f"{schedule!r} thaws at step {step}: nothing anneals")
         ends = [min(e, total if on else step) for e, on in zip(ends, flags, strict=True)]
         before = flags
-    return ends
+    return total, ends
+
+
+class AnnealedSchedule:
+    """Deprecated, goes with the next release: patch with `schedule`, and call `annealed_lr`."""
+
+    def __init__(self, schedule: Schedule, *, scaled: bool = False) -> None:
+        warnings.warn(
+            "AnnealedSchedule goes with the next release: patch with the schedule itself, and give "
+            "annealed_lr(schedule, optimizer.param_groups, num_blocks) to LambdaLR",
+            DeprecationWarning,
+            stacklevel=2,
+        )
+        check_schedule(schedule, "AnnealedSchedule")
+        self.schedule, self.scaled = schedule, scaled
+        self.plan, self.stage = schedule.plan, schedule.stage
+
+    def __repr__(self) -> str:
+        return f"AnnealedSchedule({self.schedule!r}, scaled={self.scaled})"
+
+    @property
+    def total_steps(self) -> int | None:
+        return self.schedule.total_steps
+
+    def bind(self, total_steps: int) -> AnnealedSchedule:
+        self.schedule.bind(total_steps)
+        return self
+
+    def lr_factors(
+        self,
+        groups: Sequence[Mapping[str, Any]],
+        num_blocks: int,
+        base: Callable[[int], float] = lambda step: 1.0,
+    ) -> list[Callable[[int], float]]:
+        return annealed_lr(self.schedule, groups, num_blocks, base=base, scaled=self.scaled)

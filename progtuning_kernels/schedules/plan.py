@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from numbers import Real
 from operator import index
-from typing import Any, Protocol, TypeGuard, get_args, runtime_checkable
+from typing import Any, Protocol, SupportsInt, TypeGuard, cast, get_args, runtime_checkable
 
 
 @dataclass(frozen=True)
@@ -136,7 +136,7 @@ def whole_number(name: str, value: Any, least: int | None = None) -> int:
             raise TypeError(f"{wanted}, got {value!r}: pass a number") from None
         if value != value // 1:
             raise ValueError(f"{wanted}, got {value!r}: pass an int") from None
-        number = int(value)
+        number = int(cast(SupportsInt, value))
     if least is not None and number < least:
         raise ValueError(f"{wanted}, got {value!r}")
     return number
