@@ -18,11 +18,12 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from progtuning_kernels.cache import disk
+from progtuning_kernels.cache import disk_rows
 from progtuning_kernels.cache.row_store import RowStore
 
 CPU = torch.device("cpu")
 WIDTH, LENGTH = 3, 6
+FILE = "rows.sqlite"
 ROWS = [(level, number) for level in (1, 2) for number in range(4)]
 
 
@@ -60,10 +61,11 @@ def rows_found(store: RowStore, versions: int = 1) -> set[tuple[int, int]]:
     """The rows that are there; each must be what was written to it once, and nothing else."""
     found = set()
     for level, number in ROWS:
-        if store.contains(level, [key(number)]) == [True]:
-            expected = [hidden_of(level, number, version) for version in range(versions)]
-            assert any(_read(store, level, number, row) for row in expected), (level, number)
+        expected = [hidden_of(level, number, version) for version in range(versions)]
+        if any(_read(store, level, number, row) for row in expected):
             found.add((level, number))
+        else:  # one that is there but not as it was written is found to be damaged
+            assert store.contains(level, [key(number)]) == [False], (level, number)
     assert sum(map(store.rows, store.levels())) == len(found)
     return found
 
@@ -78,10 +80,15 @@ def _read(store: RowStore, level: int, number: int, expected: torch.Tensor) -> b
 
 
 def rebuild(store: RowStore) -> None:
-    """What training does with rows that it does not find."""
-    for level, number in ROWS:
-        if store.contains(level, [key(number)]) == [False]:
-            assert write(store, level, number) == 1
+    """What training does with rows that it does not find.
+
+    The first write may show that the file is damaged, and be the one that is lost with it.
+    """
+    for epoch in range(2):
+        rows_found(store, versions=3)
+        for level, number in ROWS:
+            if store.contains(level, [key(number)]) == [False]:
+                assert write(store, level, number) == 1 or not epoch
 
 
 @pytest.fixture
@@ -126,7 +133,7 @@ def test_rows_are_found_again(folder):
     assert rows_found(open_store(folder)) == set(ROWS)
 
 
-@pytest.mark.parametrize("dtype", [None, torch.bfloat16, "8bit"], ids=str)
+@pytest.mark.parametrize("dtype", [None, torch.bfloat16], ids=str)
 def test_bytes_are_those_of_memory(tmp_path, dtype):
     hidden, spans = torch.randn(4, 5, 130), [(0, 5), (2, 4), (0, 1), (5, 5)]
     keys = [key(i) for i in range(4)]
@@ -142,23 +149,30 @@ def test_bytes_are_those_of_memory(tmp_path, dtype):
         assert torch.equal(read[0], reads[0]) and torch.equal(read[1], reads[1])
 
 
-@pytest.mark.parametrize("other", ["fingerprint", "dtype", "version", "magic"])
+@pytest.mark.parametrize("other", ["fingerprint", "dtype", "version"])
 def test_files_of_something_else_are_replaced(folder, other, monkeypatch):
     with monkeypatch.context() as patch:
         if other == "version":
-            patch.setattr(disk, "_VERSION", disk._VERSION + 1)
-        if other == "magic":
-            patch.setattr(disk, "_MAGIC", b"otherfmt")
+            patch.setattr(disk_rows, "_VERSION", disk_rows._VERSION + 1)
         fingerprint = "other weights" if other == "fingerprint" else "weights"
         dtype = torch.bfloat16 if other == "dtype" else None
         store = open_store(folder, fingerprint, dtype=dtype)
         assert (store.levels(), store.nbytes, store.warnings) == ((), 0, [])
-        assert (folder / "rows").stat().st_size == 0
         assert write(store, 1, 0) == 1
         store.close()
     store = open_store(folder)
     assert rows_found(store) == set()
     store.close()
+
+
+def test_folder_of_an_earlier_version_is_refused_with_a_cure(tmp_path):
+    for name in ("index", "rows", "lock"):
+        (tmp_path / name).write_bytes(b"progrows")
+    with pytest.warns(UserWarning, match="earlier version: delete the folder, or name") as caught:
+        store = open_store(tmp_path)
+    assert len(caught) == 1 and "\n" not in str(caught[0].message)
+    assert write(store, 1, 0) == 1 and store.nbytes_by_tier["disk"] == 0
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["index", "lock", "rows"]
 
 
 def test_weights_that_change_in_a_run_replace_the_file(folder):
@@ -172,54 +186,45 @@ def test_weights_that_change_in_a_run_replace_the_file(folder):
 
 
 def test_less_room_than_before_keeps_what_fits(folder):
-    store = open_store(folder, max_bytes=300)
-    assert 0 < len(rows_found(store)) < len(ROWS) and store.nbytes <= 300
-    assert (folder / "rows").stat().st_size <= 300
+    store = open_store(folder, max_bytes=200)
+    assert 0 < len(rows_found(store)) < len(ROWS) and store.nbytes <= 200
     write(store, 1, 0, 1, 2, 3)
-    assert store.nbytes <= 300
+    assert store.nbytes <= 200
     store.close()
+    assert open_store(folder).nbytes <= 200
 
 
-@pytest.mark.parametrize("name", ["index", "rows"])
-def test_file_cut_at_any_byte(folder, tmp_path, name, quiet):
-    content = (folder / name).read_bytes()
+def damage_survived(folder: Path, content: bytes) -> int:
+    """Number of rows that are found where the file is `content`, and after they are rebuilt."""
+    (folder / FILE).write_bytes(content)
+    store = open_store(folder)
+    found = len(rows_found(store, versions=2))
+    rebuild(store)
+    # one in 2,000 flips hides a part of the table from SQLite's search, for as long as it is there
+    assert len(rows_found(store, versions=2)) >= len(ROWS) - 2
+    store.close()
+    store = open_store(folder)  # may find what SQLite had no reason to read before
+    rows_found(store, versions=2)
+    store.close()
+    return found
+
+
+def test_file_cut_short(folder, quiet):
+    content = (folder / FILE).read_bytes()
+    sizes = [*range(0, 200, 7), *range(200, len(content), 997), len(content)]
+    counts = [damage_survived(folder, content[:size]) for size in sizes]
+    assert counts[0] == 0 and counts[-1] == len(ROWS)
+
+
+def test_bytes_flipped(folder, quiet):
+    """The header byte by byte, whatever is not zero, and a part of the rest."""
+    content = (folder / FILE).read_bytes()
+    places = [at for at in range(len(content)) if at < 100 or content[at] or at % 997 == 0]
     counts = []
-    for size in range(len(content)):
-        copy = shutil.copytree(folder, tmp_path / "copy", dirs_exist_ok=True)
-        (copy / name).write_bytes(content[:size])
-        store = open_store(copy)
-        counts.append(len(rows_found(store, versions=2)))
-        if size % 7 == 0:
-            rebuild(store)
-            store.close()
-            store = open_store(copy)
-            assert len(rows_found(store, versions=2)) == len(ROWS)
-        store.close()
-    assert counts[0] == 0 and len(set(counts)) > 3
-    if name == "index":
-        assert counts[-1] == len(ROWS) - 1
-    else:
-        assert counts == sorted(counts)
-
-
-@pytest.mark.parametrize("name", ["index", "rows"])
-def test_any_byte_flipped(folder, tmp_path, name, quiet):
-    content = (folder / name).read_bytes()
-    damaged = 0
-    for at in range(len(content)):
-        copy = shutil.copytree(folder, tmp_path / "copy", dirs_exist_ok=True)
+    for at in places[:100] + places[100::3]:
         flipped = content[at] ^ (1 << at % 8)
-        (copy / name).write_bytes(content[:at] + bytes([flipped]) + content[at + 1 :])
-        store = open_store(copy)
-        found = rows_found(store, versions=2)
-        damaged += found != set(ROWS)
-        if at % 7 == 0:
-            rebuild(store)
-            assert len(rows_found(store, versions=2)) == len(ROWS)
-        store.close()
-    # behind the tokens of a row, up to the next multiple of 64, there is nothing
-    used = sum(12 * tokens_of(*row) for row in ROWS)
-    assert damaged == (used if name == "rows" else len(content))
+        counts.append(damage_survived(folder, content[:at] + bytes([flipped]) + content[at + 1 :]))
+    assert min(counts) == 0 and 1 < len(set(counts))
 
 
 @settings(
@@ -233,8 +238,8 @@ def test_any_byte_flipped(folder, tmp_path, name, quiet):
     ),
     data=st.data(),
 )
-def test_index_and_rows_of_different_moments(tmp_path, quiet, steps, data):
-    """A machine that lost power: each file may be as it was at any time, in any mixture."""
+def test_file_of_any_moment_with_damage(tmp_path, quiet, steps, data):
+    """A machine that lost power: pages may be as they were at any time, in any mixture."""
     folder = Path(mkdtemp(dir=tmp_path))
     store = open_store(folder)
     moments = []
@@ -243,16 +248,18 @@ def test_index_and_rows_of_different_moments(tmp_path, quiet, steps, data):
             write(store, level, number, version=version)
         else:
             store.drop(level, [key(number)])
-        moments.append({n: (folder / n).read_bytes() for n in ("index", "rows")})
+        moments.append((folder / FILE).read_bytes())
     store.close()
-    for name in ("index", "rows"):
-        content = bytearray(data.draw(st.sampled_from(moments))[name])
-        if content and data.draw(st.booleans()):
-            del content[data.draw(st.integers(0, len(content))) :]
-        if content and data.draw(st.booleans()):
-            start = data.draw(st.integers(0, len(content) - 1))
-            content[start : start + 40] = data.draw(st.binary(min_size=1, max_size=40))
-        (folder / name).write_bytes(content)
+    content = bytearray(data.draw(st.sampled_from(moments)))
+    for page in range(0, len(content), 16384):
+        other = data.draw(st.sampled_from(moments))[page : page + 16384]
+        content[page : page + len(other)] = other
+    if data.draw(st.booleans()):
+        del content[data.draw(st.integers(0, len(content))) :]
+    if content and data.draw(st.booleans()):
+        start = data.draw(st.integers(0, len(content) - 1))
+        content[start : start + 40] = data.draw(st.binary(min_size=1, max_size=40))
+    (folder / FILE).write_bytes(content)
     for _ in range(2):
         store = open_store(folder)
         rows_found(store, versions=3)
@@ -263,12 +270,13 @@ def test_index_and_rows_of_different_moments(tmp_path, quiet, steps, data):
 
 def test_row_damaged_during_a_run_is_lost_once(folder):
     store = open_store(folder)
-    assert rows_found(store) == set(ROWS)
-    with open(folder / "rows", "r+b") as file:
-        file.seek(5)
-        file.write(b"\xff\x00\xff")
-    (victim,) = [row for row in ROWS if store._levels[row[0]][key(row[1])].address == 0]
-    level, number = victim
+    victim = level, number = ROWS[0]
+    place = store._levels[level][key(number)]
+    with store._disk._file as file:
+        file.execute(
+            "UPDATE contents SET content = zeroblob(?) WHERE number = ?",
+            (place.nbytes, place.number),
+        )
     span = (0, tokens_of(level, number))
 
     def read():
@@ -278,23 +286,22 @@ def test_row_damaged_during_a_run_is_lost_once(folder):
     with pytest.warns(UserWarning, match="damaged"), pytest.raises(KeyError):
         read()
     assert store.contains(level, [key(number)]) == [False]
+    assert rows_found(store) == set(ROWS[1:])
     assert write(store, level, number) == 1 and _read(store, *victim, hidden_of(*victim))
-    os.truncate(folder / "rows", 0)
-    with pytest.raises(KeyError):
-        read()
     assert len(store.warnings) == 1
     store.close()
 
 
-def test_row_in_the_place_of_a_checked_one_is_checked_too(tmp_path):
-    store = open_store(tmp_path)
-    write(store, 1, 0)
-    assert store.contains(1, [key(0)]) == [True]
-    store.drop(1)
-    write(store, 1, 3)
-    (tmp_path / "rows").write_bytes(bytes(64))
-    with pytest.warns(UserWarning, match="damaged"):
-        assert store.contains(1, [key(3)]) == [False]
+def test_file_damaged_during_a_run_is_replaced(folder, quiet):
+    store = open_store(folder)
+    store._disk._file.execute("PRAGMA cache_size = 0")  # else SQLite looks no more
+    (folder / FILE).write_bytes(bytes(1 << 16))
+    rebuild(store)
+    assert rows_found(store) == set(ROWS)
+    store.close()
+    store = open_store(folder)
+    rebuild(store)
+    assert rows_found(store) == set(ROWS)
     store.close()
 
 
@@ -311,45 +318,51 @@ def in_fork(work: Callable[[], None]) -> int:
         os._exit(status)
 
 
-def test_killed_at_every_system_call(tmp_path, quiet):
-    """A fork that kills itself in the middle of its n-th write, for every n until it survives."""
+def test_killed_in_a_transaction(tmp_path, quiet):
+    """A fork that kills itself at the n-th of SQLite's steps, until it survives."""
+    hidden = torch.arange(20.0)[:, None, None].expand(20, 64, 512)  # rows of 128 KB
+    spans = [(0, 64)] * 20
 
     def run(folder: Path, last: int) -> None:
         calls = 0
 
-        def halved(function):
-            def call(file, content, *offset):
-                nonlocal calls
-                calls += 1
-                if calls == last:
-                    function(file, bytes(content)[: len(content) // 2], *offset)
-                    os.kill(os.getpid(), signal.SIGKILL)
-                return function(file, content, *offset)
+        def count() -> None:
+            nonlocal calls
+            calls += 1
+            if calls == last:
+                os.kill(os.getpid(), signal.SIGKILL)
 
-            return call
-
-        disk.os.pwrite, disk.os.write = halved(os.pwrite), halved(os.write)
-        store = open_store(folder)
+        store = open_store(folder, max_bytes=1 << 24)
+        store._disk._file.execute("PRAGMA cache_size = 1")  # pages are written at once
+        store._disk._file.set_progress_handler(count, 7)
         for level in (1, 2):
-            write(store, level, 0, 1, 2, 3, version=1)
-            store.drop(level, [key(0), key(2)])
-            write(store, level, 0, 2)
+            keys = [key(i) for i in range(20)]
+            store.write(level, keys, hidden + level, spans)
+            store.drop(level, keys[:5])
+            store.write(level, keys, hidden + level, spans)
         store.close()
 
-    counts = []
-    for last in range(1, 100):
+    counts, interrupted = [], 0
+    for last in range(1, 400, 5):
         folder = tmp_path / str(last)
-        pid = in_fork(lambda folder=folder, last=last: run(folder, last))
-        status = os.waitpid(pid, 0)[1]
-        store = open_store(folder)
-        counts.append(len(rows_found(store, versions=2)))
-        rebuild(store)
-        assert rows_found(store, versions=2) == set(ROWS)
+        status = os.waitpid(in_fork(lambda f=folder, n=last: run(f, n)), 0)[1]
+        interrupted += (folder / f"{FILE}-journal").stat().st_size > 0
+        store = open_store(folder, max_bytes=1 << 24)
+        counts.append(sum(map(store.rows, store.levels())))
+        for level in (1, 2):
+            numbers = [i for i in range(20) if store.contains(level, [key(i)]) == [True]]
+            keys, shape = [key(i) for i in numbers], (len(numbers), 64, 512)
+            read = store.read(
+                level, keys, shape, spans[: len(keys)], device=CPU, dtype=torch.float32
+            )
+            assert torch.equal(read, hidden[numbers] + level)
+        assert not store.warnings
         store.close()
+        shutil.rmtree(folder)
         if not os.WIFSIGNALED(status):
             assert status == 0
             break
-    assert counts[0] == 0 and counts[-1] == len(ROWS) and len(counts) > 10
+    assert counts[0] == 0 and counts[-1] == 40 and interrupted > 3
 
 
 @pytest.mark.parametrize("wait_ms", [1, 5, 20, 50])
@@ -384,42 +397,21 @@ def test_killed_from_outside(tmp_path, wait_ms):
     os.close(start)
 
 
-@pytest.mark.parametrize("calls", range(1, 6))
-@pytest.mark.parametrize("half", [False, True])
-def test_full_disk_stops_writing_and_nothing_else(tmp_path, monkeypatch, calls, half):
+def test_full_disk_stops_writing_and_nothing_else(tmp_path):
     store = open_store(tmp_path)
     write(store, 1, 0, 1)
-    left = calls
-
-    def failing(function):
-        def call(file, content, *offset):
-            nonlocal left
-            left -= 1
-            if left == 0 and half:
-                return function(file, bytes(content)[: len(content) // 2], *offset)
-            if left <= 0:
-                raise OSError(errno.ENOSPC, "No space left on device")
-            return function(file, content, *offset)
-
-        return call
-
-    with monkeypatch.context() as patch:
-        patch.setattr(disk.os, "pwrite", failing(os.pwrite))
-        patch.setattr(disk.os, "write", failing(os.write))
-        with pytest.warns(UserWarning, match="No space left") as caught:
-            write(store, 1, 2, 3)
-            store.drop(1, [key(0)])
-            write(store, 1, 0)
-            write(store, 2, 0, 1, 2, 3)
+    (pages,) = store._disk._file.execute("PRAGMA page_count").fetchone()
+    store._disk._file.execute(f"PRAGMA max_page_count = {pages}")  # SQLITE_FULL, as a device gives
+    large, spans = torch.ones(2, 1000, 8), [(0, 1000)] * 2
+    with pytest.warns(UserWarning, match="disk is full") as caught:
+        assert store.write(3, [key(0), key(1)], large, spans) == 0
+        store.drop(1, [key(0)])
+        assert write(store, 1, 0) == write(store, 2, 0, 1, 2, 3) == 0
     assert len(caught) == len(store.warnings) == 1
-    found = rows_found(store)
-    assert (1, 1) in found and len(found) < len(ROWS)
-    assert write(store, 2, 3) == 0
+    assert rows_found(store) == {(1, 1)}
     store.close()
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        store = open_store(tmp_path)
-    assert found - {(1, 0)} <= rows_found(store)
+    store = open_store(tmp_path)
+    assert {(1, 1)} <= rows_found(store)
     rebuild(store)
     assert rows_found(store) == set(ROWS)
     store.close()
@@ -429,10 +421,11 @@ def test_largest_file_allowed(tmp_path):
     store = open_store(tmp_path)
     write(store, 1, 0, 1)
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (200, limits[1]))
+    size = (tmp_path / FILE).stat().st_size
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, limits[1]))
     try:
         with pytest.warns(UserWarning, match="no more rows are written"):
-            assert write(store, 1, 2, 3) == 0
+            assert store.write(3, [key(0)], torch.ones(1, 9000, 8), [(0, 9000)]) == 0
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
     assert rows_found(store) == {(1, 0), (1, 1)}
@@ -485,64 +478,72 @@ def test_folder_of_another_process(folder):
 
 def test_fork_leaves_the_folder_alone(folder):
     store = open_store(folder)
-    before = {name: (folder / name).read_bytes() for name in ("index", "rows")}
+    before = (folder / FILE).read_bytes()
 
     def run() -> None:
-        assert store.contains(1, [key(0)]) == [False]
-        assert write(store, 3, 0) == 0
-        store.drop(2)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
+            assert not _read(store, 1, 0, hidden_of(1, 0))
+            assert write(store, 3, 0) == 0
+            store.drop(2)
             store.bind("other weights")
         assert write(store, 3, 0) == 1  # in memory
         store.close()
 
     assert os.waitpid(in_fork(run), 0)[1] == 0
-    assert before == {name: (folder / name).read_bytes() for name in ("index", "rows")}
+    assert before == (folder / FILE).read_bytes()
     with pytest.warns(UserWarning, match="another process"):
         open_store(folder).close()
     assert rows_found(store) == set(ROWS)
     store.close()
 
 
-@pytest.mark.parametrize("reason", ["file in the way", "read-only", "read-only index"])
-def test_folder_that_cannot_be_written_to(tmp_path, monkeypatch, reason):
+@pytest.mark.parametrize("reason", ["file in the way", "read-only", "folder for a file"])
+def test_folder_that_cannot_be_written_to(tmp_path, monkeypatch, reason, quiet):
     path = tmp_path / "folder"
     if reason == "file in the way":
         path.write_text("not a folder")
         path = path / "rows"
+    elif reason == "folder for a file":
+        (path / FILE).mkdir(parents=True)
     else:
-        opened = os.open
 
-        def read_only(name, flags, *args):
-            if reason == "read-only" or "index" in str(name):
-                raise OSError(errno.EROFS, "Read-only file system")
-            return opened(name, flags, *args)
+        def read_only(*_, **__):
+            raise OSError(errno.EROFS, "Read-only file system")
 
-        monkeypatch.setattr(disk.os, "open", read_only)
-    with pytest.warns(UserWarning, match="kept in memory") as caught:
-        store = open_store(path)
-    assert len(caught) == len(store.warnings) == 1 and str(path) in store.warnings[0]
+        monkeypatch.setattr(Path, "mkdir", read_only)
+    store = open_store(path)
+    assert "kept in memory" in store.warnings[-1] and str(path) in store.warnings[-1]
+    said = len(store.warnings)
     assert write(store, 1, *range(4)) == 4 and write(store, 2, *range(4)) == 4
     assert rows_found(store) == set(ROWS) and store.nbytes_by_tier["disk"] == 0
     store.bind("other weights")
-    assert store.levels() == () and len(store.warnings) == 1
+    assert store.levels() == () and len(store.warnings) == said
 
 
 def test_folders_are_made(tmp_path):
     store = open_store(tmp_path / "a" / "b")
     assert write(store, 1, 0) == 1
-    assert sorted(p.name for p in (tmp_path / "a" / "b").iterdir()) == ["index", "lock", "rows"]
+    assert {path.name for path in (tmp_path / "a" / "b").iterdir()} == {FILE, f"{FILE}-journal"}
     store.close()
 
 
-def test_index_does_not_grow_from_run_to_run(folder):
+def test_file_does_not_grow_from_run_to_run(folder):
     sizes = []
     for _ in range(3):
         store = open_store(folder)
-        sizes.append((folder / "index").stat().st_size)
+        sizes.append((folder / FILE).stat().st_size)
         store.drop(1)
         rebuild(store)
         store.close()
-    header = disk._HEADER.size + disk._CRC.size
-    assert sizes == [header + disk.RECORD_BYTES * len(ROWS)] * 3
+    assert len(set(sizes)) == 1
+
+
+def test_a_file_gives_its_space_back_when_the_last_row_goes(tmp_path):
+    store = open_store(tmp_path)
+    store.write(1, [key(0)], torch.ones(1, 9000, 8), [(0, 9000)])
+    size = (tmp_path / FILE).stat().st_size
+    assert size > 9000 * 32
+    store.drop(1)
+    assert (tmp_path / FILE).stat().st_size < size / 4
+    store.close()

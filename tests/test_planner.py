@@ -202,7 +202,7 @@ def test_the_run_is_what_its_stages_make_of_it():
 
 def test_cached_rows_and_steps_without_prefix():
     model = tiny_model("bert-sequence")
-    for cache, token in ((True, 4 * 32), (PrefixCache(1, dtype="8bit"), 4 + 32)):
+    for cache, token in ((True, 4 * 32), (PrefixCache(1, dtype=torch.bfloat16), 2 * 32)):
         plan = _plan(model, ProgressiveSchedule(4, 8), cache=cache)
         assert [s.cache_bytes_per_sample for s in plan.stages] == [None] + 3 * [TOKENS * token]
     first, *later = plan.stages

@@ -31,8 +31,9 @@ from progtuning_kernels import (
     ProgressiveSchedule,
     UnsupportedModelError,
     patch_model,
+    random_state,
 )
-from progtuning_kernels.cache import serving
+from progtuning_kernels.cache import side_forwards, trial
 from progtuning_kernels.cache.break_even import BreakEven
 from progtuning_kernels.cache.content_keys import Call, UnknownContent
 from progtuning_kernels.integrations.hf_trainer import ProgtuningCallback
@@ -267,7 +268,8 @@ def test_left_padding_is_another_row(name, rows):
         found, expected = gradients(handle.model, batch), gradients(plain.model, batch)
         _assert_same(found, expected, exact=False)
     assert handle.cache_report().rows == {2: rows}
-    assert handle.cache_report().served_steps == 2
+    shared = rows < 2 * BATCH
+    assert handle.cache_report().served_steps == 2 + shared
 
 
 def test_only_missing_rows_of_a_mixed_batch_run_the_prefix():
@@ -282,10 +284,10 @@ def test_only_missing_rows_of_a_mixed_batch_run_the_prefix():
         _assert_same(found, gradients(plain.model, batch), exact=False)
     other = tiny_inputs("bert-sequence", seed=3)
     batch = _joined(other, _rows(several, (0,)))
-    with _rows_entering(_blocks(handle)[0]) as entered:  # cheaper for all in the forward itself
+    with _rows_entering(_blocks(handle)[0]) as entered:
         found = gradients(handle.model, batch)
-    assert entered == [BATCH + 1]
-    _assert_same(found, gradients(plain.model, batch))
+    assert entered == [BATCH]
+    _assert_same(found, gradients(plain.model, batch), exact=False)
     assert handle.cache_report().rows == {2: 2 * BATCH + BATCH}
 
 
@@ -817,14 +819,16 @@ def test_a_tensor_that_nobody_can_watch_is_refused():
 def test_random_numbers_of_the_device_are_watched(monkeypatch):
     """Another generator of the CPU plays the one of a GPU."""
     own = torch.Generator()
-    monkeypatch.setattr(
-        serving, "_random_state", lambda d: (torch.get_rng_state(), own.get_state())
-    )
-    monkeypatch.setattr(
-        serving,
-        "_set_random_state",
-        lambda state, d: (torch.set_rng_state(state[0]), own.set_state(state[1])),
-    )
+
+    def set_state(state: list[torch.Tensor], gpus: Any) -> None:
+        torch.set_rng_state(state[0])
+        own.set_state(state[1])
+
+    for module in (random_state, side_forwards, trial):
+        monkeypatch.setattr(
+            module, "torch_state", lambda gpus=(): [torch.get_rng_state(), own.get_state()]
+        )
+        monkeypatch.setattr(module, "set_torch_state", set_state)
 
     def dropout(model: _Own, x: torch.Tensor, y: Any) -> torch.Tensor:
         return x * (torch.rand(x.shape, generator=own) > 0.3) / 0.7
@@ -1021,11 +1025,13 @@ def test_a_forward_without_a_tensor_is_left_to_the_model():
 @contextmanager
 def _counted_trials(monkeypatch) -> Iterator[list[Any]]:
     trials: list[Any] = []
-    learn = serving.PrefixServer._learn
+    learn = trial.Trial.learn_path
     monkeypatch.setattr(
-        serving.PrefixServer,
-        "_learn",
-        lambda self, call, **options: trials.append(call) or learn(self, call, **options),
+        trial.Trial,
+        "learn_path",
+        lambda self, call, *args, **options: (
+            trials.append(call) or learn(self, call, *args, **options)
+        ),
     )
     yield trials
 
@@ -1221,74 +1227,20 @@ def test_a_model_compiled_whole_runs_its_prefix():
     assert "compiled" in handle.cache_report().reason
 
 
-@pytest.mark.parametrize("id_column", [None, "sample"])
-def test_a_batch_announced_is_read_ahead_under_its_own_keys(monkeypatch, id_column):
-    handle = _patch(tiny_model("bert-sequence"), cache=_cache(id_column=id_column))
-    store = handle.cache._store
-    batches = [tiny_inputs("bert-sequence", seed=seed) for seed in range(2)]
-    if id_column:
-        for i, batch in enumerate(batches):
-            batch["sample"] = torch.arange(BATCH) + BATCH * i
-    ahead, read = [], []
-    monkeypatch.setattr(store, "prefetch", lambda level, keys: ahead.append((level, keys)))
-    real = store.read
-    monkeypatch.setattr(
-        store,
-        "read",
-        lambda level, keys, *a, **k: read.append((level, keys)) or real(level, keys, *a, **k),
-    )
-    handle.prefetch(**batches[0])  # nothing is stored yet
-    assert not ahead
-    for batch in batches:
-        gradients(handle.model, dict(batch))
-    read.clear()
-    before = handle.cache_report()
-    handle.prefetch(**batches[1])
-    assert (handle.cache_report().hits, handle.cache_report().bypasses) == (
-        before.hits,
-        before.bypasses,
-    )
-    gradients(handle.model, dict(batches[1]))
-    assert ahead == read[:1] and ahead[0][0] == 2
-    handle.prefetch(inputs_embeds=torch.zeros(3, 4, 8))  # a hint that says nothing
-    _patch(tiny_model("bert-sequence")).prefetch(**batches[0])
-    assert len(ahead) == 1
+def test_a_batch_announced_is_a_hint_that_is_no_longer_taken():
+    handle = _patch(tiny_model("bert-sequence"), cache=_cache())
+    with pytest.deprecated_call(match="leave it out"):
+        handle.prefetch(**tiny_inputs("bert-sequence"))
 
 
-def test_an_id_column_replaces_the_content():
-    handle, plain = (
-        _patch(tiny_model("bert-sequence"), 2, cache=_cache(id_column="sample_id")),
-        _patch(tiny_model("bert-sequence"), 2),
-    )
-    inputs = tiny_inputs("bert-sequence")
-    expected = gradients(plain.model, inputs)
-    for ids in (torch.arange(BATCH), torch.arange(BATCH), [0, 1, 2]):
-        _assert_same(gradients(handle.model, {**inputs, "sample_id": ids}), expected)
-    report = handle.cache_report()
-    assert report.served_steps == 2 and report.rows == {2: BATCH}
-    gradients(handle.model, {**inputs, "sample_id": torch.arange(BATCH) + 7})
-    assert handle.cache_report().rows == {2: 2 * BATCH}
-    _assert_same(gradients(handle.model, inputs), expected)  # none came: by content
-    assert any("sample_id" in reason for reason in handle.cache_report().bypasses)
-    handle.truncation_report().assert_truncated()
-
-
-@pytest.mark.parametrize("by_id", [False, True])
-def test_trainer(tmp_path, by_id):
+def test_trainer(tmp_path):
     rows = []
     for seed in range(4):
         inputs = tiny_inputs("bert-sequence", seed=seed)
         rows += [{k: v[i] for k, v in inputs.items()} for i in range(BATCH)]
-    if by_id:
-        rows = [{**row, "sample_id": i} for i, row in enumerate(rows)]
 
     def run(cache: PrefixCache | None) -> tuple[dict[str, torch.Tensor], Any]:
         model = tiny_model("bert-sequence", dropout=True)
-        data = (
-            rows
-            if cache is not None or not by_id
-            else [{k: v for k, v in row.items() if k != "sample_id"} for row in rows]
-        )
         reports = []
 
         class Callback(ProgtuningCallback):
@@ -1311,17 +1263,16 @@ def test_trainer(tmp_path, by_id):
                 disable_tqdm=True,
                 use_cpu=True,
                 seed=7,
-                remove_unused_columns=not by_id,
             ),
-            train_dataset=data,
-            eval_dataset=data[:6],
+            train_dataset=rows,
+            eval_dataset=rows[:6],
             callbacks=[Callback(ProgressiveSchedule(3), cache=cache)],
         )
         trainer.train()
         assert handle_of(model) is None
         return model.state_dict(), reports
 
-    weights, (report,) = run(_cache(id_column="sample_id" if by_id else None))
+    weights, (report,) = run(_cache())
     assert report.served_steps > 4 and report.hits > 12
     expected, _ = run(None)
     for name, value in expected.items():
@@ -1358,6 +1309,19 @@ def test_resume_finds_the_rows_of_a_folder_again(tmp_path):
     with patch_model(model, schedule, cache=PrefixCache(BUDGET, **cache)) as handle:
         gradients(model, inputs[0])
         assert handle.cache_report().hits == 0
+
+
+def test_rows_of_another_data_set_make_room(tmp_path):
+    one, other = (tiny_inputs("bert-sequence", seed=seed) for seed in (1, 2))
+    rows = {}
+    for inputs in (one, other):
+        room = PrefixCache(sum(rows.values()) or BUDGET, device="disk", path=tmp_path)
+        with _patch(tiny_model("bert-sequence"), cache=room) as handle:
+            for _ in range(3):
+                gradients(handle.model, inputs)
+            report = handle.cache_report()
+            assert report.hits == 2 * BATCH and report.state == "on"
+            rows = {2: report.nbytes}
 
 
 def test_copies_pickles_and_the_unpatched_model_know_of_no_cache():
@@ -1425,13 +1389,13 @@ def test_a_small_budget_computes_the_rest():
 
 def test_it_switches_itself_off_where_reading_costs_more(times, monkeypatch):
     handle, plain = _pair("bert-sequence", 2)
-    read = handle.cache._store.read
+    read = handle.cache._rows.store.read
 
     def slow(*args: Any, **kwargs: Any) -> torch.Tensor:
         time.sleep(0.05)
         return read(*args, **kwargs)
 
-    handle.cache._store.read = slow
+    handle.cache._rows.store.read = slow
     batches = [tiny_inputs("bert-sequence", seed=seed) for seed in range(8)]
     with warnings.catch_warnings(record=True) as seen:
         warnings.simplefilter("always")
@@ -1610,6 +1574,22 @@ def test_trials_leave_no_trace_in_buffers_generators_and_inputs():
     handle.unpatch()
     for name, buffer in model.named_buffers():
         assert torch.equal(buffer, dict(untouched.named_buffers())[name]), name
+
+
+def test_rows_that_are_computed_before_a_forward_leave_no_trace_in_buffers():
+    class Counting(_Own):
+        def __init__(self):
+            super().__init__()
+            self.register_buffer("forwards", torch.zeros(()))
+
+        def forward(self, input_ids):
+            self.forwards += 1
+            return self.run(input_ids)
+
+    handle, untouched = _own_pair(Counting())
+    for seed in (0, 1, 2, 0, 1):
+        assert torch.equal(handle.model(_ids(seed)), untouched(_ids(seed)))
+    assert handle.model.forwards == 5 and handle.cache_report().served_steps == 2
 
 
 @pytest.mark.parametrize("kept", ["attribute", "hook", "integers"])

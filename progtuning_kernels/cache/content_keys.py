@@ -17,10 +17,12 @@ from typing import Any
 import numpy as np
 import torch
 
+# Flags of a forward whose output holds something of every block.
+WANTS_ALL_BLOCKS = frozenset({"output_hidden_states", "output_attentions", "output_router_logits"})
 # What a loss, a decoder or the form of the output reads, as a rule: where a trial of the model has
 # shown that nothing below the boundary reads them, two labels for one text share its row. Whatever
 # has another name is hashed.
-READ_ABOVE = frozenset(
+READ_ABOVE = WANTS_ALL_BLOCKS | frozenset(
     {
         "labels",
         "label",
@@ -34,9 +36,6 @@ READ_ABOVE = frozenset(
         "num_items_in_batch",
         "return_dict",
         "use_cache",
-        "output_hidden_states",
-        "output_attentions",
-        "output_router_logits",
         "logits_to_keep",
         "decoder_input_ids",
         "decoder_attention_mask",
@@ -59,19 +58,17 @@ class UnknownContent(ValueError):
 
 @dataclass(frozen=True)
 class Rows:
-    """The samples of one batch.
+    """The samples of one batch."""
 
-    Attributes:
-        digests: 16 bytes a row.
-        spans: (start, end) of each row's tokens in the padded batch.
-    """
-
-    digests: tuple[bytes, ...]
-    spans: tuple[tuple[int, int], ...]
+    digests: tuple[bytes, ...]  # 16 bytes each
+    spans: tuple[tuple[int, int], ...]  # (start, end) of each one's tokens in the padded batch
 
     def keys(self, token: bytes) -> list[bytes]:
         """The rows' keys (16 bytes each) under one state of the prefix's weights."""
         return [hashlib.blake2b(d, digest_size=16, key=token).digest() for d in self.digests]
+
+    def take(self, rows: Sequence[int]) -> Rows:
+        return Rows(tuple(self.digests[i] for i in rows), tuple(self.spans[i] for i in rows))
 
 
 def _bytes_by_row(tensor: torch.Tensor, rows: int) -> np.ndarray:
@@ -84,23 +81,16 @@ class Call:
     """The arguments of one forward.
 
     An argument that is a dict stands for its entries: sentence-transformers calls its model with
-    one, and writes into it.
-
-    Attributes:
-        names: parameter names of the positional arguments.
+    one, and writes into it. Properties raise `UnknownContent` where they cannot tell.
     """
 
-    names: tuple[str, ...]
+    names: tuple[str, ...]  # of the positional arguments
     args: tuple[Any, ...]
     kwargs: Mapping[str, Any]
 
     @cached_property
     def named(self) -> dict[str, Any]:
-        """Every argument that is not None, by name.
-
-        Raises:
-            UnknownContent: two have one name.
-        """
+        """Every argument that is not None, by name."""
         pairs = (*zip(self.names, self.args, strict=False), *self.kwargs.items())
         named: dict[str, Any] = {}
         for name, value in pairs:
@@ -112,7 +102,7 @@ class Call:
                 named[inner] = item
         return named
 
-    def changed(self, change: Callable[[str, Any], Any] = lambda name, value: value) -> Call:
+    def changed(self, change: Callable[[str, Any], Any]) -> Call:
         """The same call with `change(name, value)` in the place of every value.
 
         Dicts are new ones, so that a model may write into them.
@@ -138,11 +128,7 @@ class Call:
 
     @cached_property
     def size(self) -> int:
-        """B, rows of the batch.
-
-        Raises:
-            UnknownContent: no tensor has rows.
-        """
+        """B, rows of the batch."""
         for name in _INPUTS:
             if name in self.tensors:
                 return self.tensors[name].shape[0]
@@ -162,10 +148,6 @@ class Call:
 
     @cached_property
     def device(self) -> torch.device:
-        """
-        Raises:
-            UnknownContent: no argument is a tensor.
-        """
         for value in self.tensors.values():
             return value.device
         raise UnknownContent("no argument is a tensor with one row per sample")
@@ -181,11 +163,7 @@ class Call:
 
     @cached_property
     def signature(self) -> tuple[Any, ...]:
-        """What the path through the model can depend on: kinds of tensors, values of the rest.
-
-        Raises:
-            UnknownContent: an argument is neither a tensor nor a plain value.
-        """
+        """What the path through the model can depend on: kinds of tensors, values of the rest."""
         kinds: list[tuple[Any, ...]] = []
         for name, value in sorted(self.named.items()):
             if isinstance(value, torch.Tensor):
@@ -246,9 +224,6 @@ class Call:
             unpadded: leave the padding out, so that a row is the same in any batch; the place where
                 its tokens start stays in, because absolute positions depend on it.
             consumed: arguments of `READ_ABOVE` that something below the boundary does read.
-
-        Raises:
-            UnknownContent: the attention mask is not of shape (B, T).
         """
         size, tokens = self.size, self.tokens
         spans, ones = self.spans
@@ -289,15 +264,4 @@ class Call:
             if mask is not None and not plain:
                 digest.update(mask[row])
             digests.append(digest.digest())
-        return Rows(tuple(digests), tuple(spans))
-
-    def identified(self, ids: Sequence[Any], salt: bytes, *, unpadded: bool) -> Rows:
-        """As `rows`, with the user's own identifiers in the place of the content."""
-        spans, _ = self.spans
-        if not unpadded:
-            spans = [(0, self.tokens or 0)] * self.size
-        digests = [
-            hashlib.blake2b(b"%r:%d:%d;" % (i, *span) + salt, digest_size=16).digest()
-            for i, span in zip(ids, spans, strict=True)
-        ]
         return Rows(tuple(digests), tuple(spans))

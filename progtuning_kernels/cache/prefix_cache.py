@@ -4,18 +4,18 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping
-from dataclasses import dataclass, field
-from typing import Literal
+from dataclasses import KW_ONLY, dataclass, field
+from typing import Literal, get_args
 
 import torch
 
 from ..text_table import text_table
-from .row_codec import CodecError
-from .row_store import RowStore
+from .row_store import RowStore, StoreDevice, free_cpu_bytes, stored_dtype
 
-CacheDevice = Literal["auto", "cuda", "cpu", "disk"]
+_DTYPES = (None, torch.float32, torch.bfloat16, torch.float16)
 
 
+@dataclass(eq=False)
 class PrefixCache:
     """Keeps what the frozen prefix computes for a sample, so that later epochs read it instead.
 
@@ -30,39 +30,37 @@ class PrefixCache:
         max_bytes: budget over all tiers; what does not fit is computed as before.
         device: where rows are kept: "cuda", "cpu", "disk", or "auto" for the fastest that has room.
         dtype: precision of stored rows: None keeps that of the activations (losses and weights are
-            then those of a run without cache), `torch.bfloat16`, or "8bit".
+            then those of a run without cache), or `torch.bfloat16`, half the bytes, 0.2 % error.
         path: folder on disk, whose rows a later run with the same prefix weights finds again.
-        id_column: name of a model argument with one identifier per row (integers in a tensor, or
-            strings); it replaces the hash of the content and is taken out before the model sees it.
-            The Trainer lets it through with `remove_unused_columns=False` only.
 
     Raises:
-        ValueError: `max_bytes` is not positive, or what `RowStore` refuses.
+        ValueError: `max_bytes` is not positive, unknown device or dtype, "disk" without a path,
+            "cuda" without a GPU.
     """
 
-    def __init__(
-        self,
-        max_bytes: int,
-        *,
-        device: CacheDevice = "auto",
-        dtype: torch.dtype | Literal["8bit"] | None = None,
-        path: str | os.PathLike[str] | None = None,
-        id_column: str | None = None,
-    ) -> None:
+    max_bytes: int
+    _: KW_ONLY
+    device: StoreDevice = "auto"
+    dtype: torch.dtype | None = None
+    path: str | os.PathLike[str] | None = None
+    _in_use: bool = field(default=False, init=False, repr=False)
+
+    def __post_init__(self) -> None:
+        max_bytes, device = self.max_bytes, self.device
         if not isinstance(max_bytes, int) or max_bytes < 1:
             raise ValueError(f"max_bytes must be a number of bytes, 1 or more, got {max_bytes!r}")
-        self.max_bytes = max_bytes
-        self.device: CacheDevice = device
-        self.dtype = dtype
-        self.path = path
-        self.id_column = id_column
-        self._in_use = False
+        if device not in get_args(StoreDevice):
+            raise ValueError(f"device must be one of {get_args(StoreDevice)}, got {device!r}")
+        if self.dtype not in _DTYPES:
+            raise ValueError(f"dtype must be one of {_DTYPES}, got {self.dtype!r}")
+        if device == "disk" and self.path is None:
+            raise ValueError("device='disk' needs a path")
+        if device == "cuda" and not torch.cuda.is_available():
+            raise ValueError("device='cuda' needs a GPU")
 
-    def __repr__(self) -> str:
-        return (
-            f"PrefixCache({self.max_bytes}, device={self.device!r}, dtype={self.dtype}, "
-            f"path={self.path!r}, id_column={self.id_column!r})"
-        )
+    def row_bytes(self, tokens: int, width: int, dtype: torch.dtype) -> int:
+        """What a row of boundary activations of `dtype` takes."""
+        return tokens * width * stored_dtype(self.dtype, dtype).itemsize
 
     def open(self) -> RowStore:
         """The store, for one patched model at a time.
@@ -83,8 +81,7 @@ class PrefixCache:
 
 def automatic_cache() -> PrefixCache:
     """A quarter of the CPU memory that is free now."""
-    free = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    return PrefixCache(max(1, free // 4))
+    return PrefixCache(max(1, free_cpu_bytes() // 4))
 
 
 @dataclass(frozen=True)
@@ -102,7 +99,6 @@ class CacheReport:
         hits, misses: rows of training forwards that were there, and that were not.
         served_steps: forwards that ran without the prefix.
         prefix_ms, read_ms: median cost of computing and of reading one row; None before measured.
-        codec_error: what the precision that rows are stored in has changed; None where nothing.
     """
 
     state: Literal["on", "off", "bypassed"]
@@ -116,7 +112,6 @@ class CacheReport:
     served_steps: int
     prefix_ms: float | None
     read_ms: float | None
-    codec_error: CodecError | None
     bypasses: Mapping[str, int] = field(default_factory=dict)
     warnings: tuple[str, ...] = ()
 
@@ -134,7 +129,6 @@ class CacheReport:
         def ms(value: float | None) -> str:
             return "-" if value is None else f"{value:.4f}"
 
-        error = self.codec_error
         lines = [
             ("state", self.state + (f": {self.reason}" if self.reason else "")),
             ("level", str(self.level)),
@@ -145,7 +139,6 @@ class CacheReport:
             ("served forwards", f"{self.served_steps:,}"),
             ("prefix (ms/row)", ms(self.prefix_ms)),
             ("read (ms/row)", ms(self.read_ms)),
-            ("codec error (rms)", "-" if error is None else f"{error.rms:.2e}"),
             *((f"bypassed {n:,} times", reason) for reason, n in self.bypasses.items()),
             *(("warning", text) for text in self.warnings),
         ]

@@ -52,7 +52,7 @@ class PrefixWeights:
         self._inside = [vars(module) for _, modules in self._modules for module in modules]
         self._carriers = [*self._around, *self._inside]
         self._seen = [_state(modules) for _, modules in self._modules]
-        self._held = list(self._tensors(level))
+        self._held = [tensor for _, tensor in self._named(level)]
 
     def watch_place(self, place: Place) -> bool:
         """Watch a tensor that the prefix reads and some other module holds; False if it is known.
@@ -159,10 +159,6 @@ class PrefixWeights:
                 module = self._model.get_submodule(path)
                 yield from module.named_parameters(path)
                 yield from module.named_buffers(path)
-
-    def _tensors(self, level: int) -> Iterator[torch.Tensor]:
-        for _, tensor in self._named(level):
-            yield tensor
 
 
 def _held_by(carriers: list[dict[str, Any]]) -> dict[Any, torch.Tensor]:

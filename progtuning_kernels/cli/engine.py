@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
-import itertools
 import json
 import math
 import os
@@ -183,15 +182,13 @@ class Run:
 
     def _train_steps(self, progress: TrainProgress, stage_steps: list[dict[str, Any]]) -> None:
         """All steps that are left; `stage_steps` are those already done in the stage at hand."""
-        windows = self.order.windows(self.step, self.total_steps)
-        for window, following in itertools.pairwise(itertools.chain(windows, [None])):
+        for window in self.order.windows(self.step, self.total_steps):
             stage = self.schedule.stage(self.step)
             first_of_stage = len(self.records.stages) <= stage
             if first_of_stage:
                 stage_steps = []
                 self.records.stages.append(self._describe_stage(stage))
-            ahead = None if following is None else following[0]
-            record = self._train_step(window, ahead, stage, measure=first_of_stage)
+            record = self._train_step(window, stage, measure=first_of_stage)
             stage_steps.append(record)
             progress.update(stage, record, self._tokens_per_second(stage_steps))
             last_of_stage = self.step == self.total_steps or self.schedule.stage(self.step) != stage
@@ -220,23 +217,18 @@ class Run:
             counts = [len(rows) for rows in window]
         return [count / sum(counts) for count in counts]
 
-    def _train_step(
-        self, window: list[list[int]], ahead: list[int] | None, stage: int, *, measure: bool
-    ) -> dict[str, Any]:
-        """One optimizer step over a window of micro-batches; `ahead` comes after it."""
+    def _train_step(self, window: list[list[int]], stage: int, *, measure: bool) -> dict[str, Any]:
+        """One optimizer step over a window of micro-batches."""
         started = time.perf_counter()
         active = self.trained.active_params()
         loss_sum = torch.zeros((), device=self.device)
         tokens = 0
         handle = self.trained.handle
         cached = handle is not None and handle.cache is not None
-        parts = zip(window, [*window[1:], ahead], self._weights(window), strict=True)
-        for rows, following, weight in parts:
+        for rows, weight in zip(window, self._weights(window), strict=True):
             batch = self.batch([self.encoded.train[i] for i in rows])
             tokens += sum(len(self.encoded.train[i]["input_ids"]) for i in rows)
             with self.autocast():
-                if cached and following is not None:
-                    handle.prefetch(**self.collate([self.encoded.train[i] for i in following]))
                 loss = self.trained.model(**batch).loss * weight
             loss.backward()
             loss_sum += loss.detach()

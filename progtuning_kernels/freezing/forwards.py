@@ -77,7 +77,7 @@ class Forwards:
                 self._paths = self._watch_paths(inputs=(args, kwargs))
             self.last = ForwardInputs.taken(args, kwargs, freezer.active.device.type)
         if freezer.cache is not None:
-            freezer.cache.install()
+            freezer.cache.install_stand_ins()
         return args, kwargs
 
     def after_forward(self, output: Any) -> None:

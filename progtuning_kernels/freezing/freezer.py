@@ -268,7 +268,7 @@ class Freezer:
             self._wrapper.follow(step=self.step, boundary=boundary)
         freeze_events.announce()
         if self.cache is not None:
-            self.cache.move(boundary)
+            self.cache.begin_stage(boundary)
 
     def _reinstall_swaps(self) -> None:
         """Swaps anew, below the boundary's classes: the model has moved, or has other modules."""
@@ -317,7 +317,7 @@ class Freezer:
 
     def _put_back_stand_ins(self) -> None:
         if self.cache is not None:
-            self.cache.put_back()  # a forward that was interrupted leaves them
+            self.cache.remove_stand_ins()  # a forward that was interrupted leaves them
 
     def _rebuilt(self) -> bool:
         """Whether modules or parameters came or went, not counting a cache's stand-ins."""

@@ -301,14 +301,7 @@ class PatchHandle:
         return report_truncation(self.freezer, self.forwards.count_last())
 
     def prefetch(self, **batch: Any) -> None:
-        """Tell the prefix cache which batch comes next, where the loop knows: it starts reading.
-
-        Call it under the autocast that the model will be called under. Without a cache, or where
-        nothing of the batch is stored, it does nothing.
-
-        Args:
-            batch: the model's arguments, best still on the CPU.
-        """
+        """Deprecated: it does nothing, and will go."""
         if self.cache is not None:
             self.cache.prefetch(batch)
 

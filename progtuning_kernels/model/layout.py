@@ -100,7 +100,7 @@ class Layout:
     def units_of(self, name: str) -> tuple[int, ...]:
         """Units that use the parameter: all blocks of a stack for what its blocks share."""
         if is_shared(name, self.families):
-            return tuple(self._nearest_stack(name).blocks)
+            return tuple(self.nearest_stack(name).blocks)
         return (self.unit_of(name),)
 
     def unruled(self, model: nn.Module) -> dict[str, nn.Parameter]:
@@ -125,7 +125,9 @@ class Layout:
     def _unit_of_path(self) -> dict[str, int]:
         return {path: i for i, path in enumerate(self.block_paths)} | dict(self.outside)
 
-    def _nearest_stack(self, name: str) -> Stack:
+    def nearest_stack(self, name: str) -> Stack:
+        """The stack whose path has most leading parts in common with a qualified name."""
+
         def shared_parts(stack: Stack) -> int:
             pairs = zip(stack.path.split("."), name.split("."), strict=False)
             return next((i for i, (a, b) in enumerate(pairs) if a != b), len(name))

@@ -11,7 +11,6 @@ import torch
 from torch import nn
 
 from ..cache import PrefixCache
-from ..cache.row_codec import row_format
 from ..freezing.freezer import Freezer, StageState
 from ..freezing.unit_use import measure_forward
 from ..model.layout import EMBEDDINGS, Layout, parameter_slots
@@ -157,5 +156,4 @@ class StageMeter:
         if cache is None or hidden is None:
             return None
         _, tokens, width = hidden.shape  # (B, T, C)
-        stored: Any = cache.dtype
-        return tokens * row_format(stored, hidden.dtype, width).token_bytes
+        return cache.row_bytes(tokens, width, hidden.dtype)

@@ -56,7 +56,7 @@ def annealed_lr(
 
 
 def freezing_steps(schedule: Schedule, num_blocks: int) -> tuple[int, list[int]]:
-    """Length of the run; first step without each unit (embeddings, blocks, head), else the length."""
+    """The length of the run, and the first step without each unit (the length where none is)."""
     total = schedule.total_steps
     if decides_by_gradients(schedule):
         raise ValueError(

@@ -1,0 +1,141 @@
+"""Plans one forward: which rows to read, and which to compute before and store.
+
+Missing rows are computed by a forward of their own, which starts from the highest level that has
+them and ends at the boundary; then the model runs on from the activations of the whole batch.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from .break_even import BreakEven, Stopwatch
+from .content_keys import Call, Rows
+from .keyed_rows import KeyedRows
+from .side_forwards import SideForwards
+from .stand_ins import Swaps
+from .trial import Path
+
+
+@dataclass
+class ForwardPlan:
+    """One forward of a model whose path is known.
+
+    Attributes:
+        level: the boundary.
+        rows: the samples of `call`.
+        hash_ms: what it took to recognise them.
+        still_hold: asked whether rows of the whole batch that were read, (B, T, C), are still what
+            the prefix computes. Where they are not, nothing is stored any more.
+        served: some rows were there.
+        computed: a row that was not: its place, boundary activations (1, T, C) and span.
+    """
+
+    level: int
+    call: Call
+    path: Path
+    rows: Rows
+    hash_ms: float
+    side: SideForwards
+    stored: KeyedRows
+    counts: BreakEven
+    watch: Stopwatch
+    still_hold: Callable[[Tensor], bool]
+    served: bool = False
+    computed: tuple[int, Tensor, tuple[int, int]] | None = None
+
+    def read_rows(self) -> Swaps | None:
+        """Stand-ins of a forward without gradients: one level has all rows, or the prefix runs.
+
+        Nothing is counted or stored.
+        """
+        level, *others = set(self._best_levels())
+        if others or not level or (hidden := self._read(level, self.rows)) is None:
+            return None
+        if level == self.level and not self.still_hold(hidden):
+            return None
+        self.served = True
+        return self.path.levels[level].feed(hidden)
+
+    def read_and_compute_rows(self, *, proved: bool) -> Swaps | None:
+        """Stand-ins of a training forward.
+
+        Args:
+            proved: the plan's first training forward, which must run the prefix, is over.
+        """
+        best, size = self._best_levels(), self.call.size
+        missing = best.count(0)
+        self.counts.hits += size - missing
+        self.counts.misses += missing
+        whole: Tensor | None = None
+        for level in sorted(set(best)):
+            chosen = [i for i, at in enumerate(best) if at == level]
+            hidden = self._hidden(level, chosen)
+            if whole is None:
+                whole = hidden if len(chosen) == size else hidden.new_empty(size, *hidden.shape[1:])
+            if hidden is not whole:
+                whole[torch.tensor(chosen, device=whole.device)] = hidden
+        if not proved:
+            return None
+        self.served = missing < size
+        return self.path.levels[self.level].feed(whole)
+
+    def _best_levels(self) -> list[int]:
+        """For each row, the highest level that holds it; 0 where none does."""
+        best = [0] * self.call.size
+        if self.path.length(self.call) is None:  # a shape that was not seen yet
+            return best
+        for level in reversed(self.stored.known_levels()):
+            if level in self.path.levels:
+                there = self.stored.contains(level, self.rows)
+                best = [b or (level if found else 0) for b, found in zip(best, there, strict=True)]
+        return best
+
+    def _read(self, level: int, rows: Rows) -> Tensor | None:
+        """(rows, T, C); None where the store has lost one."""
+        started, count = self.watch.now(), len(rows.digests)
+        shape = (self.path.length(self.call), self.path.width)
+        hidden = self.stored.read(level, rows, shape, self.call.device, self.path.dtype)
+        if hidden is not None:
+            hash_ms = self.hash_ms * count / self.call.size
+            self.watch.stop(started, lambda ms: self.counts.add_read(ms + hash_ms, count))
+        return hidden
+
+    def _hidden(self, level: int, chosen: Sequence[int]) -> Tensor:
+        """Boundary activations (rows, T, C) of some rows, which are at `level`."""
+        path, rows, whole = self.path, self.rows.take(chosen), len(chosen) == self.call.size
+        read = self._read(level, rows) if level else None
+        if level == self.level and read is not None:
+            if not whole or self.still_hold(read):
+                return read
+            read = None
+        call = self.call if whole else self.call.take(chosen)
+        started = self.watch.now()
+        hidden = self.side.boundary_activations(
+            path.levels,
+            self.level,
+            call,
+            None if read is None else (level, read),
+            draws=path.draws,
+        )
+        if read is None:
+            self.watch.stop(started, lambda ms: self.counts.add_prefix(ms, len(chosen)))
+        else:  # first: a full store has no room for a row twice
+            self.stored.drop(level, rows)
+        if path.length(call) is None:
+            path.lengths[call.shapes(path.consumed)] = hidden.shape[1]
+            rows = Rows(rows.digests, ((0, hidden.shape[1]),) * len(chosen))
+        refused = self.stored.write(self.level, rows, hidden, hits=self.counts.hits)
+        self.counts.refused += refused
+        if self.counts.wants_reads and not refused:
+            self._read(self.level, rows)
+        if self.computed is None:
+            self.computed = chosen[0], hidden[:1].clone(), rows.spans[0]
+        # as a row that was read, so that a batch does not depend on what was stored
+        for row, (start, end) in zip(hidden, rows.spans, strict=True):
+            row[:start] = 0
+            row[end:] = 0
+        return hidden

@@ -1,0 +1,230 @@
+"""Learns from one recorded forward how a model runs from, and up to, the boundary activations.
+
+The last module below the boundary then returns these, blocks below hand their input on, and
+embeddings return something of the right shape, from which models make masks and positions.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import nn
+
+from ..model.derived_classes import root_of
+from ..model.layout import EMBEDDINGS, Layout
+from .stand_ins import Catch, Run, Structure, Swaps, UnservableError, entering
+
+
+@dataclass(frozen=True)
+class _Seen:
+    """One call of one module in a recorded forward."""
+
+    order: int
+    entered: torch.Size | None
+    structure: Structure | None
+    left: torch.Size | None
+    dtype: torch.dtype | None
+    hidden: torch.Tensor | None  # a copy: some models go on in place
+    random_state: Any  # after the call
+
+
+@dataclass
+class Recording:
+    """Calls of the modules below a level, and of the block there, in one forward.
+
+    Hooks note them: transformers installs its own for hidden states in the first forward that asks
+    for them, for good, on whatever stands in a module's place.
+
+    Attributes:
+        random_state: returns the state of every generator that a model may draw from.
+    """
+
+    random_state: Callable[[], Any]
+    calls: dict[str, list[_Seen]] = field(default_factory=dict)
+    count: int = 0
+
+    @contextmanager
+    def watching(self, model: nn.Module, layout: Layout, level: int) -> Iterator[None]:
+        paths = [p for unit in range(EMBEDDINGS, level) for p in layout.module_paths(unit)]
+        kept = {p for unit in range(level) for p in layout.module_paths(unit)}
+        if level < layout.stacks[0].length:
+            paths.append(layout.block_paths[level])
+        self.calls = {path: [] for path in paths}
+        hooks: list[Any] = []
+        try:
+            for path in paths:
+                enter, leave = self._hooks(path, path in kept)
+                module = model.get_submodule(path)
+                hooks.append(module.register_forward_pre_hook(enter, with_kwargs=True))
+                hooks.append(module.register_forward_hook(leave))
+            yield
+        finally:
+            for hook in hooks:
+                hook.remove()
+
+    def _hooks(self, path: str, keep: bool) -> tuple[Callable[..., None], Callable[..., None]]:
+        entered: list[tuple[int, torch.Size | None]] = []
+
+        def enter(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            tensor = entering(args, kwargs)
+            entered.append((self.count, None if tensor is None else tensor.shape))
+            self.count += 1
+
+        def leave(module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+            order, shape = entered.pop()
+            structure = Structure.of(output)
+            hidden = None if structure is None else structure.hidden(output)
+            left, dtype, copy = None, None, None
+            if hidden is not None:
+                left, dtype = hidden.shape, hidden.dtype
+                copy = hidden.detach().clone() if keep else None
+            seen = _Seen(order, shape, structure, left, dtype, copy, self.random_state())
+            self.calls[path].append(seen)
+
+        return enter, leave
+
+
+class Level:
+    """How one model is run from, and up to, the boundary activations of one level.
+
+    Attributes:
+        hidden: the boundary activations of the recorded forward, (B, T, C).
+        others: tensors that the block below hands on beside them, and that are None when it is left
+            out; attention weights that nobody asked for (BLOOM) are, T5's relative bias is not.
+        random_state: of all generators when they were there.
+    """
+
+    def __init__(
+        self, model: nn.Module, layout: Layout, level: int, recording: Recording, rows: int
+    ) -> None:
+        """
+        Raises:
+            UnservableError: the recorded forward shows that the prefix cannot be left out.
+        """
+        seen = recording.calls
+        for i in range(level):
+            times = len(seen[layout.block_paths[i]])
+            if times != 1:
+                raise UnservableError(f"block {i} runs {times} times in a forward")
+        stack = layout.stacks[0]
+        # a following stack may be another tower, which has run before
+        paths = layout.block_paths[: min(level + 1, stack.length)]
+        starts = [calls[0].order if (calls := seen[path]) else recording.count for path in paths]
+        if starts != sorted(starts):
+            raise UnservableError("its blocks do not run in their order")
+        starts.append(recording.count)
+        last, passing = "", {}
+        for i in range(level):
+            own = {
+                path: seen[path][0]
+                for path in layout.module_paths(i)
+                if len(seen[path]) == 1 and starts[i] <= seen[path][0].order < starts[i + 1]
+            }
+            block = seen[layout.block_paths[i]][0]
+            if block.structure is None:
+                raise UnservableError(f"block {i} returns no tensor, tuple or list")
+            same = {p: c for p, c in own.items() if c.structure and c.left == block.left}
+            last = max(same, key=lambda path: same[path].order)
+            passing.update({path: c.structure for path, c in same.items()})
+        at_last = seen[last][0]
+        self.hidden = at_last.hidden
+        if self.hidden.ndim != 3 or self.hidden.shape[0] != rows:
+            raise UnservableError(
+                f"hidden states of shape {tuple(self.hidden.shape)} are not (B, T, C)"
+            )
+        self.random_state = at_last.random_state
+        self._structure = at_last.structure
+        self.others = at_last.structure.others if level < stack.length else 0
+        del passing[last]
+        runs: dict[str, Run] = {path: _passing(structure) for path, structure in passing.items()}
+        runs[last] = self._feed
+        for path in layout.module_paths(EMBEDDINGS):
+            if layout.nearest_stack(path) is not stack:
+                continue  # those of another tower
+            calls = [call for call in seen[path] if call.order < at_last.order]
+            run = self._embeddings_run(model.get_submodule(path), calls, rows)
+            if run is not None:
+                runs[path] = run
+        self._fed: torch.Tensor | None = None
+        self._take: Callable[[torch.Tensor], None] | None = None
+        self._feeding = Swaps(model, runs)
+        self._last = model.get_submodule(last)
+        self._catching = Catch(self._last, self._receive)
+        self._taking = Swaps(model, {last: self._capture})  # compiled code keeps no hook apart
+
+    @property
+    def was_fed(self) -> bool:
+        """Whether the model has fetched what it was fed."""
+        return self._fed is None
+
+    def feed(self, hidden: torch.Tensor) -> Swaps:
+        """Swaps under which one forward takes `hidden` (B, T, C) for its boundary activations."""
+        self._fed = hidden
+        return self._feeding
+
+    def take(self, receive: Callable[[torch.Tensor], None]) -> Swaps | Catch:
+        """While this is installed, one forward hands its boundary activations to `receive`."""
+        self._take = receive
+        return self._catching if self._last._compiled_call_impl is None else self._taking
+
+    def forget(self) -> None:
+        self._fed = self._take = None
+
+    def _feed(self, original: nn.Module, args: Any, kwargs: Any) -> Any:
+        # from here on everything is itself again: a decoder may look its tokens up in the
+        # embeddings of the encoder
+        self._feeding.remove_stand_ins()
+        hidden, self._fed = self._fed, None
+        return self._structure.wrap(hidden)
+
+    def _capture(self, original: nn.Module, args: Any, kwargs: Any) -> Any:
+        self._taking.remove_stand_ins()
+        output = original(*args, **kwargs)
+        self._receive(output)
+        return output
+
+    def _receive(self, output: Any) -> None:
+        self._take(self._structure.hidden(output).detach())
+
+    def _embeddings_run(self, module: nn.Module, calls: Sequence[_Seen], rows: int) -> Run | None:
+        """What a module of the embeddings can return instead of running; None if it must run."""
+        if not calls or any(c.structure is None or c.structure.kind for c in calls):
+            return None
+        dtypes = {call.dtype for call in calls}
+        if len(dtypes) > 1 or not calls[0].dtype.is_floating_point:
+            return None
+        (dtype,) = dtypes
+        own_forward = "forward" in module.__dict__
+        if root_of(type(module)).forward is nn.Embedding.forward and not own_forward:
+            width = (module.embedding_dim,)
+            return lambda original, args, kwargs: _zeros(
+                (e := entering(args, kwargs)).shape + width, dtype, e.device
+            )
+        if all(call.entered == call.left for call in calls):
+            return lambda original, args, kwargs: entering(args, kwargs)
+        if len(calls) == 1 and calls[0].left == self.hidden.shape:
+            return lambda original, args, kwargs: self._fed
+        if any(c.entered is None or {c.entered[0], c.left[0]} != {rows} for c in calls):
+            return None
+        known = {call.entered[1:]: call.left[1:] for call in calls}
+
+        def run(original: nn.Module, args: Any, kwargs: Any) -> Any:
+            entered = entering(args, kwargs)
+            if entered.shape[1:] not in known:
+                return original(*args, **kwargs)
+            shape = (entered.shape[0], *known[entered.shape[1:]])
+            return _zeros(shape, dtype, entered.device)
+
+        return run
+
+
+def _zeros(shape: Sequence[int], dtype: torch.dtype, device: torch.device) -> torch.Tensor:
+    return torch.zeros((), dtype=dtype, device=device).expand(*shape)
+
+
+def _passing(structure: Structure) -> Run:
+    return lambda original, args, kwargs: structure.wrap(entering(args, kwargs))
