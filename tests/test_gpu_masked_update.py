@@ -354,6 +354,14 @@ def test_the_decision_is_that_of_torch(largest, found_inf, grad_scale, max_norm,
     assert control[3] == 5 + skip
 
 
+def test_tiny_gradients_are_clipped_by_torchs_formula():
+    """The norm is 2e-6, and 1e-6 is added to it."""
+    partials = torch.full((4,), 1e-12, device=GPU.name)
+    control = torch.zeros(4, device=GPU.name)
+    decided(partials, control, 1e-6, None, None, True)
+    torch.testing.assert_close(control[1].item(), 1 / 3, rtol=1e-6, atol=0)
+
+
 @pytest.mark.parametrize("nonfinite", ["skip", "ignore"])
 def test_a_list_of_norms_stays_what_it_was(nonfinite):
     """Every step writes its norm to the same place."""

@@ -11,8 +11,9 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from progtuning_kernels import MaskedAdamW, ProgressiveSchedule, patch_model
+from progtuning_kernels.ops.bucket import Bucket
+from progtuning_kernels.optim.groups import Member
 from progtuning_kernels.optim.in_backward import block_of
-from progtuning_kernels.optim.masked_optimizer import Member
 
 OPTIONS = dict(lr=0.05, betas=(0.8, 0.95), eps=1e-3, weight_decay=0.1)
 
@@ -123,23 +124,27 @@ def test_peak_gradient_memory_is_one_blocks_where_exactness_allows(options, bloc
     assert all(p.grad is None for p in model.parameters())
 
 
-def test_one_call_per_block(monkeypatch):
+@pytest.fixture
+def calls(monkeypatch) -> list[int]:
+    """Tensors in the bucket of every update call."""
+    found = []
+    update = Bucket.update
+
+    def counted(self: Bucket, *args, **options) -> None:
+        found.append(len(self.params))
+        update(self, *args, **options)
+
+    monkeypatch.setattr(Bucket, "update", counted)
+    return found
+
+
+def test_one_call_per_block(calls):
     model = Blocks()
     optimizer = MaskedAdamW(
         model.named_parameters(), in_backward=True, nonfinite="ignore", **OPTIONS
     )
-    calls = []
-    apply = MaskedAdamW.apply
-    monkeypatch.setattr(
-        MaskedAdamW,
-        "apply",
-        lambda self, active, grads, decision: (
-            calls.append([len(bucket.members) for bucket in active]),
-            apply(self, active, grads, decision),
-        ),
-    )
     loss_of(model, 0).backward()
-    assert calls == [[2]] * 5  # head, then four blocks of weight and bias
+    assert calls == [2] * 5  # head, then four blocks of weight and bias
     optimizer.step()
     assert len(calls) == 5
 
@@ -164,6 +169,19 @@ def test_accumulation_acts_on_the_last_micro_batch_only():
         assert_same(inside, after)
 
 
+def test_a_block_that_only_an_earlier_micro_batch_used_is_updated_by_step():
+    inside, after = pair()
+    early = MaskedAdamW(inside.named_parameters(), in_backward=True, **OPTIONS)
+    late = MaskedAdamW(after.parameters(), **OPTIONS)
+    for model, optimizer in ((inside, early), (after, late)):
+        with optimizer.accumulate():
+            model.unused(torch.ones(16)).sum().backward()
+        loss_of(model, 0).backward()
+        optimizer.step()
+    assert early.state[inside.unused.weight]["step"] == 1
+    assert_same(inside, after)
+
+
 def test_a_forgotten_accumulate_is_an_error_with_the_cure():
     model = Blocks()
     optimizer = MaskedAdamW(model.named_parameters(), in_backward=True, **OPTIONS)
@@ -173,6 +191,29 @@ def test_a_forgotten_accumulate_is_an_error_with_the_cure():
     optimizer.step()
     optimizer.zero_grad()
     loss_of(model, 2).backward()
+
+
+def test_a_block_of_which_some_have_no_gradient_is_updated_when_backward_ends():
+    model = Blocks()
+    model.layers[3].unused = nn.Parameter(torch.ones(3))
+    optimizer = MaskedAdamW(model.named_parameters(), in_backward=True, **OPTIONS)
+    loss_of(model, 0).backward()
+    assert optimizer.state[model.layers[3].weight]["step"] == 1
+    assert all(p.grad is None for p in model.parameters())
+    optimizer.step()
+    assert optimizer.state[model.layers[3].weight]["step"] == 1
+
+
+def test_a_tensor_that_left_its_group_is_not_updated():
+    model = Blocks()
+    optimizer = MaskedAdamW(model.named_parameters(), in_backward=True, **OPTIONS)
+    group, left = optimizer.param_groups[0], model.layers[2].weight
+    place = group["param_names"].index("layers.2.weight")
+    assert group["params"].pop(place) is left and group["param_names"].pop(place)
+    before = left.detach().clone()
+    loss_of(model, 0).backward()  # its hook is still there
+    optimizer.step()
+    assert torch.equal(left, before) and left.grad is not None
 
 
 def test_stage_changes_move_the_hooks():
@@ -199,7 +240,8 @@ def test_stage_changes_move_the_hooks():
             handle.advance()
         assert_same(*models)
         active = sum(p.requires_grad for p in models[0].parameters())
-        assert len(optimizers[0]._in_backward._handles) == active
+        hooks = [bool(p._post_accumulate_grad_hooks) for p in models[0].parameters()]
+        assert sum(hooks) == active
         assert (
             optimizers[0]
             .state.keys()
@@ -263,6 +305,31 @@ def test_previous_norm_and_per_block_clip_by_what_they_say():
             torch.testing.assert_close(early.grad_norm, previous, rtol=1e-5, atol=0)
             for p, q in zip(inside.parameters(), after.parameters(), strict=True):
                 torch.testing.assert_close(p, q, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("bad_step", [0, 1, 2])
+def test_a_step_that_is_not_finite_does_not_clip_the_next_one(bad_step):
+    """Divided by the norm of such a step, every gradient would be NaN."""
+    model = Blocks()
+    optimizer = MaskedAdamW(
+        model.named_parameters(),
+        in_backward=True,
+        max_grad_norm=0.01,
+        clip_mode="previous_norm",
+        **OPTIONS,
+    )
+    last_good = None
+    for step in range(4):
+        loss_of(model, step, float("nan") if step == bad_step else 1.0).backward()
+        optimizer.step()
+        assert all(p.isfinite().all() for p in model.parameters())
+        if step == bad_step and last_good is not None:
+            assert optimizer.state_dict()["masked"]["previous_norm"] == last_good
+        elif step != bad_step:
+            last_good = optimizer.grad_norm
+    assert optimizer.skipped_steps == 1
+    moved = optimizer.state[model.head.weight]
+    assert moved["step"] == 3 and moved["exp_avg"].norm() > 0
 
 
 def test_a_resumed_run_clips_by_the_norm_before():
@@ -340,12 +407,33 @@ class Reentrant(Blocks):
 
 def test_reentrant_checkpointing_is_refused():
     model = Reentrant()
-    MaskedAdamW(model.named_parameters(), in_backward=True, **OPTIONS)
+    optimizer = MaskedAdamW(model.named_parameters(), in_backward=True, **OPTIONS)
     with pytest.raises(RuntimeError, match="use_reentrant=False"):
         loss_of(model, 0).backward()
+    optimizer.zero_grad()
 
 
-def test_a_backward_that_broke_off_leaves_nothing():
+def test_a_backward_that_broke_off_leaves_nothing(calls):
+    model = Blocks()
+    optimizer = MaskedAdamW(model.named_parameters(), in_backward=True, **OPTIONS)
+
+    def broken(gradient: torch.Tensor) -> None:
+        raise ArithmeticError("out of luck")
+
+    for parameter in model.layers[0].parameters():  # the other one's gradient may have come
+        handle = parameter.register_hook(broken)
+        with pytest.raises(ArithmeticError):
+            loss_of(model, 0).backward()
+        handle.remove()
+        optimizer.step()  # updates what is left, and forgets
+        optimizer.zero_grad()
+        calls.clear()
+        loss_of(model, 1).backward()
+        optimizer.step()
+        assert calls == [2] * 5
+
+
+def test_zero_grad_forgets_a_backward_that_broke_off():
     model = Blocks()
     optimizer = MaskedAdamW(model.named_parameters(), in_backward=True, **OPTIONS)
 
@@ -356,10 +444,27 @@ def test_a_backward_that_broke_off_leaves_nothing():
     with pytest.raises(ArithmeticError):
         loss_of(model, 0).backward()
     handle.remove()
-    optimizer.step()  # updates what is left, and forgets
     optimizer.zero_grad()
-    loss_of(model, 1).backward()
-    optimizer.step()
+    with optimizer.accumulate():
+        loss_of(model, 1).backward()
+
+
+def test_a_group_added_later_is_updated_inside_the_next_backward():
+    model = Blocks()
+    named = list(model.named_parameters())
+    optimizer = MaskedAdamW(named[:4], in_backward=True, **OPTIONS)
+    optimizer.add_param_group({"params": named[4:8]})
+    loss_of(model, 0).backward()
+    assert [p.grad is None for _, p in named[:10]] == [True] * 8 + [False] * 2
+
+
+def test_accumulate_gives_back_to_what_decided_before():
+    """The Trainer's callback decides for the Trainer."""
+    optimizer = MaskedAdamW(Blocks().named_parameters(), in_backward=True)
+    optimizer.accumulating = decides = lambda: True
+    with optimizer.accumulate():
+        assert optimizer.accumulating()
+    assert optimizer.accumulating is decides
 
 
 def test_grad_scaler_came_too_late():
@@ -375,6 +480,8 @@ def test_grad_scaler_came_too_late():
 def test_options_that_exclude_each_other():
     with pytest.raises(ValueError, match="clip_mode='per_block' is for in_backward=True"):
         MaskedAdamW(Blocks().parameters(), clip_mode="per_block")
+    with pytest.raises(ValueError, match="zero_grads keeps the gradients that in_backward"):
+        MaskedAdamW(Blocks().parameters(), in_backward=True, zero_grads=True)
     with pytest.raises(ValueError, match="clip_mode must be one of"):
         MaskedAdamW(Blocks().parameters(), in_backward=True, clip_mode="sometimes")
 
@@ -406,3 +513,14 @@ def test_gradients_that_grad_scaler_has_unscaled_are_clipped_by_their_own_norm()
         results.append((p.detach(), optimizer.grad_norm))
     assert torch.equal(results[0][0], results[1][0])
     torch.testing.assert_close(results[0][1], results[1][1])
+
+
+def test_a_dropped_optimizer_updates_nothing_more():
+    model = Blocks()
+    for lr in (1.0, 0.0):  # the second takes the place of the first
+        optimizer = MaskedAdamW(model.named_parameters(), lr=lr, in_backward=True)
+    before = [p.detach().clone() for p in model.parameters()]
+    loss_of(model, 0).backward()
+    optimizer.step()
+    assert all(map(torch.equal, model.parameters(), before))
+    assert len(optimizer.state) == len(before) - 2  # it has seen every gradient

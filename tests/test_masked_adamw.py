@@ -21,6 +21,7 @@ from progtuning_kernels import (
     PatchHandle,
     ProgressiveSchedule,
     RandomBlockSchedule,
+    freeze_events,
     patch_model,
 )
 from progtuning_kernels.optim import release_frozen_state, state_bytes
@@ -70,6 +71,27 @@ def test_equals_torch_with_its_clipping(max_grad_norm):
             torch.testing.assert_close(ours.grad_norm, norm, rtol=1e-6, atol=0)
         for p, q in zip(mine, theirs, strict=True):
             torch.testing.assert_close(p, q, rtol=2e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize("backend", ["auto", "reference"])
+@pytest.mark.parametrize("in_backward", [False, True])
+def test_tiny_gradients_are_clipped_by_torchs_coefficient(in_backward, backend, monkeypatch):
+    """Their norm is of the size of the 1e-6 that `clip_grad_norm_` adds to it."""
+    monkeypatch.setenv("PROGTUNING_BACKEND", backend)
+    mine, theirs = (nn.Parameter(torch.ones(64, 64)) for _ in range(2))
+    clip_mode = "per_block" if in_backward else "exact"
+    optimizer = MaskedAdamW(
+        [mine], max_grad_norm=5e-7, betas=(0.0, 0.0), in_backward=in_backward, clip_mode=clip_mode
+    )
+    gradient = torch.full((64, 64), 1e-6 / 64)
+    (mine * gradient).sum().backward()
+    optimizer.step()
+    theirs.grad = gradient.clone()
+    norm = nn.utils.clip_grad_norm_([theirs], 5e-7)
+    coefficient = (optimizer.state[mine]["exp_avg"] / gradient).mean().item()
+    assert coefficient == pytest.approx(5e-7 / (norm.item() + 1e-6), rel=1e-6)
+    assert coefficient == pytest.approx(0.25, rel=1e-5)
+    torch.testing.assert_close(optimizer.state[mine]["exp_avg"], theirs.grad, rtol=1e-6, atol=0)
 
 
 def test_frozen_tensors_keep_every_bit_and_have_no_state():
@@ -209,6 +231,33 @@ def test_loading_into_a_frozen_stage_releases_what_is_not_active():
     assert len(loaded.state) == len(SHAPES)  # the plan that it belongs to may be yet to come
     loaded.step()
     assert copies[0] not in loaded.state and len(loaded.state) == len(SHAPES) - 1
+    copies[1].requires_grad_(False)
+    freeze_events.announce()  # from now on at the change itself
+    assert copies[1] not in loaded.state
+
+
+def test_steps_skipped_before_a_checkpoint_are_counted_after_it():
+    parameters = _parameters()
+    optimizer = MaskedAdamW(parameters)
+    loaded = MaskedAdamW(_parameters())
+    _give_gradients(parameters, 0, scale=float("nan"))
+    for skipped in (1, 2):  # what the first saving has done does not stay
+        optimizer.step()
+        loaded.load_state_dict(optimizer.state_dict())
+        assert loaded.skipped_steps == optimizer.skipped_steps == skipped
+
+
+def test_a_first_gradient_may_come_in_any_step():
+    parameters = _parameters()
+    optimizer = MaskedAdamW(parameters)
+    for step in range(3):
+        _give_gradients(parameters, step)
+        if step == 0:
+            parameters[1].grad = parameters[2].grad = None
+        elif step == 1:
+            parameters[2].grad = None
+        optimizer.step()
+    assert [int(optimizer.state[p]["step"]) for p in parameters] == [3, 2, 1, 3, 3, 3]
 
 
 THAWING = {
@@ -339,8 +388,6 @@ def test_works_with_schedulers_closures_and_tensor_lr():
 
 @pytest.mark.parametrize("copied", [copy.deepcopy, lambda o: pickle.loads(pickle.dumps(o))])
 def test_copies_go_on_and_release(copied):
-    from progtuning_kernels import freeze_events
-
     parameters = _parameters()
     optimizer = MaskedAdamW(parameters, max_grad_norm=0.5, on_freeze="release")
     _give_gradients(parameters, 0)
@@ -369,8 +416,6 @@ def test_optimizer_of_another_model_keeps_its_state():
 
 
 def test_a_dropped_optimizer_is_not_kept_alive():
-    from progtuning_kernels import freeze_events
-
     optimizer = MaskedAdamW(_parameters())
     assert optimizer in freeze_events._listeners
     count = len(freeze_events._listeners)
@@ -568,7 +613,7 @@ def test_a_state_that_does_not_say_whose_decay_it_has_is_taken_with_a_warning():
     optimizer = MaskedAdamW(_parameters())
     with pytest.warns(UserWarning, match="AdamW's is used") as found:
         optimizer.load_state_dict(saved)
-    assert len(found) == 1
+    assert len(found) == 1 and found[0].filename == __file__
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         _stepped(optimizer)
@@ -582,15 +627,33 @@ def test_state_of_another_optimizer_or_of_another_shape_is_refused_before_anythi
         state["momentum"] = state.pop("exp_avg")
     reshaped = copy.deepcopy(adam)
     reshaped["state"][1]["exp_avg_sq"] = torch.ones(1, 9)  # copy_ would spread it over the rows
+    counted = copy.deepcopy(adam)
+    counted["state"][1]["step"] = torch.ones(2)
     sgd = _stepped(torch.optim.SGD(_parameters(), momentum=0.9))
     for saved, message in (
         (sgd, "no betas"),
         (foreign, "parameter 0 has no exp_avg but"),
-        (reshaped, r"parameter 1 is of shape \(1, 9\), the parameter of \(7, 9\)"),
+        (reshaped, r"exp_avg_sq of parameter 1 is of shape \(1, 9\), not \(7, 9\)"),
+        (counted, r"saved step of parameter 1 is of shape \(2,\), not \(\)"),
     ):
         with pytest.raises(ValueError, match=message):
             optimizer.load_state_dict(saved)
     assert optimizer.param_groups[0]["lr"] == 0.5 and not optimizer.state
+    counted["state"][1]["step"] = torch.ones(1)
+    optimizer.load_state_dict(counted)
+    assert optimizer.state[optimizer.param_groups[0]["params"][1]]["step"].shape == ()
+
+
+def test_scales_of_another_number_of_blocks_are_refused_before_anything_changes():
+    """One scale would be spread over all blocks."""
+    coded, plain = ([nn.Parameter(torch.ones(20, 256))] for _ in range(2))
+    saved = _stepped(MaskedAdamW(coded, state_dtype="8bit"))
+    saved["state"][0]["exp_avg_scale"] = torch.ones(1)
+    for options in ({"state_dtype": "8bit"}, {}):
+        optimizer = MaskedAdamW(plain, lr=0.5, **options)
+        with pytest.raises(ValueError, match=r"exp_avg_scale of parameter 0 is of shape \(1,\)"):
+            optimizer.load_state_dict(saved)
+        assert optimizer.param_groups[0]["lr"] == 0.5 and not optimizer.state
 
 
 def test_hooks_see_and_change_the_whole_state():
@@ -625,12 +688,13 @@ def test_hooks_see_and_change_the_whole_state():
         p = optimizer.param_groups[0]["params"][1]
         seen["after"] = optimizer.state[p]["exp_avg"].mean().item()
         optimizer.state[p]["average"] = torch.ones(2)
+        seen["seed"] = optimizer.seed
 
     twin = MaskedAdamW(_parameters())
     twin.register_load_state_dict_pre_hook(before_loading)
     twin.register_load_state_dict_post_hook(after_loading)
     twin.load_state_dict(saved)
-    assert (seen["loaded"], seen["after"], twin.seed) == (3.0, -3.0, 8)
+    assert (seen["loaded"], seen["after"], seen["seed"], twin.seed) == (3.0, -3.0, 8, 8)
     assert twin.state["run"] == "first"  # as torch, which copies what belongs to no parameter
     other = MaskedAdamW(_parameters())
     other.load_state_dict(twin.state_dict())

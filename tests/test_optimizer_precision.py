@@ -250,17 +250,17 @@ def test_many_groups_and_tensors_are_split_as_launches_need():
     for p in own:
         p.grad = torch.ones_like(p)
     optimizer.step()
-    assert [len(b.members) for b in optimizer._buckets] == [1640, 1640, 820]
+    assert [len(b.members) for b in optimizer.active_buckets()] == [1640, 1640, 820]
     for i in range(20):
         for p in own[i::20]:
             torch.testing.assert_close(p.detach(), torch.full((3,), 1 - 0.01 * (i + 1)))
     single = [{"params": [nn.Parameter(torch.ones(2))]} for _ in range(20)]
     optimizer = MaskedAdamW(single)
     train(optimizer, range(1))
-    assert [len(b.groups) for b in optimizer._buckets] == [8, 8, 4]
+    assert [len(b.groups) for b in optimizer.active_buckets()] == [8, 8, 4]
     one = MaskedAdamW([nn.Parameter(torch.ones(1)) for _ in range(4033)])
     train(one, range(1))
-    assert [len(b.members) for b in one._buckets] == [4032, 1]
+    assert [len(b.members) for b in one.active_buckets()] == [4032, 1]
 
 
 def test_parameters_that_move_are_found_again():
@@ -291,9 +291,9 @@ def test_groups_added_later_are_trained_and_tables_are_made_once():
     own = parameters()
     optimizer = MaskedAdamW(own[:4], **SEPARATING)
     train(optimizer, range(2))
-    buckets = optimizer._buckets
+    buckets = optimizer.active_buckets()
     train(optimizer, range(2, 4))
-    assert optimizer._buckets is buckets
+    assert optimizer.active_buckets() is buckets
     optimizer.add_param_group({"params": own[4:], "lr": 0.5})
     before = own[5].detach().clone()
     train(optimizer, range(4, 5))
@@ -305,6 +305,7 @@ def test_options_that_exclude_each_other_are_named():
         ({"state_dtype": torch.float16}, "state_dtype must be one of"),
         ({"stochastic_rounding": True, "master_weights": True}, "exclude each other"),
         ({"seed": -1}, "seed must have 64 bits"),
+        ({"seed": 2**64}, "seed must have 64 bits"),
         ({"on_freeze": "forget"}, "on_freeze must be one of"),
     ):
         with pytest.raises(ValueError, match=message):

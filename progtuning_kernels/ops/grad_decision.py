@@ -58,7 +58,7 @@ def decide(
         skip_nonfinite: look for NaN and infinities; without clipping this is what costs the norm.
         grad_scale, found_inf: GradScaler's, 0-dim; None: 1 and nothing found.
         known_norm: 0-dim, the norm of the gradients as they are (scaled), if it is known.
-        previous_norm: 0-dim; clip by it instead of by the norm of these gradients.
+        previous_norm: 0-dim; clip by it instead of by the norm of these gradients, if it is finite.
         control: (4,) float32 for the native kernel to write norm, grad_factor and found_inf into
             and to count skipped steps in; None: a fresh one.
     """
@@ -82,7 +82,10 @@ def decide(
         found = ~norm.isfinite() if found is None else found | ~norm.isfinite()
     factor = None
     if max_grad_norm is not None:
-        clip_by = norm if previous_norm is None else previous_norm.to(device)
+        clip_by = norm
+        if previous_norm is not None:  # not finite where there was no good step yet
+            previous = previous_norm.to(device)
+            clip_by = torch.where(previous.isfinite(), previous, norm)
         factor = (max_grad_norm / (clip_by + 1e-6)).clamp(max=1.0)
         if not factor.is_cuda and factor == 1.0:
             factor = None  # torch's own kernel would write the gradients back

@@ -5,26 +5,27 @@ from __future__ import annotations
 import warnings
 from collections.abc import Iterable, Mapping
 from itertools import chain
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from ..ops.bucket import Bucket, Hyper, Moments, in_memory_order, is_dense
-from ..ops.low_precision import (
-    QUANT_BLOCK,
-    decode_exp_avg,
-    decode_exp_avg_sq,
-    encode_exp_avg,
-    encode_exp_avg_sq,
-)
-from ..sharding import is_sharded
+from ..ops.bucket import Bucket, Hyper
 from .frozen_state import OnFreeze
+from .groups import Member
 from .in_backward import ClipMode
-from .masked_optimizer import MaskedOptimizer, Member, Nonfinite
+from .masked_optimizer import MaskedOptimizer, Nonfinite
+from .moments import (
+    MOMENT_KEYS,
+    STATE_DTYPES,
+    StateDtype,
+    copy_moments,
+    moment_shapes,
+    moments_in,
+    new_moments,
+    wide_moments,
+)
 
-StateDtype = torch.dtype | Literal["8bit"]
-_STATE_DTYPES = (torch.float32, torch.bfloat16, "8bit")
 # a smaller tensor keeps float32 moments: it has few bytes to save, and one large element would
 # decide for all of it
 SMALLEST_8BIT = 4096
@@ -50,15 +51,13 @@ _FIXED = {
     "correct_bias": True,
     "bias_correction": True,
 }
-# Keys of a parameter's state that a conversion replaces; others are kept.
-_OWN_STATE = ("step", "exp_avg", "exp_avg_sq", "master")
-_OWN_STATE += ("exp_avg_code", "exp_avg_scale", "exp_avg_sq_code", "exp_avg_sq_scale")
+_OWN_STATE = ("step", "master", *MOMENT_KEYS)
 
 
 class MaskedAdamW(MaskedOptimizer):
     """AdamW whose frozen tensors cost nothing: no update, no decay, no state, no launch.
 
-    The formula is that of `ops/masked_update.py`. State and `state_dict` have the layout of
+    The formula is that of `ops/masked_update`. State and `state_dict` have the layout of
     `torch.optim.AdamW`, and either loads the other's; moments in 8 bits go to torch through
     `torch_state_dict()`.
 
@@ -111,13 +110,14 @@ class MaskedAdamW(MaskedOptimizer):
         zero_grads: bool = False,
         seed: int = 0,
     ) -> None:
-        if state_dtype not in _STATE_DTYPES:
-            raise ValueError(f"state_dtype must be one of {_STATE_DTYPES}, got {state_dtype!r}")
+        if state_dtype not in STATE_DTYPES.values():
+            dtypes = tuple(STATE_DTYPES.values())
+            raise ValueError(f"state_dtype must be one of {dtypes}, got {state_dtype!r}")
         if stochastic_rounding and master_weights:
             raise ValueError(
                 "stochastic_rounding and master_weights exclude each other: a master loses nothing"
             )
-        self.state_dtype = state_dtype
+        self.state_dtype: StateDtype = state_dtype
         self.stochastic_rounding = stochastic_rounding
         self.master_weights = master_weights
         defaults = dict(
@@ -146,21 +146,8 @@ class MaskedAdamW(MaskedOptimizer):
         return self.master_weights and p.dtype in (torch.bfloat16, torch.float16)
 
     def init_state(self, p: Tensor) -> dict[str, Tensor]:
-        dtype = self._moment_dtype(p)
         state = {"step": torch.zeros((), dtype=torch.float32, device=p.device)}
-        if dtype == "8bit":
-            if is_sharded(p):
-                raise ValueError(
-                    "state_dtype='8bit' with sharded parameters: blocks of 256 elements would move "
-                    "with the number of ranks; use torch.bfloat16"
-                )
-            blocks = -(-p.numel() // QUANT_BLOCK)
-            for name, kind in (("exp_avg", torch.int8), ("exp_avg_sq", torch.uint8)):
-                state[f"{name}_code"] = _zeros_like(p, kind)
-                state[f"{name}_scale"] = torch.zeros(blocks, dtype=torch.float32, device=p.device)
-        else:
-            state["exp_avg"] = _zeros_like(p, dtype)
-            state["exp_avg_sq"] = _zeros_like(p, dtype)
+        state |= new_moments(p, self._moment_dtype(p))
         if self._has_master(p):
             state["master"] = p.detach().to(torch.float32)
         return state
@@ -178,7 +165,7 @@ class MaskedAdamW(MaskedOptimizer):
         low = params[0].dtype
         return Bucket(
             params,
-            [_moments(state) for state in states],
+            [moments_in(state) for state in states],
             [state["step"] for state in states],
             masters=[state["master"] for state in states] if self._has_master(params[0]) else None,
             indices=indices,
@@ -195,17 +182,11 @@ class MaskedAdamW(MaskedOptimizer):
         saved.pop("masked", None)
         for i in chain.from_iterable(group["params"] for group in saved["param_groups"]):
             if state := saved["state"].get(i):
-                m, v = _wide_moments(state)
+                m, v = wide_moments(state)
                 rest = {key: value for key, value in state.items() if key not in _OWN_STATE}
                 moments = {"step": state["step"], "exp_avg": m, "exp_avg_sq": v}
                 saved["state"][i] = moments | rest
         return saved
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        super().__setstate__(state)
-        for group in self.param_groups:  # of an older torch
-            for option, value in _TORCH_GROUP_KEYS.items():
-                group.setdefault(option, value)
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         group = {**self.defaults, **param_group}
@@ -240,7 +221,7 @@ class MaskedAdamW(MaskedOptimizer):
                 warnings.warn(
                     "the saved groups do not say whether weight_decay acts on the weights (AdamW) "
                     "or on the gradients (Adam), as those of older torch: AdamW's is used",
-                    stacklevel=7,
+                    stacklevel=8,
                 )
             elif not group["decoupled_weight_decay"]:
                 raise ValueError(
@@ -249,94 +230,28 @@ class MaskedAdamW(MaskedOptimizer):
                     "group's decoupled_weight_decay=True"
                 )
 
-    def check_saved(self, saved: dict[str, Any], member: Member) -> None:
-        name, shape = member.name or f"parameter {member.index}", member.parameter.shape
-        for key in ("step", "exp_avg", "exp_avg_sq"):
-            value = saved.get(key, saved.get(f"{key}_code"))
-            if value is None:
-                raise ValueError(
-                    f"the saved state of {name} has no {key} but {', '.join(map(str, saved))}: it "
-                    "is of another kind of optimizer"
-                )
-            if key != "step" and value.shape != shape:
-                raise ValueError(
-                    f"the saved state of {name} is of shape {tuple(value.shape)}, the parameter of "
-                    f"{tuple(shape)}"
-                )
-
-    def state_from(self, saved: dict[str, Any], p: Tensor) -> dict[str, Any]:
+    def state_from(self, saved: dict[str, Any], member: Member) -> dict[str, Any]:
         """Moments are converted to `state_dtype`; those of the same kind keep their bits."""
-        state = self.init_state(p)
+        p = member.parameter
+        for key in ("step", "exp_avg", "exp_avg_sq"):
+            if saved.get(key, saved.get(f"{key}_code")) is None:
+                raise ValueError(
+                    f"the saved state of {member.label} has no {key} but "
+                    f"{', '.join(map(str, saved))}: it is of another kind of optimizer"
+                )
         step = torch.as_tensor(saved["step"], dtype=torch.float32, device=p.device)
+        step = step.reshape(()) if step.shape == (1,) else step
+        shapes = {"step": (), "master": tuple(p.shape), **moment_shapes(p)}
+        for key, value in (saved | {"step": step}).items():
+            if key in shapes and value.shape != shapes[key]:  # copy_ would spread it over the rest
+                raise ValueError(
+                    f"the saved {key} of {member.label} is of shape {tuple(value.shape)}, not "
+                    f"{shapes[key]}"
+                )
+        state = self.init_state(p)
         state["step"].copy_(step)
-        same_kind = all(
-            key in saved and saved[key].dtype == state[key].dtype
-            for key in state
-            if key not in ("step", "master")
-        )
-        if same_kind:
-            for key in state.keys() - {"step", "master"}:
-                state[key].copy_(saved[key])
-        else:
-            m, v = (t.to(p.device) for t in _wide_moments(saved))
-            if "exp_avg" in state:
-                state["exp_avg"].copy_(m)
-                state["exp_avg_sq"].copy_(v)
-            else:
-                _encode_into(state, m, v)
+        copy_moments({key: state[key] for key in state.keys() - {"step", "master"}}, saved)
         if "master" in state and "master" in saved:
             state["master"].copy_(saved["master"])
         rest = {key: value for key, value in saved.items() if key not in _OWN_STATE}
-        return state | super().state_from(rest, p)
-
-
-def _zeros_like(p: Tensor, dtype: torch.dtype) -> Tensor:
-    return torch.zeros_like(p, dtype=dtype, memory_format=torch.preserve_format)
-
-
-def _moments(state: dict[str, Tensor]) -> Moments:
-    if "exp_avg" in state:
-        return Moments(state["exp_avg"], state["exp_avg_sq"])
-    return Moments(
-        state["exp_avg_code"],
-        state["exp_avg_sq_code"],
-        state["exp_avg_scale"],
-        state["exp_avg_sq_scale"],
-    )
-
-
-def _wide_moments(state: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
-    """Both moments in float32, or in float64 where they are."""
-    m, v, m_scale, v_scale = _moments(state)
-    if m_scale is None:
-        wide = torch.promote_types(m.dtype, torch.float32)
-        return m.to(wide), v.to(wide)
-    decoded = []
-    for codes, scale, decode in (
-        (m, m_scale, decode_exp_avg),
-        (v, v_scale, decode_exp_avg_sq),
-    ):
-        wide = torch.empty_like(codes, dtype=torch.float32)
-        # blocks run through memory, whatever the order of the dimensions
-        _run(wide).copy_(decode(_run(codes), scale))
-        decoded.append(wide)
-    return decoded[0], decoded[1]
-
-
-def _encode_into(state: dict[str, Tensor], m: Tensor, v: Tensor) -> None:
-    code, sq_code = state["exp_avg_code"], state["exp_avg_sq_code"]
-    m = torch.empty_like(code, dtype=torch.float32).copy_(m)
-    v = torch.empty_like(sq_code, dtype=torch.float32).copy_(v)
-    halfway = torch.full(
-        (v.numel(),), 2**15, dtype=torch.int64, device=v.device
-    )  # nearest: once, it is unbiased
-    for target, scale, (codes, largest) in (
-        (code, state["exp_avg_scale"], encode_exp_avg(_run(m))),
-        (sq_code, state["exp_avg_sq_scale"], encode_exp_avg_sq(_run(v), halfway)),
-    ):
-        _run(target).copy_(codes)
-        scale.copy_(largest)
-
-
-def _run(t: Tensor) -> Tensor:
-    return in_memory_order(t) if is_dense(t) else t.view(-1)
+        return state | super().state_from(rest, member)

@@ -1,0 +1,141 @@
+"""Buckets of active parameters: built once, and again when anything of theirs has moved."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..ops.bucket import GROUPS_PER_LAUNCH, TENSORS_PER_LAUNCH, Bucket, Gradients, is_dense
+from ..sharding import is_sharded, local_of
+from .groups import Member
+
+
+class ActiveBucket:
+    """A bucket together with the parameters whose gradients it wants, DTensors included."""
+
+    def __init__(
+        self,
+        members: Sequence[Member],
+        states: Sequence[dict[str, Tensor]],
+        bucket: Bucket,
+        groups: Sequence[int],
+    ) -> None:
+        self.members, self.states = list(members), list(states)
+        self.parameters = [member.parameter for member in members]
+        self.bucket = bucket
+        self.groups = list(groups)  # of the optimizer, in the bucket's numbering
+        self.sharded = any(map(is_sharded, self.parameters))
+        self._places = self._places_of_states()
+        self._written: list[int] | None = None  # versions after the last update, with masters
+
+    def follow_parameters(self) -> None:
+        """Set the masters of parameters that were written from outside, as loading weights does.
+
+        A master keeps what its parameter's precision does not show.
+        """
+        bucket = self.bucket
+        if bucket.masters is None:
+            return
+        versions = [p._version for p in bucket.params]
+        for i, (p, master) in enumerate(zip(bucket.params, bucket.masters, strict=True)):
+            if self._written is None or self._written[i] != versions[i]:
+                master.copy_(torch.where(master.to(p.dtype) == p, master, p.float()))
+        self._written = [version + 1 for version in versions]  # the update is one more
+
+    def gather(self) -> Gradients:
+        """The gradients of this moment.
+
+        Raises:
+            RuntimeError: one is sparse.
+        """
+        grads = [p.grad for p in self.parameters]
+        if self.sharded:
+            grads = [None if grad is None else local_of(grad) for grad in grads]
+        for grad in grads:
+            if grad is not None and grad.is_sparse:
+                raise RuntimeError(
+                    f"a parameter of shape {tuple(grad.shape)} has a sparse gradient; build the "
+                    "embedding with sparse=False"
+                )
+        return self.bucket.gather(grads)
+
+    def is_current(self, state: Mapping[Any, dict[str, Tensor]]) -> bool:
+        """Whether everything still lies where the table of addresses says.
+
+        Parameters and state move with `.data =`, `.to`, `share_memory_` and FSDP; state also when
+        the optimizer's entries are cleared or replaced.
+        """
+        locals_ = map(local_of, self.parameters) if self.sharded else self.parameters
+        return (
+            self.bucket.addresses == [p.data_ptr() for p in locals_]
+            and all(
+                state.get(p) is own for p, own in zip(self.parameters, self.states, strict=True)
+            )
+            and self._places == self._places_of_states()
+        )
+
+    def _places_of_states(self) -> list[int]:
+        tensors = [t for own in self.states for t in own.values() if isinstance(t, Tensor)]
+        return [t.data_ptr() for t in (map(local_of, tensors) if self.sharded else tensors)]
+
+
+class BucketTable:
+    """The buckets of some active parameters: of all of them, or of one block."""
+
+    def __init__(self, members: Sequence[Member]) -> None:
+        self.members = list(members)
+        self._buckets: list[ActiveBucket] = []
+        self._waiting = self.members  # never seen with a gradient: they have no state yet
+
+    def buckets(
+        self,
+        state: Mapping[Any, dict[str, Tensor]],
+        build: Callable[[list[Member]], ActiveBucket],
+    ) -> list[ActiveBucket]:
+        """Those of the last call, unless a gradient has come for the first time or something moved.
+
+        Args:
+            state: the optimizer's.
+            build: makes the bucket of members that fit into one launch.
+
+        Raises:
+            RuntimeError: a gradient is not of its parameter's shape.
+        """
+        fresh = any(member.parameter.grad is not None for member in self._waiting)
+        if not fresh and all(bucket.is_current(state) for bucket in self._buckets):
+            return self._buckets
+        started = [
+            m for m in self.members if m.parameter.grad is not None or state.get(m.parameter)
+        ]
+        for p in (member.parameter for member in started):
+            if p.grad is not None and p.grad.shape != p.shape:
+                raise RuntimeError(
+                    f"a parameter of shape {tuple(p.shape)} has a gradient of shape "
+                    f"{tuple(p.grad.shape)}, of before it was replaced: call zero_grad() first"
+                )
+        self._buckets = [build(part) for part in _launches(started)]
+        known = {member.index for member in started}
+        self._waiting = [m for m in self.members if m.index not in known]
+        return self._buckets
+
+
+def _launches(members: Sequence[Member]) -> Iterator[list[Member]]:
+    """Members of one device and dtype, in parts that one launch can take."""
+    kinds: dict[tuple[Any, ...], list[Member]] = defaultdict(list)
+    for member in members:
+        local = local_of(member.parameter)
+        kinds[local.device, local.dtype, is_dense(local)].append(member)
+    for same in kinds.values():
+        part: list[Member] = []
+        groups: set[int] = set()
+        for member in same:
+            groups.add(member.group)
+            if len(part) == TENSORS_PER_LAUNCH or len(groups) > GROUPS_PER_LAUNCH:
+                yield part
+                part, groups = [], {member.group}
+            part.append(member)
+        yield part
