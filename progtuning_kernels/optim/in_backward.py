@@ -37,8 +37,9 @@ def block_of(member: Member) -> str:
     if member.name is None:
         return member.label
     around = member.name.split(".")[:-1]
-    length = next((i for i, part in enumerate(around, 1) if part.isdigit()), len(around))
-    return ".".join(around[:length])
+    numbers = [i for i, part in enumerate(around, 1) if part.isdigit()]
+    inner = [i for i in numbers if i > 1]  # in "0.3.weight" the whole list has no name: "0.3"
+    return ".".join(around[: (inner or numbers or [len(around)])[0]])
 
 
 def refuse_distributed(members: Iterable[Member], *, needs_norm: bool) -> None:
