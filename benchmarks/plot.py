@@ -1,10 +1,10 @@
-"""Figures and the README's table of whole training runs, from stored results and nothing else.
+"""The README's figures and its table of whole training runs, from stored results and nothing else.
 
     python benchmarks/plot.py benchmarks/results/DEVICE             # prints the table
-    python benchmarks/plot.py benchmarks/results/DEVICE --docs docs # and draws docs/training*.png
+    python benchmarks/plot.py benchmarks/results/DEVICE --docs docs # and draws docs/*.png
 
 Nothing is measured here and no figure is typed in: all is read from `training/*.json`, which
-`benchmarks/run.py` wrote.
+`benchmarks/run.py` wrote, from the runs of the demo in `demo/`, and from `contribution/sst2.json`.
 """
 
 from __future__ import annotations
@@ -14,6 +14,8 @@ import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+from progtuning_kernels import report
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -186,11 +188,64 @@ def stage_figure(content: Mapping[str, Any]) -> Figure | None:
     return figure
 
 
-def draw(contents: Sequence[Mapping[str, Any]], folder: Path) -> list[Path]:
-    """docs/training.png, and docs/training_stages.png of the first experiment."""
+def unit_figure(runs: Sequence[report.Run]) -> Figure:
+    """Which unit trains when, a panel per run; a boundary says all about a plan of the demo."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(8, 1.9 * len(runs)), layout="constrained")
+    axes = figure.subplots(len(runs), 1, squeeze=False).flat
+    for ax, run in zip(axes, runs, strict=True):
+        ax.spines[["top", "right"]].set_visible(False)
+        blocks = run.model["num_blocks"]
+        spans = [(s["first_step"] - 0.5, s["last_step"] - s["first_step"] + 1) for s in run.stages]
+        plans = [[s["embeddings"], *s["trainable"], s["head"]] for s in run.stages]
+        for unit, flags in enumerate(zip(*plans, strict=True)):
+            colours = [OURS if on else "#E4E4E4" for on in flags]
+            ax.broken_barh(spans, (unit - 0.45, 0.9), facecolors=colours, edgecolors="white")
+        ax.set_yticks(range(blocks + 2), ["embeddings", *range(blocks), "head"], fontsize=8)
+        ax.tick_params(axis="y", length=0)
+        ax.margins(x=0)
+        ax.set_title(run.method, fontsize=9, loc="left")
+    ax.set_xlabel("optimizer step; blue: trains (with LoRA its adapters), grey: frozen")
+    return figure
+
+
+def contribution_figure(stored: Mapping[str, Any]) -> Figure:
+    """What every block contributes, a panel per measure."""
+    from matplotlib.figure import Figure
+
+    axis = {"train": "fall in validation loss", "skip": "rise in validation loss"}
+    measures = stored["measures"]
+    figure = Figure(figsize=(8, 3.2), layout="constrained")
+    axes = figure.subplots(1, len(measures), squeeze=False).flat
+    for ax, (name, measure) in zip(axes, measures.items(), strict=True):
+        ax.spines[["top", "right"]].set_visible(False)
+        ax.bar(range(stored["num_blocks"]), measure["values"], color=OURS)
+        ax.axhline(0, color="black", linewidth=0.8)
+        label = axis.get(name, "gradient norm")
+        ax.set(title=name, xlabel="block (0 at the input)", ylabel=label)
+    return figure
+
+
+def draw(results: Path, folder: Path) -> list[Path]:
+    """The figures of the README that a device's results have the figures for.
+
+    training.png; training_stages.png, of the first experiment; stages.png and units.png, of the
+    demo; contribution.png.
+    """
+    figures: dict[str, Figure | None] = {}
+    if contents := load(results):
+        figures["training"] = run_figure(contents)
+        figures["training_stages"] = stage_figure(contents[0])
+    if demo := sorted(results.glob("demo/*.json")):
+        runs = [report.load_run(path) for path in demo]
+        rows = report.group_runs(runs)
+        figures["stages"] = report.PLOTS["stages"][1](rows)
+        figures["units"] = unit_figure([row.runs[0] for row in rows])
+    for path in results.glob("contribution/sst2.json"):
+        figures["contribution"] = contribution_figure(json.loads(path.read_text()))
     folder.mkdir(parents=True, exist_ok=True)
     drawn = []
-    figures = {"training": run_figure(contents), "training_stages": stage_figure(contents[0])}
     for name, figure in figures.items():
         if figure is not None:
             drawn.append(folder / f"{name}.png")
@@ -204,13 +259,14 @@ def main() -> None:
     parser.add_argument("--docs", type=Path, help="write the figures into this folder")
     arguments = parser.parse_args()
     contents = load(arguments.folder)
-    if not contents:
+    if contents:
+        print(table(contents))
+        print("\n" + "\n".join(verdict_lines(contents)))
+    drawn = draw(arguments.folder, arguments.docs) if arguments.docs is not None else []
+    for path in drawn:
+        print(path)
+    if not contents and not drawn:
         raise SystemExit(f"nothing in {arguments.folder / 'training'}: run benchmarks/run.py first")
-    print(table(contents))
-    print("\n" + "\n".join(verdict_lines(contents)))
-    if arguments.docs is not None:
-        for path in draw(contents, arguments.docs):
-            print(path)
 
 
 if __name__ == "__main__":

@@ -18,59 +18,39 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from training import DECAY, Batch, Provider, Refused, Session, Work, freeze, groups
+from training import Provider, Work, freeze
 
 from progtuning_kernels import MaskedAdamW, PrefixCache, ProgressiveSchedule, patch_model
+from progtuning_kernels.bench import (
+    DECAY,
+    Batch,
+    Refused,
+    Session,
+    backward_of,
+    our_session,
+    plain_session,
+)
+from progtuning_kernels.freezing.decay_groups import decay_groups
 from progtuning_kernels.optim.frozen_state import release_frozen_state
+from progtuning_kernels.patch import handle_of
 
 GIB = 2**30
 
 
-def _backward(work: Work, model: nn.Module) -> Callable[[Batch], Tensor]:
-    def backward(batch: Batch) -> Tensor:
-        with work.autocast():
-            loss = model(**batch).loss
-        loss.backward()
-        return loss.detach()
-
-    return backward
-
-
-def _clipped(work: Work, model: nn.Module, optimizer: torch.optim.Optimizer) -> Callable[[], None]:
-    def update() -> None:
-        nn.utils.clip_grad_norm_(model.parameters(), work.clip)
-        optimizer.step()
-        optimizer.zero_grad()
-
-    return update
-
-
 def _torch_adamw(work: Work, model: nn.Module) -> torch.optim.Optimizer:
-    return torch.optim.AdamW(groups(model), lr=work.lr, fused=True)
+    return torch.optim.AdamW(_groups(model), lr=work.lr, fused=True)
 
 
-def _plain(
-    work: Work,
-    model: nn.Module,
-    optimizer: torch.optim.Optimizer | None = None,
-    **more: Any,
-) -> Session:
-    optimizer = _torch_adamw(work, model) if optimizer is None else optimizer
-    return Session(
-        model,
-        _backward(work, model),
-        _clipped(work, model, optimizer),
-        lambda: optimizer.state,
-        **more,
-    )
+def _groups(model: nn.Module) -> list[dict[str, Any]]:
+    return decay_groups([p for p in model.parameters() if p.requires_grad], DECAY)
 
 
 def _full(work: Work) -> Session:
-    return _plain(work, work.model())
+    return plain_session(work, work.model())
 
 
 def _full_compiled(work: Work) -> Session:
-    return _plain(work, torch.compile(work.model()))
+    return plain_session(work, torch.compile(work.model()))
 
 
 def _freezing(work: Work, model: nn.Module) -> Callable[[int], None]:
@@ -84,12 +64,12 @@ def _freezing(work: Work, model: nn.Module) -> Callable[[int], None]:
 
 def _naive(work: Work) -> Session:
     model = work.model()
-    return _plain(work, model, begin=_freezing(work, model))
+    return plain_session(work, model, begin=_freezing(work, model))
 
 
 def _naive_compiled(work: Work) -> Session:
     model = work.model()
-    return _plain(work, torch.compile(model), begin=_freezing(work, model))
+    return plain_session(work, torch.compile(model), begin=_freezing(work, model))
 
 
 # ---- other packages
@@ -115,7 +95,7 @@ def _liger(work: Work, *, naive: bool) -> Session:
     liger = _package("liger_kernel.transformers")
     model = work.model()
     liger.apply_liger_kernel_to_llama(model=model)
-    return _plain(work, model, **({"begin": _freezing(work, model)} if naive else {}))
+    return plain_session(work, model, **({"begin": _freezing(work, model)} if naive else {}))
 
 
 def _lora(work: Work) -> Session:
@@ -126,7 +106,7 @@ def _lora(work: Work) -> Session:
         lora_alpha=16,
         target_modules="all-linear",
     )
-    return _plain(work, peft.get_peft_model(work.model(), config))
+    return plain_session(work, peft.get_peft_model(work.model(), config))
 
 
 def _badam(work: Work) -> Session:
@@ -143,7 +123,8 @@ def _badam(work: Work) -> Session:
             switch_mode="descending",
             verbose=0,
         )
-    clip_and_update = _clipped(work, model, optimizer)
+    session = plain_session(work, model, optimizer)
+    clip_and_update = session.update
 
     def update() -> None:
         with redirect_stdout(StringIO()):  # it prints every block
@@ -152,7 +133,7 @@ def _badam(work: Work) -> Session:
     def kept() -> Any:
         return [optimizer.base_optimizer.state, optimizer.param_idx2hp]
 
-    return Session(model, _backward(work, model), update, kept)
+    return Session(model, backward_of(work, model), update, kept)
 
 
 def _galore(work: Work) -> Session:
@@ -169,7 +150,7 @@ def _galore(work: Work) -> Session:
         weight_decay=DECAY,
         no_deprecation_warning=True,
     )
-    return _plain(work, model, optimizer)
+    return plain_session(work, model, optimizer)
 
 
 def _lomo(work: Work) -> Session:
@@ -206,12 +187,12 @@ def _adalomo(work: Work) -> Session:
 
 def _torchao(work: Work) -> Session:
     optim, model = _package("torchao.optim"), work.model()
-    return _plain(work, model, optim.AdamW8bit(groups(model), lr=work.lr))
+    return plain_session(work, model, optim.AdamW8bit(_groups(model), lr=work.lr))
 
 
 def _bitsandbytes(work: Work) -> Session:
     bnb, model = _package("bitsandbytes"), work.model()
-    return _plain(work, model, bnb.optim.AdamW8bit(groups(model), lr=work.lr))
+    return plain_session(work, model, bnb.optim.AdamW8bit(_groups(model), lr=work.lr))
 
 
 # ---- this library
@@ -228,32 +209,13 @@ def _ours(work: Work, *, cached: bool = False, compiled: bool = False, **options
     if work.forced_kernels and "kernels" not in patching:
         patching["kernels"] = "on"
     cache = PrefixCache(4 * GIB, device=work.device.type) if cached else None
-    handle = patch_model(model, _schedule(work), cache=cache, **patching)
+    session = our_session(
+        work, model, _schedule(work), cache=cache, optimizer_options=options, **patching
+    )
     if compiled:
-        for path in handle.layout.block_paths:
+        for path in handle_of(model).layout.block_paths:
             model.get_submodule(path).compile()
-    optimizer = MaskedAdamW(
-        handle.param_groups(lr=work.lr, weight_decay=DECAY),
-        **({"max_grad_norm": work.clip} | options),
-    )
-
-    def begin(step: int) -> None:
-        if step:
-            handle.advance()
-
-    def update() -> None:
-        optimizer.step()
-        optimizer.zero_grad()
-
-    return Session(
-        model,
-        _backward(work, model),
-        update,
-        lambda: optimizer.state,
-        begin,
-        lambda: handle.cache_report().summary() if cached else None,
-        handle.unpatch,
-    )
+    return session
 
 
 def _ours_with_torch_adamw(work: Work) -> Session:
@@ -266,7 +228,7 @@ def _ours_with_torch_adamw(work: Work) -> Session:
         if step:
             handle.advance()
 
-    return _plain(work, model, optimizer, begin=begin, close=handle.unpatch)
+    return plain_session(work, model, optimizer, begin=begin, close=handle.unpatch)
 
 
 def _ours_without_truncation(work: Work) -> Session:
@@ -274,7 +236,7 @@ def _ours_without_truncation(work: Work) -> Session:
     checkpointing in transformers and `enable_input_require_grads()` do."""
     model = work.model()
     model.enable_input_require_grads()
-    optimizer = MaskedAdamW(groups(model), lr=work.lr, max_grad_norm=work.clip)
+    optimizer = MaskedAdamW(_groups(model), lr=work.lr, max_grad_norm=work.clip)
 
     def begin(step: int) -> None:
         stage, within = divmod(step, work.steps_of_stage)
@@ -285,7 +247,7 @@ def _ours_without_truncation(work: Work) -> Session:
         optimizer.step()
         optimizer.zero_grad()
 
-    return Session(model, _backward(work, model), update, lambda: optimizer.state, begin)
+    return Session(model, backward_of(work, model), update, lambda: optimizer.state, begin)
 
 
 def _planned(build: Callable[[Work], Session], **settings: Any) -> Provider:

@@ -29,7 +29,6 @@ import time
 import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
@@ -39,7 +38,7 @@ from providers import PROVIDERS
 from runs import Record, summarise, train
 from training import Work, reason
 
-from progtuning_kernels.cli.provenance import provenance
+from progtuning_kernels.cli.provenance import installed_version, provenance
 
 FOLDER = Path(__file__).resolve().parent
 # a script's folder is on the path: transformers, which is imported later, would take kernels.py
@@ -131,13 +130,6 @@ def read_experiment(path: Path) -> Experiment:
     return experiment
 
 
-def _version(package: str) -> str | None:
-    try:
-        return version(package)
-    except PackageNotFoundError:
-        return None
-
-
 def _driver() -> str | None:
     try:
         done = subprocess.run(
@@ -171,7 +163,9 @@ class Bench:
         if self.device.type == "cuda":
             self.meta["driver_clock_power"] = _driver()
         packages = {p for n in self.names for p in PROVIDERS[n].packages}
-        self.meta["versions"] |= {package: _version(package) for package in sorted(packages)}
+        self.meta["versions"] |= {
+            package: installed_version(package) for package in sorted(packages)
+        }
 
     def run(self) -> None:
         """Gate and runs of everybody, side by side or one by one."""

@@ -6,7 +6,6 @@ A run is T stages of E epochs over the same rows, shuffled anew in every epoch.
 from __future__ import annotations
 
 import statistics
-import time
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
@@ -14,7 +13,9 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from training import Batch, Provider, Work, free, reason
+from training import Provider, Work, free, reason
+
+from progtuning_kernels.bench import Batch, timed_steps
 
 
 @dataclass
@@ -44,11 +45,6 @@ class Record:
             for stage, times in enumerate(its):
                 own[stage] += times
         self.run_s += other.run_s
-
-
-def _wait(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
 
 
 def _stretches(work: Work, together: int) -> Iterator[list[int]]:
@@ -81,14 +77,8 @@ class _Runner:
         stage, within = divmod(steps[0], work.steps_of_stage)
         if device.type == "cuda" and not within:
             torch.cuda.reset_peak_memory_stats(device)
-        torch.manual_seed(steps[0])  # the same dropout for everybody whose draws are the same
-        losses = []
-        _wait(device)
-        started = time.perf_counter()
-        for step in steps:
-            losses.append(self.session.step(step, batches[step % work.batches]))
-        _wait(device)
-        spent_ms = (time.perf_counter() - started) * 1e3
+        of_steps = [batches[step % work.batches] for step in steps]
+        losses, spent_ms = timed_steps(self.session, steps, of_steps, device)
         self.total_ms += spent_ms
         kind = record.first_ms if not within else record.later_ms
         kind = record.filling_ms if 0 < within < work.batches else kind

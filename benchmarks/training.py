@@ -10,12 +10,11 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from progtuning_kernels import ProgressiveSchedule
+from progtuning_kernels.bench import Batch, Refused, Session
 
-Batch = dict[str, Tensor]
-DECAY = 0.01
 PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16, "bf16-autocast": torch.float32}
 
 
@@ -168,46 +167,6 @@ def freeze(model: nn.Module, stage: int, boundary: int, *, evaluate: bool = Fals
         for name, module in model.named_modules():
             if ("embed" in name or _BLOCK.search(name)) and not trains(name, stage, boundary):
                 module.eval()
-
-
-def groups(model: nn.Module) -> list[dict[str, Any]]:
-    """Matrices decay, biases and norms do not: as everybody has it."""
-    parameters = [p for p in model.parameters() if p.requires_grad]
-    return [
-        {"params": [p for p in parameters if p.ndim >= 2], "weight_decay": DECAY},
-        {"params": [p for p in parameters if p.ndim < 2], "weight_decay": 0.0},
-    ]
-
-
-@dataclass
-class Session:
-    """One provider's model in training.
-
-    Args:
-        backward: forward and backward of a batch; returns the loss, detached.
-        update: clips, updates, drops the gradients.
-        begin: called with the number of the step before it, inside the timed region.
-        optimizer_tensors: what the optimizer keeps; may hold anything.
-        note: a line about what it did, at the end.
-    """
-
-    model: nn.Module
-    backward: Callable[[Batch], Tensor]
-    update: Callable[[], None]
-    optimizer_tensors: Callable[[], Any]
-    begin: Callable[[int], None] = lambda step: None
-    note: Callable[[], str | None] = lambda: None
-    close: Callable[[], None] = lambda: None
-
-    def step(self, number: int, batch: Batch) -> Tensor:
-        self.begin(number)
-        loss = self.backward(batch)
-        self.update()
-        return loss
-
-
-class Refused(Exception):
-    """Why a provider gets no number, in one line."""
 
 
 def reason(error: BaseException) -> str:

@@ -15,12 +15,12 @@ from .patch import PatchHandle, patch_model
 from .planner import TrainingPlan, plan_training
 from .schedules import (
     AdaptiveSchedule,
-    AnnealedSchedule,
     CyclicBlockSchedule,
     FreezePlan,
     MilestoneSchedule,
     ProgressiveSchedule,
     RandomBlockSchedule,
+    annealed_lr,
 )
 from .schedules.files import schedule_from_file
 
@@ -28,7 +28,6 @@ __version__ = "0.1.0"
 
 __all__ = [
     "AdaptiveSchedule",
-    "AnnealedSchedule",
     "CacheReport",
     "CheckpointError",
     "Contribution",
@@ -44,6 +43,7 @@ __all__ = [
     "TruncationError",
     "TruncationReport",
     "UnsupportedModelError",
+    "annealed_lr",
     "backend_report",
     "load_checkpoint",
     "measure_contribution",

@@ -25,6 +25,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .text_table import text_table
+
 PREFERENCE = ("native", "triton", "reference")
 ENVIRONMENT_VARIABLE = "PROGTUNING_BACKEND"
 
@@ -245,12 +247,7 @@ class BackendReport:
         for row in self.rows:
             runs = "yes" if row.ok else "no"
             cells.append((row.op, row.device, row.implementation, runs, row.reason or ""))
-        widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
-        lines = []
-        for line in cells:
-            padded = (cell.ljust(width) for cell, width in zip(line, widths, strict=True))
-            lines.append("  ".join(padded).rstrip())
-        return "\n".join(lines)
+        return "\n".join(text_table(cells, left=range(5)))
 
 
 def backend_report() -> BackendReport:

@@ -5,10 +5,14 @@ from __future__ import annotations
 import copy
 import importlib.util
 import json
+import re
 import sys
 from pathlib import Path
 
 import pytest
+from matplotlib.colors import to_hex
+
+from progtuning_kernels import report
 
 SCRIPT = Path(__file__).parent.parent / "benchmarks" / "plot.py"
 
@@ -119,3 +123,31 @@ def test_command(plot, content, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(sys, "argv", ["plot.py", str(tmp_path / "nothing")])
     with pytest.raises(SystemExit, match="run benchmarks/run.py first"):
         plot.main()
+
+
+def test_the_readme_s_figures_are_drawn_from_stored_results(plot, tmp_path):
+    results = SCRIPT.parent / "results"
+    drawn = {
+        path.stem
+        for device in sorted(results.iterdir())
+        for path in plot.draw(device, tmp_path / device.name)
+    }
+    readme = (SCRIPT.parent.parent / "README.md").read_text(encoding="utf-8")
+    shown = set(re.findall(r"\(docs/(\w+)\.png\)", readme))
+    assert shown <= drawn
+
+
+def test_figures_of_units_and_contributions_show_what_is_stored(plot):
+    results = SCRIPT.parent / "results"
+    (path,) = results.glob("*/contribution/sst2.json")
+    stored = json.loads(path.read_text())
+    axes = plot.contribution_figure(stored).axes
+    for ax, (name, measure) in zip(axes, stored["measures"].items(), strict=True):
+        assert ax.get_title() == name
+        assert [bar.get_height() for bar in ax.patches] == measure["values"]
+    (path,) = results.glob("*/demo/progressive-seed0.json")
+    run = report.load_run(path)
+    (ax,) = plot.unit_figure([run]).axes
+    trains = [[to_hex(c) == to_hex(plot.OURS) for c in u.get_facecolor()] for u in ax.collections]
+    plans = [[s["embeddings"], *s["trainable"], s["head"]] for s in run.stages]
+    assert trains == [list(flags) for flags in zip(*plans, strict=True)]

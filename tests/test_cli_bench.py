@@ -5,7 +5,9 @@ from __future__ import annotations
 import json
 
 import pytest
+import transformers
 
+from progtuning_kernels.bench import timed_steps
 from progtuning_kernels.cache.row_store import RowStore
 from progtuning_kernels.cli import bench_command
 from progtuning_kernels.cli.app import main
@@ -29,38 +31,41 @@ def test_every_way_is_timed_in_every_stage(model_folders, capsys, model):
     assert state[1, "progressive"] == state[2, "full"] > state[2, "progressive"] > 0
     assert state[2, "frozen by hand"] == state[1, "frozen by hand"]  # kept, by hand
     boundaries = [rows[stage, "full"]["boundary"] for stage in (1, 2)]
-    assert boundaries == [0, 2] and rows[2, "progressive, cache"]["cache"] in ("on", "off")
+    assert boundaries == [0, 2] and rows[2, "full"]["cache"] is None
+    assert rows[2, "progressive, cache"]["cache"].startswith(("cache: on", "cache: off"))
 
 
 def test_the_table_fits_a_terminal(model_folders, capsys, monkeypatch):
-    step = bench_command._Contender.step
+    def slow(*arguments):
+        losses, step_ms = timed_steps(*arguments)
+        return losses, step_ms + 98_765
 
-    def slow(self, batch):
-        loss, step_ms = step(self, batch)
-        return loss, step_ms + 98_765
-
-    monkeypatch.setattr(bench_command._Contender, "step", slow)
+    monkeypatch.setattr(bench_command, "timed_steps", slow)
     _call(model_folders)
     out = capsys.readouterr().out
     assert "gate: gradients within" in out and "…" not in out
-    assert out.count("loss 0.") + out.count("loss 1.") == 8
+    table = [line.split() for line in out.splitlines()[3:-2]]
+    assert [line[0] for line in table] == ["1"] * 4 + ["2"] * 4 + ["run"] * 4
+    assert all(0 < float(line[-1]) < 3 and float(line[-2]) > 0 for line in table[:8])
     assert max(map(len, out.splitlines()[1:])) <= 80
 
 
 def test_no_time_is_printed_when_the_gate_is_red(model_folders, capsys, monkeypatch):
-    plain = bench_command._plain
+    ours = bench_command.our_session
 
-    def wrong(model, active, autocast):
-        made = plain(model, active, autocast)
+    def wrong(rule, model, *arguments, **options):
         for p in model.parameters():
             p.register_hook(lambda g: 1.01 * g)
-        return made
+        return ours(rule, model, *arguments, **options)
 
-    monkeypatch.setattr(bench_command, "_plain", wrong)
+    monkeypatch.setattr(bench_command, "our_session", wrong)
     with pytest.raises(SystemExit) as ended:
         _call(model_folders)
     captured = capsys.readouterr()
-    assert ended.value.code == 2 and "gate: losses or gradients differ by 9.9e-03" in captured.err
+    assert (
+        ended.value.code == 2
+        and "progressive: gate is red: gradients of stage 1 are 1.0e-02 off" in captured.err
+    )
     assert " ms" not in captured.out
 
 
@@ -70,7 +75,7 @@ def test_the_cache_has_to_pass_the_gate_too(model_folders, capsys, monkeypatch):
     with pytest.raises(SystemExit) as ended:
         _call(model_folders)
     captured = capsys.readouterr()
-    assert ended.value.code == 2 and "gate: losses or gradients differ" in captured.err
+    assert ended.value.code == 2 and "progressive, cache: gate is red" in captured.err
     assert " ms" not in captured.out
 
 
@@ -87,3 +92,15 @@ def test_bad_calls_get_one_line(model_folders, capsys, more, message):
         _call(model_folders, *more)
     err = capsys.readouterr().err
     assert ended.value.code == 2 and err.count("\n") == 1 and message in err
+
+
+def test_a_model_that_reads_its_batch_gets_one_line(tmp_path, capsys):
+    sizes = dict(d_model=16, d_ff=16, d_kv=8, num_layers=2, num_heads=2, vocab_size=64)
+    transformers.T5Config(**sizes, architectures=["T5ForSequenceClassification"]).save_pretrained(
+        tmp_path / "t5"
+    )
+    with pytest.raises(SystemExit) as ended:
+        main(["bench", "--model", str(tmp_path / "t5"), "--task", "classification"])
+    err = capsys.readouterr().err
+    assert ended.value.code == 2 and err.count("\n") == 1
+    assert "T5ForSequenceClassification cannot be tried on random rows" in err

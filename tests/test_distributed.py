@@ -46,7 +46,7 @@ from progtuning_kernels.integrations.hf_trainer import ProgtuningCallback
 from progtuning_kernels.model.derived_classes import derived_classes
 from progtuning_kernels.model.families import UnsupportedModelError
 from progtuning_kernels.model.layout import parameter_slots
-from progtuning_kernels.schedules import AnnealedSchedule
+from progtuning_kernels.schedules import annealed_lr
 
 WORLD, STEPS, ROWS = 2, 9, 4
 OPTIONS = dict(lr=0.02, betas=(0.8, 0.95), eps=1e-3, weight_decay=0.1, max_grad_norm=0.5)
@@ -60,7 +60,7 @@ SCHEDULES = {
     "random-truncated": lambda: RandomBlockSchedule(1, 2, seed=1, embeddings="never"),
     "cyclic": lambda: CyclicBlockSchedule(1, 2, order="random", seed=3),
     "adaptive": lambda: AdaptiveSchedule(2, percentile=60),
-    "annealed": lambda: AnnealedSchedule(ProgressiveSchedule(3, STEPS)),
+    "annealed": lambda: ProgressiveSchedule(3, STEPS),
 }
 
 
@@ -74,14 +74,13 @@ def batch(step: int, rank: int | None) -> dict[str, torch.Tensor]:
     return {k: v[rank * share : (rank + 1) * share] for k, v in rows.items()}
 
 
-def optimizer_of(handle, **options):
-    annealed = isinstance(handle.schedule, AnnealedSchedule)
+def optimizer_of(handle, *, annealed=False, **options):
     optimizer = MaskedAdamW(
         handle.param_groups(weight_decay=0.1, by_unit=annealed), **{**OPTIONS, **options}
     )
     if not annealed:
         return optimizer, None
-    factors = handle.schedule.lr_factors(optimizer.param_groups, handle.num_blocks)
+    factors = annealed_lr(handle.schedule, optimizer.param_groups, handle.num_blocks)
     return optimizer, LambdaLR(optimizer, factors)
 
 
@@ -102,11 +101,11 @@ def train(called: nn.Module, handle, optimizer, scheduler, rank, *, on_step=None
     return losses
 
 
-def reference(schedule) -> tuple[nn.Module, object]:
+def reference(schedule, *, annealed: bool = False) -> tuple[nn.Module, object]:
     """The run of one process."""
     model = tiny_model("bert-sequence").train()
     handle = patch_model(model, schedule)
-    train(model, handle, *optimizer_of(handle), None)
+    train(model, handle, *optimizer_of(handle, annealed=annealed), None)
     return model, handle
 
 
@@ -150,7 +149,7 @@ def active_bytes(model: nn.Module) -> int:
 
 def check_ddp(rank: int) -> None:
     for name, make in SCHEDULES.items():
-        expected, alone = reference(make())
+        expected, alone = reference(make(), annealed=name == "annealed")
         model = tiny_model("bert-sequence").train()
         before = name in ("random", "adaptive", "progressive")  # patched before it is wrapped
         if before:
@@ -170,7 +169,8 @@ def check_ddp(rank: int) -> None:
             for slot in parameter_slots(handle.model, handle.layout):
                 assert (slot.parameter.grad is not None) == slot.parameter.requires_grad
 
-        train(ddp, handle, *optimizer_of(handle), rank, on_step=note)
+        made = optimizer_of(handle, annealed=name == "annealed")
+        train(ddp, handle, *made, rank, on_step=note)
         assert sent == planned, f"{name}: {sent} bytes were reduced, {planned} are active"
         assert len(plans) > 1, name
         assert same_on_ranks(model), name
@@ -350,7 +350,7 @@ class Collectives:
 def check_fsdp2(rank: int) -> None:
     counted = Collectives()
     for name, make in SCHEDULES.items():
-        expected, alone = reference(make())
+        expected, alone = reference(make(), annealed=name == "annealed")
         model = tiny_model("bert-sequence").train()
         before = name in ("never", "cyclic", "adaptive")  # frozen blocks get sharded, too
         if before:
@@ -358,7 +358,7 @@ def check_fsdp2(rank: int) -> None:
         shard(model)
         if not before:
             handle = patch_model(model, make(), kernels="off")
-        optimizer, scheduler = optimizer_of(handle)
+        optimizer, scheduler = optimizer_of(handle, annealed=name == "annealed")
         left_gathered = False
         while handle.step < STEPS:
             counted.gathers = counted.scattered_bytes = 0

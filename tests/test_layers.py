@@ -10,12 +10,13 @@ import pytest
 PACKAGE = Path(__file__).parent.parent / "progtuning_kernels"
 # a module may import from lower layers, and within a folder from its own
 LAYERS = [
-    {"backend", "freeze_events", "random_state", "sharding", "text_table"},
+    {"text_table"},
+    {"backend", "freeze_events", "random_state", "sharding"},
     {"schedules", "ops", "model"},
     {"optim", "swaps", "cache", "distributed"},
     {"freezing"},
     {"patch", "planner"},
-    {"integrations", "report", "contribution", "checkpoints"},
+    {"integrations", "report", "contribution", "checkpoints", "bench"},
     {"cli", "__init__"},
     {"__main__"},
 ]

@@ -495,12 +495,14 @@ def test_a_tensor_that_moves_to_another_group_takes_its_rate():
         groups = _groups(parameters)
         groups[1]["lr"] = 1e-4
         optimizer = kind(groups, **SEPARATING)
-        for step in range(3):
+        for step in range(4):
+            first, second = (group["params"] for group in optimizer.param_groups)
             if step == 1:
-                first, second = (group["params"] for group in optimizer.param_groups)
                 second.append(first.pop(1))
             if step == 2:  # of the same sizes
                 first[0], second[0] = second[0], first[0]
+            if step == 3:  # in the same order
+                second.insert(0, first.pop())
             _give_gradients(parameters, step)
             optimizer.step()
         runs.append(parameters)

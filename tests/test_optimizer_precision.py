@@ -119,6 +119,10 @@ def test_torch_goes_on_from_any_precision_and_back(dtype, options, frozen):
         ours.param_groups[0]["params"][i].requires_grad_(False)
     train(ours, range(4))
     saved = ours.torch_state_dict()
+    for i, p in enumerate(ours.param_groups[0]["params"]):
+        if "exp_avg" in ours.state.get(p, {}):  # no bit of it is lost
+            wide = saved["state"][i]["exp_avg"].double()
+            assert torch.equal(wide, ours.state[p]["exp_avg"].double())
     copies = [nn.Parameter(p.detach().clone()) for p in ours.param_groups[0]["params"]]
     for i in frozen:
         copies[i].requires_grad_(False)

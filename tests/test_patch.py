@@ -24,7 +24,6 @@ from transformers import BatchEncoding
 
 from progtuning_kernels import (
     AdaptiveSchedule,
-    AnnealedSchedule,
     CyclicBlockSchedule,
     FreezePlan,
     MaskedAdamW,
@@ -32,6 +31,7 @@ from progtuning_kernels import (
     ProgressiveSchedule,
     RandomBlockSchedule,
     TruncationError,
+    annealed_lr,
     patch_model,
     release_frozen_state,
 )
@@ -557,7 +557,6 @@ def test_bad_calls_are_named():
     [
         ("progressive", "takes a schedule, e.g. ProgressiveSchedule.*got 'progressive'"),
         (ProgressiveSchedule, r"not its class: pass ProgressiveSchedule\(...\)"),
-        (AnnealedSchedule, r"not its class: pass AnnealedSchedule\(...\)"),
         (None, "got None"),
         (3, "got 3"),
     ],
@@ -567,7 +566,7 @@ def test_what_is_no_schedule_is_named_at_once(make, schedule, message):
         make(schedule)
     if not isinstance(schedule, type):
         with pytest.raises(TypeError, match=message):
-            AnnealedSchedule(schedule)
+            annealed_lr(schedule, [], 4)
 
 
 def test_what_is_no_model_and_options_that_are_none_are_named_at_once():

@@ -17,10 +17,10 @@ from tiny_models import tiny_inputs, tiny_model
 from torch.nn.parallel import DistributedDataParallel
 
 from progtuning_kernels import (
-    AnnealedSchedule,
     MaskedAdamW,
     MilestoneSchedule,
     ProgressiveSchedule,
+    annealed_lr,
     patch_model,
     register_family,
     report,
@@ -181,7 +181,7 @@ def test_schedules_snippet_runs():
     (code,) = _python("Schedules")
     code = code.replace("ProgressiveSchedule(12,", "ProgressiveSchedule(4,")  # of 4 blocks
     names = {"patch_model": patch_model, "ProgressiveSchedule": ProgressiveSchedule}
-    names |= {"AnnealedSchedule": AnnealedSchedule, "MaskedAdamW": MaskedAdamW, "total_steps": 8}
+    names |= {"annealed_lr": annealed_lr, "MaskedAdamW": MaskedAdamW, "total_steps": 8}
     names |= {"LambdaLR": torch.optim.lr_scheduler.LambdaLR, "model": tiny_model("bert-sequence")}
     exec(compile(code, "README.md", "exec"), names)
     for _ in range(3):

@@ -13,17 +13,17 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from progtuning_kernels import (
     AdaptiveSchedule,
-    AnnealedSchedule,
     CyclicBlockSchedule,
     FreezePlan,
     MilestoneSchedule,
     ProgressiveSchedule,
     RandomBlockSchedule,
+    annealed_lr,
     schedule_from_file,
 )
 from progtuning_kernels.schedules import (
@@ -33,6 +33,7 @@ from progtuning_kernels.schedules import (
     stage_count,
     steps_to_check,
 )
+from progtuning_kernels.schedules.annealing import freezing_steps
 from progtuning_kernels.schedules.blocks import _sample
 
 
@@ -45,8 +46,8 @@ def _settings(draw: st.DrawFn) -> tuple[int, int, int]:
 
 
 @given(_settings(), st.sampled_from(["first_stage", "always", "never"]))
-def test_progressive_covers_every_stage_and_only_ever_freezes(settings, embeddings):
-    num_blocks, stages, total_steps = settings
+def test_progressive_covers_every_stage_and_only_ever_freezes(run, embeddings):
+    num_blocks, stages, total_steps = run
     schedule = ProgressiveSchedule(stages, total_steps, embeddings=embeddings)
     plans = [schedule.plan(step, num_blocks) for step in range(total_steps)]
     seen = [schedule.stage(step) for step in range(total_steps)]
@@ -189,12 +190,9 @@ def test_unbound_schedule_plans_its_first_step_and_refuses_the_second():
         (lambda: AdaptiveSchedule(5, percentile=101), "percentile must be 0 to 100"),
         (lambda: AdaptiveSchedule(5).observe(3, [1.0], 1), "no interval of 5 steps ends with"),
         (lambda: AdaptiveSchedule(5).observe(4, [1.0], 2), "expected 2 finite norms"),
-        (lambda: AnnealedSchedule(AdaptiveSchedule(5)), "does not know its freezing steps"),
-        (lambda: AnnealedSchedule(ProgressiveSchedule(2)).lr_scales(0, 4), "length of the run"),
-        (
-            lambda: AnnealedSchedule(MilestoneSchedule({2: 3, 4: 0}).bind(9)).lr_scales(0, 4),
-            "thaws",
-        ),
+        (lambda: annealed_lr(AdaptiveSchedule(5), [], 4), "does not know its freezing steps"),
+        (lambda: annealed_lr(ProgressiveSchedule(2), [], 4), "length of the run"),
+        (lambda: annealed_lr(MilestoneSchedule({2: 3, 4: 0}).bind(9), [], 4), "thaws"),
         (lambda: ProgressiveSchedule(2, 9).plan(-1, 6), "0 or more"),
         (lambda: MilestoneSchedule({3: 7}).plan(0, 6), "above the 6 blocks"),
         (lambda: MilestoneSchedule({-3: 1}), "milestone's step must be 0 or more"),
@@ -220,7 +218,6 @@ _NUMBERS = {
     "total_steps of random": lambda n: RandomBlockSchedule(1, 5).bind(n),
     "total_steps of cyclic": lambda n: CyclicBlockSchedule(1, 5).bind(n),
     "total_steps of adaptive": lambda n: AdaptiveSchedule(5).bind(n),
-    "total_steps of annealed": lambda n: AnnealedSchedule(ProgressiveSchedule(2)).bind(n),
     "milestone's step": lambda n: MilestoneSchedule({n: 1}),
     "boundary of milestone": lambda n: MilestoneSchedule({1: n}),
     "blocks": lambda n: RandomBlockSchedule(n, 5),
@@ -282,7 +279,6 @@ def test_schedules_fulfil_the_protocol_and_need_the_standard_library_only():
         assert isinstance(schedule, Schedule) and not isinstance(schedule, ObservingSchedule)
     assert isinstance(AdaptiveSchedule(5), Schedule)
     assert isinstance(AdaptiveSchedule(5), ObservingSchedule)
-    assert isinstance(AnnealedSchedule(ProgressiveSchedule(2)), Schedule)
     from progtuning_kernels import schedules
 
     code = (
@@ -476,25 +472,26 @@ def test_windows_end_with_their_interval(step, interval, window):
     assert not schedule.decides(step) or len(counted) == schedule.window
 
 
+@settings(deadline=None)
 @given(_settings(), st.sampled_from(["first_stage", "always", "never"]), st.booleans())
-def test_every_unit_anneals_to_nothing_where_it_freezes(settings, embeddings, scaled):
-    num_blocks, stages, total_steps = settings
-    inner = ProgressiveSchedule(stages, total_steps, embeddings=embeddings)
-    schedule = AnnealedSchedule(inner, scaled=scaled)
-    rows = [schedule.lr_scales(step, num_blocks) for step in range(total_steps)]
-    ends = schedule.freezing_steps(num_blocks)
+def test_every_unit_anneals_to_nothing_where_it_freezes(run, embeddings, scaled):
+    num_blocks, stages, total_steps = run
+    schedule = ProgressiveSchedule(stages, total_steps, embeddings=embeddings)
+    groups = [{"unit": unit} for unit in range(-1, num_blocks + 1)]
+    factors = annealed_lr(schedule, groups, num_blocks, scaled=scaled)
+    ends = freezing_steps(schedule, num_blocks)
     for unit, end in enumerate(ends):
-        scales = [row[unit] for row in rows]
+        scales = [factors[unit](step) for step in range(total_steps)]
         assert scales == sorted(scales, reverse=True)
         assert all(scale > 0 for scale in scales[:end]) and not any(scales[end:])
         if end:
             assert scales[0] == pytest.approx(total_steps / end if scaled else 1)
             full = total_steps if scaled else end
             assert sum(scales) == pytest.approx(full * (1 + 1 / end) / 2)
-        for step in range(total_steps):
-            plan = schedule.plan(step, num_blocks)
-            on = (plan.embeddings, *plan.trainable, plan.head)[unit]
-            assert on == (step < end)
+    for step in range(total_steps):
+        plan = schedule.plan(step, num_blocks)
+        on = [plan.embeddings, *plan.trainable, plan.head]
+        assert on == [step < end for end in ends]
 
 
 _FILES = {
@@ -509,16 +506,16 @@ _FILES = {
         MilestoneSchedule({0: 1, 40: 3}, embeddings="never"),
     ),
     "e.json": (
-        '{"schedule": "progressive", "stages": 2, "weights": [1, 2], "anneal": true}',
-        AnnealedSchedule(ProgressiveSchedule(2, weights=[1, 2])),
+        '{"schedule": "progressive", "stages": 2, "weights": [1, 2]}',
+        ProgressiveSchedule(2, weights=[1, 2]),
     ),
     "g.json": (
         '{"schedule": "milestones", "steps": {"0": 2, "10": 0, "20": -1}}',
         MilestoneSchedule({0: 2, 10: 0, 20: -1}),
     ),
     "f.toml": (
-        'schedule = "milestones"\n[steps]\n5 = 2\n[anneal]\nscaled = true',
-        AnnealedSchedule(MilestoneSchedule({5: 2}), scaled=True),
+        'schedule = "milestones"\n[steps]\n5 = 2\n',
+        MilestoneSchedule({5: 2}),
     ),
 }
 _needs_toml = pytest.mark.skipif(sys.version_info < (3, 11), reason="tomllib came with Python 3.11")
@@ -547,8 +544,7 @@ def test_files_say_what_their_class_says(name, tmp_path):
         ("a.json", '{"schedule": "milestones", "steps": {"3": true}}', "milestone 3 must be -1 or"),
         ("a.json", '{"schedule": "milestones", "steps": {"3": "1"}}', "milestone 3 must be -1 or"),
         ("a.json", '{"schedule": "random", "blocks": 2, "period": 2.5}', "period must be 1 or"),
-        ("a.json", '{"schedule": "adaptive", "interval": 5, "anneal": true}', "freezing steps"),
-        ("a.json", '{"schedule": "progressive", "stages": 2, "anneal": 5}', "wrong type"),
+        ("a.json", '{"schedule": "progressive", "stages": 2, "anneal": true}', "train --anneal"),
         ("a.json", "{", "Expecting property name"),
         ("a.json", "[1]", "expected settings"),
         ("a.yaml", "a: [1\nb: {", "while parsing"),

@@ -21,13 +21,13 @@ from transformers import TrainerCallback
 
 from progtuning_kernels import (
     AdaptiveSchedule,
-    AnnealedSchedule,
     CyclicBlockSchedule,
     FreezePlan,
     MaskedAdamW,
     PatchHandle,
     ProgressiveSchedule,
     RandomBlockSchedule,
+    annealed_lr,
     patch_model,
     release_frozen_state,
 )
@@ -47,7 +47,7 @@ SCHEDULES: dict[str, Schedule] = {
     "two groups in turn": CyclicBlockSchedule(2, 2),
     "adaptive": AdaptiveSchedule(2, percentile=80),
     "weighted": ProgressiveSchedule(3, 12, weights=[1, 1, 1, 9]),
-    "annealed": AnnealedSchedule(ProgressiveSchedule(4, 12)),
+    "a stage per block": ProgressiveSchedule(4, 12),
 }
 IN_TURN = ["lisa", "random, no embeddings", "badam", "badam, head too"]
 
@@ -56,10 +56,11 @@ def _schedule(name: str) -> Schedule:
     return copy.deepcopy(SCHEDULES[name])
 
 
-def _start(model_name: str, schedule: Schedule, **options) -> tuple[PatchHandle, MaskedAdamW]:
+def _start(
+    model_name: str, schedule: Schedule, *, by_unit: bool = False, **options
+) -> tuple[PatchHandle, MaskedAdamW]:
     handle = patch_model(tiny_model(model_name), schedule, kernels="off")
     options = {"lr": 3e-3, "weight_decay": 0.1, "max_grad_norm": 1.0} | options
-    by_unit = isinstance(schedule, AnnealedSchedule)
     return handle, MaskedAdamW(handle.param_groups(by_unit=by_unit), **options)
 
 
@@ -381,7 +382,7 @@ class _Plans(TrainerCallback):
         self.seen.append(handle_of(model).plan)
 
 
-@pytest.mark.parametrize("name", [name for name in SCHEDULES if name != "annealed"])
+@pytest.mark.parametrize("name", SCHEDULES)
 @pytest.mark.parametrize("masked", [False, True])
 @pytest.mark.parametrize("saved_at", [4, 5])  # where plans of two steps change, and in between
 def test_trainer_trains_and_resumes_under_every_schedule(tmp_path, name, masked, saved_at):
@@ -414,22 +415,24 @@ def test_trainer_trains_and_resumes_under_every_schedule(tmp_path, name, masked,
 
 def test_every_unit_anneals_at_its_own_rate():
     steps, lr = 12, 1e-2
-    schedule = AnnealedSchedule(ProgressiveSchedule(4, steps))
-    handle, optimizer = _start("bert-sequence", schedule, lr=lr, weight_decay=0.0)
-    factors = schedule.lr_factors(
-        optimizer.param_groups, handle.num_blocks, base=lambda step: min(1.0, (step + 1) / 2)
-    )
+    schedule = ProgressiveSchedule(4, steps)
+    handle, optimizer = _start("bert-sequence", schedule, by_unit=True, lr=lr, weight_decay=0.0)
+
+    def warm_up(step: int) -> float:
+        return min(1.0, (step + 1) / 2)
+
+    factors = annealed_lr(schedule, optimizer.param_groups, handle.num_blocks, base=warm_up)
     scheduler = LambdaLR(optimizer, factors)
+    ends = [3, 3, 6, 9, 12, 12]  # embeddings, four blocks, head
     unit_of = {}
     for slot in parameter_slots(handle.model, handle.layout):
         unit_of[slot.name] = slot.units[0]
     for step in range(steps):
-        scales = schedule.lr_scales(step, handle.num_blocks)
+        scales = [(1 + math.cos(math.pi * min(1, step / end))) / 2 for end in ends]
         before = {n: p.detach().clone() for n, p in handle.model.named_parameters()}
         for group in optimizer.param_groups:
             assert {unit_of[name] for name in group["param_names"]} == {group["unit"]}
-            warm = min(1.0, (step + 1) / 2)
-            assert group["lr"] == pytest.approx(lr * warm * scales[group["unit"] + 1])
+            assert group["lr"] == pytest.approx(lr * warm_up(step) * scales[group["unit"] + 1])
         handle.model(**tiny_inputs("bert-sequence", seed=step)).loss.backward()
         optimizer.step()
         if step == 0:  # Adam's first update is lr times the gradient's sign
@@ -445,14 +448,12 @@ def test_every_unit_anneals_at_its_own_rate():
 
 
 def test_annealed_rates_under_the_trainer(tmp_path):
-    schedule = AnnealedSchedule(ProgressiveSchedule(4, STEPS))
+    schedule = ProgressiveSchedule(4, STEPS)
     recorder = _Recorder()
     trainer = _trainer(tmp_path, callbacks=[ProgtuningCallback(schedule), recorder])
-    with pytest.raises(ValueError, match="a group per unit"):
-        trainer.train()
     with patch_model(trainer.model, schedule) as handle:
         trainer.optimizer = MaskedAdamW(handle.param_groups(lr=1e-2, by_unit=True))
-        factors = schedule.lr_factors(trainer.optimizer.param_groups, handle.num_blocks)
+        factors = annealed_lr(schedule, trainer.optimizer.param_groups, handle.num_blocks)
     trainer.lr_scheduler = LambdaLR(trainer.optimizer, factors)
     trainer.train()
     assert [step.boundary for step in recorder.steps] == [0, 0, 1, 1, 2, 2, 3, 3]
@@ -468,9 +469,9 @@ def test_annealed_rates_under_the_trainer(tmp_path):
 
 def test_annealed_rates_work_inside_backward_and_resume():
     def start():
-        schedule = AnnealedSchedule(ProgressiveSchedule(4, 12), scaled=True)
-        handle, optimizer = _start("bert-sequence", schedule, in_backward=True, max_grad_norm=None)
-        factors = schedule.lr_factors(optimizer.param_groups, handle.num_blocks)
+        schedule, options = ProgressiveSchedule(4, 12), {"in_backward": True, "max_grad_norm": None}
+        handle, optimizer = _start("bert-sequence", schedule, by_unit=True, **options)
+        factors = annealed_lr(schedule, optimizer.param_groups, handle.num_blocks, scaled=True)
         return handle, optimizer, LambdaLR(optimizer, factors)
 
     def train(handle, optimizer, scheduler, until):
@@ -501,8 +502,7 @@ def test_groups_by_unit_hold_shared_parameters_where_they_freeze():
             p.numel() for p in handle.model.parameters()
         )
     with pytest.raises(ValueError, match="by_unit=True"):
-        schedule = AnnealedSchedule(ProgressiveSchedule(2, 4))
-        schedule.lr_factors(handle.param_groups(), 4)
+        annealed_lr(ProgressiveSchedule(2, 4), handle.param_groups(), 4)
 
 
 def _call(model_folders, text_files, output, *extra) -> list[str]:
@@ -516,7 +516,7 @@ _CLI_FILES = {
     "random": '{"schedule": "random", "blocks": 2, "period": 3, "embeddings": "never"}',
     "cyclic": '{"schedule": "cyclic", "blocks": 1, "period": 2, "order": "random"}',
     "adaptive": '{"schedule": "adaptive", "interval": 3, "percentile": 80}',
-    "annealed": '{"schedule": "progressive", "stages": 3, "anneal": true}',
+    "annealed": '{"schedule": "progressive", "stages": 3}',
 }
 
 
@@ -529,6 +529,7 @@ def test_command_line_trains_and_resumes_under_a_file(
     path = tmp_path / "schedule.json"
     path.write_text(_CLI_FILES[kind])
     common = ["--schedule", path, "--max-steps", 12, "--checkpoint-every", 7]
+    common += ["--anneal"] if kind == "annealed" else []
     main(_call(model_folders, text_files, tmp_path / "straight", *common))
     with monkeypatch.context() as patch:
         patch.setattr(engine.Run, "_save_model", lambda self: (_ for _ in ()).throw(SystemError))
@@ -562,12 +563,13 @@ def test_command_line_names_and_errors(model_folders, text_files, tmp_path, caps
     bad = tmp_path / "bad.json"
     bad.write_text('{"schedule": "random", "blocks": 9, "period": 3}')
     thaws = tmp_path / "thaws.json"
-    thaws.write_text('{"schedule": "cyclic", "blocks": 1, "period": 3, "anneal": true}')
+    thaws.write_text('{"schedule": "cyclic", "blocks": 1, "period": 3}')
     for extra, message in (
         (("--schedule", "lisa"), "--schedule is progressive, random, cyclic, adaptive or a file"),
         (("--schedule", tmp_path / "none.toml"), "No such file"),
         (("--schedule", bad), "blocks=9 is more than the 4 blocks"),
-        (("--schedule", thaws), "thaws at step 3"),
+        (("--schedule", thaws, "--anneal"), "thaws at step 3"),
+        (("--method", "full", "--anneal"), "--anneal is for the progressive methods"),
         (("--schedule", "cyclic", "--stages", 4), "are for the progressive schedule"),
     ):
         with pytest.raises(SystemExit) as exit_:

@@ -9,6 +9,7 @@ from typing import Literal
 
 import torch
 
+from ..text_table import text_table
 from .row_codec import CodecError
 from .row_store import RowStore
 
@@ -148,5 +149,4 @@ class CacheReport:
             *((f"bypassed {n:,} times", reason) for reason, n in self.bypasses.items()),
             *(("warning", text) for text in self.warnings),
         ]
-        width = max(len(name) for name, _ in lines)
-        return "\n".join(f"{name.ljust(width)}  {value}" for name, value in lines)
+        return "\n".join(text_table(lines, left=(0, 1)))

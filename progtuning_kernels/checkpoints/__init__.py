@@ -295,7 +295,7 @@ def _to_this_rank(
         alike = isinstance(like, Tensor) and like.shape == value.shape
         if value.is_meta:
             if not alike:
-                like = torch.empty(value.shape, device="cpu")
+                like = torch.empty(value.shape, dtype=value.dtype, device="cpu")
             # weights to where they lie: there may be no room for them twice
             targets[name] = like if i is None else torch.empty_like(like, dtype=value.dtype)
             values[key] = targets[name]

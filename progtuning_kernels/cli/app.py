@@ -48,24 +48,58 @@ _blocks_option = click.option(
 )
 
 
-def _schedule_of_a_config(command: Callable[..., Any]) -> Callable[..., Any]:
-    """The options of a command that needs no weights."""
-    options = (
-        click.option(
-            "--task",
-            **_choice("auto", "classification", "causal-lm"),
-            help="auto: a language model if the config says so, otherwise classification.",
-        ),
-        click.option("--stages", **_positive(3), help="Stages of the schedule."),
-        click.option(
-            "--embeddings",
-            **_choice("first_stage", "always", "never"),
-            help="When the embeddings train.",
-        ),
-    )
-    for option in reversed(options):
-        command = option(command)
-    return command
+def _together(*options: Callable[..., Any]) -> Callable[..., Any]:
+    """Options that several commands have, in this order."""
+
+    def add_to(command: Callable[..., Any]) -> Callable[..., Any]:
+        for option in reversed(options):
+            command = option(command)
+        return command
+
+    return add_to
+
+
+_source_options = _together(
+    click.option("--train-file", type=_PATH, help="Training rows: .jsonl, .json, .csv or .tsv."),
+    click.option("--validation-file", type=_PATH, help="Validation rows."),
+    click.option(
+        "--dataset", help='Instead of files: a hub data set "owner/name:config", or "docstrings".'
+    ),
+    click.option("--model", default="minilm", help=_MINILM),
+)
+_column_options = _together(
+    click.option("--text-column", help="Found if named text, text_a, sentence, sentence1, ..."),
+    click.option("--pair-column", help="Second text of a pair; found if named text_b, ..."),
+    click.option("--label-column", help=_LABELS),
+)
+_run_options = _together(
+    click.option(
+        "--metric",
+        type=click.Choice(["accuracy", "f1", "matthews", "pearson", "spearman", "perplexity"]),
+        help="The figure to show beside the loss; train writes down all that fit.",
+    ),
+    click.option("--seed", type=click.IntRange(0, 2**32 - 1), default=0),
+    click.option("--max-train-rows", **_positive(), help="Use the first rows only."),
+    click.option("--max-validation-rows", **_positive(), help="Use the first rows only."),
+    click.option("--device", default="auto", help="auto, cpu, cuda, cuda:1, ..."),
+)
+_precision_option = click.option(
+    "--precision", **_choice("auto", "fp32", "bf16"), help="auto: bf16 autocast on GPUs that do it."
+)
+# of commands that need no weights
+_schedule_options = _together(
+    click.option(
+        "--task",
+        **_choice("auto", "classification", "causal-lm"),
+        help="auto: a language model if the config says so, otherwise classification.",
+    ),
+    click.option("--stages", **_positive(3), help="Stages of the schedule."),
+    click.option(
+        "--embeddings",
+        **_choice("first_stage", "always", "never"),
+        help="When the embeddings train.",
+    ),
+)
 
 
 @click.group(context_settings={"show_default": True, "max_content_width": 100})
@@ -78,12 +112,7 @@ def app() -> None:
     epilog="Example: progtuning train --train-file train.jsonl --validation-file dev.jsonl "
     "--model bert-base-uncased --output runs/mine"
 )
-@click.option("--train-file", type=_PATH, help="Training rows: .jsonl, .json, .csv or .tsv.")
-@click.option("--validation-file", type=_PATH, help="Validation rows.")
-@click.option(
-    "--dataset", help='Instead of files: a hub data set "owner/name:config", or "docstrings".'
-)
-@click.option("--model", default="minilm", help=_MINILM)
+@_source_options
 @click.option("--task", **_choice("classification", "causal-lm"), help="What to train for.")
 @click.option(
     "--method",
@@ -118,9 +147,7 @@ def app() -> None:
 )
 @_blocks_option
 @click.option("--lora-rank", **_positive(8), help="Rank of LoRA adapters.")
-@click.option("--text-column", help="Found if named text, text_a, sentence, sentence1, ...")
-@click.option("--pair-column", help="Second text of a pair; found if named text_b, ...")
-@click.option("--label-column", help=_LABELS)
+@_column_options
 @click.option("--epochs", **_positive(3))
 @click.option("--max-steps", **_positive(), help="Optimizer steps, instead of epochs.")
 @click.option("--batch-size", **_positive(32), help="Rows per micro-batch.")
@@ -129,24 +156,19 @@ def app() -> None:
 @click.option("--lr", **_not_negative(5e-5), help="Peak learning rate.")
 @click.option("--weight-decay", **_not_negative(0.01), help="Decay of matrices.")
 @click.option("--warmup", **_not_negative(0.06, 1), help="Share of the steps that warm up.")
+@click.option(
+    "--anneal",
+    is_flag=True,
+    help="Each unit's rate falls on its own cosine to 0 where it freezes (FreezeOut).",
+)
 @click.option("--max-grad-norm", **_not_negative(1.0), help="0: no clipping.")
 @click.option(
     "--state-dtype",
     **_choice("fp32", "bf16", "8bit"),
     help="Of AdamW's moments; full and lora, which are torch's AdamW, have fp32 only.",
 )
-@click.option(
-    "--precision", **_choice("auto", "fp32", "bf16"), help="auto: bf16 autocast on GPUs that do it."
-)
-@click.option(
-    "--metric",
-    type=click.Choice(["accuracy", "f1", "matthews", "pearson", "spearman", "perplexity"]),
-    help="The figure to show; all that fit are written down.",
-)
-@click.option("--seed", type=click.IntRange(0, 2**32 - 1), default=0)
-@click.option("--max-train-rows", **_positive(), help="Use the first rows only.")
-@click.option("--max-validation-rows", **_positive(), help="Use the first rows only.")
-@click.option("--device", default="auto", help="auto, cpu, cuda, cuda:1, ...")
+@_precision_option
+@_run_options
 @click.option(
     "--output",
     type=_PATH,
@@ -181,7 +203,7 @@ def train(dry_run: bool, **options: Any) -> None:
     "--dtype bf16 --optimizer adamw-8bit --device cuda --memory 80GB"
 )
 @click.option("--model", default="minilm", help="Folder, config.json or hub id; no weights needed.")
-@_schedule_of_a_config
+@_schedule_options
 @click.option(
     "--tied",
     **_choice("frozen", "head_only"),
@@ -222,13 +244,11 @@ def plan(**options: Any) -> None:
 
 @app.command(epilog="Example: progtuning bench --model minilm --batch-size 32 --seq-len 64")
 @click.option("--model", default="minilm", help="Folder, config.json or hub id; random weights.")
-@_schedule_of_a_config
+@_schedule_options
 @_blocks_option
 @click.option("--batch-size", **_positive(32), help="Rows per batch.")
 @click.option("--seq-len", **_positive(64), help="Tokens per row.")
-@click.option(
-    "--precision", **_choice("auto", "fp32", "bf16"), help="auto: bf16 autocast on GPUs that do it."
-)
+@_precision_option
 @click.option("--epochs", **_positive(2), help="Of four batches, timed, in every stage.")
 @click.option("--cache", default="1GiB", help="Memory of the prefix cache.")
 @click.option("--device", default="auto", help="auto, cpu, cuda, ...")
@@ -244,57 +264,30 @@ def bench(**options: Any) -> None:
 
 
 @app.command(
-    epilog="Example: progtuning contribution --dataset docstrings --measure all --output "
-    "runs/contribution"
+    epilog="Example: progtuning contribution --dataset docstrings --output runs/contribution"
 )
-@click.option("--train-file", type=_PATH, help="Training rows: .jsonl, .json, .csv or .tsv.")
-@click.option("--validation-file", type=_PATH, help="Validation rows.")
-@click.option(
-    "--dataset", help='Instead of files: a hub data set "owner/name:config", or "docstrings".'
-)
-@click.option("--model", default="minilm", help=_MINILM)
+@_source_options
 @click.option("--task", **_choice("classification", "causal-lm"), help="What the loss is of.")
-@click.option(
-    "--measure",
-    **_choice("all", "train", "skip", "gradient"),
-    help="train: embeddings, head and one block at a time, as in the paper; skip: the block's "
-    "input in place of its output; gradient: the norm over its parameters.",
-)
-@click.option("--steps", **_positive(50), help="Of each training of train; batches of gradient.")
-@click.option(
-    "--tune-steps",
-    type=click.IntRange(min=0),
-    help="Steps of full training before skip and gradient, which a new head makes noise of; 0 for "
-    "a model that is fine-tuned. [default: --steps]",
-)
+@click.option("--steps", **_positive(50), help="Of each training, one more than there are blocks.")
 @_blocks_option
-@click.option("--text-column", help="Found if named text, text_a, sentence, sentence1, ...")
-@click.option("--pair-column", help="Second text of a pair; found if named text_b, ...")
-@click.option("--label-column", help=_LABELS)
+@_column_options
 @click.option("--batch-size", **_positive(32), help="Rows per batch.")
 @click.option("--max-length", type=click.IntRange(min=2), default=128, help="Tokens per row.")
 @click.option("--lr", **_not_negative(1e-4), help="Peak learning rate.")
 @click.option("--max-grad-norm", **_not_negative(1.0), help="0: no clipping.")
-@click.option(
-    "--precision", **_choice("auto", "fp32", "bf16"), help="auto: bf16 autocast on GPUs that do it."
-)
-@click.option(
-    "--metric",
-    type=click.Choice(["accuracy", "f1", "matthews", "pearson", "spearman", "perplexity"]),
-    help="Shown beside the loss.",
-)
-@click.option("--seed", type=click.IntRange(0, 2**32 - 1), default=0)
-@click.option("--max-train-rows", **_positive(), help="Use the first rows only.")
-@click.option("--max-validation-rows", **_positive(), help="Use the first rows only.")
-@click.option("--device", default="auto", help="auto, cpu, cuda, cuda:1, ...")
+@_precision_option
+@_run_options
 @click.option(
     "--output",
     type=_PATH,
     default=Path("runs/contribution"),
-    help="Gets contribution.json and contribution.png.",
+    help="Gets contribution.json.",
 )
 def contribution(**options: Any) -> None:
-    """Measure what every block contributes, for a schedule with weights."""
+    """Measure what every block contributes, for a schedule with weights.
+
+    As in the paper: the fall in validation loss when the block trains beside embeddings and head.
+    """
     from . import contribution_command
 
     contribution_command.run(options)
@@ -341,7 +334,11 @@ def demo(**options: Any) -> None:
 )
 @click.option("--markdown", is_flag=True, help="Print the comparison as a Markdown table as well.")
 def report(runs: Sequence[Path], output: Path, markdown: bool) -> None:
-    """Compare finished runs (their folders): tables, plots, one HTML file."""
+    """Compare finished runs: a table, plots, one HTML file.
+
+    A run is a folder that train has written, or one of transformers' Trainer, which takes method
+    and seed from its name (full-seed0).
+    """
     from . import report_command
 
     report_command.run(runs, output, markdown=markdown)

@@ -1,8 +1,8 @@
-"""`progtuning bench`: what a step of every stage takes here, by three or four ways to train it.
+"""`progtuning bench`: what a step of every stage takes here, by four ways to train it.
 
 Everybody starts from the same random weights and takes the same random batches, in turn, in one
-process. No time is taken before a gate: losses and gradients of every stage are those of freezing
-by hand. `benchmarks/run.py` compares with other people's packages, too.
+process. No time is taken before a gate: losses, gradients and updates of every stage are those of
+plain torch. `benchmarks/run.py` compares with other packages, too, by the same gate and clock.
 """
 
 from __future__ import annotations
@@ -10,113 +10,105 @@ from __future__ import annotations
 import copy
 import json
 import statistics
-import time
-from collections.abc import Callable, Mapping
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from rich.console import Console
 from rich.progress import track
-from rich.table import Table
 from torch import nn
 
+from ..backend import one_line
+from ..bench import (
+    TOLERANCES,
+    Batch,
+    Refused,
+    Session,
+    compare,
+    our_session,
+    plain_session,
+    timed_steps,
+    trace,
+)
 from ..cache import PrefixCache
-from ..freezing.decay_groups import decay_groups
-from ..optim import MaskedAdamW, state_bytes
-from ..patch import PatchHandle, patch_model
+from ..model.layout import find_layout
+from ..patch import patch_model
 from ..planner.example_batch import example_batch, on_device
 from ..schedules import ProgressiveSchedule
+from ..text_table import text_table
 from .errors import UserError, as_user_error
 from .models import autocast_dtype, check_length, choose_device
 from .plan_command import model_without_weights
 from .provenance import provenance
 from .sizes import parse_bytes
 
-Batch = dict[str, Any]
 _BATCHES = 4  # of an epoch: a stage's first epoch warms up and fills the cache, others are timed
-_LR, _DECAY, _CLIP = 5e-5, 0.01, 1.0
-# relative norm of the difference between all gradients
-_TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 2e-2}
 
 
-class _Contender:
-    """One way to train a model of its own.
+@dataclass(frozen=True)
+class _Rule:
+    device: torch.device
+    dtype: torch.dtype | None
+    lr: float = 5e-5
+    clip: float = 1.0
 
-    Args:
-        move: called with the number of a stage when it begins.
-        update: clips and updates, and drops the gradients.
+    def autocast(self) -> AbstractContextManager[Any]:
+        if self.dtype is None:
+            return nullcontext()
+        return torch.autocast(self.device.type, dtype=self.dtype)
+
+
+@contextmanager
+def _no_data(model: nn.Module) -> Iterator[None]:
+    """Say what has happened to a model that random rows do not suit."""
+    try:
+        yield
+    except (NotImplementedError, RuntimeError) as error:
+        name = type(model).__name__
+        raise UserError(f"{name} cannot be tried on random rows: {one_line(error)}") from error
+
+
+def _gate(
+    ways: Mapping[str, Callable[[], Session]],
+    batches: Sequence[Batch],
+    active: Sequence[set[str]],
+    rule: _Rule,
+) -> float:
+    """Largest error of losses and gradients, a step per stage, against plain torch; no dropout.
+
+    The truth freezes nothing: of a fully trainable model's gradients, those that the plan freezes
+    are dropped before torch's AdamW.
+
+    Raises:
+        UserError: the gate is red.
     """
-
-    def __init__(
-        self,
-        model: nn.Module,
-        optimizer: torch.optim.Optimizer,
-        move: Callable[[int], None],
-        update: Callable[[], None],
-        autocast: Callable[[], AbstractContextManager],
-    ) -> None:
-        self.model, self.optimizer = model, optimizer
-        self.move, self._update, self._autocast = move, update, autocast
-
-    def loss(self, batch: Batch) -> torch.Tensor:
-        with self._autocast():
-            return self.model(**batch).loss
-
-    def step(self, batch: Batch) -> tuple[float, float]:
-        """Loss, and milliseconds of forward, backward and update; the device is waited for."""
-        started = time.perf_counter()
-        loss = self.loss(batch)
-        loss.backward()
-        self._update()
-        if loss.is_cuda:
-            torch.cuda.synchronize(loss.device)
-        value = float(loss.detach())
-        return value, (time.perf_counter() - started) * 1e3
-
-
-def _patched(
-    model: nn.Module,
-    schedule: ProgressiveSchedule,
-    autocast: Callable[[], AbstractContextManager],
-    **options: Any,
-) -> tuple[_Contender, PatchHandle]:
-    handle = patch_model(model, schedule, **options)
-    groups = handle.param_groups(weight_decay=_DECAY)
-    optimizer = MaskedAdamW(groups, lr=_LR, max_grad_norm=_CLIP)
-
-    def update() -> None:
-        optimizer.step()
-        optimizer.zero_grad()
-
-    return _Contender(model, optimizer, handle.seek, update, autocast), handle
-
-
-def _plain(
-    model: nn.Module,
-    active: list[set[str]] | None,
-    autocast: Callable[[], AbstractContextManager],
-) -> _Contender:
-    """torch's fused AdamW and clipping; `active`: names of what trains, by stage."""
-    parameters = [*model.parameters()]
-    kind = parameters[0].device.type
-    optimizer = torch.optim.AdamW(
-        decay_groups(parameters, _DECAY), lr=_LR, fused=kind in ("cpu", "cuda")
-    )
-
-    def move(stage: int) -> None:
-        for name, p in model.named_parameters() if active else ():
-            p.requires_grad_(name in active[stage])
-
-    def update() -> None:
-        nn.utils.clip_grad_norm_(parameters, _CLIP)
-        optimizer.step()
-        optimizer.zero_grad()
-
-    return _Contender(model, optimizer, move, update, autocast)
+    loss, gradient = TOLERANCES["bf16" if rule.dtype == torch.bfloat16 else rule.device.type]
+    stages = [batches[stage % len(batches)] for stage in range(len(active))]
+    truth, largest = None, 0.0
+    for name, make in ways.items():
+        session = make()
+        session.model.eval()
+        if truth is None:  # the first way is full training
+            truth = trace(session, stages, counts=lambda stage, name: name in active[stage])
+            continue
+        try:
+            errors = compare(
+                trace(session, stages, passes=2),
+                truth,
+                loss_tolerance=loss,
+                gradient_tolerance=gradient,
+                compares_movement=rule.dtype is None,
+            )
+        except Refused as error:
+            raise UserError(f"{name}: {error}") from None
+        largest = max(largest, errors["loss_error"], errors["gradient_error"])
+    return largest
 
 
 def _active_names(model: nn.Module, schedule: ProgressiveSchedule, blocks: Any) -> list[set[str]]:
+    """Names of what trains, by stage; `schedule` has a step per stage."""
     with patch_model(model, schedule, kernels="off", blocks=blocks) as handle:
         names = []
         for stage in range(schedule.stages):
@@ -125,151 +117,111 @@ def _active_names(model: nn.Module, schedule: ProgressiveSchedule, blocks: Any) 
     return names
 
 
-def _gate(one: _Contender, other: _Contender, stages: int, batch: Batch, tolerance: float) -> float:
-    """Largest relative difference of gradients in any stage, dropout off.
-
-    Raises:
-        UserError: it is above the tolerance, losses differ, or others have gradients.
-    """
-    worst = 0.0
-    for stage in range(stages):
-        found = []
-        for contender in (one, other):
-            contender.move(stage)
-            contender.model.eval()
-            for _ in range(2):  # a cache serves the second
-                contender.model.zero_grad()
-                loss = contender.loss(batch)
-                loss.backward()
-            named = contender.model.named_parameters()
-            found.append(
-                (float(loss.detach()), {n: p.grad.float() for n, p in named if p.grad is not None})
-            )
-            contender.model.zero_grad()
-            contender.model.train()
-        (loss, grads), (expected_loss, expected) = found
-        if grads.keys() != expected.keys():
-            raise UserError(f"gate: other tensors have gradients than by hand, stage {stage + 1}")
-        error = sum(float((grads[n] - expected[n]).norm()) ** 2 for n in grads) ** 0.5
-        error /= sum(float(g.norm()) ** 2 for g in expected.values()) ** 0.5
-        worst = max(worst, error, abs(loss - expected_loss) / abs(expected_loss))
-    if worst > tolerance:
-        raise UserError(f"gate: losses or gradients differ by {worst:.1e} from freezing by hand")
-    return worst
-
-
 def run(options: Mapping[str, Any]) -> None:
     o = dict(options)
     device = choose_device(o["device"])
-    dtype = autocast_dtype(o["precision"], device)
-
-    def autocast() -> AbstractContextManager:
-        return nullcontext() if dtype is None else torch.autocast(device.type, dtype=dtype)
-
+    rule = _Rule(device, autocast_dtype(o["precision"], device))
     blocks = None if o["blocks"] is None else o["blocks"].split(",")
+    cache_bytes = parse_bytes(o["cache"])
     meta = model_without_weights(o["model"], o["task"])
     check_length(meta, o["seq_len"], "--seq-len")
     meta.config.use_cache = False
-    torch.manual_seed(0)
-    stages = o["stages"]
-    with as_user_error():
-        shapes = example_batch(meta, o["batch_size"], o["seq_len"], padding=True, device=device)
-        schedule = ProgressiveSchedule(stages, stages, embeddings=o["embeddings"])  # a step a stage
-        base = type(meta)(meta.config).to(device).train()
-        active = _active_names(base, schedule, blocks)
+    stages, steps_of_stage = o["stages"], _BATCHES * (1 + o["epochs"])
     vocabulary = getattr(meta.config, "vocab_size", None)
-    batches = [on_device(shapes, device, vocabulary) for _ in range(_BATCHES)]
+    torch.manual_seed(0)
+    with as_user_error(), _no_data(meta):
+        shapes = example_batch(meta, o["batch_size"], o["seq_len"], padding=True, device=device)
+        batches = [on_device(shapes, device, vocabulary) for _ in range(_BATCHES)]
+        base = type(meta)(meta.config).to(device).train()
+        one_step = ProgressiveSchedule(stages, stages, embeddings=o["embeddings"])
+        active = _active_names(base, one_step, blocks)
+        num_blocks = find_layout(base, blocks).num_blocks
+        boundaries = one_step.boundaries(num_blocks)
 
-    def ours(**more: Any) -> tuple[_Contender, PatchHandle]:
-        return _patched(copy.deepcopy(base), schedule, autocast, blocks=blocks, **more)
+    def ways(steps: int) -> dict[str, Callable[[], Session]]:
+        """By name; `steps`: of a stage."""
 
-    def cache() -> PrefixCache:
-        return PrefixCache(parse_bytes(o["cache"]))
+        def freezing() -> Session:
+            model = copy.deepcopy(base)
 
-    tolerance, checked = _TOLERANCE[dtype or torch.float32], []
-    with as_user_error():
-        by_hand = _plain(copy.deepcopy(base), active, autocast)
-        for options in ({}, {"cache": cache()}):
-            checked.append(_gate(ours(**options)[0], by_hand, stages, batches[0], tolerance))
-        progressive, _ = ours()
-        cached, cache_handle = ours(cache=cache())
-    contenders = {
-        "full": _plain(copy.deepcopy(base), None, autocast),
-        "frozen by hand": by_hand,
-        "progressive": progressive,
-        "progressive, cache": cached,
-    }
+            def begin(step: int) -> None:
+                for name, p in model.named_parameters() if step % steps == 0 else ():
+                    p.requires_grad_(name in active[step // steps])
+
+            return plain_session(rule, model, begin=begin)
+
+        def ours(**more: Any) -> Session:
+            schedule = ProgressiveSchedule(stages, stages * steps, embeddings=o["embeddings"])
+            return our_session(rule, copy.deepcopy(base), schedule, blocks=blocks, **more)
+
+        return {
+            "full": lambda: plain_session(rule, copy.deepcopy(base)),
+            "frozen by hand": freezing,
+            "progressive": ours,
+            "progressive, cache": lambda: ours(cache=PrefixCache(cache_bytes)),
+        }
+
+    with as_user_error(), _no_data(meta):
+        largest = _gate(ways(1), batches, active, rule)
+        sessions = {name: make() for name, make in ways(steps_of_stage).items()}
     rows = []
     console = Console(stderr=o["json"])
-    for stage in track(
-        range(stages), "measuring", console=console, disable=not console.is_terminal
-    ):
-        times: dict[str, list[float]] = {name: [] for name in contenders}
-        losses: dict[str, list[float]] = {name: [] for name in contenders}
-        for contender in contenders.values():
-            contender.move(stage)
-        for epoch in range(1 + o["epochs"]):
-            for batch in batches:
-                for name, contender in contenders.items():
-                    loss, step_ms = contender.step(batch)
-                    losses[name].append(loss)
-                    if epoch:  # the first compiles, allocates, fills the cache
-                        times[name].append(step_ms)
-        report = cache_handle.cache_report()
+    counted = track(range(stages), "measuring", console=console, disable=not console.is_terminal)
+    for stage in counted:
+        times: dict[str, list[float]] = {name: [] for name in sessions}
+        losses: dict[str, list[float]] = {name: [] for name in sessions}
+        for step in range(stage * steps_of_stage, (stage + 1) * steps_of_stage):
+            for name, session in sessions.items():
+                found, step_ms = timed_steps(session, [step], [batches[step % _BATCHES]], device)
+                losses[name].append(float(found[0]))
+                if step % steps_of_stage >= _BATCHES:  # the first compile, allocate, fill the cache
+                    times[name].append(step_ms)
         rows += [
             {
                 "stage": stage + 1,
-                "boundary": cache_handle.boundary,
+                "boundary": 0 if o["embeddings"] == "always" else boundaries[stage],
                 "method": name,
                 "step_ms": statistics.median(times[name]),
                 "step_ms_p20": statistics.quantiles(times[name], n=5)[0],
                 "step_ms_p80": statistics.quantiles(times[name], n=5)[-1],
                 "mean_loss": statistics.mean(losses[name]),
-                "state_bytes": state_bytes(contender.optimizer),
-                "cache": report.state if contender is cached else None,
+                "state_bytes": sum(
+                    tensor.nbytes
+                    for state in session.optimizer_tensors().values()
+                    for tensor in state.values()
+                    if isinstance(tensor, torch.Tensor)
+                ),
+                "cache": session.note(),
             }
-            for name, contender in contenders.items()
+            for name, session in sessions.items()
         ]
     content = {
         "meta": provenance(device),
         "config": o,
-        "model": {"class": type(base).__name__, "blocks": cache_handle.num_blocks},
-        "gate_largest_difference": max(checked),
+        "model": {"class": type(base).__name__, "blocks": num_blocks},
+        "gate_largest_difference": largest,
         "rows": rows,
     }
-    if o["json"]:
-        print(json.dumps(content, indent=1))
-    else:
-        _show(content, console, [*contenders])
+    print(json.dumps(content, indent=1) if o["json"] else _shown(content))
 
 
-def _show(content: Mapping[str, Any], console: Console, methods: list[str]) -> None:
+def _shown(content: Mapping[str, Any]) -> str:
+    """What was measured, a line per stage and way, and the whole run relative to full training."""
     o, rows = content["config"], content["rows"]
-    console.print(
+    cells = [("stage", "boundary", "", "step (ms)", "/ full", "mean loss")]
+    total_ms: dict[str, float] = {}
+    for row in rows:
+        full_ms = next(r["step_ms"] for r in rows if r["stage"] == row["stage"])  # the first
+        total_ms[row["method"]] = total_ms.get(row["method"], 0.0) + row["step_ms"]
+        figures = f"{row['step_ms']:,.1f}", f"{row['step_ms'] / full_ms:.2f}"
+        where = str(row["stage"]), str(row["boundary"]), row["method"]
+        cells.append((*where, *figures, f"{row['mean_loss']:.4f}"))
+    for name, ms in total_ms.items():
+        cells.append(("run", "", name, "", f"{ms / total_ms['full']:.2f}", ""))
+    return (
         f"{content['model']['class']}, {content['model']['blocks']} blocks, {o['batch_size']} x "
         f"{o['seq_len']} tokens, {content['meta']['device']}; gate: gradients within "
-        f"{content['gate_largest_difference']:.0e} of freezing by hand",
-        soft_wrap=True,
-        highlight=False,
+        f"{content['gate_largest_difference']:.0e} of plain torch\n\n"
+        + "\n".join(text_table(cells, left=(0, 2)))
+        + "\n\nMedian step, and mean loss over the steps of the stage."
     )
-    table = Table(caption="Median step and its share of full training; mean loss of the stage.")
-    for name in ("stage\nboundary", *methods):
-        # two lines of a heading, three of a cell: 80 columns are enough for steps of minutes
-        table.add_column(name.replace(", ", "\n"), justify="right", no_wrap=True)
-    totals = dict.fromkeys(methods, 0.0)
-    for stage in range(1, o["stages"] + 1):
-        of_stage = {row["method"]: row for row in rows if row["stage"] == stage}
-        full_ms = of_stage["full"]["step_ms"]
-        cells = []
-        for name in methods:
-            row = of_stage[name]
-            totals[name] += row["step_ms"]
-            cells.append(
-                f"{row['step_ms']:,.1f} ms\n{row['step_ms'] / full_ms:.2f} of full\n"
-                f"loss {row['mean_loss']:.4f}"
-            )
-        table.add_row(f"{stage}\n{of_stage['full']['boundary']}", *cells)
-        table.add_section()
-    shares = [f"{totals[name] / totals['full']:.2f}" for name in methods]
-    table.add_row("run", *shares)
-    console.print(table)

@@ -81,9 +81,8 @@ def run(
     console.print()
     with as_user_error():
         runs = [report.load_run(folder) for folder in folders]
-        console.print(report.stage_table(runs[: len(methods)]))
         console.print(report.comparison_table(runs))
-        paths = report.write_report(runs, output / "report")
-    console.print(f"report: {paths.html}", soft_wrap=True)
+        page = report.write_report(runs, output / "report")
+    console.print(f"report: {page}", soft_wrap=True)
     if failures:
         fail_learning(failures)

@@ -1,10 +1,9 @@
-"""`progtuning doctor`: what this machine has, which implementation of each op runs on it, and why
-the others do not. Prints on any machine: whatever is missing is a line of the report, no error.
+"""`progtuning doctor`: what this machine has, which implementation each op uses on it, and why the
+others do not run. Prints on any machine: what is missing is a line of the report, no error.
 """
 
 from __future__ import annotations
 
-import importlib.metadata
 import platform
 from collections.abc import Callable
 from pathlib import Path
@@ -16,6 +15,7 @@ from rich.table import Table
 
 # Imported for their registration: the table of implementations has one part per op.
 from .. import __version__, backend, ops  # noqa: F401
+from .provenance import cpu_facts, installed_version
 
 _PACKAGES = ("transformers", "triton", "numpy", "peft", "accelerate")
 _OPENMP_NAMES = ("libgomp", "libomp", "libiomp5")
@@ -52,11 +52,7 @@ def openmp_pools(maps: str | None = None) -> list[str]:
 def _versions() -> list[tuple[str, str]]:
     rows = [("progtuning_kernels", __version__), ("python", platform.python_version())]
     rows.append(("torch", torch.__version__))  # names its build, +cpu or +cu130; its metadata not
-    for package in _PACKAGES:
-        try:
-            rows.append((package, importlib.metadata.version(package)))
-        except importlib.metadata.PackageNotFoundError:
-            rows.append((package, "not installed"))
+    rows += [(package, installed_version(package) or "not installed") for package in _PACKAGES]
     rows.append(("CUDA of torch", torch.version.cuda or "none (CPU-only build)"))
     return rows
 
@@ -85,18 +81,11 @@ def _extension() -> list[tuple[str, str]]:
 
 
 def _machine() -> list[tuple[str, str]]:
-    cpu = _read("/proc/cpuinfo")
-    flags: set[str] = set()
-    model = platform.processor() or platform.machine()
-    for line in cpu.splitlines():
-        key, _, value = line.partition(":")
-        if key.strip() in ("flags", "Features"):
-            flags = set(value.split())
-        elif key.strip() == "model name":
-            model = value.strip()
+    facts = cpu_facts()
+    flags = (facts.get("flags") or facts.get("Features", "")).split()  # x86's, ARM's
     features = [name for name in _CPU_FEATURES if name in flags]
     rows = [
-        ("CPU", model),
+        ("CPU", facts.get("model name") or platform.processor() or platform.machine()),
         ("CPU features", " ".join(features) or "none known"),
         ("threads of torch", str(torch.get_num_threads())),
     ]
@@ -119,8 +108,19 @@ def _implementations() -> Table:
         table.add_column(name, overflow="fold")
     for row in backend.backend_report().rows:
         runs = "[green]yes[/]" if row.ok else "[red]no[/]"
+        if row.implementation == _used(row.op, row.device):
+            runs = "[bold green]used[/]"
         table.add_row(row.op, row.device, row.implementation, runs, escape(row.reason or ""))
     return table
+
+
+def _used(op: str, device: str) -> str | None:
+    """Name of the implementation that an op of the ordinary kind runs with; None without any."""
+    asked = backend.OPS[op]
+    try:
+        return backend.select(asked, asked.probe(torch.device(device))).name
+    except Exception:  # no GPU, or PROGTUNING_BACKEND forces one that cannot run
+        return None
 
 
 def _pairs(title: str, rows: list[tuple[str, str]]) -> Table:

@@ -18,7 +18,7 @@ import shutil
 import statistics
 import time
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any
@@ -29,7 +29,7 @@ from ..checkpoints import load_checkpoint, save_checkpoint
 from ..freezing.unit_use import measure_forward
 from ..model.layout import EMBEDDINGS, Layout, find_layout, parameter_slots
 from ..optim import state_bytes
-from ..schedules import AnnealedSchedule, stage_count
+from ..schedules import annealed_lr, stage_count
 from . import methods, metrics, models
 from .batches import (
     Batch,
@@ -151,7 +151,6 @@ class Run:
         stage_steps: list[dict[str, Any]] = [
             r for r in self.records.steps if r["stage"] == self.schedule.stage(self.step)
         ]
-        # how many an adaptive schedule will make of it is not known yet
         stages = stage_count(self.schedule, self.total_steps)
         with progress.running(self.name, self.step, self.total_steps, stages):
             self._train_steps(progress, stage_steps)
@@ -166,22 +165,13 @@ class Run:
             shutil.rmtree(output / "checkpoints", ignore_errors=True)
         return result
 
-    def fit(self, on_step: Callable[[int], None]) -> None:
-        """All steps, and nothing else: no evaluation, no file.
-
-        Args:
-            on_step: called with the number of steps done.
-        """
-        for window in self.order.windows(self.step, self.total_steps):
-            self._train_step(window, None, self.schedule.stage(self.step), measure=False)
-            on_step(self.step)
-
     def _lr_scheduler(self) -> torch.optim.lr_scheduler.LambdaLR:
-        """Warm-up and linear decay; under an annealed schedule each unit's own cosine decays."""
+        """Warm-up and linear decay; with --anneal each unit's own cosine decays."""
         warmup, optimizer = round(self.settings.warmup * self.total_steps), self.trained.optimizer
-        if isinstance(self.schedule, AnnealedSchedule) and self.trained.handle is not None:
+        if self.settings.anneal and self.trained.handle is not None:
             with as_user_error():
-                factors = self.schedule.lr_factors(
+                factors = annealed_lr(
+                    self.schedule,
                     optimizer.param_groups,
                     self.layout.num_blocks,
                     base=lambda step: min(1.0, step / max(1, warmup)) if warmup else 1.0,

@@ -14,7 +14,7 @@ from ..model.layout import Layout
 from ..optim import MaskedAdamW
 from ..optim.masked_adamw import StateDtype
 from ..patch import PatchHandle, patch_model
-from ..schedules import AnnealedSchedule, FreezePlan, ProgressiveSchedule, Schedule
+from ..schedules import FreezePlan, ProgressiveSchedule, Schedule
 from ..schedules.files import KINDS, make_schedule, schedule_from_file
 from .errors import UserError, as_user_error
 from .settings import TrainSettings
@@ -127,9 +127,7 @@ def progressive(
             blocks=[stack.path for stack in layout.stacks],
         )
         optimizer = MaskedAdamW(
-            handle.param_groups(
-                weight_decay=s.weight_decay, by_unit=isinstance(schedule, AnnealedSchedule)
-            ),
+            handle.param_groups(weight_decay=s.weight_decay, by_unit=s.anneal),
             lr=s.lr,
             max_grad_norm=s.max_grad_norm or None,
             state_dtype=STATE_DTYPES[s.state_dtype],
@@ -147,8 +145,10 @@ def plain(model: nn.Module, s: TrainSettings, base: nn.Module) -> Trained:
     """What a user has without this library: torch's fused AdamW and its clipping.
 
     Raises:
-        UserError: a `state_dtype` that it does not have.
+        UserError: a `state_dtype` that it does not have, or `anneal`.
     """
+    if s.anneal:
+        raise UserError(f"--anneal is for the progressive methods, not for --method {s.method}")
     if s.state_dtype != "fp32":
         raise UserError(
             f"--state-dtype {s.state_dtype} is for the progressive methods; --method {s.method} "

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import importlib.util
 import math
-from collections.abc import Sequence
 
 import torch
 
@@ -58,12 +57,3 @@ def regression_figures(predictions: torch.Tensor, labels: torch.Tensor) -> dict[
 def language_model_figures(loss: float) -> dict[str, float]:
     """loss: mean negative log-likelihood per token, in nats."""
     return {"perplexity": math.exp(min(loss, 50.0))}
-
-
-def rank_correlation(x: Sequence[float], y: Sequence[float]) -> float | None:
-    """Spearman's; None where one of them is constant, or there are fewer than two pairs."""
-    from scipy import stats
-
-    if min(len(set(x)), len(set(y))) < 2:
-        return None
-    return float(stats.spearmanr(x, y).statistic)

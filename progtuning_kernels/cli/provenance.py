@@ -25,18 +25,25 @@ def _git(*arguments: str) -> str | None:
     return result.stdout.strip() if result.returncode == 0 else None
 
 
+def cpu_facts() -> dict[str, str]:
+    """The last processor of /proc/cpuinfo, such as its "model name" and "flags"; may be empty."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return {}
+    pairs = (line.partition(":") for line in lines)
+    return {key.strip(): value.strip() for key, _, value in pairs}
+
+
 def _device_name(device: torch.device) -> str:
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
-    cpu = platform.processor() or platform.machine()
-    info = Path("/proc/cpuinfo")
-    if info.exists():
-        names = [x for x in info.read_text().splitlines() if x.startswith("model name")]
-        cpu = names[0].partition(":")[2].strip() if names else cpu
+    cpu = cpu_facts().get("model name") or platform.processor() or platform.machine()
     return f"{cpu}, {torch.get_num_threads()} threads"
 
 
-def _version(package: str) -> str | None:
+def installed_version(package: str) -> str | None:
+    """None where it is not installed."""
     try:
         return version(package)
     except PackageNotFoundError:
@@ -62,6 +69,6 @@ def provenance(device: torch.device) -> dict[str, Any]:
             "python": platform.python_version(),
             "torch": torch.__version__,
             **cuda,
-            **{name: _version(name) for name in packages},
+            **{name: installed_version(name) for name in packages},
         },
     }

@@ -54,6 +54,7 @@ class TrainSettings:
     lr: float = 5e-5
     weight_decay: float = 0.01
     warmup: float = 0.06
+    anneal: bool = False
     max_grad_norm: float = 1.0
     state_dtype: StateDtype = "fp32"
     precision: Precision = "auto"

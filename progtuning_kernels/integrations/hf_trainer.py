@@ -18,7 +18,6 @@ from ..model.call_stack import caller
 from ..optim import MaskedOptimizer, release_frozen_state
 from ..patch import PatchHandle, check_options, handle_of, patch_model
 from ..schedules import (
-    AnnealedSchedule,
     Schedule,
     check_schedule,
     decides_by_gradients,
@@ -147,14 +146,6 @@ class ProgtuningCallback(TrainerCallback):
         self.schedule = copy.deepcopy(self._given)  # without the decisions of an earlier train()
         if self._binds:
             self.schedule.bind(state.max_steps)
-        if isinstance(self.schedule, AnnealedSchedule) and not all(
-            "unit" in group for group in optimizer.param_groups
-        ):
-            raise ValueError(
-                "AnnealedSchedule needs an optimizer with a group per unit; make it first: with "
-                "patch_model(model, schedule) as handle: groups = handle.param_groups(by_unit=True)"
-                ", and give it to the Trainer together with its LambdaLR (optimizers=)"
-            )
         self._clean_up(args, model)  # after an earlier train() that ended in an exception
         # the optimizer of a resumed run has its state by now, and keeps what this plan trains
         self.handle = patch_model(

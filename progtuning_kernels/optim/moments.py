@@ -76,7 +76,7 @@ def wide_moments(state: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
 
 def copy_moments(target: dict[str, Tensor], saved: dict[str, Any]) -> None:
     """Fill `target`, which `new_moments` has made; moments of the same kind keep their bits."""
-    if all(key in saved and saved[key].dtype == target[key].dtype for key in target):
+    if target.keys() <= saved.keys():
         for key, value in target.items():
             value.copy_(saved[key])
         return

@@ -1,5 +1,6 @@
-"""Stored runs, grouped by method, and the figures taken from them.
+"""Stored runs, and the figures taken from them.
 
+A run is a `metrics.json` of `progtuning train` or a `trainer_state.json` of transformers' Trainer.
 A figure that a run did not store is None and shown as "–", never guessed.
 """
 
@@ -7,47 +8,22 @@ from __future__ import annotations
 
 import json
 import math
-import statistics
+import re
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
-FORMAT = 1
-
 MISSING = "–"
-
-_METHODS = ("full", "progressive", "progressive-cache", "lora", "progressive-lora")
-
-# Okabe and Ito's palette, made for colour-blind readers: one colour and one marker per method.
-_STYLES = {
-    "full": ("#0072B2", "o"),
-    "progressive": ("#D55E00", "s"),
-    "progressive-cache": ("#E69F00", "P"),
-    "lora": ("#009E73", "^"),
-    "progressive-lora": ("#CC79A7", "D"),
-}
-
-_SPARE_STYLES = (("#56B4E9", "v"), ("#000000", "X"))
-
-EXPECTED = "expected from block FLOPs"
-
-_FIELDS = {
-    **{"name": str, "method": str, "seed": int, "metric_name": str},
-    **{"config": dict, "meta": dict, "data": dict, "model": dict, "summary": dict},
-    **{"steps": list, "evaluations": list, "stages": list},
-}
-
-_ENTRY_FIELDS = {
-    "steps": ("step",),
-    "evaluations": ("step",),
-    "stages": ("stage", "boundary", "first_step", "last_step"),
-}
+_FORMAT = 1
+_METHODS = {"full": 0, "progressive": 1, "progressive-cache": 2, "lora": 3, "progressive-lora": 4}
+# of the Trainer's evaluations, what is no metric
+_NO_METRICS = re.compile(r"eval_(\w+_)?(loss|runtime|\w+_per_second|model_preparation_time)$")
 
 
 @dataclass(frozen=True)
 class Run:
-    """One stored run: the fields of its metrics.json."""
+    """One stored run: the fields of its metrics.json, or what a trainer_state.json has of them."""
 
     path: Path
     name: str
@@ -66,168 +42,143 @@ class Run:
 
 @dataclass(frozen=True)
 class Row:
-    """The repeats of one method."""
+    """The repeats of one method: runs that did the same work with different seeds."""
 
+    place: int  # in the table, from 0
     label: str
     method: str
-    variant: int
     runs: list[Run]
 
-    @property
-    def style(self) -> tuple[str, str]:
-        """Colour and marker: of the method alone, so the same in every plot of every report."""
-        spare = sum(self.method.encode()) % len(_SPARE_STYLES)
-        return _STYLES.get(self.method, _SPARE_STYLES[spare])
+    def values(self, key: str) -> list[float | None]:
+        return [number(run.summary, key) for run in self.runs]
+
+
+def find_run(path: str | Path) -> Path | None:
+    """The file of the run in a folder, or `path` itself if it is a file; None if there is none."""
+    path = Path(path)
+    if path.is_file():
+        return path
+    checkpoints = path.glob("checkpoint-*/trainer_state.json")
+    newest_first = sorted(checkpoints, key=lambda p: (len(p.parent.name), p.parent.name))[::-1]
+    found = (path / "metrics.json", path / "trainer_state.json", *newest_first)
+    return next((file for file in found if file.exists()), None)
 
 
 def load_run(path: str | Path) -> Run:
-    """Read a run folder, or its metrics.json itself.
+    """Read a run from its folder or its file.
 
     Raises:
         ValueError: one line that names the file and what is wrong with it.
     """
-    file = Path(path)
-    if file.is_dir():
-        file = file / "metrics.json"
+    file = find_run(path)
+    if file is None:
+        raise ValueError(f"{path}: no metrics.json here, and no trainer_state.json, so no run")
     try:
         stored = json.loads(file.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise ValueError(f"{path}: no metrics.json here, so no run") from None
     except (OSError, ValueError, RecursionError) as error:
         raise ValueError(f"{file}: cannot be read as JSON: {error}") from None
+    if isinstance(stored, dict) and "log_history" in stored:
+        return _of_trainer(file, stored)
     found = stored.get("format") if isinstance(stored, dict) else None
-    if found != FORMAT:
-        raise ValueError(f"{file}: not a run of format {FORMAT} (format: {found!r})")
-    for field, kind in _FIELDS.items():
-        if not isinstance(stored.get(field), kind):
-            raise ValueError(f"{file}: {field!r} is missing or not a {kind.__name__}")
-    if not _is_count(stored["model"].get("num_blocks")):
-        raise ValueError(f"{file}: 'model' has no whole number 'num_blocks'")
-    for field, keys in _ENTRY_FIELDS.items():
-        for index, entry in enumerate(stored[field]):
-            for key in keys:
-                if not isinstance(entry, dict) or not _is_count(entry.get(key)):
-                    raise ValueError(f"{file}: {field}[{index}] has no whole number {key!r}")
-    return Run(path=file.parent, **{field: stored[field] for field in _FIELDS})
+    if found != _FORMAT:
+        raise ValueError(f"{file}: not a run of format {_FORMAT} (format: {found!r})")
+    names = [field.name for field in fields(Run)][1:]
+    if missing := [name for name in names if name not in stored]:
+        raise ValueError(f"{file}: {missing[0]!r} is missing")
+    return Run(file.parent, *(stored[name] for name in names))
 
 
-def _is_count(value: object) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool) and value >= 0
+def _of_trainer(file: Path, state: Mapping[str, Any]) -> Run:
+    """A run of the Trainer; its name, method and seed are those of its folder, `METHOD-seed<N>`.
+
+    Stages are known to the logging step. Seconds are the `train_runtime` of the last `train()`,
+    evaluation included; the state in a checkpoint does not have it.
+    """
+    logs = state["log_history"]
+    is_list = isinstance(logs, list) and all(isinstance(log, dict) for log in logs)
+    if not is_list or not all("step" in log for log in logs):
+        raise ValueError(f"{file}: 'log_history' is no list of the Trainer's logs")
+    folder = file.resolve().parent
+    name = folder.parent.name if re.fullmatch(r"checkpoint-\d+", folder.name) else folder.name
+    method, seed = re.fullmatch(r"(.*?)(?:-seed(\d+))?", name).groups()
+    named = [key for log in logs for key in log if key.startswith("eval_")]
+    metric = next((key for key in named if not _NO_METRICS.match(key)), "eval_loss")
+    evaluations = [{"step": log["step"], "metric": log[metric]} for log in logs if metric in log]
+    steps = [log for log in logs if "loss" in log]
+    stages: list[dict[str, Any]] = []
+    for log in (log for log in steps if "boundary" in log):
+        stage = {"stage": log["stage"] - 1, "boundary": log["boundary"]}
+        if not stages or stages[-1]["stage"] != stage["stage"]:
+            stages.append(stage | {"first_step": stages[-1]["last_step"] + 1 if stages else 1})
+        stages[-1]["last_step"] = log["step"]
+    config = {"epochs": state.get("num_train_epochs"), "batch_size": state.get("train_batch_size")}
+    seconds = [log["train_runtime"] for log in logs if "train_runtime" in log][-1:]
+    summary = {"steps": state.get("global_step"), "train_seconds": seconds[0] if seconds else None}
+    summary["metric"] = evaluations[-1]["metric"] if evaluations else None
+    about = (name, method, int(seed or 0), metric.removeprefix("eval_"), config, {}, {}, {})
+    return Run(file.parent, *about, steps, evaluations, stages, summary)
 
 
 def group_runs(runs: Sequence[Run]) -> list[Row]:
+    """Rows in the order of the methods; seeds that did other work are rows of their own.
+
+    Raises:
+        ValueError: no run at all, one run twice, or runs of different metrics.
+    """
     if not runs:
         raise ValueError("no runs to report")
-    metrics = distinct(run.metric_name for run in runs)
-    if len(metrics) > 1:
-        raise ValueError(
-            f"runs measure different metrics ({', '.join(metrics)}): report them apart"
-        )
-    groups: dict[tuple[str, str], list[Run]] = {}
+    if len(metrics := distinct(run.metric_name for run in runs)) > 1:
+        shown = ", ".join(metrics)
+        raise ValueError(f"runs measure different metrics ({shown}): report them apart")
+    groups: dict[tuple[str, str, tuple[str, ...]], list[Run]] = {}
     for run in runs:
         base = run.name.removesuffix(f"-seed{run.seed}")
-        if _has_seed(groups.get((run.method, base)), run.seed):
-            base = f"{run.path.resolve().parent.name}/{base}"  # the same name in another folder
-        repeats = groups.setdefault((run.method, base), [])
-        if _has_seed(repeats, run.seed):
+        for name in (base, f"{run.path.resolve().parent.name}/{base}"):  # so named in two folders
+            repeats = groups.setdefault((run.method, name, (*work(run).values(),)), [])
+            if run.seed not in {other.seed for other in repeats}:
+                repeats.append(run)
+                break
+        else:
             raise ValueError(f"{run.path}: this run, or one like it, is given twice")
-        repeats.append(run)
-
-    def order(method: str) -> tuple[int, str]:
-        return (_METHODS.index(method) if method in _METHODS else len(_METHODS), method)
-
     rows = []
-    for method in sorted({method for method, _ in groups}, key=order):
-        bases = [base for group, base in groups if group == method]
-        rows += [
-            Row(base if len(bases) > 1 else method, method, variant, groups[method, base])
-            for variant, base in enumerate(bases)
-        ]
+    for method in sorted({m for m, *_ in groups}, key=lambda m: (_METHODS.get(m, 9), m)):
+        own = [(name, group) for (m, name, _), group in groups.items() if m == method]
+        for name, group in own:
+            label = name if len({name for name, _ in own}) > 1 else method
+            namesakes = [other[0] for other_name, other in own if other_name == name]
+            label += "".join(f", {w} {work(group[0])[w]}" for w in differences(namesakes))
+            rows.append(Row(len(rows), label, method, group))
     return rows
 
 
-def _has_seed(runs: Sequence[Run] | None, seed: int) -> bool:
-    return any(run.seed == seed for run in runs or ())
+def work(run: Run) -> dict[str, str]:
+    """What a run had to do, beyond its method, the method's settings, and its seed."""
 
+    def of(source: Mapping[str, Any], *keys: str) -> str:
+        found = (source.get(key) for key in keys)
+        return " x ".join(MISSING if value is None else str(value) for value in found)
 
-def number(figures: Mapping[str, Any], key: str) -> float | None:
-    value = figures.get(key)
-    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
-        return None
-    return value
-
-
-def numbers(values: Sequence[float | None]) -> list[float]:
-    return [value for value in values if value is not None]
-
-
-def mean(values: Sequence[float | None]) -> float | None:
-    known = numbers(values)
-    return statistics.fmean(known) if known else None
-
-
-def standard_error(values: Sequence[float | None]) -> float | None:
-    known = numbers(values)
-    return statistics.stdev(known) / math.sqrt(len(known)) if len(known) > 1 else None
-
-
-def ratio(value: float | None, base: float | None) -> float | None:
-    return value / base if value is not None and base else None
-
-
-def show(value: float | None, spec: str, scale: float = 1.0) -> str:
-    return MISSING if value is None else format(value * scale, spec)
+    parameters = show(number(run.model, "num_params"), ",.0f")
+    return {
+        "devices": of(run.meta, "device"),
+        "data": of(run.data, "train_rows", "validation_rows", "label_names"),
+        "models": f"{of(run.model, 'name')}, {parameters} parameters",
+        "epochs": of(run.config, "epochs"),
+        "steps": of(run.summary, "steps"),
+        "batch sizes": of(run.config, "batch_size", "accumulate"),
+        "sequence lengths": of(run.config, "max_length"),
+        "precisions": of(run.config, "precision"),
+    }
 
 
 def differences(runs: Sequence[Run]) -> dict[str, list[str]]:
-    """What differs in the work of these runs, beyond method, settings of it, and seed."""
-
-    def of(name: str, source: str, *keys: str) -> tuple[str, list[str]]:
-        return name, distinct(
-            " x ".join(str(getattr(run, source).get(key, MISSING)) for key in keys) for run in runs
-        )
-
-    found = dict(
-        (
-            of("devices", "meta", "device"),
-            ("data", _different_data(runs)),
-            ("models", distinct(_model(run) for run in runs)),
-            of("epochs", "config", "epochs"),
-            of("steps", "summary", "steps"),
-            of("batch sizes", "config", "batch_size", "accumulate"),
-            of("sequence lengths", "config", "max_length"),
-            of("precisions", "config", "precision"),
-        )
-    )
-    return {name: values for name, values in found.items() if len(values) > 1}
-
-
-def _model(run: Run) -> str:
-    parameters = show(number(run.model, "num_params"), ",.0f")
-    return f"{run.model.get('name', MISSING)}, {parameters} parameters"
-
-
-def data_line(run: Run) -> str:
-    rows = [show(number(run.data, key), ",.0f") for key in ("train_rows", "validation_rows")]
-    description = run.data.get("description") or MISSING
-    labels = run.data.get("label_names")
-    line = f"{description} ({rows[0]} to train, {rows[1]} to validate)"
-    return f"{line}; labels: {', '.join(map(str, labels))}" if labels else line
-
-
-def _different_data(runs: Sequence[Run]) -> list[str]:
-    """More than one line if methods saw different data; a seed may choose its own rows."""
-    digests = all(run.data.get("digest") for run in runs)
-
-    def line(run: Run) -> str:
-        return data_line(run) + (f", content {run.data['digest'][:8]}" if digests else "")
-
+    """What differs in the work of these runs, and the values; a seed may choose its own rows."""
+    found = {what: distinct(work(run)[what] for run in runs) for what in work(runs[0])}
     for seed in {run.seed for run in runs}:
-        lines = distinct(line(run) for run in runs if run.seed == seed)
-        if len(lines) > 1:
-            return lines
-    keys = ("train_rows", "validation_rows", "label_names")
-    return distinct(", ".join(str(run.data.get(key)) for key in keys) for run in runs)
+        rows = [run.data for run in runs if run.seed == seed]
+        content = distinct(f"{d.get('description')}, content {d.get('digest')}" for d in rows)
+        found["data"] = content if len(content) > 1 else found["data"]
+    return {what: values for what, values in found.items() if len(values) > 1}
 
 
 def full_row(rows: Sequence[Row], row: Row) -> Row | None:
@@ -235,93 +186,29 @@ def full_row(rows: Sequence[Row], row: Row) -> Row | None:
 
     None where one of them has a run that learnt nothing.
     """
-
-    def failed(row: Row) -> bool:
-        return any(run.summary.get("failure") for run in row.runs)
-
-    full = (other for other in rows if other.method == "full" and not failed(other))
-    if failed(row):
-        return None
-    return next((other for other in full if not differences([*other.runs, *row.runs])), None)
-
-
-def full_step_ms(full: Row | None) -> float | None:
-    """Median over all steps of the full runs, so that one stage on a busy machine counts little."""
-    for entries, key in (("steps", "step_ms"), ("stages", "step_ms_median")):
-        runs = [] if full is None else full.runs
-        step_ms = numbers([number(x, key) for run in runs for x in getattr(run, entries)])
-        if step_ms:
-            return statistics.median(step_ms)
+    for full in (other for other in rows if other.method == "full"):
+        runs = [*full.runs, *row.runs]
+        if not differences(runs) and not any(run.summary.get("failure") for run in runs):
+            return full
     return None
 
 
-def trainable_units(run: Run, stage: Mapping[str, Any]) -> list[bool]:
-    """Embeddings, blocks 0..L-1, head.
-
-    A boundary says all about a plan that trains a suffix; other plans (embeddings that always
-    train, blocks drawn at random) store their per-block flags as `trainable`.
-    """
-    num_blocks = run.model["num_blocks"]
-    blocks = stage.get("trainable")
-    if not isinstance(blocks, list) or len(blocks) != num_blocks:
-        blocks = [block >= stage["boundary"] for block in range(num_blocks)]
-    return [bool(stage.get("embeddings")), *map(bool, blocks), bool(stage.get("head", True))]
-
-
-def axis_positions(run: Run, axis: str) -> dict[int, float]:
-    """Where the end of each step lies on an axis, up to the first step without the figure.
-
-    Args:
-        axis: "step", its number; "train_seconds" or "updates", which add up: seconds of training,
-            and parameters updated (those active in the step's stage, as the stage stored them).
-    """
-    active = {stage["stage"]: number(stage, "active_params") for stage in run.stages}
-    positions: dict[int, float] = {}
-    total = 0.0
-    for entry in run.steps:
-        if axis == "step":
-            total = float(entry["step"])
-        else:
-            step_ms = number(entry, "step_ms")
-            seconds = None if step_ms is None else step_ms / 1e3
-            more = seconds if axis == "train_seconds" else active.get(entry.get("stage"))
-            if more is None:
-                break
-            total += more
-        positions[entry["step"]] = total
-    return positions
-
-
-def expected_step_ratio(run: Run, stage: Mapping[str, Any]) -> float | None:
-    """Step cost relative to the full step, counting block FLOPs only.
-
-    Forward, input gradient and weight gradient cost a third each. A frozen block below the boundary
-    saves the two gradients (1 - 2f/3 when all of them are there), one above it the weight gradient
-    (1 - f/3), and one below it the forward as well for rows that came from the cache (1 - f).
-    Adapters change what a block computes, so the rule says nothing about them.
-    """
-    methods = ("full", "progressive", "progressive-cache")
-    if run.method not in methods or run.model["num_blocks"] == 0:
+def number(figures: Mapping[str, Any], key: str) -> float | None:
+    """The finite number that is stored under `key`."""
+    value = figures.get(key)
+    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
         return None
-    embeddings, *blocks, _ = trainable_units(run, stage)
-    below = 0 if embeddings else next((i for i, on in enumerate(blocks) if on), len(blocks))
-    inside = blocks[below:].count(False)
-    cached = below * (cache_hit_share(stage) or 0.0)
-    return 1 - (2 * below + inside + cached) / (3 * len(blocks))
+    return value
 
 
-def cache_of(stage: Mapping[str, Any]) -> Mapping[str, Any] | None:
-    """What the prefix cache did in the stage; None where there was none."""
-    cache = stage.get("cache")
-    return cache if isinstance(cache, dict) else None
+def known(values: Iterable[float | None]) -> list[float]:
+    return [value for value in values if value is not None]
 
 
-def cache_hit_share(stage: Mapping[str, Any]) -> float | None:
-    """Share of the stage's rows that came from the cache; None where none was asked for one."""
-    cache = cache_of(stage) or {}
-    hits, misses = number(cache, "hits"), number(cache, "misses")
-    return None if hits is None or misses is None else ratio(hits, hits + misses)
+def show(value: float | None, spec: str) -> str:
+    return MISSING if value is None else format(value, spec)
 
 
 def distinct(values: Iterable[object]) -> list[str]:
+    """As texts, in the order in which they come."""
     return list(dict.fromkeys(MISSING if value is None else str(value) for value in values))

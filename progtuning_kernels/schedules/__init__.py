@@ -11,6 +11,7 @@ To add a schedule: one class with `plan(step, num_blocks) -> FreezePlan`, `stage
 """
 
 from .adaptive import AdaptiveSchedule
+from .annealing import annealed_lr
 from .blocks import BlockOrder, CyclicBlockSchedule, RandomBlockSchedule, UnitPolicy
 from .plan import (
     FreezePlan,
@@ -22,11 +23,10 @@ from .plan import (
     steps_to_check,
     whole_number,
 )
-from .progressive import AnnealedSchedule, EmbeddingPolicy, MilestoneSchedule, ProgressiveSchedule
+from .progressive import EmbeddingPolicy, MilestoneSchedule, ProgressiveSchedule
 
 __all__ = [
     "AdaptiveSchedule",
-    "AnnealedSchedule",
     "BlockOrder",
     "CyclicBlockSchedule",
     "EmbeddingPolicy",
@@ -37,6 +37,7 @@ __all__ = [
     "RandomBlockSchedule",
     "Schedule",
     "UnitPolicy",
+    "annealed_lr",
     "check_schedule",
     "decides_by_gradients",
     "stage_count",

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
+from dataclasses import KW_ONLY, dataclass, field
 from hashlib import blake2b
 from itertools import count
 from typing import Literal
@@ -10,11 +11,10 @@ from typing import Literal
 from .plan import FreezePlan, check_choice, check_step, whole_number
 
 UnitPolicy = Literal["always", "never"]
-
-
 BlockOrder = Literal["ascending", "descending", "random"]
 
 
+@dataclass(eq=False)
 class RandomBlockSchedule:
     """LISA (arXiv 2403.17919, algorithm 1): a few random blocks, drawn anew every `period` steps.
 
@@ -34,31 +34,16 @@ class RandomBlockSchedule:
         ValueError: on settings that no run can satisfy; from `plan`, more blocks than there are.
     """
 
-    def __init__(
-        self,
-        blocks: int,
-        period: int,
-        *,
-        seed: int = 0,
-        embeddings: UnitPolicy = "always",
-        head: UnitPolicy = "always",
-    ) -> None:
-        self.blocks, self.period = (
-            whole_number("blocks", blocks, 1),
-            whole_number("period", period, 1),
-        )
-        self.seed = whole_number("seed", seed)
-        check_choice("embeddings", embeddings, UnitPolicy)
-        check_choice("head", head, UnitPolicy)
-        self.embeddings: UnitPolicy = embeddings
-        self.head: UnitPolicy = head
-        self.total_steps: int | None = None
+    blocks: int
+    period: int
+    _: KW_ONLY
+    seed: int = 0
+    embeddings: UnitPolicy = "always"
+    head: UnitPolicy = "always"
+    total_steps: int | None = field(default=None, init=False, repr=False)
 
-    def __repr__(self) -> str:
-        return (
-            f"RandomBlockSchedule(blocks={self.blocks}, period={self.period}, seed={self.seed}, "
-            f"embeddings={self.embeddings!r}, head={self.head!r})"
-        )
+    def __post_init__(self) -> None:
+        _check_settings(self)
 
     def bind(self, total_steps: int) -> RandomBlockSchedule:
         """Note the length of the run, on which no draw depends."""
@@ -71,14 +56,11 @@ class RandomBlockSchedule:
 
     def plan(self, step: int, num_blocks: int) -> FreezePlan:
         _check_fits(self.blocks, num_blocks)
-        drawn = set(_sample("blocks", self.seed, self.stage(step), self.blocks, num_blocks))
-        return FreezePlan(
-            tuple(i in drawn for i in range(num_blocks)),
-            embeddings=self.embeddings == "always",
-            head=self.head == "always",
-        )
+        drawn = _sample("blocks", self.seed, self.stage(step), self.blocks, num_blocks)
+        return _plan(self, drawn, num_blocks)
 
 
+@dataclass(eq=False)
 class CyclicBlockSchedule:
     """BAdam (arXiv 2404.02827): block coordinate descent, a few blocks at a time, in turn.
 
@@ -100,35 +82,18 @@ class CyclicBlockSchedule:
         ValueError: on settings that no run can satisfy; from `plan`, more blocks than there are.
     """
 
-    def __init__(
-        self,
-        blocks: int,
-        period: int,
-        *,
-        order: BlockOrder = "ascending",
-        seed: int = 0,
-        embeddings: UnitPolicy = "never",
-        head: UnitPolicy = "always",
-    ) -> None:
-        self.blocks, self.period = (
-            whole_number("blocks", blocks, 1),
-            whole_number("period", period, 1),
-        )
-        self.seed = whole_number("seed", seed)
-        check_choice("order", order, BlockOrder)
-        check_choice("embeddings", embeddings, UnitPolicy)
-        check_choice("head", head, UnitPolicy)
-        self.order: BlockOrder = order
-        self.embeddings: UnitPolicy = embeddings
-        self.head: UnitPolicy = head
-        self.total_steps: int | None = None
+    blocks: int
+    period: int
+    _: KW_ONLY
+    order: BlockOrder = "ascending"
+    seed: int = 0
+    embeddings: UnitPolicy = "never"
+    head: UnitPolicy = "always"
+    total_steps: int | None = field(default=None, init=False, repr=False)
 
-    def __repr__(self) -> str:
-        return (
-            f"CyclicBlockSchedule(blocks={self.blocks}, period={self.period}, "
-            f"order={self.order!r}, seed={self.seed}, embeddings={self.embeddings!r}, "
-            f"head={self.head!r})"
-        )
+    def __post_init__(self) -> None:
+        _check_settings(self)
+        check_choice("order", self.order, BlockOrder)
 
     def bind(self, total_steps: int) -> CyclicBlockSchedule:
         """Note the length of the run, on which no plan depends."""
@@ -148,16 +113,30 @@ class CyclicBlockSchedule:
         elif self.order == "random":
             in_order = _sample("cycle", self.seed, cycle, num_blocks, num_blocks)
         group = in_order[turn * self.blocks : (turn + 1) * self.blocks]
-        return FreezePlan(
-            tuple(i in group for i in range(num_blocks)),
-            embeddings=self.embeddings == "always",
-            head=self.head == "always",
-        )
+        return _plan(self, group, num_blocks)
+
+
+def _check_settings(schedule: RandomBlockSchedule | CyclicBlockSchedule) -> None:
+    schedule.blocks = whole_number("blocks", schedule.blocks, 1)
+    schedule.period = whole_number("period", schedule.period, 1)
+    schedule.seed = whole_number("seed", schedule.seed)
+    check_choice("embeddings", schedule.embeddings, UnitPolicy)
+    check_choice("head", schedule.head, UnitPolicy)
 
 
 def _check_fits(blocks: int, num_blocks: int) -> None:
     if blocks > num_blocks:
         raise ValueError(f"blocks={blocks} is more than the {num_blocks} blocks there are")
+
+
+def _plan(
+    schedule: RandomBlockSchedule | CyclicBlockSchedule, group: Collection[int], num_blocks: int
+) -> FreezePlan:
+    return FreezePlan(
+        tuple(i in group for i in range(num_blocks)),
+        embeddings=schedule.embeddings == "always",
+        head=schedule.head == "always",
+    )
 
 
 def _uniform_64_bits(purpose: str, seed: int, draw: int) -> Iterator[int]:

@@ -6,10 +6,9 @@
     order = "random"
 
 `schedule` is a key of `KINDS`; the other keys are the arguments of its class, by their own names
-(`steps` of milestones is a table of step = boundary). `anneal = true`, or a table with `scaled`,
-wraps it in `AnnealedSchedule`. The weights of progressive may come from what `progtuning
-contribution` has written, named from the schedule's own folder, with the measure where it has
-several:
+(`steps` of milestones is a table of step = boundary). The weights of progressive may come from what
+`progtuning contribution` has written, named from the schedule's own folder, with the measure where
+it has several:
 
     schedule = "progressive"
     stages = 3
@@ -31,7 +30,6 @@ from typing import Any
 from ..backend import one_line
 from . import (
     AdaptiveSchedule,
-    AnnealedSchedule,
     CyclicBlockSchedule,
     MilestoneSchedule,
     ProgressiveSchedule,
@@ -55,7 +53,7 @@ def make_schedule(settings: Mapping[str, Any]) -> Schedule:
         ValueError: one line that names the setting.
     """
     settings = dict(settings)
-    kind, anneal = settings.pop("schedule", None), settings.pop("anneal", False)
+    kind = settings.pop("schedule", None)
     if not isinstance(kind, str) or kind not in KINDS:
         raise ValueError(f"schedule must be one of {', '.join(KINDS)}, got {kind!r}")
     cls = KINDS[kind]
@@ -63,6 +61,8 @@ def make_schedule(settings: Mapping[str, Any]) -> Schedule:
         steps = settings.pop("steps", None)
         settings["milestones"] = _milestones(settings.get("milestones", steps))
     parameters = inspect.signature(cls).parameters
+    if "anneal" in settings:
+        raise ValueError("anneal is no setting of a schedule: progtuning train --anneal")
     for name in settings:
         if name not in parameters:
             allowed = ", ".join("steps" if p == "milestones" else p for p in parameters)
@@ -71,10 +71,7 @@ def make_schedule(settings: Mapping[str, Any]) -> Schedule:
         if parameter.default is parameter.empty and name not in settings:
             raise ValueError(f"{kind} needs {name}")
     try:
-        schedule = cls(**settings)
-        if anneal is False:
-            return schedule
-        return AnnealedSchedule(schedule, **({} if anneal is True else anneal))
+        return cls(**settings)
     except TypeError as error:  # a text where a number belongs, a list where a text does
         raise ValueError(f"{kind}: a setting is of the wrong type ({one_line(error)})") from error
 

@@ -2,21 +2,12 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from fractions import Fraction
 from itertools import accumulate
-from typing import Any, Literal
+from typing import Literal
 
-from .plan import (
-    FreezePlan,
-    ObservingSchedule,
-    Schedule,
-    check_choice,
-    check_schedule,
-    check_step,
-    whole_number,
-)
+from .plan import FreezePlan, check_choice, check_step, whole_number
 
 EmbeddingPolicy = Literal["first_stage", "always", "never"]
 
@@ -183,128 +174,3 @@ def _weights(weights: Sequence[float]) -> tuple[float, ...]:
     if not (all(0 <= w < float("inf") for w in numbers) and any(numbers)):
         raise ValueError("weights must be finite, none negative and not all 0, one per block")
     return numbers
-
-
-class AnnealedSchedule:
-    """FreezeOut's learning rates (arXiv 1706.04983) for any schedule that only ever freezes.
-
-    Every unit's rate falls from its full value to 0 at the step at which it freezes, along its own
-    cosine, so that a freeze is no jump:
-
-        scale(s) = a * (1 + cos(pi * s / s_u)) / 2      0 from s_u on
-
-    with s_u the first step at which the plan leaves unit u out (the length of the run where it
-    never does), and a = 1, or S / s_u (S steps in all) if `scaled`, which gives every unit the same
-    sum of rates. FreezeOut itself, with its linear spacing, is `ProgressiveSchedule(L)` within.
-
-    Plans are those of the schedule within. The scales take effect through groups of one unit each
-    and any scheduler that takes factors:
-
-        schedule = AnnealedSchedule(ProgressiveSchedule(12, total_steps))
-        handle = patch_model(model, schedule)
-        optimizer = MaskedAdamW(handle.param_groups(lr=5e-5, by_unit=True))
-        factors = schedule.lr_factors(optimizer.param_groups, handle.num_blocks, base=warm_up)
-        scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, factors)
-
-    Args:
-        schedule: of known length (`total_steps`) before the first scale is asked for.
-        scaled: FreezeOut's "scaled" variant, with larger rates where they fall earlier.
-
-    Raises:
-        ValueError: a schedule that decides while it trains; from `lr_scales`, one that thaws.
-    """
-
-    def __init__(self, schedule: Schedule, *, scaled: bool = False) -> None:
-        check_schedule(schedule, "AnnealedSchedule")
-        if isinstance(schedule, ObservingSchedule):
-            raise ValueError(
-                f"{schedule!r} does not know its freezing steps in advance: nothing can be annealed"
-            )
-        self.schedule = schedule
-        self.scaled = bool(scaled)
-        self._ends: tuple[tuple[int | None, int], tuple[int, ...]] | None = None
-
-    def __repr__(self) -> str:
-        return f"AnnealedSchedule({self.schedule!r}, scaled={self.scaled})"
-
-    @property
-    def total_steps(self) -> int | None:
-        return self.schedule.total_steps
-
-    def bind(self, total_steps: int) -> AnnealedSchedule:
-        self.schedule.bind(total_steps)
-        return self
-
-    def stage(self, step: int) -> int:
-        return self.schedule.stage(step)
-
-    def plan(self, step: int, num_blocks: int) -> FreezePlan:
-        return self.schedule.plan(step, num_blocks)
-
-    def freezing_steps(self, num_blocks: int) -> tuple[int, ...]:
-        """First step without each unit (embeddings, blocks, head); `total_steps` where none is.
-
-        Raises:
-            ValueError: the length of the run is unknown, or a unit thaws.
-        """
-        total = self.total_steps
-        if total is None:
-            raise ValueError(
-                "annealing needs the length of the run: call schedule.bind(total_steps) first"
-            )
-        if self._ends is None or self._ends[0] != (total, num_blocks):
-            ends = [total] * (num_blocks + 2)
-            before, stage = None, -1
-            for step in range(total):
-                if self.stage(step) == stage:
-                    continue
-                stage = self.stage(step)
-                flags = _unit_flags(self.plan(step, num_blocks))
-                for i, on in enumerate(flags):
-                    if before is not None and on and not before[i]:
-                        raise ValueError(f"{self.schedule!r} thaws at step {step}: nothing anneals")
-                    if not on and ends[i] == total:
-                        ends[i] = step
-                before = flags
-            self._ends = ((total, num_blocks), tuple(ends))
-        return self._ends[1]
-
-    def lr_scales(self, step: int, num_blocks: int) -> tuple[float, ...]:
-        """Factor of the learning rate per unit: embeddings, blocks 0..L-1, head."""
-        check_step(step)
-        total = self.total_steps
-        return tuple(
-            (total / end if self.scaled else 1.0) * (1 + math.cos(math.pi * step / end)) / 2
-            if step < end
-            else 0.0
-            for end in self.freezing_steps(num_blocks)
-        )
-
-    def lr_factors(
-        self,
-        groups: Sequence[Mapping[str, Any]],
-        num_blocks: int,
-        base: Callable[[int], float] = lambda step: 1.0,
-    ) -> list[Callable[[int], float]]:
-        """One function of the step per group, as `torch.optim.lr_scheduler.LambdaLR` takes them.
-
-        Args:
-            groups: of `handle.param_groups(by_unit=True)`, also through an optimizer.
-            base: factor for all units, e.g. of a warm-up.
-
-        Raises:
-            ValueError: groups that do not say their unit, or a schedule that thaws.
-        """
-        if not all("unit" in group for group in groups):
-            raise ValueError("the groups do not say their unit: handle.param_groups(by_unit=True)")
-        self.freezing_steps(num_blocks)
-
-        def factor(unit: int) -> Callable[[int], float]:
-            # unit numbers begin with the embeddings' -1
-            return lambda step: base(step) * self.lr_scales(step, num_blocks)[unit + 1]
-
-        return [factor(group["unit"]) for group in groups]
-
-
-def _unit_flags(plan: FreezePlan) -> tuple[bool, ...]:
-    return (plan.embeddings, *plan.trainable, plan.head)
