@@ -121,24 +121,11 @@ int norm_decision_cuda(const float* partials, int64_t count, const float* grad_s
                        const float* found_inf, float max_norm, bool skip_nonfinite, float* control,
                        void* stream);
 
-// Where torch's Bernoulli numbers come from on this processor: see dropout_cpu.cpp.
-enum class RandomSource : int { kMt19937 = 0, kMcg31 = 1 };
-
-constexpr int kMtWords = 624;
-
-// Bytes of a torch CPU generator's state, of which the first 24 + 8 kMtWords are used.
-constexpr int64_t kGeneratorBytes = 5056;
-
-// bits = n draws of torch's bernoulli_(keep), 0 < keep < 1, of any dtype but float64: one bit each,
-// the first the lowest of its byte. The state of the generator is moved on as torch would.
-// Returns false for a state that is none, having done nothing.
-bool bernoulli_bits_cpu(void* generator, RandomSource source, int64_t n, double keep, uint8_t* bits,
-                        int num_threads);
-
-// out = x * (bit ? scale : 0), rounded to nearest. float32, bfloat16, float16; out may be x.
+// out = x * (u < limit ? 2^16 / limit : 0), rounded to nearest; u: 16 bits per element, a function
+// of seed and index. 0 < limit < 2^16. float32, bfloat16, float16; out may be x.
 // Returns false for any other dtype, having done nothing.
-bool masked_product_cpu(const void* x, const uint8_t* bits, float scale, int64_t n, DType dtype,
-                        void* out, int num_threads);
+bool dropout_cpu(const void* x, uint64_t seed, uint32_t limit, int64_t n, DType dtype, void* out,
+                 int num_threads);
 
 // What the linked CUDA runtime says of itself and of the machine.
 const char* cuda_error_string(int status);

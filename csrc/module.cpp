@@ -122,23 +122,13 @@ void update_cpu(At<const UpdateRecord> table, const Grads& grads, const std::vec
   }
 }
 
-void bernoulli_bits(At<void> generator, int64_t generator_bytes, int source, int64_t n, double keep,
-                    At<uint8_t> bits, int threads) {
+void dropout(At<const void> x, uint64_t seed, uint32_t limit, int64_t n, DType dtype, At<void> out,
+             int threads) {
   require(threads > 0, "dropout: num_threads must be positive");
-  require(keep > 0 && keep < 1, "dropout: keep is not between 0 and 1");
-  require(n == 0 || (n > 0 && bits != nullptr), "dropout: no room for the bits");
-  require(
-      generator != nullptr && generator_bytes == kGeneratorBytes &&
-          bernoulli_bits_cpu(generator, static_cast<RandomSource>(source), n, keep, bits, threads),
-      "dropout: no state of a torch CPU generator");
-}
-
-void masked_product(At<const void> x, At<const uint8_t> bits, float scale, int64_t n, DType dtype,
-                    At<void> out, int threads) {
-  require(threads > 0, "dropout: num_threads must be positive");
-  require(n == 0 || (n > 0 && x != nullptr && bits != nullptr && out != nullptr),
+  require(limit > 0 && limit <= 0xffff, "dropout: no limit of 16 bits");
+  require(n == 0 || (n > 0 && x != nullptr && out != nullptr),
           "dropout: a negative size or no storage");
-  if (!masked_product_cpu(x, bits, scale, n, dtype, out, threads)) {
+  if (!dropout_cpu(x, seed, limit, n, dtype, out, threads)) {
     throw std::invalid_argument("dropout: no CPU kernel for dtype code " + number(dtype));
   }
 }
@@ -257,13 +247,7 @@ PYBIND11_MODULE(_C, m) {
   };
   def("masked_norm_cpu", &norm_cpu);
   def("masked_update_cpu", &update_cpu);
-  py::dict sources;
-  sources["mt19937"] = static_cast<int>(RandomSource::kMt19937);
-  sources["mcg31"] = static_cast<int>(RandomSource::kMcg31);
-  m.attr("random_sources") = sources;
-  m.attr("generator_bytes") = kGeneratorBytes;
-  def("bernoulli_bits_cpu", &bernoulli_bits);
-  def("masked_product_cpu", &masked_product);
+  def("dropout_cpu", &dropout);
 #ifdef PROGTUNING_CUDA
   def("masked_norm_chunks", &norm_chunks);
   def("masked_norm_cuda", &norm_cuda);

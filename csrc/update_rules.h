@@ -204,7 +204,7 @@ PROGTUNING_RULE uint16_t nearest_float16(float x) {
 // Philox4x32 with 7 rounds (Salmon et al., SC 2011): 128 random bits for 8 consecutive elements.
 // The counter is (element / 8, stream, tensor, step); element i of the eight takes half i % 2 of
 // word i / 2, low half first.
-enum class RandomStream : uint32_t { kParam = 0, kMoments = 1 };
+enum class RandomStream : uint32_t { kParam = 0, kMoments = 1, kDropout = 2 };
 
 // bfloat16 moments share a number: m takes its 16 bits as they are, v with the two bytes swapped.
 PROGTUNING_RULE uint32_t swapped_bytes(uint32_t random) {

@@ -23,12 +23,12 @@ def _planned(capsys, *arguments: object) -> dict:
 
 def test_table_of_a_folder(model_folders, capsys):
     arguments = ["--stages", "4", "--steps", "40", "--memory", "1GiB", "--cache"]
-    main(["plan", "--model", str(model_folders["bert"]), *_SMALL, *arguments, "--suggest-batch"])
+    main(["plan", "--model", str(model_folders["bert"]), *_SMALL, *arguments])
     out = capsys.readouterr().out
     assert "BertForSequenceClassification, 4 blocks, 4 rows of 16 tokens" in out
     assert "embeddings, blocks 0-3, head" in out and "blocks 3, head" in out
     assert "the peak is stage 1" in out and "fits in 1.00 GiB" in out
-    assert "cache / row" in out and "rows" in out and "gradient checkpointing" in out
+    assert "cache / row" in out and "gradient checkpointing" in out
 
 
 def test_a_config_file_is_enough(model_folders, tmp_path, capsys):

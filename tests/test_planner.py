@@ -29,8 +29,6 @@ from progtuning_kernels import (
 from progtuning_kernels.freezing.freezer import StageState
 from progtuning_kernels.patch import patch_model
 from progtuning_kernels.planner.calibration import UnitCosts
-from progtuning_kernels.planner.stage_meter import largest_batch
-from progtuning_kernels.swaps import cpu_dropout
 
 ROWS, TOKENS = 6, 24
 SCHEDULES = {
@@ -97,31 +95,6 @@ def test_stages_are_those_of_a_real_run(name, dropout, schedule):
         assert stage.activation_bytes == pytest.approx(measured, rel=0.01)
     whole = sum(t.nbytes for t in (*model.parameters(), *model.buffers()))
     assert {s.weight_bytes for s in plan.stages} == {whole}
-
-
-@pytest.mark.skipif(cpu_dropout.reason_against() is not None, reason="no dropout of ours")
-@pytest.mark.parametrize("name", ["bert-sequence", "gpt2-causal-lm"])
-def test_dropout_on_a_cpu_is_planned_to_keep_bits(name, monkeypatch):
-    model = tiny_model(name, dropout=True)
-    options = dict(batch_size=24, seq_len=30, dtype=torch.float32, device="cpu")
-    plan = plan_training(model, SCHEDULES["progressive"], **options)
-    batch = _batch(model, rows=24, tokens=30)
-    measured = {}
-    for kernels in ("off", "auto"):
-        with patch_model(model, ProgressiveSchedule(4, 8), kernels=kernels) as handle:
-            for stage in plan.stages:
-                handle.seek(stage.first_step)
-                model(**batch)
-                found = handle.truncation_report().activation_bytes
-                measured.setdefault(stage.first_step, {})[kernels] = found
-    for stage in plan.stages:
-        found = measured[stage.first_step]
-        assert found["auto"] < 0.95 * found["off"]
-        assert stage.activation_bytes == pytest.approx(found["auto"], rel=0.01)
-    monkeypatch.setenv("PROGTUNING_BACKEND", "reference")  # then patch_model puts nothing in
-    for stage in plan_training(model, SCHEDULES["progressive"], **options).stages:
-        found = measured[stage.first_step]
-        assert stage.activation_bytes == pytest.approx(found["off"], rel=0.01)
 
 
 @pytest.mark.parametrize("name", ["bert-sequence", "gpt2-causal-lm", "llama-causal-lm"])
@@ -239,40 +212,6 @@ def test_cached_rows_and_steps_without_prefix():
     half = plan.full.forward_flops / 2 + later[1].backward_flops
     assert later[1].cached_step_ratio == pytest.approx(half / plan.full.flops, rel=0.01)
     assert plan.cached_run_ratio < plan.run_ratio and "with cache" in str(plan)
-
-
-def test_larger_micro_batches_for_later_stages():
-    model, schedule, tokens = (
-        tiny_model("bert-sequence"),
-        ProgressiveSchedule(2, 4),
-        {"seq_len": 24},
-    )
-    plan = plan_training(model, schedule, batch_size=64, **tokens, suggest_batch=True)
-    rows = [s.suggested_batch_size for s in plan.stages]
-    assert rows[0] == 64 and rows == sorted(set(rows))
-    for i, suggested in enumerate(rows):
-        used = plan_training(model, schedule, batch_size=suggested, **tokens).stages[i]
-        assert 0.85 * plan.peak_bytes < used.peak_bytes <= plan.peak_bytes
-    small = plan_training(
-        model,
-        schedule,
-        batch_size=64,
-        **tokens,
-        suggest_batch=True,
-        memory_bytes=plan.peak_bytes // 2,
-    )
-    assert 0 < small.stages[0].suggested_batch_size < 40
-
-
-@pytest.mark.parametrize("start", [1, 7, 64, 500])
-def test_largest_batch(start):
-    def peak(rows: int) -> int:
-        return max(1000, 300 + 10 * rows, 50 * (rows - 60))
-
-    for limit, best in ((1000, 70), (1500, 90), (1501, 90), (999, 0)):
-        found = largest_batch(peak, start, limit)
-        assert best - 10 <= found <= best and peak(max(found, 1)) <= max(limit, 1000)
-        assert found % 8 == 0 or found < 8
 
 
 def test_memory_of_a_gpu_that_is_not_there():

@@ -1666,3 +1666,15 @@ def test_what_the_model_keeps_of_the_prefix_stays_new():
         assert torch.equal(handle.model(_ids(seed)), untouched(_ids(seed)))
         assert torch.equal(handle.model.kept, untouched.kept)
     assert handle.cache_report().state == "bypassed"
+
+
+def test_settings_that_go_work_for_one_release_more():
+    with pytest.warns(DeprecationWarning, match="bfloat16"):
+        assert PrefixCache(BUDGET, dtype="8bit").dtype is torch.bfloat16
+    with pytest.warns(DeprecationWarning, match="content"):
+        cache = _cache(id_column="sample")
+    handle = _patch(tiny_model("bert-sequence"), cache=cache)
+    inputs = tiny_inputs("bert-sequence")
+    for _ in range(3):
+        handle.model(**inputs, sample=torch.arange(BATCH)).loss.backward()
+    assert handle.cache_report().hits

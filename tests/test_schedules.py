@@ -135,6 +135,19 @@ def test_boundary_is_the_lowest_trainable_unit(trainable, embeddings):
         assert plan.boundary == len(trainable) or trainable[plan.boundary]
 
 
+@pytest.mark.parametrize(
+    ("plan", "words"),
+    [
+        (FreezePlan((True, True, False, True), embeddings=True), "embeddings, blocks 0-1, 3, head"),
+        (FreezePlan((False, True, True)), "blocks 1-2, head"),
+        (FreezePlan((False, True), head=False), "blocks 1"),
+        (FreezePlan((False, False)), "head"),
+    ],
+)
+def test_units_in_words(plan, words):
+    assert plan.units_in_words() == words
+
+
 def test_paper_arithmetic_of_bert_base():
     # 12 blocks of 7,087,872 parameters, embeddings 23,837,184, three stages: 25.9 % fewer updates
     # with the embeddings in every stage, 40 % in the first only, 48 % never (of all parameters)

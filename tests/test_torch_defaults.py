@@ -21,8 +21,6 @@ from progtuning_kernels import (
     patch_model,
     plan_training,
 )
-from progtuning_kernels.ops.dropout import _random_source
-from progtuning_kernels.swaps import cpu_dropout
 
 PACKAGE = Path(__file__).parent.parent / "progtuning_kernels"
 DTYPES = [torch.bfloat16, torch.float16, torch.float64]
@@ -39,8 +37,6 @@ def defaults(request) -> Iterator[Callable[[], None]]:
     """Sets one of torch's defaults when it is called."""
 
     def change() -> None:
-        for known in (_random_source, cpu_dropout.attention_differs):
-            known.cache_clear()  # found by trying once per process
         if request.param == "meta":
             torch.set_default_device("meta")
         elif request.param == "deterministic":  # fills what is allocated with NaN, too
@@ -52,8 +48,6 @@ def defaults(request) -> Iterator[Callable[[], None]]:
     torch.set_default_dtype(torch.float32)
     torch.set_default_device(None)
     torch.use_deterministic_algorithms(False)
-    for known in (_random_source, cpu_dropout.attention_differs):
-        known.cache_clear()
 
 
 def _draw(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float32) -> Tensor:

@@ -144,6 +144,8 @@ class PrefixServer:
         """
         if self.busy:
             return kwargs
+        if (column := self._cache.id_column) is not None:
+            kwargs = {name: value for name, value in kwargs.items() if name != column}
         self.remove_stand_ins()
         if self._reason is None and not self._paused:
             self._check.compare_settings()

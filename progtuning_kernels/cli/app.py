@@ -233,7 +233,6 @@ def train(dry_run: bool, **options: Any) -> None:
 @click.option("--steps", **_positive(), help="Optimizer steps of the run.")
 @click.option("--device", default="auto", help="auto, cpu, cuda, ...: where it will run.")
 @click.option("--calibrate", is_flag=True, help="Time two blocks, embeddings and head here.")
-@click.option("--suggest-batch", is_flag=True, help="Rows of a micro-batch that every stage fits.")
 @click.option("--json", is_flag=True, help="Print JSON instead of the table.")
 def plan(**options: Any) -> None:
     """Show what every stage of a run would cost: operations, memory, time."""

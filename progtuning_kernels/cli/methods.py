@@ -12,20 +12,13 @@ from ..cache import PrefixCache
 from ..freezing.decay_groups import decay_groups
 from ..model.layout import Layout
 from ..optim import MaskedAdamW
-from ..optim.masked_adamw import StateDtype
+from ..optim.moments import STATE_DTYPES
 from ..patch import PatchHandle, patch_model
 from ..schedules import FreezePlan, ProgressiveSchedule, Schedule
 from ..schedules.files import KINDS, make_schedule, schedule_from_file
 from .errors import UserError, as_user_error
 from .settings import TrainSettings
 from .sizes import parse_bytes
-
-STATE_DTYPES: dict[str, StateDtype] = {
-    "fp32": torch.float32,
-    "bf16": torch.bfloat16,
-    "8bit": "8bit",
-}
-
 
 # What a name alone stands for: LISA's 20 steps (its published scripts), the 50 of BAdam in
 # LLaMA-Factory, and AutoFreeze's percentile.

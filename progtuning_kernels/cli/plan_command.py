@@ -83,7 +83,6 @@ def run(options: Mapping[str, Any]) -> None:
             padding=o["padding"],
             tied=o["tied"],
             blocks=None if o["blocks"] is None else o["blocks"].split(","),
-            suggest_batch=o["suggest_batch"],
             calibrate=o["calibrate"],
         )
     print(json.dumps(plan.to_dict(), indent=2) if o["json"] else plan)

@@ -16,7 +16,7 @@ from .output import check_run_folder
 from .settings import TrainSettings
 
 if TYPE_CHECKING:
-    from ..schedules import FreezePlan
+    pass
 
 _MOST_ROWS = 20  # of a plan: a random schedule may have a stage every few steps
 
@@ -108,7 +108,7 @@ def plan_table(s: TrainSettings, data: TextData) -> Table:
         table.add_row(
             str(stage + 1),
             f"{first + 1:,}-{end:,}",
-            _trained_units(handle.plan),
+            handle.plan.units_in_words(),
             f"{handle.active_params / 1e6:,.2f}",
             f"{cost:.3f}",
         )
@@ -123,20 +123,6 @@ def plan_table(s: TrainSettings, data: TextData) -> Table:
     if decides_by_gradients(schedule):
         table.caption += " What an adaptive schedule freezes later is decided while it trains."
     return table
-
-
-def _trained_units(plan: FreezePlan) -> str:
-    """For example "embeddings, blocks 0-1, 3-3, head"."""
-    runs: list[list[int]] = []
-    for i in (i for i, on in enumerate(plan.trainable) if on):
-        if runs and runs[-1][1] == i - 1:
-            runs[-1][1] = i
-        else:
-            runs.append([i, i])
-    parts = ["embeddings"] if plan.embeddings else []
-    if runs:
-        parts.append("blocks " + ", ".join(f"{first}-{last}" for first, last in runs))
-    return ", ".join([*parts, "head"] if plan.head else parts)
 
 
 def run(options: Mapping[str, Any], *, dry_run: bool) -> None:

@@ -104,20 +104,13 @@ class TruncationReport:
         def cell(value: int | None) -> str:
             return "-" if value is None else f"{value:,}"
 
-        rows = [("unit", "params", "active", "nodes", "saved_bytes", "activation_bytes")]
+        columns = ("params", "active", "nodes", "saved_bytes", "activation_bytes")
+        rows = [("unit", *columns)]
         for i, unit in enumerate(self.units):
             if i and i == self.boundary + 1:
-                rows.append(("-- boundary", "", "", "", "", ""))
-            counts = (unit.params, unit.active, unit.nodes, unit.saved_bytes, unit.activation_bytes)
-            rows.append((unit.label, *map(cell, counts)))
-        totals = (
-            sum(u.params for u in self.units),
-            sum(u.active for u in self.units),
-            self.nodes,
-            self.saved_bytes,
-            self.activation_bytes,
-        )
-        rows.append(("total", *map(cell, totals)))
+                rows.append(("-- boundary", *[""] * len(columns)))
+            rows.append((unit.label, *(cell(getattr(unit, column)) for column in columns)))
+        rows.append(("total", *(cell(self._total(column)) for column in columns)))
         notes = [*self.tied, *filter(None, [self.kernels, self.cache])]
         return "\n".join([*text_table(rows, left=[0]), *notes])
 

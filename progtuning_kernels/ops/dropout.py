@@ -1,22 +1,20 @@
-"""dropout: `F.dropout` in training, with the random numbers of torch, in less time and memory.
+"""dropout: `F.dropout` in training, from random numbers of our own, in less time and memory.
 
     out = x * noise, noise = 1 / (1 - p) with probability 1 - p, else 0
 
 - x: any shape, one device; float32, bfloat16 or float16 (others run the reference). Not mutated.
-- Native, on a CPU: bit for bit what torch computes, gradients included, and the generator is left
-  as torch leaves it. Where torch's own Bernoulli numbers come from differs between processors;
-  which of the known ways it is, is found by trying once per process. Where it is none of them, the
-  reference runs. Non-contiguous x run the reference: torch then draws in an order of its own.
-- Saved for backward is a bit per element, where torch saves the noise in the dtype of x.
-- The generator's state is read, moved on and put back: another thread that draws from torch's
-  default generator at that moment draws the same numbers.
+- Native, on a CPU: the mask is a function of a seed and an element's index (Philox, 16 bits each;
+  csrc/dropout_cpu.cpp). The seed is one number of torch's default generator per call, so that
+  `torch.manual_seed`, a generator state that was kept, and checkpointing draw the same mask again;
+  the mask itself is another one than torch's. Nothing is saved for backward.
+- 1 - p is rounded to a multiple of 2**-16, and the scale is its inverse, so that the mean of out is
+  x. From 0.001 of 0 or 1 on, where that changes p by more than a hundredth, the reference runs.
 - Compiled code keeps `F.dropout`, which the compiler fuses with its neighbours.
 - May be differentiated any number of times.
 """
 
 from __future__ import annotations
 
-import functools
 from typing import Any
 
 import torch
@@ -25,7 +23,8 @@ from torch import Tensor
 
 from .. import backend
 
-NATIVE_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+_LEAST_P = 0.001
 
 
 def reference(x: Tensor, p: float) -> Tensor:
@@ -33,62 +32,17 @@ def reference(x: Tensor, p: float) -> Tensor:
     return F.dropout(x, p, training=True)
 
 
-@functools.cache
-def _scale(p: float, dtype: torch.dtype) -> float:
-    """1 / (1 - p) as torch rounds it in a dtype."""
-    return torch.ones(1, dtype=dtype, device="cpu").div_(1 - p).item()
-
-
-def _bits(generator: torch.Generator, source: int, count: int, keep: float) -> Tensor:
-    """`count` numbers of `bernoulli_(keep)`, one bit each; moves the generator on as it does."""
-    extension = backend.native_extension()
-    state = generator.get_state()
-    bits = torch.empty((count + 7) // 8, dtype=torch.uint8, device="cpu")
-    extension.bernoulli_bits_cpu(
-        state.data_ptr(),
-        state.numel(),
-        source,
-        count,
-        keep,
-        bits.data_ptr(),
-        torch.get_num_threads(),
-    )
-    generator.set_state(state)
-    return bits
-
-
-@functools.cache
-def _random_source() -> int | None:
-    """The code of the way in which this torch draws on this processor; None for an unknown one."""
-    extension = backend.native_extension()
-    generator, keep, count = torch.Generator().manual_seed(2506_21119), 0.9, 5000
-    start = generator.get_state()
-    expected = torch.empty(count, dtype=torch.float32, device="cpu")
-    expected = expected.bernoulli_(keep, generator=generator).bool()
-    end = generator.get_state()
-    if start.numel() != extension.generator_bytes:
-        return None
-    for source in extension.random_sources.values():
-        generator.set_state(start)
-        bits = _bits(generator, source, count, keep)
-        found = (bits[:, None] >> torch.arange(8, dtype=torch.uint8, device="cpu")) & 1
-        if torch.equal(found.flatten()[:count].bool(), expected):
-            if torch.equal(generator.get_state(), end):
-                return source
-    return None
-
-
-class _MaskedProduct(torch.autograd.Function):
-    """x * (bit ? scale : 0); linear, so that backward is the same."""
+class _KeepBelow(torch.autograd.Function):
+    """x where an element's 16 random bits are below a limit, scaled; linear, so backward is too."""
 
     @staticmethod
-    def forward(x: Tensor, bits: Tensor, scale: float) -> Tensor:
+    def forward(x: Tensor, seed: int, limit: int) -> Tensor:
         x = x.contiguous()
         out = torch.empty_like(x)
-        backend.native_extension().masked_product_cpu(
+        backend.native_extension().dropout_cpu(
             x.data_ptr(),
-            bits.data_ptr(),
-            scale,
+            seed,
+            limit,
             x.numel(),
             backend.dtype_code(x.dtype),
             out.data_ptr(),
@@ -97,19 +51,19 @@ class _MaskedProduct(torch.autograd.Function):
         return out
 
     @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Tensor, Tensor, float], output: Tensor) -> None:
-        ctx.save_for_backward(inputs[1])
-        ctx.scale = inputs[2]
+    def setup_context(ctx: Any, inputs: tuple[Tensor, int, int], output: Tensor) -> None:
+        ctx.draw = inputs[1:]
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
-        (bits,) = ctx.saved_tensors
-        return _MaskedProduct.apply(grad, bits, ctx.scale), None, None
+        return _KeepBelow.apply(grad, *ctx.draw), None, None
 
 
 def _native(x: Tensor, p: float) -> Tensor:
-    bits = _bits(torch.default_generator, _random_source(), x.numel(), 1 - p)
-    return _MaskedProduct.apply(x, bits, _scale(p, x.dtype))
+    if not _LEAST_P <= p <= 1 - _LEAST_P:
+        return reference(x, p)
+    seed = torch.randint(2**63 - 1, (), dtype=torch.int64, device="cpu").item()
+    return _KeepBelow.apply(x, seed, round((1 - p) * 2**16))
 
 
 def _reason_against_native(x: Tensor) -> str | None:
@@ -118,14 +72,10 @@ def _reason_against_native(x: Tensor) -> str | None:
     reason = backend.native_reason(x.device)
     if reason is not None:
         return reason
-    if x.dtype not in NATIVE_DTYPES:
+    if x.dtype not in _DTYPES:
         return f"no native kernel for {x.dtype}"
     if type(x) not in (Tensor, torch.nn.Parameter) or torch._C._are_functorch_transforms_active():
         return "no plain tensor"
-    if not x.is_contiguous():
-        return "torch draws for a tensor that is not contiguous in an order of its own"
-    if _random_source() is None:
-        return "torch's random numbers on this processor come from an unknown generator"
     return None
 
 
@@ -144,7 +94,7 @@ OP = backend.register(
 def dropout(
     x: Tensor, p: float = 0.5, training: bool = True, *, implementation: str | None = None
 ) -> Tensor:
-    """`F.dropout(x, p, training)`, with the same result and the same random numbers.
+    """`F.dropout(x, p, training)` with a mask of its own, a function of torch's generator.
 
     Args:
         x: any shape and dtype that `F.dropout` takes.

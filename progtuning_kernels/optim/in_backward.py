@@ -11,7 +11,6 @@ Accumulation keeps all gradients until the last micro-batch, whose backward then
 
 from __future__ import annotations
 
-import re
 import weakref
 from collections.abc import Callable, Iterable, Sequence
 from typing import Literal
@@ -28,8 +27,6 @@ from .groups import Member
 
 ClipMode = Literal["exact", "previous_norm", "per_block"]
 
-_NUMBERED = re.compile(r"(?:.*?\.)?\d+(?=\.)")
-
 
 def block_of(member: Member) -> str:
     """The block a parameter is updated with: its name up to the first number, or its parent.
@@ -39,8 +36,10 @@ def block_of(member: Member) -> str:
     """
     if member.name is None:
         return member.label
-    numbered = _NUMBERED.match(member.name)
-    return numbered.group() if numbered else member.name.rpartition(".")[0]
+    around = member.name.split(".")[:-1]
+    numbers = [i for i, part in enumerate(around, 1) if part.isdigit()]
+    inner = [i for i in numbers if i > 1]  # in "0.3.weight" the whole list has no name: "0.3"
+    return ".".join(around[: (inner or numbers or [len(around)])[0]])
 
 
 def refuse_distributed(members: Iterable[Member], *, needs_norm: bool) -> None:

@@ -1,16 +1,14 @@
-"""Measures what the units of a model cost on a device: two of its blocks, its embeddings, its head.
+"""Measures what units cost on a device: real steps of a copy with two blocks and random weights.
 
-A copy of the model with two blocks and random weights makes real steps; hooks on the blocks cut
-their time into the parts of which the step of any stage is composed. Memory is that of two blocks,
-embeddings and head, with their gradients and optimizer state.
+Hooks on the blocks cut a step's time into the parts of which the step of any stage is composed.
 """
 
 from __future__ import annotations
 
 import time
 from collections import defaultdict
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -25,7 +23,7 @@ from ..optim import MaskedAdamW
 from ..schedules import FreezePlan
 from .example_batch import on_device
 from .meta_step import loss_of, meta_copy
-from .stage_meter import freeze_quietly
+from .stage_meter import Options, freeze_quietly, state_dtype_of
 
 _MIN_ROUNDS = 3  # after one that warms up
 
@@ -89,7 +87,8 @@ def _two_block_model(
     if len(kinds) > 1:
         raise CannotCalibrate("the blocks have parameters of different shapes")
     small = meta_copy(model, dtype)
-    del small.get_submodule(layout.stacks[0].path)[2:]
+    blocks: Any = small.get_submodule(layout.stacks[0].path)
+    del blocks[2:]
     small.to_empty(device=device)
     with torch.no_grad():
         for p in small.parameters():
@@ -142,26 +141,23 @@ def _timed_step(
     name: str,
 ) -> None:
     """One step; sections are "full block 0 forward" and the like; `name` is their first word."""
-    handles = []
 
-    def on_gradient(hidden: torch.Tensor | None, section: str) -> None:
+    def boundary(passed: str, behind: str, values: Any) -> None:
+        """Forward has passed one section; backward comes back here when it has passed another."""
+        clock.end(f"{name} {passed} forward")
+        hidden = _hidden_states(values)
         if hidden is not None and hidden.requires_grad:
-            hidden.register_hook(lambda _: clock.end(f"{name} {section} backward"))
-
-    def entering(_: nn.Module, args: Any, kwargs: Any) -> None:
-        clock.end(f"{name} embeddings forward")
-        on_gradient(_hidden_states((args, kwargs)), "block 0")
-
-    def leaving(i: int) -> Callable[..., None]:
-        def note(_: nn.Module, args: Any, output: Any) -> None:
-            clock.end(f"{name} block {i} forward")
-            on_gradient(_hidden_states(output), "head" if i else "block 1")
-
-        return note
+            hidden.register_hook(lambda _: clock.end(f"{name} {behind} backward"))
 
     first, second = (model.get_submodule(path) for path in layout.block_paths)
-    handles.append(first.register_forward_pre_hook(entering, with_kwargs=True))
-    handles += [b.register_forward_hook(leaving(i)) for i, b in enumerate((first, second))]
+    handles = [
+        first.register_forward_pre_hook(
+            lambda _, args, kwargs: boundary("embeddings", "block 0", (args, kwargs)),
+            with_kwargs=True,
+        ),
+        first.register_forward_hook(lambda _, args, out: boundary("block 0", "block 1", out)),
+        second.register_forward_hook(lambda _, args, out: boundary("block 1", "head", out)),
+    ]
     try:
         clock.start()
         loss = loss_of(model(**inputs))
@@ -180,11 +176,9 @@ def measure_units(
     model: nn.Module,
     layout: Layout,
     inputs: Mapping[str, Any],
+    options: Options,
     *,
     dtype: torch.dtype,
-    device: torch.device,
-    state_dtype: Any,
-    master_weights: bool,
     tied: TiedPolicy,
     frozen_mode: FrozenMode,
     between: bool,
@@ -193,37 +187,37 @@ def measure_units(
     """Time real steps of a two-block copy, in turns, for about `seconds`; the least are returned.
 
     Args:
-        model: the one that is planned; its weights are not used.
-        inputs: on the meta device.
+        model: the one that is planned; its weights are not used. inputs: on the meta device.
         between: measure frozen blocks that the gradient passes as well.
         seconds: at least four rounds are made, whatever they take.
 
     Raises:
         CannotCalibrate: blocks that differ, or a step that fails.
     """
+    device = options.device
     small = _two_block_model(model, layout, dtype, device)
     blocks = find_layout(small, [layout.stacks[0].path])
     vocabulary = getattr(getattr(model, "config", None), "vocab_size", None)
     batch = on_device(inputs, device, vocabulary)
     freezer = Freezer(small, blocks, tied=tied, frozen_mode=frozen_mode)
     optimizer = MaskedAdamW(
-        small.parameters(), lr=1e-6, state_dtype=state_dtype, master_weights=master_weights
+        small.parameters(),
+        lr=1e-6,
+        state_dtype=state_dtype_of(options.optimizer),
+        master_weights=options.master_weights,
     )
-    plans = {
-        "full": FreezePlan((True, True), embeddings=True),
-        "lowest": FreezePlan((False, True)),
-    }
+    full, upper = FreezePlan((True, True), embeddings=True), FreezePlan((False, True))
+    plans = {"full": full, "lowest": upper}
     if between:
-        plans["between"] = FreezePlan((False, True), embeddings=True)
-    clock, params = _Sections(device), 0
+        plans["between"] = replace(upper, embeddings=True)
+    clock, params = _Sections(device), freeze_quietly(freezer, full).trainable_params
     began = time.perf_counter()
     try:
         with torch.enable_grad():
             rounds = 0
             while rounds <= _MIN_ROUNDS or time.perf_counter() - began < seconds:
                 for name, plan in plans.items():
-                    state = freeze_quietly(freezer, plan)
-                    params = state.trainable_params if name == "full" else params
+                    freeze_quietly(freezer, plan)
                     _timed_step(small, blocks, batch, optimizer, clock, name)
                 if not rounds:
                     clock.seconds.clear()

@@ -23,8 +23,7 @@ def example_batch(
 
     Args:
         model: on the meta device.
-        batch_size, seq_len: rows and tokens a row.
-        padding: some rows are padded: there is an attention mask.
+        padding: some rows are padded, so that there is an attention mask.
 
     Raises:
         ValueError: the model does not take `input_ids`.

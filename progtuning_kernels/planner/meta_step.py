@@ -25,63 +25,38 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
 from ..model.layout import Layout, parameter_slots
-from ..ops.dropout import NATIVE_DTYPES
-from ..swaps import cpu_dropout
 
 aten = torch.ops.aten
 
 
-def _attention_flops(query: Any, key: Any, value: Any, *_: Any, **__: Any) -> int:
-    """Two matmuls over the whole square, causal or not, as torch counts them: 2 n m (d + d_v)."""
-    return _score_elements(query, key) * 2 * (query[-1] + value[-1])
+def _attention_flops(of_d: int, of_d_v: int, *, first: int = 0) -> Callable[..., int]:
+    """Operations per score for every element of d, the width of a query, and of d_v, of a value.
+
+    The whole square counts, causal or not, as torch counts it. A matmul over it is 2 n m d.
+
+    Args:
+        first: which argument the query is.
+    """
+
+    def count(*shapes: Any, **_: Any) -> int:
+        query, key, value = shapes[first : first + 3]
+        batch, heads, rows, d = query
+        return batch * heads * rows * key[-2] * (of_d * d + of_d_v * value[-1])
+
+    return count
 
 
-def _attention_backward_flops(
-    grad: Any, query: Any, key: Any, value: Any, *_: Any, **__: Any
-) -> int:
-    """dQ and dK over d, dP and dV over d_v: 2 n m (2 d + 2 d_v)."""
-    return _score_elements(query, key) * 4 * (query[-1] + value[-1])
-
-
-def _recomputing_backward_flops(
-    grad: Any, query: Any, key: Any, value: Any, *_: Any, **__: Any
-) -> int:
-    """The same, and the scores once more, which torch counts on GPUs: 2 n m d."""
-    scores = _score_elements(query, key) * 2 * query[-1]
-    return scores + _attention_backward_flops(grad, query, key, value)
-
-
-def _score_elements(query: Any, key: Any) -> int:
-    batch, heads, rows, _ = query
-    return batch * heads * rows * key[-2]
-
-
-# torch 2.13 leaves the CPU's fused attention out of its count: here it counts as the unfused one.
-# The GPU's it counts as here, but stops at grouped queries.
-_GPU_KERNELS = ("flash_attention", "efficient_attention", "cudnn_attention")
+# torch 2.13 leaves the CPU's fused attention out of its count: here it counts as the unfused one,
+# whose backward has dQ and dK over d, dP and dV over d_v. The GPU's it counts as here, with the
+# scores computed again in backward, but stops at grouped queries.
 _FLOPS = {
-    aten._scaled_dot_product_flash_attention_for_cpu: _attention_flops,
-    aten._scaled_dot_product_flash_attention_for_cpu_backward: _attention_backward_flops,
-    **{getattr(aten, f"_scaled_dot_product_{kind}"): _attention_flops for kind in _GPU_KERNELS},
-    **{
-        getattr(aten, f"_scaled_dot_product_{kind}_backward"): _recomputing_backward_flops
-        for kind in _GPU_KERNELS
-    },
+    aten._scaled_dot_product_flash_attention_for_cpu: _attention_flops(2, 2),
+    aten._scaled_dot_product_flash_attention_for_cpu_backward: _attention_flops(4, 4, first=1),
 }
-
-
-class _KeepsBits(torch.autograd.Function):
-    """`ops.dropout` by what it keeps."""
-
-    @staticmethod
-    def forward(ctx: Any, x: torch.Tensor) -> torch.Tensor:
-        count = (x.numel() + 7) // 8
-        ctx.save_for_backward(torch.empty(count, dtype=torch.uint8, device=x.device))
-        return torch.empty_like(x)
-
-    @staticmethod
-    def backward(ctx: Any, grad: torch.Tensor) -> torch.Tensor:
-        return torch.empty_like(grad)
+for _kind in ("flash", "efficient", "cudnn"):
+    _name = f"_scaled_dot_product_{_kind}_attention"
+    _FLOPS[getattr(aten, _name)] = _attention_flops(2, 2)
+    _FLOPS[getattr(aten, f"{_name}_backward")] = _attention_flops(6, 4, first=1)
 
 
 class TargetKernels(TorchFunctionMode):
@@ -100,9 +75,6 @@ class TargetKernels(TorchFunctionMode):
         # a GPU that is not there cannot be asked which kernel it takes
         self.asks_device = device.type == "cpu" or torch.cuda.is_available()
         self.attention: set[str] = set()
-        # what `patch_model` would put in where it trains
-        self._keeps_bits = device.type == "cpu" and cpu_dropout.reason_against() is None
-        self._attends_by_parts = self._keeps_bits and cpu_dropout.attention_differs() is None
 
     def __torch_function__(
         self, func: Callable[..., Any], types: Any, args: Any = (), kwargs: Any = None
@@ -119,17 +91,10 @@ class TargetKernels(TorchFunctionMode):
     def _drop(
         self, x: torch.Tensor, p: float = 0.5, training: bool = True, inplace: bool = False
     ) -> Any:
-        """A GPU keeps a byte an element, torch on a CPU the scaled noise in the input's dtype, and
-        `ops.dropout` a bit."""
-        if not training or p == 0:
-            return x
-        if self._device.type == "cuda":
+        """A GPU keeps a byte an element, a CPU the scaled noise in the input's dtype."""
+        if training and 0 < p < 1 and self._device.type == "cuda":
             return torch.native_dropout(x, p, True)[0]
-        enough = x.numel() * x.element_size() >= cpu_dropout.FROM_BYTES
-        fits = x.is_contiguous() and x.dtype in NATIVE_DTYPES and not inplace and p < 1
-        if self._keeps_bits and enough and fits:
-            return _KeepsBits.apply(x)
-        return F.dropout(x, p, True, inplace)
+        return F.dropout(x, p, training, inplace)
 
     def _attend(
         self,
@@ -142,7 +107,7 @@ class TargetKernels(TorchFunctionMode):
         scale: float | None = None,
         enable_gqa: bool = False,
     ) -> torch.Tensor:
-        options = dict(scale=scale, enable_gqa=enable_gqa)
+        options: dict[str, Any] = dict(scale=scale, enable_gqa=enable_gqa)
         inputs = (query, key, value, attn_mask)
         backend = self._choose(inputs, dropout_p, is_causal, options)
         self.attention.add(backend.name.removesuffix("_ATTENTION").lower())
@@ -151,14 +116,6 @@ class TargetKernels(TorchFunctionMode):
             SDPBackend.EFFICIENT_ATTENTION,
             SDPBackend.CUDNN_ATTENTION,
         ):
-            if (
-                self._attends_by_parts
-                and query.dtype is torch.float32
-                and cpu_dropout.drops_enough(query, key, dropout_p, cpu_dropout.FROM_BYTES)
-            ):
-                return cpu_dropout.composed_attention(
-                    query, key, value, attn_mask, is_causal, **options, drop=_KeepsBits.apply
-                )
             return F.scaled_dot_product_attention(
                 query, key, value, attn_mask, dropout_p, is_causal, **options
             )
@@ -186,7 +143,7 @@ class TargetKernels(TorchFunctionMode):
 
     def _choose(
         self,
-        inputs: tuple[torch.Tensor | None, ...],
+        inputs: tuple[Any, ...],
         dropout_p: float,
         is_causal: bool,
         options: dict[str, Any],
@@ -204,7 +161,8 @@ class TargetKernels(TorchFunctionMode):
                 ).requires_grad_(t.requires_grad)
                 for t in inputs
             ]
-            return SDPBackend(torch._fused_sdp_choice(*row, dropout_p, is_causal, **options))
+            choose: Any = torch._fused_sdp_choice  # pyright: ignore[reportPrivateImportUsage]
+            return SDPBackend(choose(*row, dropout_p, is_causal, **options))
         half = query.dtype in (torch.bfloat16, torch.float16)
         if half and mask is None and query.shape[-1] <= 256:
             return SDPBackend.FLASH_ATTENTION
@@ -281,12 +239,14 @@ class StepFlops:
 
     Attributes:
         forward: of the whole forward. prefix: the part of it below the boundary.
+        prefix_output: hidden states at the boundary, on the meta device; None without a prefix.
         backward: with what checkpointing computes again.
         attention: names of the attention kernels.
     """
 
     forward: int
     prefix: int
+    prefix_output: torch.Tensor | None
     backward: int
     attention: frozenset[str]
 
@@ -309,7 +269,7 @@ def meta_copy(model: nn.Module, dtype: torch.dtype) -> nn.Module:
                 memo[id(t)] = nn.Parameter(empty, requires_grad=t.requires_grad)
             else:
                 memo[id(t)] = torch.empty_like(t, device="meta")
-    copied = copy.deepcopy(model, memo).train()
+    copied: Any = copy.deepcopy(model, memo).train()
     if hasattr(copied, "tie_weights") and all(p.is_meta for p in model.parameters()):
         copied.tie_weights()  # transformers 5.0 leaves that out of a model built on the meta device
     for module in copied.modules():
@@ -349,30 +309,28 @@ def _backward(loss: torch.Tensor) -> None:
 @contextmanager
 def _gradients_dropped_per_unit(model: nn.Module, layout: Layout) -> Iterator[None]:
     """Drop a unit's gradients when its last one has come, as an update inside backward does."""
-    waiting: dict[int, set[nn.Parameter]] = defaultdict(set)
-    members: dict[int, list[nn.Parameter]] = defaultdict(list)
-    handles = []
+    units: dict[int, set[nn.Parameter]] = defaultdict(set)
+    for slot in parameter_slots(model, layout):
+        if slot.parameter.requires_grad:
+            units[slot.home].add(slot.parameter)
 
-    def arrived(unit: int) -> Callable[[nn.Parameter], None]:
-        def note(parameter: nn.Parameter) -> None:
-            waiting[unit].discard(parameter)
-            if not waiting[unit]:
-                for member in members[unit]:
+    def dropping(members: set[nn.Parameter]) -> Callable[[nn.Parameter], None]:
+        waiting = set(members)
+
+        def note(arrived: nn.Parameter) -> None:
+            waiting.discard(arrived)
+            if not waiting:
+                for member in members:
                     member.grad = None
 
         return note
 
-    for slot in parameter_slots(model, layout):
-        if slot.parameter.requires_grad:
-            waiting[slot.home].add(slot.parameter)
-            members[slot.home].append(slot.parameter)
-            hook = arrived(slot.home)
-            handles.append(slot.parameter.register_post_accumulate_grad_hook(hook))
-    try:
+    with ExitStack() as stack:
+        for members in units.values():
+            note = dropping(members)
+            for parameter in members:
+                stack.callback(parameter.register_post_accumulate_grad_hook(note).remove)
         yield
-    finally:
-        for handle in handles:
-            handle.remove()
 
 
 def count_flops(
@@ -386,17 +344,17 @@ def count_flops(
     """Count the operations of a forward and a backward.
 
     Args:
-        model: on the meta device, its flags set for the stage.
-        inputs: the model's arguments, on the meta device.
+        model: on the meta device, its flags set for the stage. inputs: there, too.
         boundary: the effective one; the block below it ends the prefix.
         device: where the step would run.
     """
     kernels, counter = TargetKernels(device), FlopCounterMode(display=False, custom_mapping=_FLOPS)
-    prefix = 0
+    prefix, hidden = 0, None
 
-    def leave_prefix(*_: Any) -> None:
-        nonlocal prefix
+    def leave_prefix(_: nn.Module, args: Any, output: Any) -> None:
+        nonlocal prefix, hidden
         prefix = counter.get_total_flops()
+        hidden = output if isinstance(output, torch.Tensor) else output[0]
 
     with ExitStack() as stack:
         if boundary:
@@ -409,7 +367,7 @@ def count_flops(
         _backward(loss)
     model.zero_grad(set_to_none=True)
     backward = counter.get_total_flops() - forward
-    return StepFlops(forward, prefix, backward, frozenset(kernels.attention))
+    return StepFlops(forward, prefix, hidden, backward, frozenset(kernels.attention))
 
 
 def peak_live_bytes(
@@ -423,11 +381,7 @@ def peak_live_bytes(
     """The most that activations, temporaries and gradients take together in one step.
 
     Not counted in one run with the operations: torch's counter keeps what a checkpoint computes
-    again alive to the end.
-
-    Args:
-        model, inputs, device: as for `count_flops`.
-        in_backward: gradients of a unit are dropped as soon as they are complete.
+    again alive to the end. `in_backward`: a unit's gradients are dropped as soon as they are there.
     """
     memory = LiveBytes(model, inputs)
     with ExitStack() as stack:

@@ -25,14 +25,7 @@ from ..schedules import FreezePlan, ProgressiveSchedule, Schedule, decides_by_gr
 from .calibration import CannotCalibrate, UnitCosts, measure_units
 from .example_batch import example_batch, on_meta
 from .meta_step import meta_copy
-from .stage_meter import (
-    STATE_DTYPES,
-    MeasuredStage,
-    OptimizerName,
-    Options,
-    StageMeter,
-    largest_batch,
-)
+from .stage_meter import MeasuredStage, OptimizerName, Options, StageMeter
 from .training_plan import Remedy, StagePlan, TrainingPlan
 
 # A distinct plan of a model of 32 blocks takes 2 s, and nobody reads a longer table.
@@ -52,18 +45,19 @@ def _stage_starts(schedule: Schedule, total_steps: int) -> list[int]:
         starts.append(following)
 
 
-def _with_length(schedule: Schedule, steps: int | None) -> Schedule:
-    """The schedule, or a copy of it that knows how long the run is."""
+def _with_length(schedule: Schedule, steps: int | None) -> tuple[Schedule, int]:
+    """The schedule, or a copy of it that knows how long the run is, and that length."""
     if decides_by_gradients(schedule):
         raise ValueError(
             f"{type(schedule).__name__} decides while it trains: plan a MilestoneSchedule that "
             "freezes as you expect it to"
         )
     if steps is None and schedule.total_steps is not None:
-        return schedule
+        return schedule, schedule.total_steps
     if steps is None and not isinstance(schedule, ProgressiveSchedule):
         raise ValueError("the schedule does not know the length of the run: give steps=")
-    return copy.deepcopy(schedule).bind(steps or _ANY_LENGTH)
+    length = steps or _ANY_LENGTH
+    return copy.deepcopy(schedule).bind(length), int(length)
 
 
 def plan_training(
@@ -85,15 +79,13 @@ def plan_training(
     frozen_mode: FrozenMode = "eval",
     tied: TiedPolicy = "frozen",
     blocks: str | Sequence[str] | None = None,
-    suggest_batch: bool = False,
     calibrate: bool = False,
 ) -> TrainingPlan:
     """Say what every stage of a run costs, without weights and without training.
 
     The model's own forward and backward run on the meta device, once for every distinct plan of the
     schedule, while operations (torch's counter), saved activations and live bytes are counted.
-    Modules are counted as they are, without freeze-aware kernels but for dropout on a CPU. Autocast
-    is not modelled.
+    Modules are counted as they are, without freeze-aware kernels. Autocast is not modelled.
 
     Args:
         model: an unpatched model; it is not changed. Its weights may be on the meta device:
@@ -114,8 +106,6 @@ def plan_training(
         padding: rows are padded, so that there is an attention mask.
         inputs: arguments of the model in place of tokens and labels, `batch_size` in dimension 0.
         frozen_mode, tied, blocks: as for `patch_model`.
-        suggest_batch: for every stage, the rows of a micro-batch that fit in `memory_bytes`, or in
-            the peak of the run if none is given.
         calibrate: time real steps of two blocks, embeddings and head on `device`, for about two
             seconds (four rounds at least), and compose stages from that.
 
@@ -142,7 +132,7 @@ def plan_training(
         here = next(model.parameters()).device
         device = ("cuda" if torch.cuda.is_available() else "cpu") if here.type == "meta" else here
     target = torch.device(device)
-    timed = _with_length(schedule, steps)
+    timed, total_steps = _with_length(schedule, steps)
     options = Options(
         optimizer=optimizer,
         master_weights=master_weights,
@@ -152,11 +142,11 @@ def plan_training(
     )
     copied = meta_copy(model, dtype)
     layout = find_layout(copied, blocks)
-    starts = _stage_starts(timed, timed.total_steps)
+    starts = _stage_starts(timed, total_steps)
     plans = [timed.plan(start, layout.num_blocks) for start in starts]
     if len(set(plans)) > _MOST_PLANS:
         raise ValueError(
-            f"{len(set(plans))} different plans in {timed.total_steps:,} steps, more than the "
+            f"{len(set(plans))} different plans in {total_steps:,} steps, more than the "
             f"{_MOST_PLANS} that a table holds: give fewer steps="
         )
     everything = FreezePlan((True,) * layout.num_blocks, embeddings=True)
@@ -167,8 +157,8 @@ def plan_training(
         else:
             batch = on_meta(inputs, batch_size, batch_size)
         meter = StageMeter(copied, layout, freezer, batch, options)
-        full = meter.measure(everything)
-        measured = [meter.measure(plan) for plan in plans]
+        by_plan = {plan: meter.measure(plan) for plan in dict.fromkeys((everything, *plans))}
+    full, measured = by_plan[everything], [by_plan[plan] for plan in plans]
 
     notes = [_attention_note(target, full, padding=padding)]
     length_known = steps is not None or schedule.total_steps is not None
@@ -181,34 +171,26 @@ def plan_training(
                 model,
                 layout,
                 batch,
+                options,
                 dtype=dtype,
-                device=target,
-                state_dtype=STATE_DTYPES[optimizer],
-                master_weights=master_weights,
                 tied=tied,
                 frozen_mode=frozen_mode,
-                between=any(m.passes_frozen_blocks for m in measured),
+                between=any(
+                    i not in m.state.active
+                    for m in measured
+                    for i in range(m.state.boundary, layout.num_blocks)
+                ),
             )
             notes.append(f"times: real steps of two blocks on {target}")
         except CannotCalibrate as reason:
             notes.append(f"not calibrated: {one_line(reason)}")
     stages = [
         replace(_with_times(m, full, costs, layout.num_blocks), first_step=start, steps=end - start)
-        for m, start, end in zip(measured, starts, [*starts[1:], timed.total_steps], strict=True)
+        for m, start, end in zip(measured, starts, [*starts[1:], total_steps], strict=True)
     ]
     peak = max(range(len(stages)), key=lambda i: stages[i].peak_bytes)
     with _no_data(model):
-        if suggest_batch:
-            limit = stages[peak].peak_bytes if memory_bytes is None else memory_bytes
-            best = {
-                plan: _suggestion(meter, plan, batch, batch_size, limit)
-                for plan in dict.fromkeys(plans)
-            }
-            stages = [
-                replace(stage, suggested_batch_size=best[plan])
-                for stage, plan in zip(stages, plans, strict=True)
-            ]
-        remedies = _remedies(meter, plans[peak], stages[peak], options, batch, batch_size)
+        remedies = _remedies(meter, plans[peak], stages[peak], batch, batch_size)
     return TrainingPlan(
         title=(
             f"{type(model).__name__}, {layout.num_blocks} blocks, {batch_size} rows of {seq_len} "
@@ -247,28 +229,18 @@ def _attention_note(device: torch.device, full: MeasuredStage, *, padding: bool)
 def _with_times(
     measured: MeasuredStage, full: MeasuredStage, costs: UnitCosts | None, num_blocks: int
 ) -> StagePlan:
-    figures, flops = measured.figures, measured.flops
+    def cost(stage: MeasuredStage, *, cached: bool = False) -> float:
+        if costs is None:
+            return stage.figures.flops - stage.flops.prefix * cached
+        return costs.step_s(stage.state, num_blocks, cached=cached)
+
+    whole, figures = cost(full), measured.figures
     has_cache = figures.cache_bytes_per_sample is not None
-    if costs is None:
-        cached = (figures.flops - flops.prefix) / full.figures.flops
-        ratio = figures.flops / full.figures.flops
-        return replace(figures, step_ratio=ratio, cached_step_ratio=cached if has_cache else None)
-    whole = costs.step_s(full.state, num_blocks)
-    seconds = costs.step_s(measured.state, num_blocks)
-    cached = costs.step_s(measured.state, num_blocks, cached=True) / whole
     return replace(
         figures,
-        step_ratio=seconds / whole,
-        step_ms=seconds * 1e3,
-        cached_step_ratio=cached if has_cache else None,
-    )
-
-
-def _suggestion(
-    meter: StageMeter, plan: FreezePlan, batch: Mapping[str, Any], rows: int, limit: int
-) -> int:
-    return largest_batch(
-        lambda n: meter.peak_bytes(plan, inputs=on_meta(batch, rows, n)), rows, limit
+        step_ratio=cost(measured) / whole,
+        step_ms=None if costs is None else cost(measured) * 1e3,
+        cached_step_ratio=cost(measured, cached=True) / whole if has_cache else None,
     )
 
 
@@ -276,31 +248,28 @@ def _remedies(
     meter: StageMeter,
     plan: FreezePlan,
     stage: StagePlan,
-    options: Options,
     batch: Mapping[str, Any],
     rows: int,
 ) -> list[Remedy]:
     """What each option alone makes of the peak, where it lowers it."""
-    found = []
-    for name, words in (("adamw-8bit", "8-bit state"), ("adamw-bf16", "bf16 moments")):
-        state = meter.state_bytes(plan, name)
-        found.append(Remedy(words, stage.peak_bytes - stage.state_bytes + state))
-    if not options.in_backward:
-        within = meter.peak_bytes(plan, in_backward=True)
-        found.append(Remedy("in_backward (without exact clipping)", within))
+    stateless = stage.peak_bytes - stage.state_bytes
+    peaks = {
+        "8-bit state": stateless + meter.state_bytes(plan, "adamw-8bit"),
+        "bf16 moments": stateless + meter.state_bytes(plan, "adamw-bf16"),
+        "in_backward (without exact clipping)": meter.peak_bytes(plan, in_backward=True),
+    }
     if plan.embeddings:
-        without = replace(plan, embeddings=False)
-        found.append(Remedy('embeddings="never"', meter.peak_bytes(without)))
+        peaks['embeddings="never"'] = meter.peak_bytes(replace(plan, embeddings=False))
     if rows > 1:
         half = on_meta(batch, rows, rows // 2)
-        found.append(Remedy(f"a micro-batch of {rows // 2}", meter.peak_bytes(plan, inputs=half)))
+        peaks[f"a micro-batch of {rows // 2}"] = meter.peak_bytes(plan, inputs=half)
     if _switch_checkpointing_on(meter.model):  # last, as it stays on in the copy
-        found.append(Remedy("gradient checkpointing", meter.peak_bytes(plan)))
-    lower = (remedy for remedy in found if remedy.peak_bytes < stage.peak_bytes)
-    return sorted(lower, key=lambda remedy: remedy.peak_bytes)
+        peaks["gradient checkpointing"] = meter.peak_bytes(plan)
+    found = (Remedy(*item) for item in peaks.items() if item[1] < stage.peak_bytes)
+    return sorted(found, key=lambda remedy: remedy.peak_bytes)
 
 
-def _switch_checkpointing_on(model: nn.Module) -> bool:
+def _switch_checkpointing_on(model: Any) -> bool:
     """Whether it was off, and a Hugging Face model that has it."""
     if not getattr(model, "supports_gradient_checkpointing", False) or any(
         getattr(module, "gradient_checkpointing", False) for module in model.modules()

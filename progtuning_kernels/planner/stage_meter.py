@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -15,16 +15,17 @@ from ..freezing.freezer import Freezer, StageState
 from ..freezing.unit_use import measure_forward
 from ..model.layout import EMBEDDINGS, Layout, parameter_slots
 from ..optim import MaskedAdamW
+from ..optim.moments import STATE_DTYPES
 from ..schedules import FreezePlan
 from .meta_step import StepFlops, TargetKernels, count_flops, peak_live_bytes
 from .training_plan import StagePlan
 
 OptimizerName = Literal["adamw", "adamw-bf16", "adamw-8bit"]
-STATE_DTYPES: dict[str, Any] = {
-    "adamw": torch.float32,
-    "adamw-bf16": torch.bfloat16,
-    "adamw-8bit": "8bit",
-}
+
+
+def state_dtype_of(optimizer: OptimizerName) -> Any:
+    """`MaskedAdamW`'s `state_dtype`: float32, or what the name ends with."""
+    return STATE_DTYPES[optimizer.removeprefix("adamw-") if "-" in optimizer else "fp32"]
 
 
 @dataclass(frozen=True)
@@ -40,20 +41,11 @@ class Options:
 
 @dataclass(frozen=True)
 class MeasuredStage:
-    """One plan: its units, its counts, and the figures for the user, as yet without its steps and
-    relative times.
-    """
+    """One plan: its units, its operations, and all figures but the steps and relative times."""
 
     state: StageState
-    head: int
     flops: StepFlops
     figures: StagePlan
-
-    @property
-    def passes_frozen_blocks(self) -> bool:
-        """Whether a frozen block lies above the lowest unit that trains."""
-        blocks = sum(unit >= 0 for unit in self.state.active) - (self.head in self.state.active)
-        return blocks < self.head - self.state.boundary
 
 
 def freeze_quietly(freezer: Freezer, plan: FreezePlan) -> StageState:
@@ -74,9 +66,7 @@ class StageMeter:
     """Puts plans on one model, and measures a step under each.
 
     Args:
-        model: a copy on the meta device that nobody else uses.
-        freezer: of that copy.
-        inputs: its arguments, on the meta device.
+        model: a copy on the meta device that nobody else uses. freezer, inputs: of that copy.
     """
 
     def __init__(
@@ -88,154 +78,82 @@ class StageMeter:
         options: Options,
     ) -> None:
         self.model = model
-        self.layout = layout
+        self._layout = layout
         self._freezer = freezer
         self._inputs = inputs
         self._options = options
-        self._measured: dict[FreezePlan, MeasuredStage] = {}
 
     def measure(self, plan: FreezePlan) -> MeasuredStage:
-        """Everything about a step under `plan`; measured once."""
-        if plan not in self._measured:
-            self._measured[plan] = self._measure(plan)
-        return self._measured[plan]
-
-    def _measure(self, plan: FreezePlan) -> MeasuredStage:
-        options, state = self._options, freeze_quietly(self._freezer, plan)
-        flops = count_flops(
-            self.model,
-            self.layout,
-            self._inputs,
-            boundary=state.boundary,
-            device=options.device,
+        """Everything about a step under `plan`."""
+        state, device = freeze_quietly(self._freezer, plan), self._options.device
+        where = (self.model, self._layout)
+        flops = count_flops(*where, self._inputs, boundary=state.boundary, device=device)
+        with TargetKernels(device):
+            uses = measure_forward(*where, (), self._inputs)
+        units = dict.fromkeys(self._layout.units, 0)
+        for slot in parameter_slots(*where):
+            if slot.parameter.requires_grad:
+                units[slot.home] += slot.parameter.nbytes
+        blocks = range(self._layout.num_blocks)
+        trained = FreezePlan(
+            tuple(i in state.active for i in blocks),
+            embeddings=EMBEDDINGS in state.active,
+            head=self._layout.head in state.active,
         )
-        weights, state_bytes = self._weight_bytes(), self._state_bytes(options.optimizer)
-        live = self._live_bytes(self._inputs, in_backward=options.in_backward)
         figures = StagePlan(
             first_step=0,
             steps=0,
             boundary=state.boundary,
-            trains=_in_words(self.layout, state),
+            trains=trained.units_in_words(),
             trainable_params=state.trainable_params,
-            weight_bytes=weights,
-            gradient_bytes=self._gradient_bytes(),
-            state_bytes=state_bytes,
-            activation_bytes=self._activation_bytes(),
-            peak_bytes=weights + state_bytes + live,
+            weight_bytes=self._weight_bytes(),
+            gradient_bytes=(max if self._options.in_backward else sum)(units.values()),
+            state_bytes=self.state_bytes(plan, self._options.optimizer),
+            activation_bytes=sum(use.activation_bytes for use in uses.values()),
+            peak_bytes=self.peak_bytes(plan),
             forward_flops=flops.forward,
             backward_flops=flops.backward,
             step_ratio=1.0,
-            cache_bytes_per_sample=self._cache_bytes(state),
+            cache_bytes_per_sample=self._cache_bytes(flops),
         )
-        return MeasuredStage(state, self.layout.head, flops, figures)
+        return MeasuredStage(state, flops, figures)
 
     def peak_bytes(
         self,
         plan: FreezePlan,
         *,
         inputs: Mapping[str, Any] | None = None,
-        in_backward: bool | None = None,
+        in_backward: bool = False,
     ) -> int:
-        """Of a step under `plan` with other inputs, or with updates inside backward."""
-        freeze_quietly(self._freezer, plan)
-        options = self._options
-        within = options.in_backward if in_backward is None else in_backward
-        live = self._live_bytes(inputs or self._inputs, in_backward=within)
-        return self._weight_bytes() + self._state_bytes(options.optimizer) + live
+        """Of a step under `plan`; with other inputs, or with updates inside backward."""
+        state_bytes = self.state_bytes(plan, self._options.optimizer)
+        live = peak_live_bytes(
+            self.model,
+            self._layout,
+            inputs or self._inputs,
+            device=self._options.device,
+            in_backward=in_backward or self._options.in_backward,
+        )
+        return self._weight_bytes() + state_bytes + live
 
     def state_bytes(self, plan: FreezePlan, optimizer: OptimizerName) -> int:
-        """Of another optimizer's state under `plan`."""
+        """Of that optimizer's state under `plan`."""
         freeze_quietly(self._freezer, plan)
-        return self._state_bytes(optimizer)
-
-    def _live_bytes(self, inputs: Mapping[str, Any], *, in_backward: bool) -> int:
-        device = self._options.device
-        return peak_live_bytes(
-            self.model, self.layout, inputs, device=device, in_backward=in_backward
-        )
-
-    def _weight_bytes(self) -> int:
-        return sum(t.nbytes for t in (*self.model.parameters(), *self.model.buffers()))
-
-    def _state_bytes(self, optimizer: OptimizerName) -> int:
         active = [p for p in self.model.parameters() if p.requires_grad]
         masked = MaskedAdamW(
             active,
-            state_dtype=STATE_DTYPES[optimizer],
+            state_dtype=state_dtype_of(optimizer),
             master_weights=self._options.master_weights,
         )
         return sum(t.nbytes for p in active for t in masked.init_state(p).values())
 
-    def _gradient_bytes(self) -> int:
-        units = dict.fromkeys(self.layout.units, 0)
-        for slot in parameter_slots(self.model, self.layout):
-            if slot.parameter.requires_grad:
-                units[slot.home] += slot.parameter.nbytes
-        return (max if self._options.in_backward else sum)(units.values())
+    def _weight_bytes(self) -> int:
+        return sum(t.nbytes for t in (*self.model.parameters(), *self.model.buffers()))
 
-    def _activation_bytes(self) -> int:
-        with TargetKernels(self._options.device):
-            uses = measure_forward(self.model, self.layout, (), self._inputs)
-        return sum(use.activation_bytes for use in uses.values())
-
-    def _cache_bytes(self, state: StageState) -> int | None:
+    def _cache_bytes(self, flops: StepFlops) -> int | None:
         """Of one row of `seq_len` tokens; a row is stored without its padding."""
-        cache = self._options.cache
-        if cache is None or not state.boundary:
+        cache, hidden = self._options.cache, flops.prefix_output
+        if cache is None or hidden is None:
             return None
-        hidden: list[torch.Tensor] = []
-
-        def note(_: nn.Module, args: Any, output: Any) -> None:
-            hidden.append(output if isinstance(output, torch.Tensor) else output[0])
-
-        last = self.model.get_submodule(self.layout.block_paths[state.boundary - 1])
-        hook = last.register_forward_hook(note)
-        try:
-            with torch.no_grad(), TargetKernels(self._options.device):
-                self.model(**self._inputs)
-        finally:
-            hook.remove()
-        _, tokens, width = hidden[0].shape  # (B, T, C)
-        return cache.row_bytes(tokens, width, hidden[0].dtype)
-
-
-def largest_batch(peak_bytes: Callable[[int], int], rows: int, limit: int) -> int:
-    """About the most rows whose peak is at most `limit`; from 8 on a multiple of 8. 0: not one.
-
-    The peak is the greatest of several straight lines in the number of rows (temporaries of the
-    head, of a block, gradients), so that a chord lies above it: interpolated rows fit, and come
-    near the answer from below, as bisection does from above.
-
-    Args:
-        peak_bytes: of a number of rows.
-        rows: where to start.
-    """
-    known = {rows: peak_bytes(rows)}
-    while known[rows] > limit and rows > 1:
-        rows //= 2
-        known[rows] = peak_bytes(rows)
-    if known[rows] > limit:
-        return 0
-    fails = 2 * rows
-    while fails < 2**20 and known.setdefault(fails, peak_bytes(fails)) <= limit:
-        rows, fails = fails, 2 * fails
-    while fails in known and fails - rows > max(1, rows // 16):
-        share = (limit - known[rows]) / (known[fails] - known[rows])
-        for guess in (rows + int(share * (fails - rows)), (rows + fails) // 2):
-            if rows < guess < fails:
-                known[guess] = peak_bytes(guess)
-                rows, fails = (guess, fails) if known[guess] <= limit else (rows, guess)
-    return rows - rows % 8 if rows >= 8 else rows
-
-
-def _in_words(layout: Layout, state: StageState) -> str:
-    runs: list[list[int]] = []
-    for i in sorted(unit for unit in state.active if 0 <= unit < layout.head):
-        if runs and runs[-1][1] == i - 1:
-            runs[-1][1] = i
-        else:
-            runs.append([i, i])
-    parts = ["embeddings"] * (EMBEDDINGS in state.active)
-    if runs:
-        parts.append("blocks " + ", ".join(str(a) if a == b else f"{a}-{b}" for a, b in runs))
-    return ", ".join([*parts, *["head"] * (layout.head in state.active)])
+        _, tokens, width = hidden.shape  # (B, T, C)
+        return cache.row_bytes(tokens, width, hidden.dtype)

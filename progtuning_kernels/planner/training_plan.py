@@ -32,8 +32,6 @@ class StagePlan:
         cache_bytes_per_sample: of one row's boundary activations; None without cache, and in a
             stage without prefix.
         cached_step_ratio: of a step whose rows are all in the cache; None as above.
-        suggested_batch_size: rows of a micro-batch that take no more memory than is given, or than
-            the peak of the run; None where none was asked for.
     """
 
     first_step: int
@@ -52,7 +50,6 @@ class StagePlan:
     step_ms: float | None = None
     cache_bytes_per_sample: int | None = None
     cached_step_ratio: float | None = None
-    suggested_batch_size: int | None = None
 
     @property
     def flops(self) -> int:
@@ -149,9 +146,8 @@ class TrainingPlan:
         head += ["gradients", "state", "activations", "peak", "step / full"]
         timed = self.calibrated
         cached = any(s.cache_bytes_per_sample is not None for s in self.stages)
-        suggested = any(s.suggested_batch_size is not None for s in self.stages)
         head += ["ms"] * timed + ["cache / row", "with cache"] * cached
-        head += ["rows"] * suggested + ["fits"] * (self.memory_bytes is not None)
+        head += ["fits"] * (self.memory_bytes is not None)
         rows = [head]
         for name, s in [*((str(i + 1), s) for i, s in enumerate(self.stages)), ("full", self.full)]:
             steps = f"{s.steps:,}" if self.length_known else f"{s.steps / self.total_steps:.0%}"
@@ -164,7 +160,6 @@ class TrainingPlan:
             if cached:
                 size, ratio = s.cache_bytes_per_sample, s.cached_step_ratio
                 row += ["-", "-"] if size is None else [_size(size), f"{ratio:.3f}"]
-            row += [str(s.suggested_batch_size or "")] * suggested
             if self.memory_bytes is not None:
                 row += ["yes" if s.peak_bytes <= self.memory_bytes else "NO"]
             rows.append(row)

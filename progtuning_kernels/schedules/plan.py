@@ -34,6 +34,18 @@ class FreezePlan:
             return 0
         return next((i for i, on in enumerate(self.trainable) if on), self.num_blocks)
 
+    def units_in_words(self) -> str:
+        """What trains, for example "embeddings, blocks 0-1, 3, head"."""
+        runs: list[list[int]] = []
+        for i in (i for i, on in enumerate(self.trainable) if on):
+            if runs and runs[-1][1] == i - 1:
+                runs[-1][1] = i
+            else:
+                runs.append([i, i])
+        blocks = ", ".join(str(a) if a == b else f"{a}-{b}" for a, b in runs)
+        parts = ["embeddings"] * self.embeddings + [f"blocks {blocks}"] * bool(runs)
+        return ", ".join(parts + ["head"] * self.head)
+
     @classmethod
     def from_boundary(cls, boundary: int, num_blocks: int, *, embeddings: bool) -> FreezePlan:
         """The plan that trains blocks `boundary..num_blocks-1` and the head."""

@@ -162,30 +162,14 @@ class KernelSwaps:
             because = (
                 f"from {from_bytes // 1024} KiB that are dropped from on; a call outweighs less"
             )
-        differs = cpu_dropout.attention_differs()
-        kinds = [
-            (
-                "dropout",
-                [*cpu_dropout.dropouts(self._model)],
-                cpu_dropout.dropout_members,
-                None,
-            ),
-            (
-                "attention with dropout",
-                [*cpu_dropout.attentions(self._model, self._layout)],
-                cpu_dropout.attention_members,
-                differs,
-            ),
-        ]
         groups: _Groups = defaultdict(list)
-        for kind, found, members, reason in kinds:
-            for path, module in found:
-                base = type(module)
-                against = reason or _own_forward(module)
-                groups[kind, base.__name__, against is None, against or because].append(path)
-                if against is None:
-                    module.__class__ = derive(base, (kind, from_bytes), members(base, from_bytes))
-                    self._swapped.append(module)
+        for kind, path, module in list(cpu_dropout.dropping(self._model, self._layout)):
+            base, against = type(module), _own_forward(module)
+            groups[kind, base.__name__, against is None, against or because].append(path)
+            if against is None:
+                members = cpu_dropout.members(base, from_bytes)
+                module.__class__ = derive(base, ("dropout", from_bytes), members)
+                self._swapped.append(module)
         return _report(groups)
 
     def _swap_all(self, device: torch.device) -> KernelReport:
