@@ -4,12 +4,12 @@
 says; see README.md for the manual.
 """
 
-from .backend import backend_report
 from .cache import CacheReport, PrefixCache
 from .checkpoints import CheckpointError, load_checkpoint, save_checkpoint
 from .contribution import Contribution, measure_contribution
 from .freezing.truncation import TruncationError, TruncationReport
 from .model.families import UnsupportedModelError, register_family
+from .ops import backend_report
 from .optim import MaskedAdamW, release_frozen_state
 from .patch import PatchHandle, patch_model
 from .planner import TrainingPlan, plan_training

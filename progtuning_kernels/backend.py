@@ -17,7 +17,7 @@ import importlib
 import json
 import os
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -25,8 +25,6 @@ from typing import Any
 # Before `_C`, always: both then share the libgomp that torch brings, where the names match.
 import torch
 from torch import Tensor
-
-from .text_table import text_table
 
 PREFERENCE = ("native", "triton", "reference")
 ENVIRONMENT_VARIABLE = "PROGTUNING_BACKEND"
@@ -69,7 +67,7 @@ class Op:
     Args:
         name: as in `torch.ops.progtuning`.
         implementations: at most one of each name, ordered as `PREFERENCE`.
-        probe: tensors of the op's ordinary kind on a device, which `backend_report` asks about.
+        probe: tensors of the op's ordinary kind on a device, which `ops/report.py` asks about.
     """
 
     name: str
@@ -88,11 +86,11 @@ class Op:
 
 
 OPS: dict[str, Op] = {}
-_passed_over: dict[str, str] = {}  # op -> why PROGTUNING_BACKEND's choice did not run it last
+passed_over: dict[str, str] = {}  # op -> why PROGTUNING_BACKEND's choice did not run it last
 
 
 def register(op: Op) -> Op:
-    """Makes an op known to `backend_report`; returns it."""
+    """Makes an op known to `ops/report.py`; returns it."""
     if op.name in OPS:
         raise ValueError(f"op {op.name!r} is registered twice")
     OPS[op.name] = op
@@ -124,15 +122,15 @@ def select(op: Op, tensors: Any, implementation: str | None = None) -> Implement
         if name is not None and name not in PREFERENCE:
             raise ValueError(f"{who}={name}: choose one of auto, {', '.join(PREFERENCE)}")
     if forced is not None:
-        candidate, reason = _find(op, forced, tensors)
+        candidate, reason = find(op, forced, tensors)
         if candidate is None or reason is not None:
             raise RuntimeError(f"{op.name}: implementation={forced} cannot run: {reason}")
         return candidate
     if preferred is not None:
-        candidate, reason = _find(op, preferred, tensors)
+        candidate, reason = find(op, preferred, tensors)
         if candidate is not None and reason is None:
             return candidate
-        _passed_over[op.name] = reason
+        passed_over[op.name] = reason
     reasons = []
     for candidate in op.implementations:
         reason = candidate.reason_against(tensors)
@@ -142,7 +140,7 @@ def select(op: Op, tensors: Any, implementation: str | None = None) -> Implement
     raise RuntimeError(f"{op.name}: no implementation can run: {'; '.join(reasons)}")
 
 
-def _find(op: Op, name: str, tensors: Any) -> tuple[Implementation | None, str | None]:
+def find(op: Op, name: str, tensors: Any) -> tuple[Implementation | None, str | None]:
     for candidate in op.implementations:
         if candidate.name == name:
             return candidate, candidate.reason_against(tensors)
@@ -263,55 +261,3 @@ def cuda_stream(device: torch.device) -> int:
 def device_guard(device: torch.device) -> contextlib.AbstractContextManager[None]:
     """Makes `device` the current one: a raw launch goes to the calling thread's current device."""
     return torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext()
-
-
-@dataclass(frozen=True)
-class ReportRow:
-    op: str
-    device: str
-    implementation: str
-    ok: bool
-    reason: str | None  # None exactly where ok
-
-
-@dataclass(frozen=True)
-class BackendReport:
-    """Every op, device and implementation on this machine; `print` it.
-
-    Attributes:
-        passed_over: op -> why PROGTUNING_BACKEND's choice did not run it when it was called last.
-    """
-
-    rows: tuple[ReportRow, ...]
-    passed_over: dict[str, str] = field(default_factory=dict)
-
-    def __str__(self) -> str:
-        cells = [("op", "device", "implementation", "runs", "because")]
-        for row in self.rows:
-            runs = "yes" if row.ok else "no"
-            cells.append((row.op, row.device, row.implementation, runs, row.reason or ""))
-        lines = text_table(cells, left=range(5))
-        for op, reason in self.passed_over.items():
-            lines.append(f"{op}: not what {ENVIRONMENT_VARIABLE} prefers: {reason}")
-        return "\n".join(lines)
-
-
-def backend_report() -> BackendReport:
-    """Which implementations of which ops run here, and why the others do not."""
-    rows = []
-    for op in OPS.values():
-        for device_type in ("cpu", "cuda"):
-            for name in PREFERENCE:
-                reason = _report_reason(op, torch.device(device_type), name)
-                rows.append(ReportRow(op.name, device_type, name, reason is None, reason))
-    return BackendReport(tuple(rows), dict(_passed_over))
-
-
-def _report_reason(op: Op, device: torch.device, name: str) -> str | None:
-    if device.type == "cuda" and not torch.cuda.is_available():
-        built = torch.backends.cuda.is_built()
-        return "no CUDA device" if built else "no CUDA device: this torch is a CPU-only build"
-    try:
-        return _find(op, name, op.probe(device))[1]
-    except Exception as error:
-        return one_line(error)

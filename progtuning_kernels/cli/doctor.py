@@ -13,8 +13,7 @@ from rich.console import Console, Group
 from rich.markup import escape
 from rich.table import Table
 
-# Imported for their registration: the table of implementations has one part per op.
-from .. import __version__, backend, ops  # noqa: F401
+from .. import __version__, backend, ops
 from .provenance import cpu_facts, installed_version
 
 _PACKAGES = ("transformers", "triton", "numpy", "peft", "accelerate")
@@ -106,7 +105,7 @@ def _implementations() -> Table:
     table = Table(title="Implementations", title_justify="left")
     for name in ("op", "device", "implementation", "runs", "because"):
         table.add_column(name, overflow="fold")
-    for row in backend.backend_report().rows:
+    for row in ops.backend_report().rows:
         runs = "[green]yes[/]" if row.ok else "[red]no[/]"
         if row.implementation == _used(row.op, row.device):
             runs = "[bold green]used[/]"

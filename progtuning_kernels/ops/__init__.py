@@ -9,8 +9,10 @@ from .linear_cross_entropy import linear_cross_entropy
 from .masked_norm import masked_norm
 from .masked_update import masked_update
 from .norm import layer_norm, rms_norm
+from .report import backend_report
 
 __all__ = [
+    "backend_report",
     "bias_gelu",
     "dropout",
     "geglu",

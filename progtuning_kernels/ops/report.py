@@ -1,0 +1,62 @@
+"""`backend_report`: which implementations of the ops run on this machine."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import torch
+
+from .. import backend
+from ..text_table import text_table
+
+
+@dataclass(frozen=True)
+class ReportRow:
+    op: str
+    device: str
+    implementation: str
+    ok: bool
+    reason: str | None  # None exactly where ok
+
+
+@dataclass(frozen=True)
+class BackendReport:
+    """Every op, device and implementation on this machine; `print` it.
+
+    Attributes:
+        passed_over: op -> why PROGTUNING_BACKEND's choice did not run it when it was called last.
+    """
+
+    rows: tuple[ReportRow, ...]
+    passed_over: dict[str, str] = field(default_factory=dict)
+
+    def __str__(self) -> str:
+        cells = [("op", "device", "implementation", "runs", "because")]
+        for row in self.rows:
+            runs = "yes" if row.ok else "no"
+            cells.append((row.op, row.device, row.implementation, runs, row.reason or ""))
+        lines = text_table(cells, left=range(5))
+        for op, reason in self.passed_over.items():
+            lines.append(f"{op}: not what {backend.ENVIRONMENT_VARIABLE} prefers: {reason}")
+        return "\n".join(lines)
+
+
+def backend_report() -> BackendReport:
+    """Which implementations of which ops run here, and why the others do not."""
+    rows = []
+    for op in backend.OPS.values():
+        for device_type in ("cpu", "cuda"):
+            for name in backend.PREFERENCE:
+                reason = _report_reason(op, torch.device(device_type), name)
+                rows.append(ReportRow(op.name, device_type, name, reason is None, reason))
+    return BackendReport(tuple(rows), dict(backend.passed_over))
+
+
+def _report_reason(op: backend.Op, device: torch.device, name: str) -> str | None:
+    if device.type == "cuda" and not torch.cuda.is_available():
+        built = torch.backends.cuda.is_built()
+        return "no CUDA device" if built else "no CUDA device: this torch is a CPU-only build"
+    try:
+        return backend.find(op, name, op.probe(device))[1]
+    except Exception as error:
+        return backend.one_line(error)
