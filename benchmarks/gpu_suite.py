@@ -60,9 +60,9 @@ def gpu_parts() -> list[Part]:
         "tests/ops/test_gpu_masked_update.py",
         "tests/ops/test_masked_norm.py",
     ]
-    tests += ["tests/ops/test_masked_update_triton.py", "tests/test_optimizer_precision.py"]
+    tests += ["tests/ops/test_masked_update_triton.py", "tests/optim/test_optimizer_precision.py"]
     if find_spec("hypothesis") is not None:
-        tests += ["tests/test_row_store.py"]
+        tests += ["tests/cache/test_row_store.py"]
     first = ("-m", "pytest", "-x", "-m", "gpu", "tests/ops/test_gpu_masked_update.py")
     blocking = (("CUDA_LAUNCH_BLOCKING", "1"),)
     build = ("setup.py", "build_ext", "--inplace")

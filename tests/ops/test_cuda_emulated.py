@@ -1,8 +1,9 @@
 """The CUDA kernels without a GPU: compiled by g++ against an emulation of the runtime.
 
-cuda_emulation/cuda_runtime.h says what is emulated. The checks are the tests that the kernels have
-on a GPU. One process has room for one `_C`, so the functions named check_* run in one of their own,
-with the emulated `_C` in the place of the real one (tests/own_process.py).
+support/cuda_emulation/cuda_runtime.h says what is emulated. The checks are the tests that the
+kernels have on a GPU. One process has room for one `_C`, so the functions
+named check_* run in one of their own, with the emulated `_C` in the place of the real one
+(tests/support/own_process.py).
 """
 
 from __future__ import annotations
@@ -170,9 +171,9 @@ def own_process(folder: Path) -> dict[str, str]:
     for path in CSRC.glob("*.cu"):
         kernels.append(folder / f"{path.name}.cpp")
         kernels[-1].write_text(source_for_the_cpu(path))
-    sources = [*CSRC.glob("*.cpp"), TESTS / "cuda_emulation" / "emulator.cpp", *kernels]
+    sources = [*CSRC.glob("*.cpp"), TESTS / "support" / "cuda_emulation" / "emulator.cpp", *kernels]
     sources.sort(key=lambda source: source.name != "module.cpp")  # first what takes longest
-    included = [TESTS / "cuda_emulation", CSRC, pybind11.get_include()]
+    included = [TESTS / "support" / "cuda_emulation", CSRC, pybind11.get_include()]
     included += [sysconfig.get_path("include")]
     includes = [f"-I{include}" for include in included]
 

@@ -314,3 +314,18 @@ def tiny_inputs(name: str, *, seed: int = 1) -> dict[str, Any]:
         starts = torch.randint(0, 3, (BATCH,), generator=generator)
         return inputs | {"start_positions": starts, "end_positions": starts + 2}
     return inputs | {"labels": classes}
+
+
+BOUNDARIES = range(5)  # of four blocks
+CHECKPOINTED = [name for name in MODELS if not name.startswith(("mpnet", "fsmt", "xlm-seq"))]
+# tried in every precision and mode
+IN_EVERY_MODE = [
+    "bert-sequence",
+    "gpt2-causal-lm",
+    "llama-causal-lm",
+    "gemma3-causal-lm",
+    "qwen3-moe-causal-lm",
+    "t5-seq2seq-lm",
+    "whisper-speech-lm",
+]
+GENERATING = ["gpt2-causal-lm", "llama-causal-lm", "t5-seq2seq-lm", "whisper-speech-lm"]

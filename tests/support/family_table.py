@@ -1,15 +1,13 @@
 """The README's table of families, made from the models that the tests run.
 
-python tests/family_table.py
+python tests/support/family_table.py
 """
 
 from __future__ import annotations
 
 from collections import defaultdict
 
-from test_every_family import BOUNDARIES, CHECKPOINTED
-from test_precision_and_modes import FAMILIES, GENERATING
-from tiny_models import MODELS, tiny_model
+from tiny_models import BOUNDARIES, CHECKPOINTED, GENERATING, IN_EVERY_MODE, MODELS, tiny_model
 
 from progtuning_kernels.model.layout import EMBEDDINGS, find_layout, parameter_slots
 
@@ -82,7 +80,7 @@ def family_table() -> str:
     for model_type, names in families.items():
         tried = len(BOUNDARIES) * len(names)
         checkpointed = len(BOUNDARIES) * len(set(names) & set(CHECKPOINTED))
-        beyond = ["precisions, outputs"] if set(names) & set(FAMILIES) else []
+        beyond = ["precisions, outputs"] if set(names) & set(IN_EVERY_MODE) else []
         beyond += ["generate"] if set(names) & set(GENERATING) else []
         heads = dict.fromkeys(text for n in names for end, text in HEADS.items() if n.endswith(end))
         cells = [

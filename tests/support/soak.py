@@ -1,6 +1,6 @@
 """Kills one training run again and again, and compares its end with that of a run left in peace.
 
-    python tests/soak.py --kills 200
+    python tests/support/soak.py --kills 200
 
 A parent that has everything imported forks a child, which builds model, schedule and optimizer,
 goes on from the newest checkpoint, and is killed (SIGKILL) at a random moment: on its way to the

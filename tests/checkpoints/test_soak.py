@@ -1,5 +1,5 @@
 """A run that is killed again and again ends as one that is left in peace; the long form of it is
-`python tests/soak.py --kills 200`.
+`python tests/support/soak.py --kills 200`.
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-SOAK = Path(__file__).parent / "soak.py"
+SOAK = Path(__file__).parents[1] / "support" / "soak.py"
 
 
 def test_killed_runs_end_bit_identical(tmp_path):

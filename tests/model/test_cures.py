@@ -19,7 +19,7 @@ from progtuning_kernels import UnsupportedModelError
 from progtuning_kernels.model.families import FAMILIES
 from progtuning_kernels.model.layout import find_layout
 
-_SOURCE = Path(__file__).parent.parent / "benchmarks" / "architectures.py"
+_SOURCE = Path(__file__).parents[2] / "benchmarks" / "architectures.py"
 _SPEC = importlib.util.spec_from_file_location("architectures", _SOURCE)
 architectures = importlib.util.module_from_spec(_SPEC)
 sys.modules["architectures"] = architectures

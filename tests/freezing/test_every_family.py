@@ -15,15 +15,13 @@ from proofs import (
     gradients,
     saved_bytes,
 )
-from tiny_models import MODELS, tiny_inputs, tiny_model
+from tiny_models import BOUNDARIES, CHECKPOINTED, MODELS, tiny_inputs, tiny_model
 from torch import nn
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from progtuning_kernels import FreezePlan, PatchHandle, patch_model
 
 BLOCKS = 4
-BOUNDARIES = range(BLOCKS + 1)
-CHECKPOINTED = [name for name in MODELS if not name.startswith(("mpnet", "fsmt", "xlm-seq"))]
 
 
 def _plan(boundary: int) -> FreezePlan:

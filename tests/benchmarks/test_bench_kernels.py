@@ -17,7 +17,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-SCRIPT = Path(__file__).parent.parent / "benchmarks" / "kernels.py"
+SCRIPT = Path(__file__).parents[2] / "benchmarks" / "kernels.py"
 
 
 @pytest.fixture(scope="module")

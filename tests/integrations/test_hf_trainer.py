@@ -9,101 +9,25 @@ import peft
 import pytest
 import torch
 from safetensors.torch import load_file
-from tiny_models import BATCH, tiny_inputs, tiny_model
+from tiny_models import tiny_model
 from torch import nn
-from torch.nn.utils import get_total_norm
 from tqdm.auto import tqdm
-from transformers import EarlyStoppingCallback, Trainer, TrainerCallback, TrainingArguments
+from trainers import STEPS, Recorder, rows_of, trainer_of, weights_of
+from transformers import EarlyStoppingCallback, Trainer, TrainerCallback
 from transformers.trainer_utils import SchedulerType
 from transformers.utils import logging
 
 from progtuning_kernels import MaskedAdamW, ProgressiveSchedule, patch_model
 from progtuning_kernels.integrations.hf_trainer import ProgtuningCallback
-from progtuning_kernels.optim import state_bytes
 from progtuning_kernels.patch import handle_of
-
-STEPS = 8
-
-
-class _Recorder(TrainerCallback):
-    """What a step looks like from outside."""
-
-    def __init__(self) -> None:
-        self.steps: list[SimpleNamespace] = []
-
-    def on_optimizer_step(self, args, state, control, model=None, optimizer=None, **kwargs):
-        self.steps.append(
-            SimpleNamespace(
-                boundary=handle_of(model).boundary,
-                trainer_clips_at=args.max_grad_norm,
-                state_bytes=state_bytes(optimizer),
-                gradients={n for n, p in model.named_parameters() if p.grad is not None},
-                norm=float(
-                    get_total_norm([p.grad for p in model.parameters() if p.grad is not None])
-                ),
-                stochastic={n for n, m in model.named_modules() if m.training},
-                weights={n: p.detach().clone() for n, p in model.named_parameters()},
-            )
-        )
-
-
-def _rows(name: str) -> list[dict[str, torch.Tensor]]:
-    rows = []
-    for seed in range(6):
-        inputs = tiny_inputs(name, seed=seed)
-        rows += [{k: v[i] for k, v in inputs.items()} for i in range(BATCH)]
-    return rows
-
-
-def _trainer(
-    folder,
-    *,
-    model=None,
-    callbacks=(),
-    steps: int = STEPS,
-    optimizer=None,
-    rows=None,
-    compute_metrics=None,
-    **arguments,
-) -> Trainer:
-    rows = _rows("bert-sequence") if rows is None else rows
-    return Trainer(
-        tiny_model("bert-sequence", dropout=True) if model is None else model,
-        TrainingArguments(
-            output_dir=str(folder),
-            max_steps=steps,
-            learning_rate=1e-2,
-            weight_decay=0.1,
-            logging_steps=1,
-            report_to="none",
-            use_cpu=True,
-            seed=7,
-            **{
-                "per_device_train_batch_size": 4,
-                "lr_scheduler_type": "linear",
-                "disable_tqdm": True,
-                "save_strategy": "no",
-                **arguments,
-            },
-        ),
-        train_dataset=rows,
-        eval_dataset=rows[:BATCH],
-        compute_metrics=compute_metrics,
-        callbacks=list(callbacks),
-        optimizer_cls_and_kwargs=optimizer,
-    )
-
-
-def _weights(trainer: Trainer) -> dict[str, torch.Tensor]:
-    return {n: p.detach().clone() for n, p in trainer.model.named_parameters()}
 
 
 @pytest.mark.parametrize("accumulate", [1, 2])
 def test_stages_follow_global_steps_and_state_is_released(tmp_path, accumulate, capsys):
-    recorder = _Recorder()
+    recorder = Recorder()
     schedule = ProgressiveSchedule(4)
     callback = ProgtuningCallback(schedule)
-    trainer = _trainer(
+    trainer = trainer_of(
         tmp_path, callbacks=[callback, recorder], gradient_accumulation_steps=accumulate
     )
     trainer.train()
@@ -136,15 +60,15 @@ def test_checkpointing_ends_with_the_same_weights(tmp_path, adapted, reentrant):
     options = {"gradient_checkpointing_kwargs": {"use_reentrant": reentrant}}
     ends, recorders = [], []
     for arguments in ({}, {"gradient_checkpointing": True, **options}):
-        recorders.append(recorder := _Recorder())
-        trainer = _trainer(
+        recorders.append(recorder := Recorder())
+        trainer = trainer_of(
             tmp_path,
             model=_adapted() if adapted else None,
             callbacks=[ProgtuningCallback(ProgressiveSchedule(4)), recorder],
             **arguments,
         )
         trainer.train()
-        ends.append(_weights(trainer))
+        ends.append(weights_of(trainer))
     assert [s.boundary for s in recorders[1].steps] == [0, 0, 1, 1, 2, 2, 3, 3]
     for plain, checkpointed in zip(recorders[0].steps, recorders[1].steps, strict=True):
         assert plain.gradients == checkpointed.gradients
@@ -155,32 +79,32 @@ def test_checkpointing_ends_with_the_same_weights(tmp_path, adapted, reentrant):
 @pytest.mark.parametrize("optimizer", [None, (MaskedAdamW, {"lr": 1e-2})])
 @pytest.mark.parametrize("saved_at", [3, 4, 5])
 def test_resumed_run_is_the_uninterrupted_one(tmp_path, saved_at, optimizer):
-    straight = _trainer(
+    straight = trainer_of(
         tmp_path / "a",
         callbacks=[ProgtuningCallback(ProgressiveSchedule(4))],
         optimizer=optimizer,
     )
     straight.train()
     arguments = dict(save_strategy="steps", save_steps=saved_at, optimizer=optimizer)
-    _trainer(
+    trainer_of(
         tmp_path / "b", callbacks=[ProgtuningCallback(ProgressiveSchedule(4))], **arguments
     ).train()
-    resumed = _trainer(
+    resumed = trainer_of(
         tmp_path / "b", callbacks=[ProgtuningCallback(ProgressiveSchedule(4))], **arguments
     )
     with torch.no_grad():
         for parameter in resumed.model.parameters():
             parameter.zero_()
     resumed.train(resume_from_checkpoint=str(tmp_path / "b" / f"checkpoint-{saved_at}"))
-    expected = _weights(straight)
-    assert all(torch.equal(w, expected[n]) for n, w in _weights(resumed).items())
+    expected = weights_of(straight)
+    assert all(torch.equal(w, expected[n]) for n, w in weights_of(resumed).items())
 
 
 def test_masked_adamw_clips_once_and_ends_where_torch_does(tmp_path):
     runs = []
     for optimizer, trainer_clips_at in ((None, 0.05), ((MaskedAdamW, {"lr": 1e-2}), 0.0)):
-        recorder = _Recorder()
-        trainer = _trainer(
+        recorder = Recorder()
+        trainer = trainer_of(
             tmp_path,
             callbacks=[ProgtuningCallback(ProgressiveSchedule(4)), recorder],
             optimizer=optimizer,
@@ -189,20 +113,20 @@ def test_masked_adamw_clips_once_and_ends_where_torch_does(tmp_path):
         trainer.train()
         assert {step.trainer_clips_at for step in recorder.steps} == {trainer_clips_at}
         assert trainer.args.max_grad_norm == 0.05
-        runs.append(_weights(trainer))
-    unclipped = _trainer(
+        runs.append(weights_of(trainer))
+    unclipped = trainer_of(
         tmp_path, callbacks=[ProgtuningCallback(ProgressiveSchedule(4))], max_grad_norm=0.0
     )
     unclipped.train()
     theirs, ours = runs
     for name in theirs:
         torch.testing.assert_close(ours[name], theirs[name], rtol=1e-4, atol=2e-5)
-    assert any((w - theirs[n]).abs().max() > 1e-3 for n, w in _weights(unclipped).items())
+    assert any((w - theirs[n]).abs().max() > 1e-3 for n, w in weights_of(unclipped).items())
 
 
 @pytest.mark.parametrize(("own", "wanted"), [(0.01, 0.01), (0.5, 0.05), (None, 0.05)])
 def test_the_smaller_of_two_norms_to_clip_at_counts(tmp_path, own, wanted):
-    trainer = _trainer(
+    trainer = trainer_of(
         tmp_path,
         callbacks=[ProgtuningCallback(ProgressiveSchedule(4))],
         optimizer=(MaskedAdamW, {"lr": 1e-2, "max_grad_norm": own}),
@@ -218,7 +142,7 @@ def test_updates_inside_backward_wait_for_the_window(tmp_path, clip):
     weights = []
     for in_backward in (False, True):
         optimizer = (MaskedAdamW, {"lr": 1e-2, "in_backward": in_backward})
-        trainer = _trainer(
+        trainer = trainer_of(
             tmp_path,
             callbacks=[ProgtuningCallback(ProgressiveSchedule(2))],
             optimizer=optimizer,
@@ -226,15 +150,15 @@ def test_updates_inside_backward_wait_for_the_window(tmp_path, clip):
             max_grad_norm=clip,
         )
         trainer.train()
-        weights.append(_weights(trainer))
+        weights.append(weights_of(trainer))
         assert all(p.grad is None for p in trainer.model.parameters())
     for name, weight in weights[0].items():
         torch.testing.assert_close(weights[1][name], weight, rtol=1e-5, atol=1e-6)
 
 
 def test_training_twice_starts_over(tmp_path):
-    recorder = _Recorder()
-    trainer = _trainer(
+    recorder = Recorder()
+    trainer = trainer_of(
         tmp_path, callbacks=[ProgtuningCallback(ProgressiveSchedule(2)), recorder], steps=4
     )
     trainer.train()
@@ -251,11 +175,11 @@ class _Stop(TrainerCallback):
 def test_an_interrupted_run_leaves_nothing_that_the_next_cannot_put_right(tmp_path):
     optimizer = (MaskedAdamW, {"lr": 1e-2})
     callbacks = [ProgtuningCallback(ProgressiveSchedule(4)), _Stop()]
-    broken = _trainer(tmp_path, callbacks=callbacks, optimizer=optimizer, max_grad_norm=0.05)
+    broken = trainer_of(tmp_path, callbacks=callbacks, optimizer=optimizer, max_grad_norm=0.05)
     with pytest.raises(KeyboardInterrupt):
         broken.train()
     assert handle_of(broken.model) is not None
-    again = _trainer(
+    again = trainer_of(
         tmp_path,
         model=broken.model,
         callbacks=[ProgtuningCallback(ProgressiveSchedule(2))],
@@ -263,15 +187,15 @@ def test_an_interrupted_run_leaves_nothing_that_the_next_cannot_put_right(tmp_pa
         max_grad_norm=0.05,
     )
     again.args = broken.args
-    before = _weights(again)
+    before = weights_of(again)
     again.train()
     assert handle_of(again.model) is None and again.args.max_grad_norm == 0.05
-    for name, weight in _weights(again).items():  # what the broken run had frozen trains, too
+    for name, weight in weights_of(again).items():  # what the broken run had frozen trains, too
         assert not torch.equal(weight, before[name]), name
 
 
 def test_the_users_own_patch_is_not_taken_away(tmp_path):
-    trainer = _trainer(tmp_path, callbacks=[ProgtuningCallback(ProgressiveSchedule(4))])
+    trainer = trainer_of(tmp_path, callbacks=[ProgtuningCallback(ProgressiveSchedule(4))])
     handle = patch_model(trainer.model, ProgressiveSchedule(2, 8))
     with pytest.raises(ValueError, match="patched already"):
         trainer.train()
@@ -280,9 +204,9 @@ def test_the_users_own_patch_is_not_taken_away(tmp_path):
 
 def test_keep_is_kept_under_the_trainer(tmp_path):
     optimizer = (MaskedAdamW, {"lr": 1e-2, "on_freeze": "keep"})
-    recorder = _Recorder()
+    recorder = Recorder()
     callbacks = [ProgtuningCallback(ProgressiveSchedule(4)), recorder]
-    _trainer(tmp_path, callbacks=callbacks, optimizer=optimizer).train()
+    trainer_of(tmp_path, callbacks=callbacks, optimizer=optimizer).train()
     assert len({step.state_bytes for step in recorder.steps}) == 1
 
 
@@ -312,7 +236,7 @@ class _Forwards(TrainerCallback):
 
 def test_the_plan_is_there_before_the_first_forward_of_a_step(tmp_path):
     forwards = _Forwards()
-    _trainer(
+    trainer_of(
         tmp_path,
         callbacks=[ProgtuningCallback(ProgressiveSchedule(4)), forwards],
         per_device_train_batch_size=3,  # 6 micro-batches an epoch, so no window is short
@@ -322,8 +246,8 @@ def test_the_plan_is_there_before_the_first_forward_of_a_step(tmp_path):
 
 
 def test_clipping_is_over_active_gradients_alone(tmp_path):
-    recorder = _Recorder()
-    trainer = _trainer(
+    recorder = Recorder()
+    trainer = trainer_of(
         tmp_path,
         callbacks=[ProgtuningCallback(ProgressiveSchedule(4)), recorder],
         max_grad_norm=0.01,
@@ -340,10 +264,10 @@ def test_accumulation_weighs_tokens_as_one_batch_does(tmp_path):
     """Rows of a causal LM count 11, 9 and 7 tokens: a mean of means would be another loss."""
     runs = []
     for rows, accumulate in ((4, 1), (2, 2), (1, 4)):
-        trainer = _trainer(
+        trainer = trainer_of(
             tmp_path,
             model=tiny_model("llama-causal-lm"),
-            rows=_rows("llama-causal-lm")[:16],
+            rows=rows_of("llama-causal-lm")[:16],
             callbacks=[ProgtuningCallback(ProgressiveSchedule(2))],
             per_device_train_batch_size=rows,
             gradient_accumulation_steps=accumulate,
@@ -351,7 +275,7 @@ def test_accumulation_weighs_tokens_as_one_batch_does(tmp_path):
         trainer.train()
         logs = [log for log in trainer.state.log_history if "loss" in log]
         assert [log["boundary"] for log in logs] == [0] * 4 + [2] * 4
-        runs.append(([log["loss"] for log in logs], _weights(trainer)))
+        runs.append(([log["loss"] for log in logs], weights_of(trainer)))
     (losses, weights), *others = runs
     for other_losses, other_weights in others:
         assert other_losses == pytest.approx(losses, rel=1e-4)
@@ -371,7 +295,7 @@ def test_schedulers_see_the_groups_that_they_began_with(tmp_path, scheduler):
             groups.append([list(map(id, group["params"])) for group in optimizer.param_groups])
 
     for callbacks in ([], [ProgtuningCallback(ProgressiveSchedule(4)), _Groups()]):
-        trainer = _trainer(
+        trainer = trainer_of(
             tmp_path,
             callbacks=callbacks,
             lr_scheduler_type=scheduler,
@@ -413,7 +337,7 @@ _BEST_FIRST = dict(
 def test_the_best_model_of_an_earlier_stage_is_what_remains(tmp_path, adapted):
     model = tiny_model("bert-sequence", dropout=True) if not adapted else _adapted()
     trainable = {n for n, p in model.named_parameters() if p.requires_grad}
-    trainer = _trainer(
+    trainer = trainer_of(
         tmp_path,
         model=model,
         callbacks=[ProgtuningCallback(ProgressiveSchedule(4))],
@@ -438,8 +362,8 @@ def test_the_best_model_of_an_earlier_stage_is_what_remains(tmp_path, adapted):
 
 
 def test_early_stopping_unpatches(tmp_path):
-    recorder = _Recorder()
-    trainer = _trainer(
+    recorder = Recorder()
+    trainer = trainer_of(
         tmp_path,
         callbacks=[
             ProgtuningCallback(ProgressiveSchedule(4)),
@@ -460,15 +384,15 @@ def test_early_stopping_unpatches(tmp_path):
 def test_evaluation_between_steps_changes_nothing(tmp_path):
     ends, recorders = [], []
     for arguments in ({}, dict(eval_strategy="steps", eval_steps=1, eval_on_start=True)):
-        recorders.append(recorder := _Recorder())
-        trainer = _trainer(
+        recorders.append(recorder := Recorder())
+        trainer = trainer_of(
             tmp_path,
             model=tiny_model("bert-sequence"),
             callbacks=[ProgtuningCallback(ProgressiveSchedule(4)), recorder],
             **arguments,
         )
         trainer.train()
-        ends.append(_weights(trainer))
+        ends.append(weights_of(trainer))
     assert len([log for log in trainer.state.log_history if "eval_loss" in log]) == STEPS + 1
     assert all(torch.equal(weight, ends[0][name]) for name, weight in ends[1].items())
     for plain, evaluated in zip(recorders[0].steps, recorders[1].steps, strict=True):
@@ -501,7 +425,7 @@ def test_a_compiled_model_is_truncated(tmp_path):
     for arguments in ({}, dict(torch_compile=True, torch_compile_backend="eager")):
         torch._dynamo.reset()
         saved.append(counter := _SavedBytes())
-        trainer = _trainer(
+        trainer = trainer_of(
             tmp_path,
             model=tiny_model("bert-sequence"),
             callbacks=[ProgtuningCallback(ProgressiveSchedule(2)), counter],
@@ -510,7 +434,7 @@ def test_a_compiled_model_is_truncated(tmp_path):
         )
         trainer.train()
         assert handle_of(trainer.model) is None
-        ends.append(_weights(trainer))
+        ends.append(weights_of(trainer))
     assert torch._dynamo.utils.counters["stats"]["unique_graphs"] > 0
     eager, compiled = (counter.steps for counter in saved)
     assert eager == compiled and eager[0] > 1.8 * eager[2]
@@ -524,7 +448,7 @@ def test_the_progress_bar_and_the_logs_say_the_stage(tmp_path, capsys, caplog):
     logging.enable_propagation()
     outer = tqdm(total=STEPS, desc="runs")
     try:
-        trainer = _trainer(
+        trainer = trainer_of(
             tmp_path,
             callbacks=[ProgtuningCallback(ProgressiveSchedule(4))],
             disable_tqdm=False,
@@ -567,10 +491,10 @@ def test_noise_of_neftune_goes_on_when_the_embeddings_are_frozen(tmp_path, name,
         def on_train_end(self, args, state, control, **kwargs):
             self.hook.remove()
 
-    trainer = _trainer(
+    trainer = trainer_of(
         tmp_path,
         model=model,
-        rows=_rows(name),
+        rows=rows_of(name),
         callbacks=[ProgtuningCallback(ProgressiveSchedule(4), frozen_mode=frozen_mode), _Look()],
         neftune_noise_alpha=50.0,
         eval_strategy="steps",
@@ -601,7 +525,7 @@ def test_trackers_get_the_stage_wherever_they_stand(tmp_path, monkeypatch, place
             "transformers.trainer.get_reporting_integration_callbacks", lambda _: [tracker]
         )
     callbacks = {"before": [tracker, ours], "after": [ours, tracker]}.get(place, [ours])
-    trainer = _trainer(tmp_path, callbacks=callbacks)
+    trainer = trainer_of(tmp_path, callbacks=callbacks)
     if place == "added":
         trainer.remove_callback(ours)
         trainer.add_callback(tracker)
@@ -650,20 +574,20 @@ class _SetFitTrainer(Trainer):
 
 
 def test_the_objects_that_setfit_hands_to_callbacks(tmp_path, monkeypatch):
-    plain = _trainer(tmp_path, callbacks=[ProgtuningCallback(ProgressiveSchedule(4))])
+    plain = trainer_of(tmp_path, callbacks=[ProgtuningCallback(ProgressiveSchedule(4))])
     plain.train()
     monkeypatch.setattr("test_hf_trainer.Trainer", _SetFitTrainer)
     optimizer = (MaskedAdamW, {"lr": 1e-2})
     for kind in (None, optimizer):
-        trainer = _trainer(
+        trainer = trainer_of(
             tmp_path, callbacks=[ProgtuningCallback(ProgressiveSchedule(4))], optimizer=kind
         )
         trainer.train()
         assert handle_of(trainer.model) is None
         stages = [log["stage"] for log in trainer.state.log_history if "body_loss" in log]
         assert stages == [1, 1, 2, 2, 3, 3, 4, 4]
-        expected = _weights(plain)
-        for name, weight in _weights(trainer).items():
+        expected = weights_of(plain)
+        for name, weight in weights_of(trainer).items():
             torch.testing.assert_close(weight, expected[name], rtol=1e-4, atol=2e-5)
 
 

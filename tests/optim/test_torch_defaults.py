@@ -22,7 +22,7 @@ from progtuning_kernels import (
     plan_training,
 )
 
-PACKAGE = Path(__file__).parent.parent / "progtuning_kernels"
+PACKAGE = Path(__file__).parents[2] / "progtuning_kernels"
 DTYPES = [torch.bfloat16, torch.float16, torch.float64]
 # what torch.set_default_dtype and torch.set_default_device decide about, where nobody else does
 FLOATS = {"empty", "zeros", "ones", "full", "tensor", "as_tensor", "scalar_tensor", "asarray"}

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from proofs import frozen_by_hand, gradients
-from tiny_models import tiny_inputs, tiny_model
+from tiny_models import GENERATING, IN_EVERY_MODE, tiny_inputs, tiny_model
 from torch import nn
 from torch._dynamo.testing import CompileCounter
 from transformers import AutoModelForCausalLM
@@ -13,16 +13,6 @@ from transformers import AutoModelForCausalLM
 from progtuning_kernels import MaskedAdamW, MilestoneSchedule, ProgressiveSchedule, patch_model
 from progtuning_kernels.model.layout import find_layout
 
-FAMILIES = [
-    "bert-sequence",
-    "gpt2-causal-lm",
-    "llama-causal-lm",
-    "gemma3-causal-lm",
-    "qwen3-moe-causal-lm",
-    "t5-seq2seq-lm",
-    "whisper-speech-lm",
-]
-GENERATING = ["gpt2-causal-lm", "llama-causal-lm", "t5-seq2seq-lm", "whisper-speech-lm"]
 STAGES = ProgressiveSchedule(4, 4)
 
 
@@ -33,7 +23,7 @@ def _equal(found: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]) ->
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-@pytest.mark.parametrize("name", FAMILIES)
+@pytest.mark.parametrize("name", IN_EVERY_MODE)
 def test_autocast(name, dtype):
     inputs, model = tiny_inputs(name), tiny_model(name)
     handle = patch_model(model, STAGES)
@@ -77,7 +67,7 @@ def test_fp16_with_a_gradient_scaler_trains_every_stage(optimizer_class):
     assert 0 < skipped < 8
 
 
-@pytest.mark.parametrize("name", FAMILIES)
+@pytest.mark.parametrize("name", IN_EVERY_MODE)
 def test_pure_bf16(name):
     inputs, model = tiny_inputs(name), tiny_model(name).bfloat16()
     if "input_features" in inputs:
@@ -158,7 +148,7 @@ def test_train_and_eval_reach_what_is_not_frozen():
         assert model.decoder.final_layer_norm.training == model.lm_head.training == mode
 
 
-@pytest.mark.parametrize("name", FAMILIES)
+@pytest.mark.parametrize("name", IN_EVERY_MODE)
 def test_all_hidden_states_and_caches_do_not_bring_the_graph_back(name):
     inputs, model = tiny_inputs(name), tiny_model(name)
     inputs |= {"output_hidden_states": True}

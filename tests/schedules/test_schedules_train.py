@@ -13,10 +13,10 @@ import sys
 import pytest
 import torch
 from proofs import FixedPlan, frozen_by_hand, gradients, saved_bytes
-from test_hf_trainer import STEPS, _Recorder, _trainer, _weights
 from tiny_models import tiny_inputs, tiny_model
 from torch import nn
 from torch.optim.lr_scheduler import LambdaLR
+from trainers import STEPS, Recorder, trainer_of, weights_of
 from transformers import TrainerCallback
 
 from progtuning_kernels import (
@@ -357,7 +357,7 @@ print(json.dumps(schedule.state_dict()))
 
 
 def test_ranks_with_other_gradients_decide_alike(tmp_path):
-    code = _TWO_RANKS.format(tests=os.path.dirname(__file__))
+    code = _TWO_RANKS.format(tests=os.path.join(os.path.dirname(__file__), "..", "support"))
     ranks = [
         subprocess.Popen(
             [sys.executable, "-c", code, str(rank), str(tmp_path / "store")],
@@ -391,8 +391,8 @@ def test_trainer_trains_and_resumes_under_every_schedule(tmp_path, name, masked,
     given = SCHEDULES[name]
     runs = []
     for resumes in (False, True):
-        callback, recorder, plans = ProgtuningCallback(given), _Recorder(), _Plans()
-        trainer = _trainer(tmp_path, callbacks=[callback, recorder, plans], **options)
+        callback, recorder, plans = ProgtuningCallback(given), Recorder(), _Plans()
+        trainer = trainer_of(tmp_path, callbacks=[callback, recorder, plans], **options)
         checkpoint = str(tmp_path / f"checkpoint-{saved_at}")
         trainer.train(resume_from_checkpoint=checkpoint if resumes else None)
         runs.append((trainer, recorder, plans, callback))
@@ -403,8 +403,8 @@ def test_trainer_trains_and_resumes_under_every_schedule(tmp_path, name, masked,
         assert plans.seen == [callback.schedule.plan(step, 4) for step in range(STEPS)]
     if name in IN_TURN:
         assert len({step.state_bytes for step in recorder.steps}) == 1
-    expected = _weights(straight)
-    assert all(torch.equal(w, expected[n]) for n, w in _weights(resumed).items())
+    expected = weights_of(straight)
+    assert all(torch.equal(w, expected[n]) for n, w in weights_of(resumed).items())
     if name == "adaptive":
         decisions = [r[3].schedule.state_dict() for r in runs]
         assert decisions[0] == decisions[1] and len(set(callback.schedule.decisions.values())) > 1
@@ -449,8 +449,8 @@ def test_every_unit_anneals_at_its_own_rate():
 
 def test_annealed_rates_under_the_trainer(tmp_path):
     schedule = ProgressiveSchedule(4, STEPS)
-    recorder = _Recorder()
-    trainer = _trainer(tmp_path, callbacks=[ProgtuningCallback(schedule), recorder])
+    recorder = Recorder()
+    trainer = trainer_of(tmp_path, callbacks=[ProgtuningCallback(schedule), recorder])
     with patch_model(trainer.model, schedule) as handle:
         trainer.optimizer = MaskedAdamW(handle.param_groups(lr=1e-2, by_unit=True))
         factors = annealed_lr(schedule, trainer.optimizer.param_groups, handle.num_blocks)
@@ -581,7 +581,7 @@ def test_command_line_names_and_errors(model_folders, text_files, tmp_path, caps
 
 @pytest.mark.skipif(sys.version_info < (3, 11), reason="tomllib came with Python 3.11")
 def test_the_example_file_is_a_schedule(model_folders, text_files, tmp_path, capsys):
-    example = os.path.join(os.path.dirname(__file__), "..", "examples", "random_blocks.toml")
+    example = os.path.join(os.path.dirname(__file__), "..", "..", "examples", "random_blocks.toml")
     options = ("--schedule", example, "--max-steps", 30, "--dry-run")
     main(_call(model_folders, text_files, tmp_path / "run", *options))
     assert "1-20" in capsys.readouterr().out

@@ -14,7 +14,7 @@ from matplotlib.colors import to_hex
 
 from progtuning_kernels import report
 
-SCRIPT = Path(__file__).parent.parent / "benchmarks" / "plot.py"
+SCRIPT = Path(__file__).parents[2] / "benchmarks" / "plot.py"
 
 
 @pytest.fixture(scope="module")

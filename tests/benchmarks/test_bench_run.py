@@ -16,7 +16,7 @@ from torch import nn
 
 from progtuning_kernels import ProgressiveSchedule, patch_model
 
-BENCHMARKS = Path(__file__).parent.parent / "benchmarks"
+BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
 CPU = torch.device("cpu")
 
 
