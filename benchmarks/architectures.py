@@ -132,7 +132,7 @@ def _shrink(config: Any) -> Any:
             for names, small in SMALL:
                 if name in names or any(name.endswith("_" + n) for n in names):
                     settings[name] = min(value, small)
-                    if "layers" in name and "encoder" in name or name == "decoder_layers":
+                    if ("layers" in name and "encoder" in name) or name == "decoder_layers":
                         depth = 2
                     break
     if getattr(config, "kv_lora_rank", None):  # latent attention has as many of both

@@ -13,6 +13,8 @@ from typing import Protocol
 
 
 class Listener(Protocol):
+    """What hears of changes."""
+
     def on_flags_changed(self) -> None:
         """Called after `requires_grad` changed on some parameters of some model."""
 

@@ -10,9 +10,9 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
 os.environ.setdefault("MPLBACKEND", "Agg")
 
-import own_process  # noqa: E402  (after the environment is set)
-import quick_interpreter  # noqa: E402
-import torch  # noqa: E402
+import own_process
+import quick_interpreter
+import torch
 
 quick_interpreter.install()
 

@@ -575,11 +575,11 @@ def test_what_is_no_model_and_options_that_are_none_are_named_at_once():
         patch_model(schedule, tiny_model("bert-sequence"))
     for options in ({"frozenmode": "eval"}, {"step": 3}):
         with pytest.raises(
-            TypeError, match=f"no option '{[*options][0]}'; it has frozen_mode, tie"
+            TypeError, match=f"no option '{next(iter(options))}'; it has frozen_mode, tie"
         ):
             ProgtuningCallback(schedule, **options)
     for options in ({"frozen_mode": "off"}, {"kernels": True}, {"cache": "always"}):
-        with pytest.raises(ValueError, match=f"{[*options][0]} must be"):
+        with pytest.raises(ValueError, match=f"{next(iter(options))} must be"):
             ProgtuningCallback(schedule, **options)
 
 

@@ -101,9 +101,8 @@ class Level:
     def __init__(
         self, model: nn.Module, layout: Layout, level: int, recording: Recording, rows: int
     ) -> None:
-        """
-        Raises:
-            UnservableError: the recorded forward shows that the prefix cannot be left out.
+        """Raises:
+        UnservableError: the recorded forward shows that the prefix cannot be left out.
         """
         seen = recording.calls
         for i in range(level):

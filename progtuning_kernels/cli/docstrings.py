@@ -31,8 +31,8 @@ _MAX_WORDS = 50
 _MAX_ROWS_PER_FILE = 10
 _SKIPPED_FOLDERS = frozenset(
     # Tests describe the tests; vendored code belongs to another library than its folder says.
-    ("test", "tests", "testing", "idle_test", "_vendor", "vendored", "externals", "third_party")
-    + ("site-packages", "dist-packages", "__pycache__")
+    ["test", "tests", "testing", "idle_test", "_vendor", "vendored", "externals", "third_party"]
+    + ["site-packages", "dist-packages", "__pycache__"]
 )
 
 # A word that contains one of these names its library: PyTorch, torchvision, scikit-learn, CPython.

@@ -1,0 +1,1 @@
+"""What a model is: its units, families, adapters and classes."""

@@ -116,13 +116,13 @@ FAMILIES: dict[str, Family] = {
 
 
 def register_family(model_type: str | type, **rules: Any) -> Family:
-    """Say where models of one kind keep what structure alone gets wrong.
+    r"""Say where models of one kind keep what structure alone gets wrong.
 
     Rules add to those that the kind has already, those of one field too: patterns are joined by
     "or", lists made longer.
 
-        register_family("mine", embeddings=r"^encoder\\.late_norm\\.")
-        register_family("MyEncoder", embeddings=r"^encoder\\.late_norm\\.")
+        register_family("mine", embeddings=r"^encoder\.late_norm\.")
+        register_family("MyEncoder", embeddings=r"^encoder\.late_norm\.")
 
     Args:
         model_type: `model.config.model_type`, or a class or its name, for models without config.

@@ -12,6 +12,8 @@ from ..text_table import text_table
 
 @dataclass(frozen=True)
 class ReportRow:
+    """Whether one implementation of an op runs on a kind of device."""
+
     op: str
     device: str
     implementation: str

@@ -336,7 +336,7 @@ def test_the_first_step_of_a_stage_is_timed_alone(parts, together):
     training, _, runs, _ = parts
     work = _work(training)
     stretches = list(runs._stretches(work, together))
-    assert sum(stretches, []) == list(range(18))
+    assert [step for steps in stretches for step in steps] == list(range(18))
     for steps in stretches:
         assert len(steps) <= together and len({s // work.batches for s in steps}) == 1
         assert steps == [steps[0]] or steps[0] % work.steps_of_stage

@@ -1409,7 +1409,7 @@ def test_it_switches_itself_off_where_reading_costs_more(times, monkeypatch):
 
 
 def test_it_stays_on_where_the_prefix_is_dear(times):
-    handle, plain = _pair("bert-sequence", 2)
+    handle, _ = _pair("bert-sequence", 2)
     hook = _blocks(handle)[0].register_forward_pre_hook(lambda *_: time.sleep(0.02))
     batches = [tiny_inputs("bert-sequence", seed=seed) for seed in range(6)]
     for inputs in batches * 2:

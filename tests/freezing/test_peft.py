@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import functools
+import itertools
 import tempfile
 from collections.abc import Callable
 
@@ -340,7 +341,7 @@ def test_state_of_frozen_adapters_is_released():
         sizes.append(state_bytes(optimizer))
         assert sizes[-1] >= 8 * handle.active_params
         handle.advance()
-    steps = [a - b for a, b in zip(sizes, sizes[1:], strict=False)]
+    steps = [a - b for a, b in itertools.pairwise(sizes)]
     assert len(set(steps)) == 1 and steps[0] > 0  # one block's adapters less at every stage
 
 

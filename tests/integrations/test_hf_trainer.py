@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 from types import SimpleNamespace
 
@@ -36,7 +37,7 @@ def test_stages_follow_global_steps_and_state_is_released(tmp_path, accumulate, 
     assert [s.boundary for s in steps] == [0, 0, 1, 1, 2, 2, 3, 3]
     sizes = [s.state_bytes for s in steps]
     assert sizes[0] == sizes[1] > sizes[2] == sizes[3] > sizes[4] == sizes[5] > sizes[6]
-    for before, after in zip(steps, steps[1:], strict=False):
+    for before, after in itertools.pairwise(steps):
         for name, weight in after.weights.items():
             changed = not torch.equal(weight, before.weights[name])
             assert changed == (name in after.gradients), name

@@ -505,8 +505,19 @@ def test_opcheck(dtype, monkeypatch):
         arguments = (inputs["hidden"], inputs["weight"], inputs["bias"], inputs["labels"])
         torch.library.opcheck(
             linear_cross_entropy_op,
-            (*arguments, options["class_weight"], None, list(demand))
-            + (-100, 0.2, 2.0, 1e-3, "mean", 1, "reference"),
+            (
+                *arguments,
+                options["class_weight"],
+                None,
+                list(demand),
+                -100,
+                0.2,
+                2.0,
+                0.001,
+                "mean",
+                1,
+                "reference",
+            ),
         )
 
 

@@ -1,6 +1,7 @@
 import ast
 import base64
 import io
+import itertools
 import json
 import math
 import random
@@ -506,7 +507,7 @@ def test_labels_do_not_overlap(
         for ax in figure.axes:
             for texts in (ax.get_xticklabels(), ax.get_yticklabels(), ax.texts):
                 boxes = [text.get_window_extent() for text in texts if text.get_text()]
-                for one, two in zip(boxes, boxes[1:], strict=False):
+                for one, two in itertools.pairwise(boxes):
                     assert not one.overlaps(two), (name, texts)
         for legend in figure.legends:
             box = legend.get_window_extent()

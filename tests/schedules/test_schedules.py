@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import itertools
 import json
 import math
 import random
@@ -55,7 +56,7 @@ def test_progressive_covers_every_stage_and_only_ever_freezes(run, embeddings):
     assert sorted(set(seen)) == list(range(stages)) and seen == sorted(seen)
     lengths = [seen.count(stage) for stage in range(stages)]
     assert max(lengths) - min(lengths) <= 1
-    for before, after in zip(plans, plans[1:], strict=False):
+    for before, after in itertools.pairwise(plans):
         assert all(b or not a for b, a in zip(before.trainable, after.trainable, strict=True))
     assert all(plan.trainable[-1] and plan.head for plan in plans)
     expected = {"always": total_steps, "never": 0, "first_stage": lengths[0]}[embeddings]

@@ -30,7 +30,7 @@ from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import click
 import numpy
@@ -69,7 +69,7 @@ class Shared:
         start_s, step_s, write_s: how long the newest start, step and writing took.
     """
 
-    _FIELDS = {
+    _FIELDS: ClassVar = {
         "phase": "q",
         "step": "q",
         "made": "q",
@@ -77,7 +77,7 @@ class Shared:
         "step_s": "d",
         "write_s": "d",
     }
-    _PLACES = {name: 8 * i for i, name in enumerate(_FIELDS)}
+    _PLACES: ClassVar = {name: 8 * i for i, name in enumerate(_FIELDS)}
 
     def __init__(self) -> None:
         self.__dict__["_memory"] = mmap.mmap(-1, 8 * len(self._FIELDS))

@@ -195,7 +195,7 @@ class Bucket:
             grads: of the parameters' shapes, any strides and dtype; None leaves a tensor out.
         """
         if self.contiguous and all(
-            grad is None or grad.is_contiguous() and grad.dtype == self.dtype for grad in grads
+            grad is None or (grad.is_contiguous() and grad.dtype == self.dtype) for grad in grads
         ):
             ordered = grads
         else:
@@ -272,7 +272,7 @@ def chunk_table(bucket: Bucket, elements: int) -> Tensor:
 
 def alike(grad: Tensor, p: Tensor) -> Tensor:
     """The gradient in p's dtype and order of memory: itself, or else a copy."""
-    same = grad.stride() == p.stride() or grad.is_contiguous() and p.is_contiguous()
+    same = grad.stride() == p.stride() or (grad.is_contiguous() and p.is_contiguous())
     if same and grad.dtype == p.dtype:
         return grad
     return torch.empty_like(p, memory_format=torch.preserve_format).copy_(grad)

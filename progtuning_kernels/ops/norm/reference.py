@@ -78,7 +78,7 @@ def normalise(h: Tensor, weight: Tensor | None, bias: Tensor | None, norm: Norm)
 
 
 def sum_of(inputs: Inputs, dropout: float = 0.0) -> Tensor:
-    """h = dropout(x) + residual."""
+    """H = dropout(x) + residual."""
     x = inputs.x
     if dropout:
         x = torch.nn.functional.dropout(x, dropout, training=True)
@@ -86,7 +86,7 @@ def sum_of(inputs: Inputs, dropout: float = 0.0) -> Tensor:
 
 
 def run(inputs: Inputs, norm: Norm, return_sum: bool, dropout: float = 0.0) -> Result:
-    """y or (y, h), differentiated by autograd."""
+    """Y or (y, h), differentiated by autograd."""
     h = sum_of(inputs, dropout)
     y = normalise(h, inputs.weight, inputs.bias, norm)
     return (y, h) if return_sum else y

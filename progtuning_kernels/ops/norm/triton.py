@@ -334,7 +334,7 @@ def backward(
 
 
 def dropped_out(x: Tensor, dropout: Dropout, dtype: torch.dtype) -> Tensor:
-    """x with the elements dropped that `dropout` drops, in that dtype."""
+    """X with the elements dropped that `dropout` drops, in that dtype."""
     y = torch.empty(x.shape, dtype=dtype, device=x.device)
     if x.numel() == 0:
         return y
@@ -379,7 +379,7 @@ class _Norm(torch.autograd.Function):
         demands_x, demands_residual, *demands_parameters = ctx.needs_input_grad[:4]
         x_dtype, residual_dtype, *dtypes = ctx.dtypes
         drops = ctx.scale is not None
-        demanded = [drops, demands_residual or demands_x and not drops, *demands_parameters]
+        demanded = [drops, demands_residual or (demands_x and not drops), *demands_parameters]
         if dy is None:
             dx, dh, dweight, dbias = None, dsum, None, None
             if drops and dsum is not None:
