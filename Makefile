@@ -20,7 +20,7 @@ test: .venv/.test ## the whole test suite, a file at a time on each of WORKERS
 lint: .venv/.lint ## style and format of Python and C++; installs nothing heavy
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
-	$(BIN)/clang-format --dry-run --Werror csrc/*
+	$(BIN)/clang-format --dry-run --Werror csrc/*.h csrc/*.cpp csrc/*.cu
 
 types: .venv/.test ## types of the public modules
 	$(BIN)/pyright
