@@ -32,7 +32,7 @@ from rich.progress import track
 from torch import Tensor
 
 ROOT = Path(__file__).parent.parent
-sys.path.insert(0, str(ROOT / "tests"))
+sys.path.insert(0, str(ROOT / "tests" / "support"))
 
 from triton_builds import compile_for, resources, usage  # noqa: E402
 

@@ -54,7 +54,7 @@ except ImportError:  # a machine that has torch and nothing else
 
 
 ROOT = Path(__file__).parent.parent
-sys.path[:0] = [str(ROOT / "benchmarks"), str(ROOT / "tests")]
+sys.path[:0] = [str(ROOT / "benchmarks"), str(ROOT / "tests" / "support")]
 
 from accuracy import in_fp64, relative_error  # noqa: E402
 from optimizer import copy_gb_per_s, wait  # noqa: E402
