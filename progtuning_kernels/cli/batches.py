@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import KW_ONLY, dataclass
 from itertools import chain
 from typing import Any
 
@@ -55,11 +55,7 @@ def encode_causal_lm(data: TextData, tokenizer: Any, max_length: int) -> Encoded
 
 
 class Collator:
-    """Pads to the longest row of the batch.
-
-    Args:
-        causal_lm: labels are the tokens themselves, padding ignored (-100).
-    """
+    """Pads to the longest row; labels of `causal_lm` are its tokens, -100 where it is padded."""
 
     def __init__(self, tokenizer: Any, *, causal_lm: bool) -> None:
         self._tokenizer = tokenizer
@@ -86,6 +82,7 @@ class Collator:
 _WINDOWS_SORTED = 16
 
 
+@dataclass(frozen=True)
 class Order:
     """Which rows make up which optimizer step: a pure function of seed, step and row lengths.
 
@@ -93,31 +90,29 @@ class Order:
     every few windows of it, rows of similar length share one, and the windows are shuffled again.
     The last window of an epoch may hold fewer micro-batches, and its last micro-batch fewer rows.
 
-    Args:
+    Attributes:
         lengths: tokens of every row.
     """
 
-    def __init__(
-        self, lengths: Sequence[int], *, batch_size: int, accumulate: int, seed: int
-    ) -> None:
-        self._lengths = lengths
-        self._batch_size = batch_size
-        self._rows_per_step = batch_size * accumulate
-        self._seed = seed
+    lengths: Sequence[int]
+    _: KW_ONLY
+    batch_size: int
+    accumulate: int
+    seed: int
 
     @property
     def steps_per_epoch(self) -> int:
-        return -(-len(self._lengths) // self._rows_per_step)
+        return -(-len(self.lengths) // (self.batch_size * self.accumulate))
 
     def _epoch(self, epoch: int) -> list[list[int]]:
         """Row numbers of every window of one epoch."""
-        generator = torch.Generator().manual_seed(self._seed * 1_000_003 + epoch)
-        permuted = torch.randperm(len(self._lengths), generator=generator).tolist()
-        size, windows = self._rows_per_step, []
+        generator = torch.Generator().manual_seed(self.seed * 1_000_003 + epoch)
+        permuted = torch.randperm(len(self.lengths), generator=generator).tolist()
+        size, windows = self.batch_size * self.accumulate, []
         together = size * max(1, min(_WINDOWS_SORTED, self.steps_per_epoch // 4))
         for start in range(0, len(permuted), together):
             rows = permuted[start : start + together]
-            rows.sort(key=self._lengths.__getitem__, reverse=True)
+            rows.sort(key=self.lengths.__getitem__, reverse=True)
             cut = [rows[i : i + size] for i in range(0, len(rows), size)]
             whole = len(rows) // size  # a shorter window stays last
             shuffled = torch.randperm(whole, generator=generator).tolist()
@@ -132,4 +127,4 @@ class Order:
             if made[0] != epoch:
                 made = epoch, self._epoch(epoch)
             rows = made[1][position]
-            yield [rows[i : i + self._batch_size] for i in range(0, len(rows), self._batch_size)]
+            yield [rows[i : i + self.batch_size] for i in range(0, len(rows), self.batch_size)]

@@ -159,20 +159,16 @@ def _read_tsv(path: Path) -> list[Row]:
 
 def _read_table(path: Path, **dialect: Any) -> list[Row]:
     rows: list[Row] = []
-    header: list[str] = []
     limit = csv.field_size_limit(2**31 - 1)  # characters of a cell; 131,072 unless told
     try:
         with path.open(newline="", encoding=_ENCODING) as file:
             reader = csv.reader(file, **dialect)
-            for cells in reader:
-                if not cells:
-                    continue
-                if not header:
-                    header = cells
-                    twice = next((name for name in header if header.count(name) > 1), None)
-                    if twice is not None:
-                        raise UserError(f"{path}: two columns are named {twice!r}")
-                    continue
+            lines = filter(None, reader)
+            header = next(lines, [])
+            twice = next((name for name in header if header.count(name) > 1), None)
+            if twice is not None:
+                raise UserError(f"{path}: two columns are named {twice!r}")
+            for cells in lines:
                 if len(cells) > len(header):
                     raise UserError(f"{path}, line {reader.line_num}: more cells than columns")
                 rows.append(dict(zip(header, map(Cell, cells), strict=False)))

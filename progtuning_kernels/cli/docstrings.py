@@ -1,9 +1,8 @@
 """Text classification without a download: which library does a docstring come from?
 
-The rows are first paragraphs of docstrings of packages that the demo's own install brings, the
-label is the package. Files are parsed, never imported. Whole files are held out for validation, no
-text stands in both parts, and words that name a library are taken out (`_leaks`), so that what is
-left to learn is what the text is about.
+The rows are first paragraphs of docstrings of installed packages, the label is the package. Files
+are parsed, never imported. Whole files are held out for validation, no text stands in both parts,
+and words that name a library are taken out (`_leaks`): what is left to learn is the subject.
 """
 
 from __future__ import annotations

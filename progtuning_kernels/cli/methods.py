@@ -78,7 +78,6 @@ class Trained:
         return FreezePlan.from_boundary(0, num_blocks, embeddings=True)
 
     def advance(self) -> None:
-        """Move to the plan of the next step."""
         if self.handle is not None:
             self.handle.advance()
 
@@ -104,11 +103,7 @@ def prefix_cache(s: TrainSettings) -> PrefixCache | str | None:
 
 
 def progressive(
-    model: nn.Module,
-    s: TrainSettings,
-    schedule: Schedule,
-    layout: Layout,
-    base: nn.Module,
+    model: nn.Module, s: TrainSettings, schedule: Schedule, layout: Layout, base: nn.Module
 ) -> Trained:
     with as_user_error():
         handle = patch_model(

@@ -1,7 +1,7 @@
 """Sums over rows in two steps, without atomics: the same bits on every GPU of one kind.
 
-The kernel of an op sums pieces of the rows in registers and writes a partial sum for each; the
-kernel here adds those in a fixed order. How many there are depends on the number of rows alone.
+The kernel of an op writes a partial sum for each piece of the rows; the kernel here adds those in a
+fixed order. How many there are depends on the number of rows alone.
 """
 
 from __future__ import annotations

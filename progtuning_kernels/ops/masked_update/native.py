@@ -53,7 +53,7 @@ def tables_of(bucket: Bucket) -> Tables:
 
 
 def reason_against_kernels(bucket: Bucket) -> str | None:
-    """What neither the native nor the Triton kernels have."""
+    """Why neither the native nor the Triton kernels can update this bucket; None if they can."""
     if bucket.dtype == torch.float16 and bucket.masters is None:
         return "no kernel for float16 parameters without a master"
     if bucket.moment_dtype not in _MOMENTS and bucket.dtype != torch.float64:

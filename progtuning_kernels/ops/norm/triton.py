@@ -226,15 +226,6 @@ def backward_kernel(
 _TYPES = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
 
 
-class Forward(NamedTuple):
-    """y; h if there is a residual and it was asked for; statistics of the rows if asked for."""
-
-    y: Tensor
-    h: Tensor | None
-    mean: Tensor | None
-    rstd: Tensor | None
-
-
 def _rows(x: Tensor) -> Tensor:
     """(rows, C), each row dense; a copy only where the strides do not allow a view."""
     rows = x.reshape(-1, x.shape[-1])
@@ -248,8 +239,8 @@ def forward(
     statistics: bool,
     keep_sum: bool = False,
     dropout: Dropout = NO_DROPOUT,
-) -> Forward:
-    """Without autograd. keep_sum: h is stored."""
+) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor | None]:
+    """y, h if `keep_sum`, and mean and rstd of the rows if `statistics`; without autograd."""
     x, residual, weight, bias = inputs
     columns, device = x.shape[-1], x.device
     dtype = x.dtype if residual is None else torch.promote_types(x.dtype, residual.dtype)
@@ -260,7 +251,7 @@ def forward(
         rstd = torch.empty(x.shape[:-1], dtype=torch.float32, device=device)
         mean = torch.empty_like(rstd) if norm.center else None
     if x.numel() == 0:
-        return Forward(y, h, mean, rstd)
+        return y, h, mean, rstd
     x = _rows(x)
     residual = None if residual is None else _rows(residual)
     weight = None if weight is None else weight.contiguous()
@@ -273,7 +264,7 @@ def forward(
             *(norm.center, norm.cast_first, _TYPES[dtype], columns, block),
             **options(block),
         )
-    return Forward(y, h, mean, rstd)
+    return y, h, mean, rstd
 
 
 def backward(
@@ -403,5 +394,5 @@ def run(inputs: Inputs, norm: Norm, return_sum: bool, dropout: float = 0.0) -> R
     drop = draw_dropout(dropout, inputs.x.device) if dropout else NO_DROPOUT
     if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in inputs):
         return _Norm.apply(*inputs, norm, return_sum, drop)
-    done = forward(inputs, norm, statistics=False, keep_sum=return_sum, dropout=drop)
-    return (done.y, done.h) if return_sum else done.y
+    y, h, *_ = forward(inputs, norm, statistics=False, keep_sum=return_sum, dropout=drop)
+    return (y, h) if return_sum else y
