@@ -18,7 +18,7 @@ Batch = dict[str, torch.Tensor]
 
 @dataclass(frozen=True)
 class EncodedData:
-    """Token ids of both splits; unpadded."""
+    """Token ids of both splits, not padded."""
 
     train: list[Encoded]
     validation: list[Encoded]
@@ -89,12 +89,9 @@ class Order:
     A step is a window of up to `accumulate` micro-batches. Each epoch is a new permutation; within
     every few windows of it, rows of similar length share one, and the windows are shuffled again.
     The last window of an epoch may hold fewer micro-batches, and its last micro-batch fewer rows.
-
-    Attributes:
-        lengths: tokens of every row.
     """
 
-    lengths: Sequence[int]
+    lengths: Sequence[int]  # tokens of every row
     _: KW_ONLY
     batch_size: int
     accumulate: int

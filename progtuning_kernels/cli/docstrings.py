@@ -75,8 +75,7 @@ def load_docstrings(
         seed: which files are read, and the order of the rows.
         train_rows: rows to train on over all labels, rounded down to a multiple of the labels.
         validation_rows: the same for the held-out files.
-        roots: label -> package folder; None takes the installed packages, leaving out those that
-            are missing.
+        roots: label -> package folder; None takes those packages that are installed.
 
     Raises:
         ValueError: fewer than four packages, or a package with too few docstrings for its share.

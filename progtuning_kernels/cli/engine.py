@@ -1,4 +1,4 @@
-"""One training run: data in, metrics.json, checkpoints and a model folder out.
+"""One training run, from data to metrics.json, checkpoints and a model folder.
 
 A run is a function of its settings: order of the rows, dropout and initial head come from the seed,
 plan and learning rate from the step. A checkpoint holds the rest, so that a run killed at any
@@ -42,7 +42,7 @@ from .settings import TrainSettings
 
 @dataclass
 class Records:
-    """What a run writes down; saved with every checkpoint."""
+    """What metrics.json will say of steps and stages; every checkpoint keeps it."""
 
     steps: list[dict[str, Any]] = field(default_factory=list)
     evaluations: list[dict[str, Any]] = field(default_factory=list)
@@ -237,7 +237,7 @@ class Run:
         return record
 
     def _describe_stage(self, stage: int) -> dict[str, Any]:
-        """What is known when a stage begins; its widest batch shows what a forward saves."""
+        """The record of a stage that begins; its widest batch shows what a forward saves."""
         plan = self.trained.plan(self.layout.num_blocks)
         longest = sorted(self.encoded.train, key=lambda row: len(row["input_ids"]))
         batch = self.batch(longest[-self.settings.batch_size :])
@@ -318,7 +318,7 @@ class Run:
         return {"metric": figures[self.metric_name], "loss": loss, **figures}
 
     def failure(self) -> str | None:
-        """Why nothing was learnt, in words; None where something was."""
+        """Why the run learnt nothing, in words; None if it learnt something."""
         loss = self.records.evaluations[-1]["loss"]
         if not math.isfinite(loss):
             return f"the validation loss is {loss} after the last step"
@@ -426,7 +426,7 @@ class Run:
         return True
 
     def _save_model(self) -> None:
-        """A plain Hugging Face folder; LoRA is merged into it, its adapter saved beside."""
+        """Save a plain Hugging Face folder, LoRA merged into it and its adapter beside it."""
         if self.trained.handle is not None:
             self.trained.handle.unpatch()
         model, output = self.trained.base, self.settings.output

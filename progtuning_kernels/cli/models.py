@@ -108,7 +108,7 @@ def _set_classes(config: Any, names: Sequence[str] | None) -> None:
 
 
 def _same_classes(own: Sequence[str], names: Sequence[str]) -> Sequence[str] | None:
-    """A checkpoint's classes in its order if the data has the same; numbers from 0 are places."""
+    """The head's classes if they are the data's; the data may number them from 0."""
     if sorted(own) == sorted(names):
         return own
     if len(own) != len(names) or list(names) != [str(i) for i in range(len(own))]:
@@ -192,7 +192,7 @@ def wrap_lora(model: nn.Module, task: Task, rank: int) -> nn.Module:
 
 
 def _padding_offset(model: nn.Module) -> int:
-    """Positions that RoBERTa and its kin leave out: they count from the padding id."""
+    """How many positions RoBERTa and its kin leave out, because they count from the padding id."""
     positions = getattr(model.config.get_text_config(), "max_position_embeddings", None)
     offsets = (
         module.padding_idx + 1
@@ -284,7 +284,7 @@ def try_forward(model: nn.Module, batch: dict[str, torch.Tensor], task: Task) ->
 
 
 def _looks_ahead(model: nn.Module, ids: torch.Tensor) -> bool:
-    """Whether the first output moves with the last of the tokens; ids (1, T)."""
+    """Whether the first output depends on the last of the tokens; ids (1, T)."""
     other = ids.clone()
     other[0, -1] = 0 if ids[0, -1] else 1
     one, two = (model(input_ids=x).logits[0, 0] for x in (ids, other))

@@ -40,7 +40,7 @@ def cpu_name() -> str:
 
 
 def installed_version(package: str) -> str | None:
-    """None where it is not installed."""
+    """The version of a package, or None if it is not installed."""
     try:
         return version(package)
     except PackageNotFoundError:

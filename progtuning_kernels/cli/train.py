@@ -27,11 +27,7 @@ _MOST_ROWS = 20  # of a plan: a random schedule may have a stage every few steps
 
 
 def load_data(s: TrainSettings) -> TextData:
-    """The examples that the settings ask for.
-
-    Raises:
-        UserError: no data named, or data that cannot be used.
-    """
+    """The examples that the settings ask for; `UserError` if they cannot be used."""
     if s.dataset is None and s.train_file is None:
         raise UserError("no data: give --train-file and --validation-file, or --dataset")
     if s.dataset is not None:
@@ -163,6 +159,6 @@ def run(options: Mapping[str, Any], *, dry_run: bool) -> None:
 
 
 def fail_learning(reasons: Sequence[str]) -> NoReturn:
-    """Exit status 3: the command did what it was told, and nothing was learnt."""
+    """Exit with status 3: the training ran, and a model learnt nothing."""
     print(f"error: nothing was learnt: {'; '.join(reasons)}", file=sys.stderr)
     raise SystemExit(3)

@@ -149,7 +149,7 @@ def _derived(
 
 
 def _to(deferred: DeferredLogits, *args: Any, **kwargs: Any) -> DeferredLogits | None:
-    """A change of dtype alone."""
+    """Change the dtype, if that is all that is asked for."""
     dtype = args[0] if len(args) == 1 and not kwargs else None
     if not isinstance(dtype, torch.dtype) or not dtype.is_floating_point:
         return None
@@ -161,7 +161,7 @@ def _same(deferred: DeferredLogits, *args: Any, **kwargs: Any) -> DeferredLogits
 
 
 def _view(deferred: DeferredLogits, *shape: Any) -> DeferredLogits | None:
-    """A new shape of the rows; the last dimension stays."""
+    """Give the rows a new shape, if the last dimension stays."""
     if len(shape) == 1 and isinstance(shape[0], Sequence):
         shape = tuple(shape[0])
     if not shape or not all(isinstance(size, int) for size in shape):
@@ -178,7 +178,7 @@ def _view(deferred: DeferredLogits, *shape: Any) -> DeferredLogits | None:
 
 
 def _getitem(deferred: DeferredLogits, index: Any) -> DeferredLogits | None:
-    """A choice of rows."""
+    """Take some of the rows, if the last dimension stays whole."""
     entries = index if isinstance(index, tuple) else (index,)
     if any(isinstance(entry, Tensor) for entry in entries):
         mask = entries[0]

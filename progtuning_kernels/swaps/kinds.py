@@ -112,7 +112,7 @@ def _layer_norm(module: nn.Module) -> Swap | None:
 
 
 def _output_layer(module: nn.Module) -> Swap | None:
-    """dense, dropout, and a LayerNorm of the sum with the residual, as in BERT."""
+    """The swap for dense, dropout, and a LayerNorm of the sum with the residual, as in BERT."""
     children = dict(module.named_children())
     if set(children) != {"dense", "dropout", "LayerNorm"} or module._parameters:
         return None
@@ -202,7 +202,7 @@ _GATED: tuple[tuple[str, str | None, str], ...] = (
 
 
 def _gated_mlp(module: nn.Module) -> Swap | None:
-    """down(dropout(act(gate(x)) * up(x)))."""
+    """The swap for down(dropout(act(gate(x)) * up(x)))."""
     children = dict(module.named_children())
     for names in _GATED:
         layers = [name for name in names if name is not None]
@@ -255,7 +255,7 @@ def _gated_mlp(module: nn.Module) -> Swap | None:
 
 
 def _written_out_gelu(module: nn.Module) -> Swap | None:
-    """GELUs composed in Python, of up to eight operations and as many saved tensors."""
+    """The swap for a GELU written out in Python: up to eight operations, as many saved tensors."""
     if module._parameters or module._modules or "gelu" not in type(module).__name__.lower():
         return None
     kind = activation_kind(module)
@@ -285,7 +285,7 @@ def activation_kind(module: nn.Module) -> activation.Kind | None:
 
 
 def bypassed(module: nn.Module, names: Sequence[str]) -> str | None:
-    """Why what happens in the modules of these names must not be bypassed."""
+    """Why no op may take the place of the modules of these names; None if one may."""
     for name in names:
         child = module._modules[name]
         if child._forward_hooks or child._forward_pre_hooks or child._backward_hooks:

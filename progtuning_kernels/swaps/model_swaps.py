@@ -33,23 +33,14 @@ _LEAST_LOGITS_BYTES = 64 * 2**20
 
 @dataclass(frozen=True)
 class KernelRow:
-    """Modules of one class that are all swapped, or all kept for one reason.
+    """Modules of one class that are all swapped, or all kept for one reason."""
 
-    Attributes:
-        kind: what they are, e.g. "RMSNorm".
-        module_class: name of their class.
-        count: how many there are.
-        example: path of the first.
-        swapped: whether an op runs them.
-        because: from which size on, or why not.
-    """
-
-    kind: str
+    kind: str  # such as "RMSNorm"
     module_class: str
     count: int
-    example: str
+    example: str  # path of the first
     swapped: bool
-    because: str
+    because: str  # from which size on an op runs them, or why none does
 
 
 @dataclass(frozen=True)
@@ -66,11 +57,9 @@ class KernelReport:
 
     @property
     def swapped(self) -> int:
-        """Number of swapped modules."""
         return sum(row.count for row in self.rows if row.swapped)
 
     def summary(self) -> str:
-        """The report in one line."""
         if self.nothing is not None:
             return f"kernels: nothing is swapped: {self.nothing}"
         kept = sum(row.count for row in self.rows if not row.swapped)
@@ -88,7 +77,7 @@ class KernelReport:
 
 
 class _Verdict(NamedTuple):
-    """What was found about all modules of one class, settings, shapes and dtypes."""
+    """Whether modules of one class, settings, shapes and dtypes are swapped, and why."""
 
     made: type | None  # the class that runs the op
     because: str
@@ -148,7 +137,7 @@ class KernelSwaps:
         self._device = None
 
     def _swap_dropout(self) -> KernelReport:
-        """Dropout and attention that drops: what has an op of ours on a CPU."""
+        """Swap dropout, and attention that drops: on a CPU no other op of ours runs."""
         from_bytes = 0 if self._kernels == "on" else cpu_dropout.FROM_BYTES
         because = "at any size"
         if from_bytes:
@@ -283,7 +272,7 @@ def _reason_against(module: nn.Module, swap: Swap) -> str | None:
 
 
 def _signature(module: nn.Module) -> Iterator[Hashable]:
-    """What beside class and settings may decide whether a swap fits."""
+    """Classes, shapes and dtypes inside a module, which decide with its settings if a swap fits."""
     for part in module.modules():
         yield type(part)
         for name, parameter in part._parameters.items():

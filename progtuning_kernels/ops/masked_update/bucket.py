@@ -180,12 +180,12 @@ class Bucket:
             raise ValueError("masked_update: masters are for bfloat16 and float16 parameters")
 
     def _elementwise(self, i: int) -> list[Tensor]:
-        """State of tensor i that has an element per element."""
+        """The state of tensor i that has its shape."""
         state = [self.moments[i].exp_avg, self.moments[i].exp_avg_sq]
         return state if self.masters is None else [*state, self.masters[i]]
 
     def gather(self, grads: Sequence[Tensor | None]) -> Gradients:
-        """What norm and update need of a step's gradients; collected once for both.
+        """Collect what norm and update need of a step's gradients, once for both.
 
         Args:
             grads: of the parameters' shapes, any strides and dtype; None leaves a tensor out.
@@ -237,7 +237,7 @@ class Bucket:
 
 
 def written(bucket: Bucket, gradients: Gradients, *, zero_grads: bool) -> None:
-    """After a kernel of our own: zero the gradients it had a copy of, bump all versions."""
+    """Zero the gradients of which a kernel of ours got a copy, and bump all versions."""
     changed = list(bucket.params)
     if zero_grads:
         for grad, mine in zip(gradients.given, gradients.ordered, strict=True):

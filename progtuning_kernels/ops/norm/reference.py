@@ -44,7 +44,7 @@ class Inputs(NamedTuple):
 
 
 def check(op: str, inputs: Inputs, return_sum: bool) -> None:
-    """Raises ValueError where the inputs do not fit together."""
+    """Raise ValueError where the inputs do not fit together."""
     x = inputs.x
     if x.dim() == 0 or x.shape[-1] == 0:
         raise ValueError(f"{op}: expected rows of at least one element, got {tuple(x.shape)}")

@@ -17,7 +17,7 @@ from .reference import Inputs, Norm, Result
 
 
 class Dropout(NamedTuple):
-    """Of x, as the kernels take it; without a seed there is none.
+    """The dropout of x as the kernels take it; without a seed there is none.
 
     Attributes:
         seed: (1,) int64.
@@ -34,7 +34,7 @@ NO_DROPOUT = Dropout()
 
 
 def draw_dropout(p: float, device: torch.device) -> Dropout:
-    """A new mask; p: in (0, 1]. Takes one number of torch's generator of the device."""
+    """Draw a new mask, with one number of torch's generator of the device; p is in (0, 1]."""
     seed = torch.randint(2**63 - 1, (1,), device=device)
     dropped = max(1, round(p * 2**32))  # of the 2**32 words
     return Dropout(seed, dropped - 1 - 2**31, 1 / (1 - p) if p < 1 else 0.0)
@@ -46,7 +46,7 @@ def block_of(columns: int) -> int:
 
 
 def options(block: int) -> dict[str, int | bool]:
-    """Of the kernels that hold `block` columns: more than 512 per warp would spill in backward."""
+    """Options of a launch with `block` columns: more than 512 a warp would spill in backward."""
     warps = max(1, min(4, block // 128), block // 512)
     return {"num_warps": warps, "enable_fp_fusion": True}
 
@@ -68,7 +68,7 @@ def _mean(x, C: tl.constexpr):
 
 @triton.jit
 def _dropped_out(x, seed, last_dropped, scale, row, BLOCK: tl.constexpr):
-    """float32 (BLOCK,), the row of that number: less than 2**31, as there is a program for each."""
+    """float32 (BLOCK,) of a row whose number is below 2**31, as there is a program for each."""
     fours = tl.arange(0, BLOCK // 4)  # counters of 64 bits would choose another generator
     zero = fours * 0
     rows = zero + row.to(tl.int32)
@@ -325,7 +325,7 @@ def backward(
 
 
 def dropped_out(x: Tensor, dropout: Dropout, dtype: torch.dtype) -> Tensor:
-    """x with the elements dropped that `dropout` drops, in that dtype."""
+    """x without the elements that `dropout` drops, in that dtype."""
     y = torch.empty(x.shape, dtype=dtype, device=x.device)
     if x.numel() == 0:
         return y
