@@ -54,22 +54,24 @@ def encode_causal_lm(data: TextData, tokenizer: Any, max_length: int) -> Encoded
     return encoded
 
 
+@dataclass(frozen=True)
 class Collator:
     """Pads to the longest row; labels of `causal_lm` are its tokens, -100 where it is padded."""
 
-    def __init__(self, tokenizer: Any, *, causal_lm: bool) -> None:
-        self._tokenizer = tokenizer
-        self._causal_lm = causal_lm
-        if tokenizer.pad_token is None:
-            if tokenizer.eos_token is None:
+    tokenizer: Any
+    causal_lm: bool
+
+    def __post_init__(self) -> None:
+        if self.tokenizer.pad_token is None:
+            if self.tokenizer.eos_token is None:
                 raise UserError("the tokenizer has neither a padding nor an end-of-text token")
-            tokenizer.pad_token = tokenizer.eos_token
+            self.tokenizer.pad_token = self.tokenizer.eos_token
 
     def __call__(self, rows: Sequence[Encoded]) -> Batch:
         labels = [row["labels"] for row in rows if "labels" in row]
         inputs = [{k: v for k, v in row.items() if k != "labels"} for row in rows]
-        batch = dict(self._tokenizer.pad(inputs, return_tensors="pt"))
-        if self._causal_lm:
+        batch = dict(self.tokenizer.pad(inputs, return_tensors="pt"))
+        if self.causal_lm:
             batch["labels"] = batch["input_ids"].masked_fill(batch["attention_mask"] == 0, -100)
         else:
             batch["labels"] = torch.tensor(labels)

@@ -29,7 +29,7 @@ from ..checkpoints import load_checkpoint, save_checkpoint
 from ..freezing.unit_use import measure_forward
 from ..model.layout import EMBEDDINGS, find_layout, parameter_slots
 from ..optim import state_bytes
-from ..schedules import annealed_lr, stage_count
+from ..schedules import FreezePlan, annealed_lr, stage_count
 from . import methods, metrics, models
 from .batches import Batch, Collator, Order, encode_causal_lm, encode_classification
 from .datasets import TextData
@@ -220,7 +220,8 @@ class Run:
             # of the stage so far: with the next plan its counts begin anew
             report = self.trained.handle.cache_report()
             self.records.stages[-1]["cache"] = dataclasses.asdict(report)
-        self.trained.advance()
+        if self.trained.handle is not None:
+            self.trained.handle.advance()
         self.scheduler.step()
         self.step += 1
         value = float(loss_sum)  # the one wait for the device in a step
@@ -238,10 +239,11 @@ class Run:
 
     def _describe_stage(self, stage: int) -> dict[str, Any]:
         """The record of a stage that begins; its widest batch shows what a forward saves."""
-        plan = self.trained.plan(self.layout.num_blocks)
         longest = sorted(self.encoded.train, key=lambda row: len(row["input_ids"]))
         batch = self.batch(longest[-self.settings.batch_size :])
         handle, cache = self.trained.handle, self._cache
+        everything = FreezePlan.from_boundary(0, self.layout.num_blocks, embeddings=True)
+        plan = everything if handle is None else handle.plan
         with self.autocast(), nullcontext() if cache is None else cache.paused():
             uses = measure_forward(self.trained.model, self.layout, (), batch).values()
         # LoRA leaves the embeddings and most of the head frozen, whatever the plan says of them

@@ -14,7 +14,7 @@ from ..model.layout import Layout
 from ..optim import MaskedAdamW
 from ..optim.moments import STATE_DTYPES
 from ..patch import PatchHandle, patch_model
-from ..schedules import FreezePlan, ProgressiveSchedule, Schedule
+from ..schedules import ProgressiveSchedule, Schedule
 from ..schedules.files import KINDS, make_schedule, schedule_from_file
 from .errors import UserError, as_user_error
 from .settings import TrainSettings
@@ -71,15 +71,6 @@ class Trained:
     update: Callable[[], None]
     handle: PatchHandle | None
     base: nn.Module
-
-    def plan(self, num_blocks: int) -> FreezePlan:
-        if self.handle is not None:
-            return self.handle.plan
-        return FreezePlan.from_boundary(0, num_blocks, embeddings=True)
-
-    def advance(self) -> None:
-        if self.handle is not None:
-            self.handle.advance()
 
     def active_params(self) -> int:
         return sum(p.numel() for p in self.model.parameters() if p.requires_grad)
