@@ -233,12 +233,7 @@ def _rows(x: Tensor) -> Tensor:
 
 
 def forward(
-    inputs: Inputs,
-    norm: Norm,
-    *,
-    statistics: bool,
-    keep_sum: bool = False,
-    dropout: Dropout = NO_DROPOUT,
+    inputs: Inputs, norm: Norm, *, statistics: bool, keep_sum: bool, dropout: Dropout
 ) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor | None]:
     """y, h if `keep_sum`, and mean and rstd of the rows if `statistics`; without autograd."""
     x, residual, weight, bias = inputs
@@ -277,7 +272,7 @@ def backward(
     norm: Norm,
     demanded: Sequence[bool],
     dtypes: Sequence[torch.dtype | None],
-    dropout: Dropout = NO_DROPOUT,
+    dropout: Dropout,
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
     """The gradients of x, h, weight and bias that are demanded, None for the others.
 
@@ -346,14 +341,12 @@ class _Norm(torch.autograd.Function):
         # the gradient of bias needs no rows
         statistics = demands_h or demands_weight
         keep_sum = residual is not None and (return_sum or statistics)
+        inputs = Inputs(x, residual, weight, bias)
         y, h, mean, rstd = forward(
-            *(Inputs(x, residual, weight, bias), norm),
-            statistics=statistics,
-            keep_sum=keep_sum,
-            dropout=dropout,
+            inputs, norm, statistics=statistics, keep_sum=keep_sum, dropout=dropout
         )
         ctx.norm = norm
-        ctx.dtypes = [None if t is None else t.dtype for t in (x, residual, weight, bias)]
+        ctx.dtypes = [None if t is None else t.dtype for t in inputs]
         saved = (x if residual is None else h) if statistics else None
         seed, ctx.last_dropped, ctx.scale = dropout if demands_x else NO_DROPOUT
         ctx.save_for_backward(saved, weight if demands_h else None, mean, rstd, seed)
