@@ -1,8 +1,7 @@
 // What the statically linked CUDA runtime says of itself and of the machine; no kernels.
-// Alone: nvcc -O3 -std=c++17 -c cuda_info.cu -o cuda_info.o
-#include "launchers.h"
-
 #include <cuda_runtime.h>
+
+#include "launchers.h"
 
 namespace progtuning {
 

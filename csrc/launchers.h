@@ -13,9 +13,8 @@ namespace progtuning {
 // Codes shared with progtuning_kernels/backend.py, which reads them from the module.
 enum class DType : int { kFloat32 = 0, kBFloat16 = 1, kFloat16 = 2, kFloat64 = 3, kInt8 = 4 };
 
-// Elements summed on their own before the partial sums are added: the unit of work on both devices,
-// which depends on nothing but the sizes. 7 M elements (one BERT block) are 865 for an H200's 132
-// SMs.
+// Elements that are summed before the partial sums are added: the unit of work on both devices. 7 M
+// elements (one BERT block) are 865 units for an H200's 132 SMs.
 constexpr int64_t kNormChunk = 8192;
 
 // Number of chunks of a list of tensors: the floats that masked_norm_cuda needs as scratch.

@@ -1,9 +1,8 @@
 // 16 random bits for each of 256 consecutive elements, on the CPU: Philox as update_rules.h has it.
 //
-// The compilers turn its 32 x 32 -> 64 bit products into full 64-bit multiplications where they
-// vectorise them, at twice the time (0.36 against 0.17 ns per element), so the two wide instruction
-// sets are written out: eight or four counters in 64-bit lanes, of which the products read the low
-// halves.
+// Where compilers vectorise its 32 x 32 -> 64 bit products, they make full 64-bit multiplications
+// of them, at twice the time (0.36 against 0.17 ns per element). The two wide instruction sets are
+// therefore written out: eight or four counters in 64-bit lanes, whose low halves are multiplied.
 #pragma once
 
 #include "instruction_sets.h"
@@ -79,7 +78,7 @@ __attribute__((target("avx512f"))) inline void draw_run_avx512(const RandomRun& 
     k1[round] = _mm512_set1_epi64(static_cast<uint32_t>(run.seed >> 32) + round * 0xBB67AE85u);
   }
   const uint64_t c1_bits = (run.eighth >> 32) | (static_cast<uint64_t>(run.stream) << 24);
-  constexpr int kXor = 0x96;  // of three
+  constexpr int kXor = 0x96;  // a ^ b ^ c
   for (int group = 0; group < kRun / 64; ++group) {
     __m512i c0 = _mm512_add_epi64(_mm512_set1_epi64((run.eighth & 0xffffffffu) + 8 * group),
                                   _mm512_setr_epi64(0, 4, 1, 5, 2, 6, 3, 7));

@@ -127,8 +127,8 @@ PROGTUNING_RULE void adamw(const AdamW<Float>& at, Float grad, Float& p, Float& 
 }
 
 // The same for moments in 8 bits, whose steps of 3 % leave no use for the last bits of root and
-// quotient: on a GPU these are the approximate ones, 2^-22 off in the update of p. m and v, and
-// with them all codes, have the same bits as ever.
+// quotient: on a GPU these are the approximate ones, 2^-22 off in the update of p. The bits of m, v
+// and all codes are those of `adamw`.
 PROGTUNING_RULE void adamw_of_codes(const AdamW<float>& at, float grad, float& p, float& m,
                                     float& v) {
 #ifdef __CUDA_ARCH__
@@ -271,9 +271,8 @@ PROGTUNING_RULE uint32_t power_of_ratio(uint32_t bits, uint32_t unit) {
   return (bits << kShift) + (kOneBits - (unit << kShift));
 }
 
-// The inverse: what has the ratio `root of x` to what has `unit`. Above 1, and NaN, count as 1. The
-// bits of 1 divide by 2^kShift without a rest, so the difference need not be taken before the
-// shift.
+// The inverse: what has the ratio `root of x` to what has `unit`. x above 1, and NaN, count as 1.
+// kOneBits is a multiple of 2^kShift, so the difference may be taken after the shift.
 template <int kShift>
 PROGTUNING_RULE float root_times(float x, uint32_t unit) {
   const uint32_t bits = bits_of(x) < kOneBits ? bits_of(x) : kOneBits;

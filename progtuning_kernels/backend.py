@@ -1,12 +1,12 @@
-"""THE place where an implementation is chosen, and where the reasons against the others are kept.
+"""Chooses the implementation that an op runs, and keeps the reasons against the others.
 
 An op (`progtuning_kernels/ops/`, a folder each) registers its implementations; `select` asks them
 in the order native, triton, reference and takes the first that gives no reason against running on
 the tensors at hand. The environment variable PROGTUNING_BACKEND is asked first where the op has it.
 `implementation=` forces one: if that cannot run, it raises with the reason.
 
-Importing this module never fails and never prints: the extension and Triton are looked for when
-first asked about, and what stands in their way is kept as text.
+Importing this module never fails and never prints: it looks for the extension and Triton when they
+are first asked about, and keeps as text why they do not load.
 """
 
 from __future__ import annotations
@@ -90,7 +90,7 @@ passed_over: dict[str, str] = {}  # op -> why PROGTUNING_BACKEND's choice did no
 
 
 def register(op: Op) -> Op:
-    """Makes an op known to `ops/report.py`; returns it."""
+    """Make an op known to `ops/report.py`, and return it."""
     if op.name in OPS:
         raise ValueError(f"op {op.name!r} is registered twice")
     OPS[op.name] = op
@@ -121,15 +121,12 @@ def select(op: Op, tensors: Any, implementation: str | None = None) -> Implement
     for name, who in ((forced, "implementation"), (preferred, ENVIRONMENT_VARIABLE)):
         if name is not None and name not in PREFERENCE:
             raise ValueError(f"{who}={name}: choose one of auto, {', '.join(PREFERENCE)}")
-    if forced is not None:
-        candidate, reason = find(op, forced, tensors)
-        if candidate is None or reason is not None:
-            raise RuntimeError(f"{op.name}: implementation={forced} cannot run: {reason}")
-        return candidate
-    if preferred is not None:
-        candidate, reason = find(op, preferred, tensors)
-        if candidate is not None and reason is None:
+    if (wanted := forced or preferred) is not None:
+        candidate, reason = find(op, wanted, tensors)
+        if reason is None:
             return candidate
+        if forced is not None:
+            raise RuntimeError(f"{op.name}: implementation={forced} cannot run: {reason}")
         passed_over[op.name] = reason
     reasons = []
     for candidate in op.implementations:
@@ -141,6 +138,7 @@ def select(op: Op, tensors: Any, implementation: str | None = None) -> Implement
 
 
 def find(op: Op, name: str, tensors: Any) -> tuple[Implementation | None, str | None]:
+    """The implementation of that name, if there is one, and why it cannot run, or None."""
     for candidate in op.implementations:
         if candidate.name == name:
             return candidate, candidate.reason_against(tensors)
@@ -218,7 +216,7 @@ def triton_reason(device: torch.device, *dtypes: torch.dtype) -> str | None:
 @functools.cache
 def _triton_import_reason() -> str | None:
     try:
-        import triton.language  # noqa: F401
+        importlib.import_module("triton.language")
     except Exception as error:
         return f"Triton does not load: {one_line(error)}"
     return None
@@ -239,14 +237,10 @@ def one_line(error: BaseException) -> str:
     return lines[0] if lines else type(error).__name__
 
 
+@functools.cache
 def dtype_code(dtype: torch.dtype) -> int:
     """The code of `dtype` in csrc/launchers.h; KeyError for one that it does not know."""
-    return _dtype_codes()[dtype]
-
-
-@functools.cache
-def _dtype_codes() -> dict[torch.dtype, int]:
-    return {getattr(torch, name): code for name, code in native_extension().dtype_codes.items()}
+    return native_extension().dtype_codes[str(dtype).removeprefix("torch.")]
 
 
 def cuda_stream(device: torch.device) -> int:
@@ -259,5 +253,5 @@ def cuda_stream(device: torch.device) -> int:
 
 
 def device_guard(device: torch.device) -> contextlib.AbstractContextManager[None]:
-    """Makes `device` the current one: a raw launch goes to the calling thread's current device."""
+    """Make `device` the current one: a raw launch goes to the calling thread's current device."""
     return torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext()

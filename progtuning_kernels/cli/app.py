@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import sys
 from collections.abc import Callable, Sequence
+from functools import reduce
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -46,17 +47,20 @@ _blocks_option = click.option(
     "--blocks",
     help="Path of the block list where it cannot be found; several with commas, in order.",
 )
+_tied_option = click.option(
+    "--tied",
+    **_choice("frozen", "head_only"),
+    help="What a weight shared by embeddings and LM head does once the embeddings are frozen.",
+)
+_length_option = click.option(
+    "--max-length", type=click.IntRange(min=2), default=128, help="Tokens per row."
+)
+_clip_option = click.option("--max-grad-norm", **_not_negative(1.0), help="0: no clipping.")
 
 
 def _together(*options: Callable[..., Any]) -> Callable[..., Any]:
-    """Options that several commands have, in this order."""
-
-    def add_to(command: Callable[..., Any]) -> Callable[..., Any]:
-        for option in reversed(options):
-            command = option(command)
-        return command
-
-    return add_to
+    """One decorator that adds options of several commands, in this order."""
+    return lambda command: reduce(lambda made, option: option(made), reversed(options), command)
 
 
 _source_options = _together(
@@ -86,7 +90,7 @@ _run_options = _together(
 _precision_option = click.option(
     "--precision", **_choice("auto", "fp32", "bf16"), help="auto: bf16 autocast on GPUs that do it."
 )
-# of commands that need no weights
+# of plan and bench, which need no weights
 _schedule_options = _together(
     click.option(
         "--task",
@@ -140,11 +144,7 @@ def app() -> None:
 @click.option(
     "--frozen-mode", **_choice("eval", "train"), help="Mode of frozen blocks: eval has no dropout."
 )
-@click.option(
-    "--tied",
-    **_choice("frozen", "head_only"),
-    help="What a weight shared by embeddings and LM head does once the embeddings are frozen.",
-)
+@_tied_option
 @_blocks_option
 @click.option("--lora-rank", **_positive(8), help="Rank of LoRA adapters.")
 @_column_options
@@ -152,7 +152,7 @@ def app() -> None:
 @click.option("--max-steps", **_positive(), help="Optimizer steps, instead of epochs.")
 @click.option("--batch-size", **_positive(32), help="Rows per micro-batch.")
 @click.option("--accumulate", **_positive(1), help="Micro-batches per optimizer step.")
-@click.option("--max-length", type=click.IntRange(min=2), default=128, help="Tokens per row.")
+@_length_option
 @click.option("--lr", **_not_negative(5e-5), help="Peak learning rate.")
 @click.option("--weight-decay", **_not_negative(0.01), help="Decay of matrices.")
 @click.option("--warmup", **_not_negative(0.06, 1), help="Share of the steps that warm up.")
@@ -161,7 +161,7 @@ def app() -> None:
     is_flag=True,
     help="Each unit's rate falls on its own cosine to 0 where it freezes (FreezeOut).",
 )
-@click.option("--max-grad-norm", **_not_negative(1.0), help="0: no clipping.")
+@_clip_option
 @click.option(
     "--state-dtype",
     **_choice("fp32", "bf16", "8bit"),
@@ -204,11 +204,7 @@ def train(dry_run: bool, **options: Any) -> None:
 )
 @click.option("--model", default="minilm", help="Folder, config.json or hub id; no weights needed.")
 @_schedule_options
-@click.option(
-    "--tied",
-    **_choice("frozen", "head_only"),
-    help="What a weight shared by embeddings and LM head does once the embeddings are frozen.",
-)
+@_tied_option
 @_blocks_option
 @click.option("--batch-size", **_positive(32), help="Rows per micro-batch.")
 @click.option("--seq-len", **_positive(128), help="Tokens per row.")
@@ -271,16 +267,13 @@ def bench(**options: Any) -> None:
 @_blocks_option
 @_column_options
 @click.option("--batch-size", **_positive(32), help="Rows per batch.")
-@click.option("--max-length", type=click.IntRange(min=2), default=128, help="Tokens per row.")
+@_length_option
 @click.option("--lr", **_not_negative(1e-4), help="Peak learning rate.")
-@click.option("--max-grad-norm", **_not_negative(1.0), help="0: no clipping.")
+@_clip_option
 @_precision_option
 @_run_options
 @click.option(
-    "--output",
-    type=_PATH,
-    default=Path("runs/contribution"),
-    help="Gets contribution.json.",
+    "--output", type=_PATH, default=Path("runs/contribution"), help="Gets contribution.json."
 )
 def contribution(**options: Any) -> None:
     """Measure what every block contributes, for a schedule with weights.

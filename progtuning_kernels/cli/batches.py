@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import KW_ONLY, dataclass
 from itertools import chain
 from typing import Any
 
@@ -18,7 +18,7 @@ Batch = dict[str, torch.Tensor]
 
 @dataclass(frozen=True)
 class EncodedData:
-    """Token ids of both splits; unpadded."""
+    """Token ids of both splits, not padded."""
 
     train: list[Encoded]
     validation: list[Encoded]
@@ -54,26 +54,24 @@ def encode_causal_lm(data: TextData, tokenizer: Any, max_length: int) -> Encoded
     return encoded
 
 
+@dataclass(frozen=True)
 class Collator:
-    """Pads to the longest row of the batch.
+    """Pads to the longest row; labels of `causal_lm` are its tokens, -100 where it is padded."""
 
-    Args:
-        causal_lm: labels are the tokens themselves, padding ignored (-100).
-    """
+    tokenizer: Any
+    causal_lm: bool
 
-    def __init__(self, tokenizer: Any, *, causal_lm: bool) -> None:
-        self._tokenizer = tokenizer
-        self._causal_lm = causal_lm
-        if tokenizer.pad_token is None:
-            if tokenizer.eos_token is None:
+    def __post_init__(self) -> None:
+        if self.tokenizer.pad_token is None:
+            if self.tokenizer.eos_token is None:
                 raise UserError("the tokenizer has neither a padding nor an end-of-text token")
-            tokenizer.pad_token = tokenizer.eos_token
+            self.tokenizer.pad_token = self.tokenizer.eos_token
 
     def __call__(self, rows: Sequence[Encoded]) -> Batch:
         labels = [row["labels"] for row in rows if "labels" in row]
         inputs = [{k: v for k, v in row.items() if k != "labels"} for row in rows]
-        batch = dict(self._tokenizer.pad(inputs, return_tensors="pt"))
-        if self._causal_lm:
+        batch = dict(self.tokenizer.pad(inputs, return_tensors="pt"))
+        if self.causal_lm:
             batch["labels"] = batch["input_ids"].masked_fill(batch["attention_mask"] == 0, -100)
         else:
             batch["labels"] = torch.tensor(labels)
@@ -86,38 +84,34 @@ class Collator:
 _WINDOWS_SORTED = 16
 
 
+@dataclass(frozen=True)
 class Order:
     """Which rows make up which optimizer step: a pure function of seed, step and row lengths.
 
     A step is a window of up to `accumulate` micro-batches. Each epoch is a new permutation; within
     every few windows of it, rows of similar length share one, and the windows are shuffled again.
     The last window of an epoch may hold fewer micro-batches, and its last micro-batch fewer rows.
-
-    Args:
-        lengths: tokens of every row.
     """
 
-    def __init__(
-        self, lengths: Sequence[int], *, batch_size: int, accumulate: int, seed: int
-    ) -> None:
-        self._lengths = lengths
-        self._batch_size = batch_size
-        self._rows_per_step = batch_size * accumulate
-        self._seed = seed
+    lengths: Sequence[int]  # tokens of every row
+    _: KW_ONLY
+    batch_size: int
+    accumulate: int
+    seed: int
 
     @property
     def steps_per_epoch(self) -> int:
-        return -(-len(self._lengths) // self._rows_per_step)
+        return -(-len(self.lengths) // (self.batch_size * self.accumulate))
 
     def _epoch(self, epoch: int) -> list[list[int]]:
         """Row numbers of every window of one epoch."""
-        generator = torch.Generator().manual_seed(self._seed * 1_000_003 + epoch)
-        permuted = torch.randperm(len(self._lengths), generator=generator).tolist()
-        size, windows = self._rows_per_step, []
+        generator = torch.Generator().manual_seed(self.seed * 1_000_003 + epoch)
+        permuted = torch.randperm(len(self.lengths), generator=generator).tolist()
+        size, windows = self.batch_size * self.accumulate, []
         together = size * max(1, min(_WINDOWS_SORTED, self.steps_per_epoch // 4))
         for start in range(0, len(permuted), together):
             rows = permuted[start : start + together]
-            rows.sort(key=self._lengths.__getitem__, reverse=True)
+            rows.sort(key=self.lengths.__getitem__, reverse=True)
             cut = [rows[i : i + size] for i in range(0, len(rows), size)]
             whole = len(rows) // size  # a shorter window stays last
             shuffled = torch.randperm(whole, generator=generator).tolist()
@@ -132,4 +126,4 @@ class Order:
             if made[0] != epoch:
                 made = epoch, self._epoch(epoch)
             rows = made[1][position]
-            yield [rows[i : i + self._batch_size] for i in range(0, len(rows), self._batch_size)]
+            yield [rows[i : i + self.batch_size] for i in range(0, len(rows), self.batch_size)]

@@ -1,8 +1,8 @@
-"""`progtuning bench`: what a step of every stage takes here, by four ways to train it.
+"""`progtuning bench`: the time of a step in every stage here, by four ways to train.
 
-Everybody starts from the same random weights and takes the same random batches, in turn, in one
-process. No time is taken before a gate: losses, gradients and updates of every stage are those of
-plain torch. `benchmarks/run.py` compares with other packages, too, by the same gate and clock.
+All ways start from the same random weights and take the same random batches, in turn, in one
+process. A gate comes first: losses, gradients and updates of every stage must be those of plain
+torch. `benchmarks/run.py` compares with other packages, too, by the same gate and clock.
 """
 
 from __future__ import annotations
@@ -62,7 +62,7 @@ class _Rule:
 
 @contextmanager
 def _no_data(model: nn.Module) -> Iterator[None]:
-    """Say what has happened to a model that random rows do not suit."""
+    """Turn the error of a model that cannot run on random rows into a `UserError`."""
     try:
         yield
     except (NotImplementedError, RuntimeError) as error:
@@ -76,13 +76,10 @@ def _gate(
     active: Sequence[set[str]],
     rule: _Rule,
 ) -> float:
-    """Largest error of losses and gradients, a step per stage, against plain torch; no dropout.
+    """Largest error of losses and gradients against full training, a step per stage, no dropout.
 
-    The truth freezes nothing: of a fully trainable model's gradients, those that the plan freezes
-    are dropped before torch's AdamW.
-
-    Raises:
-        UserError: the gate is red.
+    Full training drops the gradients of what the plan freezes before torch's AdamW. `UserError`
+    says which way differs by more than the tolerance.
     """
     loss, gradient = TOLERANCES["bf16" if rule.dtype == torch.bfloat16 else rule.device.type]
     stages = [batches[stage % len(batches)] for stage in range(len(active))]
@@ -139,7 +136,7 @@ def run(options: Mapping[str, Any]) -> None:
         boundaries = one_step.boundaries(num_blocks)
 
     def ways(steps: int) -> dict[str, Callable[[], Session]]:
-        """By name; `steps`: of a stage."""
+        """What makes a session of each way, with so many steps in a stage."""
 
         def freezing() -> Session:
             model = copy.deepcopy(base)
@@ -206,7 +203,7 @@ def run(options: Mapping[str, Any]) -> None:
 
 
 def _shown(content: Mapping[str, Any]) -> str:
-    """What was measured, a line per stage and way, and the whole run relative to full training."""
+    """The table: a line per stage and way, and the whole run relative to full training."""
     o, rows = content["config"], content["rows"]
     cells = [("stage", "boundary", "", "step (ms)", "/ full", "mean loss")]
     total_ms: dict[str, float] = {}

@@ -42,16 +42,11 @@ class Example:
 
 @dataclass(frozen=True)
 class TextData:
-    """Examples of both splits.
-
-    Attributes:
-        label_names: names of the classes by index; None for regression and causal LM.
-        description: one line on where the text comes from.
-    """
+    """Examples of both splits; `description` is one line on where the text comes from."""
 
     train: Sequence[Example]
     validation: Sequence[Example]
-    label_names: tuple[str, ...] | None
+    label_names: tuple[str, ...] | None  # by index; None for regression and causal LM
     description: str
 
     def summary(self) -> str:
@@ -67,7 +62,7 @@ class TextData:
         return line
 
     def digest(self) -> str:
-        """Of texts, labels and names: the same for every model and tokenizer."""
+        """A digest of texts, labels and names, the same for every model and tokenizer."""
         digest = hashlib.sha256(repr(self.label_names and sorted(self.label_names)).encode())
         for e in (*self.train, *self.validation):
             label = e.label if self.label_names is None else self.label_names[e.label]
@@ -75,7 +70,7 @@ class TextData:
         return digest.hexdigest()
 
     def with_classes(self, names: tuple[str, ...]) -> TextData:
-        """The same classes in the order of a head; `names` of its own are taken by place."""
+        """The data with its classes in a head's order, or with other names in its own order."""
         if sorted(names) != sorted(self.label_names):
             return dataclasses.replace(self, label_names=names)
 
@@ -159,20 +154,16 @@ def _read_tsv(path: Path) -> list[Row]:
 
 def _read_table(path: Path, **dialect: Any) -> list[Row]:
     rows: list[Row] = []
-    header: list[str] = []
     limit = csv.field_size_limit(2**31 - 1)  # characters of a cell; 131,072 unless told
     try:
         with path.open(newline="", encoding=_ENCODING) as file:
             reader = csv.reader(file, **dialect)
-            for cells in reader:
-                if not cells:
-                    continue
-                if not header:
-                    header = cells
-                    twice = next((name for name in header if header.count(name) > 1), None)
-                    if twice is not None:
-                        raise UserError(f"{path}: two columns are named {twice!r}")
-                    continue
+            lines = filter(None, reader)
+            header = next(lines, [])
+            twice = next((name for name in header if header.count(name) > 1), None)
+            if twice is not None:
+                raise UserError(f"{path}: two columns are named {twice!r}")
+            for cells in lines:
                 if len(cells) > len(header):
                     raise UserError(f"{path}, line {reader.line_num}: more cells than columns")
                 rows.append(dict(zip(header, map(Cell, cells), strict=False)))
@@ -253,7 +244,7 @@ def _class_name(label: Any) -> str:
 
 
 def _class_order(name: str) -> tuple[float, str]:
-    """Numbers first, 2 before 10."""
+    """A key that sorts numbers first, 2 before 10."""
     return (float(name) if _DECIMAL.fullmatch(name) else math.inf, name)
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from rich.console import Console
@@ -19,29 +20,27 @@ from .train import fail_learning, load_data
 
 
 def run(
-    *,
-    model: str,
-    dataset: str,
     methods: Sequence[Method],
+    *,
     seeds: int,
-    stages: int,
-    epochs: int,
-    batch_size: int,
     lr: float,
     lora_lr: float,
     train_rows: int,
     validation_rows: int,
-    device: str,
     output: Path,
+    **options: Any,
 ) -> None:
-    """Train with every method and seed, then compare.
+    """Train with every method and seed, then compare; `options` are those of `TrainSettings`.
 
     All methods see the same rows in the same order and the same initial head; learning rates are
     the same but for LoRA, which needs larger ones. `full` and `lora` use torch's fused AdamW and
     nothing of this library.
     """
     console = Console()
-    console.print(f"Fine-tuning {model} on {dataset}: {', '.join(methods)} ({stages} stages).")
+    console.print(
+        f"Fine-tuning {options['model']} on {options['dataset']}: {', '.join(methods)} "
+        f"({options['stages']} stages)."
+    )
     missing = backend.native_reason(torch.device("cpu"))
     if missing is not None:
         console.print(f"Without the native extension ({missing}): slower.", soft_wrap=True)
@@ -52,18 +51,13 @@ def run(
         for method in methods:
             folder = output / f"{method}-seed{seed}"
             settings = TrainSettings(
-                model=model,
-                dataset=dataset,
+                **options,
                 method=method,
-                stages=stages,
-                epochs=epochs,
-                batch_size=batch_size,
                 max_length=64,
                 lr=lora_lr if "lora" in method else lr,
                 seed=seed,
                 max_train_rows=train_rows,
                 max_validation_rows=validation_rows,
-                device=device,
                 output=folder,
                 checkpoint_every=0,
             )

@@ -1,9 +1,8 @@
 """Text classification without a download: which library does a docstring come from?
 
-The rows are first paragraphs of docstrings of packages that the demo's own install brings, the
-label is the package. Files are parsed, never imported. Whole files are held out for validation, no
-text stands in both parts, and words that name a library are taken out (`_leaks`), so that what is
-left to learn is what the text is about.
+The rows are first paragraphs of docstrings of installed packages, the label is the package. Files
+are parsed, never imported. Whole files are held out for validation, no text stands in both parts,
+and words that name a library are taken out (`_leaks`): what is left to learn is the subject.
 """
 
 from __future__ import annotations
@@ -76,8 +75,7 @@ def load_docstrings(
         seed: which files are read, and the order of the rows.
         train_rows: rows to train on over all labels, rounded down to a multiple of the labels.
         validation_rows: the same for the held-out files.
-        roots: label -> package folder; None takes the installed packages, leaving out those that
-            are missing.
+        roots: label -> package folder; None takes those packages that are installed.
 
     Raises:
         ValueError: fewer than four packages, or a package with too few docstrings for its share.

@@ -1,5 +1,6 @@
-"""`progtuning doctor`: what this machine has, which implementation each op uses on it, and why the
-others do not run. Prints on any machine: what is missing is a line of the report, no error.
+"""`progtuning doctor`: what this machine has, and which implementation each op uses on it and why.
+
+It prints on any machine: what is missing is a line of the report, no error.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from .. import __version__, backend, ops
-from .provenance import cpu_facts, installed_version
+from .provenance import cpu_facts, cpu_name, installed_version
 
 _PACKAGES = ("transformers", "triton", "numpy", "peft", "accelerate")
 _OPENMP_NAMES = ("libgomp", "libomp", "libiomp5")
@@ -22,28 +23,23 @@ _CPU_FEATURES = ("avx2", "fma", "avx512f", "avx512_bf16", "amx_bf16", "asimd", "
 
 
 def run() -> None:
-    """Print the report."""
-    Console().print(doctor_report())
-
-
-def doctor_report() -> Group:
-    """Versions, the extension, the machine, and op x device x implementation with reasons."""
-    return Group(
+    """Print versions, the extension, the machine, and what each op runs here, with reasons."""
+    tables = (
         _pairs("Versions", _versions()),
         _pairs("Native extension", _extension()),
         _pairs("Machine", _machine()),
         _implementations(),
     )
+    Console().print(Group(*tables))
 
 
 def openmp_pools(maps: str | None = None) -> list[str]:
-    """OpenMP runtimes loaded into this process, by path.
-
-    Args:
-        maps: text of /proc/self/maps; None reads it.
-    """
+    """Paths of the OpenMP runtimes that `maps` lists; None reads this process's."""
     if maps is None:
-        maps = _read("/proc/self/maps")
+        try:
+            maps = Path("/proc/self/maps").read_text()
+        except OSError:
+            maps = ""
     paths = {line.split(maxsplit=5)[5] for line in maps.splitlines() if len(line.split()) > 5}
     return sorted(path for path in paths if Path(path).name.startswith(_OPENMP_NAMES))
 
@@ -84,7 +80,7 @@ def _machine() -> list[tuple[str, str]]:
     flags = (facts.get("flags") or facts.get("Features", "")).split()  # x86's, ARM's
     features = [name for name in _CPU_FEATURES if name in flags]
     rows = [
-        ("CPU", facts.get("model name") or platform.processor() or platform.machine()),
+        ("CPU", cpu_name()),
         ("CPU features", " ".join(features) or "none known"),
         ("threads of torch", str(torch.get_num_threads())),
     ]
@@ -114,7 +110,7 @@ def _implementations() -> Table:
 
 
 def _used(op: str, device: str) -> str | None:
-    """Name of the implementation that an op of the ordinary kind runs with; None without any."""
+    """The implementation that the op runs with on ordinary tensors; None without any."""
     asked = backend.OPS[op]
     try:
         return backend.select(asked, asked.probe(torch.device(device))).name
@@ -140,10 +136,3 @@ def _attempt(describe: Callable[[], str]) -> str:
         return describe()
     except Exception as error:
         return str(error)
-
-
-def _read(path: str) -> str:
-    try:
-        return Path(path).read_text()
-    except OSError:
-        return ""

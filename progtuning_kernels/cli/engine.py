@@ -1,4 +1,4 @@
-"""One training run: data in, metrics.json, checkpoints and a model folder out.
+"""One training run, from data to metrics.json, checkpoints and a model folder.
 
 A run is a function of its settings: order of the rows, dropout and initial head come from the seed,
 plan and learning rate from the step. A checkpoint holds the rest, so that a run killed at any
@@ -24,20 +24,14 @@ from typing import Any
 
 import torch
 
+from ..cache import PrefixCache
 from ..checkpoints import load_checkpoint, save_checkpoint
 from ..freezing.unit_use import measure_forward
-from ..model.layout import EMBEDDINGS, Layout, find_layout, parameter_slots
+from ..model.layout import EMBEDDINGS, find_layout, parameter_slots
 from ..optim import state_bytes
-from ..schedules import annealed_lr, stage_count
+from ..schedules import FreezePlan, annealed_lr, stage_count
 from . import methods, metrics, models
-from .batches import (
-    Batch,
-    Collator,
-    EncodedData,
-    Order,
-    encode_causal_lm,
-    encode_classification,
-)
+from .batches import Batch, Collator, Order, encode_causal_lm, encode_classification
 from .datasets import TextData
 from .errors import UserError, as_user_error
 from .output import RUN_FILES, empty_folder
@@ -48,7 +42,7 @@ from .settings import TrainSettings
 
 @dataclass
 class Records:
-    """What a run writes down; saved with every checkpoint."""
+    """What metrics.json will say of steps and stages; every checkpoint keeps it."""
 
     steps: list[dict[str, Any]] = field(default_factory=list)
     evaluations: list[dict[str, Any]] = field(default_factory=list)
@@ -62,50 +56,40 @@ class Records:
 
 
 class Run:
-    """One run, from settings and data to files.
-
-    Args:
-        settings: the options.
-        data: examples of both splits.
-        name: shown in tables and plots.
-    """
+    """One run, from settings and data to files; `name` is shown in tables and plots."""
 
     def __init__(self, settings: TrainSettings, data: TextData, *, name: str) -> None:
         self.settings = s = settings
         self.name = name
-        self.data = data
+        self.causal_lm = s.task == "causal-lm"
         kind = "regression" if data.label_names is None else "classification"
-        self.figures = metrics.FIGURES["causal-lm" if s.task == "causal-lm" else kind]
+        self.figures = metrics.FIGURES["causal-lm" if self.causal_lm else kind]
         self.metric_name = s.metric or self.figures[0]
         if self.metric_name not in self.figures:
             raise UserError(f"metric {s.metric!r} does not fit; there is {', '.join(self.figures)}")
         metrics.check_installed()
         self.device = models.choose_device(s.device)
         self.autocast_dtype = models.autocast_dtype(s.precision, self.device)
-        self.causal_lm = s.task == "causal-lm"
         torch.manual_seed(s.seed)
         random.seed(s.seed)
         base, self.tokenizer, self.notes = models.load_model_and_tokenizer(
             s.model, s.task, data.label_names
         )
         if data.label_names is not None:
-            data = self.data = data.with_classes(tuple(base.config.id2label.values()))
+            data = data.with_classes(tuple(base.config.id2label.values()))
+        self.data = data
         models.check_length(base, s.max_length, "--max-length", self.tokenizer)
         self.collate = Collator(self.tokenizer, causal_lm=self.causal_lm)
         encode = encode_causal_lm if self.causal_lm else encode_classification
-        self.encoded: EncodedData = encode(data, self.tokenizer, s.max_length)
+        self.encoded = encode(data, self.tokenizer, s.max_length)
         splits = {"train": self.encoded.train, "validation": self.encoded.validation}
         self.notes += models.check_rows(base, self.tokenizer, splits, s.task)
-        self.order = Order(
-            [len(row["input_ids"]) for row in self.encoded.train],
-            batch_size=s.batch_size,
-            accumulate=s.accumulate,
-            seed=s.seed,
-        )
+        lengths = [len(row["input_ids"]) for row in self.encoded.train]
+        self.order = Order(lengths, batch_size=s.batch_size, accumulate=s.accumulate, seed=s.seed)
         self.total_steps = s.max_steps or s.epochs * self.order.steps_per_epoch
         with as_user_error():
             self.schedule = methods.build_schedule(s, self.total_steps)
-            self.layout: Layout = find_layout(base, s.block_lists)
+            self.layout = find_layout(base, s.block_lists)
             self.schedule.plan(0, self.layout.num_blocks)
         self.num_params = sum(p.numel() for p in base.parameters())
         self._use_cache = getattr(base.config, "use_cache", None)
@@ -132,12 +116,9 @@ class Run:
         self.step = 0
 
     def train(self, progress: TrainProgress) -> dict[str, Any]:
-        """Run to the end (from the newest checkpoint with `resume`), write everything.
+        """Run to the end (from the newest checkpoint with `resume`), write and return metrics.json.
 
         Of a run that learnt nothing no model is written, and its checkpoints stay.
-
-        Returns:
-            The content of metrics.json.
         """
         started = time.perf_counter()
         output = self.settings.output
@@ -147,12 +128,9 @@ class Run:
         if self.settings.resume and not self._resume(progress):
             progress.note(f"{self.name}: no checkpoint in {output}, starts from the beginning")
         trained_before = self.records.train_seconds
-        stage_steps: list[dict[str, Any]] = [
-            r for r in self.records.steps if r["stage"] == self.schedule.stage(self.step)
-        ]
         stages = stage_count(self.schedule, self.total_steps)
         with progress.running(self.name, self.step, self.total_steps, stages):
-            self._train_steps(progress, stage_steps)
+            self._train_steps(progress)
         failure = self.failure()
         if failure is None:
             self._save_model()
@@ -180,8 +158,10 @@ class Run:
 
         return get_linear_schedule_with_warmup(optimizer, warmup, self.total_steps)
 
-    def _train_steps(self, progress: TrainProgress, stage_steps: list[dict[str, Any]]) -> None:
-        """All steps that are left; `stage_steps` are those already done in the stage at hand."""
+    def _train_steps(self, progress: TrainProgress) -> None:
+        """Do all steps that are left."""
+        here = self.schedule.stage(self.step)
+        stage_steps = [r for r in self.records.steps if r["stage"] == here]
         for window in self.order.windows(self.step, self.total_steps):
             stage = self.schedule.stage(self.step)
             first_of_stage = len(self.records.stages) <= stage
@@ -190,14 +170,19 @@ class Run:
                 self.records.stages.append(self._describe_stage(stage))
             record = self._train_step(window, stage, measure=first_of_stage)
             stage_steps.append(record)
-            progress.update(stage, record, self._tokens_per_second(stage_steps))
-            last_of_stage = self.step == self.total_steps or self.schedule.stage(self.step) != stage
-            if last_of_stage:
+            recent = stage_steps[-20:]
+            recent_seconds = sum(r["step_ms"] for r in recent) / 1e3
+            progress.update(stage, record, sum(r["tokens"] for r in recent) / recent_seconds)
+            if self.step == self.total_steps or self.schedule.stage(self.step) != stage:
                 if self._finish_stage(stage, stage_steps):
                     progress.evaluated(stage, self.records.evaluations[-1])
             every = self.settings.checkpoint_every
             if every and self.step % every == 0 and self.step < self.total_steps:
                 self._save_checkpoint()
+
+    @property
+    def _cache(self) -> PrefixCache | None:
+        return None if self.trained.handle is None else self.trained.handle.cache
 
     def autocast(self) -> AbstractContextManager:
         if self.autocast_dtype is None:
@@ -207,29 +192,21 @@ class Run:
     def batch(self, rows: Sequence[dict[str, Any]]) -> Batch:
         return {k: v.to(self.device) for k, v in self.collate(rows).items()}
 
-    def _weights(self, window: list[list[int]]) -> list[float]:
-        """Share of each micro-batch in the window's loss: by rows, or by predicted tokens."""
-        if self.causal_lm:
-            counts = [
-                sum(len(self.encoded.train[i]["input_ids"]) - 1 for i in rows) for rows in window
-            ]
-        else:
-            counts = [len(rows) for rows in window]
-        return [count / sum(counts) for count in counts]
-
     def _train_step(self, window: list[list[int]], stage: int, *, measure: bool) -> dict[str, Any]:
         """One optimizer step over a window of micro-batches."""
         started = time.perf_counter()
         active = self.trained.active_params()
         loss_sum = torch.zeros((), device=self.device)
-        tokens = 0
-        handle = self.trained.handle
-        cached = handle is not None and handle.cache is not None
-        for rows, weight in zip(window, self._weights(window), strict=True):
+        tokens = [sum(self.order.lengths[i] for i in rows) for rows in window]
+        # a micro-batch's share of the loss: its predicted tokens, or its rows
+        counts = [
+            n - len(rows) if self.causal_lm else len(rows)
+            for n, rows in zip(tokens, window, strict=True)
+        ]
+        for rows, count in zip(window, counts, strict=True):
             batch = self.batch([self.encoded.train[i] for i in rows])
-            tokens += sum(len(self.encoded.train[i]["input_ids"]) for i in rows)
             with self.autocast():
-                loss = self.trained.model(**batch).loss * weight
+                loss = self.trained.model(**batch).loss * (count / sum(counts))
             loss.backward()
             loss_sum += loss.detach()
         lr = self.scheduler.get_last_lr()[-1]  # of the head, where units have rates of their own
@@ -239,10 +216,12 @@ class Run:
         self.trained.update()
         if measure:
             self.records.stages[-1]["state_bytes"] = state_bytes(self.trained.optimizer)
-        if cached:
+        if self._cache is not None:
             # of the stage so far: with the next plan its counts begin anew
-            self.records.stages[-1]["cache"] = dataclasses.asdict(handle.cache_report())
-        self.trained.advance()
+            report = self.trained.handle.cache_report()
+            self.records.stages[-1]["cache"] = dataclasses.asdict(report)
+        if self.trained.handle is not None:
+            self.trained.handle.advance()
         self.scheduler.step()
         self.step += 1
         value = float(loss_sum)  # the one wait for the device in a step
@@ -252,20 +231,20 @@ class Run:
             "stage": stage,
             "loss": value,
             "lr": lr,
-            "tokens": tokens,
+            "tokens": sum(tokens),
             "step_ms": (time.perf_counter() - started) * 1e3,
         }
         self.records.steps.append(record)
         return record
 
     def _describe_stage(self, stage: int) -> dict[str, Any]:
-        """What is known when a stage begins; its widest batch shows what a forward saves."""
-        plan = self.trained.plan(self.layout.num_blocks)
+        """The record of a stage that begins; its widest batch shows what a forward saves."""
         longest = sorted(self.encoded.train, key=lambda row: len(row["input_ids"]))
         batch = self.batch(longest[-self.settings.batch_size :])
-        handle = self.trained.handle
-        cached = handle is not None and handle.cache is not None
-        with self.autocast(), handle.cache.paused() if cached else nullcontext():
+        handle, cache = self.trained.handle, self._cache
+        everything = FreezePlan.from_boundary(0, self.layout.num_blocks, embeddings=True)
+        plan = everything if handle is None else handle.plan
+        with self.autocast(), nullcontext() if cache is None else cache.paused():
             uses = measure_forward(self.trained.model, self.layout, (), batch).values()
         # LoRA leaves the embeddings and most of the head frozen, whatever the plan says of them
         active = {
@@ -286,16 +265,8 @@ class Run:
             "activation_bytes": sum(use.activation_bytes for use in uses),
         }
 
-    def _tokens_per_second(self, steps: list[dict[str, Any]]) -> float:
-        recent = steps[-20:]
-        return sum(r["tokens"] for r in recent) / (sum(r["step_ms"] for r in recent) / 1e3)
-
     def _finish_stage(self, stage: int, steps: list[dict[str, Any]]) -> bool:
-        """Close the stage's record.
-
-        Returns:
-            Whether it was evaluated: of many short stages, two dozen in a run are.
-        """
+        """Close the stage's record; True if it was evaluated: of many stages, two dozen are."""
         seconds = sum(r["step_ms"] for r in steps) / 1e3
         self.records.stages[-1] |= {
             "last_step": self.step,
@@ -349,7 +320,7 @@ class Run:
         return {"metric": figures[self.metric_name], "loss": loss, **figures}
 
     def failure(self) -> str | None:
-        """Why nothing was learnt, in words; None where something was."""
+        """Why the run learnt nothing, in words; None if it learnt something."""
         loss = self.records.evaluations[-1]["loss"]
         if not math.isfinite(loss):
             return f"the validation loss is {loss} after the last step"
@@ -405,20 +376,13 @@ class Run:
             },
         }
 
-    def _identity(self) -> dict[str, Any]:
+    def _same_run(self) -> dict[str, Any]:
+        """Settings and digest of the data, which a checkpoint must share with this run."""
         settings = {"autocast": str(self.autocast_dtype), "schedule": repr(self.schedule)}
-        return self.settings.identity() | settings
-
-    def _data_digest(self) -> str:
-        """Of all token ids and labels of both splits."""
         digest = hashlib.sha256()
         for row in (*self.encoded.train, *self.encoded.validation):
             digest.update(repr((row["input_ids"], row.get("labels"))).encode())
-        return digest.hexdigest()
-
-    def _same_run(self) -> dict[str, Any]:
-        """What a checkpoint is compared with, beside what the library compares."""
-        return {"settings": self._identity(), "data": self._data_digest()}
+        return {"settings": self.settings.identity() | settings, "data": digest.hexdigest()}
 
     def _check_same_run(self, saved: dict[str, Any]) -> None:
         """Raise `UserError` with the first setting that differs from a checkpoint's."""
@@ -438,11 +402,7 @@ class Run:
             self.trained.handle or self.trained.model,
             self.trained.optimizer,
             scheduler=self.scheduler,
-            extra={
-                **self._same_run(),
-                "step": self.step,
-                "records": vars(self.records),
-            },
+            extra={**self._same_run(), "step": self.step, "records": vars(self.records)},
             keep=self.settings.keep_checkpoints,
             step=self.step,
         )
@@ -468,7 +428,7 @@ class Run:
         return True
 
     def _save_model(self) -> None:
-        """A plain Hugging Face folder; LoRA is merged into it, its adapter saved beside."""
+        """Save a plain Hugging Face folder, LoRA merged into it and its adapter beside it."""
         if self.trained.handle is not None:
             self.trained.handle.unpatch()
         model, output = self.trained.base, self.settings.output
@@ -482,7 +442,7 @@ class Run:
 
 
 def write_json(path: os.PathLike, content: Any) -> None:
-    """Whole or not at all, like a checkpoint."""
+    """Write the whole file or, if that fails, none; null stands for NaN and infinities."""
     partial = f"{os.fspath(path)}.partial"
     with open(partial, "w", encoding="utf-8") as file:
         json.dump(_finite(content), file, indent=1, allow_nan=False)
@@ -490,7 +450,6 @@ def write_json(path: os.PathLike, content: Any) -> None:
 
 
 def _finite(content: Any) -> Any:
-    """The same with null for NaN and infinities, which JSON does not have."""
     if isinstance(content, dict):
         return {key: _finite(value) for key, value in content.items()}
     if isinstance(content, list):

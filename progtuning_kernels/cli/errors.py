@@ -7,7 +7,7 @@ from contextlib import contextmanager
 
 
 class UserError(Exception):
-    """The message is all there is to say."""
+    """An error that the user can mend; its message says all."""
 
 
 @contextmanager

@@ -14,7 +14,7 @@ from ..model.layout import Layout
 from ..optim import MaskedAdamW
 from ..optim.moments import STATE_DTYPES
 from ..patch import PatchHandle, patch_model
-from ..schedules import FreezePlan, ProgressiveSchedule, Schedule
+from ..schedules import ProgressiveSchedule, Schedule
 from ..schedules.files import KINDS, make_schedule, schedule_from_file
 from .errors import UserError, as_user_error
 from .settings import TrainSettings
@@ -56,13 +56,13 @@ def build_schedule(s: TrainSettings, total_steps: int) -> Schedule:
 
 @dataclass
 class Trained:
-    """What trains and how: the difference between the methods, and nothing else.
+    """What trains and how: all that differs between the methods.
 
     Attributes:
-        model: what is called for a loss.
+        model: computes the loss.
         optimizer: holds every parameter that will ever train.
         update: clips where the optimizer does not, updates and zeroes.
-        handle: the schedule's grip; None where nothing is scheduled.
+        handle: of the patched model; None where nothing is scheduled.
         base: the Hugging Face model inside, which is saved.
     """
 
@@ -71,16 +71,6 @@ class Trained:
     update: Callable[[], None]
     handle: PatchHandle | None
     base: nn.Module
-
-    def plan(self, num_blocks: int) -> FreezePlan:
-        if self.handle is not None:
-            return self.handle.plan
-        return FreezePlan.from_boundary(0, num_blocks, embeddings=True)
-
-    def advance(self) -> None:
-        """Move to the plan of the next step."""
-        if self.handle is not None:
-            self.handle.advance()
 
     def active_params(self) -> int:
         return sum(p.numel() for p in self.model.parameters() if p.requires_grad)
@@ -91,11 +81,7 @@ class Trained:
 
 
 def prefix_cache(s: TrainSettings) -> PrefixCache | str | None:
-    """What `--method` and `--cache` ask for.
-
-    Raises:
-        UserError: `--cache` is neither "auto" nor a size, or for a method that has none.
-    """
+    """The `cache` of `patch_model`; `UserError` if `--cache` is no size, or for another method."""
     if s.method != "progressive-cache":
         if s.cache != TrainSettings.cache:
             raise UserError(f"--cache is for --method progressive-cache, not {s.method}")
@@ -104,11 +90,7 @@ def prefix_cache(s: TrainSettings) -> PrefixCache | str | None:
 
 
 def progressive(
-    model: nn.Module,
-    s: TrainSettings,
-    schedule: Schedule,
-    layout: Layout,
-    base: nn.Module,
+    model: nn.Module, s: TrainSettings, schedule: Schedule, layout: Layout, base: nn.Module
 ) -> Trained:
     with as_user_error():
         handle = patch_model(
@@ -135,11 +117,7 @@ def progressive(
 
 
 def plain(model: nn.Module, s: TrainSettings, base: nn.Module) -> Trained:
-    """What a user has without this library: torch's fused AdamW and its clipping.
-
-    Raises:
-        UserError: a `state_dtype` that it does not have, or `anneal`.
-    """
+    """Train without this library, by torch's fused AdamW and its clipping."""
     if s.anneal:
         raise UserError(f"--anneal is for the progressive methods, not for --method {s.method}")
     if s.state_dtype != "fp32":

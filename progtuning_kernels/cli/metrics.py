@@ -18,11 +18,7 @@ FIGURES = {
 
 
 def check_installed() -> None:
-    """Fail before training, not after its first stage.
-
-    Raises:
-        UserError: scikit-learn or SciPy is missing.
-    """
+    """Raise `UserError` before training if scikit-learn or SciPy is missing."""
     for package in ("sklearn", "scipy"):
         if importlib.util.find_spec(package) is None:
             raise UserError(f'evaluation needs {package}: pip install "progtuning_kernels[train]"')

@@ -28,7 +28,8 @@ def minilm_folder() -> Path:
     return Path(spec.submodule_search_locations[0]) / "model"
 
 
-def _auto_class(task: Task) -> Any:
+def auto_class(task: str) -> Any:
+    """The class of transformers that makes models of a task."""
     import transformers
 
     if task == "causal-lm":
@@ -49,7 +50,7 @@ def quiet_transformers() -> None:
 def load_model_and_tokenizer(
     name: str, task: Task, label_names: Sequence[str] | None, *, weights: bool = True
 ) -> tuple[nn.Module, Any, list[str]]:
-    """Model in fp32 on the CPU, its tokenizer, and what is to be said of its weights.
+    """Model in fp32 on the CPU, its tokenizer, and remarks on its weights.
 
     A head that was trained for the same classes stays, and `config.id2label` has its order; one
     for others, or another number of them, starts anew.
@@ -66,7 +67,7 @@ def load_model_and_tokenizer(
 
     quiet_transformers()
     path = str(minilm_folder()) if name == "minilm" else name
-    auto = _auto_class(task)
+    auto = auto_class(task)
     notes: list[str] = []
     try:
         config = AutoConfig.from_pretrained(path)
@@ -99,7 +100,7 @@ def load_model_and_tokenizer(
 
 
 def _set_classes(config: Any, names: Sequence[str] | None) -> None:
-    """Of a classification; None: a regression."""
+    """Make the config one of a classification with these classes; None: of a regression."""
     names = ["LABEL_0"] if names is None else names
     config.id2label = dict(enumerate(names))
     config.label2id = {name: i for i, name in enumerate(names)}
@@ -107,7 +108,7 @@ def _set_classes(config: Any, names: Sequence[str] | None) -> None:
 
 
 def _same_classes(own: Sequence[str], names: Sequence[str]) -> Sequence[str] | None:
-    """A checkpoint's classes in its order if the data has the same; numbers from 0 are places."""
+    """The head's classes if they are the data's; the data may number them from 0."""
     if sorted(own) == sorted(names):
         return own
     if len(own) != len(names) or list(names) != [str(i) for i in range(len(own))]:
@@ -124,7 +125,7 @@ def _check_weights(
     kept: Sequence[str] | None,
     names: Sequence[str] | None,
 ) -> list[str]:
-    """Start a head of other classes anew; say which weights are not the checkpoint's.
+    """Start a head of other classes anew; return remarks on weights that the checkpoint lacks.
 
     Args:
         loading: what `from_pretrained` tells.
@@ -134,7 +135,7 @@ def _check_weights(
     missing = {n for n, _ in model.named_parameters()} & set(loading["missing_keys"])
     reshaped = {name for name, *_ in loading["mismatched_keys"]}
     head: set[str] = set()
-    if auto is _auto_class("classification"):
+    if auto is auto_class("classification"):
         # the output layer is what has another shape with another number of classes
         wider = copy.deepcopy(model.config)
         wider.id2label = dict(enumerate("x" * (model.config.num_labels + 1)))
@@ -179,9 +180,8 @@ def wrap_lora(model: nn.Module, task: Task, rank: int) -> nn.Module:
         from peft import LoraConfig, TaskType, get_peft_model
     except ImportError:
         raise UserError('LoRA needs: pip install "progtuning_kernels[peft]"') from None
-    kind = TaskType.CAUSAL_LM if task == "causal-lm" else TaskType.SEQ_CLS
     config = LoraConfig(
-        task_type=kind,
+        task_type=TaskType.CAUSAL_LM if task == "causal-lm" else TaskType.SEQ_CLS,
         r=rank,
         lora_alpha=2 * rank,
         lora_dropout=0.0,
@@ -192,7 +192,7 @@ def wrap_lora(model: nn.Module, task: Task, rank: int) -> nn.Module:
 
 
 def _padding_offset(model: nn.Module) -> int:
-    """Positions that RoBERTa and its kin leave out: they count from the padding id."""
+    """How many positions RoBERTa and its kin leave out, because they count from the padding id."""
     positions = getattr(model.config.get_text_config(), "max_position_embeddings", None)
     offsets = (
         module.padding_idx + 1
@@ -219,14 +219,7 @@ def check_length(model: nn.Module, length: int, option: str, tokenizer: Any = No
 def check_rows(
     model: nn.Module, tokenizer: Any, splits: dict[str, list[dict[str, Any]]], task: Task
 ) -> list[str]:
-    """Refuse rows that the model would fail on in the middle of training.
-
-    Args:
-        splits: encoded rows.
-
-    Returns:
-        What is to be said of them.
-    """
+    """Refuse encoded rows that the model would fail on later; return remarks on the others."""
     try:
         known = model.get_input_embeddings().weight.shape[0]
     except (NotImplementedError, AttributeError):  # CANINE hashes code points
@@ -291,7 +284,7 @@ def try_forward(model: nn.Module, batch: dict[str, torch.Tensor], task: Task) ->
 
 
 def _looks_ahead(model: nn.Module, ids: torch.Tensor) -> bool:
-    """Whether the first output moves with the last of the tokens; ids (1, T)."""
+    """Whether the first output depends on the last of the tokens; ids (1, T)."""
     other = ids.clone()
     other[0, -1] = 0 if ids[0, -1] else 1
     one, two = (model(input_ids=x).logits[0, 0] for x in (ids, other))
@@ -309,12 +302,10 @@ def choose_device(name: str) -> torch.device:
 
 def autocast_dtype(precision: str, device: torch.device) -> torch.dtype | None:
     """bf16 where the device computes in it; "auto" stays in fp32 on a CPU, where it rarely pays."""
-    if precision == "fp32":
+    if precision == "fp32" or (precision == "auto" and device.type != "cuda"):
         return None
+    if device.type != "cuda" or torch.cuda.is_bf16_supported(including_emulation=False):
+        return torch.bfloat16
     if precision == "bf16":
-        if device.type == "cuda" and not torch.cuda.is_bf16_supported(including_emulation=False):
-            raise UserError("this GPU does not compute in bf16; use --precision fp32")
-        return torch.bfloat16
-    if device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False):
-        return torch.bfloat16
+        raise UserError("this GPU does not compute in bf16; use --precision fp32")
     return None

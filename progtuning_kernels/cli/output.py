@@ -21,7 +21,7 @@ DEMO_FILES: Files = {
 
 
 def _entries(folder: Path, own: Files) -> list[Path]:
-    """What the folder holds; an error if any of it, or of what is in it, is not in `own`."""
+    """The paths in a folder; `UserError` if any of them, or of those below, is not in `own`."""
     if not folder.exists():
         return []
     if not folder.is_dir():

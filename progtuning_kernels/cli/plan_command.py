@@ -11,11 +11,15 @@ import torch
 from torch import nn
 
 from ..backend import one_line
+from ..planner import plan_training
+from ..schedules import ProgressiveSchedule
 from .errors import UserError, as_user_error
-from .models import check_length, choose_device, minilm_folder, quiet_transformers
+from .models import auto_class, check_length, choose_device, minilm_folder, quiet_transformers
 from .sizes import parse_bytes
 
 _DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+_PASSED_ON = ("batch_size", "seq_len", "padding", "optimizer", "master_weights", "in_backward")
+_PASSED_ON += ("cache", "tied", "calibrate")
 _CAUSAL = re.compile(r"(ForCausalLM|LMHeadModel)$")
 
 
@@ -29,20 +33,17 @@ def model_without_weights(name: str, task: str) -> nn.Module:
     Raises:
         UserError: there is no such config, or no model of that task for it.
     """
-    import transformers
+    from transformers import AutoConfig
 
     quiet_transformers()
     path = str(minilm_folder()) if name == "minilm" else name
     try:
-        config = transformers.AutoConfig.from_pretrained(path)
+        config = AutoConfig.from_pretrained(path)
         if task == "auto":
             causal = any(_CAUSAL.search(kind) for kind in config.architectures or ())
             task = "causal-lm" if causal else "classification"
-        auto = transformers.AutoModelForSequenceClassification
-        if task == "causal-lm":
-            auto = transformers.AutoModelForCausalLM
         with torch.device("meta"):
-            model = auto.from_config(config)
+            model = auto_class(task).from_config(config)
     except Exception as error:  # missing, damaged, no network: there is no common class
         raise UserError(f"cannot load the config of {name!r}: {one_line(error)}") from error
     if task == "classification" and config.pad_token_id is None:
@@ -52,9 +53,6 @@ def model_without_weights(name: str, task: str) -> nn.Module:
 
 
 def run(options: Mapping[str, Any]) -> None:
-    from ..planner import plan_training
-    from ..schedules import ProgressiveSchedule
-
     o = dict(options)
     memory = None if o["memory"] is None else parse_bytes(o["memory"])
     device = choose_device(o["device"]) if o["device"] != "cuda" else torch.device("cuda")
@@ -71,18 +69,10 @@ def run(options: Mapping[str, Any]) -> None:
         plan = plan_training(
             model,
             ProgressiveSchedule(o["stages"], o["steps"], embeddings=o["embeddings"]),
-            batch_size=o["batch_size"],
-            seq_len=o["seq_len"],
             dtype=_DTYPES[o["dtype"]],
-            optimizer=o["optimizer"],
-            master_weights=o["master_weights"],
-            in_backward=o["in_backward"],
-            cache=o["cache"],
             memory_bytes=memory,
             device=device,
-            padding=o["padding"],
-            tied=o["tied"],
             blocks=None if o["blocks"] is None else o["blocks"].split(","),
-            calibrate=o["calibrate"],
+            **{name: o[name] for name in _PASSED_ON},
         )
     print(json.dumps(plan.to_dict(), indent=2) if o["json"] else plan)

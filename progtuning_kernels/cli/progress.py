@@ -22,34 +22,21 @@ class TrainProgress:
     def __init__(self, console: Console) -> None:
         self._console = console
         self._bar: Progress | None = None
-        self._next_line = 0
 
     def note(self, text: str) -> None:
         self._console.print(text, soft_wrap=True)
 
     @contextmanager
     def running(self, name: str, step: int, total_steps: int, stages: int | None) -> Iterator[None]:
-        """Show a run from `step` on; the terminal is given back whatever happens.
-
-        Args:
-            stages: None where their number is not known.
-        """
-        self._start(name, step, total_steps, stages)
-        try:
-            yield
-        finally:
-            if self._bar is not None:
-                self._bar.stop()
-                self._bar = None
-
-    def _start(self, name: str, step: int, total_steps: int, stages: int | None) -> None:
+        """Show a run from `step` on; `stages` is None where their number is not known."""
         self._name, self._total, self._stages = name, total_steps, stages
         self._next_line = step
         if step:
             self.note(f"{name}: goes on after step {step} of {total_steps}")
         if not self._console.is_terminal:
+            yield
             return
-        self._bar = Progress(
+        bar = Progress(
             TextColumn("[bold]{task.description}"),
             BarColumn(),
             MofNCompleteColumn(),
@@ -59,10 +46,13 @@ class TrainProgress:
             TimeRemainingColumn(),
             console=self._console,
         )
-        self._task = self._bar.add_task(
+        self._task = bar.add_task(
             name, total=total_steps, completed=step, stage="-", loss="-", speed="-"
         )
-        self._bar.start()
+        with bar:
+            self._bar = bar
+            yield
+        self._bar = None
 
     def update(self, stage: int, record: dict[str, Any], tokens_per_second: float) -> None:
         stage_text = self._stage_text(stage)
@@ -73,18 +63,16 @@ class TrainProgress:
             )
         elif record["step"] >= self._next_line:
             self._next_line = record["step"] + max(1, self._total // 10)
-            self._console.print(
+            self.note(
                 f"{self._name}: step {record['step']}/{self._total}, stage {stage_text}, "
-                f"loss {loss}, {speed} tokens/s",
-                soft_wrap=True,
+                f"loss {loss}, {speed} tokens/s"
             )
 
     def _stage_text(self, stage: int) -> str:
         return f"{stage + 1}" if self._stages is None else f"{stage + 1}/{self._stages}"
 
     def evaluated(self, stage: int, evaluation: dict[str, Any]) -> None:
-        self._console.print(
+        self.note(
             f"{self._name}: stage {self._stage_text(stage)} done after step {evaluation['step']}, "
-            f"validation {evaluation['metric']:.4f}, loss {evaluation['loss']:.4f}",
-            soft_wrap=True,
+            f"validation {evaluation['metric']:.4f}, loss {evaluation['loss']:.4f}"
         )

@@ -35,15 +35,12 @@ def cpu_facts() -> dict[str, str]:
     return {key.strip(): value.strip() for key, _, value in pairs}
 
 
-def _device_name(device: torch.device) -> str:
-    if device.type == "cuda":
-        return torch.cuda.get_device_name(device)
-    cpu = cpu_facts().get("model name") or platform.processor() or platform.machine()
-    return f"{cpu}, {torch.get_num_threads()} threads"
+def cpu_name() -> str:
+    return cpu_facts().get("model name") or platform.processor() or platform.machine()
 
 
 def installed_version(package: str) -> str | None:
-    """None where it is not installed."""
+    """The version of a package, or None if it is not installed."""
     try:
         return version(package)
     except PackageNotFoundError:
@@ -58,13 +55,15 @@ def provenance(device: torch.device) -> dict[str, Any]:
     tracked = _git("ls-files", "--error-unmatch", Path(__file__).name) is not None
     commit = _git("rev-parse", "HEAD") if tracked else None
     changes = _git("status", "--porcelain", "--untracked-files=no") if commit else None
-    cuda = {"cuda": torch.version.cuda} if device.type == "cuda" else {}
+    device_name, cuda = f"{cpu_name()}, {torch.get_num_threads()} threads", {}
+    if device.type == "cuda":
+        device_name, cuda = torch.cuda.get_device_name(device), {"cuda": torch.version.cuda}
     packages = ("progtuning_kernels", "transformers", "triton", "peft", "numpy")
     return {
         "commit": commit,
         "dirty": None if commit is None else bool(changes),
         "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
-        "device": _device_name(device),
+        "device": device_name,
         "versions": {
             "python": platform.python_version(),
             "torch": torch.__version__,

@@ -71,7 +71,7 @@ class TrainSettings:
 
     @property
     def block_lists(self) -> list[str] | None:
-        """Paths of the block lists; None where they are to be found."""
+        """Paths of the block lists; None: the library finds them."""
         return None if self.blocks is None else self.blocks.split(",")
 
     @property

@@ -5,28 +5,29 @@ from __future__ import annotations
 import os
 import sys
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any, NoReturn
+from typing import Any, NoReturn
 
 from rich.console import Console
 from rich.table import Table
 
-from .datasets import Columns, TextData, build_data, read_hub, read_rows
+from ..patch import patch_model
+from ..schedules import MilestoneSchedule, decides_by_gradients
+from .batches import Order
+from .datasets import Columns, Example, TextData, build_data, read_hub, read_rows
+from .docstrings import load_docstrings
+from .engine import Run
 from .errors import UserError, as_user_error
+from .methods import build_schedule
+from .models import load_model_and_tokenizer
 from .output import check_run_folder
+from .progress import TrainProgress
 from .settings import TrainSettings
-
-if TYPE_CHECKING:
-    pass
 
 _MOST_ROWS = 20  # of a plan: a random schedule may have a stage every few steps
 
 
 def load_data(s: TrainSettings) -> TextData:
-    """The examples that the settings ask for.
-
-    Raises:
-        UserError: no data named, or data that cannot be used.
-    """
+    """The examples that the settings ask for; `UserError` if they cannot be used."""
     if s.dataset is None and s.train_file is None:
         raise UserError("no data: give --train-file and --validation-file, or --dataset")
     if s.dataset is not None:
@@ -58,9 +59,6 @@ def load_data(s: TrainSettings) -> TextData:
 
 def docstring_data(train_rows: int, validation_rows: int) -> TextData:
     """The same rows for every seed of a run, so that seeds differ in training alone."""
-    from .datasets import Example
-    from .docstrings import load_docstrings
-
     with as_user_error():
         data = load_docstrings(train_rows=train_rows, validation_rows=validation_rows)
     return TextData(
@@ -73,12 +71,6 @@ def docstring_data(train_rows: int, validation_rows: int) -> TextData:
 
 def plan_table(s: TrainSettings, data: TextData) -> Table:
     """What a run would do, stage by stage, without loading weights."""
-    from ..patch import patch_model
-    from ..schedules import MilestoneSchedule, decides_by_gradients
-    from .batches import Order
-    from .methods import build_schedule
-    from .models import load_model_and_tokenizer
-
     if s.task == "causal-lm" and s.max_steps is None:
         raise UserError("--dry-run of causal-lm needs --max-steps: rows are cut while training")
     model, *_ = load_model_and_tokenizer(s.model, s.task, data.label_names, weights=False)
@@ -133,25 +125,28 @@ def run(options: Mapping[str, Any], *, dry_run: bool) -> None:
         )
     s = TrainSettings(**options)
     console = Console()
-    if dry_run:
-        if s.uses_lora:
-            raise UserError("--dry-run plans full and progressive")
-        data = load_data(s)
-        console.print(data.summary(), soft_wrap=True, markup=False)
-        console.print(plan_table(s, data))
-        return
-    from .engine import Run
-    from .progress import TrainProgress
-
-    check_run_folder(s.output, resume=s.resume, overwrite=s.overwrite)
+    if not dry_run:
+        check_run_folder(s.output, resume=s.resume, overwrite=s.overwrite)
+    elif s.uses_lora:
+        raise UserError("--dry-run plans full and progressive")
     data = load_data(s)
     console.print(data.summary(), soft_wrap=True, markup=False)
+    if dry_run:
+        console.print(plan_table(s, data))
+        return
     trained = Run(s, data, name=s.output.name)
     for note in trained.notes:
         console.print(note, soft_wrap=True, markup=False)
     result = trained.train(TrainProgress(console))
     summary = result["summary"]
-    console.print(_summary_lines(result, summary), highlight=False)
+    for line in (
+        f"{result['metric_name']}: {summary['metric']:.4f}",
+        f"training: {summary['train_seconds']:.1f} s",
+        f"parameter updates saved: {summary['updates_saved_share']:.1%}",
+        f"peak optimizer state: {summary['peak_state_bytes'] / 2**20:.1f} MiB",
+        f"peak saved activations: {summary['peak_activation_bytes'] / 2**20:.1f} MiB",
+    ):
+        console.print(line, highlight=False)
     if summary["skipped_steps"]:
         console.print(
             f"{summary['skipped_steps']} of {summary['steps']} steps skipped: non-finite gradients"
@@ -164,17 +159,6 @@ def run(options: Mapping[str, Any], *, dry_run: bool) -> None:
 
 
 def fail_learning(reasons: Sequence[str]) -> NoReturn:
-    """Exit status 3: the command did what it was told, and nothing was learnt."""
+    """Exit with status 3: the training ran, and a model learnt nothing."""
     print(f"error: nothing was learnt: {'; '.join(reasons)}", file=sys.stderr)
     raise SystemExit(3)
-
-
-def _summary_lines(result: Mapping[str, Any], summary: Mapping[str, Any]) -> str:
-    figures: Sequence[tuple[str, str]] = (
-        (result["metric_name"], f"{summary['metric']:.4f}"),
-        ("training", f"{summary['train_seconds']:.1f} s"),
-        ("parameter updates saved", f"{summary['updates_saved_share']:.1%}"),
-        ("peak optimizer state", f"{summary['peak_state_bytes'] / 2**20:.1f} MiB"),
-        ("peak saved activations", f"{summary['peak_activation_bytes'] / 2**20:.1f} MiB"),
-    )
-    return "\n".join(f"{name}: {value}" for name, value in figures)

@@ -11,7 +11,7 @@ DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 
 def check_dtype(op: str, dtype: torch.dtype, name: str = "") -> None:
-    """Raises ValueError for a dtype that no op computes in."""
+    """Raise ValueError for a dtype that no op computes in."""
     if dtype not in DTYPES:
         names = ", ".join(str(known).removeprefix("torch.") for known in DTYPES)
         found = f"{name} is {dtype}" if name else f"got {dtype}"
@@ -19,5 +19,5 @@ def check_dtype(op: str, dtype: torch.dtype, name: str = "") -> None:
 
 
 def present(tensors: Iterable[Tensor | None]) -> list[Tensor]:
-    """All but None."""
+    """The tensors that are not None."""
     return [tensor for tensor in tensors if tensor is not None]

@@ -1,7 +1,7 @@
 """Sums over rows in two steps, without atomics: the same bits on every GPU of one kind.
 
-The kernel of an op sums pieces of the rows in registers and writes a partial sum for each; the
-kernel here adds those in a fixed order. How many there are depends on the number of rows alone.
+The kernel of an op writes a partial sum for each piece of the rows; the kernel here adds those in a
+fixed order. How many there are depends on the number of rows alone.
 """
 
 from __future__ import annotations
@@ -21,7 +21,6 @@ ROUND_BY_BITS = tl.constexpr(bool(triton.knobs.runtime.interpret))
 
 
 def count_partials(rows: int) -> int:
-    """How many partial sums the sum over so many rows has."""
     return max(1, min(triton.cdiv(rows, ROWS_PER_PARTIAL), MAX_PARTIALS))
 
 
@@ -71,7 +70,7 @@ def sum_partials_kernel(
 
 
 def sum_partials(partials: Tensor, *sums: Tensor) -> None:
-    """Writes one or two (C,) sums of partials, (1 or 2, P, C)."""
+    """Write one or two (C,) sums of partials, (1 or 2, P, C)."""
     n_partials, width = partials.shape[1:]
     with backend.device_guard(partials.device):
         sum_partials_kernel[triton.cdiv(width, SUM_COLUMNS), len(sums)](

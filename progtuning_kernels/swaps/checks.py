@@ -39,10 +39,9 @@ class _CountKernels(TorchDispatchMode):
 def difference(
     module: nn.Module, swap: Swap, device: torch.device, dtype: torch.dtype
 ) -> str | None:
-    """Runs a module both ways, without dropout; gradients of its inputs and weights included.
+    """What differs by more than `TOLERANCE` between module and swap, in one line; None: nothing.
 
-    Returns:
-        What differs, in one line; None where nothing does beyond `TOLERANCE`.
+    Both run without dropout; gradients of inputs and weights are compared as well.
     """
     modes = [(m, m.training) for m in module.modules()]
     try:
@@ -83,7 +82,7 @@ def kernel_calls(module: nn.Module, swap: Swap, device: torch.device, dtype: tor
 
 
 def _subject(module: nn.Module, swap: Swap) -> nn.Module:
-    """What to run: a copy with random weights, or an MLP itself, whose weights may be gigabytes."""
+    """A copy with random weights, or an MLP itself, because its weights may be gigabytes."""
     if swap.kind == GATED_MLP:
         return module
     if swap.kind == HEAD:

@@ -86,7 +86,7 @@ def attention(
 
 
 class _FastDropout(TorchFunctionMode):
-    """Inside it `ops.dropout` takes the place of torch's, by itself and in attention."""
+    """While it is active, `ops.dropout` runs in place of torch's, by itself and in attention."""
 
     def __init__(self, from_bytes: int) -> None:
         super().__init__()
@@ -109,7 +109,7 @@ class _FastDropout(TorchFunctionMode):
 
 
 def members(base: type, from_bytes: int) -> dict[str, Any]:
-    """For a subclass of a module that drops `from_bytes` or more at a time."""
+    """The forward of a subclass of `base`, for modules that drop `from_bytes` or more at a time."""
 
     def forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
         # compiled code keeps the original, which the compiler fuses with its neighbours

@@ -9,6 +9,7 @@ operation computes the logits, and goes on with them as an ordinary tensor.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -89,7 +90,7 @@ class DeferredLogits(Tensor):
 def defer(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> DeferredLogits:
     """The logits of `F.linear(hidden, weight, bias)`, in autocast's dtype where that is on."""
     device_type = hidden.device.type
-    versions = tuple(t._version for t in (weight, bias) if t is not None)
+    versions = _versions(weight, bias)
     if torch.is_autocast_enabled(device_type):
         low = torch.get_autocast_dtype(device_type)
         hidden, weight = hidden.to(low), weight.to(low)
@@ -107,7 +108,7 @@ def materialise(deferred: DeferredLogits) -> Tensor:
     if deferred._logits is not None:
         return deferred._logits
     head = deferred._head
-    if head.versions and head.versions != _versions(head):
+    if _is_stale(head):
         raise RuntimeError(
             "these logits were not computed when the model ran, and the head has been updated "
             'since: read them before optimizer.step(), or pass kernels="off" to patch_model'
@@ -125,8 +126,13 @@ def materialise(deferred: DeferredLogits) -> Tensor:
     return logits
 
 
-def _versions(head: _Head) -> tuple[int, ...]:
-    return tuple(t._version for t in (head.weight, head.bias) if t is not None)
+def _versions(*parameters: Tensor | None) -> tuple[int, ...]:
+    return tuple(t._version for t in parameters if t is not None)
+
+
+def _is_stale(head: _Head) -> bool:
+    """Whether weight or bias changed since the model ran."""
+    return bool(head.versions) and head.versions != _versions(head.weight, head.bias)
 
 
 def _derived(
@@ -137,22 +143,17 @@ def _derived(
     capping: _Capping | None = None,
 ) -> DeferredLogits | None:
     if deferred._logits is not None:
-        return None  # they are there: go on with them
+        return None  # once computed, they serve
     head = deferred._head if hidden is None else deferred._head._replace(hidden=hidden)
     return DeferredLogits(head, dtype or deferred.dtype, capping or deferred._capping)
 
 
 def _to(deferred: DeferredLogits, *args: Any, **kwargs: Any) -> DeferredLogits | None:
-    """A change of dtype alone."""
-    if len(args) != 1 or kwargs or not isinstance(args[0], torch.dtype):
+    """Change the dtype, if that is all that is asked for."""
+    dtype = args[0] if len(args) == 1 and not kwargs else None
+    if not isinstance(dtype, torch.dtype) or not dtype.is_floating_point:
         return None
-    if not args[0].is_floating_point:
-        return None
-    return _derived(deferred, dtype=args[0])
-
-
-def _float(deferred: DeferredLogits) -> DeferredLogits | None:
-    return _derived(deferred, dtype=torch.float32)
+    return _derived(deferred, dtype=dtype)
 
 
 def _same(deferred: DeferredLogits, *args: Any, **kwargs: Any) -> DeferredLogits | None:
@@ -160,16 +161,14 @@ def _same(deferred: DeferredLogits, *args: Any, **kwargs: Any) -> DeferredLogits
 
 
 def _view(deferred: DeferredLogits, *shape: Any) -> DeferredLogits | None:
-    """A new shape of the rows; the last dimension stays."""
+    """Give the rows a new shape, if the last dimension stays."""
     if len(shape) == 1 and isinstance(shape[0], Sequence):
         shape = tuple(shape[0])
     if not shape or not all(isinstance(size, int) for size in shape):
         return None
     rows, vocabulary = shape[:-1], deferred.shape[-1]
     if shape[-1] == -1 and -1 not in rows:
-        total, known = deferred.numel(), 1
-        for size in rows:
-            known *= size
+        total, known = deferred.numel(), math.prod(rows)
         if not known or total != known * vocabulary:
             return None
     elif shape[-1] != vocabulary:
@@ -179,7 +178,7 @@ def _view(deferred: DeferredLogits, *shape: Any) -> DeferredLogits | None:
 
 
 def _getitem(deferred: DeferredLogits, index: Any) -> DeferredLogits | None:
-    """A choice of rows."""
+    """Take some of the rows, if the last dimension stays whole."""
     entries = index if isinstance(index, tuple) else (index,)
     if any(isinstance(entry, Tensor) for entry in entries):
         mask = entries[0]
@@ -243,7 +242,7 @@ def _cross_entropy(
         or target.shape != head.hidden.shape[:1]
         or target.device != head.hidden.device
         or (capping is not None and capping.steps != 3)
-        or (head.versions and head.versions != _versions(head))
+        or _is_stale(head)
     ):
         return None
     with torch.autocast(head.hidden.device.type, enabled=False):
@@ -265,7 +264,7 @@ def _cross_entropy(
 
 
 _HANDLERS: dict[Callable[..., Any], Callable[..., Any]] = {
-    Tensor.float: _float,
+    Tensor.float: lambda deferred: _derived(deferred, dtype=torch.float32),
     Tensor.to: _to,
     Tensor.contiguous: _same,
     Tensor.view: _view,
@@ -283,6 +282,8 @@ _HANDLERS: dict[Callable[..., Any], Callable[..., Any]] = {
     torch.mul: _multiply,
     F.cross_entropy: _cross_entropy,
 }
+_PROPERTIES = ("shape", "dtype", "device", "ndim", "layout", "requires_grad", "itemsize", "is_cpu")
+_PROPERTIES += ("is_cuda", "is_sparse", "is_quantized", "is_meta", "is_nested")
 _METADATA = {
     Tensor.size,
     Tensor.dim,
@@ -293,12 +294,5 @@ _METADATA = {
     Tensor.element_size,
     torch.is_floating_point,
     torch.numel,
-    *(
-        getattr(Tensor, name).__get__
-        for name in ("shape", "dtype", "device", "ndim", "layout", "requires_grad", "is_cuda")
-    ),
-    *(
-        getattr(Tensor, name).__get__
-        for name in ("is_sparse", "is_quantized", "is_meta", "is_nested", "is_cpu", "itemsize")
-    ),
+    *(getattr(Tensor, name).__get__ for name in _PROPERTIES),
 }

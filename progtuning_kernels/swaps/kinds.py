@@ -1,7 +1,7 @@
 """Recognises, by structure, modules that a freeze-aware op can run, and says how.
 
-What a module computes is never taken from its name: how a norm casts and what an activation is are
-found by trying them on random numbers, and `checks.py` then compares the whole.
+A name never tells what a module computes: how a norm casts and what an activation is are found by
+trying them on numbers, and `checks.py` then compares the whole.
 """
 
 from __future__ import annotations
@@ -55,7 +55,7 @@ class Swap:
 
 
 class CannotSwap(Exception):
-    """The module looks like one that an op runs, and is not; the message says why."""
+    """A module looks like one that an op runs, and is not; the message says why."""
 
 
 def recognise(module: nn.Module) -> Swap | None:
@@ -112,7 +112,7 @@ def _layer_norm(module: nn.Module) -> Swap | None:
 
 
 def _output_layer(module: nn.Module) -> Swap | None:
-    """dense, dropout, and a LayerNorm of the sum with the residual, as in BERT."""
+    """The swap for dense, dropout, and a LayerNorm of the sum with the residual, as in BERT."""
     children = dict(module.named_children())
     if set(children) != {"dense", "dropout", "LayerNorm"} or module._parameters:
         return None
@@ -191,32 +191,21 @@ def _same_norm(module: nn.Module, name: str, cast: norms.Cast, offset: float) ->
     return (expected != found).float().mean().item() < 0.02
 
 
-@dataclass(frozen=True)
-class _GatedNames:
-    """Attributes of a gated MLP: down(dropout(act(gate(x)) * up(x))).
-
-    Attributes:
-        gate: of the layer that makes the gate, or gate and up side by side where `up` is None.
-    """
-
-    gate: str
-    up: str | None
-    down: str
-
-
-_GATED = (
-    _GatedNames("gate_proj", "up_proj", "down_proj"),
-    _GatedNames("gate_up_proj", None, "down_proj"),
-    _GatedNames("wi_0", "wi_1", "wo"),
-    _GatedNames("Wi", None, "Wo"),
-    _GatedNames("w1", "w3", "w2"),
+# gate, up and down; without up, gate makes both side by side
+_GATED: tuple[tuple[str, str | None, str], ...] = (
+    ("gate_proj", "up_proj", "down_proj"),
+    ("gate_up_proj", None, "down_proj"),
+    ("wi_0", "wi_1", "wo"),
+    ("Wi", None, "Wo"),
+    ("w1", "w3", "w2"),
 )
 
 
 def _gated_mlp(module: nn.Module) -> Swap | None:
+    """The swap for down(dropout(act(gate(x)) * up(x)))."""
     children = dict(module.named_children())
     for names in _GATED:
-        layers = [name for name in (names.gate, names.up, names.down) if name is not None]
+        layers = [name for name in names if name is not None]
         if all(name in children for name in layers):
             break
     else:
@@ -230,25 +219,25 @@ def _gated_mlp(module: nn.Module) -> Swap | None:
     kind = activation_kind(children[act])
     if kind is None:
         raise CannotSwap(f"no op for its activation {type(children[act]).__name__}")
-    gate, down = children[names.gate], children[names.down]
-    width, inside = getattr(gate, "in_features", None), getattr(down, "in_features", None)
+    gate_name, up_name, down_name = names
+    width, inside = (getattr(children[n], "in_features", None) for n in (gate_name, down_name))
     if width is None or inside is None:
-        raise CannotSwap(f"its {names.gate} or {names.down} is no linear layer")
+        raise CannotSwap(f"its {gate_name} or {down_name} is no linear layer")
 
     def forward(self: nn.Module, x: Tensor) -> Tensor:
         children = self._modules
-        gate = children[names.gate](x)
-        if names.up is None:
+        gate = children[gate_name](x)
+        if up_name is None:
             gate, up = gate.chunk(2, dim=-1)
         else:
-            up = children[names.up](x)
+            up = children[up_name](x)
         if kind == "silu":
             hidden = swiglu(gate, up)
         else:
             hidden = geglu(gate, up, approximate=kind)
         if dropout is not None:
             hidden = children[dropout](hidden)
-        down = children[names.down]
+        down = children[down_name]
         dtype = getattr(getattr(down, "weight", None), "dtype", hidden.dtype)
         if dtype.is_floating_point and not torch.is_autocast_enabled(x.device.type):
             hidden = hidden.to(dtype)  # T5 keeps its last layer in float32
@@ -266,7 +255,7 @@ def _gated_mlp(module: nn.Module) -> Swap | None:
 
 
 def _written_out_gelu(module: nn.Module) -> Swap | None:
-    """GELUs composed in Python, of up to eight operations and as many saved tensors."""
+    """The swap for a GELU written out in Python: up to eight operations, as many saved tensors."""
     if module._parameters or module._modules or "gelu" not in type(module).__name__.lower():
         return None
     kind = activation_kind(module)
@@ -282,11 +271,7 @@ def _written_out_gelu(module: nn.Module) -> Swap | None:
 def activation_kind(module: nn.Module) -> activation.Kind | None:
     """Which activation of `ops.activation` a module computes, found by trying it."""
     x = torch.linspace(-6, 6, 97, dtype=torch.float32, device="cpu")
-    known = {
-        "silu": F.silu(x),
-        "none": F.gelu(x),
-        "tanh": F.gelu(x, approximate="tanh"),
-    }
+    known = {"silu": F.silu(x), "none": F.gelu(x), "tanh": F.gelu(x, approximate="tanh")}
     try:
         with torch.no_grad():
             y = type(module).forward(module, x)
@@ -300,7 +285,7 @@ def activation_kind(module: nn.Module) -> activation.Kind | None:
 
 
 def bypassed(module: nn.Module, names: Sequence[str]) -> str | None:
-    """Why what happens in the modules of these names must not be bypassed."""
+    """Why no op may take the place of the modules of these names; None if one may."""
     for name in names:
         child = module._modules[name]
         if child._forward_hooks or child._forward_pre_hooks or child._backward_hooks:

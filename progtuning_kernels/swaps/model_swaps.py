@@ -6,6 +6,7 @@ import os
 from collections import defaultdict
 from collections.abc import Callable, Hashable, Iterator
 from dataclasses import dataclass
+from itertools import chain
 from typing import Any, Literal, NamedTuple
 
 import torch
@@ -32,23 +33,14 @@ _LEAST_LOGITS_BYTES = 64 * 2**20
 
 @dataclass(frozen=True)
 class KernelRow:
-    """Modules of one class that are all swapped, or all kept for one reason.
+    """Modules of one class that are all swapped, or all kept for one reason."""
 
-    Attributes:
-        kind: what they are, e.g. "RMSNorm".
-        module_class: name of their class.
-        count: how many there are.
-        example: path of the first.
-        swapped: whether an op runs them.
-        because: from which size on, or why not.
-    """
-
-    kind: str
+    kind: str  # such as "RMSNorm"
     module_class: str
     count: int
-    example: str
+    example: str  # path of the first
     swapped: bool
-    because: str
+    because: str  # from which size on an op runs them, or why none does
 
 
 @dataclass(frozen=True)
@@ -65,11 +57,9 @@ class KernelReport:
 
     @property
     def swapped(self) -> int:
-        """Number of swapped modules."""
         return sum(row.count for row in self.rows if row.swapped)
 
     def summary(self) -> str:
-        """The report in one line."""
         if self.nothing is not None:
             return f"kernels: nothing is swapped: {self.nothing}"
         kept = sum(row.count for row in self.rows if not row.swapped)
@@ -87,18 +77,10 @@ class KernelReport:
 
 
 class _Verdict(NamedTuple):
-    """What was found about all modules of one class, settings, shapes and dtypes."""
+    """Whether modules of one class, settings, shapes and dtypes are swapped, and why."""
 
     made: type | None  # the class that runs the op
     because: str
-
-
-class _Found(NamedTuple):
-    path: str
-    module: nn.Module
-    swap: Swap | None
-    kind: str
-    reason: str | None  # why it cannot be swapped, known before any check
 
 
 # paths of modules by kind, class name, whether they are swapped, and why
@@ -132,7 +114,7 @@ class KernelSwaps:
         self.report = KernelReport((), "no device was looked at")
 
     def install_swaps(self, device: torch.device) -> None:
-        """Swap for this type of device, if the last call was for another."""
+        """Swap for this type of device, unless the last call was for the same."""
         if self._device is not None and self._device.type == device.type:
             return
         self.remove_swaps()
@@ -146,7 +128,7 @@ class KernelSwaps:
             self.report = self._swap_all(device)
 
     def remove_swaps(self) -> None:
-        """Every module back to its own class."""
+        """Give every swapped module its own class back."""
         for module in self._swapped:
             base = base_of(type(module))
             if base is not None:
@@ -155,7 +137,7 @@ class KernelSwaps:
         self._device = None
 
     def _swap_dropout(self) -> KernelReport:
-        """Dropout and attention that drops: what has an op of ours on a CPU."""
+        """Swap dropout, and attention that drops: on a CPU no other op of ours runs."""
         from_bytes = 0 if self._kernels == "on" else cpu_dropout.FROM_BYTES
         because = "at any size"
         if from_bytes:
@@ -174,38 +156,34 @@ class KernelSwaps:
 
     def _swap_all(self, device: torch.device) -> KernelReport:
         groups: _Groups = defaultdict(list)
-        for found in list(self._candidates()):
-            if found.swap is None or found.reason is not None:
-                verdict = _Verdict(None, found.reason or "")
-            else:
-                verdict = self._judge(found.module, found.swap, device)
-            name = type(found.module).__name__
-            key = (found.kind, name, verdict.made is not None, verdict.because)
-            groups[key].append(found.path)
-            if verdict.made is not None:
-                found.module.__class__ = verdict.made
-                self._swapped.append(found.module)
+        for path, module, kind, swap in list(self._candidates()):
+            made, because = None, swap
+            if isinstance(swap, Swap):
+                made, because = self._judge(module, swap, device)
+            groups[kind, type(module).__name__, made is not None, because].append(path)
+            if made is not None:
+                module.__class__ = made
+                self._swapped.append(module)
         return _report(groups)
 
-    def _candidates(self) -> Iterator[_Found]:
-        """Modules that an op runs or might, without those inside a swapped one."""
+    def _candidates(self) -> Iterator[tuple[str, nn.Module, str, Swap | str]]:
+        """Path, module, kind, and swap or reason against one, of all but parts of a swapped one."""
         bypassed_ids: set[int] = set()
         heads = {id(module) for module in self._heads()}
         for path, module in self._model.named_modules():
             if id(module) in bypassed_ids:
                 continue
-            kind = type(module).__name__
             try:
                 swap = language_model_head(module) if id(module) in heads else recognise(module)
             except CannotSwap as error:
-                yield _Found(path, module, None, kind, str(error))
+                yield path, module, type(module).__name__, str(error)
                 continue
             if swap is None:
                 continue
             reason = _reason_against(module, swap)
             if reason is None:
                 bypassed_ids |= {id(module._modules[name]) for name in swap.inner}
-            yield _Found(path, module, swap, swap.kind, reason)
+            yield path, module, swap.kind, swap if reason is None else reason
 
     def _heads(self) -> Iterator[nn.Module]:
         """Linear layers of the head with as many outputs as the vocabulary has words."""
@@ -224,11 +202,10 @@ class KernelSwaps:
         return self._verdicts[key]
 
     def _examine(self, module: nn.Module, swap: Swap, device: torch.device) -> _Verdict:
-        floats = [p for p in self._model.parameters() if p.dtype in checks.TOLERANCE]
-        own = next((p for p in module.parameters() if p.dtype in checks.TOLERANCE), None)
-        if not floats and own is None:
+        parameters = chain(module.parameters(), self._model.parameters())
+        dtype = next((p.dtype for p in parameters if p.dtype in checks.TOLERANCE), None)
+        if dtype is None:
             return _Verdict(None, "no parameter of a dtype that the op computes in")
-        dtype = (floats[0] if own is None else own).dtype
         sample = [torch.empty(2, swap.width, dtype=dtype, device=device), None, None]
         try:
             chosen = backend.select(swap.op, sample)
@@ -295,7 +272,7 @@ def _reason_against(module: nn.Module, swap: Swap) -> str | None:
 
 
 def _signature(module: nn.Module) -> Iterator[Hashable]:
-    """What beside class and settings may decide whether a swap fits."""
+    """Classes, shapes and dtypes inside a module, which decide with its settings if a swap fits."""
     for part in module.modules():
         yield type(part)
         for name, parameter in part._parameters.items():

@@ -23,7 +23,9 @@ def test_demo_trains_three_ways_and_writes_a_report(tmp_path, capsys):
     assert runs["progressive"]["summary"]["updates_saved_share"] > 0.25
     assert runs["full"]["summary"]["updates_saved_share"] == 0
     assert [s["boundary"] for s in runs["progressive"]["stages"]] == [0, 2, 4]
-    assert runs["full"]["steps"][0]["loss"] == runs["progressive"]["steps"][0]["loss"]
+    # the same rows and head; the masks of dropout are other ones
+    first_losses = [run["steps"][0]["loss"] for run in runs.values()]
+    assert first_losses == pytest.approx([first_losses[0]] * 3, rel=5e-3)
     assert "Methods compared" in out
     report = tmp_path / "demo" / "report"
     assert f"report: {report / 'report.html'}" in out

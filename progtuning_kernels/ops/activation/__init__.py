@@ -104,7 +104,7 @@ def _run(op: backend.Op, inputs: Inputs, kind: Kind, implementation: str | None)
 
 
 class _Activation(torch.autograd.Function):
-    """Eager mode: around the implementation itself, because a custom op costs 20 us more."""
+    """An implementation with its backward; a custom op would cost 20 us more in eager mode."""
 
     @staticmethod
     def forward(ctx, x, bias, up, kind, chosen):

@@ -26,7 +26,7 @@ class Inputs(NamedTuple):
 
 
 def check(op: str, inputs: Inputs, approximate: str) -> None:
-    """Raises ValueError where the inputs do not fit together."""
+    """Raise ValueError where the inputs do not fit together."""
     x, bias, up = inputs
     if approximate not in get_args(Approximate):
         choices = get_args(Approximate)

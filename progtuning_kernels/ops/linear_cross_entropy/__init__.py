@@ -52,12 +52,10 @@ class _LinearCrossEntropy(torch.autograd.Function):
         *gradients, unscale = ctx.saved_tensors
         ctx.handed_over = True
         factor = upstream * unscale
-        given = []
         for gradient in gradients:
             if gradient is not None:
                 ctx.chosen.scale(gradient, factor)
-                gradient = gradient.to(ctx.dtype)
-            given.append(gradient)
+        given = (None if gradient is None else gradient.to(ctx.dtype) for gradient in gradients)
         return None, *given, None, None, None, None
 
 
@@ -119,9 +117,9 @@ def linear_cross_entropy(
         *(float(z_loss), reduction, max_logits_bytes, implementation),
     )
     options.check()
-    if num_items is not None and not isinstance(num_items, Tensor):
-        num_items = torch.full((), num_items, dtype=torch.float64, device=hidden.device)
     if num_items is not None:
+        if not isinstance(num_items, Tensor):
+            num_items = torch.full((), num_items, dtype=torch.float64, device=hidden.device)
         if num_items.numel() != 1:
             raise ValueError(f"linear_cross_entropy: num_items has {num_items.numel()} elements")
         num_items = num_items.detach().reshape(()).to(hidden.device, non_blocking=True)

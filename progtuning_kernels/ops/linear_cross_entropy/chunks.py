@@ -30,12 +30,12 @@ class Formed(NamedTuple):
 
 
 def wide(dtype: torch.dtype) -> torch.dtype:
-    """What is computed in beside the matmuls."""
+    """The dtype of all arithmetic but the matmuls."""
     return torch.promote_types(dtype, torch.float32)
 
 
 def stored_dtypes(dtype: torch.dtype) -> tuple[torch.dtype, torch.dtype, torch.dtype]:
-    """Of the gradients of hidden, weight, bias between forward and backward.
+    """Dtypes of the gradients of hidden, weight, bias between forward and backward.
 
     Sums over rows could leave float16's range before the loss scale is known.
     """
@@ -43,7 +43,7 @@ def stored_dtypes(dtype: torch.dtype) -> tuple[torch.dtype, torch.dtype, torch.d
 
 
 def rows_per_chunk(rows: int, classes: int, element_bytes: int, max_logits_bytes: int) -> int:
-    """R of README.md."""
+    """How many rows of logits are computed at a time: R of README.md."""
     fitting = max_logits_bytes // max(1, classes * element_bytes) // ROW_MULTIPLE * ROW_MULTIPLE
     most = max(LEAST_ROWS, fitting)
     if rows <= most:
@@ -55,7 +55,7 @@ def rows_per_chunk(rows: int, classes: int, element_bytes: int, max_logits_bytes
 def _denominator(
     labels: Tensor, class_weight: Tensor | None, num_items: Tensor | None, options: Options
 ) -> Tensor:
-    """0-dim float64 on the device."""
+    """What the sum of the rows is divided by: 0-dim float64 on the device."""
     if num_items is not None:
         return num_items.to(torch.float64)
     if options.reduction == "sum":

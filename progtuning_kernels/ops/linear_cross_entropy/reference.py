@@ -62,7 +62,7 @@ class RowLoss:
 def check(
     hidden: Tensor, weight: Tensor, labels: Tensor, bias: Tensor | None, class_weight: Tensor | None
 ) -> None:
-    """Raises ValueError where the tensors do not fit together."""
+    """Raise ValueError where the tensors do not fit together."""
     op = "linear_cross_entropy"
     if hidden.ndim == 0 or weight.ndim != 2 or hidden.shape[-1] != weight.shape[1]:
         raise ValueError(
@@ -91,14 +91,14 @@ def check(
 
 
 def padded(classes: int) -> int:
-    """From row to row of the logits: 50,257 or 30,522 would allow accesses of 2 bytes only."""
+    """Elements from row to row of the logits; 50,257 would allow accesses of 2 bytes only."""
     return math.ceil(classes / 16) * 16
 
 
 def rows(
     logits: Tensor, labels: Tensor, losses: Tensor, row_loss: RowLoss, *, gradient: bool
 ) -> None:
-    """Writes the loss of each row to `losses`, and d(logits) over the logits if `gradient`.
+    """Write the loss of each row to `losses`, and d(logits) over the logits if `gradient`.
 
     Args:
         logits: (R, V), as the matmul gives them: before the softcap.
@@ -142,6 +142,6 @@ def rows(
 
 
 def scale(gradient: Tensor, factor: Tensor) -> None:
-    """Multiplies in place by a 0-dim tensor of a wider dtype, which `mul_` would round first."""
+    """Multiply in place by a 0-dim tensor of a wider dtype, which `mul_` would round first."""
     for piece in gradient.view(-1).split(_SCALED_PIECE):
         piece.copy_(piece.to(factor.dtype) * factor)

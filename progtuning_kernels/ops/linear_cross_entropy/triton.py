@@ -20,7 +20,7 @@ SCALE_OPTIONS = {"num_warps": 4, "enable_fp_fusion": True}
 
 @triton.jit
 def _tanh(x):
-    """Within 3 units in the last place; 1 - e alone would lose small x."""
+    """tanh within 3 units in the last place; 1 - e alone would lose small x."""
     magnitude = tl.abs(x)
     e = tl.exp(-2.0 * magnitude)
     large = (1.0 - e) / (1.0 + e)
@@ -36,7 +36,7 @@ def _tanh(x):
 
 @triton.jit
 def _slope_of_tanh(x):
-    """1 - tanh(x)^2 would lose large x."""
+    """The derivative of tanh, which 1 - tanh(x)^2 would lose for large x."""
     e = tl.exp(-2.0 * tl.abs(x))
     return 4.0 * e / ((1.0 + e) * (1.0 + e))
 
@@ -175,7 +175,7 @@ def rows(
 ) -> None:
     """`reference.rows`; of tensors on the CPU under Triton's interpreter.
 
-    Where a row's stride leaves room for `padded` classes, what lies between is overwritten.
+    It overwrites what lies between rows whose stride leaves room for `padded` classes.
     """
     if not len(logits):
         return

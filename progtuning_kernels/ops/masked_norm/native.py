@@ -41,7 +41,7 @@ def norm(tensors: Sequence[Tensor]) -> Tensor:
 
 
 def norm_at(pointers: list[int], sizes: list[int], dtype: torch.dtype) -> Tensor:
-    """Of contiguous memory of the CPU that the caller keeps alive."""
+    """The norm of contiguous memory of the CPU, which the caller keeps alive."""
     extension = backend.native_extension()
     out = torch.empty((), dtype=torch.float32, device="cpu")
     threads = torch.get_num_threads()

@@ -16,7 +16,7 @@ _PIECE = 2**18
 
 
 def checked_dtypes(tensors: Sequence[Tensor]) -> list[torch.dtype]:
-    """The dtypes in the order of the list; raises where the contract is broken."""
+    """The dtypes in the order of the list; raise if the tensors break the contract."""
     # By kind, not by tensor: a list of gradients has hundreds of tensors and two or three kinds.
     for of_tensor in {type(tensor) for tensor in tensors}:
         if not issubclass(of_tensor, Tensor):
@@ -40,7 +40,7 @@ def checked_dtypes(tensors: Sequence[Tensor]) -> list[torch.dtype]:
 
 
 def norm(tensors: Sequence[Tensor]) -> Tensor:
-    """Plain torch; `_foreach_norm` because on CUDA a loop would launch once per tensor."""
+    """The norm by `_foreach_norm`: on CUDA a loop would launch once per tensor."""
     wide = torch.promote_types(tensors[0].dtype, torch.float32)
     pieces: list[Tensor] = []
     for tensor in tensors:
@@ -49,5 +49,5 @@ def norm(tensors: Sequence[Tensor]) -> Tensor:
 
 
 def norm_of_norms(norms: Sequence[Tensor]) -> Tensor:
-    """0-dim float32 from 0-dim norms of one device and any dtype."""
+    """The norm over all, 0-dim float32, from 0-dim norms of one device and any dtype."""
     return torch.linalg.vector_norm(torch.stack(list(norms)).double()).float()

@@ -1,8 +1,4 @@
-"""A bucket: active tensors of one device and dtype, with their state, as an update call wants them.
-
-It is built once per stage. A step brings the gradients, the hyper-parameters, and the decision on
-clipping and skipping.
-"""
+"""A bucket of active tensors and their state, and what a step brings; see README.md."""
 
 from __future__ import annotations
 
@@ -62,23 +58,25 @@ class Moments(NamedTuple):
     exp_avg_sq_scale: Tensor | None = None
 
 
+def _by_stride(t: Tensor) -> Tensor:
+    if t.is_contiguous():
+        return t
+    return t.permute(sorted(range(t.ndim), key=t.stride, reverse=True))
+
+
 def is_dense(t: Tensor) -> bool:
     """Whether the elements fill one run of memory, in whatever order of dimensions."""
-    if t.is_contiguous():
-        return True
-    return t.permute(sorted(range(t.ndim), key=t.stride, reverse=True)).is_contiguous()
+    return _by_stride(t).is_contiguous()
 
 
 def in_memory_order(t: Tensor) -> Tensor:
     """(n,) view of a dense tensor in the order of its memory; any other tensor as it is."""
-    if t.is_contiguous():
-        return t.view(-1)
-    order = sorted(range(t.ndim), key=t.stride, reverse=True)
-    return t.permute(order).view(-1) if t.permute(order).is_contiguous() else t
+    ordered = _by_stride(t)
+    return ordered.view(-1) if ordered.is_contiguous() else t
 
 
 def is_coded(moments: Moments) -> bool:
-    """Whether they are 8-bit codes."""
+    """Whether the moments are 8-bit codes."""
     return moments.exp_avg_scale is not None
 
 
@@ -86,7 +84,7 @@ class Bucket:
     """Active tensors of one device and dtype, with their state: what one call updates.
 
     It is built once per stage, chooses the implementation, and holds references to everything whose
-    address it keeps, so that no memory in its tables is given to another tensor.
+    address is in its tables, so that this memory is given to no other tensor.
 
     Args:
         params: of one device and dtype, any shapes.
@@ -122,10 +120,8 @@ class Bucket:
         self.groups = [0] * len(self.params) if groups is None else list(groups)
         self.stochastic_rounding = stochastic_rounding
         self.device, self.dtype = self.params[0].device, self.params[0].dtype
-        self.moment_dtype = next(
-            (m.exp_avg.dtype for m in self.moments if is_coded(m)),
-            self.moments[0].exp_avg.dtype,
-        )
+        deciding = next(filter(is_coded, self.moments), self.moments[0])
+        self.moment_dtype = deciding.exp_avg.dtype
         self._check()
         self.contiguous = all(p.is_contiguous() for p in self.params)
         # per tensor: element and state lie alike in one run of memory
@@ -184,12 +180,12 @@ class Bucket:
             raise ValueError("masked_update: masters are for bfloat16 and float16 parameters")
 
     def _elementwise(self, i: int) -> list[Tensor]:
-        """State of tensor i that has an element per element."""
+        """The state of tensor i that has its shape."""
         state = [self.moments[i].exp_avg, self.moments[i].exp_avg_sq]
         return state if self.masters is None else [*state, self.masters[i]]
 
     def gather(self, grads: Sequence[Tensor | None]) -> Gradients:
-        """What norm and update need of a step's gradients; collected once for both.
+        """Collect what norm and update need of a step's gradients, once for both.
 
         Args:
             grads: of the parameters' shapes, any strides and dtype; None leaves a tensor out.
@@ -241,7 +237,7 @@ class Bucket:
 
 
 def written(bucket: Bucket, gradients: Gradients, *, zero_grads: bool) -> None:
-    """After a kernel of our own: zero the gradients it had a copy of, bump all versions."""
+    """Zero the gradients of which a kernel of ours got a copy, and bump all versions."""
     changed = list(bucket.params)
     if zero_grads:
         for grad, mine in zip(gradients.given, gradients.ordered, strict=True):

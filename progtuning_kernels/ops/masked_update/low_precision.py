@@ -32,17 +32,13 @@ def philox(seed: int, counter: tuple[Tensor, Tensor, Tensor, Tensor]) -> tuple[T
 
 
 def random_halves(n: int, seed: int, stream: Stream, index: int, step: Tensor) -> Tensor:
-    """16 random bits for each of n elements of a tensor.
+    """16 random bits for each of n elements of a tensor: (n,) int64 in [0, 65536).
 
     Args:
-        n: number of elements.
         seed: of the run, 64 bits.
         stream: what the bits round.
         index: of the tensor in its optimizer.
         step: 0-dim, the number of the update (from 1); its device is the result's.
-
-    Returns:
-        (n,) int64 in [0, 65536).
     """
     eighths = torch.arange((n + 7) // 8, device=step.device)
     c1 = (eighths >> 32) | (_STREAMS[stream] << 24)
@@ -59,10 +55,8 @@ def swapped_bytes(random: Tensor) -> Tensor:
 def stochastic_bfloat16(x: Tensor, random: Tensor) -> Tensor:
     """Round float32 to bfloat16, up where the dropped half plus `random` carries.
 
-    Infinities and NaN stay what they are: adding to their bits would give NaN the bits of -0.0.
-
-    Args:
-        x: float32 of any shape. random: int64 in [0, 65536), as many.
+    x is float32 of any shape, `random` int64 in [0, 65536), as many. Infinities and NaN stay what
+    they are: adding to their bits would give NaN the bits of -0.0.
     """
     bits = x.contiguous().view(torch.int32)
     rounded = ((bits.to(torch.int64) + random.view_as(bits)) >> 16 << 16).to(torch.int32)
@@ -106,11 +100,7 @@ def encode_exp_avg(m: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def encode_exp_avg_sq(v: Tensor, random: Tensor) -> tuple[Tensor, Tensor]:
-    """Codes (uint8 in 1..255, v's shape) and largest values (float32, one per 256 elements).
-
-    Args:
-        v: float32, not negative. random: int64 in [0, 65536), as many.
-    """
+    """Codes (uint8 in 1..255, v's shape) and largest values (float32, one per 256 elements)."""
     largest, scaled = _scaled(v)
     fixed = (_root_times(scaled, 3, _BITS_255) * 65536.0).to(torch.int32)
     code = ((fixed + _blocks(random)) >> 16).clamp(min=1)

@@ -1,7 +1,6 @@
 """masked_update by csrc/masked_update_cpu.cpp and csrc/masked_update.cu, and its gradients' norm.
 
-The optimizer calls these launchers directly: a custom operator would cost 0.3 to 0.7 ms of dispatch
-for hundreds of tensors.
+No custom operator is in between: it would cost 0.3 to 0.7 ms of dispatch for hundreds of tensors.
 """
 
 from __future__ import annotations
@@ -53,7 +52,7 @@ def tables_of(bucket: Bucket) -> Tables:
 
 
 def reason_against_kernels(bucket: Bucket) -> str | None:
-    """What neither the native nor the Triton kernels have."""
+    """Why neither the native nor the Triton kernels can update this bucket; None if they can."""
     if bucket.dtype == torch.float16 and bucket.masters is None:
         return "no kernel for float16 parameters without a master"
     if bucket.moment_dtype not in _MOMENTS and bucket.dtype != torch.float64:
@@ -111,7 +110,7 @@ def update(bucket: Bucket, gradients: Gradients, hypers: Sequence[Hyper], step: 
 
 
 def gradient_norm(bucket: Bucket, gradients: Gradients) -> Tensor:
-    """`masked_norm` of a CPU's gradients, without asking each of them again where it lies."""
+    """`masked_norm` of a CPU's gradients, by the addresses that are known already."""
     there = [i for i, address in enumerate(gradients.addresses) if address]
     addresses = [gradients.addresses[i] for i in there]
     return norm_at(addresses, [bucket.params[i].numel() for i in there], bucket.dtype)
@@ -127,7 +126,7 @@ def decide(
     found_inf: Tensor | None,
     control: Tensor,
 ) -> None:
-    """Writes norm, grad_factor and found_inf of buckets on one GPU, and counts skips: (4,)."""
+    """Write norm, grad_factor and found_inf of buckets on one GPU to control, and count skips."""
     extension, device = backend.native_extension(), buckets[0].device
     tables = [tables_of(bucket) for bucket in buckets]
     counts = [len(of_bucket.chunks) for of_bucket in tables]

@@ -39,14 +39,14 @@ def one_minus_power(beta: float, steps: Tensor) -> Tensor:
 
 
 def _root(x: Tensor) -> Tensor:
-    """Correctly rounded: torch's own on the CPU is a unit off in a fifth of all float32."""
+    """The correctly rounded root: torch's on the CPU is a unit off in a fifth of all float32."""
     return x.sqrt() if x.dtype == torch.float64 else x.double().sqrt().to(x.dtype)
 
 
 def update_plain(
     bucket: Bucket, grads: Sequence[Tensor | None], hypers: Sequence[Hyper], step: Step
 ) -> None:
-    """The specification, one tensor at a time; no host sync."""
+    """Update one tensor after the other: the specification, without a host sync."""
     grad_factor, found_inf, seed, _ = step
     wide = torch.float64 if bucket.dtype == torch.float64 else torch.float32
     steps = torch.stack(bucket.steps).to(wide) + 1
@@ -110,8 +110,8 @@ def update_plain(
 def _fits_torch_fused(p: Tensor, grad: Tensor, moments: Moments) -> bool:
     """Whether torch's fused kernel may be called for this tensor.
 
-    It walks every tensor as one flat run of memory: a view with gaps is written outside itself and
-    a gradient of other strides is read in the wrong order (both seen in torch 2.13, silently).
+    That kernel takes every tensor for one flat run of memory: it writes outside a view with gaps,
+    and reads a gradient of other strides in the wrong order (both seen in torch 2.13, silently).
     """
     tensors = (p, grad, moments.exp_avg, moments.exp_avg_sq)
     return (
@@ -125,7 +125,7 @@ def _fits_torch_fused(p: Tensor, grad: Tensor, moments: Moments) -> bool:
 
 @torch.no_grad()
 def update(bucket: Bucket, gradients: Gradients, hypers: Sequence[Hyper], step: Step) -> None:
-    """Torch's own fused kernel where it may be called, plain torch for the other tensors."""
+    """Update by torch's fused kernel where it may be called, by plain torch elsewhere."""
     grads, (grad_factor, found_inf, _, zero_grads) = gradients.given, step
     plain: list[Tensor | None] = [None] * len(grads)
     fused: list[list[int]] = [[] for _ in hypers]

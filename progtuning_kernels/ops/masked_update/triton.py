@@ -77,7 +77,7 @@ def prepare_kernel(
     first_address,
     TENSORS: tl.constexpr,
 ):
-    """Numbers of every tensor's update, and its step counted; see `Tables.numbers`."""
+    """Write the numbers of every tensor's update (`Tables.numbers`), and count its step."""
     i = tl.program_id(0) * TENSORS + tl.arange(0, TENSORS)
     inside = i < num_tensors
     record = table + i.to(tl.int64) * RECORD_WORDS
@@ -474,7 +474,7 @@ _TYPES = {
 
 
 def launch(bucket: Bucket, tables: Tables, words: Tensor, first_address: int, step: Step) -> None:
-    """Both kernels, on the current device and stream."""
+    """Launch both kernels on the current device and stream."""
     tensors = len(bucket.params)
     prepare_kernel[triton.cdiv(tensors, TENSORS),](
         *(tables.records, words, step.grad_factor, step.found_inf, tables.numbers),

@@ -44,7 +44,7 @@ class Inputs(NamedTuple):
 
 
 def check(op: str, inputs: Inputs, return_sum: bool) -> None:
-    """Raises ValueError where the inputs do not fit together."""
+    """Raise ValueError where the inputs do not fit together."""
     x = inputs.x
     if x.dim() == 0 or x.shape[-1] == 0:
         raise ValueError(f"{op}: expected rows of at least one element, got {tuple(x.shape)}")
@@ -77,16 +77,12 @@ def normalise(h: Tensor, weight: Tensor | None, bias: Tensor | None, norm: Norm)
     return (normalised * (norm.offset + scale if norm.offset else scale)).to(h.dtype)
 
 
-def sum_of(inputs: Inputs, dropout: float = 0.0) -> Tensor:
-    """H = dropout(x) + residual."""
-    x = inputs.x
-    if dropout:
-        x = torch.nn.functional.dropout(x, dropout, training=True)
-    return x if inputs.residual is None else x + inputs.residual
-
-
 def run(inputs: Inputs, norm: Norm, return_sum: bool, dropout: float = 0.0) -> Result:
-    """Y or (y, h), differentiated by autograd."""
-    h = sum_of(inputs, dropout)
+    """y, or (y, h) with h = dropout(x) + residual; autograd differentiates it."""
+    h = inputs.x
+    if dropout:
+        h = torch.nn.functional.dropout(h, dropout, training=True)
+    if inputs.residual is not None:
+        h = h + inputs.residual
     y = normalise(h, inputs.weight, inputs.bias, norm)
     return (y, h) if return_sum else y

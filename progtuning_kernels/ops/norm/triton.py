@@ -17,7 +17,7 @@ from .reference import Inputs, Norm, Result
 
 
 class Dropout(NamedTuple):
-    """Of x, as the kernels take it; without a seed there is none.
+    """The dropout of x as the kernels take it; without a seed there is none.
 
     Attributes:
         seed: (1,) int64.
@@ -34,7 +34,7 @@ NO_DROPOUT = Dropout()
 
 
 def draw_dropout(p: float, device: torch.device) -> Dropout:
-    """A new mask; p: in (0, 1]. Takes one number of torch's generator of the device."""
+    """Draw a new mask, with one number of torch's generator of the device; p is in (0, 1]."""
     seed = torch.randint(2**63 - 1, (1,), device=device)
     dropped = max(1, round(p * 2**32))  # of the 2**32 words
     return Dropout(seed, dropped - 1 - 2**31, 1 / (1 - p) if p < 1 else 0.0)
@@ -46,7 +46,7 @@ def block_of(columns: int) -> int:
 
 
 def options(block: int) -> dict[str, int | bool]:
-    """Of the kernels that hold `block` columns: more than 512 per warp would spill in backward."""
+    """Options of a launch with `block` columns: more than 512 a warp would spill in backward."""
     warps = max(1, min(4, block // 128), block // 512)
     return {"num_warps": warps, "enable_fp_fusion": True}
 
@@ -68,7 +68,7 @@ def _mean(x, C: tl.constexpr):
 
 @triton.jit
 def _dropped_out(x, seed, last_dropped, scale, row, BLOCK: tl.constexpr):
-    """float32 (BLOCK,), the row of that number: less than 2**31, as there is a program for each."""
+    """float32 (BLOCK,) of a row whose number is below 2**31, as there is a program for each."""
     fours = tl.arange(0, BLOCK // 4)  # counters of 64 bits would choose another generator
     zero = fours * 0
     rows = zero + row.to(tl.int32)
@@ -226,15 +226,6 @@ def backward_kernel(
 _TYPES = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
 
 
-class Forward(NamedTuple):
-    """y; h if there is a residual and it was asked for; statistics of the rows if asked for."""
-
-    y: Tensor
-    h: Tensor | None
-    mean: Tensor | None
-    rstd: Tensor | None
-
-
 def _rows(x: Tensor) -> Tensor:
     """(rows, C), each row dense; a copy only where the strides do not allow a view."""
     rows = x.reshape(-1, x.shape[-1])
@@ -242,14 +233,9 @@ def _rows(x: Tensor) -> Tensor:
 
 
 def forward(
-    inputs: Inputs,
-    norm: Norm,
-    *,
-    statistics: bool,
-    keep_sum: bool = False,
-    dropout: Dropout = NO_DROPOUT,
-) -> Forward:
-    """Without autograd. keep_sum: h is stored."""
+    inputs: Inputs, norm: Norm, *, statistics: bool, keep_sum: bool, dropout: Dropout
+) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor | None]:
+    """y, h if `keep_sum`, and mean and rstd of the rows if `statistics`; without autograd."""
     x, residual, weight, bias = inputs
     columns, device = x.shape[-1], x.device
     dtype = x.dtype if residual is None else torch.promote_types(x.dtype, residual.dtype)
@@ -260,7 +246,7 @@ def forward(
         rstd = torch.empty(x.shape[:-1], dtype=torch.float32, device=device)
         mean = torch.empty_like(rstd) if norm.center else None
     if x.numel() == 0:
-        return Forward(y, h, mean, rstd)
+        return y, h, mean, rstd
     x = _rows(x)
     residual = None if residual is None else _rows(residual)
     weight = None if weight is None else weight.contiguous()
@@ -273,7 +259,7 @@ def forward(
             *(norm.center, norm.cast_first, _TYPES[dtype], columns, block),
             **options(block),
         )
-    return Forward(y, h, mean, rstd)
+    return y, h, mean, rstd
 
 
 def backward(
@@ -286,7 +272,7 @@ def backward(
     norm: Norm,
     demanded: Sequence[bool],
     dtypes: Sequence[torch.dtype | None],
-    dropout: Dropout = NO_DROPOUT,
+    dropout: Dropout,
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
     """The gradients of x, h, weight and bias that are demanded, None for the others.
 
@@ -334,7 +320,7 @@ def backward(
 
 
 def dropped_out(x: Tensor, dropout: Dropout, dtype: torch.dtype) -> Tensor:
-    """X with the elements dropped that `dropout` drops, in that dtype."""
+    """x without the elements that `dropout` drops, in that dtype."""
     y = torch.empty(x.shape, dtype=dtype, device=x.device)
     if x.numel() == 0:
         return y
@@ -355,14 +341,12 @@ class _Norm(torch.autograd.Function):
         # the gradient of bias needs no rows
         statistics = demands_h or demands_weight
         keep_sum = residual is not None and (return_sum or statistics)
+        inputs = Inputs(x, residual, weight, bias)
         y, h, mean, rstd = forward(
-            *(Inputs(x, residual, weight, bias), norm),
-            statistics=statistics,
-            keep_sum=keep_sum,
-            dropout=dropout,
+            inputs, norm, statistics=statistics, keep_sum=keep_sum, dropout=dropout
         )
         ctx.norm = norm
-        ctx.dtypes = [None if t is None else t.dtype for t in (x, residual, weight, bias)]
+        ctx.dtypes = [None if t is None else t.dtype for t in inputs]
         saved = (x if residual is None else h) if statistics else None
         seed, ctx.last_dropped, ctx.scale = dropout if demands_x else NO_DROPOUT
         ctx.save_for_backward(saved, weight if demands_h else None, mean, rstd, seed)
@@ -379,7 +363,7 @@ class _Norm(torch.autograd.Function):
         demands_x, demands_residual, *demands_parameters = ctx.needs_input_grad[:4]
         x_dtype, residual_dtype, *dtypes = ctx.dtypes
         drops = ctx.scale is not None
-        demanded = [drops, demands_residual or (demands_x and not drops), *demands_parameters]
+        demanded = [drops, demands_residual or demands_x and not drops, *demands_parameters]
         if dy is None:
             dx, dh, dweight, dbias = None, dsum, None, None
             if drops and dsum is not None:
@@ -403,5 +387,5 @@ def run(inputs: Inputs, norm: Norm, return_sum: bool, dropout: float = 0.0) -> R
     drop = draw_dropout(dropout, inputs.x.device) if dropout else NO_DROPOUT
     if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in inputs):
         return _Norm.apply(*inputs, norm, return_sum, drop)
-    done = forward(inputs, norm, statistics=False, keep_sum=return_sum, dropout=drop)
-    return (done.y, done.h) if return_sum else done.y
+    y, h, *_ = forward(inputs, norm, statistics=False, keep_sum=return_sum, dropout=drop)
+    return (y, h) if return_sum else y
