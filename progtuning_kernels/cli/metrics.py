@@ -25,7 +25,7 @@ def check_installed() -> None:
 
 
 def classification_figures(logits: torch.Tensor, labels: torch.Tensor) -> dict[str, float]:
-    """Logits (N, classes), labels (N,). f1 is binary for two classes, else the macro mean."""
+    """logits (N, classes), labels (N,). f1 is binary for two classes, else the macro mean."""
     from sklearn import metrics
 
     predicted, truth = logits.argmax(-1).numpy(), labels.numpy()
@@ -38,7 +38,7 @@ def classification_figures(logits: torch.Tensor, labels: torch.Tensor) -> dict[s
 
 
 def regression_figures(predictions: torch.Tensor, labels: torch.Tensor) -> dict[str, float]:
-    """Predictions (N,), labels (N,). A constant prediction correlates with nothing: 0."""
+    """predictions (N,), labels (N,). A constant prediction correlates with nothing: 0."""
     from scipy import stats
 
     if predictions.unique().numel() < 2:

@@ -26,7 +26,7 @@ class _Sealed:
 
 
 def save_state_dict(optimizer: Optimizer, masked: dict[str, Any]) -> StateDict:
-    """Torch's state dict, with `masked` and with `{}` for a parameter that has no state."""
+    """torch's state dict, with `masked` and with `{}` for a parameter that has no state."""
 
     def complete(_: Optimizer, saved: StateDict) -> None:
         for i in parameters_of(saved["param_groups"]):
@@ -57,7 +57,7 @@ def load_state_dict(
     check_groups: Callable[[list[dict[str, Any]]], None],
     finish: Callable[[StateDict], None],
 ) -> None:
-    """Torch's `load_state_dict`, which hands sealed state to the optimizer's `__setstate__`.
+    """torch's `load_state_dict`, which hands sealed state to the optimizer's `__setstate__`.
 
     Args:
         check_groups: refuses groups, as the user's hooks have left them.

@@ -68,7 +68,7 @@ def _denominator(
 
 
 def _add_product(total: Tensor | None, a: Tensor, b: Tensor, dtype: torch.dtype) -> Tensor:
-    """Total + a @ b, in place from the second chunk on, with sums and result in `dtype`."""
+    """total + a @ b, in place from the second chunk on, with sums and result in `dtype`."""
     if a.is_cuda and a.dtype != dtype:
         if total is None:
             return torch.mm(a, b, out_dtype=dtype)

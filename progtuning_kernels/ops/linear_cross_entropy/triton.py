@@ -157,7 +157,7 @@ def rows_kernel(
 
 @triton.jit(do_not_specialize=["n"])
 def scale_kernel(values, factor, n, BLOCK: tl.constexpr):
-    """Values *= factor, without touching them where it is 1."""
+    """values *= factor, without touching them where it is 1."""
     by = tl.load(factor)
     if by != 1.0:
         start = tl.program_id(0).to(tl.int64) * BLOCK
