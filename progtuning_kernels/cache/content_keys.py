@@ -184,7 +184,7 @@ class Call:
 
     @cached_property
     def spans(self) -> tuple[list[tuple[int, int]], list[bool]]:
-        """Where each row's tokens lie, and whether its mask is all ones there; else all of it."""
+        """Each row's span, and whether its mask is ones there alone; if not, it spans all of it."""
         size, tokens, mask = self.size, self.tokens, self.named.get(_MASK)
         if mask is None:
             return [(0, tokens or 0)] * size, [True] * size

@@ -147,7 +147,7 @@ def _sync(folder: Path) -> None:
 
 
 def checksum_of(path: Path) -> int:
-    """CRC-32."""
+    """CRC-32 of a file, which is read in parts."""
     checksum = 0
     with path.open("rb") as file:
         while part := file.read(1 << 20):
