@@ -24,12 +24,12 @@ from .schedules import Schedule
 Batch = Mapping[str, Any]
 DECAY = 0.01
 GATE_SAMPLE = 65_536  # elements of a tensor that are compared, spread over all of it
-# relative errors of loss and gradient. On a GPU sums come in another order; bfloat16 has 2^-8
+# relative errors of loss and gradient: a GPU adds in another order, and bfloat16 has 8 bits
 TOLERANCES = {"cpu": (1e-6, 1e-5), "cuda": (1e-4, 1e-3), "bf16": (1e-2, 5e-2)}
 
 
 class Rule(Protocol):
-    """What everybody trains with: AdamW's rate, and the norm that gradients are clipped to."""
+    """What every session trains with: AdamW's rate, and the norm that gradients are clipped to."""
 
     lr: float
     clip: float
@@ -41,22 +41,14 @@ class Rule(Protocol):
 
 @dataclass
 class Session:
-    """One way to train, in training.
-
-    Args:
-        backward: forward and backward of a batch; returns the loss, detached.
-        update: clips, updates, drops the gradients.
-        begin: called with the number of the step before it, inside the timed region.
-        optimizer_tensors: what the optimizer keeps; may hold anything.
-        note: a line about what it did, at the end.
-    """
+    """One model with one way to train it."""
 
     model: nn.Module
-    backward: Callable[[Batch], Tensor]
-    update: Callable[[], None]
-    optimizer_tensors: Callable[[], Any]
-    begin: Callable[[int], None] = lambda step: None
-    note: Callable[[], str | None] = lambda: None
+    backward: Callable[[Batch], Tensor]  # forward too; returns the loss, detached
+    update: Callable[[], None]  # clips, updates, drops the gradients
+    optimizer_tensors: Callable[[], Any]  # what the optimizer keeps, in any structure
+    begin: Callable[[int], None] = lambda step: None  # before a step, by number, and timed with it
+    note: Callable[[], str | None] = lambda: None  # a line about what it did, at the end
     close: Callable[[], None] = lambda: None
 
     def step(self, number: int, batch: Batch) -> Tensor:
@@ -85,11 +77,7 @@ def backward_of(rule: Rule, model: nn.Module) -> Callable[[Batch], Tensor]:
 def plain_session(
     rule: Rule, model: nn.Module, optimizer: torch.optim.Optimizer | None = None, **more: Any
 ) -> Session:
-    """What a user has without this library: clipping of torch, and its fused AdamW by default.
-
-    Args:
-        more: further arguments of `Session`.
-    """
+    """What a user has without this library: torch's clipping, and its fused AdamW by default."""
     if optimizer is None:
         groups = decay_groups([p for p in model.parameters() if p.requires_grad], DECAY)
         optimizer = torch.optim.AdamW(groups, lr=rule.lr, fused=True)
@@ -111,7 +99,7 @@ def our_session(
     optimizer_options: Mapping[str, Any] | None = None,
     **patch_options: Any,
 ) -> Session:
-    """This library's: `patch_model` and `MaskedAdamW`; `schedule` is advanced before every step."""
+    """`patch_model` and `MaskedAdamW`; the schedule is advanced before every step but the first."""
     handle = patch_model(model, schedule, cache=cache, **patch_options)
     optimizer = MaskedAdamW(
         handle.param_groups(lr=rule.lr, weight_decay=DECAY),
@@ -140,10 +128,9 @@ def our_session(
 def timed_steps(
     session: Session, steps: Sequence[int], batches: Sequence[Batch], device: torch.device
 ) -> tuple[list[Tensor], float]:
-    """Losses of steps in a row, and milliseconds for all of them; the device is waited for.
+    """Losses of steps in a row, and milliseconds for all of them, until the device has finished.
 
-    Torch's generator is seeded by the first step: those whose draws are the same have the same
-    dropout.
+    The first step seeds torch's generator, so that sessions with the same draws drop the same.
     """
 
     def wait() -> None:
@@ -179,8 +166,8 @@ def trace(
     Args:
         passes: forwards and backwards per step, of which the last counts; 2 for a cache, which
             serves the second.
-        counts: of stage and parameter name: whether the gradient is kept. Without it torch's AdamW
-            is plain freezing, in a model that freezes nothing.
+        counts: whether the gradient of a parameter is kept in a stage; dropping the others makes a
+            session that freezes nothing the truth for one that does.
     """
     found = Trace()
     # a compiled module's own name is no part of its parameters' names
@@ -214,15 +201,14 @@ def compare(
 ) -> dict[str, float]:
     """The gate: relative errors of losses, gradients, and the movement of all weights.
 
+    Raises `Refused` where it is red.
+
     Args:
         gradient_tolerance: None: they are gone after backward.
-        movement_tolerance: above 0.05 the optimizer's state is of 8 bits, and weights are other
-            weights from the second step on.
+        movement_tolerance: above 0.05 the optimizer's state is of 8 bits, and weights differ from
+            the second step on.
         compares_movement: not in bfloat16, where rounding turns the sign of a small gradient and
             with it AdamW's first update.
-
-    Raises:
-        Refused: the gate is red.
     """
     errors: dict[str, float] = {}
     is_exact = movement_tolerance <= 0.05

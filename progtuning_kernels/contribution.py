@@ -63,16 +63,12 @@ class Contribution:
         return "\n".join(lines)
 
 
-def _own_loss(model: nn.Module, batch: Batch) -> Tensor:
-    return model(**batch).loss
-
-
 def measure_contribution(
     model: nn.Module,
     batches: Iterable[Batch],
     *,
     score: Callable[[nn.Module], float] | None = None,
-    loss: Callable[[nn.Module, Batch], Tensor] = _own_loss,
+    loss: Callable[[nn.Module, Batch], Tensor] = lambda model, batch: model(**batch).loss,
     steps: int | None = None,
     lr: float = 1e-4,
     max_grad_norm: float = 1.0,
@@ -138,10 +134,7 @@ def measure_contribution(
 
 @contextmanager
 def _state_kept(model: nn.Module) -> Iterator[Callable[[], None]]:
-    """Leave model and random generators as they were; yields what rewinds weights and generators.
-
-    Modes, flags and gradients are put back at the end only.
-    """
+    """Leave model and generators as they were; yields a function that rewinds weights and those."""
     parameters = list(model.parameters())
     tensors = [(t, t.detach().clone()) for t in (*parameters, *model.buffers())]
     flags = [(p, p.requires_grad, p.grad) for p in parameters]

@@ -1,9 +1,8 @@
 """Reads and sets the random generators that a model may draw from.
 
 They are those of torch (the CPU's and one for each GPU), Python's, numpy's (wav2vec2 draws its
-masks there), and generators that a module keeps as an attribute. States are made of tensors,
-numbers, strings, lists and tuples, so that `torch.load(weights_only=True)` reads them back and `==`
-compares those of the host.
+masks there), and those that modules keep as attributes. `torch.load(weights_only=True)` reads their
+states back, and `==` compares those of Python and numpy.
 """
 
 from __future__ import annotations

@@ -6,21 +6,19 @@ import statistics
 import time
 from collections import deque
 from collections.abc import Callable
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 
-# Reading may cost this share of computing at most: below it a step gains less than timing scatters.
+# Reading may cost this share of computing at most: above it a step gains less than timing scatters.
 _MAX_SHARE = 0.9
 _SAMPLES = 4  # of both, before anything is decided; the first forward of a process is always slow
 _MISSES_WITHOUT_HIT = 200_000  # rows; augmentation makes every sample new
 
 
 class Stopwatch:
-    """Milliseconds between two points: wall time, or events of the current CUDA stream.
-
-    Events are read when they have passed, so that no step waits for the device.
-    """
+    """Milliseconds of wall time, or between CUDA events, which are read once they have passed."""
 
     def __init__(self, device_type: str) -> None:
         self._on_gpu = device_type == "cuda"
@@ -47,21 +45,15 @@ class Stopwatch:
             receive(started.elapsed_time(ended))
 
 
+@dataclass
 class BreakEven:
-    """What one stage has measured and counted.
+    """What one stage has counted, in rows, and measured, in milliseconds a row."""
 
-    Attributes:
-        hits: rows found.
-        misses: rows not found.
-        refused: rows for which the store had no room.
-    """
-
-    def __init__(self) -> None:
-        self.hits = 0
-        self.misses = 0
-        self.refused = 0
-        self._prefix: deque[float] = deque(maxlen=64)  # ms a row
-        self._read: deque[float] = deque(maxlen=64)
+    hits: int = 0  # rows found
+    misses: int = 0
+    refused: int = 0  # rows for which the store had no room
+    _prefix: deque[float] = field(default_factory=lambda: deque(maxlen=64))
+    _read: deque[float] = field(default_factory=lambda: deque(maxlen=64))
 
     @property
     def wants_reads(self) -> bool:
@@ -85,14 +77,9 @@ class BreakEven:
         return statistics.median(self._read) if self._read else None
 
     def verdict(self, rows: int) -> str | None:
-        """Why the cache does not pay in this stage; None while it may.
-
-        Args:
-            rows: in the store.
-        """
-        if self.prefix_ms is not None and self.read_ms is not None:
-            enough = min(len(self._prefix), len(self._read)) >= _SAMPLES
-            if enough and self.read_ms > _MAX_SHARE * self.prefix_ms:
+        """Why the cache, which holds `rows`, does not pay in this stage; None while it may."""
+        if min(len(self._prefix), len(self._read)) >= _SAMPLES:
+            if self.read_ms > _MAX_SHARE * self.prefix_ms:
                 return (
                     f"reading a row takes {self.read_ms:.3f} ms, computing it "
                     f"{self.prefix_ms:.3f} ms"

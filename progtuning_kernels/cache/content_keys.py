@@ -1,8 +1,7 @@
 """Recognises the samples of a batch by their content, whatever order and padding they come in.
 
 A row's digest covers what its boundary activations are computed from: token ids, token types and
-position ids without their padding, pixel values, and every other tensor with one row per sample. So
-neither the data loader nor the training loop has to name samples.
+position ids without their padding, pixel values, and every other tensor with one row per sample.
 """
 
 from __future__ import annotations
@@ -103,10 +102,7 @@ class Call:
         return named
 
     def changed(self, change: Callable[[str, Any], Any]) -> Call:
-        """The same call with `change(name, value)` in the place of every value.
-
-        Dicts are new ones, so that a model may write into them.
-        """
+        """The same call with `change(name, value)` for every value, in dicts of its own."""
 
         def of(name: str, value: Any) -> Any:
             if not isinstance(value, Mapping):
@@ -138,19 +134,17 @@ class Call:
         raise UnknownContent("no argument is a tensor with one row per sample")
 
     def has_rows(self, name: str) -> bool:
-        value = self.named.get(name)
-        return (
-            isinstance(value, torch.Tensor)
-            and value.ndim > 0
-            and value.shape[0] == self.size
-            and name not in _NOT_ROWS
-        )
+        """Whether the argument is a tensor whose first dimension is the batch."""
+        value = self.tensors.get(name)
+        if value is None or not value.ndim or name in _NOT_ROWS:
+            return False
+        return value.shape[0] == self.size
 
-    @cached_property
+    @property
     def device(self) -> torch.device:
-        for value in self.tensors.values():
-            return value.device
-        raise UnknownContent("no argument is a tensor with one row per sample")
+        if not self.tensors:
+            raise UnknownContent("no argument is a tensor with one row per sample")
+        return next(iter(self.tensors.values())).device
 
     @cached_property
     def tokens(self) -> int | None:
@@ -166,7 +160,7 @@ class Call:
         """What the path through the model can depend on: kinds of tensors, values of the rest."""
         kinds: list[tuple[Any, ...]] = []
         for name, value in sorted(self.named.items()):
-            if isinstance(value, torch.Tensor):
+            if name in self.tensors:
                 kinds.append((name, value.ndim, value.dtype, self.has_rows(name)))
             elif isinstance(value, bool | int | float | str):
                 # some are another number in every batch
@@ -186,23 +180,15 @@ class Call:
     def take(self, rows: Sequence[int]) -> Call:
         """The same call for some of its rows."""
         index = torch.tensor(rows, dtype=torch.long, device=self.device)
-
-        def pick(name: str, value: Any) -> Any:
-            return value.index_select(0, index) if self.has_rows(name) else value
-
-        return self.changed(pick)
+        return self.changed(lambda n, v: v.index_select(0, index) if self.has_rows(n) else v)
 
     @cached_property
     def spans(self) -> tuple[list[tuple[int, int]], list[bool]]:
-        """Where each row's tokens lie, and whether its mask is all ones there.
-
-        A mask with holes, or with nothing in it, spans the whole row.
-        """
-        size, tokens = self.size, self.tokens
-        mask = self.named.get(_MASK)
+        """Each row's span, and whether its mask is ones there alone; if not, it spans all of it."""
+        size, tokens, mask = self.size, self.tokens, self.named.get(_MASK)
         if mask is None:
             return [(0, tokens or 0)] * size, [True] * size
-        if not (isinstance(mask, torch.Tensor) and mask.ndim == 2 and self.has_rows(_MASK)):
+        if not (self.has_rows(_MASK) and mask.ndim == 2):
             raise UnknownContent(f"{_MASK} is not of shape (B, T)")
         on = mask.detach().cpu() != 0
         count = on.sum(1).tolist()
@@ -221,12 +207,11 @@ class Call:
 
         Args:
             salt: what else the activations depend on.
-            unpadded: leave the padding out, so that a row is the same in any batch; the place where
-                its tokens start stays in, because absolute positions depend on it.
+            unpadded: leave the padding out, but not the place where tokens start, on which absolute
+                positions depend.
             consumed: arguments of `READ_ABOVE` that something below the boundary does read.
         """
-        size, tokens = self.size, self.tokens
-        spans, ones = self.spans
+        size, tokens, (spans, ones) = self.size, self.tokens, self.spans
         if not unpadded:
             spans, ones = [(0, tokens or 0)] * size, [False] * size
         base = hashlib.blake2b(salt, digest_size=16)

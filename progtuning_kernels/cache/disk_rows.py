@@ -21,7 +21,7 @@ from torch import Tensor
 _VERSION = 2
 # a dtype's number on disk is its place here: append only
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
-# the other one where damage is within a name that a message shows
+# UnicodeDecodeError: the damage is in a name that SQLite's message shows
 _ERRORS = (sqlite3.Error, UnicodeDecodeError)
 _LARGEST_ROW = 10**9 - 1024  # bytes; SQLite takes no value of more
 _SETTINGS = (
@@ -59,10 +59,9 @@ class DiskUnavailable(Exception):
 
 
 class DiskRows:
-    """The rows of one folder.
+    """The rows of one folder, which is made where it is missing.
 
     Args:
-        path: the folder; it is made where it is missing.
         stored: name of the dtype that is asked for; rows of another one are not used.
         warn: called with a text when something went wrong.
 
@@ -71,8 +70,7 @@ class DiskRows:
             were dropped for others.
 
     Raises:
-        DiskUnavailable: the folder cannot be written to, another process has it, or it is one of
-            an earlier version.
+        DiskUnavailable: the folder cannot be written to, is in use, or of an earlier version.
     """
 
     def __init__(
@@ -105,11 +103,7 @@ class DiskRows:
             raise DiskUnavailable(f"cannot write there ({error})") from error
 
     def bind(self, fingerprint: str, max_bytes: int) -> list[DiskRow]:
-        """Find the rows that were stored under this fingerprint, up to `max_bytes`; drop others.
-
-        Raises:
-            DiskUnavailable: the file cannot be written.
-        """
+        """Find the rows that were stored under this fingerprint, up to `max_bytes`; drop others."""
         if self._forked():
             raise DiskUnavailable("it belongs to the process that this one was forked from")
         purpose = f"{_VERSION} {self._stored} {fingerprint}"
@@ -246,7 +240,7 @@ class DiskRows:
         return zlib.crc32(repr(record).encode(), self._seed)
 
     def _forked(self) -> bool:
-        """Whether this is a fork (a data loader's worker): SQLite serves its own process alone."""
+        """Whether this is a fork (a data loader's worker): SQLite serves one process alone."""
         return os.getpid() != self._pid
 
     def _fail(self, error: Exception) -> None:
@@ -257,8 +251,9 @@ class DiskRows:
             except (OSError, *_ERRORS) as another:
                 error = another
         self._stopped = True
-        text = f"{self._folder}: no more rows are written ({error}); those there are still read"
-        self._warn(text)
+        self._warn(
+            f"{self._folder}: no more rows are written ({error}); those there are still read"
+        )
 
     def _warn_damaged(self) -> None:
         self._warn(f"{self._folder}: rows that are damaged are computed anew")

@@ -22,36 +22,26 @@ from .trial import Path
 
 @dataclass
 class ForwardPlan:
-    """One forward of a model whose path is known.
+    """One forward of a model whose path is known."""
 
-    Attributes:
-        level: the boundary.
-        rows: the samples of `call`.
-        hash_ms: what it took to recognise them.
-        still_hold: asked whether rows of the whole batch that were read, (B, T, C), are still what
-            the prefix computes. Where they are not, nothing is stored any more.
-        served: some rows were there.
-        computed: a row that was not: its place, boundary activations (1, T, C) and span.
-    """
-
-    level: int
+    level: int  # the boundary
     call: Call
     path: Path
-    rows: Rows
-    hash_ms: float
+    rows: Rows  # the samples of `call`
+    hash_ms: float  # what it took to recognise them
     side: SideForwards
     stored: KeyedRows
     counts: BreakEven
     watch: Stopwatch
+    # whether rows of the whole batch that were read, (B, T, C), are still what the prefix computes;
+    # where they are not, all rows have been dropped
     still_hold: Callable[[Tensor], bool]
-    served: bool = False
+    served: bool = False  # some rows were there
+    # a row that was not: its place, boundary activations (1, T, C) and span
     computed: tuple[int, Tensor, tuple[int, int]] | None = None
 
     def read_rows(self) -> Swaps | None:
-        """Stand-ins of a forward without gradients: one level has all rows, or the prefix runs.
-
-        Nothing is counted or stored.
-        """
+        """Stand-ins of a forward without gradients: one level has all rows, or the prefix runs."""
         level, *others = set(self._best_levels())
         if others or not level or (hidden := self._read(level, self.rows)) is None:
             return None
@@ -61,11 +51,7 @@ class ForwardPlan:
         return self.path.levels[level].feed(hidden)
 
     def read_and_compute_rows(self, *, proved: bool) -> Swaps | None:
-        """Stand-ins of a training forward.
-
-        Args:
-            proved: the plan's first training forward, which must run the prefix, is over.
-        """
+        """Stand-ins of a training forward; the first of a plan, until `proved`, gets none."""
         best, size = self._best_levels(), self.call.size
         missing = best.count(0)
         self.counts.hits += size - missing
@@ -77,7 +63,7 @@ class ForwardPlan:
             if whole is None:
                 whole = hidden if len(chosen) == size else hidden.new_empty(size, *hidden.shape[1:])
             if hidden is not whole:
-                whole[torch.tensor(chosen, device=whole.device)] = hidden
+                whole[torch.tensor(chosen, dtype=torch.long, device=whole.device)] = hidden
         if not proved:
             return None
         self.served = missing < size
@@ -123,7 +109,7 @@ class ForwardPlan:
         )
         if read is None:
             self.watch.stop(started, lambda ms: self.counts.add_prefix(ms, len(chosen)))
-        else:  # first: a full store has no room for a row twice
+        else:  # before the write: a full store has no room for a row twice
             self.stored.drop(level, rows)
         if path.length(call) is None:
             path.lengths[call.shapes(path.consumed)] = hidden.shape[1]
@@ -134,7 +120,7 @@ class ForwardPlan:
             self._read(self.level, rows)
         if self.computed is None:
             self.computed = chosen[0], hidden[:1].clone(), rows.spans[0]
-        # as a row that was read, so that a batch does not depend on what was stored
+        # zeros, as around a row that was read: a batch does not depend on what was stored
         for row, (start, end) in zip(hidden, rows.spans, strict=True):
             row[:start] = 0
             row[end:] = 0

@@ -20,10 +20,6 @@ class KeyedRows:
 
     A level has a token, which stands for all weights below it and is part of every key: a hash of
     these where rows are on disk, for later runs, else a random number.
-
-    Attributes:
-        store: where they are.
-        on_disk: there is a folder.
     """
 
     def __init__(
@@ -59,12 +55,8 @@ class KeyedRows:
             self._expected = None
         for at in {level, *self.store.levels()}:
             if at <= level and at not in self._tokens:
-                own = self.on_disk
-                self._tokens[at] = self._weights.fingerprint(at) if own else os.urandom(16)
-
-    def levels(self) -> set[int]:
-        """Levels that have rows or had some under the weights at hand."""
-        return {*self.store.levels(), *self._tokens}
+                token = self._weights.fingerprint(at) if self.on_disk else os.urandom(16)
+                self._tokens[at] = token
 
     def known_levels(self) -> list[int]:
         """Levels whose rows fit the weights at hand, ascending."""
@@ -77,7 +69,7 @@ class KeyedRows:
 
     def forget_above(self, unit: int) -> None:
         """Forget what was computed from `unit`, and so all levels above it."""
-        for level in self.levels():
+        for level in {*self.store.levels(), *self._tokens}:
             if level > unit:
                 self.forget_level(level)
         if unit <= 0:
@@ -104,11 +96,7 @@ class KeyedRows:
             return None
 
     def write(self, level: int, rows: Rows, hidden: Tensor, *, hits: int) -> int:
-        """Store the rows of a batch (B, T, C) that are not there; how many found no room.
-
-        Args:
-            hits: rows that were found in this stage.
-        """
+        """Store the rows of a batch (B, T, C) that are not there; how many found no room."""
         keys = rows.keys(self._tokens[level])
         known = dict(zip(keys, self.store.contains(level, keys), strict=True))
         absent = list(known.values()).count(False)
@@ -116,7 +104,8 @@ class KeyedRows:
             return 0
         stored = self.store.write(level, keys, hidden, rows.spans)
         if stored < absent and level in self._foreign and not hits:
-            self.store.drop(level)  # rows of another data set fill the folder
+            # none was found in this stage: rows of another data set fill the folder
+            self.store.drop(level)
             self._foreign.discard(level)
             stored += self.store.write(level, keys, hidden, rows.spans)
         return max(0, absent - stored)
@@ -130,10 +119,7 @@ class KeyedRows:
         return {"path": None if path is None else os.fspath(path), "fingerprint": self._bound}
 
     def expect(self, manifest: dict[str, str | None]) -> None:
-        """Take over the manifest of the run that this one continues; warn of rows out of reach.
-
-        One folder is found again under the same name, or wherever that name leads to now.
-        """
+        """Take over the manifest of the run that this one continues; warn of rows out of reach."""
         there, here = manifest["path"], self._cache.path
         if there is None:
             return
@@ -143,7 +129,7 @@ class KeyedRows:
         warnings.warn(
             f"the rows of the prefix cache are in {there}, this run's cache is "
             f"{'in memory' if here is None else f'in {os.fspath(here)}'}: rows are computed anew",
-            stacklevel=5,
+            stacklevel=3,
         )
 
     def close(self) -> None:

@@ -71,11 +71,7 @@ class PrefixCache:
         return tokens * width * stored_dtype(self.dtype, dtype).itemsize
 
     def open(self) -> RowStore:
-        """The store, for one patched model at a time.
-
-        Raises:
-            ValueError: another model has it.
-        """
+        """The store, for one patched model at a time; ValueError if another one has it."""
         if self._in_use:
             raise ValueError("this PrefixCache serves another patched model: make one per model")
         store = RowStore(self.max_bytes, device=self.device, dtype=self.dtype, path=self.path)
@@ -111,6 +107,7 @@ class CacheReport:
         hits, misses: rows of training forwards that were there, and that were not.
         served_steps: forwards that ran without the prefix.
         prefix_ms, read_ms: median cost of computing and of reading one row; None before measured.
+        warnings: what went wrong, a sentence each.
     """
 
     state: Literal["on", "off", "bypassed"]

@@ -1,8 +1,7 @@
 """Finds out what boundary activations are computed from, by following tensors through a forward.
 
-Names of arguments tell nothing: `labels` of a classifier are read above the boundary, those of a
-class-conditional model in its embeddings. So one forward is watched operation by operation: what is
-computed from an argument is known to come from it, and so is what is written from it.
+Names of arguments tell nothing: a classifier reads `labels` above the boundary, a class-conditional
+model in its embeddings.
 """
 
 from __future__ import annotations
@@ -17,7 +16,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 
-# Here values leave the tensors, to where they cannot be followed.
+# These hand a tensor's values to code in which they cannot be followed.
 _WAYS_OUT = (
     torch.Tensor.numpy,
     torch.Tensor.tolist,
@@ -28,7 +27,7 @@ _WAYS_OUT = (
 _VALUE_TAGS = {torch.Tag.data_dependent_output, torch.Tag.dynamic_output_shape}
 _UNIFORM = (torch.ops.aten.rand, torch.ops.aten.rand_like, torch.ops.aten.uniform_)
 _COINS = (torch.ops.aten.bernoulli, torch.ops.aten.bernoulli_)
-_NOBODY: frozenset[str] = frozenset()
+_NONE: frozenset[str] = frozenset()
 
 Place = tuple[MutableMapping[str, Any], str]
 
@@ -38,7 +37,7 @@ def _tensors(values: Any) -> list[torch.Tensor]:
 
 
 def _storage(tensor: torch.Tensor) -> int:
-    with torch._C.DisableTorchFunction():  # this is no way out
+    with torch._C.DisableTorchFunction():  # no value leaves the tensor here
         return tensor.untyped_storage()._cdata
 
 
@@ -53,13 +52,10 @@ class _Exits(TorchFunctionMode):
 
 
 class Follow(TorchDispatchMode):
-    """Knows, in one forward, which arguments every tensor comes from.
+    """Knows, in one forward, which arguments every tensor is computed or written from.
 
-    Too many at times (zeros in an argument's shape count as computed from it), never too few.
-
-    Args:
-        arguments: the tensors to follow, by name.
-        known: tensors whose changes are noticed anyway.
+    It names too many at times (zeros in an argument's shape count as computed from it), never too
+    few. Tensors that are `known` are no arguments, and their changes are noticed anyway.
 
     Attributes:
         escaped: names of the arguments whose values left the tensors, for a number, a branch or a
@@ -72,10 +68,10 @@ class Follow(TorchDispatchMode):
         super().__init__()
         self._names: dict[int, frozenset[str]] = {}  # by storage
         for name, tensor in arguments.items():
-            self._mark(tensor, self._names.get(_storage(tensor), _NOBODY) | {name})
+            self._mark(tensor, self._names.get(_storage(tensor), _NONE) | {name})
         for tensor in known:
-            self._names.setdefault(_storage(tensor), _NOBODY)
-        self.escaped: frozenset[str] = _NOBODY
+            self._names.setdefault(_storage(tensor), _NONE)
+        self.escaped: frozenset[str] = _NONE
         self._foreign: dict[str, torch.Tensor] = {}
 
     @contextmanager
@@ -104,13 +100,16 @@ class Follow(TorchDispatchMode):
         read = _tensors((args, kwargs))
         if func is not torch.ops.aten.lift_fresh.default:  # a tensor that was made this moment
             for tensor in read:
-                self._notice(tensor)
+                if _storage(tensor) not in self._names:
+                    name = f"\0{len(self._foreign)}"  # no argument is called so
+                    self._foreign[name] = tensor
+                    self._mark(tensor, frozenset({name}))
         names = self._of(read)
         before = {_storage(tensor) for tensor in read}
         output = func(*args, **kwargs)
         for tensor in _tensors(output):
             storage = _storage(tensor)  # an address may be that of a tensor that has gone
-            self._names[storage] = names | (self._of([tensor]) if storage in before else _NOBODY)
+            self._names[storage] = names | (self._of([tensor]) if storage in before else _NONE)
         if names:
             if func._schema.is_mutable:  # in place, or into `out`
                 for tensor in read:
@@ -119,17 +118,11 @@ class Follow(TorchDispatchMode):
                 self.escaped |= names
         return output
 
-    def _notice(self, tensor: torch.Tensor) -> None:
-        if _storage(tensor) not in self._names:
-            name = f"\0{len(self._foreign)}"  # no argument is called so
-            self._foreign[name] = tensor
-            self._mark(tensor, frozenset({name}))
-
     def _mark(self, tensor: torch.Tensor, names: frozenset[str]) -> None:
         self._names[_storage(tensor)] = names
 
     def _of(self, tensors: Iterable[torch.Tensor]) -> frozenset[str]:
-        return _NOBODY.union(*(self._names.get(_storage(t), _NOBODY) for t in tensors))
+        return _NONE.union(*(self._names.get(_storage(t), _NONE) for t in tensors))
 
 
 def _picks_rows(func: Any, read: list[torch.Tensor]) -> bool:
@@ -139,10 +132,7 @@ def _picks_rows(func: Any, read: list[torch.Tensor]) -> bool:
 
 
 class Extremes(TorchDispatchMode):
-    """Random numbers come out at one end, so that what is rare happens in every forward.
-
-    Label dropout with a rate of 0.1 spares a batch of four in two forwards out of three.
-    """
+    """Makes random numbers come out at one end, so that what is rare happens in every forward."""
 
     def __init__(self, *, high: bool) -> None:
         super().__init__()

@@ -27,16 +27,11 @@ class PrefixWeights:
     def __init__(self, model: nn.Module, layout: Layout) -> None:
         self._model = model
         self._layout = layout
-        self._modules: list[tuple[int, list[nn.Module]]] = []
+        self._modules: list[tuple[int, list[nn.Module]]] = []  # by watched unit
         around = [model.get_submodule(path) for path in layout.containers]
-        configs = {id(c): c for m in around if (c := getattr(m, "config", None)) is not None}
-        self._around: list[dict[str, Any]] = [
-            vars(carrier)
-            for carrier in (*around, *configs.values())
-            if hasattr(carrier, "__dict__")
-        ]
-        self._inside: list[dict[str, Any]] = []
-        self._carriers = self._around
+        configs = {id(c): c for m in around if hasattr(c := getattr(m, "config", None), "__dict__")}
+        self._around = [vars(carrier) for carrier in (*around, *configs.values())]
+        self._inside: list[dict[str, Any]] = []  # attributes of watched modules
         self._seen: list[tuple[Any, ...]] = []
         self._held: list[torch.Tensor] = []  # alive, so that no address or id is used twice
         self._places: list[tuple[Place, torch.Tensor, tuple[int, int]]] = []
@@ -45,20 +40,15 @@ class PrefixWeights:
         """Take the state of the units below block `level` for the one to compare with."""
         self._modules = []
         for unit in range(EMBEDDINGS, level):
-            modules: dict[nn.Module, None] = {}
-            for path in self._layout.module_paths(unit):
-                modules.update(dict.fromkeys(self._model.get_submodule(path).modules()))
+            roots = map(self._model.get_submodule, self._layout.module_paths(unit))
+            modules = dict.fromkeys(module for root in roots for module in root.modules())
             self._modules.append((unit, list(modules)))
         self._inside = [vars(module) for _, modules in self._modules for module in modules]
-        self._carriers = [*self._around, *self._inside]
         self._seen = [_state(modules) for _, modules in self._modules]
         self._held = [tensor for _, tensor in self._named(level)]
 
     def watch_place(self, place: Place) -> bool:
-        """Watch a tensor that the prefix reads and some other module holds; False if it is known.
-
-        Whatever level is watched then: rows of lower ones may come from it too.
-        """
+        """Watch, at every level, a tensor that the prefix reads elsewhere; False if it is known."""
         held, key = place
         if any(other is held and name == key for (other, name), _, _ in self._places):
             return False
@@ -83,13 +73,12 @@ class PrefixWeights:
 
     def settings(self) -> list[tuple[str, Any]]:
         """Numbers, strings and flags of the model, of what leads to its blocks, of configs and of
-        watched modules, and the forward hooks and forwards that these have of their own.
-
-        Whether the prefix reads one cannot be watched; that one is another can.
+        watched modules, and the hooks and forwards that these have of their own: whether the prefix
+        reads one of them cannot be seen, that one has changed can.
         """
         plain = [
             (name, value)
-            for carrier in self._carriers
+            for carrier in (*self._around, *self._inside)
             for name, value in carrier.items()
             if type(value) in _PLAIN and name != "training"
         ]
@@ -103,13 +92,11 @@ class PrefixWeights:
         return plain
 
     def hooked(self) -> str | None:
-        """Class of a watched module with a forward hook, which hands something on; None: no such.
-
-        Those that transformers installs for hidden states are fed where these are asked for.
-        """
+        """Class of a watched module with a forward hook of the user's; None where there is none."""
         for _, modules in self._modules:
             for module in modules:
                 for hook in module._forward_hooks.values():
+                    # transformers' own, for hidden states, get what they want from the stand-ins
                     if not getattr(hook, "__module__", "").startswith("transformers."):
                         return type(module).__name__
         return None
@@ -125,24 +112,18 @@ class PrefixWeights:
     def adapters(self) -> bytes:
         """Which adapters are in use: switching one off and on again gives the old function back."""
         used = [
-            (m.__dict__.get("_disable_adapters"), m.__dict__.get("_active_adapter"))
-            for _, modules in self._modules
-            for m in modules
-            if "_disable_adapters" in m.__dict__
+            (own["_disable_adapters"], own.get("_active_adapter"))
+            for own in self._inside
+            if "_disable_adapters" in own
         ]
         return repr(used).encode() if used else b""
 
     def trainable(self, level: int) -> str | None:
         """Name of a parameter below `level` that requires grad."""
-        for name, tensor in self._named(level):
-            if tensor.requires_grad:
-                return name
-        return None
+        return next((name for name, t in self._named(level) if t.requires_grad), None)
 
     def fingerprint(self, level: int) -> bytes:
-        """64 bytes over names, dtypes, shapes and values of everything below block `level`, and of
-        what that reads elsewhere.
-        """
+        """Digest of 64 bytes of all tensors below block `level`, and of those read elsewhere."""
         digest = hashlib.blake2b()
         places = [(key, tensor) for (_, key), tensor, _ in self._places]
         for name, tensor in (*self._named(level), *places):

@@ -17,12 +17,7 @@ _LAYERDROP = ("layerdrop", "encoder_layerdrop", "decoder_layerdrop")
 def stage_reason(
     model: nn.Module, layout: Layout, weights: PrefixWeights, level: int, *, fixed: bool
 ) -> str | None:
-    """Why nothing can be served in a stage.
-
-    Args:
-        level: block whose input is stored.
-        fixed: whether frozen units are held in eval mode.
-    """
+    """Why nothing can be served in a stage; `fixed`: frozen units are held in eval mode."""
     config = getattr(model, "config", None)
     if not level:
         return "nothing below the boundary is frozen"

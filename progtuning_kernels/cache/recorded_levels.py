@@ -7,7 +7,7 @@ embeddings return something of the right shape, from which models make masks and
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -16,7 +16,7 @@ from torch import nn
 
 from ..model.derived_classes import root_of
 from ..model.layout import EMBEDDINGS, Layout
-from .stand_ins import Catch, Run, Structure, Swaps, UnservableError, entering
+from .stand_ins import Run, Structure, Swaps, UnservableError, entering, output_handed_to
 
 
 @dataclass(frozen=True)
@@ -38,12 +38,9 @@ class Recording:
 
     Hooks note them: transformers installs its own for hidden states in the first forward that asks
     for them, for good, on whatever stands in a module's place.
-
-    Attributes:
-        random_state: returns the state of every generator that a model may draw from.
     """
 
-    random_state: Callable[[], Any]
+    random_state: Callable[[], Any]  # of every generator that a model may draw from
     calls: dict[str, list[_Seen]] = field(default_factory=dict)
     count: int = 0
 
@@ -54,17 +51,13 @@ class Recording:
         if level < layout.stacks[0].length:
             paths.append(layout.block_paths[level])
         self.calls = {path: [] for path in paths}
-        hooks: list[Any] = []
-        try:
+        with ExitStack() as hooks:
             for path in paths:
                 enter, leave = self._hooks(path, path in kept)
                 module = model.get_submodule(path)
-                hooks.append(module.register_forward_pre_hook(enter, with_kwargs=True))
-                hooks.append(module.register_forward_hook(leave))
+                hooks.enter_context(module.register_forward_pre_hook(enter, with_kwargs=True))
+                hooks.enter_context(module.register_forward_hook(leave))
             yield
-        finally:
-            for hook in hooks:
-                hook.remove()
 
     def _hooks(self, path: str, keep: bool) -> tuple[Callable[..., None], Callable[..., None]]:
         entered: list[tuple[int, torch.Size | None]] = []
@@ -77,9 +70,9 @@ class Recording:
         def leave(module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
             order, shape = entered.pop()
             structure = Structure.of(output)
-            hidden = None if structure is None else structure.hidden(output)
             left, dtype, copy = None, None, None
-            if hidden is not None:
+            if structure is not None:
+                hidden = structure.hidden(output)
                 left, dtype = hidden.shape, hidden.dtype
                 copy = hidden.detach().clone() if keep else None
             seen = _Seen(order, shape, structure, left, dtype, copy, self.random_state())
@@ -93,17 +86,15 @@ class Level:
 
     Attributes:
         hidden: the boundary activations of the recorded forward, (B, T, C).
-        others: tensors that the block below hands on beside them, and that are None when it is left
-            out; attention weights that nobody asked for (BLOOM) are, T5's relative bias is not.
-        random_state: of all generators when they were there.
+        others: number of tensors beside them that are None when the block below is left out, which
+            is right for attention weights that nobody asked for (BLOOM), not for T5's relative bias
+        random_state: of all generators when the block below had returned.
     """
 
     def __init__(
         self, model: nn.Module, layout: Layout, level: int, recording: Recording, rows: int
     ) -> None:
-        """Raises:
-        UnservableError: the recorded forward shows that the prefix cannot be left out.
-        """
+        """Raises `UnservableError` where `recording` shows that the prefix must run."""
         seen = recording.calls
         for i in range(level):
             times = len(seen[layout.block_paths[i]])
@@ -145,15 +136,11 @@ class Level:
             if layout.nearest_stack(path) is not stack:
                 continue  # those of another tower
             calls = [call for call in seen[path] if call.order < at_last.order]
-            run = self._embeddings_run(model.get_submodule(path), calls, rows)
-            if run is not None:
+            if run := self._embeddings_run(model.get_submodule(path), calls, rows):
                 runs[path] = run
         self._fed: torch.Tensor | None = None
-        self._take: Callable[[torch.Tensor], None] | None = None
         self._feeding = Swaps(model, runs)
-        self._last = model.get_submodule(last)
-        self._catching = Catch(self._last, self._receive)
-        self._taking = Swaps(model, {last: self._capture})  # compiled code keeps no hook apart
+        self._model, self._last = model, last
 
     @property
     def was_fed(self) -> bool:
@@ -165,29 +152,33 @@ class Level:
         self._fed = hidden
         return self._feeding
 
-    def take(self, receive: Callable[[torch.Tensor], None]) -> Swaps | Catch:
-        """While this is installed, one forward hands its boundary activations to `receive`."""
-        self._take = receive
-        return self._catching if self._last._compiled_call_impl is None else self._taking
+    def take(self, receive: Callable[[torch.Tensor], None]) -> AbstractContextManager[None]:
+        """A context in which one forward hands its boundary activations to `receive`."""
+
+        def hand_on(output: Any) -> None:
+            receive(self._structure.hidden(output).detach())
+
+        module = self._model.get_submodule(self._last)
+        if module._compiled_call_impl is None:
+            return output_handed_to(hand_on, module)
+
+        def run(original: nn.Module, args: Any, kwargs: Any) -> Any:
+            taking.remove_stand_ins()
+            output = original(*args, **kwargs)
+            hand_on(output)
+            return output
+
+        taking = Swaps(self._model, {self._last: run})  # compiled code keeps no hook apart
+        return taking.installed()
 
     def forget(self) -> None:
-        self._fed = self._take = None
+        self._fed = None
 
     def _feed(self, original: nn.Module, args: Any, kwargs: Any) -> Any:
-        # from here on everything is itself again: a decoder may look its tokens up in the
-        # embeddings of the encoder
+        # from here on all modules run: a decoder may look its tokens up in the encoder's embeddings
         self._feeding.remove_stand_ins()
         hidden, self._fed = self._fed, None
         return self._structure.wrap(hidden)
-
-    def _capture(self, original: nn.Module, args: Any, kwargs: Any) -> Any:
-        self._taking.remove_stand_ins()
-        output = original(*args, **kwargs)
-        self._receive(output)
-        return output
-
-    def _receive(self, output: Any) -> None:
-        self._take(self._structure.hidden(output).detach())
 
     def _embeddings_run(self, module: nn.Module, calls: Sequence[_Seen], rows: int) -> Run | None:
         """What a module of the embeddings can return instead of running; None if it must run."""

@@ -21,7 +21,7 @@ _PROBE_EVERY = 256  # served forwards; one row each
 
 @dataclass(frozen=True)
 class Sample:
-    """A row as it was once."""
+    """A row with its boundary activations, to be computed again and compared."""
 
     path: Path
     context: tuple[Any, ...]  # precision, adapters and mode that it was computed with
@@ -30,6 +30,7 @@ class Sample:
     span: tuple[int, int]  # of its tokens
 
 
+@dataclass
 class RowCheck:
     """Decides in one stage whether stored rows are still what the prefix computes.
 
@@ -38,45 +39,36 @@ class RowCheck:
         doubted: a setting of the model has changed since a row was looked at.
     """
 
-    def __init__(
-        self,
-        weights: PrefixWeights,
-        side: SideForwards,
-        rows: KeyedRows,
-        dtype: torch.dtype | None,
-    ) -> None:
-        self._weights = weights
-        self._side = side
-        self._rows = rows
-        self._stored_tolerance = STORED_TOLERANCE[dtype]
-        self._level = 0
-        self._settings: list[tuple[str, Any]] | None = None  # after the last forward
-        self._grads_before: bool | None = None
-        self.sample: Sample | None = None
-        self.doubted = False
+    weights: PrefixWeights
+    side: SideForwards
+    rows: KeyedRows
+    dtype: torch.dtype | None  # of stored rows; None: that of the activations
+    sample: Sample | None = None
+    doubted: bool = False
+    _level: int = 0
+    _settings: list[tuple[str, Any]] | None = None  # after the last forward
+    _grads_before: bool | None = None
 
     def begin_stage(self, level: int) -> None:
-        """Call it before other modules are watched."""
+        """Begin a stage, before other modules are watched."""
         self.compare_settings()
         self._settings = None
         self._level = level
         self.sample = None
 
     def compare_settings(self) -> None:
-        """Notice, before a forward, settings that are others than after the last one."""
-        if self._settings not in (None, self._weights.settings()):
+        """Notice, before a forward, settings that have changed since the last one."""
+        if self._settings not in (None, self.weights.settings()):
             self.doubted = True
 
     def note_settings(self) -> None:
-        """Call it after a forward: what that itself sets is no change."""
-        self._settings = self._weights.settings()
+        """Note the settings after a forward, as those that it sets itself are no change."""
+        self._settings = self.weights.settings()
 
     def resolve_doubt(self, context: tuple[Any, ...]) -> bool | None:
-        """Drop all rows if a setting that has changed is one that the prefix reads.
+        """Drop all rows if the prefix reads a setting that has changed.
 
-        Returns:
-            Whether rows of this level hold; None where that cannot be found out, as the sample
-            comes from another precision or mode.
+        Returns whether rows of this level hold; None if the sample comes from another context.
         """
         sample = self.sample
         if sample is not None and sample.context != context:
@@ -85,40 +77,35 @@ class RowCheck:
         if sample is None or not self._holds(sample, STORED_TOLERANCE[None]):
             self.drop_all_rows()
             return False
-        for level in self._rows.store.levels():
+        for level in self.rows.store.levels():
             if level < self._level:  # those hold other things
-                self._rows.forget_level(level)
+                self.rows.forget_level(level)
         return True
 
     def probe(self, sample: Callable[[], Sample], *, grads: bool, served: int) -> bool:
-        """Whether a stored row is still what the prefix computes, looked at now and then; if not,
-        all rows are dropped.
+        """Now and then compute a row again; False, and all rows are dropped, if it has changed.
 
         Writes through `tensor.data`, as some averages of weights make them between training and
         evaluation, leave no other trace.
-
-        Args:
-            grads: the forward is one of training.
-            served: forwards so far.
         """
         changed = self._grads_before not in (None, grads)
         self._grads_before = grads
         due = changed or not (served + 1) % _PROBE_EVERY
-        if not due or self._holds(sample(), self._stored_tolerance):
+        if not due or self._holds(sample(), STORED_TOLERANCE[self.dtype]):
             return True
         self.drop_all_rows()
-        self._rows.bind_level(self._level)
+        self.rows.bind_level(self._level)
         return False
 
     def drop_all_rows(self) -> None:
-        for level in self._rows.store.levels():
-            self._rows.forget_level(level)
+        for level in self.rows.store.levels():
+            self.rows.forget_level(level)
         self.sample = None
 
     def _holds(self, sample: Sample, tolerance: float) -> bool:
         path, tolerance = sample.path, max(tolerance, TOLERANCE.get(sample.path.dtype, 0.0))
         try:
-            computed = self._side.boundary_activations(
+            computed = self.side.boundary_activations(
                 path.levels, self._level, sample.call, draws=path.draws
             )
         except Exception:  # a setting under which it does not even run

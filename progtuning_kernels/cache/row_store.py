@@ -29,11 +29,7 @@ _CPU = torch.device("cpu")
 
 
 def stored_dtype(asked: torch.dtype | None, activation: torch.dtype) -> torch.dtype:
-    """Dtype of stored rows: never one of more bytes than the activation has, nor of as many.
-
-    Raises:
-        TypeError: no activation is of that dtype.
-    """
+    """Dtype of stored rows: the one asked for if it has fewer bytes than the activation's."""
     if activation not in DTYPES:
         raise TypeError(f"hidden states must be of a floating dtype, got {activation}")
     return activation if asked is None or asked.itemsize >= activation.itemsize else asked
@@ -96,10 +92,7 @@ class RowStore:
         self._disk: DiskRows | None = None
 
     def bind(self, fingerprint: str) -> None:
-        """Say which function the prefix is; rows of any other one are dropped.
-
-        On disk, those that were stored under this fingerprint are found again.
-        """
+        """Drop the rows of any other fingerprint; those of this one are found again on disk."""
         if fingerprint == self._fingerprint:
             return
         self._forget_all()
@@ -132,7 +125,7 @@ class RowStore:
         A row with values that the dtype cannot hold (overflow, NaN) is not.
 
         Args:
-            level: what the rows are the output of: the prefix below this block.
+            level: the rows are the output of the prefix below this block.
             keys: B times 16 bytes.
             hidden: (B, T, C), floating, CPU or GPU.
             spans: row i is hidden[i, start:end].
@@ -146,15 +139,14 @@ class RowStore:
         homes = self._homes(sizes, hidden.device)
         new: dict[bytes, Tensor | DiskRow] = {}
         for home in dict.fromkeys(homes.values()):
-            own = [key for key in homes if homes[key] == home]
+            own = {key: fresh[key] for key in homes if homes[key] == home}
             try:
                 there = hidden.to(home or _CPU)
-                parts = (there[i, start:end] for i, start, end in map(fresh.__getitem__, own))
-                rows = {key: p.to(dtype, copy=True) for key, p in zip(own, parts, strict=True)}
+                rows = {k: there[i, s:e].to(dtype, copy=True) for k, (i, s, e) in own.items()}
             except (RuntimeError, MemoryError):  # torch has no other error where memory ends
                 continue
             if dtype != hidden.dtype:
-                rows = self._finite(rows)
+                rows = self._without_overflow(rows)
             if home is None:
                 new.update((row.key, row) for row in self._disk.write(level, rows))
             else:
@@ -193,7 +185,9 @@ class RowStore:
             target = out[i, start:end]
             if isinstance(row, DiskRow):
                 direct = not out.is_cuda and row.dtype == dtype
-                content = target if direct else torch.empty(row.shape, dtype=row.dtype)
+                content = target
+                if not direct:
+                    content = torch.empty(row.shape, dtype=row.dtype, device="cpu")
                 if not self._disk.read(row, content):
                     self.drop(level, [key])
                     raise KeyError(f"row {key.hex()} of level {level} is damaged")
@@ -207,9 +201,8 @@ class RowStore:
     def drop(self, level: int, keys: Sequence[bytes] | None = None) -> None:
         """Forget these rows, or the whole level; their space is used again."""
         stored = self._levels.get(level, {})
-        rows = [
-            stored.pop(key) for key in (list(stored) if keys is None else keys) if key in stored
-        ]
+        chosen = list(stored) if keys is None else keys
+        rows = [stored.pop(key) for key in chosen if key in stored]
         if not stored:
             self._levels.pop(level, None)
         if on_disk := [row for row in rows if isinstance(row, DiskRow)]:
@@ -255,12 +248,7 @@ class RowStore:
     def _homes(
         self, sizes: Mapping[bytes, int], device: torch.device
     ) -> dict[bytes, torch.device | None]:
-        """Where the rows go for which there is room: a device's memory, or None for the disk.
-
-        Args:
-            sizes: bytes of each row.
-            device: of the activations.
-        """
+        """Where the rows go for which there is room: a device's memory, or None for the disk."""
         left = self._max_bytes - self.nbytes
         if not sizes or left < min(sizes.values()):
             return {}
@@ -289,12 +277,10 @@ class RowStore:
             return int(_GPU_SHARE * (used + free_gpu_bytes(device))) - used
         return int(_CPU_SHARE * (used + free_cpu_bytes())) - used
 
-    def _finite(self, rows: dict[bytes, Tensor]) -> dict[bytes, Tensor]:
-        """The rows without infinities and NaN."""
+    def _without_overflow(self, rows: dict[bytes, Tensor]) -> dict[bytes, Tensor]:
         finite = torch.stack([row.isfinite().all() for row in rows.values()]).tolist()
         if not all(finite):
-            text = f"rows with values that {self._dtype} cannot hold, or NaN, are not stored"
-            self._warn(text)
+            self._warn(f"rows with values that {self._dtype} cannot hold, or NaN, are not stored")
         return {key: row for (key, row), fits in zip(rows.items(), finite, strict=True) if fits}
 
     def _warn(self, text: str) -> None:

@@ -37,16 +37,13 @@ _MAX_PATHS = 8  # kinds of arguments in one stage; each costs two forwards
 
 
 class PrefixServer:
-    """One patched model's cache: what the handle tells about stages and forwards.
+    """One patched model's cache, which is told of every stage and forward.
 
-    Args:
-        model: the patched model.
-        layout: its cut into units.
-        cache: what to keep where.
-        fixed: whether frozen units are held in eval mode; nothing is served otherwise.
+    `fixed`: frozen units are held in eval mode; nothing is served otherwise.
 
     Attributes:
         level: block whose input is stored: the boundary, or the end of the first stack below it.
+        rows: what is stored.
     """
 
     def __init__(
@@ -57,9 +54,9 @@ class PrefixServer:
         self._cache = cache
         self._fixed = fixed
         self._weights = PrefixWeights(model, layout)
-        self._rows = KeyedRows(model, layout, self._weights, cache)
+        self.rows = KeyedRows(model, layout, self._weights, cache)
         self._side = SideForwards(model, layout)
-        self._check = RowCheck(self._weights, self._side, self._rows, cache.dtype)
+        self._check = RowCheck(self._weights, self._side, self.rows, cache.dtype)
         self._names = _argument_names(model)
         self.level = 0
         self._paused = False
@@ -84,7 +81,7 @@ class PrefixServer:
         self.remove_stand_ins()
         self._forget_changed()
         self.level = level = min(boundary, self._layout.stacks[0].length)
-        self._rows.forget_above(level)  # the blocks in between train now
+        self.rows.forget_above(level)  # the blocks in between train now
         self._check.begin_stage(level)
         self._weights.watch(level)
         self._paths.clear()
@@ -99,7 +96,7 @@ class PrefixServer:
     def close(self) -> None:
         self.remove_stand_ins()
         self._paths.clear()
-        self._rows.close()
+        self.rows.close()
 
     def remove_stand_ins(self) -> None:
         """Put every module in its own place again, also after a forward that was interrupted."""
@@ -109,14 +106,6 @@ class PrefixServer:
         for path in self._paths.values():
             for level in path.levels.values():
                 level.forget()
-
-    def manifest(self) -> dict[str, str | None]:
-        """Where rows are kept, and what for: for a checkpoint."""
-        return self._rows.manifest()
-
-    def expect(self, manifest: dict[str, str | None]) -> None:
-        """Take over the manifest of the run that this one continues; warn of rows out of reach."""
-        self._rows.expect(manifest)
 
     @contextmanager
     def paused(self) -> Iterator[None]:
@@ -130,17 +119,10 @@ class PrefixServer:
     def before_forward(
         self, args: tuple[Any, ...], kwargs: dict[str, Any], *, proved: bool
     ) -> dict[str, Any]:
-        """Look the rows of a forward up, and compute what is missing if that is cheap.
+        """Look the rows of a forward up, compute those that are missing, and return its `kwargs`.
 
-        `install_stand_ins` then makes the forward take what there is.
-
-        Args:
-            args: positional arguments of the model.
-            kwargs: its keyword arguments.
-            proved: the plan's first training forward, which must run the prefix, is over.
-
-        Returns:
-            The keyword arguments.
+        `install_stand_ins` then makes the forward take them, once the first training forward of the
+        plan, which must run the prefix, has `proved` that nothing is cut off.
         """
         if self.busy:
             return kwargs
@@ -165,7 +147,7 @@ class PrefixServer:
             self._stand_ins.install_stand_ins()
 
     def after_forward(self, *, raised: bool) -> None:
-        """Every module in its own place again."""
+        """Put every module in its own place again, and note what the forward has shown."""
         if self.busy:
             return
         if self._failed is not None and not raised:
@@ -188,14 +170,13 @@ class PrefixServer:
         grads = torch.is_grad_enabled()
         self._watch.poll()
         self._forget_changed()
-        store = self._rows.store
+        store = self.rows.store
         if self._reason is None and grads:
             if verdict := self._counts.verdict(store.rows(self.level)):
                 self._switch_off(verdict)
         if self._reason is not None or not (grads or store.levels()):
             return None  # or read-only, and nothing to read
-        device_type = call.device.type
-        precision = _precision(self._model, device_type)
+        precision = _precision(self._model, call.device.type)
         salt = repr(precision).encode() + self._weights.adapters()
         context = (salt, self._model.training)
         if self._check.doubted:
@@ -208,12 +189,8 @@ class PrefixServer:
             return None if path is None else path.reason
         if not grads and path.keys_and_values:
             return "the output holds keys and values of all blocks: pass use_cache=False"
-        started = time.perf_counter()
-        rows = call.rows(salt, unpadded=path.unpadded, consumed=path.consumed)
-        hash_ms = (time.perf_counter() - started) * 1e3 if device_type == "cpu" else 0.0
-        self._rows.bind_level(self.level)
-        if not (path.unpadded and path.per_token):
-            rows = Rows(rows.digests, ((0, path.length(call) or 0),) * call.size)
+        rows, hash_ms = _recognise(call, path, salt)
+        self.rows.bind_level(self.level)
 
         def sample(row: int, hidden: Tensor, span: tuple[int, int]) -> Sample:
             return Sample(path, context, call.take([row]), hidden, span)
@@ -231,11 +208,11 @@ class PrefixServer:
             path,
             rows,
             hash_ms,
-            side=self._side,
-            stored=self._rows,
-            counts=self._counts,
-            watch=self._watch,
-            still_hold=still_hold,
+            self._side,
+            self.rows,
+            self._counts,
+            self._watch,
+            still_hold,
         )
         if grads:
             self._stand_ins = plan.read_and_compute_rows(proved=proved)
@@ -259,13 +236,13 @@ class PrefixServer:
         if len(self._paths) >= _MAX_PATHS:
             return Path(f"more than {_MAX_PATHS} kinds of arguments")
         trial = Trial(self._model, self._layout, self._weights, self._side, self.level)
-        lower = [at for at in self._rows.known_levels() if at < self.level]
+        lower = [at for at in self.rows.known_levels() if at < self.level]
         try:
             path = trial.learn_path(call, lower, padded=bool(padding))
         except Exception as error:  # the forward itself is about to raise the same; or else
             self._failed = (kind, padding), f"a trial of its forward raises {error_line(error)}"
             return None
-        if path.place_found and self._rows.on_disk:  # their keys were made without it
+        if path.place_found and self.rows.on_disk:  # their keys were made without it
             self._check.drop_all_rows()
         self._paths[kind, padding] = path
         return path
@@ -277,7 +254,7 @@ class PrefixServer:
             return
         unit, name = change
         self._changes[name] += 1
-        self._rows.forget_above(unit)
+        self.rows.forget_above(unit)
         if self.level > unit:
             self._check.sample = None
         self._paths.clear()
@@ -292,7 +269,7 @@ class PrefixServer:
 
     def report(self) -> CacheReport:
         self._watch.poll()
-        store, counts = self._rows.store, self._counts
+        store, counts = self.rows.store, self._counts
         state = "on" if self._reason is None else "off" if self._off else "bypassed"
         reason = self._reason or ""
         refusals = {p.reason for p in self._paths.values()} or set(self._bypasses)
@@ -310,7 +287,7 @@ class PrefixServer:
             level=self.level,
             rows={level: store.rows(level) for level in store.levels()},
             nbytes=store.nbytes,
-            nbytes_by_tier=dict(store.nbytes_by_tier),
+            nbytes_by_tier=store.nbytes_by_tier,
             hits=counts.hits,
             misses=counts.misses,
             served_steps=self._served,
@@ -327,12 +304,21 @@ def _argument_names(model: nn.Module) -> tuple[str, ...]:
     return tuple(p.name for p in parameters if p.kind in kinds)
 
 
+def _recognise(call: Call, path: Path, salt: bytes) -> tuple[Rows, float]:
+    """The rows of a batch, and the milliseconds it took; on a GPU other work is waited for."""
+    started = time.perf_counter()
+    rows = call.rows(salt, unpadded=path.unpadded, consumed=path.consumed)
+    hash_ms = (time.perf_counter() - started) * 1e3 if call.device.type == "cpu" else 0.0
+    if not (path.unpadded and path.per_token):
+        rows = Rows(rows.digests, ((0, path.length(call) or 0),) * call.size)
+    return rows, hash_ms
+
+
 def _padding(call: Call) -> frozenset[str]:
     """Sides on which some row of a batch has padding."""
     spans, tokens = call.spans[0], call.tokens or 0
-    left = ["left"] if any(start for start, _ in spans) else []
-    right = ["right"] if any(end < tokens for _, end in spans) else []
-    return frozenset(left + right)
+    left, right = any(s for s, _ in spans), any(e < tokens for _, e in spans)
+    return frozenset(["left"] * left + ["right"] * right)
 
 
 def _precision(model: nn.Module, device_type: str) -> tuple[Any, ...]:

@@ -18,18 +18,12 @@ from .stand_ins import StopForward, UnservableError
 
 
 class SideForwards:
-    """Forwards of `model` beside those of the training loop.
-
-    They call the model itself, so that whatever wraps its forward applies.
-
-    Attributes:
-        busy: one of them is under way; the hooks of the patched model leave it alone.
-    """
+    """Forwards beside those of the training loop; what wraps the model's forward applies."""
 
     def __init__(self, model: nn.Module, layout: Layout) -> None:
         self._model = model
         self._around = [model.get_submodule(path) for path in layout.containers]
-        self.busy = False
+        self.busy = False  # one is under way; the hooks of the patched model leave it alone
 
     @contextmanager
     def without_trace(self) -> Iterator[None]:
@@ -50,24 +44,23 @@ class SideForwards:
                 yield
         finally:
             self.busy = before
-            # autocast keeps the weights that it has cast, here without a way back to their gradient
-            # (up to torch 2.10 the forward to come would then train nothing that it shares)
+            # autocast keeps the weights that it has cast, here without their graph: up to torch
+            # 2.10 the training forward that comes would then give these weights no gradient
             torch.clear_autocast_cache()
 
     def run_model(self, call: Call) -> Any:
         """What the model returns; the caller's dicts and tensors stay as they are."""
         own = call.changed(lambda _, v: v.clone() if isinstance(v, Tensor) else v)
-        forwards = [(m.__dict__, m.__dict__.get("forward")) for m in self._model.modules()]
+        forwards = [(vars(m), vars(m).get("forward")) for m in self._model.modules()]
         try:
             return self._model(*own.args, **own.kwargs)
         except BaseException:
             # transformers 5.0 gives blocks a forward that captures hidden states, and takes it back
-            # where nothing raises only
-            for own_dict, forward in forwards:
-                if forward is None:
-                    own_dict.pop("forward", None)
-                else:
-                    own_dict["forward"] = forward
+            # only where nothing raises
+            for attributes, forward in forwards:
+                attributes.pop("forward", None)
+                if forward is not None:
+                    attributes["forward"] = forward
             raise
 
     def boundary_activations(
@@ -83,7 +76,7 @@ class SideForwards:
 
         Args:
             source: a lower level and its boundary activations, to start from.
-            draws: random numbers are drawn on the way, and are put back.
+            draws: random numbers are drawn on the way; the generators are set back.
         """
         taken: list[Tensor] = []
 
@@ -93,7 +86,7 @@ class SideForwards:
 
         gpus = gpus_of(self._model) if draws else []
         state = torch_state(gpus) if draws else None
-        # those of frozen modules stay as they are, and what lies above is not reached
+        # frozen modules do not write to theirs, and modules above the boundary are not reached
         buffers = [
             (module._buffers, name, buffer, buffer._version, buffer.clone())
             for module in self._around
@@ -102,7 +95,7 @@ class SideForwards:
         ]
         try:
             with self._busy(), ExitStack() as stand_ins:
-                stand_ins.enter_context(levels[at].take(receive).installed())
+                stand_ins.enter_context(levels[at].take(receive))
                 if source is not None:
                     stand_ins.enter_context(levels[source[0]].feed(source[1]).installed())
                 self.run_model(call)

@@ -1,10 +1,9 @@
 """Takes modules out of one forward: in their places stand modules that return what is known.
 
 Entries of the parents' `_modules` are exchanged and put back within one forward, so that classes,
-instances and state dicts are never touched, and code that reads `block.attention_type` on the way
-still finds it: a stand-in hands attribute reads on to its original.
-
-`recorded_levels.py` says what they return.
+instances and state dicts are never touched. A stand-in hands attribute reads on to its original:
+code that reads `block.attention_type` on the way finds it. `recorded_levels.py` says what they
+return.
 """
 
 from __future__ import annotations
@@ -53,37 +52,20 @@ class StandIn(nn.Module):
         return self._run(self._original, args, kwargs)
 
 
-class Catch:
-    """Hands what one module returns, once, to `receive`.
+@contextmanager
+def output_handed_to(receive: Callable[[Any], None], module: nn.Module) -> Iterator[None]:
+    """Hand what `module` returns to `receive`, once."""
 
-    It is a hook: models that look for their blocks (transformers 5.0 does, where hidden states are
-    asked for) find them in their places.
-    """
+    # a hook, as transformers 5.0 looks for blocks in their places where hidden states are asked for
+    def catch(module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+        hook.remove()
+        receive(output)
 
-    def __init__(self, module: nn.Module, receive: Callable[[Any], None]) -> None:
-        self._module = module
-        self._receive = receive
-        self._hook: Any = None
-
-    def install_stand_ins(self) -> None:
-        self._hook = self._module.register_forward_hook(self._catch)
-
-    def remove_stand_ins(self) -> None:
-        if self._hook is not None:
-            self._hook.remove()
-            self._hook = None
-
-    @contextmanager
-    def installed(self) -> Iterator[None]:
-        self.install_stand_ins()
-        try:
-            yield
-        finally:
-            self.remove_stand_ins()
-
-    def _catch(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
-        self.remove_stand_ins()
-        self._receive(output)
+    hook = module.register_forward_hook(catch)
+    try:
+        yield
+    finally:
+        hook.remove()
 
 
 class Swaps:
@@ -124,19 +106,12 @@ def entering(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> torch.Tensor |
 
 @dataclass(frozen=True)
 class Structure:
-    """How a module hands its hidden states on: alone, or at one place of a tuple or list.
+    """How a module hands its hidden states on: alone, or at one place of a tuple or list."""
 
-    Attributes:
-        kind: `tuple`, `list`, or None for the tensor alone.
-        length: places.
-        place: of the hidden states, the first tensor.
-        others: number of tensors at other places.
-    """
-
-    kind: type | None
+    kind: type | None  # `tuple`, `list`, or None for the tensor alone
     length: int = 1
-    place: int = 0
-    others: int = 0
+    place: int = 0  # of the hidden states, the first tensor
+    others: int = 0  # number of tensors at other places
 
     @classmethod
     def of(cls, output: Any) -> Structure | None:

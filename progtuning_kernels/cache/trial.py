@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Collection
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -36,75 +37,63 @@ class Path:
     """How forwards with one kind of arguments go."""
 
     reason: str | None = None  # why they are not served; None where they are
-    levels: dict[int, Level] = field(default_factory=dict)  # that they can start from
-    # rows are stored without padding; not where something above the boundary reads that of
-    # hidden states
+    levels: dict[int, Level] = field(default_factory=dict)  # where they can start
+    # rows are stored without padding, unless something above the boundary reads their padding
     unpadded: bool = True
-    draws: bool = False  # code around the prefix does, to no effect (BART's layerdrop of 0)
-    consumed: frozenset[str] = frozenset()  # of `READ_ABOVE`, that the prefix reads all the same
+    draws: bool = False  # random numbers are drawn to no effect (BART's layerdrop of 0)
+    consumed: frozenset[str] = frozenset()  # of `READ_ABOVE`, what the prefix reads all the same
     keys_and_values: bool = False  # the output holds those of all blocks
     dtype: torch.dtype = torch.float32  # of the boundary activations
     width: int = 0  # C
     alone: bool = False  # learnt from one row, which does not show whether it depends on others
     per_token: bool = True  # T of the boundary activations is that of the token ids
     lengths: dict[Any, int] = field(default_factory=dict)  # T by shapes of a sample, where not
-    place_found: bool = False  # it reads a tensor that some other module holds, newly watched
+    place_found: bool = False  # the prefix reads a tensor of another module, newly watched
 
     def length(self, call: Call) -> int | None:
         """T of the boundary activations; None for a shape that was not seen yet."""
         return call.tokens if self.per_token else self.lengths.get(call.shapes(self.consumed))
 
     def serves(self, padding: Collection[str], rows: int, checked: Collection[str]) -> bool:
-        """Whether what was checked with padding on the sides `checked` holds for other batches.
-
-        That is with padding on the same sides, or on fewer, and with more than one row where
-        `rows` are more.
-        """
+        """Whether a trial with padding on the sides `checked` holds for a batch with `padding`."""
         if self.alone and rows > 1:
             return False
         fewer = checked > padding and self.reason is None and self.unpadded
         return checked == padding or fewer
 
 
+@dataclass(frozen=True)
 class Trial:
     """Trials of one model for the stage whose boundary is block `level`."""
 
-    def __init__(
-        self,
-        model: nn.Module,
-        layout: Layout,
-        weights: PrefixWeights,
-        side: SideForwards,
-        level: int,
-    ) -> None:
-        self._model = model
-        self._layout = layout
-        self._weights = weights
-        self._side = side
-        self._level = level
-        self._gpus = gpus_of(model)
+    model: nn.Module
+    layout: Layout
+    weights: PrefixWeights
+    side: SideForwards
+    level: int
+
+    @cached_property
+    def _gpus(self) -> list[torch.device]:
+        return gpus_of(self.model)
 
     def learn_path(self, call: Call, lower: Collection[int], *, padded: bool) -> Path:
-        """Run one batch both ways.
+        """Run one batch both ways; what the model raises when it runs plainly is raised.
 
         Args:
             lower: levels below the boundary that have rows.
             padded: some row of `call` has padding.
-
-        Raises:
-            Exception: whatever the model raises when it runs plainly.
         """
         path = Path(alone=call.size == 1)
-        with self._side.without_trace():
+        with self.side.without_trace():
             start = self._random_state()
             recording = Recording(self._random_state)
-            with recording.watching(self._model, self._layout, self._level):
-                inside, around = self._weights.held_inside(), self._weights.held_around()
-                expected = self._side.run_model(call)
+            with recording.watching(self.model, self.layout, self.level):
+                inside, around = self.weights.held_inside(), self.weights.held_around()
+                expected = self.side.run_model(call)
             end, _ = self._random_state()
             try:
-                for at in sorted({self._level, *lower}, reverse=True):
-                    level = Level(self._model, self._layout, at, recording, call.size)
+                for at in sorted({self.level, *lower}, reverse=True):
+                    level = Level(self.model, self.layout, at, recording, call.size)
                     state, host = level.random_state
                     if host != start[1]:
                         raise UnservableError(
@@ -112,15 +101,15 @@ class Trial:
                         )
                     path.draws |= not same_torch_state(state, start[0])
                     path.levels[at] = level
-                top = path.levels[self._level]
+                top = path.levels[self.level]
                 path.dtype, path.width = top.hidden.dtype, top.hidden.shape[2]
                 path.per_token = top.hidden.shape[1] == call.tokens
                 path.keys_and_values = has_keys_and_values(expected)
-                if written := _written(inside, self._weights.held_inside()):
+                if written := _written(inside, self.weights.held_inside()):
                     name = next(iter(written))[1]
                     raise UnservableError(f"code below the boundary keeps a tensor in {name}")
                 # what the model keeps of a forward is an output too
-                kept = _written(around, self._weights.held_around())
+                kept = _written(around, self.weights.held_around())
                 expected = (expected, [kept[key].clone() for key in sorted(kept)])
                 self._find_inputs(path, call)
                 path.lengths[call.shapes(path.consumed)] = top.hidden.shape[1]
@@ -133,11 +122,8 @@ class Trial:
                     if problem is None:
                         break
                 if problem is not None:
-                    if top.others:
-                        problem += (
-                            f" (block {self._level - 1} hands on {top.others} more tensor(s))"
-                        )
-                    raise UnservableError(problem)
+                    more = f" (block {self.level - 1} hands on {top.others} more tensor(s))"
+                    raise UnservableError(problem + more * bool(top.others))
             except UnservableError as unservable:
                 path.reason = str(unservable)
             except Exception as error:  # the model's own code, in a forward that ends early
@@ -150,20 +136,16 @@ class Trial:
         return torch_state(self._gpus), host_state()
 
     def _compute(self, path: Path, call: Call) -> Tensor:
-        return self._side.boundary_activations(path.levels, self._level, call, draws=path.draws)
+        return self.side.boundary_activations(path.levels, self.level, call, draws=path.draws)
 
     def _watched(self, path: Path, call: Call) -> tuple[Tensor, Follow]:
-        follow = Follow(call.tensors, self._weights.tensors)
+        follow = Follow(call.tensors, self.weights.tensors)
         with follow.watching():
             return self._compute(path, call), follow
 
     def _find_inputs(self, path: Path, call: Call) -> None:
-        """Compute the boundary activations again, and watch what they are computed from.
-
-        Raises:
-            UnservableError: they are no function of arguments and watched tensors alone.
-        """
-        top = path.levels[self._level].hidden
+        """Raise `UnservableError` if boundary activations depend on more than what is watched."""
+        top = path.levels[self.level].hidden
         tolerance = TOLERANCE.get(path.dtype, 0.0)
         again, follow = self._watched(path, call)
         repeats = [again]
@@ -175,9 +157,10 @@ class Trial:
                 "the prefix is no fixed function: dropout outside the frozen modules, or another "
                 "state that a forward changes"
             )
-        for name in sorted(follow.escaped & call.tensors.keys() - READ_BY_BATCHES):
+        if escaped := follow.escaped & call.tensors.keys() - READ_BY_BATCHES:
             raise UnservableError(
-                f"code below the boundary takes values of {name} for a number, a branch or a shape"
+                f"code below the boundary takes values of {min(escaped)} for a number, a branch or "
+                "a shape"
             )
         half = call.size // 2
         part, another = self._watched(path, call.take(range(half, call.size)))
@@ -196,7 +179,7 @@ class Trial:
         for tensor in follow.foreign_to(again):
             if not another.has_seen(tensor):
                 continue  # made in each forward, where nothing is seen of it: in a script
-            place = place_of(tensor, self._model)
+            place = place_of(tensor, self.model)
             if place is None:
                 raise UnservableError(
                     f"the prefix reads a tensor of shape {tuple(tensor.shape)} that is no argument "
@@ -204,15 +187,14 @@ class Trial:
                 )
             if tensor.requires_grad:
                 raise UnservableError(f"the prefix reads {place[1]}, which trains")
-            path.place_found |= self._weights.watch_place(place)
+            path.place_found |= self.weights.watch_place(place)
 
     def _problem(
         self, path: Path, at: int, call: Call, expected: Any, start: list[Tensor], end: list[Tensor]
     ) -> str | None:
-        """What differs when the forward starts from the boundary activations of level `at`.
+        """What differs in a forward from the boundary activations of level `at`.
 
-        Args:
-            start, end: states of torch's generators before and after the plain forward.
+        `start` and `end` are states of torch's generators before and after the plain forward.
         """
         level = path.levels[at]
         hidden, real = level.hidden.clone(), None
@@ -222,13 +204,13 @@ class Trial:
                 real[row, first:last] = True
             hidden[~real] = 0
         set_torch_state(start, self._gpus)
-        around = self._weights.held_around()
+        around = self.weights.held_around()
         try:
             with level.feed(hidden).installed():
-                found = self._side.run_model(call)
+                found = self.side.run_model(call)
         except Exception as error:  # the model's own code wants more than a stand-in gives
             return f"without the prefix its forward raises {error_line(error)}"
-        kept = _written(around, self._weights.held_around())
+        kept = _written(around, self.weights.held_around())
         fed = level.was_fed
         level.forget()
         if not fed:

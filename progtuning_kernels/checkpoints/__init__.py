@@ -147,7 +147,7 @@ def load_checkpoint(
             scheduler.load_state_dict(content["scheduler"])
         model.load_state_dict(state["model"], strict=False)  # what is missing has been compared
     if patched is not None and patched.cache is not None and own["cache"] is not None:
-        patched.cache.expect(own["cache"])
+        patched.cache.rows.expect(own["cache"])
     if same_ranks:
         set_random_state(own["random"], model)
     else:
@@ -191,15 +191,13 @@ def _undone_if_it_fails(
 def _facts(
     model: nn.Module, patched: PatchHandle | None, optimizer: Optimizer, scheduler: Any
 ) -> dict[str, str]:
-    """What must be the same in a run that goes on: names, shapes, schedule, groups.
-
-    What modules write into their state dict beside parameters and buffers may have any shape:
-    bitsandbytes' 4-bit layers write descriptions of changing length, and do not take them back.
-    """
+    """What must be the same in a run that goes on: names, shapes, schedule, groups."""
     facts = {
         "the schedule": "none" if patched is None else repr(patched.schedule),
         "the learning rate scheduler": "none" if scheduler is None else "some",
     }
+    # other entries have any shape: bitsandbytes writes descriptions of changing length for 4-bit
+    # layers, and does not take them back
     named = (model.named_parameters, model.named_buffers)
     known = {name for names in named for name, _ in names(remove_duplicate=False)}
     for key, value in model.state_dict().items():
@@ -214,11 +212,7 @@ def _facts(
 
 
 def _compare(path: Path, content: dict[str, Any], facts: dict[str, str], model: nn.Module) -> None:
-    """Raise `CheckpointError` if the checkpoint is not of this run.
-
-    Args:
-        facts: those of this run.
-    """
+    """Raise `CheckpointError` if the checkpoint is not of this run, whose facts are `facts`."""
     for what in {**facts, **content["facts"]}:
         there, here = content["facts"].get(what, "missing"), facts.get(what, "missing")
         if there != here:
@@ -251,7 +245,7 @@ def _state_of_rank(model: nn.Module, patched: PatchHandle | None) -> dict[str, A
     return {
         "random": random_state(model),
         "handle": None if patched is None else patched.state_dict(),
-        "cache": None if patched is None or patched.cache is None else patched.cache.manifest(),
+        "cache": None if patched is None or not patched.cache else patched.cache.rows.manifest(),
     }
 
 
@@ -259,11 +253,7 @@ def _state_of_rank(model: nn.Module, patched: PatchHandle | None) -> dict[str, A
 
 
 def _save_shards(partial: Path, state: dict[str, Any]) -> list[tuple[str, int]]:
-    """Write the tensors to a folder, from all ranks, and put some on "meta" in their places.
-
-    Returns:
-        Name and CRC-32 of every file.
-    """
+    """Move the tensors of all ranks from `state` to a folder; name and CRC-32 of every file."""
     from torch.distributed.checkpoint.state_dict_saver import save
 
     tensors: dict[str, Tensor] = {}
@@ -276,8 +266,8 @@ def _save_shards(partial: Path, state: dict[str, Any]) -> list[tuple[str, int]]:
     own = [*partial.glob(f"__{files.this_rank()}_*")]
     if files.this_rank() == 0:
         own.append(partial / ".metadata")
-    checked = files.gather(files.together(files.checksums, own))
-    return [file for of_rank in checked for file in of_rank]
+    checked = files.together(lambda: [(file.name, files.checksum_of(file)) for file in own])
+    return [file for of_rank in files.gather(checked) for file in of_rank]
 
 
 def _to_this_rank(
@@ -300,7 +290,12 @@ def _to_this_rank(
             targets[name] = like if i is None else torch.empty_like(like, dtype=value.dtype)
             values[key] = targets[name]
         elif alike and is_sharded(like):
-            values[key] = _sharded_as(like, value)
+            from torch.distributed.tensor import distribute_tensor
+
+            own: Any = like
+            whole = value.to(own.device)  # every rank has it: nothing is sent
+            sharding = own.device_mesh, own.placements
+            values[key] = distribute_tensor(whole, *sharding, src_data_rank=None)
     if path.is_dir():
         from torch.distributed.checkpoint.state_dict_loader import load
 
@@ -308,27 +303,16 @@ def _to_this_rank(
 
 
 def _entries(state: dict[str, Any]) -> Iterator[tuple[str, int | None, dict[Any, Any], Any]]:
-    """All weights and all entries of the optimizer's state.
-
-    Yields:
-        A name for it, the number of its parameter in the optimizer (None for a weight), the dict
-        that holds it, and its key there.
+    """Of all weights and entries of the optimizer's state: a name, the number of the parameter in
+    the optimizer (None for a weight), the dict that holds the entry, and its key there.
     """
     yield from ((f"model/{key}", None, state["model"], key) for key in state["model"])
     for i, values in state["optimizer"]["state"].items():
         yield from ((f"optimizer/{i}/{key}", i, values, key) for key in values)
 
 
-def _sharded_as(like: Any, whole: Tensor) -> Tensor:
-    from torch.distributed.tensor import distribute_tensor
-
-    # every rank has the whole: nothing is sent
-    whole = whole.to(like.device)
-    return distribute_tensor(whole, like.device_mesh, like.placements, src_data_rank=None)
-
-
 def _copy_shards(copy: Callable[..., Any], tensors: dict[str, Tensor], path: Path) -> None:
-    """Call torch's `save` or `load`; what fails on some rank is one line, not a traceback each."""
+    """Call torch's `save` or `load`; a failure on some rank is one line, not a traceback each."""
     from torch.distributed.checkpoint.api import CheckpointException
 
     try:

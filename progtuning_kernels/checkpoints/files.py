@@ -38,11 +38,7 @@ def paths_of(folder: Path, step: int, *, sharded: bool) -> tuple[Path, Path]:
 
 
 def make_room(folder: Path, step: int) -> None:
-    """Before a save: make the folder, remove leftovers of killed writers and later damaged files.
-
-    Raises:
-        CheckpointError: there is a later checkpoint that is not damaged.
-    """
+    """Make the folder; remove leftovers of killed writers, and later files that are damaged."""
     folder.mkdir(parents=True, exist_ok=True)
     for partial in folder.glob("step-*.partial"):
         _remove(partial)
@@ -51,7 +47,7 @@ def make_room(folder: Path, step: int) -> None:
             return
         try:
             _read(path, 0, 1)
-        except Exception:  # it was warned about, and would be in the way of what comes now
+        except Exception:  # it is damaged, and would be taken for the newest of what comes now
             _remove(path)
             continue
         raise CheckpointError(
@@ -77,23 +73,14 @@ def finish(content: dict[str, Any], partial: Path, path: Path, keep: int) -> Non
         _remove(old)
 
 
-def checksums(files: list[Path]) -> list[tuple[str, int]]:
-    """Names and CRC-32."""
-    return [(file.name, _checksum(file)) for file in files]
-
-
 def newest(folder: Path) -> tuple[Path, dict[str, Any]] | None:
-    """The newest checkpoint that every rank can read, and what it says.
-
-    Raises:
-        CheckpointError: none can be read, or it was written by another version.
-    """
+    """The newest checkpoint that every rank can read, and what it says; None: there is none."""
     damaged: list[str] = []
     rank, ranks = this_rank(), world_size()
     for _, path in gather(_checkpoints(folder))[0]:  # what the first rank sees
         try:
             content = together(_read, path, rank, ranks)
-        except Exception as error:  # a damaged file fails in many ways; none of them matters here
+        except Exception as error:  # a damaged file raises one of many kinds
             damaged.append(f"{path} cannot be read ({one_line(error)})")
             continue
         if content["format"] != FORMAT:
@@ -117,11 +104,7 @@ def _checkpoints(folder: Path) -> list[tuple[int, Path]]:
 
 
 def _write(content: dict[str, Any], path: Path) -> None:
-    """Write a file to the device.
-
-    Raises:
-        TypeError: it could not be read back without running code from it.
-    """
+    """Write a file to the device; TypeError if reading it back would run code from it."""
     checksums_on = serialization.patch("save.compute_crc32", True)  # pyright: ignore
     with checksums_on, path.open("wb") as file:
         torch.save(content, file)
@@ -136,11 +119,7 @@ def _write(content: dict[str, Any], path: Path) -> None:
 
 
 def _read(path: Path, rank: int, ranks: int) -> dict[str, Any]:
-    """What a checkpoint says; of a folder's shards every rank looks at its part.
-
-    Raises:
-        Exception: it is damaged; of many kinds.
-    """
+    """What a checkpoint says, if nothing is damaged; every rank looks at its part of the shards."""
     file = path / _STATE if path.is_dir() else path
     with zipfile.ZipFile(file) as records:
         if (record := records.testzip()) is not None:
@@ -148,7 +127,7 @@ def _read(path: Path, rank: int, ranks: int) -> dict[str, Any]:
     content = torch.load(file, map_location="cpu", weights_only=True)
     if content["format"] == FORMAT:
         for name, checksum in content.get("files", ())[rank::ranks]:
-            if _checksum(path / name) != checksum:
+            if checksum_of(path / name) != checksum:
                 raise ValueError(f"{name} in it is damaged")
     return content
 
@@ -167,7 +146,8 @@ def _sync(folder: Path) -> None:
     os.close(opened)
 
 
-def _checksum(path: Path) -> int:
+def checksum_of(path: Path) -> int:
+    """CRC-32 of a file, which is read in parts."""
     checksum = 0
     with path.open("rb") as file:
         while part := file.read(1 << 20):
@@ -199,7 +179,7 @@ def gather(one: Any) -> list[Any]:
 
 
 def together(action: Callable[..., Any], *args: Any) -> Any:
-    """Call it on this rank; if it fails on one, raise on all, so that nobody waits for another."""
+    """Call it on this rank; if it fails on one, raise on all, so that no rank waits for another."""
     result, error = None, None
     try:
         result = action(*args)

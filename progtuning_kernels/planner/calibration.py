@@ -25,7 +25,7 @@ from .example_batch import on_device
 from .meta_step import loss_of, meta_copy
 from .stage_meter import Options, freeze_quietly, state_dtype_of
 
-_MIN_ROUNDS = 3  # after one that warms up
+_SECONDS, _MIN_ROUNDS = 2.0, 3  # after a round that warms up; it takes longer where it must
 
 
 class CannotCalibrate(Exception):
@@ -34,27 +34,16 @@ class CannotCalibrate(Exception):
 
 @dataclass(frozen=True)
 class UnitCosts:
-    """Seconds of one micro-batch.
+    """Seconds that each part of the model takes for one micro-batch."""
 
-    Attributes:
-        embeddings: forward and backward. embeddings_frozen: forward under no_grad.
-        block: forward and backward, with the gradient of its input.
-        block_lowest: the same without the gradient of its input, which nothing below needs.
-        block_frozen: forward under no_grad.
-        block_between: a frozen block through which the gradient passes to what trains below; 0
-            where it was not asked for.
-        head: forward, loss and backward.
-        update: of the optimizer, per parameter.
-    """
-
-    embeddings: float
-    embeddings_frozen: float
-    block: float
-    block_lowest: float
-    block_frozen: float
-    block_between: float
-    head: float
-    update: float
+    embeddings: float  # forward and backward
+    embeddings_frozen: float  # forward under no_grad
+    block: float  # forward and backward, with the gradient of its input
+    block_lowest: float  # without that gradient, which nothing below needs
+    block_frozen: float  # forward under no_grad
+    block_between: float  # frozen, the gradient passes to what trains below; 0: not measured
+    head: float  # forward, loss and backward
+    update: float  # of the optimizer, per parameter
 
     def step_s(self, state: StageState, num_blocks: int, *, cached: bool = False) -> float:
         """Seconds of one step in a stage; `cached`: without the prefix."""
@@ -111,9 +100,8 @@ class _Sections:
         self._last = self._now()
 
     def end(self, section: str) -> None:
-        now = self._now()
-        self.seconds[section].append(now - self._last)
-        self._last = self._now()
+        self.seconds[section].append(self._now() - self._last)
+        self.start()
 
     def _now(self) -> float:
         if self._device.type == "cuda":
@@ -126,10 +114,8 @@ class _Sections:
 
 
 def _hidden_states(values: Any) -> torch.Tensor | None:
-    floating = (
-        t for t in pytree.tree_leaves(values) if isinstance(t, torch.Tensor) and t.ndim >= 2
-    )
-    return next((t for t in floating if t.is_floating_point()), None)
+    tensors = (t for t in pytree.tree_leaves(values) if isinstance(t, torch.Tensor))
+    return next((t for t in tensors if t.ndim >= 2 and t.is_floating_point()), None)
 
 
 def _timed_step(
@@ -140,7 +126,7 @@ def _timed_step(
     clock: _Sections,
     name: str,
 ) -> None:
-    """One step; sections are "full block 0 forward" and the like; `name` is their first word."""
+    """Time the sections of one step, such as f"{name} block 0 forward"."""
 
     def boundary(passed: str, behind: str, values: Any) -> None:
         """Forward has passed one section; backward comes back here when it has passed another."""
@@ -150,15 +136,14 @@ def _timed_step(
             hidden.register_hook(lambda _: clock.end(f"{name} {behind} backward"))
 
     first, second = (model.get_submodule(path) for path in layout.block_paths)
-    handles = [
+    with (
         first.register_forward_pre_hook(
             lambda _, args, kwargs: boundary("embeddings", "block 0", (args, kwargs)),
             with_kwargs=True,
         ),
         first.register_forward_hook(lambda _, args, out: boundary("block 0", "block 1", out)),
         second.register_forward_hook(lambda _, args, out: boundary("block 1", "head", out)),
-    ]
-    try:
+    ):
         clock.start()
         loss = loss_of(model(**inputs))
         clock.end(f"{name} head forward")
@@ -167,9 +152,6 @@ def _timed_step(
         optimizer.step()
         clock.end(f"{name} update")
         optimizer.zero_grad()
-    finally:
-        for handle in handles:
-            handle.remove()
 
 
 def measure_units(
@@ -182,17 +164,11 @@ def measure_units(
     tied: TiedPolicy,
     frozen_mode: FrozenMode,
     between: bool,
-    seconds: float = 2.0,
 ) -> UnitCosts:
-    """Time real steps of a two-block copy, in turns, for about `seconds`; the least are returned.
+    """The least times of real steps of a copy with two blocks and other weights.
 
-    Args:
-        model: the one that is planned; its weights are not used. inputs: on the meta device.
-        between: measure frozen blocks that the gradient passes as well.
-        seconds: at least four rounds are made, whatever they take.
-
-    Raises:
-        CannotCalibrate: blocks that differ, or a step that fails.
+    `between`: measure frozen blocks that the gradient passes as well. CannotCalibrate is raised for
+    blocks that differ, and where a step fails.
     """
     device = options.device
     small = _two_block_model(model, layout, dtype, device)
@@ -215,7 +191,7 @@ def measure_units(
     try:
         with torch.enable_grad():
             rounds = 0
-            while rounds <= _MIN_ROUNDS or time.perf_counter() - began < seconds:
+            while rounds <= _MIN_ROUNDS or time.perf_counter() - began < _SECONDS:
                 for name, plan in plans.items():
                     freeze_quietly(freezer, plan)
                     _timed_step(small, blocks, batch, optimizer, clock, name)

@@ -16,17 +16,10 @@ from .meta_step import TargetKernels
 def example_batch(
     model: nn.Module, batch_size: int, seq_len: int, *, padding: bool, device: torch.device
 ) -> dict[str, torch.Tensor]:
-    """Arguments of `model.forward`, on the meta device.
+    """Arguments of `model.forward`, on the meta device, where the model is too.
 
     Labels are found by running the model without them: one a token where it returns logits for
-    every token, one a row otherwise.
-
-    Args:
-        model: on the meta device.
-        padding: some rows are padded, so that there is an attention mask.
-
-    Raises:
-        ValueError: the model does not take `input_ids`.
+    every token, one a row otherwise. With `padding` there is an attention mask.
     """
     accepts = inspect.signature(model.forward).parameters
     if "input_ids" not in accepts:
@@ -72,11 +65,7 @@ def on_meta(inputs: Mapping[str, Any], rows: int, new_rows: int) -> dict[str, An
 def on_device(
     inputs: Mapping[str, Any], device: torch.device, vocabulary: int | None
 ) -> dict[str, Any]:
-    """Real values in place of meta tensors: random tokens, labels 0 and 1, padding at the right.
-
-    Args:
-        vocabulary: tokens are drawn below it; None: 0 and 1.
-    """
+    """Real values in place of meta tensors: random tokens, labels 0 and 1, padding at the right."""
 
     def fill(name: str, t: Any) -> Any:
         if not isinstance(t, torch.Tensor):

@@ -1,8 +1,7 @@
 """One training step on the meta device: operations and bytes are counted, nothing is computed.
 
 The model's own forward and its autograd graph run, so that no formula of an architecture is needed.
-What depends on the device is put right on the way: attention goes to the kernel that would run
-there, and dropout keeps what it keeps there.
+Attention goes to the kernel that would run on the device, and dropout keeps what it keeps there.
 """
 
 from __future__ import annotations
@@ -30,12 +29,10 @@ aten = torch.ops.aten
 
 
 def _attention_flops(of_d: int, of_d_v: int, *, first: int = 0) -> Callable[..., int]:
-    """Operations per score for every element of d, the width of a query, and of d_v, of a value.
+    """A counter of attention's operations: (n m) (of_d d + of_d_v d_v) for each batch and head.
 
-    The whole square counts, causal or not, as torch counts it. A matmul over it is 2 n m d.
-
-    Args:
-        first: which argument the query is.
+    A query is d and a value d_v wide, and the query is argument `first`. All scores of n queries
+    and m keys count, causal or not, as torch counts them.
     """
 
     def count(*shapes: Any, **_: Any) -> int:
@@ -64,17 +61,12 @@ class TargetKernels(TorchFunctionMode):
 
     A question about values is answered with no: "is nothing masked?", which transformers asks to
     leave a mask out, is the usual one, and rows have padding.
-
-    Attributes:
-        attention: names of the attention kernels that were taken.
     """
 
     def __init__(self, device: torch.device) -> None:
         super().__init__()
         self._device = device
-        # a GPU that is not there cannot be asked which kernel it takes
-        self.asks_device = device.type == "cpu" or torch.cuda.is_available()
-        self.attention: set[str] = set()
+        self.attention: set[str] = set()  # names of the kernels that were taken
 
     def __torch_function__(
         self, func: Callable[..., Any], types: Any, args: Any = (), kwargs: Any = None
@@ -108,8 +100,7 @@ class TargetKernels(TorchFunctionMode):
         enable_gqa: bool = False,
     ) -> torch.Tensor:
         options: dict[str, Any] = dict(scale=scale, enable_gqa=enable_gqa)
-        inputs = (query, key, value, attn_mask)
-        backend = self._choose(inputs, dropout_p, is_causal, options)
+        backend = self._choose((query, key, value, attn_mask), dropout_p, is_causal, options)
         self.attention.add(backend.name.removesuffix("_ATTENTION").lower())
         if backend not in (
             SDPBackend.FLASH_ATTENTION,
@@ -142,27 +133,25 @@ class TargetKernels(TorchFunctionMode):
         return kernel(query, key, value, attn_mask, grad, dropout_p, is_causal, scale=scale)[0]
 
     def _choose(
-        self,
-        inputs: tuple[Any, ...],
-        dropout_p: float,
-        is_causal: bool,
-        options: dict[str, Any],
+        self, inputs: tuple[Any, ...], dropout_p: float, is_causal: bool, options: dict[str, Any]
     ) -> SDPBackend:
-        query, mask = inputs[0], inputs[3]
+        query, _, _, mask = inputs
         if query.ndim != 4:
             return SDPBackend.MATH
-        if self.asks_device:
-            # one row of memory that is never touched: the choice does not depend on the batch
-            row = [
-                t
-                if t is None
-                else torch.empty_strided(
-                    (1, *t.shape[1:]), t.stride(), dtype=t.dtype, device=self._device
-                ).requires_grad_(t.requires_grad)
-                for t in inputs
-            ]
+        # a GPU that is not there cannot be asked which kernel it takes
+        if self._device.type == "cpu" or torch.cuda.is_available():
+
+            def row_of(t: torch.Tensor | None) -> torch.Tensor | None:
+                # its memory is never touched: the choice does not depend on the size of the batch
+                if t is None:
+                    return None
+                one, where = (1, *t.shape[1:]), self._device
+                row = torch.empty_strided(one, t.stride(), dtype=t.dtype, device=where)
+                return row.requires_grad_(t.requires_grad)
+
             choose: Any = torch._fused_sdp_choice  # pyright: ignore[reportPrivateImportUsage]
-            return SDPBackend(choose(*row, dropout_p, is_causal, **options))
+            rows = map(row_of, inputs)
+            return SDPBackend(choose(*rows, dropout_p, is_causal, **options))
         half = query.dtype in (torch.bfloat16, torch.float16)
         if half and mask is None and query.shape[-1] <= 256:
             return SDPBackend.FLASH_ATTENTION
@@ -194,16 +183,11 @@ class _SaysCpu(TorchFunctionMode):
 
 
 class LiveBytes(TorchDispatchMode):
-    """Bytes of the storages that are alive, while it is entered.
-
-    Attributes:
-        live: now, without what was there before.
-        peak: the most so far.
-    """
+    """Counts bytes of storages that are alive and were not there before."""
 
     def __init__(self, model: nn.Module, inputs: Mapping[str, Any]) -> None:
         super().__init__()
-        self.live = self.peak = 0
+        self.live = self.peak = 0  # now, and the most so far
         before = (*model.parameters(), *model.buffers(), *pytree.tree_leaves(inputs))
         tensors = [t for t in before if isinstance(t, torch.Tensor)]
         self._before = [t.untyped_storage() for t in tensors]  # held: addresses are used again
@@ -234,29 +218,17 @@ class LiveBytes(TorchDispatchMode):
 
 @dataclass(frozen=True)
 class StepFlops:
-    """Operations of one micro-batch: matmuls, convolutions and attention; a multiplication and an
-    addition are two.
-
-    Attributes:
-        forward: of the whole forward. prefix: the part of it below the boundary.
-        prefix_output: hidden states at the boundary, on the meta device; None without a prefix.
-        backward: with what checkpointing computes again.
-        attention: names of the attention kernels.
-    """
+    """Operations of one micro-batch: matmuls, convolutions and attention."""
 
     forward: int
-    prefix: int
-    prefix_output: torch.Tensor | None
-    backward: int
-    attention: frozenset[str]
+    prefix: int  # the part of `forward` below the boundary
+    prefix_output: torch.Tensor | None  # hidden states at the boundary; None without a prefix
+    backward: int  # with what checkpointing computes again
+    attention: frozenset[str]  # names of the kernels
 
 
 def meta_copy(model: nn.Module, dtype: torch.dtype) -> nn.Module:
-    """The same model with weights on the meta device, in train mode; `model` is left alone.
-
-    Args:
-        dtype: of the floating-point parameters. Buffers keep theirs.
-    """
+    """A copy on the meta device, in train mode, with floating-point parameters of `dtype`."""
     memo: dict[int, Any] = {}
     for module in model.modules():
         own = [*module._parameters.values(), *module._buffers.values(), *module.__dict__.values()]
@@ -279,11 +251,7 @@ def meta_copy(model: nn.Module, dtype: torch.dtype) -> nn.Module:
 
 
 def loss_of(output: Any) -> torch.Tensor:
-    """What backward starts from: the loss, or the sum of what a model without a loss returns.
-
-    Raises:
-        ValueError: nothing in the output requires grad.
-    """
+    """What backward starts from: the loss, or the sum of what a model without a loss returns."""
     if getattr(output, "loss", None) is not None:
         return output.loss
     for t in pytree.tree_leaves(output):
@@ -295,15 +263,8 @@ def loss_of(output: Any) -> torch.Tensor:
 def _backward(loss: torch.Tensor) -> None:
     # `loss.backward()` leaves every torch function mode for as long as it runs, and what a
     # checkpoint computes again would then take other kernels than before
-    torch.autograd.graph._engine_run_backward(
-        (loss,),
-        (torch.ones_like(loss),),
-        False,
-        False,
-        (),
-        allow_unreachable=True,
-        accumulate_grad=True,
-    )
+    run, start = torch.autograd.graph._engine_run_backward, torch.ones_like(loss)
+    run((loss,), (start,), False, False, (), allow_unreachable=True, accumulate_grad=True)
 
 
 @contextmanager
@@ -341,13 +302,7 @@ def count_flops(
     boundary: int,
     device: torch.device,
 ) -> StepFlops:
-    """Count the operations of a forward and a backward.
-
-    Args:
-        model: on the meta device, its flags set for the stage. inputs: there, too.
-        boundary: the effective one; the block below it ends the prefix.
-        device: where the step would run.
-    """
+    """Count the operations of a forward and a backward that would run on `device`."""
     kernels, counter = TargetKernels(device), FlopCounterMode(display=False, custom_mapping=_FLOPS)
     prefix, hidden = 0, None
 
@@ -378,11 +333,8 @@ def peak_live_bytes(
     device: torch.device,
     in_backward: bool,
 ) -> int:
-    """The most that activations, temporaries and gradients take together in one step.
-
-    Not counted in one run with the operations: torch's counter keeps what a checkpoint computes
-    again alive to the end. `in_backward`: a unit's gradients are dropped as soon as they are there.
-    """
+    """The most that activations, temporaries and gradients take together in one step."""
+    # a step of its own: torch's counter of operations keeps what a checkpoint computes again alive
     memory = LiveBytes(model, inputs)
     with ExitStack() as stack:
         if in_backward:

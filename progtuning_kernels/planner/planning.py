@@ -28,14 +28,14 @@ from .meta_step import meta_copy
 from .stage_meter import MeasuredStage, OptimizerName, Options, StageMeter
 from .training_plan import Remedy, StagePlan, TrainingPlan
 
-# A distinct plan of a model of 32 blocks takes 2 s, and nobody reads a longer table.
+# A distinct plan of a model of 32 blocks takes 2 s, and a longer table says no more.
 _MOST_PLANS = 64
 # Length of a run that no one has named: every number of stages up to 12 divides it.
 _ANY_LENGTH = math.lcm(*range(1, 13))
 
 
 def _stage_starts(schedule: Schedule, total_steps: int) -> list[int]:
-    """First steps of the stages, whose numbers grow with the step: found by bisection."""
+    """First steps of the stages, found by bisection: stage numbers grow with the step."""
     steps, starts = range(total_steps), [0]
     while True:
         current = schedule.stage(starts[-1])
@@ -190,7 +190,7 @@ def plan_training(
     ]
     peak = max(range(len(stages)), key=lambda i: stages[i].peak_bytes)
     with _no_data(model):
-        remedies = _remedies(meter, plans[peak], stages[peak], batch, batch_size)
+        remedies = _remedies(meter, plans[peak], stages[peak], batch_size)
     return TrainingPlan(
         title=(
             f"{type(model).__name__}, {layout.num_blocks} blocks, {batch_size} rows of {seq_len} "
@@ -210,7 +210,7 @@ def plan_training(
 
 @contextmanager
 def _no_data(model: nn.Module) -> Iterator[None]:
-    """Say what has happened to a model that asks for values on the meta device."""
+    """Raise `ValueError` where a model asks for values, which are not there on the meta device."""
     try:
         yield
     except (NotImplementedError, RuntimeError) as error:
@@ -244,14 +244,8 @@ def _with_times(
     )
 
 
-def _remedies(
-    meter: StageMeter,
-    plan: FreezePlan,
-    stage: StagePlan,
-    batch: Mapping[str, Any],
-    rows: int,
-) -> list[Remedy]:
-    """What each option alone makes of the peak, where it lowers it."""
+def _remedies(meter: StageMeter, plan: FreezePlan, stage: StagePlan, rows: int) -> list[Remedy]:
+    """What each option alone makes of the peak of a stage, where it lowers it."""
     stateless = stage.peak_bytes - stage.state_bytes
     peaks = {
         "8-bit state": stateless + meter.state_bytes(plan, "adamw-8bit"),
@@ -261,7 +255,7 @@ def _remedies(
     if plan.embeddings:
         peaks['embeddings="never"'] = meter.peak_bytes(replace(plan, embeddings=False))
     if rows > 1:
-        half = on_meta(batch, rows, rows // 2)
+        half = on_meta(meter.inputs, rows, rows // 2)
         peaks[f"a micro-batch of {rows // 2}"] = meter.peak_bytes(plan, inputs=half)
     if _switch_checkpointing_on(meter.model):  # last, as it stays on in the copy
         peaks["gradient checkpointing"] = meter.peak_bytes(plan)
@@ -270,7 +264,7 @@ def _remedies(
 
 
 def _switch_checkpointing_on(model: Any) -> bool:
-    """Whether it was off, and a Hugging Face model that has it."""
+    """Switch it on; False where it is on, or the model has none."""
     if not getattr(model, "supports_gradient_checkpointing", False) or any(
         getattr(module, "gradient_checkpointing", False) for module in model.modules()
     ):

@@ -41,7 +41,7 @@ class Options:
 
 @dataclass(frozen=True)
 class MeasuredStage:
-    """One plan: its units, its operations, and all figures but the steps and relative times."""
+    """What a stage under one plan costs; the steps and times in its figures are set later."""
 
     state: StageState
     flops: StepFlops
@@ -49,11 +49,7 @@ class MeasuredStage:
 
 
 def freeze_quietly(freezer: Freezer, plan: FreezePlan) -> StageState:
-    """Put `plan` in force on a copy of the model, without the warnings that training gives.
-
-    Raises:
-        ValueError: it leaves nothing to train.
-    """
+    """Put `plan` in force on a copy of the model, without the warnings that training gives."""
     freezer.active.check_plan(plan)
     state = freezer.freeze(plan)
     with warnings.catch_warnings():
@@ -62,43 +58,31 @@ def freeze_quietly(freezer: Freezer, plan: FreezePlan) -> StageState:
     return state
 
 
+@dataclass(frozen=True)
 class StageMeter:
-    """Puts plans on one model, and measures a step under each.
+    """Puts plans on a model, a copy on the meta device of its own, and measures a step of each."""
 
-    Args:
-        model: a copy on the meta device that nobody else uses. freezer, inputs: of that copy.
-    """
-
-    def __init__(
-        self,
-        model: nn.Module,
-        layout: Layout,
-        freezer: Freezer,
-        inputs: Mapping[str, Any],
-        options: Options,
-    ) -> None:
-        self.model = model
-        self._layout = layout
-        self._freezer = freezer
-        self._inputs = inputs
-        self._options = options
+    model: nn.Module
+    layout: Layout
+    freezer: Freezer
+    inputs: Mapping[str, Any]
+    options: Options
 
     def measure(self, plan: FreezePlan) -> MeasuredStage:
-        """Everything about a step under `plan`."""
-        state, device = freeze_quietly(self._freezer, plan), self._options.device
-        where = (self.model, self._layout)
-        flops = count_flops(*where, self._inputs, boundary=state.boundary, device=device)
+        state, device = freeze_quietly(self.freezer, plan), self.options.device
+        where = (self.model, self.layout)
+        flops = count_flops(*where, self.inputs, boundary=state.boundary, device=device)
         with TargetKernels(device):
-            uses = measure_forward(*where, (), self._inputs)
-        units = dict.fromkeys(self._layout.units, 0)
+            uses = measure_forward(*where, (), self.inputs)
+        units = dict.fromkeys(self.layout.units, 0)  # bytes of gradients
         for slot in parameter_slots(*where):
             if slot.parameter.requires_grad:
                 units[slot.home] += slot.parameter.nbytes
-        blocks = range(self._layout.num_blocks)
+        blocks = range(self.layout.num_blocks)
         trained = FreezePlan(
             tuple(i in state.active for i in blocks),
             embeddings=EMBEDDINGS in state.active,
-            head=self._layout.head in state.active,
+            head=self.layout.head in state.active,
         )
         figures = StagePlan(
             first_step=0,
@@ -107,8 +91,8 @@ class StageMeter:
             trains=trained.units_in_words(),
             trainable_params=state.trainable_params,
             weight_bytes=self._weight_bytes(),
-            gradient_bytes=(max if self._options.in_backward else sum)(units.values()),
-            state_bytes=self.state_bytes(plan, self._options.optimizer),
+            gradient_bytes=(max if self.options.in_backward else sum)(units.values()),
+            state_bytes=self.state_bytes(plan, self.options.optimizer),
             activation_bytes=sum(use.activation_bytes for use in uses.values()),
             peak_bytes=self.peak_bytes(plan),
             forward_flops=flops.forward,
@@ -125,25 +109,24 @@ class StageMeter:
         inputs: Mapping[str, Any] | None = None,
         in_backward: bool = False,
     ) -> int:
-        """Of a step under `plan`; with other inputs, or with updates inside backward."""
-        state_bytes = self.state_bytes(plan, self._options.optimizer)
+        """Of a step under `plan`, if need be with other inputs or with updates inside backward."""
+        state_bytes = self.state_bytes(plan, self.options.optimizer)
         live = peak_live_bytes(
             self.model,
-            self._layout,
-            inputs or self._inputs,
-            device=self._options.device,
-            in_backward=in_backward or self._options.in_backward,
+            self.layout,
+            inputs or self.inputs,
+            device=self.options.device,
+            in_backward=in_backward or self.options.in_backward,
         )
         return self._weight_bytes() + state_bytes + live
 
     def state_bytes(self, plan: FreezePlan, optimizer: OptimizerName) -> int:
-        """Of that optimizer's state under `plan`."""
-        freeze_quietly(self._freezer, plan)
+        freeze_quietly(self.freezer, plan)
         active = [p for p in self.model.parameters() if p.requires_grad]
         masked = MaskedAdamW(
             active,
             state_dtype=state_dtype_of(optimizer),
-            master_weights=self._options.master_weights,
+            master_weights=self.options.master_weights,
         )
         return sum(t.nbytes for p in active for t in masked.init_state(p).values())
 
@@ -152,7 +135,7 @@ class StageMeter:
 
     def _cache_bytes(self, flops: StepFlops) -> int | None:
         """Of one row of `seq_len` tokens; a row is stored without its padding."""
-        cache, hidden = self._options.cache, flops.prefix_output
+        cache, hidden = self.options.cache, flops.prefix_output
         if cache is None or hidden is None:
             return None
         _, tokens, width = hidden.shape  # (B, T, C)

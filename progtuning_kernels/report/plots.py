@@ -55,11 +55,7 @@ def smooth(values: np.ndarray) -> np.ndarray:
 def _curve_plot(
     rows: Sequence[Row], field: str, x: str, y: str, label: str, *, is_noisy: bool
 ) -> Figure | None:
-    """A line per row over the faint lines of its runs; dotted: where its first run's stages begin.
-
-    Args:
-        field: of a run, whose entries hold the figures `x` and `y`.
-    """
+    """A line per row over the faint lines of its runs; dotted: stages of its first run begin."""
     figure, (ax,) = _figure(4.2)
     for row in rows:
         pairs = [[(number(e, x), number(e, y)) for e in getattr(r, field)] for r in row.runs]
@@ -76,8 +72,8 @@ def _curve_plot(
             ax.plot(xs, ys, line, color=colour, linewidth=1.8, marker=marker, ms=4, label=name)
         for stage in row.runs[0].stages[1:16] if x == "step" else ():
             ax.axvline(stage["first_step"] - 0.5, color=colour, linewidth=0.8, linestyle=":")
-    ax.set(xlabel={"step": "optimizer step"}.get(x, "training time (s)"))
-    ax.set_ylabel(label.replace("$", r"\$"))
+    xlabel = "optimizer step" if x == "step" else "training time (s)"
+    ax.set(xlabel=xlabel, ylabel=label.replace("$", r"\$"))
     ax.margins(x=0.01)
     return _legend(figure, ax) if ax.get_legend_handles_labels()[1] else None
 

@@ -65,11 +65,7 @@ def find_run(path: str | Path) -> Path | None:
 
 
 def load_run(path: str | Path) -> Run:
-    """Read a run from its folder or its file.
-
-    Raises:
-        ValueError: one line that names the file and what is wrong with it.
-    """
+    """Read a run from its folder or its file; ValueError says what is wrong with the file."""
     file = find_run(path)
     if file is None:
         raise ValueError(f"{path}: no metrics.json here, and no trainer_state.json, so no run")
@@ -182,10 +178,7 @@ def differences(runs: Sequence[Run]) -> dict[str, list[str]]:
 
 
 def full_row(rows: Sequence[Row], row: Row) -> Row | None:
-    """The first row of the method full that did the same work: what `row` may be related to.
-
-    None where one of them has a run that learnt nothing.
-    """
+    """The first row of the method full that did the same work as `row`, if all its runs learnt."""
     for full in (other for other in rows if other.method == "full"):
         runs = [*full.runs, *row.runs]
         if not differences(runs) and not any(run.summary.get("failure") for run in runs):

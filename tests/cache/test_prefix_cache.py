@@ -1389,13 +1389,13 @@ def test_a_small_budget_computes_the_rest():
 
 def test_it_switches_itself_off_where_reading_costs_more(times, monkeypatch):
     handle, plain = _pair("bert-sequence", 2)
-    read = handle.cache._rows.store.read
+    read = handle.cache.rows.store.read
 
     def slow(*args: Any, **kwargs: Any) -> torch.Tensor:
         time.sleep(0.05)
         return read(*args, **kwargs)
 
-    handle.cache._rows.store.read = slow
+    handle.cache.rows.store.read = slow
     batches = [tiny_inputs("bert-sequence", seed=seed) for seed in range(8)]
     with warnings.catch_warnings(record=True) as seen:
         warnings.simplefilter("always")
@@ -1678,3 +1678,11 @@ def test_settings_that_go_work_for_one_release_more():
     for _ in range(3):
         handle.model(**inputs, sample=torch.arange(BATCH)).loss.backward()
     assert handle.cache_report().hits
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
+def test_every_dtype_of_stored_rows_is_served(dtype):
+    handle = _patch(tiny_model("bert-sequence"), 2, cache=_cache(dtype=dtype))
+    for _ in range(3):
+        handle.model(**tiny_inputs("bert-sequence")).loss.backward()
+    assert handle.cache_report().hits == 2 * BATCH

@@ -199,7 +199,7 @@ def test_what_is_not_there_as_asked_for_is_a_key_error():
         dict(max_bytes=0),
         dict(device="gpu"),
         dict(dtype=torch.int8),
-        dict(dtype="8bit"),
+        dict(dtype="4bit"),
         dict(device="disk"),
     ],
     ids=str,
