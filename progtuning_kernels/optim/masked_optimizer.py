@@ -21,11 +21,16 @@ from .. import freeze_events
 from ..ops.masked_update.bucket import Bucket, Hyper
 from ..ops.masked_update.grad_decision import GradDecision, decide, norm_over_ranks
 from ..sharding import local_of
-from .active_buckets import ActiveBucket, BucketTable
-from .frozen_state import OnFreeze, offload_frozen_state, release_frozen_state
-from .groups import GroupSnapshot, Member, members_of, parameters_of
+from .active_buckets import (
+    ActiveBucket,
+    BucketTable,
+    GroupSnapshot,
+    Member,
+    members_of,
+    parameters_of,
+)
 from .in_backward import BackwardHooks, ClipMode, refuse_distributed
-from .saved_state import load_state_dict, open_state, save_state_dict
+from .state import OnFreeze, load_state_dict, open_state, save_state_dict, settle_frozen_state
 
 Nonfinite = Literal["skip", "ignore"]
 
@@ -93,7 +98,7 @@ class MaskedOptimizer(Optimizer):
     def _start(self) -> None:
         self.accumulating: Callable[[], bool] = lambda: False
         self._control: Tensor | None = None
-        self._settled = True  # False: what was loaded for frozen tensors is all there yet
+        self._settled = True  # False: the state loaded for frozen tensors is still there
         self._hooks: BackwardHooks | None = None
         if self.in_backward:
             own = weakref.proxy(self)  # a dropped optimizer goes at once, and updates no more
@@ -120,7 +125,8 @@ class MaskedOptimizer(Optimizer):
 
     @property
     def grad_norm(self) -> Tensor | None:
-        """Norm of the last step's gradients before clipping, 0-dim float32; None: nobody needed it.
+        """Norm of the last step's gradients before clipping, 0-dim float32; None: none was taken.
+
 
         Reading it copies it on its device: on a GPU every step writes to the same place.
         """
@@ -181,14 +187,7 @@ class MaskedOptimizer(Optimizer):
         if self._snapshot.differs_from(self.param_groups):
             self._make_tables()
             if self._settled:
-                self._settle_frozen_state()
-
-    def _settle_frozen_state(self) -> None:
-        self._settled = True
-        if self.on_freeze == "release":
-            release_frozen_state(self)
-        elif self.on_freeze == "offload":
-            offload_frozen_state(self)
+                settle_frozen_state(self, self.on_freeze)
 
     def check_groups(self, groups: Iterable[Mapping[str, Any]] | None = None) -> None:
         """Raise `ValueError` for what a group asks for and this optimizer would not do.
@@ -304,7 +303,8 @@ class MaskedOptimizer(Optimizer):
         self.check_groups()
         self.on_flags_changed()  # where nobody announced it
         if not self._settled:
-            self._settle_frozen_state()
+            self._settled = True
+            settle_frozen_state(self, self.on_freeze)
         if hooks is None or any(p.grad is not None for p in parameters_of(self.param_groups)):
             decision = self._update(self.active_buckets(), scale, found_inf, keeps_control=True)
             if decision is not None:

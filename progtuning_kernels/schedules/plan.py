@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from numbers import Real
 from operator import index
-from typing import Any, Protocol, SupportsInt, TypeGuard, cast, get_args, runtime_checkable
+from typing import Any, Protocol, SupportsInt, TypeGuard, TypeVar, cast, get_args, runtime_checkable
 
 
 @dataclass(frozen=True)
@@ -54,9 +54,7 @@ class FreezePlan:
 
 @runtime_checkable
 class Schedule(Protocol):
-    """What `patch_model` asks of a schedule; its `repr`, which a resumed run compares, shows all
-    settings.
-    """
+    """What `patch_model` asks of a schedule. A resumed run compares its `repr`."""
 
     total_steps: int | None
 
@@ -98,9 +96,18 @@ class ObservingSchedule(Schedule, Protocol):
         ...
 
 
+_Schedule = TypeVar("_Schedule", bound=Schedule)
+
+
 def decides_by_gradients(schedule: Schedule) -> TypeGuard[ObservingSchedule]:
     """Whether it decides while it trains; any other schedule's plans are known from the start."""
     return isinstance(schedule, ObservingSchedule)
+
+
+def bind_length(schedule: _Schedule, total_steps: int) -> _Schedule:
+    """Note the length of the run in optimizer steps, on which none of its plans depends."""
+    schedule.total_steps = whole_number("total_steps", total_steps, 1)
+    return schedule
 
 
 def stage_count(schedule: Schedule, total_steps: int) -> int | None:
