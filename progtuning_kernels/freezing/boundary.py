@@ -21,18 +21,16 @@ FrozenMode = Literal["eval", "train"]
 
 # Mode last asked for by `.train(mode)` while the module was held in eval; read when it thaws.
 _requested_mode: weakref.WeakKeyDictionary[nn.Module, bool] = weakref.WeakKeyDictionary()
-
-
 _unfrozen: dict[type, type] = {}  # class made here: the one that it was made from
 
 
 def _hiding(name: str, value: Callable[[Any], Any]) -> property:
-    """Hides what is, or will be, written into the instance under this name, and leaves it there."""
+    """A property that hides, and keeps, what the instance's `__dict__` has under this name."""
     return property(value, lambda self, given: self.__dict__.__setitem__(name, given))
 
 
 def _unfrozen_class(module: nn.Module) -> type:
-    """The class that the module has without anything derived here."""
+    """The module's class without those derived in this file."""
     cls = without_derived_ancestors(type(module))
     return _unfrozen.get(cls, cls)
 
@@ -78,17 +76,15 @@ def frozen_class(base: type, *, no_grad: bool, hold_eval: bool, own_forward: boo
 
 
 def _writable(output: Any) -> Any:
-    """Detached where it is a view: what trains cannot be written into one made under `no_grad`.
-
-    wav2vec2 writes its mask vector into the features.
-    """
+    # wav2vec2 writes its mask vector, which trains, into the features: autograd forbids that for a
+    # view made under `no_grad`
     if isinstance(output, torch.Tensor):
         return output.detach() if output._is_view() else output
     return tuple(map(_writable, output)) if type(output) is tuple else output
 
 
 def _hold_eval(module: nn.Module, base: type, mode: bool) -> None:
-    """Eval mode, but for embeddings whose own mode means only whether NEFTune adds its noise."""
+    """Set eval mode, except on embeddings whose mode only says whether NEFTune adds its noise."""
     base.train(module, False)
     for inner in module.modules():
         if "neftune_noise_alpha" in inner.__dict__:
@@ -116,10 +112,8 @@ def _padded_class(base: type) -> type:
 
 
 def _drop_own_forward(module: nn.Module) -> None:
-    """Remove an instance `forward` that is nothing but a class's own, bound.
-
-    Early transformers 5 put `module.forward` back that way after capturing hidden states: it would
-    then outlive every later change of class, so that a thawed block never trained again.
+    """Remove an instance `forward` that is a class's own, bound: transformers 5.0 leaves one after
+    capturing hidden states, which would outlive the flips, so that a thawed block never trained.
     """
     own = module.__dict__.get("forward")
     if getattr(own, "__self__", None) is module and any(
@@ -130,19 +124,12 @@ def _drop_own_forward(module: nn.Module) -> None:
 
 
 class _Side(NamedTuple):
-    """Where a module stands: runs without autograd, holds no active tensor."""
-
-    no_grad: bool
-    frozen: bool
+    no_grad: bool  # runs without autograd
+    frozen: bool  # holds no active tensor
 
 
 class Boundary:
-    """Holds the modules of one model on their side of the boundary.
-
-    Args:
-        frozen_mode: "eval" keeps frozen modules in eval mode (a fixed function, no dropout),
-            "train" leaves their mode alone.
-    """
+    """Holds the modules of one model on their side of the boundary."""
 
     def __init__(self, model: nn.Module, layout: Layout, frozen_mode: FrozenMode) -> None:
         self._model = model
@@ -157,12 +144,12 @@ class Boundary:
         """Put every module on its side.
 
         Args:
-            frozen: units that hold no active tensor. The head keeps its own mode all the same: it
-                runs after everything that trains, so nothing is gained by holding it.
+            frozen: units that hold no active tensor.
             boundary: units below this one run under `no_grad`; so do the embeddings wherever they
                 are frozen (those of a decoder run after blocks that may be trainable).
         """
         sides = {}
+        # the head runs after everything that trains: nothing is gained by holding its mode
         for unit in self._layout.units[:-1]:
             for path in self._layout.module_paths(unit):
                 no_grad = unit in frozen if unit == EMBEDDINGS else unit < boundary
@@ -175,7 +162,7 @@ class Boundary:
         self._pad(bool(frozen))
 
     def restore_modules(self) -> None:
-        """Put every module back as it was found, but for modes asked for in the meantime."""
+        """Put every module back as it was found, except for modes asked for in the meantime."""
         self._put_back(self._sides)
         self._pad(False)
 
