@@ -1,11 +1,10 @@
-"""Keeps what surrounds a model on several processes right when the plan changes.
+"""Adapts what surrounds a model on several processes to a change of plan.
 
-`DistributedDataParallel` decides when it is built which gradients it reduces: one that stops coming
-leaves a bucket waiting, one that starts coming is not reduced at all. Its reducer is built anew,
-before the first forward of a stage, in milliseconds. FSDP2 (`fully_shard`) needs nothing but to
-gather one frozen block less. Ranks compare what they train at every change: another schedule on one
-of them would add up gradients of different tensors, or have all wait for it. They do so through the
-store that torch's process groups began with, since a collective is what would hang.
+`DistributedDataParallel` decides when it is built which gradients it reduces; its reducer is built
+anew before the first forward of a stage, in milliseconds. FSDP2 (`fully_shard`) only gathers one
+frozen block less. Ranks compare what they train at every change: another schedule on one of them
+would add up gradients of different tensors, or have all wait for it. They do so through the store
+that torch's process groups began with, since a collective is what would hang.
 """
 
 from __future__ import annotations
@@ -33,7 +32,7 @@ _meetings = itertools.count()  # every rank makes its wrappers in the same order
 
 
 def _loaded(module: str, name: str) -> type | tuple[()]:
-    """A class of a module, `()` (nothing is an instance of it) while nobody has imported that."""
+    """A class of a module, or `()`, which has no instances, while that is not imported."""
     return getattr(sys.modules.get(module), name, ())
 
 
@@ -44,10 +43,8 @@ def shards_of(model: nn.Module) -> list[nn.Module]:
 
 
 def refuse_flat_parameters(model: nn.Module) -> None:
-    """FSDP1 and ZeRO-3 keep parameters in flat pieces that cannot freeze block by block.
-
-    Raises:
-        UnsupportedModelError: the model is in the hands of one of them.
+    """Raise `UnsupportedModelError` for FSDP1 and ZeRO-3: their flat pieces of parameters cannot
+    freeze block by block.
     """
     cure = (
         "shard it by torch.distributed.fsdp.fully_shard (FSDP2), block by block; in accelerate: "
@@ -73,11 +70,8 @@ def refuse_flat_parameters(model: nn.Module) -> None:
 
 
 def surrounding(model: nn.Module) -> DistributedDataParallel | nn.Module | None:
-    """What runs `model` at this moment: called inside a forward of it.
-
-    Returns:
-        The `DistributedDataParallel` whose forward this is; the model itself if it is sharded; else
-        None.
+    """Called inside a forward of `model`: the `DistributedDataParallel` that runs it, or the model
+    itself if it is sharded.
     """
     ddp = DistributedDataParallel._get_active_ddp_module()
     if ddp is not None and any(module is model for module in ddp.modules()):
@@ -108,11 +102,7 @@ def unwrap(model: nn.Module) -> nn.Module:
 
 
 def _without_compile(wrapped: nn.Module) -> nn.Module:
-    """Without `torch.compile` around it.
-
-    Raises:
-        UnsupportedModelError: a wrapper that does not follow changes of what trains.
-    """
+    """The module inside `torch.compile`."""
     while True:
         _refuse_wrapper(wrapped)
         # PEFT hands attributes of the model inside on: a child of this name is what counts
@@ -184,20 +174,18 @@ class Wrapper:
         return found is self.ddp or (self.sharded and found is self._model)
 
     def reshard(self) -> None:
-        """Shards in place of gathered weights, which an evaluation leaves behind.
-
-        Flags are set on what a module holds; FSDP2 copies them from the shard when it gathers, not
-        back.
+        """Put shards in the place of gathered weights, which an evaluation leaves: flags are set on
+        what a module holds, and FSDP2 copies them from the shard when it gathers, not back.
         """
         for module in shards_of(self._model) if self.sharded else ():
             module.reshard()
 
     def follow(self, *, step: int, boundary: int) -> None:
-        """The plan has changed; every rank calls this before its first forward under it.
+        """Follow a change of plan; every rank calls this before its first forward under it.
 
         Raises:
-            RuntimeError: another rank trains something else or did not come in time. It is raised
-                on every rank that came.
+            RuntimeError: another rank trains something else or did not come in time; on every rank
+                that came.
         """
         slots = parameter_slots(self._model, self._layout)
         names = [slot.name for slot in slots if slot.parameter.requires_grad]
@@ -205,7 +193,7 @@ class Wrapper:
         self._rebuild(boundary)
 
     def release(self) -> None:
-        """The model is not patched any more: what is active again is reduced again."""
+        """Have everything reduced and gathered again, for a model that is not patched any more."""
         if dist.is_initialized():  # a script may end its process group first
             self._rebuild(boundary=0)
 
@@ -231,7 +219,11 @@ class Wrapper:
                 store.delete_key(f"{before}/verdict")
             store.set(f"{place}/verdict", verdict)
             if verdict != _AGREED:
-                self._let_others_read(store, place)
+                # the store may live in this process, which is about to end with an error
+                came = [rank for rank in self._ranks[1:] if store.check([f"{place}/{rank}"])]
+                with contextlib.suppress(RuntimeError):
+                    read = [f"{place}/{rank}/has read" for rank in came]
+                    store.wait(read, timedelta(seconds=5))
         else:
             # the chief says who is missing, if it gets to that first
             patience = self._timeout + timedelta(seconds=5)
@@ -248,14 +240,8 @@ class Wrapper:
         if verdict != _AGREED:
             raise RuntimeError(verdict)
 
-    def _let_others_read(self, store: Any, place: str) -> None:
-        """The store may live in this process, which is about to end with an error."""
-        came = [rank for rank in self._ranks[1:] if store.check([f"{place}/{rank}"])]
-        with contextlib.suppress(RuntimeError):
-            store.wait([f"{place}/{rank}/has read" for rank in came], timedelta(seconds=5))
-
     def _compare(self, store: Any, place: str, step: int) -> str:
-        """What to tell every rank: `_AGREED`, or what is wrong."""
+        """The verdict for every rank: `_AGREED`, or what is wrong."""
         keys = {rank: f"{place}/{rank}" for rank in self._ranks}
         try:
             store.wait([*keys.values()], self._timeout)
@@ -316,7 +302,7 @@ class Wrapper:
 
 
 def _rebuild_reducer(ddp: DistributedDataParallel) -> None:
-    """A new reducer in place, as unpickling a DDP makes it; the wrapper keeps all its hooks.
+    """Make a new reducer as unpickling a DDP does; the wrapper keeps its hooks.
 
     Parameters are not broadcast: they are the same on all ranks, as every update was.
     """

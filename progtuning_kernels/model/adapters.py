@@ -1,4 +1,4 @@
-"""What PEFT adds to a model, as far as freezing blocks must know of it. PEFT is not imported."""
+"""What freezing must know of PEFT's adapters in a model. PEFT is not imported."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Who is calling: for the few facts that no object tells."""
+"""Looks at the calls under way, for the few facts that no object tells."""
 
 from __future__ import annotations
 

@@ -170,7 +170,7 @@ def joined(family: Family, rules: Mapping[str, Any]) -> Family:
 def ruled_unit(name: str, families: Sequence[Family], head: int) -> int | None:
     """Unit that a family's rules give to a parameter name or to a path that ends in a dot.
 
-    The rule that names it to its end goes first, then those that so name a module around it.
+    A rule that matches it to its end goes first, then one that so matches a module around it.
     """
     parts = name.removesuffix(".").split(".")
     around = [".".join(parts[:i]) + "." for i in range(len(parts) - 1, 0, -1)]
@@ -196,7 +196,7 @@ def is_shared(name: str, families: Sequence[Family]) -> bool:
 
 
 def kinds_of(model: nn.Module) -> list[str]:
-    """What the rules of a family may be registered for: classes and types of its modules."""
+    """Names that a family may be registered under: classes and types of the model's modules."""
     kinds: dict[str, None] = {}
     for module in model.modules():
         kinds |= dict.fromkeys(cls.__name__ for cls in type(module).__mro__)
@@ -207,7 +207,7 @@ def kinds_of(model: nn.Module) -> list[str]:
 
 
 def kind_of(model: nn.Module) -> str:
-    """What a rule for this very model is registered for."""
+    """The name that a rule for this very model is registered under."""
     own = getattr(getattr(model, "config", None), "model_type", None)
     return own if own in kinds_of(model) else type(model).__name__
 

@@ -115,9 +115,7 @@ class Layout:
         return found
 
     def guess_unruled(self, model: nn.Module) -> None:
-        """Take such parameters for head until a forward shows a unit that is computed from them: so
-        nothing is cut off, and no state of a resumed run is dropped, on a guess.
-        """
+        """Take these for head, which cuts nothing off, until a forward shows who uses them."""
         for name in self.unruled(model):
             self.found.setdefault(name, self.head)
 
@@ -137,21 +135,12 @@ class Layout:
 
 @dataclass(frozen=True)
 class ParameterSlot:
-    """One distinct parameter: where it hangs, and the units that use it.
+    """One distinct parameter, by owner and attribute: FSDP2 and others replace its object."""
 
-    Held by owner and attribute, not by object: FSDP2 and others replace Parameter objects.
-
-    Attributes:
-        name: the first of its qualified names.
-        owner: module that it hangs on.
-        attribute: its name there.
-        units: units that use it, in ascending order; several where it is tied or shared.
-    """
-
-    name: str
+    name: str  # the first of its qualified names
     owner: nn.Module
-    attribute: str
-    units: tuple[int, ...]
+    attribute: str  # its name in the owner
+    units: tuple[int, ...]  # that use it, ascending; several where it is tied or shared
 
     @property
     def parameter(self) -> nn.Parameter:
@@ -159,9 +148,7 @@ class ParameterSlot:
 
     @property
     def home(self) -> int:
-        """The unit that it is counted in: a table tied to the head goes on training with the head,
-        what blocks share is at home in the lowest of them.
-        """
+        """The unit that it is counted in: the head for a table tied to it, else the lowest."""
         return self.units[-1] if self.units[0] == EMBEDDINGS else self.units[0]
 
 
@@ -186,12 +173,9 @@ def find_layout(
     *,
     rules: Mapping[str, Family] = MappingProxyType({}),
 ) -> Layout:
-    """Cut `model` into units.
+    """Cut `model` into units; `blocks` is that of `patch_model`.
 
     Args:
-        model: any module that runs blocks.
-        blocks: qualified name of the block list where discovery cannot choose; several, in the
-            order in which they run, of lists or of single modules that are a block each.
         rules: families that count instead of those in `FAMILIES`.
 
     Raises:
