@@ -70,9 +70,7 @@ def refuse_flat_parameters(model: nn.Module) -> None:
 
 
 def surrounding(model: nn.Module) -> DistributedDataParallel | nn.Module | None:
-    """Called inside a forward of `model`: the `DistributedDataParallel` that runs it, or the model
-    itself if it is sharded.
-    """
+    """What runs the forward of `model` that is under way: DDP, or the model itself if sharded."""
     ddp = DistributedDataParallel._get_active_ddp_module()
     if ddp is not None and any(module is model for module in ddp.modules()):
         return ddp
@@ -80,11 +78,9 @@ def surrounding(model: nn.Module) -> DistributedDataParallel | nn.Module | None:
 
 
 def unwrap(model: nn.Module) -> nn.Module:
-    """The model inside `DistributedDataParallel` and `torch.compile`, in any order: what to patch.
+    """The model inside `DistributedDataParallel` and `torch.compile`, in any order.
 
-    Raises:
-        UnsupportedModelError: a wrapper that does not follow changes of what trains, or a
-            `DistributedDataParallel` around a part of the model only.
+    Raises `UnsupportedModelError` for other wrappers, and for a DDP around a part of the model.
     """
     while True:
         inner = _without_compile(model)
@@ -125,28 +121,10 @@ def _refuse_wrapper(module: nn.Module) -> None:
 
 
 class Wrapper:
-    """What surrounds one patched model on several processes.
-
-    Args:
-        model: the patched model.
-        layout: its cut into units.
-        wrapped: what is called in training: the model inside `DistributedDataParallel`, a sharded
-            model, either inside `torch.compile`; or the model itself.
-        timeout: how long a rank waits for the others at a change of plan; None: as long as the
-            process group does.
-
-    Raises:
-        ValueError: `wrapped` does not hold the model.
-        UnsupportedModelError: a wrapper that does not follow changes of what trains.
-    """
+    """What surrounds one patched model on several processes; arguments as `PatchHandle.attach`."""
 
     def __init__(
-        self,
-        model: nn.Module,
-        layout: Layout,
-        wrapped: nn.Module,
-        *,
-        timeout: timedelta | None = None,
+        self, model: nn.Module, layout: Layout, wrapped: nn.Module, timeout: timedelta | None
     ) -> None:
         inner = _without_compile(wrapped)
         if not any(module is model for module in inner.modules()):
@@ -181,11 +159,8 @@ class Wrapper:
             module.reshard()
 
     def follow(self, *, step: int, boundary: int) -> None:
-        """Follow a change of plan; every rank calls this before its first forward under it.
-
-        Raises:
-            RuntimeError: another rank trains something else or did not come in time; on every rank
-                that came.
+        """Follow a change of plan, on every rank before its first forward under it: `RuntimeError`
+        on all ranks that come if another trains something else or does not come in time.
         """
         slots = parameter_slots(self._model, self._layout)
         names = [slot.name for slot in slots if slot.parameter.requires_grad]
@@ -302,10 +277,7 @@ class Wrapper:
 
 
 def _rebuild_reducer(ddp: DistributedDataParallel) -> None:
-    """Make a new reducer as unpickling a DDP does; the wrapper keeps its hooks.
-
-    Parameters are not broadcast: they are the same on all ranks, as every update was.
-    """
+    """Make a new reducer as unpickling does, without broadcasting parameters, which are equal."""
     parameters, sparse = ddp._build_params_for_reducer()
     names = ddp._build_debug_param_to_name_mapping(parameters)
     hooks, ddp._comm_hooks = ddp._comm_hooks, []

@@ -112,11 +112,8 @@ def patch_model(
 
 
 def check_options(options: Mapping[str, Any], taker: str) -> None:
-    """Check keyword arguments that `taker` will hand to `patch_model`, all but `step`.
-
-    Raises:
-        TypeError: one that it has not.
-        ValueError: a value that it does not take.
+    """Check options that `taker` gives to `patch_model`: `TypeError` for one that it has not, or
+    `step`, `ValueError` for a value that it does not take.
     """
     parameters = signature(patch_model).parameters.values()
     known = [p.name for p in parameters if p.kind is p.KEYWORD_ONLY and p.name != "step"]

@@ -17,18 +17,14 @@ TiedPolicy = Literal["frozen", "head_only"]
 
 
 class ActiveSet:
-    """Sets `requires_grad` of one model's parameters, and nothing else of the model.
-
-    Attributes:
-        units: those that hold an active parameter under the plan in force.
-    """
+    """Sets `requires_grad` of one model's parameters, and nothing else of the model."""
 
     def __init__(self, model: nn.Module, layout: Layout, tied: TiedPolicy) -> None:
         self._model = model
         self._layout = layout
         self._tied = tied
         self._slots: list[ParameterSlot] = []
-        self.units: set[int] = set()
+        self.units: set[int] = set()  # that hold an active parameter under the plan in force
         self._objects: list[weakref.ref[nn.Parameter]] = []  # one a slot
         self._flags: list[bool] = []  # of the plan in force, one a slot
         self._user_trainable: dict[str, bool] = {}

@@ -39,10 +39,8 @@ def frozen_class(base: type, *, no_grad: bool, hold_eval: bool, own_forward: boo
     """One fixed subclass of `base` per combination of flags; `base` itself without a flag.
 
     Args:
-        no_grad: `forward` runs under `torch.no_grad()`, and is never checkpointed: there is nothing
-            to recompute.
-        hold_eval: `train(True)` leaves the module in eval mode: the Hugging Face Trainer calls
-            `model.train()` before every step, which would switch dropout on again.
+        no_grad: `forward` runs under `torch.no_grad()`, and is never checkpointed.
+        hold_eval: `train(True)`, as the Trainer calls it before every step, leaves eval mode on.
         own_forward: the instance has a `forward` of its own, as accelerate gives to the modules of
             a model spread over devices; `no_grad` then surrounds the whole call.
     """
@@ -94,8 +92,7 @@ def _hold_eval(module: nn.Module, base: type, mode: bool) -> None:
 def _padded_class(base: type) -> type:
     """A subclass of `nn.TransformerEncoder` that makes no nested tensors while a layer trains.
 
-    It decides for all layers by the mode and the flags of the first, which may be frozen alone;
-    those that train cannot take nested tensors, and a head that pools would see other padding.
+    The original decides by the first layer, which may be frozen alone.
     """
 
     def use_nested_tensor(self: Any) -> bool:
@@ -141,17 +138,14 @@ class Boundary:
         self._modes: dict[nn.Module, list[tuple[nn.Module, bool]]] = {}
 
     def place_modules(self, frozen: Collection[int], boundary: int) -> None:
-        """Put every module on its side.
-
-        Args:
-            frozen: units that hold no active tensor.
-            boundary: units below this one run under `no_grad`; so do the embeddings wherever they
-                are frozen (those of a decoder run after blocks that may be trainable).
+        """Put every module on its side: `frozen` are the units that hold no active tensor, those
+        below `boundary` run under `no_grad`.
         """
         sides = {}
         # the head runs after everything that trains: nothing is gained by holding its mode
         for unit in self._layout.units[:-1]:
             for path in self._layout.module_paths(unit):
+                # those of a decoder run after blocks that may be trainable
                 no_grad = unit in frozen if unit == EMBEDDINGS else unit < boundary
                 sides[self._model.get_submodule(path)] = _Side(no_grad, unit in frozen)
         # modules that have left the model in the meantime go back to their own class

@@ -29,16 +29,13 @@ class ForwardInputs:
 class Forwards:
     """Follows changes of the model before a forward that trains; proves once per plan that freezing
     cuts nothing off; has a prefix cache put its stand-ins in last.
-
-    Attributes:
-        last: inputs of the last training forward; None before the first.
     """
 
     def __init__(self, freezer: Freezer, missed: MissedSteps) -> None:
         self._freezer = freezer
         self._missed = missed
         self._paths: GradientPaths | None = None  # of the forward that proves
-        self.last: ForwardInputs | None = None
+        self.last: ForwardInputs | None = None  # of the last forward that trained
 
     def before_forward(
         self, args: tuple[Any, ...], kwargs: dict[str, Any]

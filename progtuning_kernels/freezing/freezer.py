@@ -176,7 +176,7 @@ class Freezer:
 
     def attach(self, wrapped: nn.Module, timeout: timedelta | None = None) -> None:
         """See `PatchHandle.attach`."""
-        wrapper = Wrapper(self.model, self.layout, wrapped, timeout=timeout)
+        wrapper = Wrapper(self.model, self.layout, wrapped, timeout)
         if wrapper.sharded and self.cache is not None:
             raise UnsupportedModelError(
                 "a prefix cache takes blocks out of the model, which fully_shard gathers all the "

@@ -25,16 +25,7 @@ class _Block:
 
 
 class GradientNorms:
-    """Watches the blocks of one model for one schedule.
-
-    Args:
-        schedule: says which steps it observes, and decides.
-
-    Attributes:
-        reduced_at_end: gradients are whole at the end of backward only, as under
-            `DistributedDataParallel`.
-        sharded: every rank holds a shard of each gradient, not the whole.
-    """
+    """Watches the blocks of one model for one schedule."""
 
     def __init__(self, model: nn.Module, layout: Layout, schedule: ObservingSchedule) -> None:
         self._model = model
@@ -45,8 +36,8 @@ class GradientNorms:
         self._blocks: dict[int, _Block] = {}
         self._handles: list[torch.utils.hooks.RemovableHandle] = []
         self._awaits_end = False  # of the backward that is running
-        self.reduced_at_end = False
-        self.sharded = False
+        self.reduced_at_end = False  # gradients are whole at the end of backward only, as under DDP
+        self.sharded = False  # every rank holds a shard of each gradient
         # (L + 1,): sums of squares over the steps of an interval, and how many steps; None until a
         # gradient has come in it
         self._sums: Tensor | None = None

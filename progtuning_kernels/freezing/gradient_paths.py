@@ -27,7 +27,6 @@ class GradientPaths:
     """Watches the modules of one model during one forward.
 
     Args:
-        layout: its cut into units; units of bare parameters are written into `layout.found`.
         no_grad: units that run without autograd.
         freezes: units that are frozen now or will be.
         inputs: the model's arguments.
@@ -81,9 +80,7 @@ class GradientPaths:
         self._checked.clear()
 
     def finish(self, output: Any) -> bool:
-        """Write the units that the forward has shown of bare parameters into `layout.found`;
-        returns whether any has changed.
-        """
+        """Write the units of bare parameters into `layout.found`; whether any has changed."""
         found = self._layout.found
         before = dict(found)
         for key, name in self._unruled.items():

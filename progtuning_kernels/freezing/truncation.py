@@ -17,15 +17,12 @@ class TruncationError(AssertionError):
 
 @dataclass(frozen=True)
 class UnitReport:
-    """One unit: its name, numbers of parameters, and what a forward left behind, as in `UnitUse`.
-
-    `active_names` are the qualified names of its active parameters. What was not measured is None.
-    """
+    """Numbers of a unit's parameters, and its `UnitUse` in a forward; None: not measured."""
 
     label: str
     params: int
     active: int
-    active_names: tuple[str, ...] = ()
+    active_names: tuple[str, ...] = ()  # qualified names of its active parameters
     nodes: int | None = None
     saved_bytes: int | None = None
     activation_bytes: int | None = None

@@ -20,22 +20,16 @@ from ..model.layout import EMBEDDINGS, Layout, parameter_slots
 
 @dataclass(frozen=True)
 class UnitUse:
-    """What one forward left behind for backward in one unit.
+    """What one forward left behind for backward in one unit."""
 
-    Attributes:
-        nodes: autograd nodes that backward would run, `AccumulateGrad` included.
-        saved_bytes: bytes of every tensor handed to `saved_tensors_hooks`; a tensor saved by three
-            operations counts three times, and weights count.
-        activation_bytes: bytes of distinct storages among them that belong to no parameter or
-            buffer: the memory that the forward really holds. A storage counts in the first unit
-            that saves it.
-        requiring_grad: paths of the modules that make up the unit, and of those inside it that
-            carry a forward hook, whose output required grad.
-    """
-
-    nodes: int = 0
+    nodes: int = 0  # autograd nodes that backward would run, `AccumulateGrad` included
+    # of every tensor handed to `saved_tensors_hooks`: one saved thrice counts thrice, weights count
     saved_bytes: int = 0
+    # of distinct storages among them that belong to no parameter or buffer: the memory that the
+    # forward really holds; a storage counts in the first unit that saves it
     activation_bytes: int = 0
+    # paths of the modules of the unit, and of those inside it that carry a forward hook, whose
+    # output required grad
     requiring_grad: tuple[str, ...] = ()
 
 

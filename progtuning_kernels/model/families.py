@@ -49,7 +49,6 @@ class Family:
 
 _RELATIVE_BIAS = Family(shared=r"relative_attention_bias\.")
 _LATE_NORM = Family(embeddings=r"layernorm_embedding\.")
-_EARLY_NORM = Family(after=r"\.norm\.")
 _PER_LAYER = Family(embeddings=r"(^|\.)(ple|embed_tokens_per_layer|per_layer_\w+)\.")
 _AUDIO_PROMPTS = Family(embeddings=r"(^|\.)(audio_\w+|num_speakers|duration_delta)_(proj|embed)\.")
 _LOGIT_SCALE = Family(head=r"(^|\.)logit_(scale|bias)\b")
@@ -60,19 +59,13 @@ _FOUR_LISTS = Family(blocks=("attentions",), beside=("layer_norm1", "ffns", "lay
 FAMILIES: dict[str, Family] = {
     # The final norm, and OPT's output projection, are registered before `layers`.
     "opt": Family(after=r"decoder\.(final_layer_norm|project_out)\."),
-    **dict.fromkeys(("t5gemma", "t5gemma2"), _EARLY_NORM),
+    **dict.fromkeys(("t5gemma", "t5gemma2"), Family(after=r"\.norm\.")),
     "wav2vec2-conformer": Family(after=r"encoder\.layer_norm\."),
     # Their other encoder norms before `layers`, where it is registered in both.
-    **dict.fromkeys(
-        (
-            "Wav2Vec2EncoderStableLayerNorm",
-            "HubertEncoderStableLayerNorm",
-            "UniSpeechEncoderStableLayerNorm",
-            "UniSpeechSatEncoderStableLayerNorm",
-            "WavLMEncoderStableLayerNorm",
-        ),
-        Family(after=r"encoder\.layer_norm\."),
-    ),
+    **{
+        f"{model}EncoderStableLayerNorm": Family(after=r"encoder\.layer_norm\.")
+        for model in ("Wav2Vec2", "Hubert", "UniSpeech", "UniSpeechSat", "WavLM")
+    },
     "qianfan_ocr_vision": Family(after=r"(^|\.)layernorm\."),
     "jina_embeddings_v3": Family(after=r"(^|\.)pooler\."),
     # Relative positions that every block uses.

@@ -31,24 +31,17 @@ from .stacks import LISTS, Stack, UnknownBlocksError, choose_stacks, parameter_c
 
 @dataclass(frozen=True)
 class Layout:
-    """Cut of one model into units. Names are qualified names, valid while the structure is.
+    """Cut of one model into units. Names are qualified names, valid while the structure is."""
 
-    Attributes:
-        stacks: lists of blocks, in the order in which they run.
-        block_paths: every block, block 0 first.
-        outside: unit of every module that stands outside the blocks, outermost only, with or
-            without parameters (GPT-2's embedding dropout is one).
-        containers: unit of the bare parameters of every module on the way down to a stack, the
-            model itself ("") included, as the order of registration has it.
-        found: units of such parameters as forwards have shown them; they come before `containers`.
-        families: exceptions to the structural rules, the whole model's first.
-    """
-
-    stacks: tuple[Stack, ...]
+    stacks: tuple[Stack, ...]  # in the order in which they run
     block_paths: tuple[str, ...]
+    # unit of every module outside the blocks, outermost only, with or without parameters
     outside: Mapping[str, int]
+    # unit of the bare parameters of every module on the way down to a stack, the model itself ("")
+    # included, by the order of registration
     containers: Mapping[str, int]
-    families: tuple[Family, ...]
+    families: tuple[Family, ...]  # exceptions to the structural rules, the whole model's first
+    # units of such parameters as forwards have shown them; they come before `containers`
     found: dict[str, int] = field(default_factory=dict)
 
     @property
@@ -76,7 +69,7 @@ class Layout:
         return (*own, *(path for path, owner in self.outside.items() if owner == unit))
 
     def unit_of(self, name: str) -> int:
-        """Unit that the parameter of this qualified name sits in."""
+        """The unit that holds the parameter of this qualified name."""
         if name in self.found:
             return self.found[name]
         module = self.module_of(name)
@@ -173,13 +166,9 @@ def find_layout(
     *,
     rules: Mapping[str, Family] = MappingProxyType({}),
 ) -> Layout:
-    """Cut `model` into units; `blocks` is that of `patch_model`.
+    """Cut `model` into units, or raise `UnsupportedModelError`; `blocks` as in `patch_model`.
 
-    Args:
-        rules: families that count instead of those in `FAMILIES`.
-
-    Raises:
-        UnsupportedModelError: no block list, several that fit, or blocks that share weights.
+    `rules` are families that count instead of those in `FAMILIES`.
     """
     try:
         return _layout_of(model, [blocks] if isinstance(blocks, str) else blocks, rules)

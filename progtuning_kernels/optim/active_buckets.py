@@ -28,18 +28,12 @@ Groups = Sequence[Mapping[str, Any]]
 
 @dataclass(frozen=True)
 class Member:
-    """A parameter and its place in the optimizer.
-
-    Attributes:
-        index: over all groups, in order: what the random numbers of the update know it by.
-        group: index of its group.
-        name: as in the group's `param_names`; None where the optimizer was built without names.
-    """
+    """A parameter and its place in the optimizer."""
 
     parameter: Tensor
-    index: int
-    group: int
-    name: str | None
+    index: int  # over all groups, in order; random numbers of the update depend on it
+    group: int  # index of its group
+    name: str | None  # in the group's `param_names`; None where the optimizer was given no names
 
     @property
     def label(self) -> str:
@@ -51,11 +45,7 @@ def parameters_of(groups: Groups) -> Iterator[Tensor]:
 
 
 def members_of(groups: Groups) -> list[Member]:
-    """Every parameter, frozen ones included, in the order of the groups.
-
-    Raises:
-        ValueError: a tensor is there twice, or a group's names are not one per tensor.
-    """
+    """Every parameter in the order of the groups; `ValueError` for one that is there twice."""
     found: list[Member] = []
     for i, group in enumerate(groups):
         size = len(group["params"])
@@ -110,25 +100,19 @@ class ActiveBucket:
         self._written: list[int] | None = None  # versions after the last update, with masters
 
     def follow_parameters(self) -> None:
-        """Set the masters of parameters that were written from outside, as loading weights does.
-
-        A master keeps what its parameter's precision does not show.
-        """
+        """Set the masters of parameters that were written from outside, as loading weights does."""
         bucket = self.bucket
         if bucket.masters is None:
             return
         versions = [p._version for p in bucket.params]
         for i, (p, master) in enumerate(zip(bucket.params, bucket.masters, strict=True)):
             if self._written is None or self._written[i] != versions[i]:
+                # an equal one keeps what the parameter's precision does not show
                 master.copy_(torch.where(master.to(p.dtype) == p, master, p.float()))
         self._written = [version + 1 for version in versions]  # the update is one more
 
     def gather(self) -> Gradients:
-        """The gradients of this moment.
-
-        Raises:
-            RuntimeError: one is sparse.
-        """
+        """The gradients of this moment; `RuntimeError` for a sparse one."""
         grads = [p.grad for p in self.parameters]
         if self.sharded:
             grads = [None if grad is None else local_of(grad) for grad in grads]
@@ -141,10 +125,8 @@ class ActiveBucket:
         return self.bucket.gather(grads)
 
     def is_current(self, state: Mapping[Any, dict[str, Tensor]]) -> bool:
-        """Whether everything still lies where the table of addresses says.
-
-        Parameters and state move with `.data =`, `.to`, `share_memory_` and FSDP; state also when
-        the optimizer's entries are cleared or replaced.
+        """Whether everything still lies where the table of addresses says: `.data =`, `.to`,
+        `share_memory_` and FSDP move tensors, and entries of the state may be replaced.
         """
         locals_ = map(local_of, self.parameters) if self.sharded else self.parameters
         return (
@@ -173,14 +155,8 @@ class BucketTable:
         state: Mapping[Any, dict[str, Tensor]],
         build: Callable[[list[Member]], ActiveBucket],
     ) -> list[ActiveBucket]:
-        """Those of the last call, unless a gradient has come for the first time or something moved.
-
-        Args:
-            state: the optimizer's.
-            build: makes the bucket of members that fit into one launch.
-
-        Raises:
-            RuntimeError: a gradient is not of its parameter's shape.
+        """Buckets that `build` has made of members that fit into one launch, made anew when a
+        gradient comes for the first time or something has moved.
         """
         fresh = any(member.parameter.grad is not None for member in self._waiting)
         if not fresh and all(bucket.is_current(state) for bucket in self._buckets):

@@ -70,9 +70,8 @@ class _Block:
 class BackwardHooks:
     """The hooks of one optimizer, for the parameters that are active.
 
-    Args:
-        begin: called at the first gradient of a backward; says whether this backward updates.
-        update: updates a block from the gradients that are there, and gives up the gradients.
+    `begin`, called at the first gradient of a backward, says whether this one updates; `update`
+    updates a block, and gives up its gradients.
     """
 
     def __init__(

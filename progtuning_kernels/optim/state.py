@@ -34,8 +34,7 @@ def release_frozen_state(optimizer: Optimizer) -> int:
 
 
 def settle_frozen_state(optimizer: Optimizer, on_freeze: OnFreeze) -> None:
-    """Release the state of frozen parameters, keep it, or move it to pinned CPU memory, and that of
-    active ones back.
+    """Do with the state of frozen parameters what `on_freeze` says; bring offloaded state back.
 
     Copies are queued on the current stream and nothing waits for them: memory that is given up here
     is used again by later work of the same stream only.
@@ -107,9 +106,8 @@ def load_state_dict(
 ) -> None:
     """torch's `load_state_dict`, which hands sealed state to the optimizer's `__setstate__`.
 
-    Args:
-        check_groups: refuses groups, as the user's hooks have left them.
-        finish: takes what belongs to no parameter, before the user's hooks look at the result.
+    `check_groups` sees the groups after the user's hooks; `finish` takes what belongs to no
+    parameter, before the user's hooks look at the result.
     """
     checked: StateDict = {}
 

@@ -136,8 +136,7 @@ def _plan(
 def _uniform_64_bits(purpose: str, seed: int, draw: int) -> Iterator[int]:
     """Integers in [0, 2^64): BLAKE2b (RFC 7693) of "purpose:seed:draw:i", eight from every i.
 
-    A counter instead of a generator: draw number n needs no history, and is the same on every
-    machine, Python and rank.
+    Draw number n needs no history, and is the same on every machine, Python and rank.
     """
     for i in count():
         digest = blake2b(f"{purpose}:{seed}:{draw}:{i}".encode()).digest()

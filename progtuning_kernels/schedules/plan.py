@@ -127,11 +127,9 @@ def check_step(step: int) -> None:
 
 
 def whole_number(name: str, value: Any, least: int | None = None) -> int:
-    """`value` as an int of at least `least`: an int of any library, or a float that is whole.
+    """`value`, an int of any library or a float that is whole, as an int of at least `least`.
 
-    Raises:
-        TypeError: no number.
-        ValueError: a number that is not whole, or less than `least`.
+    Raises `TypeError` for what is no number, `ValueError` for another number.
     """
     wanted = f"{name} must be {'' if least is None else f'{least} or more, and '}whole"
     try:
