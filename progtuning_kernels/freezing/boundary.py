@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Callable, Collection, Iterable
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal
 
 import torch
 from torch import nn
@@ -120,11 +120,6 @@ def _drop_own_forward(module: nn.Module) -> None:
         del module.__dict__["forward"]
 
 
-class _Side(NamedTuple):
-    no_grad: bool  # runs without autograd
-    frozen: bool  # holds no active tensor
-
-
 class Boundary:
     """Holds the modules of one model on their side of the boundary."""
 
@@ -132,7 +127,7 @@ class Boundary:
         self._model = model
         self._layout = layout
         self._hold_eval = frozen_mode == "eval"
-        self._sides: dict[nn.Module, _Side] = {}
+        self._placed: list[nn.Module] = []
         holders = (model.get_submodule(s.path.rpartition(".")[0]) for s in layout.stacks)
         self._encoders = [m for m in holders if "use_nested_tensor" in m.__dict__]
         self._modes: dict[nn.Module, list[tuple[nn.Module, bool]]] = {}
@@ -141,23 +136,24 @@ class Boundary:
         """Put every module on its side: `frozen` are the units that hold no active tensor, those
         below `boundary` run under `no_grad`.
         """
-        sides = {}
+        sides: dict[nn.Module, tuple[bool, bool]] = {}  # without autograd; in eval mode
         # the head runs after everything that trains: nothing is gained by holding its mode
         for unit in self._layout.units[:-1]:
             for path in self._layout.module_paths(unit):
                 # those of a decoder run after blocks that may be trainable
                 no_grad = unit in frozen if unit == EMBEDDINGS else unit < boundary
-                sides[self._model.get_submodule(path)] = _Side(no_grad, unit in frozen)
+                hold_eval = unit in frozen and self._hold_eval
+                sides[self._model.get_submodule(path)] = no_grad, hold_eval
         # modules that have left the model in the meantime go back to their own class
-        self._put_back(module for module in self._sides if module not in sides)
-        self._sides = sides
-        for module, side in sides.items():
-            self._switch(module, side)
+        self._put_back(module for module in self._placed if module not in sides)
+        self._placed = list(sides)
+        for module, (no_grad, hold_eval) in sides.items():
+            self._switch(module, no_grad=no_grad, hold_eval=hold_eval)
         self._pad(bool(frozen))
 
     def restore_modules(self) -> None:
         """Put every module back as it was found, except for modes asked for in the meantime."""
-        self._put_back(self._sides)
+        self._put_back(self._placed)
         self._pad(False)
 
     def _pad(self, on: bool) -> None:
@@ -167,10 +163,9 @@ class Boundary:
 
     def _put_back(self, modules: Iterable[nn.Module]) -> None:
         for module in modules:
-            self._switch(module, _Side(no_grad=False, frozen=False))
+            self._switch(module, no_grad=False, hold_eval=False)
 
-    def _switch(self, module: nn.Module, side: _Side) -> None:
-        no_grad, hold_eval = side.no_grad, side.frozen and self._hold_eval
+    def _switch(self, module: nn.Module, *, no_grad: bool, hold_eval: bool) -> None:
         base = _unfrozen_class(module)
         if hold_eval and module not in self._modes:
             self._modes[module] = [(m, m.training) for m in module.modules()]

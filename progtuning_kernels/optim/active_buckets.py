@@ -81,20 +81,16 @@ class GroupSnapshot:
         )
 
 
+@dataclass(eq=False)
 class ActiveBucket:
     """A bucket together with the parameters whose gradients it wants, DTensors included."""
 
-    def __init__(
-        self,
-        members: Sequence[Member],
-        states: Sequence[dict[str, Tensor]],
-        bucket: Bucket,
-        groups: Sequence[int],
-    ) -> None:
-        self.members, self.states = list(members), list(states)
-        self.parameters = [member.parameter for member in members]
-        self.bucket = bucket
-        self.groups = list(groups)  # of the optimizer, in the bucket's numbering
+    parameters: list[Tensor]
+    states: list[dict[str, Tensor]]
+    bucket: Bucket
+    groups: list[int]  # of the optimizer, in the bucket's numbering
+
+    def __post_init__(self) -> None:
         self.sharded = any(map(is_sharded, self.parameters))
         self._places = self._places_of_states()
         self._written: list[int] | None = None  # versions after the last update, with masters

@@ -84,7 +84,7 @@ class MaskedOptimizer(Optimizer):
             raise ValueError(f"seed must have 64 bits, got {seed}")
         super().__init__(params, defaults)
         self.max_grad_norm = max_grad_norm
-        self.on_freeze = on_freeze
+        self.on_freeze: OnFreeze = on_freeze
         self.nonfinite = nonfinite
         self.in_backward = in_backward
         self.clip_mode = clip_mode
@@ -264,19 +264,20 @@ class MaskedOptimizer(Optimizer):
 
     def _build_bucket(self, members: list[Member]) -> ActiveBucket:
         groups = sorted({member.group for member in members})
+        parameters = [member.parameter for member in members]
         states = []
-        for p in (member.parameter for member in members):
+        for p in parameters:
             state = self.state[p]
             if not state:
                 state.update(self.init_state(p))
             states.append(state)
         bucket = self.make_bucket(
-            [local_of(member.parameter).detach() for member in members],
+            [local_of(p).detach() for p in parameters],
             [{key: local_of(value) for key, value in state.items()} for state in states],
             [member.index for member in members],
             [groups.index(member.group) for member in members],
         )
-        return ActiveBucket(members, states, bucket, groups)
+        return ActiveBucket(parameters, states, bucket, groups)
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
