@@ -98,7 +98,6 @@ def unwrap(model: nn.Module) -> nn.Module:
 
 
 def _without_compile(wrapped: nn.Module) -> nn.Module:
-    """The module inside `torch.compile`."""
     while True:
         _refuse_wrapper(wrapped)
         # PEFT hands attributes of the model inside on: a child of this name is what counts

@@ -186,7 +186,6 @@ class ActiveSet:
                 yield slot, not on
 
     def _note_user_choices(self) -> None:
-        """Record what the user switched since the last plan."""
         self._user_trainable.update((slot.name, on) for slot, on in self._switched())
 
 

@@ -121,8 +121,6 @@ def _drop_own_forward(module: nn.Module) -> None:
 
 
 class Boundary:
-    """Holds the modules of one model on their side of the boundary."""
-
     def __init__(self, model: nn.Module, layout: Layout, frozen_mode: FrozenMode) -> None:
         self._model = model
         self._layout = layout

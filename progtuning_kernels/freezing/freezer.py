@@ -99,7 +99,6 @@ class Freezer:
 
     @property
     def sharded(self) -> bool:
-        """Whether the model is sharded by `fully_shard`."""
         return self._wrapper is not None and self._wrapper.sharded
 
     def enter_step(self, step: int, plan: FreezePlan) -> bool:
@@ -125,7 +124,6 @@ class Freezer:
             self.norms.end_step()
 
     def freeze(self, plan: FreezePlan, step: int = 0) -> StageState:
-        """Put `plan` in force for optimizer step `step`."""
         self.plan, self.step = plan, step
         if not self._device_type:
             self._reinstall_swaps()
@@ -205,7 +203,6 @@ class Freezer:
             )
 
     def check_known_plans(self) -> None:
-        """Check the plans that are known already."""
         for step, plan in self._known_plans():
             self.check_plan(step, plan)
 
@@ -314,7 +311,6 @@ class Freezer:
         return self._structure.changed
 
     def _note_modules(self) -> None:
-        """Follow modules and parameters that came or went."""
         self._structure.check()
         self.layout.guess_unruled(self.model)
         new = self.active.rescan_parameters()

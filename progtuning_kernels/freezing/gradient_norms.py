@@ -25,8 +25,6 @@ class _Block:
 
 
 class GradientNorms:
-    """Watches the blocks of one model for one schedule."""
-
     def __init__(self, model: nn.Module, layout: Layout, schedule: ObservingSchedule) -> None:
         self._model = model
         self._layout = layout

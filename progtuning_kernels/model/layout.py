@@ -50,7 +50,6 @@ class Layout:
 
     @property
     def head(self) -> int:
-        """Unit number of the head."""
         return self.num_blocks
 
     @property

@@ -28,8 +28,6 @@ Groups = Sequence[Mapping[str, Any]]
 
 @dataclass(frozen=True)
 class Member:
-    """A parameter and its place in the optimizer."""
-
     parameter: Tensor
     index: int  # over all groups, in order; random numbers of the update depend on it
     group: int  # index of its group

@@ -100,7 +100,6 @@ def read_settings(path: Path) -> Any:
 
 
 def _with_weights(settings: Mapping[str, Any], folder: Path) -> dict[str, Any]:
-    """The settings, with weights in place of `weights_from`."""
 
     settings = dict(settings)
     if "weights_from" not in settings:
