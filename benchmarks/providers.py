@@ -31,7 +31,7 @@ from progtuning_kernels.bench import (
     plain_session,
 )
 from progtuning_kernels.freezing.decay_groups import decay_groups
-from progtuning_kernels.optim.frozen_state import release_frozen_state
+from progtuning_kernels.optim import release_frozen_state
 from progtuning_kernels.patch import handle_of
 
 GIB = 2**30

@@ -1,11 +1,10 @@
-"""Keeps what surrounds a model on several processes right when the plan changes.
+"""Adapts what surrounds a model on several processes to a change of plan.
 
-`DistributedDataParallel` decides when it is built which gradients it reduces: one that stops coming
-leaves a bucket waiting, one that starts coming is not reduced at all. Its reducer is built anew,
-before the first forward of a stage, in milliseconds. FSDP2 (`fully_shard`) needs nothing but to
-gather one frozen block less. Ranks compare what they train at every change: another schedule on one
-of them would add up gradients of different tensors, or have all wait for it. They do so through the
-store that torch's process groups began with, since a collective is what would hang.
+`DistributedDataParallel` decides when it is built which gradients it reduces; its reducer is built
+anew before the first forward of a stage, in milliseconds. FSDP2 (`fully_shard`) only gathers one
+frozen block less. Ranks compare what they train at every change: another schedule on one of them
+would add up gradients of different tensors, or have all wait for it. They do so through the store
+that torch's process groups began with, since a collective is what would hang.
 """
 
 from __future__ import annotations
@@ -33,7 +32,7 @@ _meetings = itertools.count()  # every rank makes its wrappers in the same order
 
 
 def _loaded(module: str, name: str) -> type | tuple[()]:
-    """A class of a module, `()` (nothing is an instance of it) while nobody has imported that."""
+    """A class of a module, or `()`, which has no instances, while that is not imported."""
     return getattr(sys.modules.get(module), name, ())
 
 
@@ -44,10 +43,8 @@ def shards_of(model: nn.Module) -> list[nn.Module]:
 
 
 def refuse_flat_parameters(model: nn.Module) -> None:
-    """FSDP1 and ZeRO-3 keep parameters in flat pieces that cannot freeze block by block.
-
-    Raises:
-        UnsupportedModelError: the model is in the hands of one of them.
+    """Raise `UnsupportedModelError` for FSDP1 and ZeRO-3: their flat pieces of parameters cannot
+    freeze block by block.
     """
     cure = (
         "shard it by torch.distributed.fsdp.fully_shard (FSDP2), block by block; in accelerate: "
@@ -73,12 +70,7 @@ def refuse_flat_parameters(model: nn.Module) -> None:
 
 
 def surrounding(model: nn.Module) -> DistributedDataParallel | nn.Module | None:
-    """What runs `model` at this moment: called inside a forward of it.
-
-    Returns:
-        The `DistributedDataParallel` whose forward this is; the model itself if it is sharded; else
-        None.
-    """
+    """What runs the forward of `model` that is under way: DDP, or the model itself if sharded."""
     ddp = DistributedDataParallel._get_active_ddp_module()
     if ddp is not None and any(module is model for module in ddp.modules()):
         return ddp
@@ -86,11 +78,9 @@ def surrounding(model: nn.Module) -> DistributedDataParallel | nn.Module | None:
 
 
 def unwrap(model: nn.Module) -> nn.Module:
-    """The model inside `DistributedDataParallel` and `torch.compile`, in any order: what to patch.
+    """The model inside `DistributedDataParallel` and `torch.compile`, in any order.
 
-    Raises:
-        UnsupportedModelError: a wrapper that does not follow changes of what trains, or a
-            `DistributedDataParallel` around a part of the model only.
+    Raises `UnsupportedModelError` for other wrappers, and for a DDP around a part of the model.
     """
     while True:
         inner = _without_compile(model)
@@ -108,11 +98,6 @@ def unwrap(model: nn.Module) -> nn.Module:
 
 
 def _without_compile(wrapped: nn.Module) -> nn.Module:
-    """Without `torch.compile` around it.
-
-    Raises:
-        UnsupportedModelError: a wrapper that does not follow changes of what trains.
-    """
     while True:
         _refuse_wrapper(wrapped)
         # PEFT hands attributes of the model inside on: a child of this name is what counts
@@ -135,28 +120,10 @@ def _refuse_wrapper(module: nn.Module) -> None:
 
 
 class Wrapper:
-    """What surrounds one patched model on several processes.
-
-    Args:
-        model: the patched model.
-        layout: its cut into units.
-        wrapped: what is called in training: the model inside `DistributedDataParallel`, a sharded
-            model, either inside `torch.compile`; or the model itself.
-        timeout: how long a rank waits for the others at a change of plan; None: as long as the
-            process group does.
-
-    Raises:
-        ValueError: `wrapped` does not hold the model.
-        UnsupportedModelError: a wrapper that does not follow changes of what trains.
-    """
+    """What surrounds one patched model on several processes; arguments as `PatchHandle.attach`."""
 
     def __init__(
-        self,
-        model: nn.Module,
-        layout: Layout,
-        wrapped: nn.Module,
-        *,
-        timeout: timedelta | None = None,
+        self, model: nn.Module, layout: Layout, wrapped: nn.Module, timeout: timedelta | None
     ) -> None:
         inner = _without_compile(wrapped)
         if not any(module is model for module in inner.modules()):
@@ -184,20 +151,15 @@ class Wrapper:
         return found is self.ddp or (self.sharded and found is self._model)
 
     def reshard(self) -> None:
-        """Shards in place of gathered weights, which an evaluation leaves behind.
-
-        Flags are set on what a module holds; FSDP2 copies them from the shard when it gathers, not
-        back.
+        """Put shards in the place of gathered weights, which an evaluation leaves: flags are set on
+        what a module holds, and FSDP2 copies them from the shard when it gathers, not back.
         """
         for module in shards_of(self._model) if self.sharded else ():
             module.reshard()
 
     def follow(self, *, step: int, boundary: int) -> None:
-        """The plan has changed; every rank calls this before its first forward under it.
-
-        Raises:
-            RuntimeError: another rank trains something else or did not come in time. It is raised
-                on every rank that came.
+        """Follow a change of plan, on every rank before its first forward under it: `RuntimeError`
+        on all ranks that come if another trains something else or does not come in time.
         """
         slots = parameter_slots(self._model, self._layout)
         names = [slot.name for slot in slots if slot.parameter.requires_grad]
@@ -205,7 +167,7 @@ class Wrapper:
         self._rebuild(boundary)
 
     def release(self) -> None:
-        """The model is not patched any more: what is active again is reduced again."""
+        """Have everything reduced and gathered again, for a model that is not patched any more."""
         if dist.is_initialized():  # a script may end its process group first
             self._rebuild(boundary=0)
 
@@ -231,7 +193,11 @@ class Wrapper:
                 store.delete_key(f"{before}/verdict")
             store.set(f"{place}/verdict", verdict)
             if verdict != _AGREED:
-                self._let_others_read(store, place)
+                # the store may live in this process, which is about to end with an error
+                came = [rank for rank in self._ranks[1:] if store.check([f"{place}/{rank}"])]
+                with contextlib.suppress(RuntimeError):
+                    read = [f"{place}/{rank}/has read" for rank in came]
+                    store.wait(read, timedelta(seconds=5))
         else:
             # the chief says who is missing, if it gets to that first
             patience = self._timeout + timedelta(seconds=5)
@@ -248,14 +214,8 @@ class Wrapper:
         if verdict != _AGREED:
             raise RuntimeError(verdict)
 
-    def _let_others_read(self, store: Any, place: str) -> None:
-        """The store may live in this process, which is about to end with an error."""
-        came = [rank for rank in self._ranks[1:] if store.check([f"{place}/{rank}"])]
-        with contextlib.suppress(RuntimeError):
-            store.wait([f"{place}/{rank}/has read" for rank in came], timedelta(seconds=5))
-
     def _compare(self, store: Any, place: str, step: int) -> str:
-        """What to tell every rank: `_AGREED`, or what is wrong."""
+        """The verdict for every rank: `_AGREED`, or what is wrong."""
         keys = {rank: f"{place}/{rank}" for rank in self._ranks}
         try:
             store.wait([*keys.values()], self._timeout)
@@ -316,10 +276,7 @@ class Wrapper:
 
 
 def _rebuild_reducer(ddp: DistributedDataParallel) -> None:
-    """A new reducer in place, as unpickling a DDP makes it; the wrapper keeps all its hooks.
-
-    Parameters are not broadcast: they are the same on all ranks, as every update was.
-    """
+    """Make a new reducer as unpickling does, without broadcasting parameters, which are equal."""
     parameters, sparse = ddp._build_params_for_reducer()
     names = ddp._build_debug_param_to_name_mapping(parameters)
     hooks, ddp._comm_hooks = ddp._comm_hooks, []

@@ -1,9 +1,7 @@
-"""Tells optimizers that `requires_grad` flags have changed.
+"""Tells optimizers that `requires_grad` flags have changed, through one list for the process.
 
-`optim` and `patch` never import each other: `p.requires_grad` is all they share. An optimizer that
-wants to release state at the moment of the change, and not at its next step, listens here; it then
-looks at the flags of its own parameters, so one model's change costs another's optimizer one loop
-and nothing else. Weak references only: listening keeps nothing alive.
+A listener looks at the flags of its own parameters, and can release state at once, not at its next
+step; a change of another model costs it one loop. Listening keeps nothing alive.
 """
 
 from __future__ import annotations

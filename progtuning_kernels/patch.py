@@ -1,7 +1,4 @@
-"""`patch_model`: makes one model instance train what its schedule says, reversibly.
-
-Nothing here touches a class or a module of another library.
-"""
+"""`patch_model`: makes one model instance train what its schedule says, reversibly."""
 
 from __future__ import annotations
 
@@ -115,11 +112,8 @@ def patch_model(
 
 
 def check_options(options: Mapping[str, Any], taker: str) -> None:
-    """Check keyword arguments that `taker` was given for a `patch_model` to come.
-
-    Raises:
-        TypeError: one that it has not; `step` is for `taker` to know.
-        ValueError: a value that it does not take.
+    """Check options that `taker` gives to `patch_model`: `TypeError` for one that it has not, or
+    `step`, `ValueError` for a value that it does not take.
     """
     parameters = signature(patch_model).parameters.values()
     known = [p.name for p in parameters if p.kind is p.KEYWORD_ONLY and p.name != "step"]
@@ -139,7 +133,7 @@ def _check_values(options: Mapping[str, Any]) -> None:
 
 
 def _refuse_patched(model: nn.Module) -> None:
-    """Two plans over one parameter would each undo the other's flags, and keep them."""
+    """Raise `ValueError` for a patched parameter: two plans would undo each other's flags."""
     names = {id(p): name for name, p in model.named_parameters()}
     for handle in list(live_handles):
         if handle.model is model:

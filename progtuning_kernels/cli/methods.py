@@ -12,7 +12,7 @@ from ..cache import PrefixCache
 from ..freezing.decay_groups import decay_groups
 from ..model.layout import Layout
 from ..optim import MaskedAdamW
-from ..optim.moments import STATE_DTYPES
+from ..optim.masked_adamw import STATE_DTYPES
 from ..patch import PatchHandle, patch_model
 from ..schedules import ProgressiveSchedule, Schedule
 from ..schedules.files import KINDS, make_schedule, schedule_from_file

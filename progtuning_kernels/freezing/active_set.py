@@ -17,21 +17,14 @@ TiedPolicy = Literal["frozen", "head_only"]
 
 
 class ActiveSet:
-    """Sets `requires_grad` of one model's parameters, and nothing else of the model.
-
-    Args:
-        tied: what a weight shared by embeddings and head does once the embeddings are frozen.
-
-    Attributes:
-        units: those that hold an active parameter under the plan in force.
-    """
+    """Sets `requires_grad` of one model's parameters, and nothing else of the model."""
 
     def __init__(self, model: nn.Module, layout: Layout, tied: TiedPolicy) -> None:
         self._model = model
         self._layout = layout
         self._tied = tied
         self._slots: list[ParameterSlot] = []
-        self.units: set[int] = set()
+        self.units: set[int] = set()  # that hold an active parameter under the plan in force
         self._objects: list[weakref.ref[nn.Parameter]] = []  # one a slot
         self._flags: list[bool] = []  # of the plan in force, one a slot
         self._user_trainable: dict[str, bool] = {}
@@ -40,7 +33,7 @@ class ActiveSet:
 
     @property
     def device(self) -> torch.device:
-        """Where the first parameter is."""
+        """The device of the first parameter."""
         return next(p.device for slot in self._slots if (p := _current(slot)) is not None)
 
     @property
@@ -83,7 +76,7 @@ class ActiveSet:
             )
 
     def rescan_parameters(self) -> list[str]:
-        """Modules or parameters came or went: names of the parameters that are new."""
+        """List the parameters anew; returns the names of those that are new."""
         self._note_user_choices()
         return self._scan()
 
@@ -100,15 +93,13 @@ class ActiveSet:
         return self._flags != before
 
     def take_switched(self, plan: FreezePlan) -> bool:
-        """Note as the user's choice what was switched on since the last plan, as PEFT does it for
-        another adapter; whether `plan` trains some of it, and so has to be put in force anew.
-        """
+        """Note what was switched on since the last plan; whether `plan` trains some of it."""
         chosen = [slot for slot, on in self._switched() if on]
         self._user_trainable.update((slot.name, True) for slot in chosen)
         return any(self.active_units(slot, plan) for slot in chosen)
 
     def freeze_again(self) -> None:
-        """Freeze what was switched on since, and drop gradients of what is frozen."""
+        """Freeze what was switched on since the last plan; drop gradients of what is frozen."""
         for slot, on in zip(self._slots, self._flags, strict=True):
             parameter = _current(slot)
             if on or parameter is None or not self._user_trainable[slot.name]:
@@ -120,7 +111,7 @@ class ActiveSet:
                 parameter.grad = None
 
     def restore_flags(self) -> None:
-        """Every flag as it was found, but for what the user switched in the meantime."""
+        """Set every flag as it was found, but for what the user switched in the meantime."""
         self._note_user_choices()
         if self._flags:
             self.freeze_again()
@@ -129,7 +120,7 @@ class ActiveSet:
             slot.parameter.requires_grad_(self._user_trainable[slot.name])
 
     def explain(self, slot: ParameterSlot) -> str:
-        """What becomes of a parameter that several units use."""
+        """One line of the report on a parameter that several units use."""
         label = self._layout.unit_label
         if EMBEDDINGS in slot.units:
             users = " and ".join(map(label, slot.units))
@@ -146,11 +137,10 @@ class ActiveSet:
         return plan.head if unit == self._layout.head else plan.trainable[unit]
 
     def _scan(self) -> list[str]:
-        """List the parameters, with what their user wants of each; returns the names of new ones.
+        """List the parameters, and whether the user wants each to train; returns names of new ones.
 
-        A parameter keeps its wish under another name, as pruning gives it. A new one has its own
-        flag for it, unless it took the place of one that the plan had frozen, as the two of weight
-        norm do, or FSDP2's: it may have inherited that flag, so it has that one's wish.
+        A parameter that was renamed keeps its wish. A new one's flag is its wish, unless it took
+        the place of one that the plan had frozen (weight norm, FSDP2) and may have its flag.
         """
         flags = self._flags or [True] * len(self._slots)
         known: dict[int, bool] = {}
@@ -185,7 +175,7 @@ class ActiveSet:
         return new
 
     def _switched(self) -> Iterator[tuple[ParameterSlot, bool]]:
-        """Parameters whose flag is not the plan's any more, with the flag that they have now."""
+        """Parameters whose flag is no longer the plan's, with the flag that they have now."""
         # before the first plan there are no flags, and nothing to compare with
         slots = zip(self._slots, self._objects, self._flags, strict=bool(self._flags))
         for slot, ref, on in slots:
@@ -196,12 +186,11 @@ class ActiveSet:
                 yield slot, not on
 
     def _note_user_choices(self) -> None:
-        """Keep what the user switched since the last plan, wherever the next one trains it."""
         self._user_trainable.update((slot.name, on) for slot, on in self._switched())
 
 
 def _current(slot: ParameterSlot) -> nn.Parameter | None:
-    """What is there now: None where it was renamed, or taken out."""
+    """The parameter that is there now; None where it was renamed or taken out."""
     return slot.owner._parameters.get(slot.attribute)
 
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Callable, Collection, Iterable
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal
 
 import torch
 from torch import nn
@@ -21,18 +21,16 @@ FrozenMode = Literal["eval", "train"]
 
 # Mode last asked for by `.train(mode)` while the module was held in eval; read when it thaws.
 _requested_mode: weakref.WeakKeyDictionary[nn.Module, bool] = weakref.WeakKeyDictionary()
-
-
 _unfrozen: dict[type, type] = {}  # class made here: the one that it was made from
 
 
 def _hiding(name: str, value: Callable[[Any], Any]) -> property:
-    """Hides what is, or will be, written into the instance under this name, and leaves it there."""
+    """A property that hides, and keeps, what the instance's `__dict__` has under this name."""
     return property(value, lambda self, given: self.__dict__.__setitem__(name, given))
 
 
 def _unfrozen_class(module: nn.Module) -> type:
-    """The class that the module has without anything derived here."""
+    """The module's class without those derived in this file."""
     cls = without_derived_ancestors(type(module))
     return _unfrozen.get(cls, cls)
 
@@ -41,10 +39,8 @@ def frozen_class(base: type, *, no_grad: bool, hold_eval: bool, own_forward: boo
     """One fixed subclass of `base` per combination of flags; `base` itself without a flag.
 
     Args:
-        no_grad: `forward` runs under `torch.no_grad()`, and is never checkpointed: there is nothing
-            to recompute.
-        hold_eval: `train(True)` leaves the module in eval mode: the Hugging Face Trainer calls
-            `model.train()` before every step, which would switch dropout on again.
+        no_grad: `forward` runs under `torch.no_grad()`, and is never checkpointed.
+        hold_eval: `train(True)`, as the Trainer calls it before every step, leaves eval mode on.
         own_forward: the instance has a `forward` of its own, as accelerate gives to the modules of
             a model spread over devices; `no_grad` then surrounds the whole call.
     """
@@ -78,17 +74,15 @@ def frozen_class(base: type, *, no_grad: bool, hold_eval: bool, own_forward: boo
 
 
 def _writable(output: Any) -> Any:
-    """Detached where it is a view: what trains cannot be written into one made under `no_grad`.
-
-    wav2vec2 writes its mask vector into the features.
-    """
+    # wav2vec2 writes its mask vector, which trains, into the features: autograd forbids that for a
+    # view made under `no_grad`
     if isinstance(output, torch.Tensor):
         return output.detach() if output._is_view() else output
     return tuple(map(_writable, output)) if type(output) is tuple else output
 
 
 def _hold_eval(module: nn.Module, base: type, mode: bool) -> None:
-    """Eval mode, but for embeddings whose own mode means only whether NEFTune adds its noise."""
+    """Set eval mode, except on embeddings whose mode only says whether NEFTune adds its noise."""
     base.train(module, False)
     for inner in module.modules():
         if "neftune_noise_alpha" in inner.__dict__:
@@ -98,8 +92,7 @@ def _hold_eval(module: nn.Module, base: type, mode: bool) -> None:
 def _padded_class(base: type) -> type:
     """A subclass of `nn.TransformerEncoder` that makes no nested tensors while a layer trains.
 
-    It decides for all layers by the mode and the flags of the first, which may be frozen alone;
-    those that train cannot take nested tensors, and a head that pools would see other padding.
+    The original decides by the first layer, which may be frozen alone.
     """
 
     def use_nested_tensor(self: Any) -> bool:
@@ -116,10 +109,8 @@ def _padded_class(base: type) -> type:
 
 
 def _drop_own_forward(module: nn.Module) -> None:
-    """Remove an instance `forward` that is nothing but a class's own, bound.
-
-    Early transformers 5 put `module.forward` back that way after capturing hidden states: it would
-    then outlive every later change of class, so that a thawed block never trained again.
+    """Remove an instance `forward` that is a class's own, bound: transformers 5.0 leaves one after
+    capturing hidden states, which would outlive the flips, so that a thawed block never trained.
     """
     own = module.__dict__.get("forward")
     if getattr(own, "__self__", None) is module and any(
@@ -129,54 +120,38 @@ def _drop_own_forward(module: nn.Module) -> None:
         del module.__dict__["forward"]
 
 
-class _Side(NamedTuple):
-    """Where a module stands: runs without autograd, holds no active tensor."""
-
-    no_grad: bool
-    frozen: bool
-
-
 class Boundary:
-    """Holds the modules of one model on their side of the boundary.
-
-    Args:
-        frozen_mode: "eval" keeps frozen modules in eval mode (a fixed function, no dropout),
-            "train" leaves their mode alone.
-    """
-
     def __init__(self, model: nn.Module, layout: Layout, frozen_mode: FrozenMode) -> None:
         self._model = model
         self._layout = layout
         self._hold_eval = frozen_mode == "eval"
-        self._sides: dict[nn.Module, _Side] = {}
+        self._placed: list[nn.Module] = []
         holders = (model.get_submodule(s.path.rpartition(".")[0]) for s in layout.stacks)
         self._encoders = [m for m in holders if "use_nested_tensor" in m.__dict__]
         self._modes: dict[nn.Module, list[tuple[nn.Module, bool]]] = {}
 
     def place_modules(self, frozen: Collection[int], boundary: int) -> None:
-        """Put every module on its side.
-
-        Args:
-            frozen: units that hold no active tensor. The head keeps its own mode all the same: it
-                runs after everything that trains, so nothing is gained by holding it.
-            boundary: units below this one run under `no_grad`; so do the embeddings wherever they
-                are frozen (those of a decoder run after blocks that may be trainable).
+        """Put every module on its side: `frozen` are the units that hold no active tensor, those
+        below `boundary` run under `no_grad`.
         """
-        sides = {}
+        sides: dict[nn.Module, tuple[bool, bool]] = {}  # without autograd; in eval mode
+        # the head runs after everything that trains: nothing is gained by holding its mode
         for unit in self._layout.units[:-1]:
             for path in self._layout.module_paths(unit):
+                # those of a decoder run after blocks that may be trainable
                 no_grad = unit in frozen if unit == EMBEDDINGS else unit < boundary
-                sides[self._model.get_submodule(path)] = _Side(no_grad, unit in frozen)
+                hold_eval = unit in frozen and self._hold_eval
+                sides[self._model.get_submodule(path)] = no_grad, hold_eval
         # modules that have left the model in the meantime go back to their own class
-        self._put_back(module for module in self._sides if module not in sides)
-        self._sides = sides
-        for module, side in sides.items():
-            self._switch(module, side)
+        self._put_back(module for module in self._placed if module not in sides)
+        self._placed = list(sides)
+        for module, (no_grad, hold_eval) in sides.items():
+            self._switch(module, no_grad=no_grad, hold_eval=hold_eval)
         self._pad(bool(frozen))
 
     def restore_modules(self) -> None:
-        """Put every module back as it was found, but for modes asked for in the meantime."""
-        self._put_back(self._sides)
+        """Put every module back as it was found, except for modes asked for in the meantime."""
+        self._put_back(self._placed)
         self._pad(False)
 
     def _pad(self, on: bool) -> None:
@@ -186,10 +161,9 @@ class Boundary:
 
     def _put_back(self, modules: Iterable[nn.Module]) -> None:
         for module in modules:
-            self._switch(module, _Side(no_grad=False, frozen=False))
+            self._switch(module, no_grad=False, hold_eval=False)
 
-    def _switch(self, module: nn.Module, side: _Side) -> None:
-        no_grad, hold_eval = side.no_grad, side.frozen and self._hold_eval
+    def _switch(self, module: nn.Module, *, no_grad: bool, hold_eval: bool) -> None:
         base = _unfrozen_class(module)
         if hold_eval and module not in self._modes:
             self._modes[module] = [(m, m.training) for m in module.modules()]

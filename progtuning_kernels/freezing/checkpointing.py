@@ -17,8 +17,6 @@ from ..model.layout import Layout
 
 
 class Checkpointing:
-    """Gradient checkpointing of one model, changed for as long as the model is patched."""
-
     def __init__(self, model: nn.Module, layout: Layout) -> None:
         self._model = model
         self._layout = layout
@@ -27,14 +25,21 @@ class Checkpointing:
         self._input_grads: list[nn.Module] = []  # that had `enable_input_require_grads()` in force
 
     def keep_truncated(self) -> None:
-        """Undo what was switched on since the last call; wanted wherever the embeddings are frozen,
-        for the input of block 0 does not require grad then, though the block may train.
+        """Undo what was switched on since the last call, wherever the embeddings are frozen: the
+        input of block 0 does not require grad then, though the block may train.
         """
-        self._drop_input_grads()
+        for path in self._layout.containers:
+            module = self._model.get_submodule(path)
+            # transformers 5.0 keeps one hook, later ones a list; wrappers forward both names, so
+            # the module's own __dict__ is what counts
+            own = module.__dict__
+            if own.get("_require_grads_hooks") or own.get("_require_grads_hook"):
+                module.disable_input_require_grads()
+                _drop_forgotten_hooks(module)
+                self._input_grads.append(module)
         self._make_nonreentrant()
 
     def restore_checkpointing(self) -> None:
-        """Put back what was found."""
         for module, function, replacement in self._replaced:
             if module._gradient_checkpointing_func is replacement:
                 module._gradient_checkpointing_func = function
@@ -59,17 +64,6 @@ class Checkpointing:
             stacklevel=2,
         )
 
-    def _drop_input_grads(self) -> None:
-        for path in self._layout.containers:
-            module = self._model.get_submodule(path)
-            # transformers 5.0 keeps one hook, later ones a list; wrappers forward both names, so
-            # the module's own __dict__ is what counts
-            own = module.__dict__
-            if own.get("_require_grads_hooks") or own.get("_require_grads_hook"):
-                module.disable_input_require_grads()
-                _drop_forgotten_hooks(module)
-                self._input_grads.append(module)
-
 
 def _is_reentrant(module: nn.Module) -> bool:
     # a functools.partial of torch's checkpoint, put there by transformers
@@ -78,9 +72,7 @@ def _is_reentrant(module: nn.Module) -> bool:
 
 
 def _drop_forgotten_hooks(module: nn.Module) -> None:
-    """Take away the first hooks where it was switched on twice, as TRL does with adapters: no list
-    holds them.
-    """
+    """Remove the first hooks where it was switched on twice, as TRL does: no list holds them."""
     for part in module.modules():
         for key, hook in list(part._forward_hooks.items()):
             if getattr(hook, "__name__", None) == "make_inputs_require_grads":

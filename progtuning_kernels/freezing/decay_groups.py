@@ -13,8 +13,8 @@ def decay_groups(
 ) -> list[dict[str, Any]]:
     """Parameter groups with and without decay; an empty one is left out.
 
-    Matrices decay, as the optimizer says where `weight_decay` is None; biases and norm weights,
-    which have one dimension or none, do not.
+    Matrices decay, by the optimizer's default where `weight_decay` is None; what has one dimension
+    or none, as biases and norm weights have, does not.
     """
     groups: list[dict[str, Any]] = [
         {"params": [p for p in parameters if p.ndim >= 2]},

@@ -19,48 +19,28 @@ from .unit_use import UnitUse, measure_forward
 
 @dataclass(frozen=True)
 class ForwardInputs:
-    """The inputs of a training forward as they were before it, so that a report can repeat it."""
+    """The inputs of a training forward, kept so that a report can repeat it."""
 
     args: tuple[Any, ...]
     kwargs: dict[str, Any]
     autocast: AbstractContextManager[Any]  # that it ran under
 
-    @classmethod
-    def taken(
-        cls, args: tuple[Any, ...], kwargs: dict[str, Any], device_type: str
-    ) -> ForwardInputs:
-        """The inputs of the forward that begins."""
-        autocast: AbstractContextManager[Any] = nullcontext()
-        if torch.amp.is_autocast_available(device_type) and torch.is_autocast_enabled(device_type):
-            autocast = torch.autocast(device_type, dtype=torch.get_autocast_dtype(device_type))
-        args, kwargs = _with_own_containers((args, kwargs))
-        return cls(args, kwargs, autocast)
-
-    def clones(self) -> tuple[tuple[Any, ...], dict[str, Any]]:
-        """Copies, since some models write into the tensors that they are called with."""
-        return _with_own_containers((self.args, self.kwargs), clone=True)
-
 
 class Forwards:
-    """Stands around the forwards of one patched model.
-
-    Before one that trains, changes of the model are followed; under a new plan it is proved that
-    freezing cuts nothing off. A prefix cache puts its stand-ins in last.
-
-    Attributes:
-        last: inputs of the last training forward; None before the first.
+    """Follows changes of the model before a forward that trains; proves once per plan that freezing
+    cuts nothing off; has a prefix cache put its stand-ins in last.
     """
 
     def __init__(self, freezer: Freezer, missed: MissedSteps) -> None:
         self._freezer = freezer
         self._missed = missed
         self._paths: GradientPaths | None = None  # of the forward that proves
-        self.last: ForwardInputs | None = None
+        self.last: ForwardInputs | None = None  # of the last forward that trained
 
     def before_forward(
         self, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> tuple[tuple[Any, ...], dict[str, Any]]:
-        """Returns the arguments to call the model with."""
+        """The arguments to call the model with."""
         freezer, trains = self._freezer, torch.is_grad_enabled()
         if trains:
             freezer.follow_changes()
@@ -75,13 +55,13 @@ class Forwards:
             freezer.follow_surroundings()
             if not freezer.proved:
                 self._paths = self._watch_paths(inputs=(args, kwargs))
-            self.last = ForwardInputs.taken(args, kwargs, freezer.active.device.type)
+            self.last = _inputs_of(args, kwargs, freezer.active.device.type)
         if freezer.cache is not None:
             freezer.cache.install_stand_ins()
         return args, kwargs
 
     def after_forward(self, output: Any) -> None:
-        """Also after one that has raised, with None for its output."""
+        """Called after a forward that raised too: `output` is None then."""
         cache = self._freezer.cache
         if cache is not None:
             if cache.busy:
@@ -90,7 +70,7 @@ class Forwards:
         self.end_proof(output)
 
     def end_proof(self, output: Any = None) -> None:
-        """The forward that `GradientPaths` watches, if any, is over; None: it has raised."""
+        """End the watch of the forward that proves, if any; `output` is None if it has raised."""
         paths, self._paths = self._paths, None
         if paths is None:
             return
@@ -106,10 +86,12 @@ class Forwards:
         if last is None:
             return {}
         paused = nullcontext() if freezer.cache is None else freezer.cache.paused()
+        # some models write into the tensors that they are called with
+        clones = _with_own_containers((last.args, last.kwargs), clone=True)
         with last.autocast, paused:
             paths = self._watch_paths(compiled=True)
             try:
-                return measure_forward(freezer.model, freezer.layout, *last.clones())
+                return measure_forward(freezer.model, freezer.layout, *clones)
             finally:
                 paths.remove()
                 self.last = last  # not the clones
@@ -126,10 +108,15 @@ class Forwards:
         )
 
 
+def _inputs_of(args: tuple[Any, ...], kwargs: dict[str, Any], device_type: str) -> ForwardInputs:
+    autocast: AbstractContextManager[Any] = nullcontext()
+    if torch.amp.is_autocast_available(device_type) and torch.is_autocast_enabled(device_type):
+        autocast = torch.autocast(device_type, dtype=torch.get_autocast_dtype(device_type))
+    return ForwardInputs(*_with_own_containers((args, kwargs)), autocast)
+
+
 def _with_own_containers(value: Any, *, clone: bool = False) -> Any:
-    """A copy that shares every tensor, unless they are cloned too: models write into the dict that
-    they are called with, and some into its tensors.
-    """
+    """Copies of all containers, into which models write; of the tensors too if `clone`."""
     if isinstance(value, torch.Tensor):
         return value.clone() if clone else value
     if isinstance(value, tuple):

@@ -1,8 +1,8 @@
-"""Takes a plan and makes one model train what it says: flags, and all that hangs on them.
+"""`Freezer` puts a plan in force on one model, and keeps it so when the model changes.
 
-The plan stays in force when the model changes between two forwards: PEFT switches flags when
-another adapter is chosen, and makes modules when one is added; heads and embeddings are replaced;
-weights are pruned and renamed; the model moves to another device, or into a wrapper.
+PEFT switches flags when another adapter is chosen, and makes modules when one is added; heads and
+embeddings are replaced; weights are pruned and renamed; the model moves to another device, or into
+a wrapper.
 """
 
 from __future__ import annotations
@@ -33,17 +33,11 @@ from .gradient_norms import GradientNorms
 
 @dataclass(frozen=True)
 class StageState:
-    """What a plan comes to.
+    """What trains under a plan."""
 
-    Attributes:
-        boundary: the effective one.
-        active: units that hold an active tensor.
-        trainable_params: elements that train.
-    """
-
-    boundary: int
-    active: frozenset[int]
-    trainable_params: int
+    boundary: int  # the effective one
+    active: frozenset[int]  # units that hold an active tensor
+    trainable_params: int  # elements that train
 
 
 class Freezer:
@@ -54,13 +48,10 @@ class Freezer:
         frozen_mode, tied, kernels: as for `patch_model`.
 
     Attributes:
-        active: the flags.
-        swaps: the modules that run freeze-aware ops.
         norms: gradient norms, for a schedule that decides by them.
-        cache: serves forwards without their prefix; None without one.
-        plan: the plan in force.
+        cache: serves forwards without their prefix.
+        plan: the plan in force; there is none before the first `freeze`.
         step: the optimizer step that it is in force for.
-        state: what it comes to.
         proved: whether a forward has shown, since the flags were set, that nothing is cut off.
         trained: whether a training forward has run.
     """
@@ -86,7 +77,7 @@ class Freezer:
             self.norms = GradientNorms(model, layout, schedule)
             self.norms.begin_step(step)
         self.cache: PrefixServer | None = None
-        self.plan: FreezePlan  # there is none before the first
+        self.plan: FreezePlan
         self.step = step
         self.state = StageState(0, frozenset(layout.units), 0)
         self.proved = self.trained = False
@@ -99,7 +90,6 @@ class Freezer:
 
     @property
     def boundary(self) -> int:
-        """The effective boundary."""
         return self.state.boundary
 
     @property
@@ -109,11 +99,10 @@ class Freezer:
 
     @property
     def sharded(self) -> bool:
-        """Whether the model is sharded by `fully_shard`."""
         return self._wrapper is not None and self._wrapper.sharded
 
     def enter_step(self, step: int, plan: FreezePlan) -> bool:
-        """Optimizer step `step` comes next, under `plan`; whether flags were set anew."""
+        """Go to optimizer step `step`, under `plan`; whether flags were set anew."""
         rebuilt = self._rebuilt()
         if rebuilt:
             self._note_modules()
@@ -130,12 +119,11 @@ class Freezer:
         return anew
 
     def end_step(self) -> None:
-        """The step is made: its gradient norms count, where the schedule decides by them."""
+        """Count the gradient norms of the step just made, if the schedule decides by them."""
         if self.norms is not None:
             self.norms.end_step()
 
     def freeze(self, plan: FreezePlan, step: int = 0) -> StageState:
-        """Put `plan` in force for optimizer step `step`."""
         self.plan, self.step = plan, step
         if not self._device_type:
             self._reinstall_swaps()
@@ -147,7 +135,7 @@ class Freezer:
         return self.state
 
     def freeze_moved(self) -> None:
-        """A forward has shown that parameters belong to other units: before its backward."""
+        """Freeze by the units that a forward has just shown, before its backward."""
         if self.active.set_flags(self.plan):
             self._follow_flags()
         self.check_known_plans()
@@ -158,9 +146,8 @@ class Freezer:
             self.active.freeze_again()
 
     def follow_changes(self) -> None:
-        """Before a training forward: take in what was done to the model since the last.
-
-        Modules and parameters that came or went are looked for before the first under a plan.
+        """Before a training forward: follow switched flags and adapters, and before the first one
+        under a plan also modules and parameters that came or went.
         """
         self._put_back_stand_ins()
         self._structure.check_blocks()
@@ -169,7 +156,7 @@ class Freezer:
             self._freeze_anew()
 
     def follow_surroundings(self) -> None:
-        """In a training forward: what runs it, where, and how it is checkpointed."""
+        """In a training forward: follow its wrapper, its device, and gradient checkpointing."""
         if not self.proved:
             refuse_flat_parameters(self.model)
             found = surrounding(self.model)
@@ -187,7 +174,7 @@ class Freezer:
 
     def attach(self, wrapped: nn.Module, timeout: timedelta | None = None) -> None:
         """See `PatchHandle.attach`."""
-        wrapper = Wrapper(self.model, self.layout, wrapped, timeout=timeout)
+        wrapper = Wrapper(self.model, self.layout, wrapped, timeout)
         if wrapper.sharded and self.cache is not None:
             raise UnsupportedModelError(
                 "a prefix cache takes blocks out of the model, which fully_shard gathers all the "
@@ -204,7 +191,7 @@ class Freezer:
         wrapper.follow(step=self.step, boundary=self.boundary)
 
     def check_plan(self, step: int, plan: FreezePlan) -> None:
-        """Raise `ValueError` if nothing would train, or AdaLoRA would miss gradients."""
+        """Raise `ValueError` if nothing would train, or if AdaLoRA would miss gradients."""
         self.active.check_plan(plan)
         if self._allocation_end is None or step > self._allocation_end:
             return
@@ -216,7 +203,6 @@ class Freezer:
             )
 
     def check_known_plans(self) -> None:
-        """Check the plans that show whether the schedule fits the model."""
         for step, plan in self._known_plans():
             self.check_plan(step, plan)
 
@@ -255,7 +241,7 @@ class Freezer:
         freeze_events.announce()
 
     def _follow_flags(self) -> None:
-        """Everything else that hangs on which parameters are active."""
+        """Adapt everything else to the flags: modules, hooks, wrapper, optimizers, cache."""
         active, boundary = self.active.units, 0
         if EMBEDDINGS not in active:
             blocks = range(self.layout.num_blocks)
@@ -271,7 +257,7 @@ class Freezer:
             self.cache.begin_stage(boundary)
 
     def _reinstall_swaps(self) -> None:
-        """Swaps anew, below the boundary's classes: the model has moved, or has other modules."""
+        """Swap modules anew; the boundary's classes are derived from those of the swaps."""
         self._boundary.restore_modules()
         self.swaps.remove_swaps()
         if self.sharded:  # `fully_shard` has made classes out of those that it found
@@ -284,9 +270,7 @@ class Freezer:
         self._boundary.place_modules(self.frozen, self.boundary)
 
     def _follow_switches(self) -> bool:
-        """Train what was switched on since the last plan, wherever the plan in force trains it: a
-        block that had nothing to train may train now. Whether anything changed.
-        """
+        """Train what was switched on since, where the plan trains it; whether that is anything."""
         switched = self.active.take_switched(self.plan)
         adapters = adapter_configs(self.model)
         if any(a is not b for a, b in zip_longest(self._adapters, adapters)):
@@ -303,7 +287,7 @@ class Freezer:
         self.freeze(self.plan, self.step)
 
     def _known_plans(self) -> Iterator[tuple[int, FreezePlan]]:
-        """This step's, those that show most, and all before AdaLoRA has allocated its ranks."""
+        """Plans of this step, of those to check, and of all before AdaLoRA's ranks are fixed."""
         steps = {self.step, *steps_to_check(self._schedule)}
         if self._allocation_end is not None and (total := self._schedule.total_steps):
             steps |= set(range(min(total, self._allocation_end + 1)))
@@ -320,14 +304,13 @@ class Freezer:
             self.cache.remove_stand_ins()  # a forward that was interrupted leaves them
 
     def _rebuilt(self) -> bool:
-        """Whether modules or parameters came or went, not counting a cache's stand-ins."""
+        """Whether modules or parameters came or went, a cache's stand-ins not counted."""
         if not self._structure.changed:
             return False
         self._put_back_stand_ins()
         return self._structure.changed
 
     def _note_modules(self) -> None:
-        """Take in modules and parameters that came or went."""
         self._structure.check()
         self.layout.guess_unruled(self.model)
         new = self.active.rescan_parameters()

@@ -1,7 +1,6 @@
-"""Gradient norms per block, for schedules that decide by them.
+"""Gradient norms per block, for schedules that decide by them, taken by hooks inside backward.
 
-They are taken inside backward, by a hook on every active parameter of a block; README.md says why,
-and how ranks come to the same bits.
+README.md says why, and how ranks come to the same bits.
 """
 
 from __future__ import annotations
@@ -26,17 +25,6 @@ class _Block:
 
 
 class GradientNorms:
-    """Watches the blocks of one model for one schedule.
-
-    Args:
-        schedule: says which steps it observes, and decides.
-
-    Attributes:
-        reduced_at_end: gradients are whole at the end of backward only, as under
-            `DistributedDataParallel`.
-        sharded: every rank holds a shard of each gradient, not the whole.
-    """
-
     def __init__(self, model: nn.Module, layout: Layout, schedule: ObservingSchedule) -> None:
         self._model = model
         self._layout = layout
@@ -46,28 +34,24 @@ class GradientNorms:
         self._blocks: dict[int, _Block] = {}
         self._handles: list[torch.utils.hooks.RemovableHandle] = []
         self._awaits_end = False  # of the backward that is running
-        self.reduced_at_end = False
-        self.sharded = False
+        self.reduced_at_end = False  # gradients are whole at the end of backward only, as under DDP
+        self.sharded = False  # every rank holds a shard of each gradient
         # (L + 1,): sums of squares over the steps of an interval, and how many steps; None until a
         # gradient has come in it
         self._sums: Tensor | None = None
 
     def install_norm_hooks(self) -> None:
-        """Hook the parameters that are active now, and no others.
-
-        Called before optimizers hear of a change of plan, so that a hook here runs before one that
-        frees the gradient.
+        """Hook the parameters that are active now, before optimizers hear of a change of plan: a
+        hook here then runs before one that frees the gradient.
         """
         self.remove_norm_hooks()
         self._blocks = {}
         for i, path in enumerate(self._layout.block_paths):
             active = [p for p in self._model.get_submodule(path).parameters() if p.requires_grad]
             if active:
-                self._blocks[i] = _Block(active)
-        for i, block in self._blocks.items():
-            for p in block.parameters:
+                self._blocks[i] = block = _Block(active)
                 hook = self._hook(i, block)
-                self._handles.append(p.register_post_accumulate_grad_hook(hook))
+                self._handles += [p.register_post_accumulate_grad_hook(hook) for p in active]
 
     def remove_norm_hooks(self) -> None:
         for handle in self._handles:
@@ -76,7 +60,7 @@ class GradientNorms:
         self._awaits_end = False
 
     def begin_step(self, step: int) -> None:
-        """The next backward passes belong to `step`; what was measured of another is dropped."""
+        """Take the next backward passes for those of `step`; drop what was measured of another."""
         if step not in (self._step, self._step + 1):
             self._sums = None
         self._step, self._ended = step, False
@@ -85,13 +69,10 @@ class GradientNorms:
             block.ready.clear()
 
     def end_step(self) -> None:
-        """The step is made: its norms count, and the schedule decides if it is time to.
+        """Count the norms of the step just made, and have the schedule decide if it is time to.
 
-        Calling it again does nothing. A step with a NaN or an infinity is left out; where nothing
-        else is there, so is the decision.
-
-        Raises:
-            RuntimeError: the interval is over, and no backward ran in the steps that count.
+        Calling it again does nothing. A step with a NaN or an infinity is left out, and a decision
+        without any other step. Raises `RuntimeError` for one that no backward came before.
         """
         if self._ended or not self.schedule.observes(self._step):
             return
@@ -111,14 +92,12 @@ class GradientNorms:
                 self.schedule.observe(self._step, norms, self._layout.num_blocks)
 
     def state_dict(self) -> dict[str, Any]:
-        """The sums of an interval that is not over; reading them waits for the device."""
+        """Sums of the interval under way; reading them waits for the device."""
         return {"sums": None if self._sums is None else self._sums.tolist()}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         sums = state["sums"]
-        if sums is not None:
-            sums = torch.tensor(sums, dtype=torch.float32, device="cpu")
-        self._sums = sums
+        self._sums = None if sums is None else torch.tensor(sums, dtype=torch.float32, device="cpu")
 
     def _hook(self, index: int, block: _Block):
         def gradient_is_there(p: Tensor) -> None:

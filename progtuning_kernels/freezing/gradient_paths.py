@@ -1,7 +1,7 @@
-"""Proves that freezing from the bottom cuts off nothing that still trains.
+"""Proves in one training forward that freezing from the bottom cuts off nothing that still trains.
 
-One training forward shows it: the inputs of every unit are followed through the autograd graph down
-to the parameters that they are computed from. README.md says what could be cut off otherwise.
+The inputs of every unit are followed through the autograd graph down to the parameters that they
+are computed from. README.md says what could be cut off otherwise.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from ..model.call_stack import called_from
 from ..model.cures import cure_for
 from ..model.families import UnsupportedModelError, register_call
 from ..model.forward_hooks import ForwardHooks, tensors_in
-from ..model.layout import EMBEDDINGS, Layout, ParameterSlot, parameter_slots
+from ..model.layout import EMBEDDINGS, Layout, parameter_slots
 from ..sharding import is_sharded
 
 
@@ -27,7 +27,6 @@ class GradientPaths:
     """Watches the modules of one model during one forward.
 
     Args:
-        layout: its cut into units; units of bare parameters are written into `layout.found`.
         no_grad: units that run without autograd.
         freezes: units that are frozen now or will be.
         inputs: the model's arguments.
@@ -81,11 +80,7 @@ class GradientPaths:
         self._checked.clear()
 
     def finish(self, output: Any) -> bool:
-        """After the forward: what it shows of parameters whose place was a guess.
-
-        Returns:
-            Whether the unit of any parameter has changed.
-        """
+        """Write the units of bare parameters into `layout.found`; whether any has changed."""
         found = self._layout.found
         before = dict(found)
         for key, name in self._unruled.items():
@@ -93,7 +88,7 @@ class GradientPaths:
             if reader is not None:
                 first = EMBEDDINGS if reader == 0 else reader
                 found[name] = min(found.get(name, first), first)
-            elif self._blind:  # who reads it was not to be seen: as registered
+            elif self._blind:  # its readers may be compiled, and unseen: as registered
                 found.pop(name, None)
         self._refuse_late_embeddings(output)
         return found != before
@@ -123,7 +118,7 @@ class GradientPaths:
                 self._check(leaf, unit, path)
             return
         trains = unit not in self._no_grad and path in self._layout.block_paths
-        # a model may run a part of itself under no_grad by its own will
+        # without the checkpoint, it is the model that runs a part of itself under no_grad
         if trains and not tensors and called_from(torch.utils.checkpoint.__file__):
             raise RuntimeError(
                 f"{path} trains but runs without autograd above a frozen prefix, as "
@@ -133,12 +128,17 @@ class GradientPaths:
     def _check(self, leaf: torch.Tensor, unit: int, path: str) -> None:
         """`path`, a module of `unit`, is computed from `leaf`, a parameter or another tensor."""
         slot = self._slots.get(id(leaf))
+        label = self._layout.unit_label(unit)
         if slot is not None:
             self._readers[id(leaf)] = min(unit, self._readers.get(id(leaf), unit))
             if id(leaf) not in self._unruled and slot.units[0] > unit:
-                raise UnsupportedModelError(self._explain(slot, unit, path))
+                later = self._layout.unit_label(slot.units[0])
+                raise UnsupportedModelError(
+                    f"{type(self._model).__name__}: {path} ({label}) is computed from {slot.name} "
+                    f"({later}), whose gradient freezing {label} would cut off; "
+                    f"{cure_for(self._model, self._layout, slot, path, self._ran)}"
+                )
             return
-        label = self._layout.unit_label(unit)
         outside = isinstance(leaf, nn.Parameter) and not self._sharded
         if outside and unit in self._freezes:
             raise UnsupportedModelError(
@@ -153,25 +153,13 @@ class GradientPaths:
                 "after handle.unpatch()"
             )
 
-    def _explain(self, slot: ParameterSlot, unit: int, path: str) -> str:
-        layout = self._layout
-        first, later = layout.unit_label(unit), layout.unit_label(slot.units[0])
-        found = (
-            f"{type(self._model).__name__}: {path} ({first}) is computed from {slot.name} "
-            f"({later}), whose gradient freezing {first} would cut off"
-        )
-        return f"{found}; {cure_for(self._model, layout, slot, path, self._ran)}"
-
 
 def _leaves(
     tensors: Iterable[torch.Tensor], checked: dict[Any, int] | None = None, unit: int = 0
 ) -> Iterator[torch.Tensor]:
-    """Leaves that require grad and that `tensors` are computed from, or are.
+    """Leaves that require grad and that `tensors`, of unit `unit`, are computed from, or are.
 
-    Args:
-        checked: autograd nodes that need not be followed again, with the lowest unit that they were
-            followed for; those of this call are added.
-        unit: the unit that the tensors belong to.
+    `checked` keeps the autograd nodes followed so far, with the lowest unit that it was done for.
     """
     checked = {} if checked is None else checked
     pending = []

@@ -40,7 +40,7 @@ def handle_of(model: nn.Module) -> PatchHandle | None:
 def _before_forward(
     model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
 ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
-    """Forward pre-hook. It finds the handle through the model: a copy of the model has none."""
+    """Forward pre-hook. It asks the model for the handle: a copy of the model has none."""
     handle = handle_of(model)
     if handle is None or torch.compiler.is_compiling():
         return None
@@ -48,11 +48,7 @@ def _before_forward(
 
 
 def _after_forward(model: nn.Module, args: tuple[Any, ...], output: Any) -> None:
-    """Forward hook, called after an exception too: `output` is None then.
-
-    There is one, for good: torch calls such hooks while it iterates over them, and one that took
-    itself away there would hide the error of the forward behind one of its own.
-    """
+    """Forward hook, called after an exception too: `output` is None then."""
     handle = handle_of(model)
     if handle is not None and not torch.compiler.is_compiling():
         handle.forwards.after_forward(output)
@@ -95,6 +91,8 @@ class PatchHandle:
             fixed = frozen_mode == "eval"
             self.freezer.cache = PrefixServer(model, layout, cache, fixed=fixed)
         self.forwards = Forwards(self.freezer, self._missed)
+        # they stay to the end: one that removed itself while torch iterates over the hooks after an
+        # exception would hide that exception behind one of its own
         self._hooks = [
             model.register_forward_pre_hook(_before_forward, with_kwargs=True),
             model.register_forward_hook(_after_forward, always_call=True),
@@ -279,12 +277,13 @@ class PatchHandle:
         """
         slots = list(parameter_slots(self.model, self.layout))
         names = {id(slot.parameter): slot.name for slot in slots}
-        groups = decay_groups([slot.parameter for slot in slots], weight_decay)
         if by_unit:
             groups = []
             for unit in self.layout.units:
                 own = [s.parameter for s in slots if self.freezer.active.freezes_with(s) == unit]
                 groups += [{**group, "unit": unit} for group in decay_groups(own, weight_decay)]
+        else:
+            groups = decay_groups([slot.parameter for slot in slots], weight_decay)
         for group in groups:
             group["param_names"] = [names[id(p)] for p in group["params"]]
             if lr is not None:

@@ -1,6 +1,4 @@
-"""Notices a loop that never tells the handle of its steps, or tells it of more than there are, and
-a run that ends before its schedule changes anything.
-"""
+"""Warns of loops that call `advance()` never or too often, and of schedules that change nothing."""
 
 from __future__ import annotations
 
@@ -17,10 +15,7 @@ from ..schedules import Schedule, decides_by_gradients, stage_count
 
 
 class MissedSteps:
-    """Compares what a handle is told with what happens to the weights of its model.
-
-    Each warning is given once.
-    """
+    """Compares the steps of a handle with the updates of its model; gives each warning once."""
 
     def __init__(self, model: nn.Module, layout: Layout, schedule: Schedule) -> None:
         self._model = model
@@ -43,7 +38,7 @@ class MissedSteps:
             )
 
     def told(self, step: int) -> None:
-        """The handle was told that `step` comes next."""
+        """Note that the handle goes to `step`."""
         self._watched, self._updates = None, 0
         total = self._schedule.total_steps
         if total is not None and step > total and not self._warned_of_end:
@@ -56,10 +51,9 @@ class MissedSteps:
             )
 
     def before_forward(self, step: int) -> None:
-        """A training forward of `step` begins.
+        """Look for updates before a training forward of `step`.
 
-        One update between two forwards may be another thing (weights are loaded, SAM looks for a
-        worse place); two are optimizer steps.
+        One may be no optimizer step (weights are loaded, SAM perturbs them); two are.
         """
         if self._watched is None:
             top = self._model.get_submodule(self._layout.block_paths[-1])
@@ -82,7 +76,6 @@ class MissedSteps:
             )
 
     def _comes_to_more(self) -> bool:
-        """Whether a later step belongs to another stage."""
         if not decides_by_gradients(self._schedule):
             with suppress(Exception):  # a schedule of the user's own may know no such step
                 return self._schedule.stage(10**9) != self._schedule.stage(0)

@@ -17,15 +17,12 @@ class TruncationError(AssertionError):
 
 @dataclass(frozen=True)
 class UnitReport:
-    """One unit: its name, numbers of parameters, and what a forward left behind, as in `UnitUse`.
-
-    `active_names` are the qualified names of its active parameters. What was not measured is None.
-    """
+    """Numbers of a unit's parameters, and its `UnitUse` in a forward; None: not measured."""
 
     label: str
     params: int
     active: int
-    active_names: tuple[str, ...] = ()
+    active_names: tuple[str, ...] = ()  # qualified names of its active parameters
     nodes: int | None = None
     saved_bytes: int | None = None
     activation_bytes: int | None = None
@@ -116,39 +113,30 @@ class TruncationReport:
 
 
 def _some(names: Sequence[str]) -> str:
-    """The first of many names, with their number."""
     return names[0] + (f" and {len(names) - 1} more" if len(names) > 1 else "") if names else ""
 
 
 def report_truncation(freezer: Freezer, uses: Mapping[int, UnitUse]) -> TruncationReport:
-    """Put together what is known of every unit.
-
-    Args:
-        uses: what a forward left behind; {} where none has run.
-    """
+    """The report on every unit; `uses` is what a forward left behind, {} where none has run."""
     layout, cache = freezer.layout, freezer.cache
-    params = dict.fromkeys(layout.units, 0)
-    trained = dict(params)
-    names: dict[int, list[str]] = {unit: [] for unit in params}
-    tied = []
-    for slot in parameter_slots(freezer.model, layout):
-        # counted once, however many units use it
-        params[slot.home] += slot.parameter.numel()
-        if slot.parameter.requires_grad:
-            trained[slot.home] += slot.parameter.numel()
-            names[slot.home].append(slot.name)
-        if len(slot.units) > 1:
-            tied.append(freezer.active.explain(slot))
+    slots = list(parameter_slots(freezer.model, layout))
     units = []
-    for u in params:
-        use = vars(uses[u]) if u in uses else {}
+    for unit in layout.units:
+        own = [slot for slot in slots if slot.home == unit]  # once, however many units use it
+        active = [slot for slot in own if slot.parameter.requires_grad]
         units.append(
-            UnitReport(layout.unit_label(u), params[u], trained[u], tuple(names[u]), **use)
+            UnitReport(
+                layout.unit_label(unit),
+                sum(slot.parameter.numel() for slot in own),
+                sum(slot.parameter.numel() for slot in active),
+                tuple(slot.name for slot in active),
+                **(vars(uses[unit]) if unit in uses else {}),
+            )
         )
     return TruncationReport(
         tuple(units),
         freezer.boundary,
-        tuple(tied),
+        tuple(freezer.active.explain(slot) for slot in slots if len(slot.units) > 1),
         kernels=freezer.swaps.report.summary(),
         cache=None if cache is None else cache.report().summary(),
     )

@@ -5,7 +5,7 @@ from __future__ import annotations
 from bisect import bisect_right
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from functools import partial
 from operator import itemgetter
@@ -20,30 +20,24 @@ from ..model.layout import EMBEDDINGS, Layout, parameter_slots
 
 @dataclass(frozen=True)
 class UnitUse:
-    """What one forward left behind for backward in one unit.
+    """What one forward left behind for backward in one unit."""
 
-    Attributes:
-        nodes: autograd nodes that backward would run, `AccumulateGrad` included.
-        saved_bytes: bytes of every tensor handed to `saved_tensors_hooks`; a tensor saved by three
-            operations counts three times, and weights count.
-        activation_bytes: bytes of distinct storages among them that belong to no parameter or
-            buffer: the memory that the forward really holds. A storage counts in the first unit
-            that saves it.
-        requiring_grad: paths of the modules that make up the unit, and of those inside it that
-            carry a forward hook, whose output required grad.
-    """
-
-    nodes: int = 0
+    nodes: int = 0  # autograd nodes that backward would run, `AccumulateGrad` included
+    # of every tensor handed to `saved_tensors_hooks`: one saved thrice counts thrice, weights count
     saved_bytes: int = 0
+    # of distinct storages among them that belong to no parameter or buffer: the memory that the
+    # forward really holds; a storage counts in the first unit that saves it
     activation_bytes: int = 0
+    # paths of the modules of the unit, and of those inside it that carry a forward hook, whose
+    # output required grad
     requiring_grad: tuple[str, ...] = ()
 
 
 class _UnitClock:
-    """Knows which unit a forward is in, from hooks that live for one forward.
+    """Follows by hooks which unit a forward is in.
 
     What runs between two modules of the layout counts in the unit that ran last, and in the head as
-    soon as the last stack, and every other that has begun, is through.
+    soon as the last stack, and every other that has begun, has ended.
     """
 
     def __init__(self, model: nn.Module, layout: Layout) -> None:
@@ -61,7 +55,6 @@ class _UnitClock:
 
     @contextmanager
     def watch(self) -> Iterator[None]:
-        """Hooks on every module of the layout."""
         handles: list[Any] = []
         for unit in self._layout.units:
             for path in self._layout.module_paths(unit):
@@ -103,10 +96,7 @@ class _UnitClock:
 
 
 def _count_nodes(
-    outputs: Any,
-    clock: _UnitClock,
-    units_by_parameter: Mapping[int, int],
-    bare: Mapping[int, int],
+    outputs: Any, clock: _UnitClock, units_by_parameter: Mapping[int, int], bare: Mapping[int, int]
 ) -> dict[int, int]:
     pending = [t.grad_fn for t in tensors_in(outputs) if t.grad_fn is not None]
     found = set(pending)
@@ -141,7 +131,7 @@ def _count_nodes(
 
 
 def _parts(tensor: torch.Tensor) -> tuple[torch.Tensor, ...]:
-    """What holds the data of a sparse tensor; of any other, itself."""
+    """The tensors that hold the data of a sparse one; any other itself."""
     tensor = tensor.detach()
     if tensor.layout == torch.sparse_coo:
         return tensor._indices(), tensor._values()
@@ -160,18 +150,12 @@ def _storages(tensors: Iterable[torch.Tensor]) -> Iterator[torch.UntypedStorage]
 
 
 def measure_forward(
-    model: nn.Module,
-    layout: Layout,
-    args: Sequence[Any],
-    kwargs: Mapping[str, Any],
+    model: nn.Module, layout: Layout, args: Sequence[Any], kwargs: Mapping[str, Any]
 ) -> dict[int, UnitUse]:
-    """Run one forward with grad enabled and count what it leaves for backward, per unit.
+    """Run one forward with grad enabled and count what it leaves for backward, for every unit.
 
     The random state is put back afterwards and no gradient is computed. A checkpointed block hides
     what it will recompute; its bytes are those that it keeps.
-
-    Returns:
-        unit number -> `UnitUse`, for every unit of the layout.
     """
     slots = list(parameter_slots(model, layout))
     units_by_parameter = {id(slot.parameter): slot.home for slot in slots}
@@ -195,14 +179,15 @@ def measure_forward(
         return tensor.detach()  # returning the tensor itself would tie it to its own graph node
 
     devices = {slot.parameter.device for slot in slots}
-    with ExitStack() as stack:
-        stack.enter_context(torch.random.fork_rng([d for d in devices if d.type == "cuda"]))
-        stack.enter_context(torch.enable_grad())
-        stack.enter_context(buffers_kept(model))
+    with (
+        torch.random.fork_rng([d for d in devices if d.type == "cuda"]),
+        torch.enable_grad(),
+        buffers_kept(model),
         # compiled blocks would trace the counters, and recompile for them
-        stack.enter_context(torch.compiler.set_stance("force_eager"))
-        stack.enter_context(clock.watch())
-        stack.enter_context(torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t))
+        torch.compiler.set_stance("force_eager"),
+        clock.watch(),
+        torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t),
+    ):
         outputs = model(*args, **kwargs)
     bare = {id(p): layout.unit_of(name) for name, p in layout.unruled(model).items()}
     nodes = _count_nodes(outputs, clock, units_by_parameter, bare)

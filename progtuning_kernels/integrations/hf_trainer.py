@@ -19,12 +19,7 @@ from transformers.utils import logging
 from ..model.call_stack import caller
 from ..optim import MaskedOptimizer, release_frozen_state
 from ..patch import PatchHandle, check_options, handle_of, patch_model
-from ..schedules import (
-    Schedule,
-    check_schedule,
-    decides_by_gradients,
-    stage_count,
-)
+from ..schedules import Schedule, check_schedule, decides_by_gradients, stage_count
 
 # Where the Trainer's own clipping is kept while a masked optimizer clips in its place: on the
 # arguments, so that a run that ended in an exception can be put right by the next one.
@@ -46,15 +41,13 @@ def _accumulates() -> bool:
 
 
 def _progress_bars() -> weakref.WeakSet[tqdm]:
-    """All that are alive: the Trainer hands callbacks everything but its own."""
+    """All bars that are alive: the Trainer gives callbacks everything but its own."""
     return weakref.WeakSet(getattr(tqdm, "_instances", ()))
 
 
-def _of_the_trainer(
-    args: Any, model: Any, others: dict[str, Any]
-) -> tuple[TrainingArguments, nn.Module]:
+def _of_the_trainer(args: Any, given: dict[str, Any]) -> tuple[TrainingArguments, nn.Module]:
     """The arguments and the module that train; SetFit puts its own in their place."""
-    args, model = others.get("st_args", args), others.get("st_model", model)
+    args, model = given.get("st_args", args), given.get("st_model", given["model"])
     if not isinstance(model, nn.Module):
         raise TypeError(
             f"ProgtuningCallback: this Trainer's model is a {type(model).__name__}, no nn.Module: "
@@ -106,34 +99,27 @@ class ProgtuningCallback(TrainerCallback):
         self._shown: int | None = None  # the stage that the progress bar shows
 
     def attach(self, trainer: Trainer) -> None:
-        """Tell the callback its Trainer; `torch_compile` on several processes needs it."""
+        """Give the callback its Trainer, which `torch_compile` on several processes needs."""
         self._trainer = weakref.ref(trainer)
 
     def on_init_end(
-        self,
-        args: TrainingArguments,
-        state: TrainerState,
-        control: TrainerControl,
-        *,
-        model: nn.Module,
-        **kwargs: Any,
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         # a model left patched by a train() that ended in an exception: put right before this
         # Trainer makes an optimizer, which is over what requires grad
-        self._clean_up(*_of_the_trainer(args, model, kwargs))
+        self._clean_up(*_of_the_trainer(args, kwargs))
 
     def on_train_begin(
-        self,
-        args: TrainingArguments,
-        state: TrainerState,
-        control: TrainerControl,
-        *,
-        model: nn.Module,
-        optimizer: Optimizer,
-        **kwargs: Any,
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        args, model = _of_the_trainer(args, model, kwargs)
-        self._run_first()
+        args, model = _of_the_trainer(args, kwargs)
+        optimizer = kwargs["optimizer"]
+        handler = caller(CallbackHandler)
+        if handler is not None and self in handler.callbacks:
+            # before the trackers of `report_to`, which would send logs without what `on_log` adds;
+            # the loop over the list that is under way goes on behind this place all the same
+            handler.callbacks.remove(self)
+            handler.callbacks.insert(0, self)
         trainer = None if self._trainer is None else self._trainer()
         if args.world_size > 1 and args.torch_compile and trainer is None:
             raise RuntimeError(
@@ -175,18 +161,12 @@ class ProgtuningCallback(TrainerCallback):
         self._shown = None
 
     def on_step_begin(
-        self,
-        args: TrainingArguments,
-        state: TrainerState,
-        control: TrainerControl,
-        *,
-        optimizer: Optimizer,
-        **kwargs: Any,
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         # before the first micro-batch of a window: a change in its middle would leave gradients of
         # both plans
         if self.handle.seek(state.global_step):
-            self._release(optimizer)
+            self._release(kwargs["optimizer"])
         if self._shown != self.handle.stage:
             self._show_stage(state)
 
@@ -213,43 +193,23 @@ class ProgtuningCallback(TrainerCallback):
         **kwargs: Any,
     ) -> None:
         # SetFit gives the loss another name
-        if logs is None or self.handle is None:
-            return
-        if "loss" in logs or "learning_rate" in logs:
+        if self.handle is not None and logs and {"loss", "learning_rate"} & logs.keys():
             logs |= (shown := self._numbers())
             state.log_history[-1] |= shown  # the Trainer has copied the logs already
 
     def on_train_end(
-        self,
-        args: TrainingArguments,
-        state: TrainerState,
-        control: TrainerControl,
-        *,
-        model: nn.Module,
-        **kwargs: Any,
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        args, model = _of_the_trainer(args, model, kwargs)
-        self._clean_up(args, model)
-
-    def _run_first(self) -> None:
-        """Before the trackers of `report_to`: they would send logs without what `on_log` adds."""
-        handler = caller(CallbackHandler)
-        if handler is not None and self in handler.callbacks:
-            # the loop over the list that is under way goes on behind this place all the same
-            handler.callbacks.remove(self)
-            handler.callbacks.insert(0, self)
+        self._clean_up(*_of_the_trainer(args, kwargs))
 
     def _numbers(self) -> dict[str, Any]:
         """What a log says of the plan in force."""
-        share = self.handle.active_params / self.handle.trainable_params
-        return {
-            "stage": self.handle.stage + 1,
-            "boundary": self.handle.boundary,
-            "active_share": round(share, 4),
-        }
+        handle = self.handle
+        share = round(handle.active_params / handle.trainable_params, 4)
+        return {"stage": handle.stage + 1, "boundary": handle.boundary, "active_share": share}
 
     def _show_stage(self, state: TrainerState) -> None:
-        """In the Trainer's progress bar, and as a line for those who asked for such lines."""
+        """Show the stage in the Trainer's progress bar, and log it as "info"."""
         self._shown = self.handle.stage
         count = stage_count(self.schedule, self.schedule.total_steps or state.max_steps)
         text = f"stage {self._shown + 1}" + (f"/{count}" if count else "")

@@ -1,4 +1,4 @@
-"""What PEFT adds to a model, as far as freezing blocks must know of it. PEFT is not imported."""
+"""What freezing must know of PEFT's adapters in a model. PEFT is not imported."""
 
 from __future__ import annotations
 
@@ -21,11 +21,7 @@ def _kind(config: Any) -> str:
 
 
 def check_adapters(model: nn.Module) -> None:
-    """Refuse adapters that cannot freeze with their blocks.
-
-    Raises:
-        UnsupportedModelError: prompts that enter below block 0, or the one table of prefix tuning.
-    """
+    """Raise `UnsupportedModelError` for adapters that cannot freeze with their blocks."""
     for config in adapter_configs(model):
         if not getattr(config, "is_prompt_learning", False):
             continue
@@ -42,10 +38,7 @@ def check_adapters(model: nn.Module) -> None:
 
 
 def rank_allocation_end(model: nn.Module) -> int | None:
-    """Last step at which AdaLoRA moves ranks between its adapters; None without AdaLoRA.
-
-    Up to then `update_and_allocate` reads the gradient of every adapter, and fails without it.
-    """
+    """Last step at which AdaLoRA, if there is one, reads the gradient of every adapter."""
     ends = [
         config.total_step - config.tfinal
         for config in adapter_configs(model)

@@ -1,7 +1,6 @@
-"""What to call where a forward runs the units in another order than their registration suggests.
+"""Finds the call that helps where a forward runs the units in another order than registered.
 
-A cure is tried before it is named: with it, the model is cut once more, and the two modules that
-were in the wrong order have to be in the right one.
+The model is cut once more with each; one that puts the two modules in the right order is named.
 """
 
 from __future__ import annotations
@@ -19,11 +18,9 @@ from .layout import Layout, ParameterSlot, find_layout, parameter_slots
 def cure_for(
     model: nn.Module, layout: Layout, slot: ParameterSlot, path: str, ran: Sequence[str]
 ) -> str:
-    """What keeps freezing the unit of the module at `path` from cutting off the later unit of
-    `slot`, from which the module is computed.
+    """What keeps freezing the unit of `path` from cutting off `slot`, which it is computed from.
 
-    Args:
-        ran: modules of the layout in the order in which the forward called them; `path` is last.
+    `ran` are the modules that the forward has called, in their order; `path` is the last.
     """
     blocks, owner = layout.block_paths, layout.module_of(slot.name)
     again = path in ran[:-1]

@@ -1,9 +1,9 @@
 """Changes how one instance runs, by moving it to a fixed subclass of its own class.
 
 Flipping `module.__class__` leaves every `__dict__` as it was, survives `torch.compile` and FSDP2,
-and is undone by flipping back. Nothing is written into a class or module of another library, and no
-code of theirs runs when a class is made here: who registers subclasses hears of none. There is one
-class per base and key, however many instances use it: compiled code is guarded by the class.
+and is undone by flipping back. No code of another library runs when a class is made here: none that
+registers subclasses gets it. There is one class per base and key, however many instances use it:
+compiled code is guarded by the class.
 """
 
 from __future__ import annotations
@@ -32,10 +32,10 @@ def root_of(cls: type) -> type:
 
 
 def without_derived_ancestors(cls: type) -> type:
-    """What `cls` would be, had it been made from the original classes.
+    """The class that `cls` would be, had it been made from the original classes.
 
-    FSDP2 makes a class of its own out of the class that a module has at that moment. Where that is
-    one of ours, its changes would stay in for good, below whatever is derived later.
+    FSDP2 makes a class out of the one that a module has at that moment: what is derived here would
+    stay in it for good.
     """
     if cls in _bases or not any(ancestor in _bases for ancestor in cls.__mro__):
         return cls
@@ -53,12 +53,11 @@ def without_derived_ancestors(cls: type) -> type:
 
 
 def derived_classes() -> list[type]:
-    """Every class made here."""
     return list(_bases)
 
 
 class _Deaf(nn.Module):
-    """First of the bases that a class is born with: no `__init_subclass__` behind it is called."""
+    """First base of a new class: no `__init_subclass__` behind it is called."""
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         pass
@@ -67,9 +66,8 @@ class _Deaf(nn.Module):
 def _unnoticed(
     metaclass: type, name: str, bases: tuple[type, ...], namespace: dict[str, Any]
 ) -> type:
-    """A class whose bases and metaclass run no code when it is made: no registry gets it.
-
-    They may register, refuse a second class of one name, or want arguments unknown here.
+    """A class made without any code of its bases and metaclass, which may register it, refuse a
+    second class of one name, or want arguments unknown here.
     """
     # of the metaclasses, `ABCMeta` alone keeps something in a class that its instances need
     new = ABCMeta.__new__ if issubclass(metaclass, ABCMeta) else type.__new__
@@ -78,7 +76,7 @@ def _unnoticed(
     return made
 
 
-def _new_instance(cls: type) -> Any:
+def _new_instance(cls: type) -> Any:  # `copyreg.__newobj__` wants the class of what is pickled
     return cls.__new__(cls)
 
 

@@ -49,7 +49,6 @@ class Family:
 
 _RELATIVE_BIAS = Family(shared=r"relative_attention_bias\.")
 _LATE_NORM = Family(embeddings=r"layernorm_embedding\.")
-_EARLY_NORM = Family(after=r"\.norm\.")
 _PER_LAYER = Family(embeddings=r"(^|\.)(ple|embed_tokens_per_layer|per_layer_\w+)\.")
 _AUDIO_PROMPTS = Family(embeddings=r"(^|\.)(audio_\w+|num_speakers|duration_delta)_(proj|embed)\.")
 _LOGIT_SCALE = Family(head=r"(^|\.)logit_(scale|bias)\b")
@@ -60,19 +59,13 @@ _FOUR_LISTS = Family(blocks=("attentions",), beside=("layer_norm1", "ffns", "lay
 FAMILIES: dict[str, Family] = {
     # The final norm, and OPT's output projection, are registered before `layers`.
     "opt": Family(after=r"decoder\.(final_layer_norm|project_out)\."),
-    **dict.fromkeys(("t5gemma", "t5gemma2"), _EARLY_NORM),
+    **dict.fromkeys(("t5gemma", "t5gemma2"), Family(after=r"\.norm\.")),
     "wav2vec2-conformer": Family(after=r"encoder\.layer_norm\."),
     # Their other encoder norms before `layers`, where it is registered in both.
-    **dict.fromkeys(
-        (
-            "Wav2Vec2EncoderStableLayerNorm",
-            "HubertEncoderStableLayerNorm",
-            "UniSpeechEncoderStableLayerNorm",
-            "UniSpeechSatEncoderStableLayerNorm",
-            "WavLMEncoderStableLayerNorm",
-        ),
-        Family(after=r"encoder\.layer_norm\."),
-    ),
+    **{
+        f"{model}EncoderStableLayerNorm": Family(after=r"encoder\.layer_norm\.")
+        for model in ("Wav2Vec2", "Hubert", "UniSpeech", "UniSpeechSat", "WavLM")
+    },
     "qianfan_ocr_vision": Family(after=r"(^|\.)layernorm\."),
     "jina_embeddings_v3": Family(after=r"(^|\.)pooler\."),
     # Relative positions that every block uses.
@@ -170,7 +163,7 @@ def joined(family: Family, rules: Mapping[str, Any]) -> Family:
 def ruled_unit(name: str, families: Sequence[Family], head: int) -> int | None:
     """Unit that a family's rules give to a parameter name or to a path that ends in a dot.
 
-    The rule that names it to its end goes first, then those that so name a module around it.
+    A rule that matches it to its end goes first, then one that so matches a module around it.
     """
     parts = name.removesuffix(".").split(".")
     around = [".".join(parts[:i]) + "." for i in range(len(parts) - 1, 0, -1)]
@@ -196,7 +189,7 @@ def is_shared(name: str, families: Sequence[Family]) -> bool:
 
 
 def kinds_of(model: nn.Module) -> list[str]:
-    """What the rules of a family may be registered for: classes and types of its modules."""
+    """Names that a family may be registered under: classes and types of the model's modules."""
     kinds: dict[str, None] = {}
     for module in model.modules():
         kinds |= dict.fromkeys(cls.__name__ for cls in type(module).__mro__)
@@ -207,7 +200,7 @@ def kinds_of(model: nn.Module) -> list[str]:
 
 
 def kind_of(model: nn.Module) -> str:
-    """What a rule for this very model is registered for."""
+    """The name that a rule for this very model is registered under."""
     own = getattr(getattr(model, "config", None), "model_type", None)
     return own if own in kinds_of(model) else type(model).__name__
 

@@ -20,11 +20,7 @@ After = Callable[[nn.Module, Any], None]
 
 
 def tensors_in(value: Any, depth: int = 4) -> Iterator[torch.Tensor]:
-    """Tensors that a module was given or returned, in containers unknown to pytree too.
-
-    Args:
-        depth: of objects inside objects that are looked into.
-    """
+    """Tensors in a module's inputs or output, and in objects unknown to pytree, `depth` deep."""
     for leaf in pytree.tree_leaves(value):
         if isinstance(leaf, torch.Tensor):
             yield leaf
@@ -57,10 +53,8 @@ def buffers_kept(model: nn.Module) -> Iterator[None]:
 
 
 class ForwardHooks:
-    """Calls `before(module, args, kwargs)` and `after(module, output)` until `remove()`.
-
-    Called through its hooks, a module is seen after every hook that was there before; called by its
-    `forward`, as it is called. The instance's `forward` is replaced for as long.
+    """Calls `before(module, args, kwargs)` and `after(module, output)` until `remove()`: as hooks
+    where the module is called, from a `forward` of the instance where that is called alone.
     """
 
     def __init__(self, module: nn.Module, before: Before, after: After | None = None) -> None:
@@ -68,7 +62,7 @@ class ForwardHooks:
         self._hooks = [module.register_forward_pre_hook(self._enter, with_kwargs=True)]
         if after is not None:
             self._hooks.append(module.register_forward_hook(self._leave))
-        self._called = False  # by its hooks
+        self._called = False  # through the hooks: `forward` has nothing to watch then
         self._own = module.__dict__.get("forward")
         self._replacement = self._forward
         module.__dict__["forward"] = self._replacement

@@ -31,24 +31,17 @@ from .stacks import LISTS, Stack, UnknownBlocksError, choose_stacks, parameter_c
 
 @dataclass(frozen=True)
 class Layout:
-    """Cut of one model into units. Names are qualified names, valid while the structure is.
+    """Cut of one model into units. Names are qualified names, valid while the structure is."""
 
-    Attributes:
-        stacks: lists of blocks, in the order in which they run.
-        block_paths: every block, block 0 first.
-        outside: unit of every module that stands outside the blocks, outermost only, with or
-            without parameters (GPT-2's embedding dropout is one).
-        containers: unit of the bare parameters of every module on the way down to a stack, the
-            model itself ("") included, as the order of registration has it.
-        found: units of such parameters as forwards have shown them; they come before `containers`.
-        families: exceptions to the structural rules, the whole model's first.
-    """
-
-    stacks: tuple[Stack, ...]
+    stacks: tuple[Stack, ...]  # in the order in which they run
     block_paths: tuple[str, ...]
+    # unit of every module outside the blocks, outermost only, with or without parameters
     outside: Mapping[str, int]
+    # unit of the bare parameters of every module on the way down to a stack, the model itself ("")
+    # included, by the order of registration
     containers: Mapping[str, int]
-    families: tuple[Family, ...]
+    families: tuple[Family, ...]  # exceptions to the structural rules, the whole model's first
+    # units of such parameters as forwards have shown them; they come before `containers`
     found: dict[str, int] = field(default_factory=dict)
 
     @property
@@ -57,7 +50,6 @@ class Layout:
 
     @property
     def head(self) -> int:
-        """Unit number of the head."""
         return self.num_blocks
 
     @property
@@ -76,7 +68,7 @@ class Layout:
         return (*own, *(path for path, owner in self.outside.items() if owner == unit))
 
     def unit_of(self, name: str) -> int:
-        """Unit that the parameter of this qualified name sits in."""
+        """The unit that holds the parameter of this qualified name."""
         if name in self.found:
             return self.found[name]
         module = self.module_of(name)
@@ -115,9 +107,7 @@ class Layout:
         return found
 
     def guess_unruled(self, model: nn.Module) -> None:
-        """Take such parameters for head until a forward shows a unit that is computed from them: so
-        nothing is cut off, and no state of a resumed run is dropped, on a guess.
-        """
+        """Take these for head, which cuts nothing off, until a forward shows who uses them."""
         for name in self.unruled(model):
             self.found.setdefault(name, self.head)
 
@@ -137,21 +127,12 @@ class Layout:
 
 @dataclass(frozen=True)
 class ParameterSlot:
-    """One distinct parameter: where it hangs, and the units that use it.
+    """One distinct parameter, by owner and attribute: FSDP2 and others replace its object."""
 
-    Held by owner and attribute, not by object: FSDP2 and others replace Parameter objects.
-
-    Attributes:
-        name: the first of its qualified names.
-        owner: module that it hangs on.
-        attribute: its name there.
-        units: units that use it, in ascending order; several where it is tied or shared.
-    """
-
-    name: str
+    name: str  # the first of its qualified names
     owner: nn.Module
-    attribute: str
-    units: tuple[int, ...]
+    attribute: str  # its name in the owner
+    units: tuple[int, ...]  # that use it, ascending; several where it is tied or shared
 
     @property
     def parameter(self) -> nn.Parameter:
@@ -159,9 +140,7 @@ class ParameterSlot:
 
     @property
     def home(self) -> int:
-        """The unit that it is counted in: a table tied to the head goes on training with the head,
-        what blocks share is at home in the lowest of them.
-        """
+        """The unit that it is counted in: the head for a table tied to it, else the lowest."""
         return self.units[-1] if self.units[0] == EMBEDDINGS else self.units[0]
 
 
@@ -186,16 +165,9 @@ def find_layout(
     *,
     rules: Mapping[str, Family] = MappingProxyType({}),
 ) -> Layout:
-    """Cut `model` into units.
+    """Cut `model` into units, or raise `UnsupportedModelError`; `blocks` as in `patch_model`.
 
-    Args:
-        model: any module that runs blocks.
-        blocks: qualified name of the block list where discovery cannot choose; several, in the
-            order in which they run, of lists or of single modules that are a block each.
-        rules: families that count instead of those in `FAMILIES`.
-
-    Raises:
-        UnsupportedModelError: no block list, several that fit, or blocks that share weights.
+    `rules` are families that count instead of those in `FAMILIES`.
     """
     try:
         return _layout_of(model, [blocks] if isinstance(blocks, str) else blocks, rules)

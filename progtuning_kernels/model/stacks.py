@@ -27,16 +27,10 @@ class UnknownBlocksError(UnsupportedModelError):
 
 @dataclass(frozen=True)
 class Stack:
-    """One list of blocks.
+    """One list of blocks."""
 
-    Attributes:
-        path: qualified name of the list, e.g. "bert.encoder.layer".
-        first: number of its first block; blocks are numbered through all stacks.
-        length: number of its blocks.
-    """
-
-    path: str
-    first: int
+    path: str  # qualified name of the list, e.g. "bert.encoder.layer"
+    first: int  # number of its first block; blocks are numbered through all stacks
     length: int
 
     @property
@@ -45,9 +39,7 @@ class Stack:
 
 
 def _outermost_lists(model: nn.Module, depth: Any) -> dict[str, nn.Module]:
-    """Every list that may hold blocks: module lists; or else sequences of equal modules, if they
-    hold most of the model or have the depth that its config gives.
-    """
+    """Every list that may hold blocks: module lists, or else sequences of equal modules."""
     found: dict[str, nn.Module] = {}
     equal: dict[str, nn.Module] = {}
     for path, module in model.named_modules():
@@ -143,9 +135,7 @@ def choose_stacks(model: nn.Module, families: Sequence[Family]) -> list[str]:
 
 
 def _blocks_at(model: nn.Module, path: str) -> Iterator[tuple[str, list[str]]]:
-    """Every list of blocks at `path` with the paths of its blocks; a module that is no list is one
-    block, a list of lists is its lists in their order.
-    """
+    """Every list of blocks at `path`, with their paths; a module that is no list is a block."""
     module = model.get_submodule(path)
     # by their own names: a Sequential may have others than numbers
     inside = [f"{path}.{name}" for name in module._modules]

@@ -1,8 +1,7 @@
-"""Notices that modules or parameters were added, renamed or taken out while a model is patched.
+"""Notices that modules or parameters were added, renamed or removed while a model is patched.
 
-Pruning and weight norm rename parameters, heads and embeddings are replaced, adapters come and go:
-the plan is then applied anew. Other blocks would change what a plan means. `Parameter`
-objects that are replaced under their names are no change: FSDP2 makes its own.
+Pruning, weight norm, new heads and adapters do so. `Parameter` objects that are replaced under
+their names are no change: FSDP2 makes its own.
 """
 
 from __future__ import annotations
@@ -20,7 +19,7 @@ _CURE = (
 
 
 class Structure:
-    """What hangs where in one model, as it was when this was made or `note` was called last."""
+    """The modules and parameter names of one model at the last call of `note`."""
 
     def __init__(self, model: nn.Module, layout: Layout) -> None:
         self._model = model
@@ -29,14 +28,14 @@ class Structure:
         self.note()
 
     def note(self) -> None:
-        """From now on the model is as it should be."""
+        """Take the model for unchanged as it is now."""
         modules = list(self._model.modules())
         self._inside = [(m._modules, dict(m._modules)) for m in modules]
         self._owned = [(m._parameters, _names(m._parameters)) for m in modules]
 
     @property
     def changed(self) -> bool:
-        """Whether a module, or the name of a parameter, came or went anywhere."""
+        """Whether a module, or the name of a parameter, came or went since."""
         return any(now != before for now, before in self._inside) or any(
             _names(now) != before for now, before in self._owned
         )

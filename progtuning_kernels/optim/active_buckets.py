@@ -1,9 +1,14 @@
-"""Buckets of active parameters: built once, and again when anything of theirs has moved."""
+"""The members of an optimizer's groups, and buckets of those that are active: built once, and again
+when anything of theirs has moved.
+"""
 
 from __future__ import annotations
 
-from collections import defaultdict
+import operator
+from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import chain
 from typing import Any
 
 import torch
@@ -17,47 +22,91 @@ from ..ops.masked_update.bucket import (
     is_dense,
 )
 from ..sharding import is_sharded, local_of
-from .groups import Member
+
+Groups = Sequence[Mapping[str, Any]]
 
 
+@dataclass(frozen=True)
+class Member:
+    parameter: Tensor
+    index: int  # over all groups, in order; random numbers of the update depend on it
+    group: int  # index of its group
+    name: str | None  # in the group's `param_names`; None where the optimizer was given no names
+
+    @property
+    def label(self) -> str:
+        return self.name or f"parameter {self.index}"
+
+
+def parameters_of(groups: Groups) -> Iterator[Tensor]:
+    return chain.from_iterable(group["params"] for group in groups)
+
+
+def members_of(groups: Groups) -> list[Member]:
+    """Every parameter in the order of the groups; `ValueError` for one that is there twice."""
+    found: list[Member] = []
+    for i, group in enumerate(groups):
+        size = len(group["params"])
+        names = group.get("param_names") or [None] * size
+        if len(names) != size:
+            raise ValueError(
+                f"group {i} has {size} params and {len(names)} param_names: change both"
+            )
+        for p, name in zip(group["params"], names, strict=True):
+            found.append(Member(p, len(found), i, name))
+    twice = [p for p, times in Counter(parameters_of(groups)).items() if times > 1]
+    if twice:
+        raise ValueError(
+            f"a tensor of shape {tuple(twice[0].shape)} is in the groups twice, and would be "
+            "updated twice in a step: take it out once"
+        )
+    return found
+
+
+class GroupSnapshot:
+    """The tensors of every group, and which of them were active, at one moment."""
+
+    def __init__(self, groups: Groups) -> None:
+        self._sizes = [len(group["params"]) for group in groups]
+        self._tensors = list(parameters_of(groups))
+        self._flags = [p.requires_grad for p in self._tensors]
+
+    def differs_from(self, groups: Groups) -> bool:
+        return (
+            self._sizes != [len(group["params"]) for group in groups]
+            or not all(map(operator.is_, self._tensors, parameters_of(groups)))
+            or self._flags != [p.requires_grad for p in parameters_of(groups)]
+        )
+
+
+@dataclass(eq=False)
 class ActiveBucket:
     """A bucket together with the parameters whose gradients it wants, DTensors included."""
 
-    def __init__(
-        self,
-        members: Sequence[Member],
-        states: Sequence[dict[str, Tensor]],
-        bucket: Bucket,
-        groups: Sequence[int],
-    ) -> None:
-        self.members, self.states = list(members), list(states)
-        self.parameters = [member.parameter for member in members]
-        self.bucket = bucket
-        self.groups = list(groups)  # of the optimizer, in the bucket's numbering
+    parameters: list[Tensor]
+    states: list[dict[str, Tensor]]
+    bucket: Bucket
+    groups: list[int]  # of the optimizer, in the bucket's numbering
+
+    def __post_init__(self) -> None:
         self.sharded = any(map(is_sharded, self.parameters))
         self._places = self._places_of_states()
         self._written: list[int] | None = None  # versions after the last update, with masters
 
     def follow_parameters(self) -> None:
-        """Set the masters of parameters that were written from outside, as loading weights does.
-
-        A master keeps what its parameter's precision does not show.
-        """
+        """Set the masters of parameters that were written from outside, as loading weights does."""
         bucket = self.bucket
         if bucket.masters is None:
             return
         versions = [p._version for p in bucket.params]
         for i, (p, master) in enumerate(zip(bucket.params, bucket.masters, strict=True)):
             if self._written is None or self._written[i] != versions[i]:
+                # an equal one keeps what the parameter's precision does not show
                 master.copy_(torch.where(master.to(p.dtype) == p, master, p.float()))
         self._written = [version + 1 for version in versions]  # the update is one more
 
     def gather(self) -> Gradients:
-        """The gradients of this moment.
-
-        Raises:
-            RuntimeError: one is sparse.
-        """
+        """The gradients of this moment; `RuntimeError` for a sparse one."""
         grads = [p.grad for p in self.parameters]
         if self.sharded:
             grads = [None if grad is None else local_of(grad) for grad in grads]
@@ -70,10 +119,8 @@ class ActiveBucket:
         return self.bucket.gather(grads)
 
     def is_current(self, state: Mapping[Any, dict[str, Tensor]]) -> bool:
-        """Whether everything still lies where the table of addresses says.
-
-        Parameters and state move with `.data =`, `.to`, `share_memory_` and FSDP; state also when
-        the optimizer's entries are cleared or replaced.
+        """Whether everything still lies where the table of addresses says: `.data =`, `.to`,
+        `share_memory_` and FSDP move tensors, and entries of the state may be replaced.
         """
         locals_ = map(local_of, self.parameters) if self.sharded else self.parameters
         return (
@@ -102,14 +149,8 @@ class BucketTable:
         state: Mapping[Any, dict[str, Tensor]],
         build: Callable[[list[Member]], ActiveBucket],
     ) -> list[ActiveBucket]:
-        """Those of the last call, unless a gradient has come for the first time or something moved.
-
-        Args:
-            state: the optimizer's.
-            build: makes the bucket of members that fit into one launch.
-
-        Raises:
-            RuntimeError: a gradient is not of its parameter's shape.
+        """Buckets that `build` has made of members that fit into one launch, made anew when a
+        gradient comes for the first time or something has moved.
         """
         fresh = any(member.parameter.grad is not None for member in self._waiting)
         if not fresh and all(bucket.is_current(state) for bucket in self._buckets):

@@ -22,17 +22,15 @@ from torch.autograd import Variable
 from ..ops.masked_norm import masked_norm
 from ..ops.masked_update.grad_decision import GradDecision
 from ..sharding import is_sharded
-from .active_buckets import BucketTable
-from .groups import Member
+from .active_buckets import BucketTable, Member
 
 ClipMode = Literal["exact", "previous_norm", "per_block"]
 
 
 def block_of(member: Member) -> str:
-    """The block a parameter is updated with: its name up to the first number, or its parent.
+    """The block a parameter is updated with: its name up to the first number, or its parent's name.
 
-    `handle.param_groups()` and `model.named_parameters()` bring names ("encoder.layer.3.attention"
-    is of "encoder.layer.3"); without names every parameter is updated on its own.
+    "encoder.layer.3.attention" is of "encoder.layer.3"; one without a name is updated on its own.
     """
     if member.name is None:
         return member.label
@@ -43,11 +41,7 @@ def block_of(member: Member) -> str:
 
 
 def refuse_distributed(members: Iterable[Member], *, needs_norm: bool) -> None:
-    """Raise `RuntimeError` where a gradient is not the whole one when its hook runs.
-
-    Args:
-        needs_norm: whether an update waits for the norm of its block.
-    """
+    """Raise `RuntimeError` where a gradient is not the whole one when its hook runs."""
     distributed = torch.distributed
     several = distributed.is_available() and distributed.is_initialized()
     several = several and distributed.get_world_size() > 1
@@ -74,11 +68,10 @@ class _Block:
 
 
 class BackwardHooks:
-    """The hooks of one optimizer; set anew whenever another set of parameters is active.
+    """The hooks of one optimizer, for the parameters that are active.
 
-    Args:
-        begin: called at the first gradient of a backward; says whether this backward updates.
-        update: updates a block from the gradients that are there, and gives up the gradients.
+    `begin`, called at the first gradient of a backward, says whether this one updates; `update`
+    updates a block, and gives up its gradients.
     """
 
     def __init__(
@@ -106,7 +99,7 @@ class BackwardHooks:
         self._handles = [p.register_post_accumulate_grad_hook(hook) for p in self._places]
 
     def arrange_blocks(self, members: Sequence[Member]) -> None:
-        """Put these parameters into blocks; their hooks stay, as they cannot change in backward."""
+        """Put these parameters into blocks; hooks, which cannot change in backward, stay."""
         blocks: dict[str, list[Member]] = {}
         for member in members:
             blocks.setdefault(block_of(member), []).append(member)
@@ -170,6 +163,7 @@ class BackwardHooks:
 
 
 def _known(values: list[Tensor | None]) -> list[Tensor]:
-    """All but None, on the first one's device."""
+    """The values that are not None, on the device of the first."""
+
     known = [value for value in values if value is not None]
     return [value.to(known[0].device) for value in known]

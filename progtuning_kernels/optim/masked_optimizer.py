@@ -21,11 +21,16 @@ from .. import freeze_events
 from ..ops.masked_update.bucket import Bucket, Hyper
 from ..ops.masked_update.grad_decision import GradDecision, decide, norm_over_ranks
 from ..sharding import local_of
-from .active_buckets import ActiveBucket, BucketTable
-from .frozen_state import OnFreeze, offload_frozen_state, release_frozen_state
-from .groups import GroupSnapshot, Member, members_of, parameters_of
+from .active_buckets import (
+    ActiveBucket,
+    BucketTable,
+    GroupSnapshot,
+    Member,
+    members_of,
+    parameters_of,
+)
 from .in_backward import BackwardHooks, ClipMode, refuse_distributed
-from .saved_state import load_state_dict, open_state, save_state_dict
+from .state import OnFreeze, load_state_dict, open_state, save_state_dict, settle_frozen_state
 
 Nonfinite = Literal["skip", "ignore"]
 
@@ -79,7 +84,7 @@ class MaskedOptimizer(Optimizer):
             raise ValueError(f"seed must have 64 bits, got {seed}")
         super().__init__(params, defaults)
         self.max_grad_norm = max_grad_norm
-        self.on_freeze = on_freeze
+        self.on_freeze: OnFreeze = on_freeze
         self.nonfinite = nonfinite
         self.in_backward = in_backward
         self.clip_mode = clip_mode
@@ -93,7 +98,7 @@ class MaskedOptimizer(Optimizer):
     def _start(self) -> None:
         self.accumulating: Callable[[], bool] = lambda: False
         self._control: Tensor | None = None
-        self._settled = True  # False: what was loaded for frozen tensors is all there yet
+        self._settled = True  # False: the state loaded for frozen tensors is still there
         self._hooks: BackwardHooks | None = None
         if self.in_backward:
             own = weakref.proxy(self)  # a dropped optimizer goes at once, and updates no more
@@ -120,7 +125,8 @@ class MaskedOptimizer(Optimizer):
 
     @property
     def grad_norm(self) -> Tensor | None:
-        """Norm of the last step's gradients before clipping, 0-dim float32; None: nobody needed it.
+        """Norm of the last step's gradients before clipping, 0-dim float32; None: none was taken.
+
 
         Reading it copies it on its device: on a GPU every step writes to the same place.
         """
@@ -181,14 +187,7 @@ class MaskedOptimizer(Optimizer):
         if self._snapshot.differs_from(self.param_groups):
             self._make_tables()
             if self._settled:
-                self._settle_frozen_state()
-
-    def _settle_frozen_state(self) -> None:
-        self._settled = True
-        if self.on_freeze == "release":
-            release_frozen_state(self)
-        elif self.on_freeze == "offload":
-            offload_frozen_state(self)
+                settle_frozen_state(self, self.on_freeze)
 
     def check_groups(self, groups: Iterable[Mapping[str, Any]] | None = None) -> None:
         """Raise `ValueError` for what a group asks for and this optimizer would not do.
@@ -265,19 +264,20 @@ class MaskedOptimizer(Optimizer):
 
     def _build_bucket(self, members: list[Member]) -> ActiveBucket:
         groups = sorted({member.group for member in members})
+        parameters = [member.parameter for member in members]
         states = []
-        for p in (member.parameter for member in members):
+        for p in parameters:
             state = self.state[p]
             if not state:
                 state.update(self.init_state(p))
             states.append(state)
         bucket = self.make_bucket(
-            [local_of(member.parameter).detach() for member in members],
+            [local_of(p).detach() for p in parameters],
             [{key: local_of(value) for key, value in state.items()} for state in states],
             [member.index for member in members],
             [groups.index(member.group) for member in members],
         )
-        return ActiveBucket(members, states, bucket, groups)
+        return ActiveBucket(parameters, states, bucket, groups)
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
@@ -304,7 +304,8 @@ class MaskedOptimizer(Optimizer):
         self.check_groups()
         self.on_flags_changed()  # where nobody announced it
         if not self._settled:
-            self._settle_frozen_state()
+            self._settled = True
+            settle_frozen_state(self, self.on_freeze)
         if hooks is None or any(p.grad is not None for p in parameters_of(self.param_groups)):
             decision = self._update(self.active_buckets(), scale, found_inf, keeps_control=True)
             if decision is not None:

@@ -15,7 +15,7 @@ from ..freezing.freezer import Freezer, StageState
 from ..freezing.unit_use import measure_forward
 from ..model.layout import EMBEDDINGS, Layout, parameter_slots
 from ..optim import MaskedAdamW
-from ..optim.moments import STATE_DTYPES
+from ..optim.masked_adamw import STATE_DTYPES
 from ..schedules import FreezePlan
 from .meta_step import StepFlops, TargetKernels, count_flops, peak_live_bytes
 from .training_plan import StagePlan

@@ -1,13 +1,8 @@
-"""Freezing schedules: pure functions of (step, number of blocks). Standard library only.
+"""Freezing schedules: which units (embeddings, blocks 0..L-1, head) train at an optimizer step.
 
-A schedule answers one question: which units (embeddings, blocks 0..L-1, head) train at an optimizer
-step. It holds no model and no state beyond its settings, so every rank, and a resumed run, derives
-the same plan from the same step. Random ones draw from (seed, number of the draw) and keep no
-generator. `AdaptiveSchedule` alone has state: its plans are functions of the step and of the
-decisions it has recorded, which travel with `PatchHandle.state_dict`.
-
-To add a schedule: one class with `plan(step, num_blocks) -> FreezePlan`, `stage(step) -> int`,
-`total_steps` and `bind(total_steps)`; one line in `files.py`; one test.
+They are pure functions of (step, number of blocks), standard library only, so that every rank, and
+a resumed run, derives the same plan. `AdaptiveSchedule` alone has state: the decisions that it has
+recorded, which travel with `PatchHandle.state_dict`. CONTRIBUTING.md says how to add one.
 """
 
 from .adaptive import AdaptiveSchedule

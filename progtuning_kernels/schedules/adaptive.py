@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from numbers import Real
 from typing import Any
 
-from .plan import FreezePlan, check_choice, check_step, whole_number
+from .plan import FreezePlan, bind_length, check_choice, check_step, whole_number
 from .progressive import EmbeddingPolicy
 
 
@@ -69,10 +69,7 @@ class AdaptiveSchedule:
             f"window={self.window}, embeddings={self.embeddings!r})"
         )
 
-    def bind(self, total_steps: int) -> AdaptiveSchedule:
-        """Note the length of the run, on which no decision depends."""
-        self.total_steps = whole_number("total_steps", total_steps, 1)
-        return self
+    bind = bind_length
 
     @property
     def decisions(self) -> dict[int, int]:

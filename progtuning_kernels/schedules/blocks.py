@@ -8,7 +8,7 @@ from hashlib import blake2b
 from itertools import count
 from typing import Literal
 
-from .plan import FreezePlan, check_choice, check_step, whole_number
+from .plan import FreezePlan, bind_length, check_choice, check_step, whole_number
 
 UnitPolicy = Literal["always", "never"]
 BlockOrder = Literal["ascending", "descending", "random"]
@@ -45,10 +45,7 @@ class RandomBlockSchedule:
     def __post_init__(self) -> None:
         _check_settings(self)
 
-    def bind(self, total_steps: int) -> RandomBlockSchedule:
-        """Note the length of the run, on which no draw depends."""
-        self.total_steps = whole_number("total_steps", total_steps, 1)
-        return self
+    bind = bind_length
 
     def stage(self, step: int) -> int:
         check_step(step)
@@ -95,10 +92,7 @@ class CyclicBlockSchedule:
         _check_settings(self)
         check_choice("order", self.order, BlockOrder)
 
-    def bind(self, total_steps: int) -> CyclicBlockSchedule:
-        """Note the length of the run, on which no plan depends."""
-        self.total_steps = whole_number("total_steps", total_steps, 1)
-        return self
+    bind = bind_length
 
     def stage(self, step: int) -> int:
         check_step(step)
@@ -142,8 +136,7 @@ def _plan(
 def _uniform_64_bits(purpose: str, seed: int, draw: int) -> Iterator[int]:
     """Integers in [0, 2^64): BLAKE2b (RFC 7693) of "purpose:seed:draw:i", eight from every i.
 
-    A counter instead of a generator: draw number n needs no history, and is the same on every
-    machine, Python and rank.
+    Draw number n needs no history, and is the same on every machine, Python and rank.
     """
     for i in count():
         digest = blake2b(f"{purpose}:{seed}:{draw}:{i}".encode()).digest()

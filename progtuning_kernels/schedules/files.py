@@ -1,23 +1,4 @@
-"""Schedules from small files, for the command line and for configs under version control.
-
-    schedule = "cyclic"
-    blocks = 1
-    period = 50
-    order = "random"
-
-`schedule` is a key of `KINDS`; the other keys are the arguments of its class, by their own names
-(`steps` of milestones is a table of step = boundary). The weights of progressive may come from what
-`progtuning contribution` has written, named from the schedule's own folder, with the measure where
-it has several:
-
-    schedule = "progressive"
-    stages = 3
-    weights_from = "contribution.json"
-    measure = "train"
-
-TOML needs Python 3.11 (`tomllib`); JSON is always read, YAML where PyYAML is installed, which
-transformers brings.
-"""
+"""Schedules from small files, for the command line and for configs under version control."""
 
 from __future__ import annotations
 
@@ -47,11 +28,7 @@ KINDS: dict[str, type] = {
 
 
 def make_schedule(settings: Mapping[str, Any]) -> Schedule:
-    """The schedule that a file's content describes.
-
-    Raises:
-        ValueError: one line that names the setting.
-    """
+    """The schedule that a file's content describes; `ValueError` in one line for a wrong one."""
     settings = dict(settings)
     kind = settings.pop("schedule", None)
     if not isinstance(kind, str) or kind not in KINDS:
@@ -77,7 +54,12 @@ def make_schedule(settings: Mapping[str, Any]) -> Schedule:
 
 
 def schedule_from_file(path: str | Path) -> Schedule:
-    """Read a schedule from a .toml, .yaml, .yml or .json file; see the top of this file.
+    """Read a schedule from a .toml (Python 3.11), .yaml, .yml or .json file.
+
+    `schedule` is "progressive", "milestones", "random", "cyclic" or "adaptive"; the other keys are
+    the arguments of its class (`steps` of milestones is a table of step = boundary). The weights of
+    progressive may come from what `progtuning contribution` has written: `weights_from` is its path
+    from the schedule's own folder, `measure` the one to take where it has several.
 
     Raises:
         ValueError: one line: the file is no such file, or describes no schedule.
@@ -94,11 +76,7 @@ def schedule_from_file(path: str | Path) -> Schedule:
 
 
 def read_settings(path: Path) -> Any:
-    """The content of a .toml, .yaml, .yml or .json file.
-
-    Raises:
-        ValueError: it is no such file, or cannot be read here.
-    """
+    """The content of a .toml, .yaml, .yml or .json file; raise `ValueError` for any other."""
     text = path.read_text(encoding="utf-8")
     kind = path.suffix.lower()
     if kind == ".toml":
@@ -122,7 +100,7 @@ def read_settings(path: Path) -> Any:
 
 
 def _with_weights(settings: Mapping[str, Any], folder: Path) -> dict[str, Any]:
-    """The settings with the weights that `weights_from` names in place of the name."""
+
     settings = dict(settings)
     if "weights_from" not in settings:
         return settings
@@ -145,10 +123,9 @@ def _with_weights(settings: Mapping[str, Any], folder: Path) -> dict[str, Any]:
 
 
 def _milestones(steps: Any) -> dict[Any, Any]:
-    """With numbers for keys, which are texts in TOML and JSON."""
-    if not isinstance(steps, Mapping):
-        raise ValueError(f"steps must be a table of step = boundary, got {steps!r}")
+    """The milestones of a file, whose keys are texts in TOML and JSON."""
     try:
-        return {int(key) if isinstance(key, str) else key: steps[key] for key in steps}
-    except ValueError:
+        return {int(key) if isinstance(key, str) else key: n for key, n in steps.items()}
+
+    except (AttributeError, ValueError):
         raise ValueError(f"steps must be a table of step = boundary, got {steps!r}") from None

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from numbers import Real
 from operator import index
-from typing import Any, Protocol, SupportsInt, TypeGuard, cast, get_args, runtime_checkable
+from typing import Any, Protocol, SupportsInt, TypeGuard, TypeVar, cast, get_args, runtime_checkable
 
 
 @dataclass(frozen=True)
@@ -54,9 +54,7 @@ class FreezePlan:
 
 @runtime_checkable
 class Schedule(Protocol):
-    """What `patch_model` asks of a schedule; its `repr`, which a resumed run compares, shows all
-    settings.
-    """
+    """What `patch_model` asks of a schedule. A resumed run compares its `repr`."""
 
     total_steps: int | None
 
@@ -98,9 +96,18 @@ class ObservingSchedule(Schedule, Protocol):
         ...
 
 
+_Schedule = TypeVar("_Schedule", bound=Schedule)
+
+
 def decides_by_gradients(schedule: Schedule) -> TypeGuard[ObservingSchedule]:
     """Whether it decides while it trains; any other schedule's plans are known from the start."""
     return isinstance(schedule, ObservingSchedule)
+
+
+def bind_length(schedule: _Schedule, total_steps: int) -> _Schedule:
+    """Note the length of the run in optimizer steps, on which none of its plans depends."""
+    schedule.total_steps = whole_number("total_steps", total_steps, 1)
+    return schedule
 
 
 def stage_count(schedule: Schedule, total_steps: int) -> int | None:
@@ -120,11 +127,9 @@ def check_step(step: int) -> None:
 
 
 def whole_number(name: str, value: Any, least: int | None = None) -> int:
-    """`value` as an int of at least `least`: an int of any library, or a float that is whole.
+    """`value`, an int of any library or a float that is whole, as an int of at least `least`.
 
-    Raises:
-        TypeError: no number.
-        ValueError: a number that is not whole, or less than `least`.
+    Raises `TypeError` for what is no number, `ValueError` for another number.
     """
     wanted = f"{name} must be {'' if least is None else f'{least} or more, and '}whole"
     try:

@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import KW_ONLY, dataclass
 from fractions import Fraction
 from itertools import accumulate
 from typing import Literal
 
-from .plan import FreezePlan, check_choice, check_step, whole_number
+from .plan import FreezePlan, bind_length, check_choice, check_step, whole_number
 
 EmbeddingPolicy = Literal["first_stage", "always", "never"]
 
 
+@dataclass(eq=False, repr=False)
 class ProgressiveSchedule:
     """Progtuning (arXiv 2506.21119): T stages of equal length, the lowest part dropped at each.
 
@@ -35,21 +37,19 @@ class ProgressiveSchedule:
         ValueError: on settings that no run can satisfy; the message names the setting.
     """
 
-    def __init__(
-        self,
-        stages: int,
-        total_steps: int | None = None,
-        *,
-        embeddings: EmbeddingPolicy = "first_stage",
-        weights: Sequence[float] | None = None,
-    ) -> None:
-        check_choice("embeddings", embeddings, EmbeddingPolicy)
-        self.weights = None if weights is None else _weights(weights)
-        self.stages = whole_number("stages", stages, 1)
-        self.embeddings: EmbeddingPolicy = embeddings
-        self.total_steps: int | None = None
-        if total_steps is not None:
-            self.bind(total_steps)
+    stages: int
+    total_steps: int | None = None
+    _: KW_ONLY
+    embeddings: EmbeddingPolicy = "first_stage"
+    weights: Sequence[float] | None = None
+
+    def __post_init__(self) -> None:
+        check_choice("embeddings", self.embeddings, EmbeddingPolicy)
+        if self.weights is not None:
+            self.weights = _weights(self.weights)
+        self.stages = whole_number("stages", self.stages, 1)
+        if self.total_steps is not None:
+            self.bind(self.total_steps)
 
     def __repr__(self) -> str:
         weights = "" if self.weights is None else f", weights={self.weights}"
@@ -143,10 +143,7 @@ class MilestoneSchedule:
     def __repr__(self) -> str:
         return f"MilestoneSchedule({self.milestones}, embeddings={self.embeddings!r})"
 
-    def bind(self, total_steps: int) -> MilestoneSchedule:
-        """Note the length of the run; milestones are absolute steps and do not depend on it."""
-        self.total_steps = whole_number("total_steps", total_steps, 1)
-        return self
+    bind = bind_length
 
     def stage(self, step: int) -> int:
         check_step(step)

@@ -12,7 +12,7 @@ from torch.utils.checkpoint import checkpoint
 
 from progtuning_kernels import MaskedAdamW, ProgressiveSchedule, patch_model
 from progtuning_kernels.ops.masked_update.bucket import Bucket
-from progtuning_kernels.optim.groups import Member
+from progtuning_kernels.optim.active_buckets import Member
 from progtuning_kernels.optim.in_backward import block_of
 
 OPTIONS = dict(lr=0.05, betas=(0.8, 0.95), eps=1e-3, weight_decay=0.1)

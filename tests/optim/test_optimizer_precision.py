@@ -254,7 +254,7 @@ def test_many_groups_and_tensors_are_split_as_launches_need():
     for p in own:
         p.grad = torch.ones_like(p)
     optimizer.step()
-    assert [len(b.members) for b in optimizer.active_buckets()] == [1640, 1640, 820]
+    assert [len(b.parameters) for b in optimizer.active_buckets()] == [1640, 1640, 820]
     for i in range(20):
         for p in own[i::20]:
             torch.testing.assert_close(p.detach(), torch.full((3,), 1 - 0.01 * (i + 1)))
@@ -264,7 +264,7 @@ def test_many_groups_and_tensors_are_split_as_launches_need():
     assert [len(b.groups) for b in optimizer.active_buckets()] == [8, 8, 4]
     one = MaskedAdamW([nn.Parameter(torch.ones(1)) for _ in range(4033)])
     train(one, range(1))
-    assert [len(b.members) for b in one.active_buckets()] == [4032, 1]
+    assert [len(b.parameters) for b in one.active_buckets()] == [4032, 1]
 
 
 def test_parameters_that_move_are_found_again():

@@ -1,4 +1,4 @@
-"""State dicts on their way through torch, whose hooks see all of them.
+"""What becomes of the optimizer state: of tensors that freeze, and on its way through a state dict.
 
 `Optimizer.load_state_dict` would cast every tensor of the state to its parameter's dtype: sixteen
 bits of the moments of a bfloat16 parameter would be gone, and codes would be anything. State
@@ -10,14 +10,61 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
+import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from .groups import Member, parameters_of
+from ..sharding import local_of
+from .active_buckets import Member, parameters_of
 
+OnFreeze = Literal["release", "keep", "offload"]
 StateDict = dict[str, Any]
+
+
+def release_frozen_state(optimizer: Optimizer) -> int:
+    """Drop the state of every parameter that does not require grad; works on any optimizer.
+
+    Returns:
+        Bytes of state that were dropped.
+    """
+    frozen = [p for p in parameters_of(optimizer.param_groups) if not p.requires_grad]
+    return sum(_bytes_of(optimizer.state.pop(p, {})) for p in frozen)
+
+
+def settle_frozen_state(optimizer: Optimizer, on_freeze: OnFreeze) -> None:
+    """Do with the state of frozen parameters what `on_freeze` says; bring offloaded state back.
+
+    Copies are queued on the current stream and nothing waits for them: memory that is given up here
+    is used again by later work of the same stream only.
+    """
+    if on_freeze == "release":
+        release_frozen_state(optimizer)
+    if on_freeze != "offload":
+        return
+    for p in parameters_of(optimizer.param_groups):
+        state = optimizer.state.get(p, {})
+        for key, value in state.items():
+            if not isinstance(value, Tensor):
+                continue
+            if p.requires_grad:
+                state[key] = value.to(p.device, non_blocking=True)
+            elif value.is_cuda:
+                pinned = torch.empty_like(value, device="cpu", pin_memory=True)
+                state[key] = pinned.copy_(value, non_blocking=True)
+
+
+def state_bytes(optimizer: Optimizer) -> int:
+    """Bytes that the optimizer's state tensors occupy on this rank, step counters included."""
+    return sum(
+        _bytes_of(state) for key, state in optimizer.state.items() if isinstance(key, Tensor)
+    )
+
+
+def _bytes_of(state: dict[str, Any]) -> int:
+    tensors = (local_of(t) for t in state.values() if isinstance(t, Tensor))
+    return sum(t.untyped_storage().nbytes() for t in tensors)
 
 
 @dataclass(frozen=True)
@@ -59,9 +106,8 @@ def load_state_dict(
 ) -> None:
     """torch's `load_state_dict`, which hands sealed state to the optimizer's `__setstate__`.
 
-    Args:
-        check_groups: refuses groups, as the user's hooks have left them.
-        finish: takes what belongs to no parameter, before the user's hooks look at the result.
+    `check_groups` sees the groups after the user's hooks; `finish` takes what belongs to no
+    parameter, before the user's hooks look at the result.
     """
     checked: StateDict = {}
 
