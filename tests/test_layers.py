@@ -126,7 +126,7 @@ def main() -> None:
         total += sum(sizes.values())
         rooms = ", ".join(f"{part} {size:,}" for part, size in sorted(sizes.items()))
         print(f"floor {floor}  {sum(sizes.values()):6,} lines   {rooms}")
-    csrc = sum(_lines(p) for p in (PACKAGE.parent / "csrc").iterdir())
+    csrc = sum(_lines(p) for p in (PACKAGE.parent / "csrc").glob("*.[ch]*"))
     print(f"csrc     {csrc:6,} lines\ntogether {total + csrc:6,} lines")
 
 

@@ -164,6 +164,5 @@ class BackwardHooks:
 
 def _known(values: list[Tensor | None]) -> list[Tensor]:
     """The values that are not None, on the device of the first."""
-
     known = [value for value in values if value is not None]
     return [value.to(known[0].device) for value in known]

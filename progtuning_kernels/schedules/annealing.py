@@ -95,6 +95,8 @@ class AnnealedSchedule:
             stacklevel=2,
         )
         check_schedule(schedule, "AnnealedSchedule")
+        if decides_by_gradients(schedule):
+            raise ValueError(f"{schedule!r} does not know its freezing steps in advance")
         self.schedule, self.scaled = schedule, scaled
         self.plan, self.stage = schedule.plan, schedule.stage
 

@@ -142,7 +142,7 @@ class KernelSwaps:
         because = "at any size"
         if from_bytes:
             because = (
-                f"from {from_bytes // 1024} KiB that are dropped from on; a call outweighs less"
+                f"from {from_bytes // 1024} KiB a call on: below that it costs more than it saves"
             )
         groups: _Groups = defaultdict(list)
         for kind, path, module in list(cpu_dropout.dropping(self._model, self._layout)):
@@ -222,7 +222,7 @@ class KernelSwaps:
         from_bytes = self._from_bytes(swap, calls, device)
         because = "at any size"
         if from_bytes:
-            because = f"from {from_bytes / 1e6:.0f} MB of its input on; a launch outweighs less"
+            because = f"from {from_bytes / 1e6:.0f} MB of its input on: below that a launch costs more than it saves"
         key = (swap.kind, swap.settings, from_bytes)
         return _Verdict(
             derive(type(module), key, _members(type(module), swap, from_bytes)), because

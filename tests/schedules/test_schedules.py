@@ -587,6 +587,8 @@ def test_the_schedule_that_wrapped_another_works_for_one_release_more():
     with pytest.warns(DeprecationWarning, match="annealed_lr"):
         schedule = AnnealedSchedule(inner, scaled=True).bind(9)
     assert isinstance(copy.deepcopy(schedule), Schedule) and inner.total_steps == 9
+    with pytest.warns(DeprecationWarning), pytest.raises(ValueError, match="in advance"):
+        AnnealedSchedule(AdaptiveSchedule(5))
     groups = [{"unit": unit} for unit in range(-1, 5)]
     old = schedule.lr_factors(groups, 4, lambda step: 0.5)
     new = annealed_lr(inner, groups, 4, base=lambda step: 0.5, scaled=True)

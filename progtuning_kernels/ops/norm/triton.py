@@ -363,7 +363,7 @@ class _Norm(torch.autograd.Function):
         demands_x, demands_residual, *demands_parameters = ctx.needs_input_grad[:4]
         x_dtype, residual_dtype, *dtypes = ctx.dtypes
         drops = ctx.scale is not None
-        demanded = [drops, demands_residual or demands_x and not drops, *demands_parameters]
+        demanded = [drops, demands_residual or (demands_x and not drops), *demands_parameters]
         if dy is None:
             dx, dh, dweight, dbias = None, dsum, None, None
             if drops and dsum is not None:
