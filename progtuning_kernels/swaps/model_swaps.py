@@ -222,7 +222,8 @@ class KernelSwaps:
         from_bytes = self._from_bytes(swap, calls, device)
         because = "at any size"
         if from_bytes:
-            because = f"from {from_bytes / 1e6:.0f} MB of its input on: below that a launch costs more than it saves"
+            megabytes = f"{from_bytes / 1e6:.0f} MB of its input"
+            because = f"from {megabytes} on: below that a launch costs more than it saves"
         key = (swap.kind, swap.settings, from_bytes)
         return _Verdict(
             derive(type(module), key, _members(type(module), swap, from_bytes)), because
