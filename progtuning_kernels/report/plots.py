@@ -67,7 +67,8 @@ def _curve_plot(
         # runs with other points (one that was not evaluated so often) have no mean
         same = len({curve.shape for curve in curves}) == 1
         for at, (xs, ys) in enumerate([np.mean(curves, axis=0)] if same else curves):
-            ys, marker = (smooth(ys), None) if is_noisy else (ys, "o")
+            marker = "o" if len(xs) == 1 or not is_noisy else None
+            ys = smooth(ys) if is_noisy else ys
             name = None if at else _label(row)
             ax.plot(xs, ys, line, color=colour, linewidth=1.8, marker=marker, ms=4, label=name)
         for stage in row.runs[0].stages[1:16] if x == "step" else ():
@@ -102,7 +103,9 @@ def _stage_plot(rows: Sequence[Row]) -> Figure | None:
     figure, axes = _figure(6.4, lines=2)
     counts = [len(row.runs[0].stages) for row in rows]
     starts = np.cumsum([0, *(count + 0.6 for count in counts)])
-    every = -(-sum(counts) // 12)  # 12 numbers of two digits fit under half of 8 inches
+    deepest = max(stage["boundary"] for row in rows for stage in row.runs[0].stages)
+    # under half of 8 inches 12 numbers of two digits fit
+    every = -(-sum(counts) // (12 if deepest > 9 else 24))
     for ax, (key, (label, scale)) in zip(axes, panels.items(), strict=True):
         ticks = {}
         for row, start, count in zip(rows, starts, counts, strict=False):
