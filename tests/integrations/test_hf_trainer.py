@@ -576,7 +576,7 @@ class _SetFitTrainer(Trainer):
 def test_the_objects_that_setfit_hands_to_callbacks(tmp_path, monkeypatch):
     plain = trainer_of(tmp_path, callbacks=[ProgtuningCallback(ProgressiveSchedule(4))])
     plain.train()
-    monkeypatch.setattr("test_hf_trainer.Trainer", _SetFitTrainer)
+    monkeypatch.setattr("trainers.Trainer", _SetFitTrainer)
     optimizer = (MaskedAdamW, {"lr": 1e-2})
     for kind in (None, optimizer):
         trainer = trainer_of(
