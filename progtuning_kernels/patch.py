@@ -16,6 +16,7 @@ from .freezing.boundary import FrozenMode
 from .freezing.handle import PatchHandle, handle_of, live_handles
 from .model.families import UnsupportedModelError
 from .model.layout import find_layout
+from .packing import Packing
 from .schedules import Schedule, check_schedule, decides_by_gradients, whole_number
 from .schedules.plan import check_choice
 from .swaps import Kernels
@@ -30,6 +31,7 @@ def patch_model(
     frozen_mode: FrozenMode = "eval",
     tied: TiedPolicy = "frozen",
     kernels: Kernels = "auto",
+    packing: Packing = "auto",
     cache: PrefixCache | Literal["auto"] | None = None,
     blocks: str | Sequence[str] | None = None,
     step: int = 0,
@@ -54,6 +56,10 @@ def patch_model(
             size of every call decides; "on" takes them at any size; "off" leaves all modules
             alone. Each kind is compared with the original first; `handle.kernel_report()` says
             what became of it.
+        packing: "auto" leaves padding out of what blocks compute, wherever a batch has enough of it
+            and the first training forward has shown that the model returns the same; "on" with
+            however little padding; "off" computes on padding, and draws the dropout that it would
+            draw without this package. `handle.packing_report()` says what came of it.
         cache: keeps what the frozen prefix computes for a sample and reads it in later epochs;
             "auto" takes a quarter of the CPU memory that is free. It switches itself off where it
             does not pay; `handle.cache_report()` says so.
@@ -99,6 +105,7 @@ def patch_model(
         frozen_mode=frozen_mode,
         tied=tied,
         kernels=kernels,
+        packing=packing,
         cache=automatic_cache() if cache == "auto" else cache,
         step=step,
     )
@@ -124,7 +131,12 @@ def check_options(options: Mapping[str, Any], taker: str) -> None:
 
 
 def _check_values(options: Mapping[str, Any]) -> None:
-    choices = {"frozen_mode": FrozenMode, "tied": TiedPolicy, "kernels": Kernels}
+    choices = {
+        "frozen_mode": FrozenMode,
+        "tied": TiedPolicy,
+        "kernels": Kernels,
+        "packing": Packing,
+    }
     for name in choices.keys() & options:
         check_choice(name, options[name], choices[name])
     cache = options.get("cache")

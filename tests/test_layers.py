@@ -12,6 +12,7 @@ PACKAGE = Path(__file__).parent.parent / "progtuning_kernels"
 LAYERS = [
     {"backend", "freeze_events", "random_state", "sharding", "text_table"},
     {"schedules", "ops", "model"},
+    {"packing"},
     {"optim", "swaps", "cache", "distributed"},
     {"freezing"},
     {"patch", "planner"},

@@ -12,8 +12,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from ..model.call import Call
 from .break_even import BreakEven, Stopwatch
-from .content_keys import Call, Rows
+from .content_keys import Rows, sample_shapes
 from .keyed_rows import KeyedRows
 from .side_forwards import SideForwards
 from .stand_ins import Swaps
@@ -112,7 +113,7 @@ class ForwardPlan:
         else:  # before the write: a full store has no room for a row twice
             self.stored.drop(level, rows)
         if path.length(call) is None:
-            path.lengths[call.shapes(path.consumed)] = hidden.shape[1]
+            path.lengths[sample_shapes(call, path.consumed)] = hidden.shape[1]
             rows = Rows(rows.digests, ((0, hidden.shape[1]),) * len(chosen))
         refused = self.stored.write(self.level, rows, hidden, hits=self.counts.hits)
         self.counts.refused += refused

@@ -7,8 +7,8 @@ from typing import Any
 
 from torch import nn
 
+from ..model.call import Call, text_configs, wanted_of_all_blocks
 from ..model.layout import Layout
-from .content_keys import WANTS_ALL_BLOCKS, Call
 from .prefix_weights import PrefixWeights
 
 _LAYERDROP = ("layerdrop", "encoder_layerdrop", "decoder_layerdrop")
@@ -33,7 +33,7 @@ def stage_reason(
         for name in _LAYERDROP:
             if getattr(module, "__dict__", {}).get(name):
                 return f"{name} leaves out blocks at random"
-    for part in _configs(config):
+    for part in text_configs(config):
         for name in ("rope_parameters", "rope_scaling"):
             if kind := _batch_dependent_rope(getattr(part, name, None)):
                 return f"{kind} position frequencies depend on the longest row of a batch"
@@ -50,22 +50,12 @@ def call_reason(model: nn.Module, weights: PrefixWeights, call: Call) -> str | N
             return f"{name} was given"
     if named.get("use_cache") is True:
         return "use_cache=True: keys and values of all blocks are wanted"
-    configs = _configs(getattr(model, "config", None))
-    for name in WANTS_ALL_BLOCKS:
-        if named.get(name, any(getattr(c, name, False) for c in configs)):
-            return f"{name}: those of all blocks are wanted"
+    if (reason := wanted_of_all_blocks(model, named)) is not None:
+        return reason
     mask = named.get("attention_mask")
     if mask is not None and getattr(mask, "ndim", None) != 2:
         return "attention_mask is not of shape (B, T)"
     return None
-
-
-def _configs(config: Any) -> list[Any]:
-    """A model's config and that of its text part."""
-    if config is None or isinstance(config, dict):
-        return []
-    text = getattr(config, "get_text_config", None)
-    return [config] if text is None else [config, text()]
 
 
 def _batch_dependent_rope(rope: Any) -> str | None:

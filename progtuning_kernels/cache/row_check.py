@@ -9,9 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .content_keys import Call
+from ..model.call import Call
+from ..model.outputs import STORED_TOLERANCE, TOLERANCE, close_rows
 from .keyed_rows import KeyedRows
-from .outputs import STORED_TOLERANCE, TOLERANCE, close_rows
 from .prefix_weights import PrefixWeights
 from .side_forwards import SideForwards
 from .trial import Path

@@ -7,7 +7,6 @@ models can be served so is shown by a trial at the start of every stage (`trial.
 
 from __future__ import annotations
 
-import inspect
 import time
 import warnings
 from collections import Counter
@@ -19,9 +18,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..model.call import Call, UnknownContent, argument_names
 from ..model.layout import Layout
 from .break_even import BreakEven, Stopwatch
-from .content_keys import Call, Rows, UnknownContent
+from .content_keys import Rows, digest_rows, signature
 from .forward_plan import ForwardPlan
 from .keyed_rows import KeyedRows
 from .prefix_cache import CacheReport, PrefixCache
@@ -57,7 +57,7 @@ class PrefixServer:
         self.rows = KeyedRows(model, layout, self._weights, cache)
         self._side = SideForwards(model, layout)
         self._check = RowCheck(self._weights, self._side, self.rows, cache.dtype)
-        self._names = _argument_names(model)
+        self._names = argument_names(model)
         self.level = 0
         self._paused = False
         self._reason: str | None = "nothing is frozen yet"  # for the whole stage
@@ -184,7 +184,7 @@ class PrefixServer:
                 return "a setting of the model has changed: rows are looked at in training first"
             if not holds:
                 self._paths.clear()
-        path = self._find_path(call, (call.signature, precision, self._model.training))
+        path = self._find_path(call, (signature(call), precision, self._model.training))
         if path is None or path.reason is not None:
             return None if path is None else path.reason
         if not grads and path.keys_and_values:
@@ -298,16 +298,10 @@ class PrefixServer:
         )
 
 
-def _argument_names(model: nn.Module) -> tuple[str, ...]:
-    kinds = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
-    parameters = inspect.signature(model.forward).parameters.values()
-    return tuple(p.name for p in parameters if p.kind in kinds)
-
-
 def _recognise(call: Call, path: Path, salt: bytes) -> tuple[Rows, float]:
     """The rows of a batch, and the milliseconds it took; on a GPU other work is waited for."""
     started = time.perf_counter()
-    rows = call.rows(salt, unpadded=path.unpadded, consumed=path.consumed)
+    rows = digest_rows(call, salt, unpadded=path.unpadded, consumed=path.consumed)
     hash_ms = (time.perf_counter() - started) * 1e3 if call.device.type == "cpu" else 0.0
     if not (path.unpadded and path.per_token):
         rows = Rows(rows.digests, ((0, path.length(call) or 0),) * call.size)

@@ -9,10 +9,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..model.call import Call
 from ..model.forward_hooks import buffers_kept
 from ..model.layout import Layout
 from ..random_state import gpus_of, random_state_kept, set_torch_state, torch_state
-from .content_keys import Call
 from .recorded_levels import Level
 from .stand_ins import StopForward, UnservableError
 

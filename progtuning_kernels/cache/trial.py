@@ -14,10 +14,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..model.call import Call
 from ..model.layout import Layout
-from ..random_state import gpus_of, host_state, same_torch_state, set_torch_state, torch_state
-from .content_keys import READ_ABOVE, READ_BY_BATCHES, Call
-from .outputs import (
+from ..model.outputs import (
     STORED_TOLERANCE,
     TOLERANCE,
     close_rows,
@@ -25,6 +24,8 @@ from .outputs import (
     has_keys_and_values,
     outputs_problem,
 )
+from ..random_state import gpus_of, host_state, same_torch_state, set_torch_state, torch_state
+from .content_keys import READ_ABOVE, READ_BY_BATCHES, sample_shapes
 from .prefix_inputs import Extremes, Follow, place_of
 from .prefix_weights import PrefixWeights
 from .recorded_levels import Level, Recording
@@ -52,7 +53,9 @@ class Path:
 
     def length(self, call: Call) -> int | None:
         """T of the boundary activations; None for a shape that was not seen yet."""
-        return call.tokens if self.per_token else self.lengths.get(call.shapes(self.consumed))
+        return (
+            call.tokens if self.per_token else self.lengths.get(sample_shapes(call, self.consumed))
+        )
 
     def serves(self, padding: Collection[str], rows: int, checked: Collection[str]) -> bool:
         """Whether a trial with padding on the sides `checked` holds for a batch with `padding`."""
@@ -112,7 +115,7 @@ class Trial:
                 kept = _written(around, self.weights.held_around())
                 expected = (expected, [kept[key].clone() for key in sorted(kept)])
                 self._find_inputs(path, call)
-                path.lengths[call.shapes(path.consumed)] = top.hidden.shape[1]
+                path.lengths[sample_shapes(call, path.consumed)] = top.hidden.shape[1]
                 choices = (True, False) if padded and path.per_token else (path.per_token,)
                 for path.unpadded in choices:
                     served = (

@@ -16,6 +16,7 @@ from torch import nn
 
 from ..model.derived_classes import derive, derived_classes, without_derived_ancestors
 from ..model.layout import EMBEDDINGS, Layout
+from ..packing import blocks as packed_blocks
 
 FrozenMode = Literal["eval", "train"]
 
@@ -35,7 +36,9 @@ def _unfrozen_class(module: nn.Module) -> type:
     return _unfrozen.get(cls, cls)
 
 
-def frozen_class(base: type, *, no_grad: bool, hold_eval: bool, own_forward: bool) -> type:
+def frozen_class(
+    base: type, *, no_grad: bool, hold_eval: bool, own_forward: bool, packs: bool = False
+) -> type:
     """One fixed subclass of `base` per combination of flags; `base` itself without a flag.
 
     Args:
@@ -43,6 +46,7 @@ def frozen_class(base: type, *, no_grad: bool, hold_eval: bool, own_forward: boo
         hold_eval: `train(True)`, as the Trainer calls it before every step, leaves eval mode on.
         own_forward: the instance has a `forward` of its own, as accelerate gives to the modules of
             a model spread over devices; `no_grad` then surrounds the whole call.
+        packs: the block runs packed wherever the forward under way does.
     """
 
     def forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
@@ -59,7 +63,7 @@ def frozen_class(base: type, *, no_grad: bool, hold_eval: bool, own_forward: boo
         _hold_eval(self, base, mode)
         return self
 
-    if not (no_grad or hold_eval):
+    if not (no_grad or hold_eval or packs):
         return base
     members: dict[str, Any] = {}
     if no_grad:
@@ -68,7 +72,11 @@ def frozen_class(base: type, *, no_grad: bool, hold_eval: bool, own_forward: boo
             members["gradient_checkpointing"] = _hiding("gradient_checkpointing", lambda _: False)
     if hold_eval:
         members["train"] = train
-    made = derive(base, ("frozen", no_grad, hold_eval, own_forward), members)
+    if packs:
+        members |= packed_blocks.members(base, members.get("forward", base.forward))
+    made = derive(base, ("frozen", no_grad, hold_eval, own_forward, packs), members)
+    if packs and not no_grad and made not in _unfrozen:
+        packed_blocks.checkpointed(made)
     _unfrozen[made] = base
     return made
 
@@ -129,24 +137,27 @@ class Boundary:
         holders = (model.get_submodule(s.path.rpartition(".")[0]) for s in layout.stacks)
         self._encoders = [m for m in holders if "use_nested_tensor" in m.__dict__]
         self._modes: dict[nn.Module, list[tuple[nn.Module, bool]]] = {}
+        self.packed: frozenset[str] = frozenset()  # paths of the blocks that can run packed
 
     def place_modules(self, frozen: Collection[int], boundary: int) -> None:
         """Put every module on its side: `frozen` are the units that hold no active tensor, those
         below `boundary` run under `no_grad`.
         """
-        sides: dict[nn.Module, tuple[bool, bool]] = {}  # without autograd; in eval mode
+        # without autograd; in eval mode; packed
+        sides: dict[nn.Module, tuple[bool, bool, bool]] = {}
         # the head runs after everything that trains: nothing is gained by holding its mode
         for unit in self._layout.units[:-1]:
             for path in self._layout.module_paths(unit):
                 # those of a decoder run after blocks that may be trainable
                 no_grad = unit in frozen if unit == EMBEDDINGS else unit < boundary
                 hold_eval = unit in frozen and self._hold_eval
-                sides[self._model.get_submodule(path)] = no_grad, hold_eval
+                packs = path in self.packed
+                sides[self._model.get_submodule(path)] = no_grad, hold_eval, packs
         # modules that have left the model in the meantime go back to their own class
         self._put_back(module for module in self._placed if module not in sides)
         self._placed = list(sides)
-        for module, (no_grad, hold_eval) in sides.items():
-            self._switch(module, no_grad=no_grad, hold_eval=hold_eval)
+        for module, (no_grad, hold_eval, packs) in sides.items():
+            self._switch(module, no_grad=no_grad, hold_eval=hold_eval, packs=packs)
         self._pad(bool(frozen))
 
     def restore_modules(self) -> None:
@@ -163,7 +174,9 @@ class Boundary:
         for module in modules:
             self._switch(module, no_grad=False, hold_eval=False)
 
-    def _switch(self, module: nn.Module, *, no_grad: bool, hold_eval: bool) -> None:
+    def _switch(
+        self, module: nn.Module, *, no_grad: bool, hold_eval: bool, packs: bool = False
+    ) -> None:
         base = _unfrozen_class(module)
         if hold_eval and module not in self._modes:
             self._modes[module] = [(m, m.training) for m in module.modules()]
@@ -171,7 +184,9 @@ class Boundary:
             _hold_eval(module, base, module.training)
         _drop_own_forward(module)
         own_forward = no_grad and "forward" in module.__dict__
-        target = frozen_class(base, no_grad=no_grad, hold_eval=hold_eval, own_forward=own_forward)
+        target = frozen_class(
+            base, no_grad=no_grad, hold_eval=hold_eval, own_forward=own_forward, packs=packs
+        )
         if type(module) is not target:
             module.__class__ = target
         if not hold_eval and module in self._modes:

@@ -42,14 +42,17 @@ class Forwards:
     ) -> tuple[tuple[Any, ...], dict[str, Any]]:
         """The arguments to call the model with."""
         freezer, trains = self._freezer, torch.is_grad_enabled()
+        if freezer.packer.busy:
+            return args, kwargs
         if trains:
             freezer.follow_changes()
+            freezer.packer.learn(args, kwargs, freezer.boundary)
             if not freezer.sharded:  # FSDP2 writes weights at every forward
                 self._missed.before_forward(freezer.step)
         if freezer.cache is not None:
-            kwargs = freezer.cache.before_forward(args, kwargs, proved=freezer.proved)
             if freezer.cache.busy:
-                return args, kwargs
+                return args, freezer.packer.begin(args, kwargs)
+            kwargs = freezer.cache.before_forward(args, kwargs, proved=freezer.proved)
         self.end_proof()  # torch calls no hook after a KeyboardInterrupt
         if trains:
             freezer.follow_surroundings()
@@ -58,11 +61,14 @@ class Forwards:
             self.last = _inputs_of(args, kwargs, freezer.active.device.type)
         if freezer.cache is not None:
             freezer.cache.install_stand_ins()
-        return args, kwargs
+        return args, freezer.packer.begin(args, kwargs)
 
     def after_forward(self, output: Any) -> None:
         """Called after a forward that raised too: `output` is None then."""
         cache = self._freezer.cache
+        if self._freezer.packer.busy:
+            return
+        self._freezer.packer.end()
         if cache is not None:
             if cache.busy:
                 return

@@ -8,7 +8,7 @@ a wrapper.
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass
 from datetime import timedelta
 from itertools import zip_longest
@@ -23,6 +23,7 @@ from ..model.derived_classes import without_derived_ancestors
 from ..model.families import UnsupportedModelError
 from ..model.layout import EMBEDDINGS, Layout
 from ..model.structure import Structure
+from ..packing import Packer, Packing
 from ..schedules import FreezePlan, Schedule, decides_by_gradients, steps_to_check
 from ..swaps import Kernels, KernelSwaps
 from .active_set import ActiveSet, TiedPolicy
@@ -45,10 +46,11 @@ class Freezer:
 
     Args:
         schedule: where the plans come from, to look ahead in it; None to plan without training.
-        frozen_mode, tied, kernels: as for `patch_model`.
+        frozen_mode, tied, kernels, packing: as for `patch_model`.
 
     Attributes:
         norms: gradient norms, for a schedule that decides by them.
+        packer: leaves padding out of forwards.
         cache: serves forwards without their prefix.
         plan: the plan in force; there is none before the first `freeze`.
         step: the optimizer step that it is in force for.
@@ -65,6 +67,7 @@ class Freezer:
         frozen_mode: FrozenMode,
         tied: TiedPolicy,
         kernels: Kernels = "off",
+        packing: Packing = "off",
         step: int = 0,
     ) -> None:
         self.model = model
@@ -85,6 +88,7 @@ class Freezer:
         self._structure = Structure(model, layout)
         self._boundary = Boundary(model, layout, frozen_mode)
         self._checkpointing = Checkpointing(model, layout)
+        self.packer = Packer(model, layout, packing, self._place_packed)
         self._wrapper: Wrapper | None = None
         self._device_type = ""  # that the swaps were chosen for
 
@@ -181,6 +185,7 @@ class Freezer:
                 "same: patch without cache=, or use DistributedDataParallel"
             )
         self._wrapper = wrapper
+        self.packer.sharded = wrapper.sharded
         if self.norms is not None:
             self.norms.reduced_at_end = wrapper.ddp is not None
             self.norms.sharded = wrapper.sharded
@@ -226,6 +231,7 @@ class Freezer:
         if self.cache is not None:
             self.cache.close()
             self.cache = None
+        self.packer.remove()
         self._boundary.restore_modules()
         self.swaps.remove_swaps()
         self.active.restore_flags()
@@ -267,6 +273,10 @@ class Freezer:
                     module.__class__ = cls
         self._device_type = self.active.device.type
         self.swaps.install_swaps(self.active.device)
+        self._boundary.place_modules(self.frozen, self.boundary)
+
+    def _place_packed(self, blocks: Collection[str]) -> None:
+        self._boundary.packed = frozenset(blocks)
         self._boundary.place_modules(self.frozen, self.boundary)
 
     def _follow_switches(self) -> bool:
@@ -311,6 +321,7 @@ class Freezer:
         return self._structure.changed
 
     def _note_modules(self) -> None:
+        self.packer.remove()
         self._structure.check()
         self.layout.guess_unruled(self.model)
         new = self.active.rescan_parameters()

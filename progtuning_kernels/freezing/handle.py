@@ -18,6 +18,7 @@ from torch import nn
 from ..cache import CacheReport, PrefixCache, PrefixServer
 from ..distributed import shards_of
 from ..model.layout import Layout, parameter_slots
+from ..packing import Packing, PackingReport
 from ..schedules import FreezePlan, Schedule, whole_number
 from ..swaps import KernelReport, Kernels
 from .active_set import TiedPolicy
@@ -74,6 +75,7 @@ class PatchHandle:
         frozen_mode: FrozenMode,
         tied: TiedPolicy,
         kernels: Kernels,
+        packing: Packing,
         cache: PrefixCache | None,
         step: int,
     ) -> None:
@@ -84,7 +86,7 @@ class PatchHandle:
         self._listeners: list[Callable[[PatchHandle], None]] = []
         self._missed = MissedSteps(model, layout, schedule)
         options: dict[str, Any] = {"frozen_mode": frozen_mode, "tied": tied, "kernels": kernels}
-        self.freezer = Freezer(model, layout, schedule, **options, step=step)
+        self.freezer = Freezer(model, layout, schedule, **options, packing=packing, step=step)
         plan = schedule.plan(step, layout.num_blocks)
         self.freezer.check_known_plans()
         if cache is not None:
@@ -318,6 +320,10 @@ class PatchHandle:
         """Which modules run freeze-aware ops, which keep their own forward, and why."""
         return self.freezer.swaps.report
 
+    def packing_report(self) -> PackingReport:
+        """The share of padding that forwards since patching have left out, and why not more."""
+        return self.freezer.packer.report()
+
     def state_dict(self) -> dict[str, Any]:
         """Everything a resumed run needs: the plan is a function of the step, and of the decisions
         of a schedule that makes any. Numbers, strings, lists and dicts only.
@@ -328,6 +334,8 @@ class PatchHandle:
             "num_blocks": self.num_blocks,
             "schedule": repr(self.schedule),
         }
+        if padded := self.freezer.packer.state_dict():
+            state["padded"] = padded
         if (norms := self.freezer.norms) is not None:
             state["decisions"] = norms.schedule.state_dict()
             state["gradient_norms"] = norms.state_dict()
@@ -349,6 +357,7 @@ class PatchHandle:
             raise ValueError(f"saved under {state['schedule']}, this run has {self.schedule!r}")
         if (norms := self.freezer.norms) is not None:
             norms.schedule.load_state_dict(state["decisions"])
+        self.freezer.packer.load_state_dict(state.get("padded", {}))
         self.seek(state["step"])
         if norms is not None:
             norms.load_state_dict(state["gradient_norms"])

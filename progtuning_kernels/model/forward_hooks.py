@@ -94,3 +94,11 @@ class ForwardHooks:
         if self._after is not None:
             self._after(module, output)
         return output
+
+
+def own_forward(module: nn.Module) -> Callable[..., Any] | None:
+    """A `forward` in the instance itself, as accelerate gives one; none of `ForwardHooks`."""
+    forward = module.__dict__.get("forward")
+    while isinstance(hooks := getattr(forward, "__self__", None), ForwardHooks):
+        forward = hooks._own
+    return forward

@@ -35,8 +35,9 @@ from progtuning_kernels import (
 )
 from progtuning_kernels.cache import side_forwards, trial
 from progtuning_kernels.cache.break_even import BreakEven
-from progtuning_kernels.cache.content_keys import Call, UnknownContent
+from progtuning_kernels.cache.content_keys import digest_rows, signature
 from progtuning_kernels.integrations.hf_trainer import ProgtuningCallback
+from progtuning_kernels.model.call import Call, UnknownContent
 from progtuning_kernels.model.layout import EMBEDDINGS
 from progtuning_kernels.patch import handle_of
 
@@ -1452,7 +1453,7 @@ def test_verdicts(times):
 
 
 def _digests(inputs: dict[str, Any], **options: Any) -> tuple[bytes, ...]:
-    return Call((), (), inputs).rows(b"", **{"unpadded": True, **options}).digests
+    return digest_rows(Call((), (), inputs), b"", **{"unpadded": True, **options}).digests
 
 
 def test_what_a_row_is_recognised_by():
@@ -1487,7 +1488,7 @@ def test_what_a_row_is_recognised_by():
     pixels = tiny_inputs("vit-image")
     assert len(set(_digests(pixels))) == BATCH
     with pytest.raises(UnknownContent, match="is a list"):
-        _ = Call((), (), {**inputs, "images": [1, 2]}).signature
+        _ = signature(Call((), (), {**inputs, "images": [1, 2]}))
     with pytest.raises(UnknownContent, match="no argument"):
         _ = Call((), (), {"scale": torch.tensor(1.0)}).size
 

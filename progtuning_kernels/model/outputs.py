@@ -1,4 +1,4 @@
-"""Compares what a model returns with its prefix and without it."""
+"""Compares what a model returns when parts of it run in another way."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
-from ..model.forward_hooks import tensors_in
+from .forward_hooks import tensors_in
 
 # Largest difference, relative to the largest value, between a served forward and a plain one. The
 # kernels above the boundary get the same input, so that on CPU there is none.
@@ -51,7 +51,7 @@ def outputs_problem(
         expected, found: what the model returned and the tensors that it has kept.
         real: (B, T), where tokens are no padding; None compares all.
     """
-    expected, found = _compared(expected), _compared(found)
+    expected, found = compared(*expected), compared(*found)
     if not expected:
         return "its output shows no tensor that could be compared"
     if [t.shape for t in expected] != [t.shape for t in found]:
@@ -78,9 +78,8 @@ def _is_past(value: Any) -> bool:
     return hasattr(value, "get_seq_length")
 
 
-def _compared(outcome: tuple[Any, list[Tensor]]) -> list[Tensor]:
-    """All tensors but keys and values, which the prefix makes itself."""
-    output, kept = outcome
+def compared(output: Any, kept: Sequence[Tensor] = ()) -> list[Tensor]:
+    """All tensors in an output but keys and values, and those that the model has kept."""
     if isinstance(output, Mapping):
         output = {k: v for k, v in output.items() if k not in _KEYS_AND_VALUES}
     leaves = pytree.tree_leaves(output, is_leaf=_is_past)

@@ -1,0 +1,6 @@
+"""Packed tokens: blocks compute on real tokens only, in an unmodified loop; see README.md."""
+
+from .blocks import padded, unpacked
+from .packer import Packer, Packing, PackingReport
+
+__all__ = ["Packer", "Packing", "PackingReport", "padded", "unpacked"]

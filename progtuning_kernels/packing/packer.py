@@ -1,0 +1,261 @@
+"""Packs the forwards of one patched model, wherever that is known to be right and pays."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Collection, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from torch import nn
+
+from ..model.call import Call, UnknownContent, argument_names, wanted_of_all_blocks
+from ..model.forward_hooks import own_forward
+from ..model.layout import Layout
+from ..text_table import text_table
+from .blocks import PackedCall, begin_forward, end_forward
+from .tokens import GROUPS, kept_places, pack_places
+from .trial import Installed, Outcome, Trial, labels_like
+from .trial_batch import masks_of
+
+Packing = Literal["auto", "on", "off"]
+
+# Of a batch's places: with more real tokens than this, "auto" leaves the batch padded.
+MOST_REAL = 0.95
+
+
+@dataclass(frozen=True)
+class PackingReport:
+    """What packing left out, and why not more; `print` it.
+
+    Attributes:
+        stacks: for every stack of blocks, by its path, how it runs packed, or why it does not.
+        packs: whether any stack does.
+        batches: forwards since the model was patched that ran packed.
+        places: B x T of these, summed up.
+        tokens: N of these, summed up: what was computed.
+        padded: forwards that ran padded, by reason.
+    """
+
+    stacks: Mapping[str, str]
+    packs: bool
+    batches: int
+    places: int
+    tokens: int
+    padded: Mapping[str, int]
+
+    @property
+    def skipped_share(self) -> float:
+        """Share of the places of packed batches that was left out."""
+        return 1 - self.tokens / self.places if self.places else 0.0
+
+    def __str__(self) -> str:
+        lines = [f"packing: {path}: {text}" for path, text in self.stacks.items()]
+        if self.batches:
+            lines.append(
+                f"packed {self.batches:,} forwards: {self.skipped_share:.0%} of {self.places:,} "
+                "places were padding, and left out"
+            )
+        if self.padded:
+            rows = [("forwards", "ran padded because")]
+            rows += [(f"{count:,}", reason) for reason, count in self.padded.items()]
+            lines += text_table(rows, left=(1,))
+        return "\n".join(lines) or "packing: no forward yet"
+
+
+class Packer:
+    """Packing of one model.
+
+    Args:
+        mode: "auto" packs where there is enough padding, "on" any padding, "off" nothing.
+        place: see `Trial`.
+
+    Attributes:
+        groups: of rows of like length, which attend together.
+        sharded: parameters are shards.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        layout: Layout,
+        mode: Packing,
+        place: Callable[[Collection[str]], None],
+    ) -> None:
+        self._model = model
+        self._layout = layout
+        self._mode = mode
+        self._place = place
+        self._names = argument_names(model)
+        self._outcome = Outcome(decided=False)
+        self._installed: Installed | None = None
+        self._tried_from: int | None = None  # boundary of the trial
+        self._refused: dict[str, str] = {}  # stacks that a resumed run has found to be refused
+        self._paused = False
+        self.groups = GROUPS
+        self.sharded = False
+        self.busy = False  # a trial is under way; other hooks of the model leave it alone
+        self._batches = self._places = self._tokens = 0
+        self._padded: Counter[str] = Counter()
+
+    def learn(self, args: tuple[Any, ...], kwargs: dict[str, Any], boundary: int) -> None:
+        """Try packing before a training forward, unless that is known for all that trains."""
+        if self._mode == "off" or self.busy:
+            return
+        if self._outcome.decided and self._tried_from is not None and boundary >= self._tried_from:
+            return
+        try:
+            call = Call(self._names, args, kwargs)
+            if self._reason(call) is not None or not masks_of(call):
+                return
+        except UnknownContent:
+            return
+        self.remove()
+        trial = Trial(self._model, self._layout, self._place, sharded=self.sharded)
+        self.busy = True
+        try:
+            self._outcome = trial.learn(call)
+        finally:
+            self.busy = False
+        self._tried_from = boundary
+        recipes = {p: r for p, r in self._outcome.recipes.items() if p not in self._refused}
+        if recipes:
+            self._installed = Installed(self._model, recipes, self._place)
+
+    def remove(self) -> None:
+        """Take everything out of the model; the next training forward tries again."""
+        if self._installed is not None:
+            self._installed.remove()
+            self._installed = None
+        self._outcome = Outcome(decided=False)
+
+    @contextmanager
+    def paused(self) -> Iterator[None]:
+        """Forwards in this context run padded."""
+        before, self._paused = self._paused, True
+        try:
+            yield
+        finally:
+            self._paused = before
+
+    def begin(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
+        """Pack the forward that begins, if it can be; its keyword arguments."""
+        calls: dict[int, PackedCall] = {}
+        if self._installed is not None and not self._paused:
+            call = Call(self._names, args, kwargs)
+            try:
+                reason = self._reason(call) or self._pack(call, calls)
+            except UnknownContent as error:
+                reason = str(error)
+            if reason is not None:
+                self._padded[reason] += 1
+        begin_forward(self, calls)
+        if calls and self._outcome.makes_cache:
+            return {**kwargs, "use_cache": False}
+        return kwargs
+
+    def end(self) -> None:
+        """End the forward that `begin` began."""
+        end_forward(self)
+
+    def _reason(self, call: Call) -> str | None:
+        """Why a forward with these arguments runs padded, as far as its mask does not matter."""
+        named = call.named
+        if (reason := wanted_of_all_blocks(self._model, named)) is not None:
+            return reason
+        for name in ("past_key_values", "encoder_outputs"):
+            if name in named:
+                return f"{name} was given"
+        wants_cache = named.get("use_cache") is not False and self._outcome.makes_cache
+        trains = torch.is_grad_enabled() and self._model.training
+        if named.get("use_cache") is True or (wants_cache and not trains):
+            return "the output holds keys and values of all blocks: pass use_cache=False"
+        for path, block in self._blocks():
+            if block._compiled_call_impl is not None:
+                return f"{path} is compiled"
+            if own_forward(block) is not None:
+                return f"{path} has a forward of its own, as accelerate gives it"
+            if (hooked := _foreign_hook(block)) is not None:
+                return f"a hook of {hooked} on {path} would see packed tokens"
+        return None
+
+    def _blocks(self) -> Iterator[tuple[str, nn.Module]]:
+        for path in self._layout.block_paths:
+            yield path, self._model.get_submodule(path)
+
+    def _pack(self, call: Call, calls: dict[int, PackedCall]) -> str | None:
+        """Fill `calls`; why none of them, if none."""
+        masks, problem = masks_of(call), "no attention_mask"
+        for path, recipe in self._installed.recipes.items():
+            mask = masks.get(recipe.mask)
+            if mask is None:
+                continue
+            kept = kept_places(mask, labels_like(mask, call), recipe.columns)
+            real, size = int(kept.sum()), kept.size
+            if real == size:
+                problem = "no padding"
+            elif self._mode == "auto" and real > MOST_REAL * size:
+                problem = f"more than {MOST_REAL:.0%} of its places are real tokens"
+            elif self._outcome.right_only and not _is_right(kept):
+                problem = "padding before the tokens"
+            else:
+                grouped = recipe.grouped and self.groups > 1
+                tokens = pack_places(kept, mask.device, groups=self.groups if grouped else 1)
+                calls.update(self._installed.calls(path, tokens))
+                self._places += size
+                self._tokens += real
+        self._batches += bool(calls)
+        return None if calls else problem
+
+    def report(self) -> PackingReport:
+        if self._mode == "off":
+            stacks = {s.path: 'padded: packing="off"' for s in self._layout.stacks}
+        else:
+            stacks = {s.path: self._verdict(s.path) for s in self._layout.stacks}
+        return PackingReport(
+            stacks,
+            self._installed is not None,
+            self._batches,
+            self._places,
+            self._tokens,
+            dict(self._padded),
+        )
+
+    def _verdict(self, path: str) -> str:
+        if self._installed is not None and path in self._installed.recipes:
+            recipe = self._installed.recipes[path]
+            text = "packed"
+            if recipe.padded:
+                text += f", {len(recipe.padded)} of its modules on padded tokens"
+            if recipe.attention:
+                text += ", attention in groups" * (recipe.grouped and self.groups > 1)
+            return text
+        reason = self._refused.get(path) or self._outcome.reasons.get(path)
+        return f"padded: {reason or 'not tried yet: the first training forward with a mask is'}"
+
+    def state_dict(self) -> dict[str, str]:
+        """Stacks that stay padded, with the reason."""
+        return {**self._refused, **(self._outcome.reasons if self._outcome.decided else {})}
+
+    def load_state_dict(self, state: Mapping[str, str]) -> None:
+        """Leave padded what the run that this one continues has left padded."""
+        self._refused = dict(state)
+        self.remove()
+
+
+def _foreign_hook(block: nn.Module) -> str | None:
+    """Where a forward hook inside a block comes from, if it is not known to do with any shape."""
+    for module in block.modules():
+        for hook in (*module._forward_hooks.values(), *module._forward_pre_hooks.values()):
+            source = getattr(hook, "__module__", None) or type(hook).__module__
+            if source.split(".")[0] not in ("torch", "transformers", __name__.split(".")[0]):
+                return source
+    return None
+
+
+def _is_right(kept: np.ndarray) -> bool:
+    """Whether padding follows the tokens in every row."""
+    return bool((np.diff(kept.astype(np.int8), axis=1) <= 0).all())

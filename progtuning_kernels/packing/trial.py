@@ -1,0 +1,550 @@
+"""Shows, on a few short rows, whether the blocks of a stack can run packed, and how.
+
+The rows run both ways from the same random numbers, without dropout; what the model returns and the
+gradients are compared. README.md lists what is found out so.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..model.call import Call
+from ..model.forward_hooks import buffers_kept
+from ..model.layout import Layout
+from ..model.outputs import TOLERANCE, compared, difference, has_keys_and_values
+from ..model.stacks import Stack
+from ..random_state import (
+    gpus_of,
+    random_state_kept,
+    same_torch_state,
+    set_torch_state,
+    torch_state,
+)
+from .attention import CallsSeen, UnpackableError, calls_noted, names_attention, redirect, restore
+from .blocks import (
+    BlockRole,
+    PackedCall,
+    Place,
+    begin_forward,
+    end_forward,
+    output_places,
+    padded,
+    places_of,
+)
+from .submodules import PaddedRole, run_padded
+from .tokens import GROUPS, kept_places, pack_places
+from .trial_batch import masks_of, trial_calls
+
+_GRADIENTS = {torch.float32: 1e-4, torch.float64: 1e-8, torch.float16: 2e-2, torch.bfloat16: 5e-2}
+_GRADIENT_BYTES = 2**28  # that one side of the comparison may hold
+_MOST_PADDED = 0.9  # share of a block's parameters in sub-modules that run padded
+_COLUMNS = ((), (0,), (-1,), (0, -1))  # that a head may read in rows where they are padding
+
+
+@dataclass(frozen=True)
+class StackRecipe:
+    """How the blocks of one stack run packed."""
+
+    mask: str  # name of the argument that says which tokens are real
+    roles: Mapping[str, BlockRole]  # by path of the block
+    attention: tuple[str, ...]  # paths of the modules whose attention function is ours
+    padded: Mapping[str, PaddedRole]  # sub-modules that run on padded tokens
+    columns: tuple[int, ...] = ()  # which the head reads, padding or not
+    grouped: bool = False
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What a trial has shown."""
+
+    recipes: Mapping[str, StackRecipe] = field(default_factory=dict)  # by path of the stack
+    reasons: Mapping[str, str] = field(default_factory=dict)  # of stacks that stay padded
+    makes_cache: bool = False  # the model returns keys and values unless told not to
+    right_only: bool = False  # holds for batches whose padding follows their tokens
+    decided: bool = True  # False where the batch at hand shows nothing
+
+
+@dataclass
+class _Run:
+    """What one forward gave."""
+
+    outputs: list[Tensor]
+    gradients: list[Tensor]
+    state: list[Tensor]
+
+
+class Trial:
+    """Trials of one model.
+
+    Args:
+        place: puts the blocks at these paths into the class that runs packed, and all others out.
+        sharded: parameters are shards, whose gradients are not looked at.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        layout: Layout,
+        place: Callable[[Collection[str]], None],
+        *,
+        sharded: bool = False,
+    ) -> None:
+        self._model = model
+        self._layout = layout
+        self._place = place
+        self._sharded = sharded
+        self._gpus = gpus_of(model)
+
+    def learn(self, call: Call) -> Outcome:
+        """Try every stack; leaves nothing installed."""
+        outcome = Outcome(decided=False)
+        with self._without_trace():
+            for at, made in enumerate(trial_calls(call, self._model)):
+                try:
+                    found = self._try_all(made)
+                except Exception as error:  # the model's own code, on a batch that we made
+                    found = Outcome(
+                        reasons={
+                            s.path: f"a trial raises {_line(error)}" for s in self._layout.stacks
+                        },
+                        decided=False,
+                    )
+                if found.recipes:
+                    return replace(found, right_only=at == 1)
+                if found.decided or not outcome.reasons:
+                    outcome = found
+        return outcome
+
+    @contextmanager
+    def _without_trace(self) -> Iterator[None]:
+        with (
+            random_state_kept(self._model),
+            torch.compiler.set_stance("force_eager"),
+            buffers_kept(self._model),
+            _without_dropout(self._model),
+            torch.enable_grad() if not self._sharded else torch.no_grad(),
+        ):
+            yield
+        torch.clear_autocast_cache()
+
+    def _try_all(self, call: Call) -> Outcome:
+        kept = {name: kept_places(mask) for name, mask in masks_of(call).items()}
+        if all(k.all() for k in kept.values()):
+            return Outcome(decided=False)
+        call, makes_cache = self._without_cache(call)
+        recordings, expected = self._record(call)
+        recipes: dict[str, StackRecipe] = {}
+        reasons: dict[str, str] = {}
+        for stack in self._layout.stacks:
+            try:
+                recipe = recordings[stack.path].recipe(kept)
+                recipes[stack.path] = self._fit(call, recipes, stack, recipe, expected)
+            except UnpackableError as error:
+                reasons[stack.path] = str(error)
+            except Exception as error:  # the model's own code
+                reasons[stack.path] = f"packed, its forward raises {_line(error)}"
+        return Outcome(recipes, reasons, makes_cache)
+
+    def _without_cache(self, call: Call) -> tuple[Call, bool]:
+        with torch.no_grad(), padded():
+            output = self._model(*call.args, **call.kwargs)
+        if not has_keys_and_values(output):
+            return call, False
+        return replace(call, kwargs={**call.kwargs, "use_cache": False}), True
+
+    def _record(self, call: Call) -> tuple[dict[str, _Recording], _Run]:
+        """The padded forward, watched."""
+        recordings = {
+            stack.path: _Recording(self._model, self._layout, stack, masks_of(call))
+            for stack in self._layout.stacks
+        }
+        attention = [m for r in recordings.values() for m in r.attention_modules]
+        try:
+            with calls_noted() as seen, ExitStack() as hooks:
+                for module in attention:
+                    redirect(module)
+                for recording in recordings.values():
+                    recording.seen = seen
+                    hooks.enter_context(recording.watching())
+                begin_forward(self, {})
+                try:
+                    expected = self._run(call)
+                finally:
+                    end_forward(self)
+        finally:
+            for module in attention:
+                restore(module)
+        return recordings, expected
+
+    def _fit(
+        self,
+        call: Call,
+        recipes: Mapping[str, StackRecipe],
+        stack: Stack,
+        recipe: StackRecipe,
+        expected: _Run,
+    ) -> StackRecipe:
+        """The recipe that gives what the padded model gives; raises `UnpackableError`."""
+        problem = ""
+        for columns in _COLUMNS:
+            fitting = replace(recipe, columns=columns)
+            problem = self._problem(call, {**recipes, stack.path: fitting}, expected)
+            if not problem:
+                break
+        if problem:
+            raise UnpackableError(problem)
+        grouped = replace(fitting, grouped=True)
+        try:
+            worse = self._problem(call, {**recipes, stack.path: grouped}, expected)
+        except Exception:  # of code that wants the whole batch
+            return fitting
+        return fitting if worse else grouped
+
+    def _problem(self, call: Call, recipes: Mapping[str, StackRecipe], expected: _Run) -> str:
+        """What differs in a packed forward, "" if nothing does."""
+        installed = Installed(self._model, recipes, self._place)
+        try:
+            for seed in (1, 2, None):
+                calls = {}
+                for path, recipe in recipes.items():
+                    mask = masks_of(call)[recipe.mask]
+                    labels = labels_like(mask, call)
+                    kept = kept_places(mask, labels, recipe.columns)
+                    tokens = pack_places(kept, mask.device, groups=GROUPS if recipe.grouped else 1)
+                    if seed is not None:
+                        tokens.noise = torch.Generator().manual_seed(seed)
+                    calls.update(installed.calls(path, tokens))
+                begin_forward(self, calls)
+                try:
+                    found = self._run(call)
+                finally:
+                    end_forward(self)
+                if problem := self._differs(call, recipes, expected, found):
+                    return problem
+        finally:
+            installed.remove()
+        return ""
+
+    def _run(self, call: Call) -> _Run:
+        state = torch_state(self._gpus)
+        own = call.changed(lambda _, v: v.clone() if isinstance(v, Tensor) else v)
+        output = self._model(*own.args, **own.kwargs)
+        after = torch_state(self._gpus)
+        set_torch_state(state, self._gpus)
+        outputs = compared(output)
+        return _Run([t.detach() for t in outputs], self._gradients(call, outputs), after)
+
+    def _gradients(self, call: Call, outputs: list[Tensor]) -> list[Tensor]:
+        if not torch.is_grad_enabled():
+            return []
+        generator = torch.Generator().manual_seed(3)
+        masks = list(masks_of(call).values())
+        total = None
+        for output in outputs:
+            weights = torch.rand(output.shape, generator=generator).to(output.device)
+            if not output.requires_grad:
+                continue
+            for mask in masks:
+                if output.shape[:2] == mask.shape:
+                    real = (mask != 0).view(*mask.shape, *(1 for _ in output.shape[2:]))
+                    weights = weights * real
+                    output = torch.where(real, output, output.detach() * 0)
+            part = (output.float() * weights).sum()
+            total = part if total is None else total + part
+        wanted, size = [], 0
+        for path in self._layout.block_paths:  # the lowest first: all others are above it
+            for parameter in self._model.get_submodule(path).parameters():
+                size += 4 * parameter.numel()
+                if parameter.requires_grad and (not wanted or size <= _GRADIENT_BYTES):
+                    wanted.append(parameter)
+        if total is None or not wanted:
+            return []
+        found = torch.autograd.grad(total, wanted, allow_unused=True)
+        return [torch.zeros((), device=total.device) if g is None else g for g in found]
+
+    def _differs(
+        self, call: Call, recipes: Mapping[str, StackRecipe], expected: _Run, found: _Run
+    ) -> str:
+        if not same_torch_state(expected.state, found.state):
+            return "its blocks draw random numbers for every row or place: packed, they draw others"
+        if [t.shape for t in expected.outputs] != [t.shape for t in found.outputs]:
+            return "packed, its outputs have other shapes"
+        if not expected.outputs:
+            return "its output shows no tensor that could be compared"
+        low = self._lowest_precision()
+        for one, other in zip(expected.outputs, found.outputs, strict=True):
+            for mask in masks_of(call).values():
+                if one.shape[:2] == mask.shape:
+                    one, other = one[mask != 0], other[mask != 0]
+            error = difference(one, other)
+            if error > max(TOLERANCE.get(one.dtype, 0.0), TOLERANCE.get(low, 0.0)):
+                return f"packed, an output differs by {error:.1e}"
+        scales = [g.abs().max().item() for g in expected.gradients if g.numel()]
+        least = 1e-2 * max(scales, default=0.0)
+        for one, other in zip(expected.gradients, found.gradients, strict=True):
+            if one.shape != other.shape:
+                return "packed, a gradient is missing"
+            if not one.numel():
+                continue
+            scale = max(one.abs().max().item(), least, 1e-30)
+            error = (one.double() - other.double()).abs().max().item() / scale
+            if not error <= max(_GRADIENTS.get(one.dtype, 0.0), _GRADIENTS.get(low, 0.0)):
+                return f"packed, a gradient differs by {error:.1e}"
+        return ""
+
+    def _lowest_precision(self) -> torch.dtype:
+        kind = next(self._model.parameters()).device.type
+        if torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind):
+            return torch.get_autocast_dtype(kind)
+        dtypes = [p.dtype for p in self._model.parameters() if p.is_floating_point()]
+        return max(dtypes, key=lambda dtype: TOLERANCE.get(dtype, 0.0), default=torch.float32)
+
+
+class Installed:
+    """What packing has put into a model; `remove` takes it out."""
+
+    def __init__(
+        self,
+        model: nn.Module,
+        recipes: Mapping[str, StackRecipe],
+        place: Callable[[Collection[str]], None],
+    ) -> None:
+        self.recipes = recipes
+        self._place = place
+        self._roles = {
+            stack: {id(model.get_submodule(path)): role for path, role in recipe.roles.items()}
+            for stack, recipe in recipes.items()
+        }
+        self._attention = [
+            model.get_submodule(path) for recipe in recipes.values() for path in recipe.attention
+        ]
+        self._hooks = [
+            hook
+            for recipe in recipes.values()
+            for path, role in recipe.padded.items()
+            for hook in run_padded(model.get_submodule(path), role)
+        ]
+        for module in self._attention:
+            redirect(module)
+        place({path for recipe in recipes.values() for path in recipe.roles})
+
+    def calls(self, stack: str, tokens: Any) -> dict[int, PackedCall]:
+        """Calls of the blocks of one stack, by id."""
+        grouped = self.recipes[stack].grouped
+        return {key: PackedCall(role, tokens, grouped) for key, role in self._roles[stack].items()}
+
+    def remove(self) -> None:
+        for hook in self._hooks:
+            hook.remove()
+        for module in self._attention:
+            restore(module)
+        self._place(())
+
+
+class _Recording:
+    """What is per token in the calls of one stack's blocks and their sub-modules."""
+
+    def __init__(
+        self, model: nn.Module, layout: Layout, stack: Stack, masks: Mapping[str, Tensor]
+    ) -> None:
+        self._stack = stack
+        self._masks = masks
+        self.seen = CallsSeen()
+        self._blocks = {p: model.get_submodule(p) for p in layout.block_paths[: stack.blocks.stop]}
+        self._blocks = {p: self._blocks[p] for i, p in enumerate(self._blocks) if i in stack.blocks}
+        self._order: list[str] = []
+        self._mask = ""  # name of the stack's
+        self._roles: dict[str, BlockRole] = {}
+        self._problem = ""
+        self._whole: dict[str, dict[int, Tensor]] = {}  # what blocks got that is not per token
+        self._entered: dict[str, frozenset[Place]] = {}
+        self._got_mask: set[str] = set()
+        self._returned: dict[str, frozenset[Place]] = {}
+        self._inside: list[str] = []  # blocks under way
+
+    @property
+    def attention_modules(self) -> list[nn.Module]:
+        return [m for block in self._blocks.values() for m in block.modules() if names_attention(m)]
+
+    @contextmanager
+    def watching(self) -> Iterator[None]:
+        with ExitStack() as hooks:
+            for path, block in self._blocks.items():
+                for name, module in block.named_modules(prefix=path):
+                    enter = self._enter_block if name == path else self._enter_part
+                    leave = self._leave_block if name == path else self._leave_part
+                    hooks.callback(
+                        module.register_forward_pre_hook(
+                            _with_path(enter, name), with_kwargs=True
+                        ).remove
+                    )
+                    hooks.callback(module.register_forward_hook(_with_path(leave, name)).remove)
+            yield
+
+    def _enter_block(self, path: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        self._inside.append(path)
+        if path in self._order:
+            self._problem = "a block runs twice in a forward"
+            return
+        self._order.append(path)
+        places = list(places_of(args, kwargs))
+        hidden = next(
+            (
+                (place, name)
+                for place, value in places
+                for name, mask in self._masks.items()
+                if value.ndim == 3 and value.is_floating_point() and value.shape[:2] == mask.shape
+            ),
+            None,
+        )
+        if hidden is None:
+            self._problem = "no mask of the batch has the shape of its hidden states"
+            return
+        place, name = hidden
+        if self._mask not in ("", name):
+            self._problem = "its blocks run on rows of different lengths"
+        self._mask = name
+        mask = self._masks[name]
+        per_token = {at for at, value in places if at != place and _is_per_token(value, mask)}
+        self._whole[path] = {
+            id(value): value for at, value in places if at != place and at not in per_token
+        }
+        self._roles[path] = BlockRole(place, frozenset(per_token), last=False)
+
+    def _leave_block(self, path: str, output: Any) -> None:
+        self._inside.pop()
+        if path not in self._roles:
+            return
+        mask = self._masks[self._mask]
+        returned = {
+            at
+            for at, value in output_places(output)
+            if value.ndim > 2 and value.shape[:2] == mask.shape
+        }
+        self._roles[path] = replace(self._roles[path], returned=frozenset(returned))
+
+    def _enter_part(self, path: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        whole = self._whole.get(self._inside[-1]) if self._inside else None
+        if whole is None:
+            return
+        places, mask = list(places_of(args, kwargs)), self._masks[self._mask]
+        if any(id(value) in whole for _, value in places):
+            self._got_mask.add(path)
+        entered = {
+            at
+            for at, value in places
+            if id(value) not in whole and value.ndim > 1 and _like(value, mask)
+        }
+        self._entered[path] = self._entered.get(path, frozenset()) | entered
+
+    def _leave_part(self, path: str, output: Any) -> None:
+        if path not in self._entered:
+            return
+        mask = self._masks[self._mask]
+        returned = {
+            at
+            for at, value in output_places(output)
+            if value.ndim > 2 and value.shape[:2] == mask.shape
+        }
+        self._returned[path] = self._returned.get(path, frozenset()) | returned
+
+    def recipe(self, kept: Mapping[str, Any]) -> StackRecipe:
+        """How to run the stack packed; raises `UnpackableError` where it cannot be."""
+        if self._problem or set(self._order) != set(self._blocks):
+            raise UnpackableError(self._problem or "not every block runs in a forward")
+        if kept[self._mask].all():
+            raise UnpackableError("the batch has no padding")
+        names = {
+            id(module): name
+            for path, block in self._blocks.items()
+            for name, module in block.named_modules(prefix=path)
+        }
+        calling = {names[key] for key in self.seen.modules if key in names}
+        cross = frozenset(self.seen.cross)
+        deepest = {
+            path
+            for path in self._got_mask
+            if not any(other.startswith(f"{path}.") for other in self._got_mask | calling)
+            and path not in calling
+        }
+        modules = {
+            name: module
+            for path, b in self._blocks.items()
+            for name, module in b.named_modules(prefix=path)
+        }
+        for path, block in self._blocks.items():
+            inside = [modules[p] for p in deepest if p.startswith(f"{path}.")]
+            held = sum(p.numel() for m in inside for p in m.parameters())
+            whole = sum(p.numel() for p in block.parameters())
+            if inside and held > _MOST_PADDED * whole:
+                raise UnpackableError(
+                    f"{type(block).__name__} would run on padding with nearly all its parameters"
+                )
+        roles = {
+            path: replace(role, last=path == self._order[-1], cross=cross)
+            for path, role in self._roles.items()
+        }
+        padded_parts = {
+            p: PaddedRole(self._entered[p], self._returned.get(p, frozenset())) for p in deepest
+        }
+        return StackRecipe(self._mask, roles, tuple(sorted(calling)), padded_parts)
+
+
+def _with_path(function: Callable[..., None], path: str) -> Callable[..., None]:
+    def hook(module: nn.Module, args: Any, last: Any) -> None:  # kwargs before, the output after
+        if function.__name__.startswith("_enter"):
+            function(path, args, last)
+        else:
+            function(path, last)
+
+    return hook
+
+
+def _like(value: Tensor, mask: Tensor) -> bool:
+    """Whether a tensor is (B, T, ...), or (1, T, ...)."""
+    return value.shape[0] in (1, mask.shape[0]) and value.shape[1:2] == mask.shape[1:]
+
+
+def _is_per_token(value: Tensor, mask: Tensor) -> bool:
+    """Whether it says something of every token, and is no mask."""
+    if value.ndim < 2 or not _like(value, mask) or mask.shape[1] in value.shape[2:]:
+        return False
+    if value.shape != mask.shape:
+        return True
+    return not any(torch.equal(mask != 0, pattern) for pattern in (value != 0, value == 0))
+
+
+def labels_like(mask: Tensor, call: Call) -> Tensor | None:
+    labels = call.tensors.get("labels")
+    if labels is None or labels.shape != mask.shape or labels.is_floating_point():
+        return None
+    return labels
+
+
+@contextmanager
+def _without_dropout(model: nn.Module) -> Iterator[None]:
+    """No module drops anything, whatever its mode."""
+    before: list[tuple[dict[str, Any], str, Any]] = []
+    for module in model.modules():
+        own = module.__dict__
+        for name, value in own.items():
+            drops = name == "p" and "dropout" in type(module).__name__.lower()
+            if isinstance(value, float) and (drops or "drop" in name):
+                before.append((own, name, value))
+    try:
+        for own, name, _ in before:
+            own[name] = 0.0
+        yield
+    finally:
+        for own, name, value in before:
+            own[name] = value
+
+
+def _line(error: Exception) -> str:
+    return f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0]}"
