@@ -142,13 +142,18 @@ class Trial:
         recipes: dict[str, StackRecipe] = {}
         reasons: dict[str, str] = {}
         for stack in self._layout.stacks:
-            try:
-                recipe = recordings[stack.path].recipe(kept)
-                recipes[stack.path] = self._fit(call, recipes, stack, recipe, expected)
-            except UnpackableError as error:
-                reasons[stack.path] = str(error)
-            except Exception as error:  # the model's own code
-                reasons[stack.path] = f"packed, its forward raises {_line(error)}"
+            ways = recordings[stack.path].recipes(kept)
+            while stack.path not in recipes:
+                try:
+                    if (recipe := next(ways, None)) is None:
+                        break
+                    recipes[stack.path] = self._fit(call, recipes, stack, recipe, expected)
+                except UnpackableError as error:
+                    reasons.setdefault(stack.path, str(error))
+                except Exception as error:  # the model's own code
+                    reasons.setdefault(stack.path, f"packed, its forward raises {_line(error)}")
+            if stack.path in recipes:
+                reasons.pop(stack.path, None)
         return Outcome(recipes, reasons, makes_cache)
 
     def _without_cache(self, call: Call) -> tuple[Call, bool]:
@@ -364,7 +369,7 @@ class _Recording:
         self._problem = ""
         self._whole: dict[str, dict[int, Tensor]] = {}  # what blocks got that is not per token
         self._entered: dict[str, frozenset[Place]] = {}
-        self._got_mask: set[str] = set()
+        self._got_whole: set[str] = set()  # sub-modules that got such, with what is per token
         self._returned: dict[str, frozenset[Place]] = {}
         self._inside: list[str] = []  # blocks under way
 
@@ -394,19 +399,15 @@ class _Recording:
             return
         self._order.append(path)
         places = list(places_of(args, kwargs))
-        hidden = next(
-            (
-                (place, name)
-                for place, value in places
-                for name, mask in self._masks.items()
-                if value.ndim == 3 and value.is_floating_point() and value.shape[:2] == mask.shape
-            ),
-            None,
+        place, hidden = next(
+            ((at, value) for at, value in places if value.ndim > 2 and value.is_floating_point()),
+            ((), None),
         )
-        if hidden is None:
+        shape = hidden.shape[:2] if hidden is not None and hidden.ndim == 3 else None
+        name = next((n for n, mask in self._masks.items() if mask.shape == shape), None)
+        if name is None:
             self._problem = "no mask of the batch has the shape of its hidden states"
             return
-        place, name = hidden
         if self._mask not in ("", name):
             self._problem = "its blocks run on rows of different lengths"
         self._mask = name
@@ -434,13 +435,13 @@ class _Recording:
         if whole is None:
             return
         places, mask = list(places_of(args, kwargs)), self._masks[self._mask]
-        if any(id(value) in whole for _, value in places):
-            self._got_mask.add(path)
         entered = {
             at
             for at, value in places
             if id(value) not in whole and value.ndim > 1 and _like(value, mask)
         }
+        if entered and any(id(value) in whole for _, value in places):
+            self._got_whole.add(path)
         self._entered[path] = self._entered.get(path, frozenset()) | entered
 
     def _leave_part(self, path: str, output: Any) -> None:
@@ -454,8 +455,13 @@ class _Recording:
         }
         self._returned[path] = self._returned.get(path, frozenset()) | returned
 
-    def recipe(self, kept: Mapping[str, Any]) -> StackRecipe:
-        """How to run the stack packed; raises `UnpackableError` where it cannot be."""
+    def recipes(self, kept: Mapping[str, Any]) -> Iterator[StackRecipe]:
+        """Ways to run the stack packed, the best first; raises `UnpackableError` for none.
+
+        Padded are queries, keys and values in an attention function that is looked up, elsewhere
+        the smallest sub-modules that get what the block got for the whole batch, its mask among it;
+        then all of these.
+        """
         if self._problem or set(self._order) != set(self._blocks):
             raise UnpackableError(self._problem or "not every block runs in a forward")
         if kept[self._mask].all():
@@ -467,33 +473,35 @@ class _Recording:
         }
         calling = {names[key] for key in self.seen.modules if key in names}
         cross = frozenset(self.seen.cross)
-        deepest = {
-            path
-            for path in self._got_mask
-            if not any(other.startswith(f"{path}.") for other in self._got_mask | calling)
-            and path not in calling
-        }
-        modules = {
-            name: module
-            for path, b in self._blocks.items()
-            for name, module in b.named_modules(prefix=path)
-        }
-        for path, block in self._blocks.items():
-            inside = [modules[p] for p in deepest if p.startswith(f"{path}.")]
-            held = sum(p.numel() for m in inside for p in m.parameters())
-            whole = sum(p.numel() for p in block.parameters())
-            if inside and held > _MOST_PADDED * whole:
-                raise UnpackableError(
-                    f"{type(block).__name__} would run on padding with nearly all its parameters"
-                )
         roles = {
             path: replace(role, last=path == self._order[-1], cross=cross)
             for path, role in self._roles.items()
         }
-        padded_parts = {
-            p: PaddedRole(self._entered[p], self._returned.get(p, frozenset())) for p in deepest
+        for left in (calling, set()):
+            parts = self._smallest_parts(left)
+            yield StackRecipe(self._mask, roles, tuple(sorted(left)), parts)
+
+    def _smallest_parts(self, left: Collection[str]) -> dict[str, PaddedRole]:
+        """Sub-modules to run padded, none with one of those in `left` inside."""
+        smallest = {
+            path
+            for path in self._got_whole.difference(left)
+            if not any(other.startswith(f"{path}.") for other in self._got_whole.union(left))
         }
-        return StackRecipe(self._mask, roles, tuple(sorted(calling)), padded_parts)
+        for path, block in self._blocks.items():
+            inside = [
+                block.get_submodule(p.removeprefix(f"{path}."))
+                for p in smallest
+                if p.startswith(f"{path}.")
+            ]
+            held = sum(p.numel() for m in inside for p in m.parameters())
+            if inside and held > _MOST_PADDED * sum(p.numel() for p in block.parameters()):
+                raise UnpackableError(
+                    f"{type(block).__name__} would run on padding with nearly all its parameters"
+                )
+        return {
+            p: PaddedRole(self._entered[p], self._returned.get(p, frozenset())) for p in smallest
+        }
 
 
 def _with_path(function: Callable[..., None], path: str) -> Callable[..., None]:
