@@ -66,6 +66,7 @@ class CallsSeen:
 
     modules: dict[int, nn.Module] = field(default_factory=dict)
     cross: set[int] = field(default_factory=set)
+    heads: int = 1
 
 
 _seen: list[CallsSeen] = []
@@ -196,6 +197,7 @@ def packed_attention(
     function = _own_function(module, name)
     for seen in _seen:
         seen.modules[id(module)] = module
+        seen.heads = query.shape[1]
         if key.shape[2] != query.shape[2]:
             seen.cross.add(id(module))
     if not _running:

@@ -17,7 +17,7 @@ from ..model.forward_hooks import own_forward
 from ..model.layout import Layout
 from ..text_table import text_table
 from .blocks import PackedCall, begin_forward, end_forward
-from .tokens import GROUPS, kept_places, pack_places
+from .tokens import GROUPS, cost_of_group, kept_places, pack_places
 from .trial import Installed, Outcome, Trial, labels_like
 from .trial_batch import masks_of
 
@@ -144,9 +144,9 @@ class Packer:
     def begin(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
         """Pack the forward that begins, if it can be; its keyword arguments."""
         calls: dict[int, PackedCall] = {}
-        if self._installed is not None and not self._paused:
-            call = Call(self._names, args, kwargs)
+        if self._mode != "off" and not self._paused:
             try:
+                call = Call(self._names, args, kwargs)
                 reason = self._reason(call) or self._pack(call, calls)
             except UnknownContent as error:
                 reason = str(error)
@@ -188,7 +188,12 @@ class Packer:
 
     def _pack(self, call: Call, calls: dict[int, PackedCall]) -> str | None:
         """Fill `calls`; why none of them, if none."""
-        masks, problem = masks_of(call), "no attention_mask"
+        masks = masks_of(call)
+        if not masks:
+            return "it has no attention_mask"
+        if self._installed is None:
+            return self._outcome_reason()
+        problem = "it has no mask of these blocks"
         for path, recipe in self._installed.recipes.items():
             mask = masks.get(recipe.mask)
             if mask is None:
@@ -196,19 +201,26 @@ class Packer:
             kept = kept_places(mask, labels_like(mask, call), recipe.columns)
             real, size = int(kept.sum()), kept.size
             if real == size:
-                problem = "no padding"
+                problem = "it has no padding"
             elif self._mode == "auto" and real > MOST_REAL * size:
                 problem = f"more than {MOST_REAL:.0%} of its places are real tokens"
             elif self._outcome.right_only and not _is_right(kept):
-                problem = "padding before the tokens"
+                problem = "it has padding before the tokens"
             else:
                 grouped = recipe.grouped and self.groups > 1
-                tokens = pack_places(kept, mask.device, groups=self.groups if grouped else 1)
+                groups = self.groups if grouped else 1
+                cost = cost_of_group(mask.device, recipe.heads)
+                tokens = pack_places(kept, mask.device, groups=groups, cost=cost)
                 calls.update(self._installed.calls(path, tokens))
                 self._places += size
                 self._tokens += real
         self._batches += bool(calls)
         return None if calls else problem
+
+    def _outcome_reason(self) -> str:
+        if not self._outcome.decided:
+            return "packing was not tried yet"
+        return "packing was found not to fit the model"
 
     def report(self) -> PackingReport:
         if self._mode == "off":
@@ -234,7 +246,7 @@ class Packer:
                 text += ", attention in groups" * (recipe.grouped and self.groups > 1)
             return text
         reason = self._refused.get(path) or self._outcome.reasons.get(path)
-        return f"padded: {reason or 'not tried yet: the first training forward with a mask is'}"
+        return f"padded: {reason or 'no training forward with padding has come yet'}"
 
     def state_dict(self) -> dict[str, str]:
         """Stacks that stay padded, with the reason."""

@@ -57,6 +57,7 @@ class StackRecipe:
     padded: Mapping[str, PaddedRole]  # sub-modules that run on padded tokens
     columns: tuple[int, ...] = ()  # which the head reads, padding or not
     grouped: bool = False
+    heads: int = 1
 
 
 @dataclass(frozen=True)
@@ -215,26 +216,34 @@ class Trial:
         """What differs in a packed forward, "" if nothing does."""
         installed = Installed(self._model, recipes, self._place)
         try:
-            for seed in (1, 2, None):
-                calls = {}
-                for path, recipe in recipes.items():
-                    mask = masks_of(call)[recipe.mask]
-                    labels = labels_like(mask, call)
-                    kept = kept_places(mask, labels, recipe.columns)
-                    tokens = pack_places(kept, mask.device, groups=GROUPS if recipe.grouped else 1)
-                    if seed is not None:
-                        tokens.noise = torch.Generator().manual_seed(seed)
-                    calls.update(installed.calls(path, tokens))
-                begin_forward(self, calls)
-                try:
-                    found = self._run(call)
-                finally:
-                    end_forward(self)
-                if problem := self._differs(call, recipes, expected, found):
-                    return problem
+            # noise where tokens are unpacked, then zeros, as there will be
+            found = [self._run_packed(call, installed, noise) for noise in (1, 2, None)]
         finally:
             installed.remove()
+        for one in found:
+            if problem := self._differs(call, expected, one):
+                moved = self._differs(call, found[0], found[1])
+                return (
+                    "something above the blocks reads hidden states at padding"
+                    if moved
+                    else problem
+                )
         return ""
+
+    def _run_packed(self, call: Call, installed: Installed, noise: int | None) -> _Run:
+        calls = {}
+        for path, recipe in installed.recipes.items():
+            mask = masks_of(call)[recipe.mask]
+            kept = kept_places(mask, labels_like(mask, call), recipe.columns)
+            tokens = pack_places(kept, mask.device, groups=GROUPS if recipe.grouped else 1)
+            if noise is not None:
+                tokens.noise = torch.Generator().manual_seed(noise)
+            calls.update(installed.calls(path, tokens))
+        begin_forward(self, calls)
+        try:
+            return self._run(call)
+        finally:
+            end_forward(self)
 
     def _run(self, call: Call) -> _Run:
         state = torch_state(self._gpus)
@@ -273,9 +282,7 @@ class Trial:
         found = torch.autograd.grad(total, wanted, allow_unused=True)
         return [torch.zeros((), device=total.device) if g is None else g for g in found]
 
-    def _differs(
-        self, call: Call, recipes: Mapping[str, StackRecipe], expected: _Run, found: _Run
-    ) -> str:
+    def _differs(self, call: Call, expected: _Run, found: _Run) -> str:
         if not same_torch_state(expected.state, found.state):
             return "its blocks draw random numbers for every row or place: packed, they draw others"
         if [t.shape for t in expected.outputs] != [t.shape for t in found.outputs]:
@@ -479,7 +486,7 @@ class _Recording:
         }
         for left in (calling, set()):
             parts = self._smallest_parts(left)
-            yield StackRecipe(self._mask, roles, tuple(sorted(left)), parts)
+            yield StackRecipe(self._mask, roles, tuple(sorted(left)), parts, heads=self.seen.heads)
 
     def _smallest_parts(self, left: Collection[str]) -> dict[str, PaddedRole]:
         """Sub-modules to run padded, none with one of those in `left` inside."""
