@@ -1,4 +1,4 @@
-"""What the tests of packing share: batches with padding of every kind, and both forms side by side."""
+"""What the tests of packing share: batches with padding of every kind, runs, the truth in fp64."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ import torch
 from proofs import FixedPlan
 from tiny_models import VOCABULARY, tiny_inputs
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 
 from progtuning_kernels import FreezePlan, PatchHandle, patch_model
 from progtuning_kernels.model.layout import find_layout
@@ -18,10 +19,10 @@ from progtuning_kernels.model.outputs import compared
 
 Span = tuple[int, int]  # of a row's tokens: from, to
 COLUMNS = 11
-# Rows and N are even in all of them, and stay so with the tokens that are kept besides the real ones
-# (the one before a label, the first or last of every row): times 48, the width inside the tiny
-# models' blocks, they are multiples of 32, and no activation function ends on a vector that is not
-# full, which rounds in another way.
+# Rows and N are even in all of them, and stay so with tokens kept besides the real ones (the one
+# before a label, the first or last of every row): times 48, the width inside the tiny models'
+# blocks, they are multiples of 32, and no activation function ends on a vector that is not full,
+# which rounds in another way.
 RIGHT: Sequence[Span] = ((0, 11), (0, 7), (0, 11), (0, 1))
 LEFT: Sequence[Span] = ((0, 11), (0, 11), (4, 11), (10, 11))
 # without padding, on the right, on the left, on both sides of one token
@@ -89,18 +90,14 @@ def real_outputs(output: Any, inputs: dict[str, Any]) -> list[Tensor]:
     """Everything that a model returns but keys and values, without what stands at padding."""
     mask = inputs["attention_mask"]
     real = mask != 0
-    return [
-        (t[real] if t.shape[:2] == mask.shape else t).detach() for t in compared(output)
-    ]
+    return [(t[real] if t.shape[:2] == mask.shape else t).detach() for t in compared(output)]
 
 
 def patched(model: nn.Module, boundary: int = 0, *, groups: int = 1, **options: Any) -> PatchHandle:
     """The model, patched to train from a boundary on, packing wherever there is padding."""
     blocks = find_layout(model).num_blocks
     plan = FreezePlan.from_boundary(boundary, blocks, embeddings=boundary == 0)
-    handle = patch_model(
-        model, FixedPlan(plan), **{"packing": "on", "kernels": "off", **options}
-    )
+    handle = patch_model(model, FixedPlan(plan), **{"packing": "on", "kernels": "off", **options})
     handle.freezer.packer.groups = groups
     return handle
 
@@ -109,23 +106,28 @@ def packed_forwards(handle: PatchHandle) -> int:
     return handle.packing_report().batches
 
 
-def in_double(model: nn.Module, inputs: dict[str, Any]) -> tuple[nn.Module, dict[str, Any]]:
-    """A copy of the model, and its inputs, in fp64."""
-    made = {
-        name: value.double()
-        if isinstance(value, Tensor) and value.is_floating_point()
-        else value
-        for name, value in inputs.items()
-    }
+class _NothingBelowDouble(TorchFunctionMode):
+    """Norms and softmaxes that compute in fp32 whatever they get, compute in fp64."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is torch.Tensor.float:
+            func = torch.Tensor.double
+        args = tuple(torch.float64 if a is torch.float32 else a for a in args)
+        kwargs = {k: torch.float64 if v is torch.float32 else v for k, v in (kwargs or {}).items()}
+        return func(*args, **kwargs)
+
+
+def run_in_double(model: nn.Module, inputs: dict[str, Any]) -> Run:
+    """The truth: what a copy of the model gives in fp64."""
     twin = copy.deepcopy(model).double()
     if hasattr(twin, "set_experts_implementation"):
         twin.set_experts_implementation("eager")  # torch's grouped product knows no fp64
-    return twin, made
+    floats = {n: v for n, v in inputs.items() if torch.is_tensor(v) and v.is_floating_point()}
+    with _NothingBelowDouble():
+        return run(twin, inputs | {name: value.double() for name, value in floats.items()})
 
 
-def gradient_error(
-    found: Iterable[dict[str, Tensor]], truth: Iterable[dict[str, Tensor]]
-) -> float:
+def gradient_error(found: Iterable[dict[str, Tensor]], truth: Iterable[dict[str, Tensor]]) -> float:
     """Root of the mean over batches and tensors of their squared relative errors.
 
     One number of a whole model: sums over tokens round otherwise in every tensor, some worse, some
