@@ -109,6 +109,8 @@ class Trial:
             for at, made in enumerate(trial_calls(call, self._model)):
                 try:
                     found = self._try_all(made)
+                except UnpackableError as error:
+                    found = Outcome(reasons={s.path: str(error) for s in self._layout.stacks})
                 except Exception as error:  # the model's own code, on a batch that we made
                     found = Outcome(
                         reasons={
@@ -128,7 +130,7 @@ class Trial:
             random_state_kept(self._model),
             torch.compiler.set_stance("force_eager"),
             buffers_kept(self._model),
-            _without_dropout(self._model),
+            _without_dropout_and_recomputation(self._model),
             torch.enable_grad() if not self._sharded else torch.no_grad(),
         ):
             yield
@@ -180,7 +182,7 @@ class Trial:
                     hooks.enter_context(recording.watching())
                 begin_forward(self, {})
                 try:
-                    expected = self._run(call)
+                    expected = self._run(call, hooks)
                 finally:
                     end_forward(self)
         finally:
@@ -250,9 +252,12 @@ class Trial:
         args, kwargs = with_own_containers((call.args, dict(call.kwargs)), clone=True)
         return self._model(*args, **kwargs)
 
-    def _run(self, call: Call) -> _Run:
+    def _run(self, call: Call, watched: ExitStack | None = None) -> _Run:
+        """Run forward, with which `watched` ends, and backward."""
         state = torch_state(self._gpus)
         output = self._call_model(call)
+        if watched is not None:
+            watched.close()  # a checkpoint in the model's own code runs blocks a second time
         after = torch_state(self._gpus)
         set_torch_state(state, self._gpus)
         outputs = compared(output)
@@ -284,6 +289,11 @@ class Trial:
         if total is None or not wanted:
             return []
         found = torch.autograd.grad(total, wanted, allow_unused=True)
+        if all(g is None for g in found):
+            raise UnpackableError(
+                "the gradients of its blocks are out of sight: where its code calls "
+                "torch.utils.checkpoint, let that be with use_reentrant=False"
+            )
         return [torch.zeros((), device=total.device) if g is None else g for g in found]
 
     def _differs(self, call: Call, expected: _Run, found: _Run) -> str:
@@ -550,8 +560,8 @@ def labels_like(mask: Tensor, call: Call) -> Tensor | None:
 
 
 @contextmanager
-def _without_dropout(model: nn.Module) -> Iterator[None]:
-    """No module drops anything, whatever its mode."""
+def _without_dropout_and_recomputation(model: nn.Module) -> Iterator[None]:
+    """No module drops anything, whatever its mode, or is checkpointed, which may hide gradients."""
     before: list[tuple[dict[str, Any], str, Any]] = []
     for module in model.modules():
         own = module.__dict__
@@ -559,9 +569,11 @@ def _without_dropout(model: nn.Module) -> Iterator[None]:
             drops = name == "p" and "dropout" in type(module).__name__.lower()
             if isinstance(value, float) and (drops or "drop" in name):
                 before.append((own, name, value))
+            elif name == "gradient_checkpointing" and value is True:
+                before.append((own, name, value))
     try:
-        for own, name, _ in before:
-            own[name] = 0.0
+        for own, name, value in before:
+            own[name] = type(value)(0)
         yield
     finally:
         for own, name, value in before:

@@ -125,7 +125,12 @@ def test_checkpoint_around_a_block_in_the_models_own_code(use_reentrant, forward
     handle = patched(model)
     batches = _pair(name)
     run(model, batches[0])
-    assert packed_forwards(handle) == 1
+    if (
+        use_reentrant
+    ):  # such a checkpoint calls blocks with other tensors, of which nothing is known
+        assert "use_reentrant=False" in str(handle.packing_report())
+    else:
+        assert packed_forwards(handle) == 1
     if forwards == "one":
         _assert_same(run(model, batches[1]).gradients, run(padded, batches[1]).gradients)
     else:
