@@ -7,20 +7,20 @@ that a recomputation in backward has those of its own forward, whatever ran in b
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, MutableMapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils.weak import WeakTensorKeyDictionary
 
 from ..model.derived_classes import root_of
 from .attention import PackedBlock, UnpackableError, running
 from .tokens import PackedTokens
 
 _KEY = "progtuning_packed_tokens"  # of the keyword argument
-_ATTRIBUTE = "_progtuning_packed_tokens"  # of a tensor that a block was called with
 Place = tuple[int | str, ...]  # number or name of an argument, and number inside a tuple
 
 
@@ -44,11 +44,13 @@ class PackedCall:
     grouped: bool
 
 
-# of the forwards under way, the innermost last: calls of their blocks by id
-_forwards: list[tuple[object, Mapping[int, PackedCall]]] = []
+Calls = Mapping[int, PackedCall]  # of the blocks of one forward, by their id
+_forwards: list[tuple[object, Calls]] = []  # those under way, the innermost last
+# Calls of the forward in which a tensor came to a block; none if that were two forwards.
+_noted: MutableMapping[Tensor, Calls] = WeakTensorKeyDictionary()
 
 
-def begin_forward(owner: object, calls: Mapping[int, PackedCall]) -> None:
+def begin_forward(owner: object, calls: Calls) -> None:
     """Have the blocks in `calls` run packed until `end_forward`."""
     _forwards.append((owner, calls))
 
@@ -79,27 +81,22 @@ def unpacked(hidden: Tensor) -> Tensor:
     return hidden
 
 
-def _call_of(block: nn.Module) -> PackedCall | None:
-    return _forwards[-1][1].get(id(block)) if _forwards else None
-
-
 def members(base: type, forward: Callable[..., Any]) -> dict[str, Any]:
     """`__call__` and `forward` of a subclass of `base` that runs `forward` packed."""
 
     def call(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
-        packed = _call_of(self)
-        if packed is not None and not torch.compiler.is_compiling():
-            kwargs[_KEY] = packed
+        if _forwards and id(self) in _forwards[-1][1] and not torch.compiler.is_compiling():
+            kwargs[_KEY] = _forwards[-1][1]
         return base.__call__(self, *args, **kwargs)
 
     def run(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
-        packed = kwargs.pop(_KEY, None)
-        if packed is None and not torch.compiler.is_compiling():
+        calls: Calls = kwargs.pop(_KEY, {})
+        if not (calls or torch.compiler.is_compiling()):
             # where `forward` is called alone, and where a checkpoint around it is recomputed
-            packed = _call_of(self) or _call_noted(args, kwargs)
-        if packed is None:
+            calls = _forwards[-1][1] if _forwards else _calls_noted(args, kwargs)
+        if id(self) not in calls:
             return forward(self, *args, **kwargs)
-        return _run_packed(self, forward, packed, args, kwargs)
+        return _run_packed(self, forward, calls, args, kwargs)
 
     return {"__call__": call, "forward": run}
 
@@ -116,25 +113,31 @@ def checkpointed(made: type) -> None:
             return
 
 
-def _call_noted(args: tuple[Any, ...], kwargs: dict[str, Any]) -> PackedCall | None:
-    for value in (*args, *kwargs.values()):
-        if isinstance(value, Tensor):
-            return getattr(value, _ATTRIBUTE, None)
-    return None
+def _note(calls: Calls, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
+    for _, value in places_of(args, kwargs):
+        before = _noted.setdefault(value, calls)
+        if before is not calls:
+            _noted[value] = {}
+
+
+def _calls_noted(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Calls:
+    """Those of the forward that has called a block with these tensors."""
+    found = (_noted.get(value) for _, value in places_of(args, kwargs))
+    return next(filter(None, found), {})
 
 
 def _run_packed(
     block: nn.Module,
     forward: Callable[..., Any],
-    packed: PackedCall,
+    calls: Calls,
     args: tuple[Any, ...],
     kwargs: dict[str, Any],
 ) -> Any:
+    packed = calls[id(block)]
+    _note(calls, args, kwargs)
     role, tokens = packed.role, packed.tokens
     hidden = value_at(role.hidden, args, kwargs)
     name = root_of(type(block)).__name__
-    if isinstance(hidden, Tensor):
-        setattr(hidden, _ATTRIBUTE, packed)
     if tokens.holds_padded(hidden):
         made = tokens.pack(hidden)
     elif tokens.holds_packed(hidden):

@@ -8,7 +8,7 @@ import types
 import pytest
 import torch
 from packed_models import LEFT, MIXED, RIGHT, batch_of, packed_forwards, patched, run
-from proofs import frozen_by_hand
+from proofs import enable_checkpointing, frozen_by_hand
 from tiny_models import BOUNDARIES, tiny_model
 from torch.utils.checkpoint import checkpoint
 
@@ -22,7 +22,7 @@ CHECKPOINTING = ["none", "plain", "reentrant"]
 def _model(name, checkpointing="none"):
     model = tiny_model(name)
     if checkpointing != "none":
-        model.gradient_checkpointing_enable({"use_reentrant": checkpointing == "reentrant"})
+        enable_checkpointing(model, use_reentrant=checkpointing == "reentrant")
     return model
 
 
@@ -137,6 +137,64 @@ def test_checkpoint_around_a_block_in_the_models_own_code(use_reentrant, forward
         for order in ("together", "later first"):
             found = _two_forwards(model, batches, order)
             _assert_same(found, _two_forwards(padded, batches, order))
+
+
+@pytest.mark.parametrize("order", ["together", "later first"])
+def test_two_forwards_that_give_their_first_block_the_same_tensor(order):
+    """The same embeddings under two masks, as for a question about different parts of a text."""
+    name = "bert-sequence"
+    batches = [{**b, "input_ids": batch_of(name, RIGHT)["input_ids"]} for b in _pair(name)]
+    model, padded = tiny_model(name), tiny_model(name)
+    given = model.bert.embeddings(batches[0]["input_ids"]).detach()
+    for each in (model, padded):
+        each.bert.embeddings.forward = lambda *args, **kwargs: given
+        each.bert.embeddings.requires_grad_(False)
+    handle = patched(_runs_its_blocks_checkpointed(model, use_reentrant=False))
+    run(model, batches[0])
+    found = _two_forwards(model, batches, order)
+    assert packed_forwards(handle) == 3
+    _assert_same(found, _two_forwards(padded, batches, order))
+
+
+@pytest.mark.parametrize("blocks", [1, 4])
+def test_the_same_embeddings_in_a_forward_that_does_not_pack(blocks):
+    name = "llama-causal-lm"
+    model = tiny_model(name)
+    model.model.layers = model.model.layers[:blocks]
+    padded = copy.deepcopy(model)
+    handle = patched(model)
+    batch = batch_of(name, MIXED)
+    batch["inputs_embeds"] = model.get_input_embeddings()(batch.pop("input_ids")).detach()
+    run(model, batch)
+    batch["output_hidden_states"] = True
+    _assert_same(run(model, batch).gradients, run(padded, batch).gradients, 0.0)
+    assert packed_forwards(handle) == 1
+
+
+def test_a_checkpoint_around_several_blocks():
+    name = "bert-sequence"
+    model, padded = tiny_model(name), tiny_model(name)
+    holder = model.bert.encoder
+
+    def two(first, second, hidden, mask):
+        return second(first(hidden, mask), mask)
+
+    def forward(self, hidden_states, attention_mask=None, **kwargs):
+        for at in (0, 2):
+            hidden_states = checkpoint(
+                two, *self.layer[at : at + 2], hidden_states, attention_mask, use_reentrant=False
+            )
+        return type(output)(last_hidden_state=hidden_states)
+
+    output = holder(torch.zeros(1, 2, 32))
+    holder.forward = types.MethodType(forward, holder)
+    handle = patched(model)
+    batches = _pair(name)
+    run(model, batches[0])
+    for order in ("together", "later first"):
+        found = _two_forwards(model, batches, order)
+        _assert_same(found, _two_forwards(padded, batches, order))
+    assert packed_forwards(handle) == 5
 
 
 @pytest.mark.parametrize("name", ["bert-sequence", "llama-causal-lm", "mpnet-sequence"])
