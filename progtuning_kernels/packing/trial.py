@@ -76,7 +76,7 @@ class _Run:
     """What one forward gave."""
 
     outputs: list[Tensor]
-    gradients: list[Tensor]
+    gradients: list[list[Tensor]]  # of the loss, of all other outputs
     state: list[Tensor]
 
 
@@ -263,12 +263,13 @@ class Trial:
         outputs = compared(output)
         return _Run([t.detach() for t in outputs], self._gradients(call, outputs), after)
 
-    def _gradients(self, call: Call, outputs: list[Tensor]) -> list[Tensor]:
+    def _gradients(self, call: Call, outputs: list[Tensor]) -> list[list[Tensor]]:
         if not torch.is_grad_enabled():
             return []
         generator = torch.Generator().manual_seed(3)
         masks = list(masks_of(call).values())
-        total = None
+        # the loss by itself: beside sums of all logits, what it alone reads would be lost
+        totals: dict[bool, Tensor] = {}
         for output in outputs:
             weights = torch.rand(output.shape, generator=generator).to(output.device)
             if not output.requires_grad:
@@ -278,23 +279,29 @@ class Trial:
                     real = (mask != 0).view(*mask.shape, *(1 for _ in output.shape[2:]))
                     weights = weights * real
                     output = torch.where(real, output, output.detach() * 0)
-            part = (output.float() * weights).sum()
-            total = part if total is None else total + part
+            part, alone = (output.float() * weights).sum(), output.ndim == 0
+            totals[alone] = totals[alone] + part if alone in totals else part
         wanted, size = [], 0
         for path in self._layout.block_paths:  # the lowest first: all others are above it
             for parameter in self._model.get_submodule(path).parameters():
-                size += 4 * parameter.numel()
+                size += 4 * parameter.numel() * len(totals)
                 if parameter.requires_grad and (not wanted or size <= _GRADIENT_BYTES):
                     wanted.append(parameter)
-        if total is None or not wanted:
+        if not (totals and wanted):
             return []
-        found = torch.autograd.grad(total, wanted, allow_unused=True)
-        if all(g is None for g in found):
+        found = [
+            torch.autograd.grad(total, wanted, retain_graph=True, allow_unused=True)
+            for total in totals.values()
+        ]
+        if all(g is None for part in found for g in part):
             raise UnpackableError(
                 "the gradients of its blocks are out of sight: where its code calls "
                 "torch.utils.checkpoint, let that be with use_reentrant=False"
             )
-        return [torch.zeros((), device=total.device) if g is None else g for g in found]
+        return [
+            [torch.zeros((), device=call.device) if g is None else g for g in part]
+            for part in found
+        ]
 
     def _differs(self, call: Call, expected: _Run, found: _Run) -> str:
         if not same_torch_state(expected.state, found.state):
@@ -311,17 +318,18 @@ class Trial:
             error = difference(one, other)
             if error > max(TOLERANCE.get(one.dtype, 0.0), TOLERANCE.get(low, 0.0)):
                 return f"packed, an output differs by {error:.1e}"
-        scales = [g.abs().max().item() for g in expected.gradients if g.numel()]
-        least = 1e-2 * max(scales, default=0.0)
-        for one, other in zip(expected.gradients, found.gradients, strict=True):
-            if one.shape != other.shape:
-                return "packed, a gradient is missing"
-            if not one.numel():
-                continue
-            scale = max(one.abs().max().item(), least, 1e-30)
-            error = (one.double() - other.double()).abs().max().item() / scale
-            if not error <= max(_GRADIENTS.get(one.dtype, 0.0), _GRADIENTS.get(low, 0.0)):
-                return f"packed, a gradient differs by {error:.1e}"
+        tolerance = max(_GRADIENTS.get(torch.float64, 0.0), _GRADIENTS.get(low, 0.0))
+        for ones, others in zip(expected.gradients, found.gradients, strict=True):
+            scales = [g.abs().max().item() for g in ones if g.numel()]
+            least = max(1e-2 * max(scales, default=0.0), 1e-30)
+            for one, other, scale in zip(
+                (g for g in ones if g.numel()), (g for g in others if g.numel()), scales, strict=True
+            ):
+                if one.shape != other.shape:
+                    return "packed, a gradient is missing"
+                error = (one.double() - other.double()).abs().max().item() / max(scale, least)
+                if not error <= tolerance:
+                    return f"packed, a gradient differs by {error:.1e}"
         return ""
 
     def _lowest_precision(self) -> torch.dtype:
