@@ -8,7 +8,6 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Literal
 
-import numpy as np
 import torch
 from torch import nn
 
@@ -17,7 +16,7 @@ from ..model.forward_hooks import own_forward
 from ..model.layout import Layout
 from ..text_table import text_table
 from .blocks import PackedCall, begin_forward, end_forward
-from .tokens import GROUPS, cost_of_group, kept_places, pack_places
+from .tokens import GROUPS, cost_of_group, kept_places, pack_places, padding_follows
 from .trial import Installed, Outcome, Trial, labels_like
 from .trial_batch import masks_of
 
@@ -212,7 +211,7 @@ class Packer:
                 problem = "it has no padding"
             elif self._mode == "auto" and real > MOST_REAL * size:
                 problem = f"more than {MOST_REAL:.0%} of its places are real tokens"
-            elif self._outcome.right_only and not _is_right(kept):
+            elif self._outcome.right_only and not padding_follows(kept):
                 problem = "it has padding before the tokens"
             else:
                 grouped = recipe.grouped and self.groups > 1
@@ -274,8 +273,3 @@ def _foreign_hook(block: nn.Module) -> str | None:
             if source.split(".")[0] not in ("torch", "transformers", __name__.split(".")[0]):
                 return source
     return None
-
-
-def _is_right(kept: np.ndarray) -> bool:
-    """Whether padding follows the tokens in every row."""
-    return bool((np.diff(kept.astype(np.int8), axis=1) <= 0).all())

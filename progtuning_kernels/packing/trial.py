@@ -46,7 +46,7 @@ from .blocks import (
     places_of,
 )
 from .submodules import PaddedRole, run_padded
-from .tokens import GROUPS, kept_places, pack_places
+from .tokens import GROUPS, kept_places, pack_places, padding_follows
 from .trial_batch import masks_of, trial_calls
 
 _GRADIENTS = {torch.float32: 1e-4, torch.float64: 1e-8, torch.float16: 2e-2, torch.bfloat16: 5e-2}
@@ -114,23 +114,29 @@ class Trial:
         """Try every stack; leaves nothing installed."""
         outcome = Outcome(decided=False)
         with self._without_trace():
-            for at, made in enumerate(trial_calls(call, self._model)):
+            for made in trial_calls(call, self._model):
+                parts = _parts_of(self._model)
                 try:
                     found = self._try_all(made)
                 except UnpackableError as error:
-                    found = Outcome(reasons={s.path: str(error) for s in self._layout.stacks})
+                    found = self._refused(str(error))
                 except Exception as error:  # the model's own code, on a batch that we made
-                    found = Outcome(
-                        reasons={
-                            s.path: f"a trial raises {_line(error)}" for s in self._layout.stacks
-                        },
-                        decided=False,
-                    )
+                    reason = f"a trial raises {_line(error)}"
+                    found = replace(self._refused(reason), decided=False)
+                finally:
+                    exchanged = _restore_parts(parts)
+                if exchanged:
+                    return self._refused("it changes its modules with the length of the rows")
                 if found.recipes:
-                    return replace(found, right_only=at == 1)
+                    masks = masks_of(made).values()
+                    right = all(padding_follows(mask.ne(0).cpu().numpy()) for mask in masks)
+                    return replace(found, right_only=right)
                 if found.decided or not outcome.reasons:
                     outcome = found
         return outcome
+
+    def _refused(self, reason: str) -> Outcome:
+        return Outcome(reasons={stack.path: reason for stack in self._layout.stacks})
 
     @contextmanager
     def _without_trace(self) -> Iterator[None]:
@@ -578,6 +584,28 @@ def labels_like(mask: Tensor, call: Call) -> Tensor | None:
     if labels is None or labels.shape != mask.shape or labels.is_floating_point():
         return None
     return labels
+
+
+def _parts_of(model: nn.Module) -> list[tuple[nn.Module, dict[str, Any], dict[str, Any]]]:
+    """Every module with the modules in it and its plain attributes."""
+    plain = int, float, str, type(None)
+    return [
+        (m, dict(m._modules), {k: v for k, v in vars(m).items() if isinstance(v, plain)})
+        for m in model.modules()
+    ]
+
+
+def _restore_parts(parts: list[tuple[nn.Module, dict[str, Any], dict[str, Any]]]) -> bool:
+    """Put back what a forward has changed; whether it has exchanged modules.
+
+    BigBird goes over to full attention for good when it meets short rows.
+    """
+    exchanged = any(module._modules != inner for module, inner, _ in parts)
+    for module, inner, plain in parts:
+        module._modules.clear()
+        module._modules.update(inner)
+        vars(module).update(plain)
+    return exchanged
 
 
 @contextmanager
