@@ -309,6 +309,24 @@ def test_rows_that_are_all_padding(name):
     _close(found, expected, 1e-6)
 
 
+@pytest.mark.parametrize("name", ["bert-token", "llama-token", "t5-seq2seq-lm"])
+def test_masks_with_holes(name):
+    model = tiny_model(name)
+    handle = patched(model)
+    for seed in range(4):
+        batch = batch_of(name, [(0, 11)] * 6)
+        holes = torch.rand(6, 11, generator=torch.Generator().manual_seed(seed)) < 0.4
+        holes[:, 0] = False
+        batch["attention_mask"][holes] = 0
+        if name.endswith("token"):
+            batch["labels"][holes] = -100
+        else:
+            batch["use_cache"] = False
+        found, expected = run(model, batch), run(tiny_model(name), batch)
+        _close(found, expected, 1e-6)
+        assert packed_forwards(handle) == seed + 1
+
+
 @pytest.mark.parametrize("name", ["bert-sequence", "llama-causal-lm", "t5-sequence"])
 def test_without_padding_nothing_is_done(name):
     model = tiny_model(name)
