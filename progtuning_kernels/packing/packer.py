@@ -3,21 +3,28 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping, MutableMapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Literal
 
 import numpy as np
 import torch
-from torch import nn
+from torch import Tensor, nn
 
-from ..model.call import Call, UnknownContent, argument_names, wanted_of_all_blocks
+from ..model.call import (
+    Call,
+    UnknownContent,
+    argument_names,
+    text_configs,
+    wanted_of_all_blocks,
+)
 from ..model.forward_hooks import own_forward
 from ..model.layout import Layout
 from ..text_table import text_table
 from .blocks import PackedCall, begin_forward, end_forward
-from .tokens import GROUPS, cost_of_group, kept_places, pack_places
+from .known_mask import known_mask
+from .tokens import GROUPS, cost_of_group, kept_of, on_host, pack_places, waits_for
 from .trial import Installed, Outcome, Trial, labels_like
 from .trial_batch import masks_of
 
@@ -25,6 +32,8 @@ Packing = Literal["auto", "on", "off"]
 
 # Of a batch's places: with more real tokens than this, "auto" leaves the batch padded.
 MOST_REAL = 0.95
+# Batches that a trial is given until one shows whether packing fits.
+MOST_TRIALS = 8
 
 
 @dataclass(frozen=True)
@@ -93,6 +102,7 @@ class Packer:
         self._outcome = Outcome(decided=False)
         self._installed: Installed | None = None
         self._tried_from: int | None = None  # boundary of the trial
+        self._undecided = 0  # trials on end that have shown nothing
         self._refused: dict[str, str] = {}  # stacks that a resumed run has found to be refused
         self._paused = False
         self.groups = GROUPS
@@ -100,12 +110,15 @@ class Packer:
         self.busy = False  # a trial is under way; other hooks of the model leave it alone
         self._batches = self._places = self._tokens = 0
         self._padded: Counter[str] = Counter()
+        # masks that the caller's own dicts hold and have given way to a known one, by dict and name
+        self._replaced: list[tuple[MutableMapping[str, Any], str, Tensor]] = []
 
     def learn(self, args: tuple[Any, ...], kwargs: dict[str, Any], boundary: int) -> None:
         """Try packing before a training forward, unless that is known for all that trains."""
         if self._mode == "off" or self.busy:
             return
-        if self._outcome.decided and self._tried_from is not None and boundary >= self._tried_from:
+        known = self._outcome.decided or self._undecided >= MOST_TRIALS
+        if known and self._tried_from is not None and boundary >= self._tried_from:
             return
         try:
             call = Call(self._names, args, kwargs)
@@ -121,6 +134,7 @@ class Packer:
         finally:
             self.busy = False
         self._tried_from = boundary
+        self._undecided = 0 if self._outcome.decided else self._undecided + 1
         recipes = {p: r for p, r in self._outcome.recipes.items() if p not in self._refused}
         if recipes:
             self._installed = Installed(self._model, recipes, self._place)
@@ -141,25 +155,53 @@ class Packer:
         finally:
             self._paused = before
 
-    def begin(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
-        """Pack the forward that begins, if it can be; its keyword arguments."""
+    def begin(
+        self, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        """Pack the forward that begins, if it can be; its arguments."""
         calls: dict[int, PackedCall] = {}
+        read: dict[str, np.ndarray] = {}
         if self._mode != "off" and not self._paused:
             try:
                 call = Call(self._names, args, kwargs)
-                reason = self._reason(call) or self._pack(call, calls)
+                reason = self._reason(call) or self._pack(call, calls, read)
             except UnknownContent as error:
                 reason = str(error)
             if reason is not None:
                 self._padded[reason] += 1
         begin_forward(self, calls)
+        if read:
+            args, kwargs = self._with_known(read, args, kwargs)
         if calls and self._outcome.makes_cache:
-            return {**kwargs, "use_cache": False}
-        return kwargs
+            kwargs = {**kwargs, "use_cache": False}
+        return args, kwargs
 
     def end(self) -> None:
         """End the forward that `begin` began."""
         end_forward(self)
+        for named, name, mask in self._replaced:
+            named[name] = mask
+        self._replaced.clear()
+
+    def _with_known(
+        self, read: Mapping[str, np.ndarray], args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        """The same arguments, with masks that answer from what the host has read of them."""
+
+        def change(name: str, value: Any) -> Any:
+            if name in read:
+                return known_mask(value, torch.from_numpy(read[name]).view(value.shape))
+            if isinstance(value, MutableMapping):  # the caller's, who finds results in it
+                for inner in read.keys() & value.keys():
+                    self._replaced.append((value, inner, value[inner]))
+                    value[inner] = change(inner, value[inner])
+            return value
+
+        names = (*self._names, *("" for _ in args[len(self._names) :]))
+        return (
+            tuple(change(name, value) for name, value in zip(names, args, strict=False)),
+            {name: change(name, value) for name, value in kwargs.items()},
+        )
 
     def _reason(self, call: Call) -> str | None:
         """Why a forward with these arguments runs padded, as far as its mask does not matter."""
@@ -182,23 +224,42 @@ class Packer:
                 return f"a hook of {hooked} on {path} would see packed tokens"
         return None
 
+    @property
+    def _asks_masks(self) -> bool:
+        """Whether no compiler stands between a mask and the code that asks it."""
+        config = getattr(self._model, "config", None)
+        names = {getattr(c, "_attn_implementation", None) for c in text_configs(config)}
+        inside = (self._model.get_submodule(path) for path in self._layout.containers)
+        return "flex_attention" not in names and not any(
+            m._compiled_call_impl is not None or hasattr(m, "_orig_mod") for m in inside
+        )
+
     def _blocks(self) -> Iterator[tuple[str, nn.Module]]:
         for path in self._layout.block_paths:
             yield path, self._model.get_submodule(path)
 
-    def _pack(self, call: Call, calls: dict[int, PackedCall]) -> str | None:
-        """Fill `calls`; why none of them, if none."""
+    def _pack(
+        self, call: Call, calls: dict[int, PackedCall], read: dict[str, np.ndarray]
+    ) -> str | None:
+        """Fill `calls`; why none of them, if none. `read` gets the masks that a device gave."""
         masks = masks_of(call)
         if not masks:
             return "it has no attention_mask"
         if self._installed is None:
             return self._outcome_reason()
+        wanted = {
+            r.mask: masks[r.mask] for r in self._installed.recipes.values() if r.mask in masks
+        }
+        on, counts = _read(wanted, call)
+        far = {name: on[name] for name, mask in wanted.items() if waits_for(mask.device)}
+        if far and self._asks_masks:
+            read |= far
         problem = "it has no mask of these blocks"
         for path, recipe in self._installed.recipes.items():
             mask = masks.get(recipe.mask)
             if mask is None:
                 continue
-            kept = kept_places(mask, labels_like(mask, call), recipe.columns)
+            kept = kept_of(on[recipe.mask], counts.get(recipe.mask), columns=recipe.columns)
             real, size = int(kept.sum()), kept.size
             if real == size:
                 problem = "it has no padding"
@@ -266,6 +327,19 @@ def _foreign_hook(block: nn.Module) -> str | None:
             if source.split(".")[0] not in ("torch", "transformers", __name__.split(".")[0]):
                 return source
     return None
+
+
+def _read(
+    masks: Mapping[str, Tensor], call: Call
+) -> tuple[dict[str, np.ndarray], dict[str, np.ndarray]]:
+    """Where each mask is set, and where labels of its shape count; one read of a GPU for all."""
+    labels = {name: labels_like(mask, call) for name, mask in masks.items()}
+    labels = {name: found for name, found in labels.items() if found is not None}
+    wanted = [mask != 0 for mask in masks.values()] + [x != -100 for x in labels.values()]
+    found = on_host(wanted)
+    return dict(zip(masks, found, strict=False)), dict(
+        zip(labels, found[len(masks) :], strict=True)
+    )
 
 
 def _is_right(kept: np.ndarray) -> bool:
