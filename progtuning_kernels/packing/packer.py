@@ -19,9 +19,10 @@ from ..model.call import (
     text_configs,
     wanted_of_all_blocks,
 )
-from ..model.forward_hooks import own_forward
+from ..model.forward_hooks import foreign_hook, own_forward
 from ..model.layout import Layout
 from ..text_table import text_table
+from . import heads
 from .blocks import PackedCall, begin_forward, end_forward
 from .known_mask import known_mask
 from .tokens import GROUPS, cost_of_group, kept_of, on_host, pack_places, waits_for
@@ -32,8 +33,6 @@ Packing = Literal["auto", "on", "off"]
 
 # Of a batch's places: with more real tokens than this, "auto" leaves the batch padded.
 MOST_REAL = 0.95
-# Batches that a trial is given until one shows whether packing fits.
-MOST_TRIALS = 8
 
 
 @dataclass(frozen=True)
@@ -102,7 +101,6 @@ class Packer:
         self._outcome = Outcome(decided=False)
         self._installed: Installed | None = None
         self._tried_from: int | None = None  # boundary of the trial
-        self._undecided = 0  # trials on end that have shown nothing
         self._refused: dict[str, str] = {}  # stacks that a resumed run has found to be refused
         self._paused = False
         self.groups = GROUPS
@@ -117,8 +115,7 @@ class Packer:
         """Try packing before a training forward, unless that is known for all that trains."""
         if self._mode == "off" or self.busy:
             return
-        known = self._outcome.decided or self._undecided >= MOST_TRIALS
-        if known and self._tried_from is not None and boundary >= self._tried_from:
+        if self._outcome.decided and self._tried_from is not None and boundary >= self._tried_from:
             return
         try:
             call = Call(self._names, args, kwargs)
@@ -134,7 +131,6 @@ class Packer:
         finally:
             self.busy = False
         self._tried_from = boundary
-        self._undecided = 0 if self._outcome.decided else self._undecided + 1
         recipes = {p: r for p, r in self._outcome.recipes.items() if p not in self._refused}
         if recipes:
             self._installed = Installed(self._model, recipes, self._place)
@@ -220,7 +216,7 @@ class Packer:
                 return f"{path} is compiled"
             if own_forward(block) is not None:
                 return f"{path} has a forward of its own, as accelerate gives it"
-            if (hooked := _foreign_hook(block)) is not None:
+            if (hooked := foreign_hook(block)) is not None:
                 return f"a hook of {hooked} on {path} would see packed tokens"
         return None
 
@@ -272,7 +268,9 @@ class Packer:
                 groups = self.groups if grouped else 1
                 cost = cost_of_group(mask.device, recipe.heads)
                 tokens = pack_places(kept, mask.device, groups=groups, cost=cost)
-                calls.update(self._installed.calls(path, tokens))
+                calls.update(
+                    self._installed.calls(path, tokens, above=real <= heads.MOST_REAL * size)
+                )
                 self._places += size
                 self._tokens += real
         self._batches += bool(calls)
@@ -305,6 +303,9 @@ class Packer:
                 text += f", {len(recipe.padded)} of its modules on padded tokens"
             if recipe.attention:
                 text += ", attention in groups" * (recipe.grouped and self.groups > 1)
+            for above, against in recipe.above.items():
+                against = against or heads.reason_for_padding(self._model.get_submodule(above))
+                text += f", not {above}: {against}" if against else f", {above} too"
             return text
         reason = self._refused.get(path) or self._outcome.reasons.get(path)
         return f"padded: {reason or 'no training forward with padding has come yet'}"
@@ -317,16 +318,6 @@ class Packer:
         """Leave padded what the run that this one continues has left padded."""
         self._refused = dict(state)
         self.remove()
-
-
-def _foreign_hook(block: nn.Module) -> str | None:
-    """Where a forward hook inside a block comes from, if it is not known to do with any shape."""
-    for module in block.modules():
-        for hook in (*module._forward_hooks.values(), *module._forward_pre_hooks.values()):
-            source = getattr(hook, "__module__", None) or type(hook).__module__
-            if source.split(".")[0] not in ("torch", "transformers", __name__.split(".")[0]):
-                return source
-    return None
 
 
 def _read(

@@ -52,6 +52,35 @@ class _Place(torch.autograd.Function):
         return grad.index_select(ctx.dim, index), None, None, None
 
 
+class _Unpack(torch.autograd.Function):
+    """(1, N, ...) to (B, T, ...), zeros or noise at padding.
+
+    What it returns is no view: written into, one would lose its gradient under FSDP2.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        packed: Tensor,
+        index: Tensor,
+        places: torch.Size,
+        noise: torch.Generator | None,
+    ) -> Tensor:
+        ctx.save_for_backward(index)
+        shape = *places, *packed.shape[2:]
+        if noise is None:
+            padded = packed.new_zeros(shape)
+        else:
+            padded = torch.randn(shape, generator=noise, device="cpu").to(packed)
+        padded.flatten(0, 1).index_copy_(0, index, packed[0])
+        return padded
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None]:
+        (index,) = ctx.saved_tensors
+        return grad.flatten(0, 1).index_select(0, index).unsqueeze(0), None, None, None
+
+
 @dataclass(frozen=True)
 class Group:
     """Rows of like length, which attend together.
@@ -127,14 +156,7 @@ class PackedTokens:
 
     def unpack(self, packed: Tensor) -> Tensor:
         """(1, N, ...) to (B, T, ...), zeros at padding."""
-        size = self.slot.numel()
-        if self.noise is None:
-            padded = packed.new_zeros(size, *packed.shape[2:])
-        else:
-            padded = torch.randn(size, *packed.shape[2:], generator=self.noise, device="cpu")
-            padded = padded.to(packed)
-        padded = padded.index_copy_(0, self.index, packed[0])
-        return padded.view(*self.slot.shape, *packed.shape[2:])
+        return _Unpack.apply(packed, self.index, self.slot.shape, self.noise)
 
     def pad(self, packed: Tensor) -> Tensor:
         """(1, N, ...) to (B, T, ...); at padding stand other tokens of the same row."""

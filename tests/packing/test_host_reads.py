@@ -23,7 +23,6 @@ from progtuning_kernels import FreezePlan, patch_model
 from progtuning_kernels.model.layout import find_layout
 from progtuning_kernels.packing import packer, tokens
 from progtuning_kernels.packing.known_mask import KnownMask, known_mask
-from progtuning_kernels.packing.trial import Outcome, Trial
 
 SEQUENCES = [
     "bert-sequence",
@@ -172,22 +171,6 @@ def test_a_model_that_asks_no_mask_pays_one_read():
     model = type(MODELS["llama-causal-lm"]())(config)
     padded, packed = _reads_of_both("llama-causal-lm", model, "on")
     assert (padded.total(), packed.total()) == (0, 1)
-
-
-def test_a_trial_that_shows_nothing_is_not_repeated_for_good(monkeypatch):
-    tried = []
-
-    def learn(self: Trial, call: Any) -> Outcome:
-        tried.append(call)
-        return Outcome(reasons={"layers": "a trial raises"}, decided=False)
-
-    monkeypatch.setattr(Trial, "learn", learn)
-    name = "bert-sequence"
-    model, inputs = tiny_model(name), tiny_inputs(name)
-    with patch_model(model, FixedPlan(FreezePlan.from_boundary(0, 4, embeddings=True))):
-        for _ in range(2 * packer.MOST_TRIALS):
-            model(**inputs)
-    assert len(tried) == packer.MOST_TRIALS
 
 
 def _known() -> tuple[Tensor, Tensor]:
