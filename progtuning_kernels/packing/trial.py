@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..model.call import Call
+from ..model.call import Call, with_own_containers
 from ..model.forward_hooks import buffers_kept
 from ..model.layout import Layout
 from ..model.outputs import TOLERANCE, compared, difference, has_keys_and_values
@@ -27,7 +27,15 @@ from ..random_state import (
     set_torch_state,
     torch_state,
 )
-from .attention import CallsSeen, UnpackableError, calls_noted, names_attention, redirect, restore
+from .attention import (
+    CallsSeen,
+    UnpackableError,
+    calls_noted,
+    names_attention,
+    own_name,
+    redirect,
+    restore,
+)
 from .blocks import (
     BlockRole,
     PackedCall,
@@ -89,7 +97,7 @@ class Trial:
     """Trials of one model.
 
     Args:
-        place: puts the blocks at these paths into the class that runs packed, and all others out.
+        place: puts these blocks into the class that runs packed, and all others out.
         sharded: parameters are shards, whose gradients are not looked at.
     """
 
@@ -97,7 +105,7 @@ class Trial:
         self,
         model: nn.Module,
         layout: Layout,
-        place: Callable[[Collection[str]], None],
+        place: Callable[[Collection[nn.Module]], None],
         *,
         sharded: bool = False,
     ) -> None:
@@ -185,7 +193,7 @@ class Trial:
 
     def _without_cache(self, call: Call) -> tuple[Call, bool]:
         with torch.no_grad(), padded():
-            output = self._model(*call.args, **call.kwargs)
+            output = self._call_model(call)
         if not has_keys_and_values(output):
             return call, False
         return replace(call, kwargs={**call.kwargs, "use_cache": False}), True
@@ -243,21 +251,20 @@ class Trial:
         """What differs in a packed forward, "" if nothing does."""
         installed = Installed(self._model, recipes, self._place)
         try:
-            # noise where tokens are unpacked, then zeros, as there will be
-            found = [self._run_packed(call, installed, noise) for noise in (1, 2, None)]
+            # noise at padding where tokens are unpacked, then zeros, as there will be
+            found = self._run_packed(call, installed, noise=1)
+            if problem := self._differs(call, expected, found):
+                other = self._run_packed(call, installed, noise=2)
+                if self._differs(call, found, other):
+                    problem = "something above the blocks reads hidden states at padding"
+                return problem
+            with torch.no_grad():
+                zeros = self._run_packed(call, installed, noise=None)
+            return self._differs(call, expected, zeros)
         finally:
             installed.remove()
-        for one in found:
-            if problem := self._differs(call, expected, one):
-                moved = self._differs(call, found[0], found[1])
-                return (
-                    "something above the blocks reads hidden states at padding"
-                    if moved
-                    else problem
-                )
-        return ""
 
-    def _run_packed(self, call: Call, installed: Installed, noise: int | None) -> _Run:
+    def _run_packed(self, call: Call, installed: Installed, *, noise: int | None) -> _Run:
         calls = {}
         for path, recipe in installed.recipes.items():
             mask = masks_of(call)[recipe.mask]
@@ -272,10 +279,14 @@ class Trial:
         finally:
             end_forward(self)
 
+    def _call_model(self, call: Call) -> Any:
+        # some models write into what they are called with
+        args, kwargs = with_own_containers((call.args, dict(call.kwargs)), clone=True)
+        return self._model(*args, **kwargs)
+
     def _run(self, call: Call) -> _Run:
         state = torch_state(self._gpus)
-        own = call.changed(lambda _, v: v.clone() if isinstance(v, Tensor) else v)
-        output = self._model(*own.args, **own.kwargs)
+        output = self._call_model(call)
         after = torch_state(self._gpus)
         set_torch_state(state, self._gpus)
         outputs = compared(output)
@@ -326,13 +337,15 @@ class Trial:
                 return f"packed, an output differs by {error:.1e}"
         scales = [g.abs().max().item() for g in expected.gradients if g.numel()]
         least = 1e-2 * max(scales, default=0.0)
+        if not found.gradients:
+            return ""
         for one, other in zip(expected.gradients, found.gradients, strict=True):
             if one.shape != other.shape:
                 return "packed, a gradient is missing"
             if not one.numel():
                 continue
             scale = max(one.abs().max().item(), least, 1e-30)
-            error = (one.double() - other.double()).abs().max().item() / scale
+            error = (one - other).abs().max().item() / scale
             if not error <= max(_GRADIENTS.get(one.dtype, 0.0), _GRADIENTS.get(low, 0.0)):
                 return f"packed, a gradient differs by {error:.1e}"
         return ""
@@ -352,12 +365,12 @@ class Installed:
         self,
         model: nn.Module,
         recipes: Mapping[str, StackRecipe],
-        place: Callable[[Collection[str]], None],
+        place: Callable[[Collection[nn.Module]], None],
     ) -> None:
         self.recipes = recipes
         self._place = place
         self._roles = {
-            stack: {id(model.get_submodule(path)): role for path, role in recipe.roles.items()}
+            stack: {model.get_submodule(path): role for path, role in recipe.roles.items()}
             for stack, recipe in recipes.items()
         }
         self._attention = [
@@ -370,25 +383,31 @@ class Installed:
             for hook in run_padded(model.get_submodule(path), role)
         ]
         self._above = {
-            stack: [
-                model.get_submodule(path) for path, against in recipe.above.items() if not against
-            ]
+            stack: [model.get_submodule(p) for p, against in recipe.above.items() if not against]
             for stack, recipe in recipes.items()
         }
         for module in chain.from_iterable(self._above.values()):
             self._hooks += run_head_packed(module)
+        self._names = list(map(own_name, self._attention))
         for module in self._attention:
             redirect(module)
-        place({path for recipe in recipes.values() for path in recipe.roles})
+        place([block for roles in self._roles.values() for block in roles])
 
     def calls(self, stack: str, tokens: Any, *, above: bool = True) -> dict[int, PackedCall]:
         """Calls of the blocks of one stack, and of what is `above` them, by id."""
         grouped = self.recipes[stack].grouped
-        calls = {key: PackedCall(role, tokens, grouped) for key, role in self._roles[stack].items()}
+        calls = {
+            id(block): PackedCall(role, tokens, grouped)
+            for block, role in self._roles[stack].items()
+        }
         if above:
             alone = PackedCall(_ABOVE, tokens, grouped=False)
             calls |= {id(module): alone for module in self._above[stack]}
         return calls
+
+    def is_outdated(self) -> bool:
+        """Whether the model calls another attention function than when it was tried."""
+        return self._names != list(map(own_name, self._attention))
 
     def remove(self) -> None:
         for hook in self._hooks:

@@ -312,23 +312,24 @@ def test_unpatching_leaves_no_hook():
     assert not model.lm_head._forward_hooks and not model.lm_head._forward_pre_hooks
 
 
-@pytest.mark.parametrize("name", [LLAMA, BERT])
-def check_a_deferred_head_is_left_alone(name):
-    model = tiny_model(name)
-    plain, inputs = copy.deepcopy(model), batch(name)
+def check_a_deferred_head_is_left_alone():
+    config = tiny_model(LLAMA).config
+    config.num_hidden_layers = 2  # the interpreter takes 6 ms a launch
+    model = type(tiny_model(LLAMA))(config).train()
+    plain, inputs = copy.deepcopy(model), batch(LLAMA, ((0, 11), (9, 11)))
     handle = patched(model, kernels="auto")
     assert "language-model head and loss" in {r.kind for r in handle.kernel_report().rows}
     output = model(**inputs)
     logits = output.logits
-    assert isinstance(logits, DeferredLogits) and logits.shape == (4, COLUMNS, VOCABULARY)
+    assert isinstance(logits, DeferredLogits) and logits.shape == (2, COLUMNS, VOCABULARY)
     assert logits._logits is None  # nothing has computed them
     expected = plain(**inputs)
     torch.testing.assert_close(output.loss, expected.loss, rtol=1e-5, atol=0)
     output.loss.backward()
     expected.loss.backward()
-    for key, truth in gradients(plain).items():
+    for name, truth in gradients(plain).items():
         scale = truth.abs().max().clamp_min(1e-3)
-        assert (gradients(model)[key] - truth).abs().max() <= 1e-4 * scale, key
+        assert (gradients(model)[name] - truth).abs().max() <= 1e-4 * scale, name
     report = handle.packing_report()
     assert report.batches == 1
-    assert f"not {HEADS[name]}: its logits are computed where they are read" in str(report)
+    assert "not lm_head: its logits are computed where they are read" in str(report)
