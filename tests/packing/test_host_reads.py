@@ -18,6 +18,8 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
+from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, AttentionMaskInterface
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS, AttentionInterface
 
 from progtuning_kernels import FreezePlan, patch_model
 from progtuning_kernels.model.layout import find_layout
@@ -171,6 +173,29 @@ def test_a_model_that_asks_no_mask_pays_one_read():
     model = type(MODELS["llama-causal-lm"]())(config)
     padded, packed = _reads_of_both("llama-causal-lm", model, "on")
     assert (padded.total(), packed.total()) == (0, 1)
+
+
+def test_attention_that_may_read_lengths_runs_once_a_block(monkeypatch):
+    calls = []
+
+    def attention(module: nn.Module, *args: Any, **options: Any) -> Any:
+        calls.append(module)
+        return ALL_ATTENTION_FUNCTIONS["sdpa"](module, *args, **options)
+
+    AttentionInterface.register("sdpa_by_another_name", attention)
+    AttentionMaskInterface.register("sdpa_by_another_name", ALL_MASK_ATTENTION_FUNCTIONS["sdpa"])
+    monkeypatch.setattr(packer, "cost_of_group", lambda device, heads: 0.0)
+    name = "bert-sequence"
+    for implementation, times in (("sdpa", 0), ("sdpa_by_another_name", 4)):
+        model, inputs = tiny_model(name), tiny_inputs(name)
+        model.set_attn_implementation(implementation)
+        plan = FreezePlan.from_boundary(0, 4, embeddings=True)
+        with patch_model(model, FixedPlan(plan), packing="on") as handle:
+            model(**inputs)
+            calls.clear()
+            model(**inputs)
+            assert handle.packing_report().batches == 2
+        assert len(calls) == times
 
 
 def _known() -> tuple[Tensor, Tensor]:
