@@ -51,7 +51,7 @@ class Forwards:
                 self._missed.before_forward(freezer.step)
         if freezer.cache is not None:
             if freezer.cache.busy:
-                return args, freezer.packer.begin(args, kwargs)
+                return args, freezer.packer.begin(args, kwargs, aside=True)
             kwargs = freezer.cache.before_forward(args, kwargs, proved=freezer.proved)
         self.end_proof()  # torch calls no hook after a KeyboardInterrupt
         if trains:

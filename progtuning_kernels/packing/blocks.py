@@ -71,12 +71,19 @@ def padded() -> Iterator[None]:
         end_forward(padded)
 
 
-def unpacked(hidden: Tensor) -> Tensor:
-    """(B, T, C) of hidden states that a block of the forward under way has returned."""
-    for call in _forwards[-1][1].values() if _forwards else ():
-        if call.tokens.holds_packed(hidden):
-            return call.tokens.unpack(hidden)
-    return hidden
+def inside_padded() -> bool:
+    """Whether code runs in a context of `padded`."""
+    return any(owner is padded for owner, _ in _forwards)
+
+
+def unpacked(block: nn.Module, hidden: Tensor) -> Tensor:
+    """(B, T, C) of hidden states from inside `block`, or from what it returns, in the forward under
+    way: zeros at padding where they were packed, the same tensor where not.
+    """
+    call = _call_of(block)
+    if call is None or not call.tokens.holds_packed(hidden):
+        return hidden
+    return call.tokens.unpack(hidden)
 
 
 def _call_of(block: nn.Module) -> PackedCall | None:

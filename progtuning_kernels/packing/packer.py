@@ -16,7 +16,7 @@ from ..model.call import Call, UnknownContent, argument_names, wanted_of_all_blo
 from ..model.forward_hooks import own_forward
 from ..model.layout import Layout
 from ..text_table import text_table
-from .blocks import PackedCall, begin_forward, end_forward
+from .blocks import PackedCall, begin_forward, end_forward, inside_padded
 from .tokens import GROUPS, cost_of_group, kept_places, pack_places
 from .trial import Installed, Outcome, Trial, labels_like
 from .trial_batch import masks_of
@@ -141,16 +141,22 @@ class Packer:
         finally:
             self._paused = before
 
-    def begin(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
-        """Pack the forward that begins, if it can be; its keyword arguments."""
+    def begin(
+        self, args: tuple[Any, ...], kwargs: dict[str, Any], *, aside: bool = False
+    ) -> dict[str, Any]:
+        """Pack the forward that begins, if it can be; its keyword arguments.
+
+        `aside`: a forward beside those of the loop, which the report does not count, and of whose
+        output nothing is used.
+        """
         calls: dict[int, PackedCall] = {}
-        if self._mode != "off" and not self._paused:
+        if self._mode != "off" and not self._paused and not inside_padded():
             try:
                 call = Call(self._names, args, kwargs)
-                reason = self._reason(call) or self._pack(call, calls)
+                reason = self._reason(call, aside=aside) or self._pack(call, calls, aside=aside)
             except UnknownContent as error:
                 reason = str(error)
-            if reason is not None:
+            if reason is not None and not aside:
                 self._padded[reason] += 1
         begin_forward(self, calls)
         if calls and self._outcome.makes_cache:
@@ -161,7 +167,7 @@ class Packer:
         """End the forward that `begin` began."""
         end_forward(self)
 
-    def _reason(self, call: Call) -> str | None:
+    def _reason(self, call: Call, *, aside: bool = False) -> str | None:
         """Why a forward with these arguments runs padded, as far as its mask does not matter."""
         named = call.named
         if (reason := wanted_of_all_blocks(self._model, named)) is not None:
@@ -170,8 +176,8 @@ class Packer:
             if name in named:
                 return f"{name} was given"
         wants_cache = named.get("use_cache") is not False and self._outcome.makes_cache
-        trains = torch.is_grad_enabled() and self._model.training
-        if named.get("use_cache") is True or (wants_cache and not trains):
+        returned = not aside and not (torch.is_grad_enabled() and self._model.training)
+        if named.get("use_cache") is True or (wants_cache and returned):
             return "the output holds keys and values of all blocks: pass use_cache=False"
         for path, block in self._blocks():
             if block._compiled_call_impl is not None:
@@ -186,7 +192,7 @@ class Packer:
         for path in self._layout.block_paths:
             yield path, self._model.get_submodule(path)
 
-    def _pack(self, call: Call, calls: dict[int, PackedCall]) -> str | None:
+    def _pack(self, call: Call, calls: dict[int, PackedCall], *, aside: bool) -> str | None:
         """Fill `calls`; why none of them, if none."""
         masks = masks_of(call)
         if not masks:
@@ -212,9 +218,10 @@ class Packer:
                 cost = cost_of_group(mask.device, recipe.heads)
                 tokens = pack_places(kept, mask.device, groups=groups, cost=cost)
                 calls.update(self._installed.calls(path, tokens))
-                self._places += size
-                self._tokens += real
-        self._batches += bool(calls)
+                if not aside:
+                    self._places += size
+                    self._tokens += real
+        self._batches += bool(calls) and not aside
         return None if calls else problem
 
     def _outcome_reason(self) -> str:
