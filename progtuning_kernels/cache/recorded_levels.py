@@ -156,7 +156,6 @@ class Level:
 
     def take(self, receive: Callable[[torch.Tensor], None]) -> AbstractContextManager[None]:
         """A context in which one forward hands its boundary activations to `receive`."""
-
         module, block = map(self._model.get_submodule, (self._last, self._block))
 
         def hand_on(output: Any) -> None:

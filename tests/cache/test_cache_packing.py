@@ -9,8 +9,8 @@ from typing import Any
 
 import pytest
 import torch
-from proofs import FixedPlan, gradients
-from tiny_models import tiny_inputs, tiny_model
+from proofs import FixedPlan, counted_runs, gradients
+from tiny_models import tiny_model
 from torch import nn
 
 from progtuning_kernels import FreezePlan, MaskedAdamW, MilestoneSchedule, PrefixCache, patch_model
@@ -65,6 +65,12 @@ def _batch(
     return {"input_ids": ids, "attention_mask": mask, "labels": labels}
 
 
+def _cut(batch: dict[str, Any], rows: slice, columns: int) -> dict[str, Any]:
+    """Some rows of a batch, and the first columns of what is as long as its mask."""
+    shape = batch["attention_mask"].shape
+    return {k: v[rows, :columns] if v.shape == shape else v[rows] for k, v in batch.items()}
+
+
 def _plan(boundary: int) -> FixedPlan:
     return FixedPlan(FreezePlan.from_boundary(boundary, BLOCKS, embeddings=False))
 
@@ -79,16 +85,22 @@ def _assert_close(found: dict[str, Any], expected: dict[str, Any], error: float 
 
 @contextmanager
 def _places_entering(block: nn.Module) -> Iterator[list[int]]:
-    """Tokens on which the first linear of a block computes, padding included."""
+    """Tokens on which the last linear of a block computes, padding included.
+
+    By a forward of its own: blocks with a hook of somebody else's run padded.
+    """
     places: list[int] = []
-    linear = next(m for m in block.modules() if type(m).__name__ in ("Linear", "Conv1D"))
-    hook = linear.register_forward_pre_hook(
-        lambda m, args: places.append(args[0].shape[:-1].numel())
-    )
+    linear = [m for m in block.modules() if type(m).__name__ in ("Linear", "Conv1D")][-1]
+
+    def counted(x: torch.Tensor) -> torch.Tensor:
+        places.append(x.shape[:-1].numel())
+        return type(linear).forward(linear, x)
+
+    linear.forward = counted
     try:
         yield places
     finally:
-        hook.remove()
+        del linear.forward
 
 
 def _block(handle: PatchHandle, number: int) -> nn.Module:
@@ -132,3 +144,205 @@ def test_whole_runs_are_those_of_padded_models_without_a_cache(name, side):
     assert packed.batches == 4 * len(batches) and packed.skipped_share > 0.3, packed
     assert cached.state == "on" and cached.served_steps >= 2 * len(batches), cached
     assert cached.hits >= 6 * 4
+
+
+@pytest.mark.parametrize("boundary", range(1, BLOCKS + 1))
+@pytest.mark.parametrize("name", FAMILIES)
+def test_gradients_at_every_boundary(name, boundary):
+    if boundary < LOWEST.get(name, 1):
+        return
+    handle = patch_model(tiny_model(name), _plan(boundary), packing="on", cache=_cache())
+    plain = patch_model(tiny_model(name), _plan(boundary), packing="off")
+    first, second = _batch(name, (7, 12, 3, 5)), _batch(name, (7, 2, 3, 13))
+    for batch in (first, second, first, second):
+        expected, found = gradients(plain.model, batch), gradients(handle.model, batch)
+        if expected:  # T5's head is tied to its embeddings
+            _assert_close(found, expected)
+        with torch.no_grad():
+            loss = handle.model(**batch, use_cache=False).loss
+            torch.testing.assert_close(loss, plain.model(**batch, use_cache=False).loss)
+    report = handle.cache_report()
+    assert report.state == "on" and report.hits == 2 + 4 + 4, report  # rows 0 and 2 are shared
+    assert handle.packing_report().batches >= 4
+
+
+@pytest.mark.parametrize("side", ["right", "left"])
+@pytest.mark.parametrize("name", FAMILIES)
+def test_rows_that_are_missing_are_computed_without_their_padding(name, side):
+    options = {"packing": "auto", "kernels": "off"}
+    handle = patch_model(tiny_model(name), _plan(2), cache=_cache(), **options)
+    plain = patch_model(tiny_model(name), _plan(2), packing="off")
+    whole = _batch(name, (9, 4, 3, 2), side=side)
+    some = {key: value[:2] for key, value in whole.items()}
+    gradients(handle.model, some)
+    # BERT's pooler and DistilBERT's head read the first column: left padding there is stored, as a
+    # padded forward leaves it, and kept above
+    reads_padding = side == "left" and name in ("bert-sequence", "distilbert-sequence")
+    tokens = 9 + 4 + 3 + 2 + 3 * reads_padding
+    with _places_entering(_block(handle, 0)) as below, _places_entering(_block(handle, 2)) as above:
+        for _ in range(2):
+            _assert_close(gradients(handle.model, whole), gradients(plain.model, whole))
+    # one row is looked at before, as a linear has a forward of its own
+    assert below == [9, 2 * 9 if reads_padding else 3 + 2] and above == [tokens] * 2
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_a_row_is_found_under_any_padding(name):
+    handle = patch_model(tiny_model(name), _plan(2), packing="auto", cache=_cache())
+    plain = patch_model(tiny_model(name), _plan(2), packing="off")
+    lengths = (9, 4, 3, 2)
+    gradients(handle.model, _batch(name, lengths))
+    long = _batch(name, lengths, columns=15)
+    alone = _cut(long, slice(3, 4), 2)
+    dense = _cut(long, slice(0, 1), 9)
+    with counted_runs([_block(handle, 0)]) as runs:
+        for batch in (long, alone, dense):
+            _assert_close(gradients(handle.model, batch), gradients(plain.model, batch))
+    # the last two have no padding, on which nothing was tried, and go on from the same rows
+    assert not runs[0]
+    padded = handle.packing_report().padded
+    assert padded == {"it has no padding": 2}, padded
+
+
+def _stored(handle: PatchHandle, level: int) -> list[torch.Tensor]:
+    """Stored rows, shortest first; lengths differ."""
+    rows = list(handle.cache.rows.store._levels[level].values())
+    return sorted(rows, key=len)
+
+
+@pytest.mark.parametrize("side", ["right", "left"])
+@pytest.mark.parametrize("name", [*FAMILIES, "bert-qa"])
+def test_stored_rows_are_those_of_the_padded_model(name, side):
+    batch = _batch(name, (9, 4, 3, 2), side=side)
+    if name == "bert-qa":
+        batch.pop("labels")
+        batch |= {key: torch.tensor([1, 1, 0, 1]) for key in ("start_positions", "end_positions")}
+    rows = []
+    for packing in ("off", "on"):
+        handle = patch_model(tiny_model(name), _plan(2), packing=packing, cache=_cache())
+        for _ in range(2):
+            gradients(handle.model, batch)
+        assert handle.cache_report().hits == 4
+        rows.append(_stored(handle, 2))
+    for own, padded in zip(*reversed(rows), strict=True):
+        assert own.shape == padded.shape
+        torch.testing.assert_close(own, padded, rtol=1e-5, atol=1e-5)
+
+
+def test_rows_with_a_hole_in_their_mask_are_stored_as_padded_ones():
+    """What stands in the hole belongs to the row, and a packed forward leaves zeros there."""
+    batch = _batch("bert-sequence", (9, 4, 6, 2))
+    batch["attention_mask"][2, 3] = 0
+    handle = patch_model(tiny_model("bert-sequence"), _plan(2), packing="on", cache=_cache())
+    plain = patch_model(tiny_model("bert-sequence"), _plan(2), packing="off")
+    for _ in range(2):
+        _assert_close(gradients(handle.model, batch), gradients(plain.model, batch))
+    longest = max(_stored(handle, 2), key=lambda row: (row[:, 0] != 0).sum().item())
+    assert longest.shape[0] == 9 and all(row.any() for row in _stored(handle, 2)[-1])
+    assert handle.cache_report().hits == 4 and handle.packing_report().batches == 2
+
+
+@pytest.mark.parametrize("dtype", [None, torch.bfloat16], ids=str)
+def test_a_folder_serves_packed_runs_and_padded_ones(tmp_path, dtype):
+    name, lengths = "bert-sequence", (9, 4, 3, 2)
+    batches = [_batch(name, lengths, seed=seed) for seed in (1, 2)]
+    tolerance = 1e-5 if dtype is None else 2e-2
+
+    def run(packing: str) -> tuple[list[dict[str, torch.Tensor]], Any]:
+        cache = _cache(device="disk", path=Path(tmp_path), dtype=dtype)
+        with patch_model(tiny_model(name), _plan(2), packing=packing, cache=cache) as handle:
+            found = [gradients(handle.model, batch) for batch in batches]
+            return found, handle.cache_report()
+
+    expected, first = run("off")
+    assert first.hits == 0
+    for packing in ("auto", "off", "auto"):
+        found, report = run(packing)
+        assert report.hits == 8 and report.misses == 0, report
+        for one, other in zip(found, expected, strict=True):
+            _assert_close(one, other, tolerance)
+
+
+def test_a_folder_written_by_a_packed_run_serves_a_padded_one(tmp_path):
+    batch = _batch("llama-causal-lm", (9, 4, 3, 2))
+    results = []
+    for packing, hits in (("auto", 0), ("off", 4)):
+        cache = _cache(device="disk", path=Path(tmp_path))
+        model = tiny_model("llama-causal-lm")
+        with patch_model(model, _plan(2), packing=packing, cache=cache) as handle:
+            results.append(gradients(model, batch))
+            assert handle.cache_report().hits == hits
+    _assert_close(*results)
+
+
+def test_a_decoder_packs_beside_a_served_encoder():
+    name = "t5-seq2seq-lm"
+    batch = _batch(name, (9, 4, 3, 2))
+    batch["decoder_input_ids"] = batch["labels"].clamp(min=0)
+    # as many tokens as the encoder's, at other places
+    batch["decoder_attention_mask"] = torch.tensor([[1, 1, 1, 1, 1], [1, 1, 1, 1, 0]] * 2)
+    batch["labels"] = batch["labels"].masked_fill(batch["decoder_attention_mask"] == 0, -100)
+    assert batch["attention_mask"].sum() == batch["decoder_attention_mask"].sum() == 18
+    handle = patch_model(tiny_model(name), _plan(2), packing="on", cache=_cache())
+    plain = patch_model(tiny_model(name), _plan(2), packing="off")
+    for _ in range(3):
+        _assert_close(gradients(handle.model, batch), gradients(plain.model, batch))
+    assert handle.cache_report().hits == 8, handle.cache_report()
+
+
+@pytest.mark.parametrize("autocast", [False, True])
+@pytest.mark.parametrize("name", ["bert-sequence", "t5-seq2seq-lm"])
+def test_evaluation_and_training_in_turn_keep_the_rows(name, autocast):
+    """One row is computed again then, padded, and compared with what a packed batch gave."""
+    handle = patch_model(tiny_model(name), _plan(2), packing="auto", cache=_cache())
+    batch = _batch(name, (9, 4, 3, 2))
+    with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+        for _ in range(3):
+            gradients(handle.model, batch)
+            with torch.no_grad():
+                handle.model(**batch, use_cache=False)
+    report = handle.cache_report()
+    assert report.misses == 4 and report.hits == 8 and not report.bypasses, report
+    assert report.served_steps == 2 + 3
+
+
+def test_settings_that_packing_makes_are_no_change(monkeypatch):
+    """Packing points modules at other configs and hooks them: rows are not looked at for that."""
+    handle = patch_model(tiny_model("t5-seq2seq-lm"), _plan(2), packing="on", cache=_cache())
+    dense, batch = (_batch("t5-seq2seq-lm", lengths) for lengths in ((9, 9), (9, 4, 3)))
+    gradients(handle.model, dense)  # nothing can be tried yet
+    for each in (batch, dense, batch):
+        gradients(handle.model, each)
+        assert not handle.cache._check.doubted
+    report = handle.cache_report()
+    assert report.state == "on" and not report.bypasses and report.hits == 1 + 2 + 3, report
+    assert handle.packing_report().packs
+
+
+def test_a_trial_that_raises_gives_its_reason(monkeypatch):
+    def raising(*args: Any, **options: Any) -> None:
+        raise RuntimeError("as asked")
+
+    monkeypatch.setattr(trial.Trial, "learn_path", raising)
+    handle = patch_model(tiny_model("bert-sequence"), _plan(2), packing="on", cache=_cache())
+    for _ in range(2):
+        gradients(handle.model, _batch("bert-sequence", (9, 4, 3)))
+    report = handle.cache_report()
+    assert report.state == "bypassed" and "RuntimeError: as asked" in report.reason
+    assert handle.packing_report().batches == 2
+
+
+def test_a_row_that_cannot_be_computed_again_gives_its_reason(monkeypatch):
+    handle = patch_model(tiny_model("bert-sequence"), _plan(2), packing="on", cache=_cache())
+    batch = _batch("bert-sequence", (9, 4, 3))
+    for _ in range(2):
+        gradients(handle.model, batch)
+
+    def raising(*args: Any, **options: Any) -> None:
+        raise RuntimeError("as asked")
+
+    with monkeypatch.context() as patched, torch.no_grad():
+        patched.setattr(handle.cache._side, "boundary_activations", raising)
+        handle.model(**batch)
+    (reason,) = handle.cache_report().bypasses
+    assert "RuntimeError: as asked" in reason
