@@ -294,6 +294,21 @@ def test_a_decoder_packs_beside_a_served_encoder():
     assert handle.cache_report().hits == 8, handle.cache_report()
 
 
+def test_an_encoder_as_long_as_its_decoder_has_tokens_is_not_taken_for_packed():
+    name = "t5-seq2seq-lm"
+    both = _batch(name, (5, 3)) | {"labels": torch.randint(3, VOCABULARY, (2, 8))}
+    both["decoder_input_ids"] = both["labels"].clone()
+    both["decoder_attention_mask"] = torch.tensor([[1] * 5 + [0] * 3] * 2)
+    both["labels"][:, 5:] = -100
+    one = {key: value[:1] for key, value in both.items()}  # 5 tokens, and 5 of 8
+    handle = patch_model(tiny_model(name), _plan(2), packing="on", cache=_cache())
+    plain = patch_model(tiny_model(name), _plan(2), packing="off")
+    for batch in (both, one, one):
+        handle.cache.rows.store.drop(2)
+        _assert_close(gradients(handle.model, batch), gradients(plain.model, batch))
+    assert handle.packing_report().batches == 3, handle.packing_report()
+
+
 @pytest.mark.parametrize("autocast", [False, True])
 @pytest.mark.parametrize("name", ["bert-sequence", "t5-seq2seq-lm"])
 def test_evaluation_and_training_in_turn_keep_the_rows(name, autocast):
