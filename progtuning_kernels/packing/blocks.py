@@ -103,7 +103,10 @@ def members(base: type, forward: Callable[..., Any]) -> dict[str, Any]:
         packed = kwargs.pop(_KEY, None)
         if packed is None and not torch.compiler.is_compiling():
             # where `forward` is called alone, and where a checkpoint around it is recomputed
-            packed = _call_of(self) or _call_noted(args, kwargs)
+            noted = _attributes(args, kwargs)
+            packed = _call_of(self) if _forwards else noted.get(_ATTRIBUTE)
+            if packed is None:  # of a forward that ran packed on the same tensor
+                noted.pop(_ATTRIBUTE, None)
         if packed is None:
             return forward(self, *args, **kwargs)
         return _run_packed(self, forward, packed, args, kwargs)
@@ -123,11 +126,12 @@ def checkpointed(made: type) -> None:
             return
 
 
-def _call_noted(args: tuple[Any, ...], kwargs: dict[str, Any]) -> PackedCall | None:
+def _attributes(args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
+    """Those of the first tensor in a call."""
     for value in (*args, *kwargs.values()):
         if isinstance(value, Tensor):
-            return getattr(value, _ATTRIBUTE, None)
-    return None
+            return vars(value)
+    return {}
 
 
 def _run_packed(
