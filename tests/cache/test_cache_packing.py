@@ -9,7 +9,9 @@ from typing import Any
 
 import pytest
 import torch
-from proofs import FixedPlan, counted_runs, gradients
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from proofs import FixedPlan, counted_runs, enable_checkpointing, gradients
 from tiny_models import tiny_model
 from torch import nn
 
@@ -206,6 +208,56 @@ def test_a_row_is_found_under_any_padding(name):
     assert not runs[0]
     padded = handle.packing_report().padded
     assert padded == {"it has no padding": 2}, padded
+
+
+@pytest.mark.parametrize("reentrant", [None, False, True], ids=str)
+@pytest.mark.parametrize("name", ["bert-sequence", "llama-causal-lm"])
+def test_two_served_forwards_before_one_backward(name, reentrant):
+    """Each recomputes with the tokens of its own."""
+    batches = [_batch(name, lengths) for lengths in ((9, 4, 3, 2), (5, 6, 9, 1))]
+    found = []
+    for options in ({"packing": "on", "cache": _cache()}, {"packing": "off"}):
+        handle = patch_model(tiny_model(name), _plan(2), **options)
+        model = handle.model
+        if reentrant is not None:
+            enable_checkpointing(model, use_reentrant=reentrant)
+        for _ in range(2):
+            model.zero_grad()
+            one, other = (model(**batch, use_cache=False).loss for batch in batches)
+            (one + 2 * other).backward()
+        found.append({n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None})
+        if handle.cache is not None:
+            assert handle.cache_report().served_steps >= 2 and handle.cache_report().hits == 8
+            assert handle.packing_report().batches == 4
+    _assert_close(*found)
+
+
+_LENGTHS = (1, 9, 4, 6, 2, 7)  # of six rows
+
+
+@pytest.mark.parametrize("name", ["bert-sequence", "gpt2-causal-lm"])
+def test_any_rows_in_any_batch(name):
+    handle = patch_model(tiny_model(name), _plan(2), packing="on", cache=_cache())
+    plain = patch_model(tiny_model(name), _plan(2), packing="off")
+    row = st.integers(0, len(_LENGTHS) - 1)
+    # `parametrize` beside `given` would make a model for every example
+
+    @settings(max_examples=25, deadline=None, derandomize=True)
+    @given(st.lists(row, min_size=1, max_size=5), st.integers(0, 4), st.booleans())
+    def check(rows: list[int], more: int, left: bool) -> None:
+        side = "left" if left else "right"
+        columns = max(_LENGTHS[i] for i in rows) + more
+        pool = _batch(name, _LENGTHS, side=side, columns=max(columns, *_LENGTHS))
+        start = pool["input_ids"].shape[1] - columns if left else 0
+        batch = {
+            k: v[rows, start : start + columns] if v.ndim == 2 else v[rows] for k, v in pool.items()
+        }
+        found, expected = gradients(handle.model, batch), gradients(plain.model, batch)
+        if torch.tensor([float(g.abs().max()) for g in expected.values()]).isfinite().all():
+            _assert_close(found, expected)  # a row of one token has no next one: its loss is NaN
+
+    check()
+    assert handle.cache_report().hits > 20 and handle.packing_report().batches > 10
 
 
 def _stored(handle: PatchHandle, level: int) -> list[torch.Tensor]:
