@@ -212,6 +212,14 @@ def train(dry_run: bool, **options: Any) -> None:
     "--padding/--no-padding", default=True, help="Whether rows are padded, and attention masked."
 )
 @click.option(
+    "--real-tokens",
+    type=click.FloatRange(0, 1, min_open=True),
+    default=1.0,
+    metavar="SHARE",
+    callback=_finite,
+    help="Share of a batch's places that are no padding: packing computes blocks on these alone.",
+)
+@click.option(
     "--dtype",
     **_choice("fp32", "bf16", "fp16"),
     help="Of weights, activations and gradients; autocast is not modelled.",
