@@ -133,7 +133,10 @@ def spread(values: Sequence[float]) -> dict[str, float]:
 
 
 def summarise(arms: Sequence[Arm], work: Work, epochs_per_stage: int) -> dict[str, Any]:
-    """What is stored of the ways: stages, and whole runs in seconds per step of an epoch."""
+    """What is stored of the ways: stages, and whole runs of one step an epoch.
+
+    A cache that served nothing gets no number but a reason.
+    """
     by_place = {(arm.way, arm.stage): arm for arm in arms}
     full_ms = by_place[FULL, 0].step_ms()
     found: dict[str, Any] = {}
@@ -165,7 +168,13 @@ def summarise(arms: Sequence[Arm], work: Work, epochs_per_stage: int) -> dict[st
         found[way] = {"stages": stages, "run_ms": run_ms}
     packed_ms = work.stages * epochs_per_stage * statistics.mean(by_place["ours", 0].step_ms())
     found[PACKED] = {"stages": [], "run_ms": packed_ms}
+    for arm in arms:
+        if arm.way == CACHED and not handle_of(arm.session.model).cache_report().hits:
+            where = f"at boundary {work.boundaries[arm.stage]}"
+            found[CACHED] = {"reason": f"it served no row {where}: {arm.session.note()}"}
     for entry in found.values():
+        if "reason" in entry:
+            continue
         entry["speedup"] = found[FULL]["run_ms"] / entry["run_ms"]
         entry["speedup_over_grouped"] = found[GROUPED]["run_ms"] / entry["run_ms"]
     return found
@@ -226,7 +235,11 @@ def verdicts(content: Mapping[str, Any]) -> list[Verdict]:
     found = []
     for way, over, least in content["experiment"]["targets"]:
         what = f"{content['experiment']['task_title']}: {way} against {over}, {least:g} x as fast"
-        ratio = content["ways"][over]["run_ms"] / content["ways"][way]["run_ms"]
+        entry = content["ways"][way]
+        if "reason" in entry:
+            found.append(Verdict(what, None, entry["reason"]))
+            continue
+        ratio = content["ways"][over]["run_ms"] / entry["run_ms"]
         by = f"{ratio:.3f}, {ratio / least - 1:+.1%} of {least:g}"
         found.append(Verdict(what, ratio >= least, by))
     return found
@@ -310,6 +323,9 @@ def show(content: Mapping[str, Any]) -> None:
         f"are real tokens; {content['seconds']:.0f} s"
     )
     for way, entry in content["ways"].items():
+        if "reason" in entry:
+            print(f"  {way:22} no number: {entry['reason']}")
+            continue
         line = f"  {way:22} x {entry['speedup']:.2f} of HF, "
         line += f"x {entry['speedup_over_grouped']:.2f} of group_by_length, "
         line += f"predicted x {content['predicted']['speedup'][way]:.2f};"
