@@ -136,6 +136,12 @@ def names_attention(module: nn.Module) -> bool:
     return isinstance(getattr(config, "_attn_implementation", None), str)
 
 
+def own_name(module: nn.Module) -> str | None:
+    """The name that the model's own config gives."""
+    config = module.__dict__["config"]
+    return (config.own if isinstance(config, PackedConfig) else config)._attn_implementation
+
+
 def redirect(module: nn.Module) -> bool:
     """Have an attention module call our function; whether it can."""
     config, functions = module.__dict__["config"], _functions(module)

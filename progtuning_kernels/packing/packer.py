@@ -25,6 +25,7 @@ Packing = Literal["auto", "on", "off"]
 
 # Of a batch's places: with more real tokens than this, "auto" leaves the batch padded.
 MOST_REAL = 0.95
+_MOST_TRIALS = 4  # on batches that show nothing
 
 
 @dataclass(frozen=True)
@@ -91,6 +92,7 @@ class Packer:
         self._place = place
         self._names = argument_names(model)
         self._outcome = Outcome(decided=False)
+        self._trials = 0
         self._installed: Installed | None = None
         self._tried_from: int | None = None  # boundary of the trial
         self._refused: dict[str, str] = {}  # stacks that a resumed run has found to be refused
@@ -105,7 +107,10 @@ class Packer:
         """Try packing before a training forward, unless that is known for all that trains."""
         if self._mode == "off" or self.busy:
             return
-        if self._outcome.decided and self._tried_from is not None and boundary >= self._tried_from:
+        if self._installed is not None and self._installed.is_outdated():
+            self.remove()
+        decided = self._outcome.decided or self._trials == _MOST_TRIALS
+        if decided and self._tried_from is not None and boundary >= self._tried_from:
             return
         try:
             call = Call(self._names, args, kwargs)
@@ -113,7 +118,9 @@ class Packer:
                 return
         except UnknownContent:
             return
+        trials = self._trials
         self.remove()
+        self._trials = 1 + trials
         trial = Trial(self._model, self._layout, self._place, sharded=self.sharded)
         self.busy = True
         try:
@@ -131,6 +138,7 @@ class Packer:
             self._installed.remove()
             self._installed = None
         self._outcome = Outcome(decided=False)
+        self._trials = 0
 
     @contextmanager
     def paused(self) -> Iterator[None]:
