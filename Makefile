@@ -33,7 +33,7 @@ bench: .venv/.bench ## this machine's CPU: the optimizer, dropout, and whole tra
 	$(BIN)/python benchmarks/plot.py $(OUT) --docs $(OUT)
 
 bench-packing: .venv/.bench ## rows of real lengths, padded and packed: make bench-packing DATA=FOLDER, of <task>/train.jsonl
-	$(BIN)/python benchmarks/packing.py $(if $(wildcard $(DATA)),--data $(DATA)) --output $(OUT) $(ARGS)
+	$(BIN)/python benchmarks/packing.py $(if $(filter-out glue,$(DATA))$(wildcard $(DATA)),--data $(DATA)) --output $(OUT) $(ARGS)
 	$(BIN)/python benchmarks/plot.py $(OUT) --docs $(OUT)
 
 bench-compare: .venv/.bench ## this commit against a saved one: ARGS="--benchmark-save=NAME", then ARGS="--benchmark-compare"

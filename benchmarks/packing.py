@@ -51,7 +51,8 @@ from run import Verdict
 from training import Work, free
 
 from progtuning_kernels import ProgressiveSchedule, plan_training
-from progtuning_kernels.bench import Session, timed_steps
+from progtuning_kernels.bench import Refused, Session, timed_steps
+from progtuning_kernels.cli.errors import UserError
 from progtuning_kernels.cli.provenance import provenance
 from progtuning_kernels.patch import handle_of
 from progtuning_kernels.schedules.files import read_settings
@@ -354,8 +355,13 @@ def main() -> None:
         return
     warnings.filterwarnings("ignore", category=FutureWarning)  # of other packages, on every build
     settings |= {name: value for name in ("device", "shape") if (value := vars(arguments)[name])}
+    failed = []
     for task in arguments.task or settings["tasks"]:
-        content = run(settings, task, arguments.data)
+        try:
+            content = run(settings, task, arguments.data)
+        except (Refused, UserError) as error:  # a red gate, a file that is not there
+            failed.append(f"{task}: no number: {error}")
+            continue
         show(content)
         if arguments.output is not None:
             folder = arguments.output / "packing"
@@ -363,6 +369,8 @@ def main() -> None:
             partial = folder / f"{task}.json.partial"
             partial.write_text(json.dumps(content, indent=1) + "\n")
             os.replace(partial, folder / f"{task}.json")
+    if failed:
+        raise SystemExit("\n".join(failed))
 
 
 if __name__ == "__main__":

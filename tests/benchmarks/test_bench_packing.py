@@ -174,6 +174,43 @@ def test_a_cache_that_serves_nothing_gets_no_number(packing, monkeypatch):
     assert [verdict.met for verdict in packing.verdicts(content)] == [True, None, False]
 
 
+def test_every_way_takes_its_batches_in_its_stage(packing, monkeypatch):
+    taken: list[tuple[str, int, int, int]] = []  # way, stage, boundary, width of the batch
+    arms: list = []
+    ours = packing.make_arms
+
+    def make(work):
+        arms.extend(ours(work))
+        return arms
+
+    def timed(session, steps, batches, device):
+        session.begin(steps[0])
+        (arm,) = (arm for arm in arms if arm.session is session)
+        trained = [n for n, p in session.model.named_parameters() if p.requires_grad]
+        blocks = [int(n.split("layer.")[1].split(".")[0]) for n in trained if "layer." in n]
+        taken.append((arm.way, arm.stage, min(blocks), batches[0]["input_ids"].shape[1]))
+        return [], float(len(taken))
+
+    monkeypatch.setattr(packing, "make_arms", make)
+    monkeypatch.setattr(packing, "timed_steps", timed)
+    work = packing.replace(_work(packing), batches=3 * 3 + 3)
+    random, grouped = ([_rows([width]) for width in widths] for widths in ((9, 4, 5), (9, 6, 7)))
+    packing.measure(work, random, grouped, 2)
+    plan = {"HF": 1, "HF + group_by_length": 1, "ours without packing": 3, "ours": 3}
+    stages = [(way, stage) for way, count in plan.items() for stage in range(count)]
+    stages += [("ours + cache", 1), ("ours + cache", 2)]
+    warm, first, second = taken[:20], taken[20:40], taken[40:]
+    assert [t[:2] for t in warm[::2]] == stages and {t[3] for t in warm} == {9}
+    assert [t[:2] for t in first] == 2 * stages and [t[:2] for t in second] == 2 * stages[::-1]
+    for way, stage, boundary, width in first + second:
+        assert boundary == (0 if way.startswith("HF") else 2 * stage)
+        assert width in ((6, 7) if way == "HF + group_by_length" else (4, 5))
+    assert [len(arm.rounds_ms) for arm in arms] == [2] * 10
+    for arm in arms:
+        assert [len(times) for times in arm.rounds_ms] == [2, 2]
+        arm.session.close()
+
+
 SETTINGS = """
 title = "tiny"
 device = "cpu"
@@ -255,5 +292,10 @@ def test_no_time_is_taken_when_the_gate_is_red(packing, settings, monkeypatch, c
     broken = packing.replace(provider, build=build)
     monkeypatch.setitem(packing.PROVIDERS, "ours", broken)
     monkeypatch.setattr(packing, "measure", lambda *_: pytest.fail("measured"))
-    with pytest.raises(Exception, match="gate is red"):
-        packing.run(settings, "short", None)
+    monkeypatch.setattr(sys, "argv", ["packing.py"])
+    with pytest.raises(SystemExit, match="short: no number: gate is red"):
+        packing.main()
+    monkeypatch.setattr(sys, "argv", ["packing.py", "--data", "nowhere"])
+    with pytest.raises(SystemExit, match="short: no number: .*nowhere"):
+        packing.main()
+    assert not capsys.readouterr().out
