@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import pickle
 from collections import Counter
 from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import numpy as np
@@ -19,12 +20,16 @@ from ..text_table import text_table
 from .blocks import PackedCall, begin_forward, end_forward
 from .tokens import GROUPS, cost_of_group, kept_places, pack_places
 from .trial import Installed, Outcome, Trial, labels_like
-from .trial_batch import masks_of
+from .trial_batch import masks_of, trial_calls
 
 Packing = Literal["auto", "on", "off"]
 
 # Of a batch's places: with more real tokens than this, "auto" leaves the batch padded.
 MOST_REAL = 0.95
+# Trials that show nothing, because the model's own code raises in them, until no more is made.
+_MOST_TRIES = 4
+_NO_MASK = "it has no attention_mask"
+Share = Callable[[bytes], bytes]
 
 
 @dataclass(frozen=True)
@@ -93,6 +98,7 @@ class Packer:
         self._outcome = Outcome(decided=False)
         self._installed: Installed | None = None
         self._tried_from: int | None = None  # boundary of the trial
+        self._tries = 0
         self._refused: dict[str, str] = {}  # stacks that a resumed run has found to be refused
         self._paused = False
         self.groups = GROUPS
@@ -101,29 +107,68 @@ class Packer:
         self._batches = self._places = self._tokens = 0
         self._padded: Counter[str] = Counter()
 
-    def learn(self, args: tuple[Any, ...], kwargs: dict[str, Any], boundary: int) -> None:
-        """Try packing before a training forward, unless that is known for all that trains."""
+    def learn(
+        self,
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+        boundary: int,
+        share: Share | None = None,
+    ) -> None:
+        """Try packing before a training forward, unless that is known for all that trains.
+
+        Args:
+            share: gives every rank what the first one has. All ranks try on its rows, which takes
+                as many forwards everywhere, and do what it does.
+        """
         if self._mode == "off" or self.busy:
             return
-        if self._outcome.decided and self._tried_from is not None and boundary >= self._tried_from:
+        known = self._outcome.decided or self._tries == _MOST_TRIES
+        if known and self._tried_from is not None and boundary >= self._tried_from:
             return
-        try:
-            call = Call(self._names, args, kwargs)
-            if self._reason(call) is not None or not masks_of(call):
+        calls = self._trial_calls(args, kwargs)
+        if share is None:
+            if isinstance(calls, str):
                 return
-        except UnknownContent:
-            return
+        else:
+            calls = self._received(share(_sent(calls)))
+        tries = 0 if known else self._tries + 1
         self.remove()
+        self._tries, self._tried_from = tries, boundary
+        if isinstance(calls, str):
+            self._outcome = Outcome(
+                reasons={s.path: calls for s in self._layout.stacks}, decided=False
+            )
+            return
         trial = Trial(self._model, self._layout, self._place, sharded=self.sharded)
         self.busy = True
         try:
-            self._outcome = trial.learn(call)
+            outcome = trial.learn(calls)
         finally:
             self.busy = False
-        self._tried_from = boundary
+        self._outcome = outcome if share is None else _as_first(outcome, share)
         recipes = {p: r for p, r in self._outcome.recipes.items() if p not in self._refused}
         if recipes:
             self._installed = Installed(self._model, recipes, self._place)
+
+    def _trial_calls(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Call] | str:
+        """Calls for a trial, or why there are none."""
+        try:
+            call = Call(self._names, args, kwargs)
+            if (reason := self._reason(call)) is not None:
+                return reason
+            return [*trial_calls(call, self._model)] if masks_of(call) else _NO_MASK
+        except UnknownContent as error:
+            return str(error)
+
+    def _received(self, sent: bytes) -> list[Call] | str:
+        calls = pickle.loads(sent)
+        if isinstance(calls, str):
+            return calls
+        device = next(self._model.parameters()).device
+        return [
+            call.changed(lambda _, v: v.to(device) if isinstance(v, torch.Tensor) else v)
+            for call in calls
+        ]
 
     def remove(self) -> None:
         """Take everything out of the model; the next training forward tries again."""
@@ -131,6 +176,7 @@ class Packer:
             self._installed.remove()
             self._installed = None
         self._outcome = Outcome(decided=False)
+        self._tries = 0
 
     @contextmanager
     def paused(self) -> Iterator[None]:
@@ -190,7 +236,7 @@ class Packer:
         """Fill `calls`; why none of them, if none."""
         masks = masks_of(call)
         if not masks:
-            return "it has no attention_mask"
+            return _NO_MASK
         if self._installed is None:
             return self._outcome_reason()
         problem = "it has no mask of these blocks"
@@ -266,6 +312,30 @@ def _foreign_hook(block: nn.Module) -> str | None:
             if source.split(".")[0] not in ("torch", "transformers", __name__.split(".")[0]):
                 return source
     return None
+
+
+def _sent(calls: list[Call] | str) -> bytes:
+    if isinstance(calls, str):
+        return pickle.dumps(calls)
+    on_host = [
+        c.changed(lambda _, v: v.detach().cpu() if isinstance(v, torch.Tensor) else v)
+        for c in calls
+    ]
+    try:
+        return pickle.dumps(on_host)
+    except Exception as error:  # of the arguments' own code
+        return pickle.dumps(f"its arguments cannot be sent to other ranks: {error}")
+
+
+def _as_first(outcome: Outcome, share: Share) -> Outcome:
+    """What the first rank has found, with the recipes of this one for what packs on both."""
+    own = [*outcome.recipes], replace(outcome, recipes={})
+    packs, first = pickle.loads(share(pickle.dumps(own)))
+    return replace(
+        first,
+        recipes={path: recipe for path, recipe in outcome.recipes.items() if path in packs},
+        reasons={**outcome.reasons, **first.reasons},
+    )
 
 
 def _is_right(kept: np.ndarray) -> bool:

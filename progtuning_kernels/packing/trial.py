@@ -6,7 +6,8 @@ gradients are compared. README.md lists what is found out so.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterator, Mapping
+import warnings
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -39,7 +40,7 @@ from .blocks import (
 )
 from .submodules import PaddedRole, run_padded
 from .tokens import GROUPS, kept_places, pack_places
-from .trial_batch import masks_of, trial_calls
+from .trial_batch import masks_of
 
 _GRADIENTS = {torch.float32: 1e-4, torch.float64: 1e-8, torch.float16: 2e-2, torch.bfloat16: 5e-2}
 _GRADIENT_BYTES = 2**28  # that one side of the comparison may hold
@@ -100,13 +101,15 @@ class Trial:
         self._layout = layout
         self._place = place
         self._sharded = sharded
+        # a trial runs inside the forward of a sharded model, whose hooks expect no other one in it
+        self._call = model.forward if sharded else model
         self._gpus = gpus_of(model)
 
-    def learn(self, call: Call) -> Outcome:
-        """Try every stack; leaves nothing installed."""
+    def learn(self, calls: Sequence[Call]) -> Outcome:
+        """Try every stack on those of `trial_calls`; leaves nothing installed."""
         outcome = Outcome(decided=False)
         with self._without_trace():
-            for at, made in enumerate(trial_calls(call, self._model)):
+            for at, made in enumerate(calls):
                 try:
                     found = self._try_all(made)
                 except Exception as error:  # the model's own code, on a batch that we made
@@ -130,7 +133,9 @@ class Trial:
             buffers_kept(self._model),
             _without_dropout(self._model),
             torch.enable_grad() if not self._sharded else torch.no_grad(),
+            warnings.catch_warnings(),
         ):
+            warnings.simplefilter("ignore")  # the forward itself will give them
             yield
         torch.clear_autocast_cache()
 
@@ -159,7 +164,7 @@ class Trial:
 
     def _without_cache(self, call: Call) -> tuple[Call, bool]:
         with torch.no_grad(), padded():
-            output = self._model(*call.args, **call.kwargs)
+            output = self._call(*call.args, **call.kwargs)
         if not has_keys_and_values(output):
             return call, False
         return replace(call, kwargs={**call.kwargs, "use_cache": False}), True
@@ -248,7 +253,7 @@ class Trial:
     def _run(self, call: Call) -> _Run:
         state = torch_state(self._gpus)
         own = call.changed(lambda _, v: v.clone() if isinstance(v, Tensor) else v)
-        output = self._model(*own.args, **own.kwargs)
+        output = self._call(*own.args, **own.kwargs)
         after = torch_state(self._gpus)
         set_torch_state(state, self._gpus)
         outputs = compared(output)

@@ -178,7 +178,7 @@ def test_hooks_of_the_users_see_padded_tensors(inside, before):
             module.register_forward_hook(lambda m, args, output: shapes.append(args[0].shape))
     assert_same(packed, padded, **tiny_inputs(BERT, seed=3))
     assert packed.packing_report().batches == 1
-    assert set(shapes) == {(3, 11, 32 )}
+    assert set(shapes) == {(3, 11, 32)}
     assert "a hook of" in last_reason(packed)
 
 
