@@ -15,6 +15,8 @@ import own_process
 import quick_interpreter
 import torch
 
+import progtuning_kernels
+
 quick_interpreter.install()
 
 hypothesis.settings.register_profile("no deadline", deadline=None)  # machines are busy
@@ -40,6 +42,12 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 @pytest.fixture(autouse=True)
 def _seed() -> None:
     torch.manual_seed(0)
+
+
+@pytest.fixture
+def padded(monkeypatch: pytest.MonkeyPatch) -> None:
+    """`patch_model` computes on padding, for tests that compare bits with an unpatched model."""
+    monkeypatch.setitem(progtuning_kernels.patch_model.__kwdefaults__, "packing", "off")
 
 
 @pytest.fixture(scope="session")

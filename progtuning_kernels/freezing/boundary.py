@@ -133,36 +133,42 @@ class Boundary:
         self._model = model
         self._layout = layout
         self._hold_eval = frozen_mode == "eval"
-        self._placed: list[nn.Module] = []
+        self._placed: dict[nn.Module, tuple[bool, bool]] = {}
         holders = (model.get_submodule(s.path.rpartition(".")[0]) for s in layout.stacks)
         self._encoders = [m for m in holders if "use_nested_tensor" in m.__dict__]
         self._modes: dict[nn.Module, list[tuple[nn.Module, bool]]] = {}
-        self.packed: frozenset[str] = frozenset()  # paths of the blocks that can run packed
+        self._packed: frozenset[nn.Module] = frozenset()  # blocks that can run packed
 
     def place_modules(self, frozen: Collection[int], boundary: int) -> None:
         """Put every module on its side: `frozen` are the units that hold no active tensor, those
         below `boundary` run under `no_grad`.
         """
-        # without autograd; in eval mode; packed
-        sides: dict[nn.Module, tuple[bool, bool, bool]] = {}
+        sides: dict[nn.Module, tuple[bool, bool]] = {}  # without autograd; in eval mode
         # the head runs after everything that trains: nothing is gained by holding its mode
         for unit in self._layout.units[:-1]:
             for path in self._layout.module_paths(unit):
                 # those of a decoder run after blocks that may be trainable
                 no_grad = unit in frozen if unit == EMBEDDINGS else unit < boundary
                 hold_eval = unit in frozen and self._hold_eval
-                packs = path in self.packed
-                sides[self._model.get_submodule(path)] = no_grad, hold_eval, packs
+                sides[self._model.get_submodule(path)] = no_grad, hold_eval
         # modules that have left the model in the meantime go back to their own class
         self._put_back(module for module in self._placed if module not in sides)
-        self._placed = list(sides)
-        for module, (no_grad, hold_eval, packs) in sides.items():
-            self._switch(module, no_grad=no_grad, hold_eval=hold_eval, packs=packs)
+        self._placed = sides
+        for module, (no_grad, hold_eval) in sides.items():
+            self._switch(module, no_grad=no_grad, hold_eval=hold_eval)
         self._pad(bool(frozen))
+
+    def pack_blocks(self, blocks: Collection[nn.Module]) -> None:
+        """Put these blocks, and no others, into the class that can run packed."""
+        before, self._packed = self._packed, frozenset(blocks)
+        for module in before ^ self._packed:
+            no_grad, hold_eval = self._placed.get(module, (False, False))
+            self._switch(module, no_grad=no_grad, hold_eval=hold_eval)
 
     def restore_modules(self) -> None:
         """Put every module back as it was found, except for modes asked for in the meantime."""
         self._put_back(self._placed)
+        self._placed = {}
         self._pad(False)
 
     def _pad(self, on: bool) -> None:
@@ -174,9 +180,7 @@ class Boundary:
         for module in modules:
             self._switch(module, no_grad=False, hold_eval=False)
 
-    def _switch(
-        self, module: nn.Module, *, no_grad: bool, hold_eval: bool, packs: bool = False
-    ) -> None:
+    def _switch(self, module: nn.Module, *, no_grad: bool, hold_eval: bool) -> None:
         base = _unfrozen_class(module)
         if hold_eval and module not in self._modes:
             self._modes[module] = [(m, m.training) for m in module.modules()]
@@ -184,9 +188,8 @@ class Boundary:
             _hold_eval(module, base, module.training)
         _drop_own_forward(module)
         own_forward = no_grad and "forward" in module.__dict__
-        target = frozen_class(
-            base, no_grad=no_grad, hold_eval=hold_eval, own_forward=own_forward, packs=packs
-        )
+        flags = dict(no_grad=no_grad, hold_eval=hold_eval, own_forward=own_forward)
+        target = frozen_class(base, **flags, packs=module in self._packed)
         if type(module) is not target:
             module.__class__ = target
         if not hold_eval and module in self._modes:

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import copy
-from collections.abc import MutableMapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 
+from ..model.call import with_own_containers
 from ..model.layout import EMBEDDINGS
 from .freezer import Freezer
 from .gradient_paths import GradientPaths
@@ -94,7 +93,7 @@ class Forwards:
             return {}
         paused = nullcontext() if freezer.cache is None else freezer.cache.paused()
         # some models write into the tensors that they are called with
-        clones = _with_own_containers((last.args, last.kwargs), clone=True)
+        clones = with_own_containers((last.args, last.kwargs), clone=True)
         with last.autocast, paused:
             paths = self._watch_paths(compiled=True)
             try:
@@ -119,19 +118,4 @@ def _inputs_of(args: tuple[Any, ...], kwargs: dict[str, Any], device_type: str) 
     autocast: AbstractContextManager[Any] = nullcontext()
     if torch.amp.is_autocast_available(device_type) and torch.is_autocast_enabled(device_type):
         autocast = torch.autocast(device_type, dtype=torch.get_autocast_dtype(device_type))
-    return ForwardInputs(*_with_own_containers((args, kwargs)), autocast)
-
-
-def _with_own_containers(value: Any, *, clone: bool = False) -> Any:
-    """Copies of all containers, into which models write; of the tensors too if `clone`."""
-    if isinstance(value, torch.Tensor):
-        return value.clone() if clone else value
-    if isinstance(value, tuple):
-        items = [_with_own_containers(item, clone=clone) for item in value]
-        return value._make(items) if hasattr(value, "_make") else tuple(items)
-    if isinstance(value, MutableMapping | list):
-        pairs = list(value.items() if isinstance(value, MutableMapping) else enumerate(value))
-        value = copy.copy(value)
-        for key, item in pairs:
-            value[key] = _with_own_containers(item, clone=clone)
-    return value
+    return ForwardInputs(*with_own_containers((args, kwargs)), autocast)

@@ -8,7 +8,7 @@ a wrapper.
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from datetime import timedelta
 from itertools import zip_longest
@@ -88,7 +88,7 @@ class Freezer:
         self._structure = Structure(model, layout)
         self._boundary = Boundary(model, layout, frozen_mode)
         self._checkpointing = Checkpointing(model, layout)
-        self.packer = Packer(model, layout, packing, self._place_packed)
+        self.packer = Packer(model, layout, packing, self._boundary.pack_blocks)
         self._wrapper: Wrapper | None = None
         self._device_type = ""  # that the swaps were chosen for
 
@@ -166,7 +166,7 @@ class Freezer:
             self._freeze_anew()
 
     def follow_wrapper(self) -> None:
-        """In a training forward, before anything is tried in it: attach what surrounds the model."""
+        """Before anything is tried in a training forward: attach what surrounds it."""
         if not self.proved:
             refuse_flat_parameters(self.model)
             found = surrounding(self.model)
@@ -282,10 +282,6 @@ class Freezer:
                     module.__class__ = cls
         self._device_type = self.active.device.type
         self.swaps.install_swaps(self.active.device)
-        self._boundary.place_modules(self.frozen, self.boundary)
-
-    def _place_packed(self, blocks: Collection[str]) -> None:
-        self._boundary.packed = frozenset(blocks)
         self._boundary.place_modules(self.frozen, self.boundary)
 
     def _follow_switches(self) -> bool:

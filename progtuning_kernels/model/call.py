@@ -152,3 +152,18 @@ def text_configs(config: Any) -> list[Any]:
         return []
     text = getattr(config, "get_text_config", None)
     return [config] if text is None else [config, text()]
+
+
+def with_own_containers(value: Any, *, clone: bool = False) -> Any:
+    """Copies of all containers, into which models write; of the tensors too if `clone`."""
+    if isinstance(value, torch.Tensor):
+        return value.clone() if clone else value
+    if isinstance(value, tuple):
+        items = [with_own_containers(item, clone=clone) for item in value]
+        return value._make(items) if hasattr(value, "_make") else tuple(items)
+    if isinstance(value, MutableMapping | list):
+        pairs = list(value.items() if isinstance(value, MutableMapping) else enumerate(value))
+        value = copy.copy(value)
+        for key, item in pairs:
+            value[key] = with_own_containers(item, clone=clone)
+    return value

@@ -88,7 +88,7 @@ class Packer:
         model: nn.Module,
         layout: Layout,
         mode: Packing,
-        place: Callable[[Collection[str]], None],
+        place: Callable[[Collection[nn.Module]], None],
     ) -> None:
         self._model = model
         self._layout = layout

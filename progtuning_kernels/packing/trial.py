@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..model.call import Call
+from ..model.call import Call, with_own_containers
 from ..model.forward_hooks import buffers_kept
 from ..model.layout import Layout
 from ..model.outputs import TOLERANCE, compared, difference, has_keys_and_values
@@ -85,7 +85,7 @@ class Trial:
     """Trials of one model.
 
     Args:
-        place: puts the blocks at these paths into the class that runs packed, and all others out.
+        place: puts these blocks into the class that runs packed, and all others out.
         sharded: parameters are shards, whose gradients are not looked at.
     """
 
@@ -93,7 +93,7 @@ class Trial:
         self,
         model: nn.Module,
         layout: Layout,
-        place: Callable[[Collection[str]], None],
+        place: Callable[[Collection[nn.Module]], None],
         *,
         sharded: bool = False,
     ) -> None:
@@ -164,7 +164,7 @@ class Trial:
 
     def _without_cache(self, call: Call) -> tuple[Call, bool]:
         with torch.no_grad(), padded():
-            output = self._call(*call.args, **call.kwargs)
+            output = self._call_model(call)
         if not has_keys_and_values(output):
             return call, False
         return replace(call, kwargs={**call.kwargs, "use_cache": False}), True
@@ -250,10 +250,14 @@ class Trial:
         finally:
             end_forward(self)
 
+    def _call_model(self, call: Call) -> Any:
+        # some models write into what they are called with
+        args, kwargs = with_own_containers((call.args, dict(call.kwargs)), clone=True)
+        return self._call(*args, **kwargs)
+
     def _run(self, call: Call) -> _Run:
         state = torch_state(self._gpus)
-        own = call.changed(lambda _, v: v.clone() if isinstance(v, Tensor) else v)
-        output = self._call(*own.args, **own.kwargs)
+        output = self._call_model(call)
         after = torch_state(self._gpus)
         set_torch_state(state, self._gpus)
         outputs = compared(output)
@@ -330,12 +334,12 @@ class Installed:
         self,
         model: nn.Module,
         recipes: Mapping[str, StackRecipe],
-        place: Callable[[Collection[str]], None],
+        place: Callable[[Collection[nn.Module]], None],
     ) -> None:
         self.recipes = recipes
         self._place = place
         self._roles = {
-            stack: {id(model.get_submodule(path)): role for path, role in recipe.roles.items()}
+            stack: {model.get_submodule(path): role for path, role in recipe.roles.items()}
             for stack, recipe in recipes.items()
         }
         self._attention = [
@@ -349,12 +353,15 @@ class Installed:
         ]
         for module in self._attention:
             redirect(module)
-        place({path for recipe in recipes.values() for path in recipe.roles})
+        place([block for roles in self._roles.values() for block in roles])
 
     def calls(self, stack: str, tokens: Any) -> dict[int, PackedCall]:
         """Calls of the blocks of one stack, by id."""
         grouped = self.recipes[stack].grouped
-        return {key: PackedCall(role, tokens, grouped) for key, role in self._roles[stack].items()}
+        return {
+            id(block): PackedCall(role, tokens, grouped)
+            for block, role in self._roles[stack].items()
+        }
 
     def remove(self) -> None:
         for hook in self._hooks:

@@ -21,6 +21,8 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 
 from progtuning_kernels import FreezePlan, PatchHandle, patch_model
 
+pytestmark = pytest.mark.usefixtures("padded")  # bits are compared
+
 BLOCKS = 4
 
 

@@ -103,6 +103,7 @@ def _plan(boundary: int) -> FreezePlan:
     return FreezePlan.from_boundary(boundary, BLOCKS, embeddings=boundary == 0)
 
 
+@pytest.mark.usefixtures("padded")
 @pytest.mark.parametrize("boundary", range(BLOCKS + 1))
 @pytest.mark.parametrize("kind", ADAPTERS)
 def test_gradients_are_those_of_plain_freezing(kind, boundary):
@@ -238,6 +239,7 @@ def test_what_peft_switches_on_is_frozen_again_at_the_next_step():
         assert all(p.requires_grad for p in above)
 
 
+@pytest.mark.usefixtures("padded")
 @pytest.mark.parametrize(("kind", "options"), [("Shira", {"r": 2}), ("Frod", {})])
 def test_adapters_that_save_sparse_tensors_are_reported(kind, options):
     config = getattr(peft, f"{kind}Config", None)

@@ -13,6 +13,8 @@ from transformers import AutoModelForCausalLM
 from progtuning_kernels import MaskedAdamW, MilestoneSchedule, ProgressiveSchedule, patch_model
 from progtuning_kernels.model.layout import find_layout
 
+pytestmark = pytest.mark.usefixtures("padded")  # bits are compared
+
 STAGES = ProgressiveSchedule(4, 4)
 
 

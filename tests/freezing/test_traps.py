@@ -125,6 +125,7 @@ def test_a_hook_that_makes_embeddings_require_grad_is_named(name, path):
     handle.truncation_report().assert_truncated()
 
 
+@pytest.mark.usefixtures("padded")
 def test_a_hook_whose_protection_is_gone_is_named_with_the_nodes_it_costs():
     model = tiny_model(LLAMA)
     handle = patch_model(model, MilestoneSchedule({0: 2}))
@@ -151,6 +152,7 @@ def test_a_trainable_embedding_is_named():
     handle.truncation_report().assert_truncated()
 
 
+@pytest.mark.usefixtures("padded")
 @pytest.mark.filterwarnings("ignore:gradient checkpointing with use_reentrant=True")
 def test_reentrant_checkpointing_below_frozen_embeddings_alone_trains_block_0():
     inputs, model = tiny_inputs(BERT), tiny_model(BERT)
@@ -163,6 +165,7 @@ def test_reentrant_checkpointing_below_frozen_embeddings_alone_trains_block_0():
     assert all(torch.equal(found[key], expected[key]) for key in expected)
 
 
+@pytest.mark.usefixtures("padded")
 @pytest.mark.parametrize("when", ["before", "after", "in a later stage"])
 @pytest.mark.parametrize("name", [BERT, LLAMA, T5])
 def test_reentrant_checkpointing_becomes_the_other_kind(name, when):
@@ -198,6 +201,7 @@ def test_reentrant_checkpointing_becomes_the_other_kind(name, when):
     assert all(block.gradient_checkpointing for block in blocks)
 
 
+@pytest.mark.usefixtures("padded")
 def test_frozen_blocks_in_train_mode_are_not_checkpointed_either():
     model, inputs = tiny_model(BERT), tiny_inputs(BERT)
     handle = patch_model(model, FixedPlan(ABOVE_TWO), frozen_mode="train")
@@ -316,6 +320,7 @@ def test_blocks_that_run_in_a_loop_are_refused():
         model(IDS)
 
 
+@pytest.mark.usefixtures("padded")
 def test_the_proof_is_made_once_under_every_plan():
     model, inputs = tiny_model(BERT), tiny_inputs(BERT)
     handle = patch_model(model, MilestoneSchedule({2: 2}))
