@@ -26,10 +26,14 @@ SCHEDULE = MilestoneSchedule({0: 2, 2: 0, 4: 3})  # thaws: what was tried has to
 
 
 def batch(name: str, step: int, rank: int, full: tuple[int, ...] = ()) -> dict[str, Any]:
-    """Rows of one rank; at step 0 those of the ranks in `full` have no padding."""
+    """Rows of one rank; at step 0 those of the ranks in `full` have no padding, the second's not
+    even a mask.
+    """
     inputs = tiny_inputs(name, seed=10 * step + rank)
     if step == 0 and rank in full:
-        inputs["attention_mask"] = torch.ones_like(inputs["attention_mask"])
+        mask = inputs.pop("attention_mask")
+        if rank == 0:
+            inputs["attention_mask"] = torch.ones_like(mask)
     return inputs
 
 
