@@ -28,6 +28,10 @@ Packing = Literal["auto", "on", "off"]
 MOST_REAL = 0.95
 # Trials that show nothing, because the model's own code raises in them, until no more is made.
 _MOST_TRIES = 4
+_NOTHING_YET = (
+    "no training forward with padding has come yet (those that torch.compile runs as a whole do not "
+    "count: they stay padded)"
+)
 _NO_MASK = "it has no attention_mask"
 Share = Callable[[bytes], bytes]
 
@@ -292,7 +296,7 @@ class Packer:
                 text += ", attention in groups" * (recipe.grouped and self.groups > 1)
             return text
         reason = self._refused.get(path) or self._outcome.reasons.get(path)
-        return f"padded: {reason or 'no training forward with padding has come yet'}"
+        return f"padded: {reason or _NOTHING_YET}"
 
     def state_dict(self) -> dict[str, str]:
         """Stacks that stay padded, with the reason."""
