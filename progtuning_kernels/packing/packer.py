@@ -26,12 +26,12 @@ Packing = Literal["auto", "on", "off"]
 
 # Of a batch's places: with more real tokens than this, "auto" leaves the batch padded.
 MOST_REAL = 0.95
-# Trials that show nothing, because the model's own code raises in them, until no more is made.
-_MOST_TRIES = 4
+_MOST_TRIALS = 4  # on batches that show nothing
 _NOTHING_YET = (
-    "no training forward with padding has come yet (those that torch.compile runs as a whole do not "
-    "count: they stay padded)"
+    "no training forward with padding has come yet (those that torch.compile runs as a whole do "
+    "not count: they stay padded)"
 )
+_ACCELERATES = "as accelerate gives it for its device hooks and regional compilation"
 _NO_MASK = "it has no attention_mask"
 Share = Callable[[bytes], bytes]
 
@@ -100,9 +100,9 @@ class Packer:
         self._place = place
         self._names = argument_names(model)
         self._outcome = Outcome(decided=False)
+        self._trials = 0
         self._installed: Installed | None = None
         self._tried_from: int | None = None  # boundary of the trial
-        self._tries = 0
         self._refused: dict[str, str] = {}  # stacks that a resumed run has found to be refused
         self._paused = False
         self.groups = GROUPS
@@ -126,8 +126,10 @@ class Packer:
         """
         if self._mode == "off" or self.busy:
             return
-        known = self._outcome.decided or self._tries == _MOST_TRIES
-        if known and self._tried_from is not None and boundary >= self._tried_from:
+        if self._installed is not None and self._installed.is_outdated():
+            self.remove()
+        decided = self._outcome.decided or self._trials == _MOST_TRIALS
+        if decided and self._tried_from is not None and boundary >= self._tried_from:
             return
         calls = self._trial_calls(args, kwargs)
         if share is None:
@@ -135,9 +137,9 @@ class Packer:
                 return
         else:
             calls = self._received(share(_sent(calls)))
-        tries = 0 if known else self._tries + 1
+        trials = 0 if decided else self._trials
         self.remove()
-        self._tries, self._tried_from = tries, boundary
+        self._trials, self._tried_from = 1 + trials, boundary
         if isinstance(calls, str):
             self._outcome = Outcome(
                 reasons={s.path: calls for s in self._layout.stacks}, decided=False
@@ -180,7 +182,7 @@ class Packer:
             self._installed.remove()
             self._installed = None
         self._outcome = Outcome(decided=False)
-        self._tries = 0
+        self._trials = 0
 
     @contextmanager
     def paused(self) -> Iterator[None]:
@@ -224,12 +226,23 @@ class Packer:
         if named.get("use_cache") is True or (wants_cache and not trains):
             return "the output holds keys and values of all blocks: pass use_cache=False"
         for path, block in self._blocks():
-            if block._compiled_call_impl is not None:
-                return f"{path} is compiled"
+            if block._compiled_call_impl is not None and (why := self._uncompilable(block)):
+                return f"{path} is compiled, and {why}"
             if own_forward(block) is not None:
-                return f"{path} has a forward of its own, as accelerate gives it"
+                return f"{path} has a forward of its own, {_ACCELERATES}"
             if (hooked := _foreign_hook(block)) is not None:
                 return f"a hook of {hooked} on {path} would see packed tokens"
+        return None
+
+    def _uncompilable(self, block: nn.Module) -> str | None:
+        """Why a block that is compiled alone cannot run packed."""
+        if getattr(block, "gradient_checkpointing", False) and block.training:
+            return "checkpointed: its recomputation would not know which tokens it has"
+        if _in_one_graph(block._compiled_call_impl):
+            return "with fullgraph=True: attention of packed tokens runs between graphs"
+        recipes = () if self._installed is None else self._installed.recipes.values()
+        if any(recipe.padded for recipe in recipes):
+            return "modules inside would run padded"
         return None
 
     def _blocks(self) -> Iterator[tuple[str, nn.Module]]:
@@ -316,6 +329,13 @@ def _foreign_hook(block: nn.Module) -> str | None:
             if source.split(".")[0] not in ("torch", "transformers", __name__.split(".")[0]):
                 return source
     return None
+
+
+def _in_one_graph(compiled: Callable[..., Any]) -> bool:
+    """Whether `torch.compile` made it to raise where it would need a second graph."""
+    held = [cell.cell_contents for cell in compiled.__closure__ or ()]
+    names = ("fullgraph", "_one_graph")  # torch has no question for it
+    return any(getattr(value, name, False) is True for value in held for name in names)
 
 
 def _sent(calls: list[Call] | str) -> bytes:

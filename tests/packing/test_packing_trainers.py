@@ -12,7 +12,7 @@ from accelerate import Accelerator, dispatch_model
 from accelerate.state import AcceleratorState, GradientState
 from tiny_models import BATCH, tiny_inputs, tiny_model
 from torch import nn
-from trainers import rows_of, trainer_of, weights_of
+from trainers import trainer_of, weights_of
 from transformers import DataCollatorWithFlattening, TrainerCallback
 
 from progtuning_kernels import MaskedAdamW, MilestoneSchedule, ProgressiveSchedule, patch_model
@@ -67,33 +67,6 @@ def test_the_trainer(tmp_path, arguments):
     report = both(train, **coarse)
     assert report.batches >= 8 + 2 * ("eval_strategy" in arguments), report
     assert not report.padded
-
-
-@pytest.mark.parametrize("whole", [True, False])
-def test_compiled_models_stay_padded_and_say_so(whole):
-    def train(packing: str) -> Any:
-        torch._dynamo.reset()
-        model = tiny_model(BERT)
-        if not whole:
-            for block in model.bert.encoder.layer:
-                block.compile(backend="eager")
-        called = torch.compile(model, backend="eager") if whole else model
-        handle = patch_model(called, MilestoneSchedule({2: 2}), packing=packing)
-        optimizer = MaskedAdamW(handle.param_groups(), lr=1e-2, eps=1e-3)
-        losses = []
-        for step in range(4):
-            loss = called(**tiny_inputs(BERT, seed=step)).loss
-            loss.backward()
-            optimizer.step()
-            optimizer.zero_grad()
-            handle.advance()
-            losses.append(loss.item())
-        weights = {n: p.detach().clone() for n, p in handle.model.named_parameters()}
-        return weights, losses, handle.packing_report()
-
-    report = both(train)
-    assert report.batches == 0
-    assert "compile" in str(report)
 
 
 @pytest.fixture
