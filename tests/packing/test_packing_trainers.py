@@ -47,6 +47,7 @@ def both(train: Any, **close: float) -> Any:
         {"train_sampling_strategy": "group_by_length", "gradient_accumulation_steps": 2},
         {"gradient_checkpointing": True},
         {"bf16": True},
+        {"torch_compile": True, "torch_compile_backend": "eager"},
     ],
 )
 def test_the_trainer(tmp_path, arguments):
@@ -65,6 +66,10 @@ def test_the_trainer(tmp_path, arguments):
 
     coarse = dict(rtol=2e-2, atol=1e-2) if "bf16" in arguments else {}
     report = both(train, **coarse)
+    if "torch_compile" in arguments:
+        assert report.batches == 0
+        assert "torch.compile runs as a whole" in str(report)
+        return
     assert report.batches >= 8 + 2 * ("eval_strategy" in arguments), report
     assert not report.padded
 
@@ -153,6 +158,46 @@ def test_rows_that_are_packed_already_are_left_alone():
     report = both(train)
     assert report.batches == 0
     assert "it has no attention_mask" in str(report)
+
+
+class _Swap:
+    """Forwards of single modules, as `use_liger_kernel=True` binds them to instances."""
+
+    @staticmethod
+    def norm(self: nn.Module, hidden: torch.Tensor) -> torch.Tensor:
+        return nn.functional.rms_norm(hidden, hidden.shape[-1:], self.weight, self.variance_epsilon)
+
+    @staticmethod
+    def mlp(self: nn.Module, x: torch.Tensor) -> torch.Tensor:
+        gate, up = (linear(x.view(-1, x.shape[-1])) for linear in (self.gate_proj, self.up_proj))
+        return self.down_proj(nn.functional.silu(gate) * up).view(x.shape)
+
+
+@pytest.mark.parametrize("patched_first", [False, True])
+def test_modules_with_forwards_of_their_own(patched_first):
+    def swap(model: nn.Module) -> None:
+        for module in model.modules():
+            name = type(module).__name__
+            if name in ("LlamaRMSNorm", "LlamaMLP"):
+                forward = _Swap.norm if name == "LlamaRMSNorm" else _Swap.mlp
+                module.forward = forward.__get__(module, type(module))
+
+    def train(packing: str) -> Any:
+        model = tiny_model(LLAMA)
+        if not patched_first:
+            swap(model)
+        handle = patch_model(model, MilestoneSchedule({0: 1}), packing=packing)
+        if patched_first:
+            swap(model)
+        losses = []
+        for seed in range(3):
+            loss = model(**tiny_inputs(LLAMA, seed=seed)).loss
+            loss.backward()
+            losses.append(loss.item())
+        gradients = {n: p.grad for n, p in model.named_parameters() if p.grad is not None}
+        return gradients, losses, handle.packing_report()
+
+    assert both(train).batches == 3
 
 
 @pytest.mark.parametrize("padding_free", [False, True])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 from collections.abc import Callable
 from typing import Any
 
@@ -214,3 +215,35 @@ def test_tied_weights(name, tied):
         return run.train(name, masked_adamw(run.handle))
 
     compare(make)
+
+
+def test_a_resumed_run_packs_and_refuses_as_the_first():
+    for name in (BERT, "deberta-v2-conv-sequence"):
+        first = Run("on", tiny_model(name))
+        optimizer = masked_adamw(first.handle)
+        first.train(name, optimizer, steps=3)
+        states = first.handle.state_dict(), optimizer.state_dict(), first.weights
+        saved = copy.deepcopy(states)
+        first.train(name, optimizer, steps=2)
+        run = Run("on", tiny_model(name))
+        with torch.no_grad():
+            for n, p in run.model.named_parameters():
+                p.copy_(saved[2][n])
+        run.handle.load_state_dict(saved[0])
+        optimizer = masked_adamw(run.handle)
+        optimizer.load_state_dict(saved[1])
+        run.train(name, optimizer, steps=2)
+        assert run.losses == first.losses[3:]
+        assert all(torch.equal(w, first.weights[n]) for n, w in run.weights.items())
+        assert run.handle.packing_report().stacks == first.handle.packing_report().stacks
+        assert (run.packed == 2) == (name == BERT)
+
+
+def test_what_a_saved_run_has_left_padded_stays_padded():
+    saved = Run("on", tiny_model(BERT)).handle.state_dict()
+    saved["padded"] = {"bert.encoder.layer": "another machine has found so"}
+    run = Run("on", tiny_model(BERT))
+    run.handle.load_state_dict(saved)
+    run.train(BERT, masked_adamw(run.handle), steps=2)
+    assert run.packed == 0
+    assert "another machine has found so" in str(run.handle.packing_report())
