@@ -45,7 +45,8 @@ class Forwards:
             return args, kwargs
         if trains:
             freezer.follow_changes()
-            freezer.packer.learn(args, kwargs, freezer.boundary)
+            freezer.follow_wrapper()
+            freezer.packer.learn(args, kwargs, freezer.boundary, freezer.share)
             if not freezer.sharded:  # FSDP2 writes weights at every forward
                 self._missed.before_forward(freezer.step)
         if freezer.cache is not None:

@@ -96,12 +96,15 @@ def members(base: type, forward: Callable[..., Any]) -> dict[str, Any]:
     def call(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
         packed = _call_of(self)
         if packed is not None and not torch.compiler.is_compiling():
+            if self._compiled_call_impl is not None:  # graphs of packed tensors, of any length
+                return _run_packed(self, base.__call__, packed, args, kwargs)
             kwargs[_KEY] = packed
         return base.__call__(self, *args, **kwargs)
 
     def run(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
         packed = kwargs.pop(_KEY, None)
-        if packed is None and not torch.compiler.is_compiling():
+        compiled = torch.compiler.is_compiling() or self._compiled_call_impl is not None
+        if packed is None and not compiled:
             # where `forward` is called alone, and where a checkpoint around it is recomputed
             noted = _attributes(args, kwargs)
             packed = _call_of(self) if _forwards else noted.get(_ATTRIBUTE)

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import pickle
 from collections import Counter
 from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import numpy as np
@@ -19,13 +20,20 @@ from ..text_table import text_table
 from .blocks import PackedCall, begin_forward, end_forward, inside_padded
 from .tokens import GROUPS, cost_of_group, kept_places, pack_places
 from .trial import Installed, Outcome, Trial, labels_like
-from .trial_batch import masks_of
+from .trial_batch import masks_of, trial_calls
 
 Packing = Literal["auto", "on", "off"]
 
 # Of a batch's places: with more real tokens than this, "auto" leaves the batch padded.
 MOST_REAL = 0.95
 _MOST_TRIALS = 4  # on batches that show nothing
+_NOTHING_YET = (
+    "no training forward with padding has come yet (those that torch.compile runs as a whole do "
+    "not count: they stay padded)"
+)
+_ACCELERATES = "as accelerate gives it for its device hooks and regional compilation"
+_NO_MASK = "it has no attention_mask"
+Share = Callable[[bytes], bytes]
 
 
 @dataclass(frozen=True)
@@ -103,8 +111,19 @@ class Packer:
         self._batches = self._places = self._tokens = 0
         self._padded: Counter[str] = Counter()
 
-    def learn(self, args: tuple[Any, ...], kwargs: dict[str, Any], boundary: int) -> None:
-        """Try packing before a training forward, unless that is known for all that trains."""
+    def learn(
+        self,
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+        boundary: int,
+        share: Share | None = None,
+    ) -> None:
+        """Try packing before a training forward, unless that is known for all that trains.
+
+        Args:
+            share: gives every rank what the first one has. All ranks try on its rows, which takes
+                as many forwards everywhere, and do what it does.
+        """
         if self._mode == "off" or self.busy:
             return
         if self._installed is not None and self._installed.is_outdated():
@@ -112,25 +131,50 @@ class Packer:
         decided = self._outcome.decided or self._trials == _MOST_TRIALS
         if decided and self._tried_from is not None and boundary >= self._tried_from:
             return
-        try:
-            call = Call(self._names, args, kwargs)
-            if self._reason(call) is not None or not masks_of(call):
+        calls = self._trial_calls(args, kwargs)
+        if share is None:
+            if isinstance(calls, str):
                 return
-        except UnknownContent:
-            return
-        trials = self._trials
+        else:
+            calls = self._received(share(_sent(calls)))
+        trials = 0 if decided else self._trials
         self.remove()
-        self._trials = 1 + trials
+        self._trials, self._tried_from = 1 + trials, boundary
+        if isinstance(calls, str):
+            self._outcome = Outcome(
+                reasons={s.path: calls for s in self._layout.stacks}, decided=False
+            )
+            return
         trial = Trial(self._model, self._layout, self._place, sharded=self.sharded)
         self.busy = True
         try:
-            self._outcome = trial.learn(call)
+            outcome = trial.learn(calls)
         finally:
             self.busy = False
-        self._tried_from = boundary
+        self._outcome = outcome if share is None else _as_first(outcome, share)
         recipes = {p: r for p, r in self._outcome.recipes.items() if p not in self._refused}
         if recipes:
             self._installed = Installed(self._model, recipes, self._place)
+
+    def _trial_calls(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Call] | str:
+        """Calls for a trial, or why there are none."""
+        try:
+            call = Call(self._names, args, kwargs)
+            if (reason := self._reason(call)) is not None:
+                return reason
+            return [*trial_calls(call, self._model)] if masks_of(call) else _NO_MASK
+        except UnknownContent as error:
+            return str(error)
+
+    def _received(self, sent: bytes) -> list[Call] | str:
+        calls = pickle.loads(sent)
+        if isinstance(calls, str):
+            return calls
+        device = next(self._model.parameters()).device
+        return [
+            call.changed(lambda _, v: v.to(device) if isinstance(v, torch.Tensor) else v)
+            for call in calls
+        ]
 
     def remove(self) -> None:
         """Take everything out of the model; the next training forward tries again."""
@@ -188,12 +232,23 @@ class Packer:
         if named.get("use_cache") is True or (wants_cache and returned):
             return "the output holds keys and values of all blocks: pass use_cache=False"
         for path, block in self._blocks():
-            if block._compiled_call_impl is not None:
-                return f"{path} is compiled"
+            if block._compiled_call_impl is not None and (why := self._uncompilable(block)):
+                return f"{path} is compiled, and {why}"
             if own_forward(block) is not None:
-                return f"{path} has a forward of its own, as accelerate gives it"
+                return f"{path} has a forward of its own, {_ACCELERATES}"
             if (hooked := _foreign_hook(block)) is not None:
                 return f"a hook of {hooked} on {path} would see packed tokens"
+        return None
+
+    def _uncompilable(self, block: nn.Module) -> str | None:
+        """Why a block that is compiled alone cannot run packed."""
+        if getattr(block, "gradient_checkpointing", False) and block.training:
+            return "checkpointed: its recomputation would not know which tokens it has"
+        if _in_one_graph(block._compiled_call_impl):
+            return "with fullgraph=True: attention of packed tokens runs between graphs"
+        recipes = () if self._installed is None else self._installed.recipes.values()
+        if any(recipe.padded for recipe in recipes):
+            return "modules inside would run padded"
         return None
 
     def _blocks(self) -> Iterator[tuple[str, nn.Module]]:
@@ -204,7 +259,7 @@ class Packer:
         """Fill `calls`; why none of them, if none."""
         masks = masks_of(call)
         if not masks:
-            return "it has no attention_mask"
+            return _NO_MASK
         if self._installed is None:
             return self._outcome_reason()
         problem = "it has no mask of these blocks"
@@ -261,7 +316,7 @@ class Packer:
                 text += ", attention in groups" * (recipe.grouped and self.groups > 1)
             return text
         reason = self._refused.get(path) or self._outcome.reasons.get(path)
-        return f"padded: {reason or 'no training forward with padding has come yet'}"
+        return f"padded: {reason or _NOTHING_YET}"
 
     def state_dict(self) -> dict[str, str]:
         """Stacks that stay padded, with the reason."""
@@ -281,6 +336,37 @@ def _foreign_hook(block: nn.Module) -> str | None:
             if source.split(".")[0] not in ("torch", "transformers", __name__.split(".")[0]):
                 return source
     return None
+
+
+def _in_one_graph(compiled: Callable[..., Any]) -> bool:
+    """Whether `torch.compile` made it to raise where it would need a second graph."""
+    held = [cell.cell_contents for cell in compiled.__closure__ or ()]
+    names = ("fullgraph", "_one_graph")  # torch has no question for it
+    return any(getattr(value, name, False) is True for value in held for name in names)
+
+
+def _sent(calls: list[Call] | str) -> bytes:
+    if isinstance(calls, str):
+        return pickle.dumps(calls)
+    on_host = [
+        c.changed(lambda _, v: v.detach().cpu() if isinstance(v, torch.Tensor) else v)
+        for c in calls
+    ]
+    try:
+        return pickle.dumps(on_host)
+    except Exception as error:  # of the arguments' own code
+        return pickle.dumps(f"its arguments cannot be sent to other ranks: {error}")
+
+
+def _as_first(outcome: Outcome, share: Share) -> Outcome:
+    """What the first rank has found, with the recipes of this one for what packs on both."""
+    own = [*outcome.recipes], replace(outcome, recipes={})
+    packs, first = pickle.loads(share(pickle.dumps(own)))
+    return replace(
+        first,
+        recipes={path: recipe for path, recipe in outcome.recipes.items() if path in packs},
+        reasons={**outcome.reasons, **first.reasons},
+    )
 
 
 def _is_right(kept: np.ndarray) -> bool:

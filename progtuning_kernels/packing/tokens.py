@@ -52,6 +52,25 @@ class _Place(torch.autograd.Function):
         return grad.index_select(ctx.dim, index), None, None, None
 
 
+class _Unpack(torch.autograd.Function):
+    """Rows (N, ...) at `index` of `padded` (B, T, ...), which is filled in place.
+
+    What it returns is no view: FSDP2 loses its hooks on one that is written into.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, packed: Tensor, padded: Tensor, index: Tensor) -> Tensor:
+        ctx.save_for_backward(index)
+        ctx.mark_dirty(padded)
+        padded.view(-1, *padded.shape[2:]).index_copy_(0, index, packed)
+        return padded
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
+        (index,) = ctx.saved_tensors
+        return grad.flatten(0, 1).index_select(0, index), None, None
+
+
 @dataclass(frozen=True)
 class Group:
     """Rows of like length, which attend together.
@@ -127,14 +146,12 @@ class PackedTokens:
 
     def unpack(self, packed: Tensor) -> Tensor:
         """(1, N, ...) to (B, T, ...), zeros at padding."""
-        size = self.slot.numel()
+        shape = *self.slot.shape, *packed.shape[2:]
         if self.noise is None:
-            padded = packed.new_zeros(size, *packed.shape[2:])
+            padded = packed.new_zeros(shape)
         else:
-            padded = torch.randn(size, *packed.shape[2:], generator=self.noise, device="cpu")
-            padded = padded.to(packed)
-        padded = padded.index_copy_(0, self.index, packed[0])
-        return padded.view(*self.slot.shape, *packed.shape[2:])
+            padded = torch.randn(shape, generator=self.noise, device="cpu").to(packed)
+        return _Unpack.apply(packed[0], padded, self.index)
 
     def pad(self, packed: Tensor) -> Tensor:
         """(1, N, ...) to (B, T, ...); at padding stand other tokens of the same row."""
