@@ -232,6 +232,18 @@ def test_two_served_forwards_before_one_backward(name, reentrant):
     _assert_close(*found)
 
 
+def test_blocks_that_are_compiled_one_by_one():
+    name = "bert-sequence"
+    handle = patch_model(tiny_model(name), _plan(2), packing="on", cache=_cache())
+    plain = patch_model(tiny_model(name), _plan(2), packing="off")
+    for block in handle.model.bert.encoder.layer:
+        block.compile(backend="eager")
+    for lengths in ((9, 4, 3, 2), (9, 5, 3, 8), (9, 5, 3, 8)):  # two rows of the second are there
+        batch = _batch(name, lengths)
+        _assert_close(gradients(handle.model, batch), gradients(plain.model, batch))
+    assert handle.cache_report().hits == 2 + 4 and handle.packing_report().batches == 3
+
+
 _LENGTHS = (1, 9, 4, 6, 2, 7)  # of six rows
 
 
