@@ -45,12 +45,13 @@ class Forwards:
             return args, kwargs
         if trains:
             freezer.follow_changes()
-            freezer.packer.learn(args, kwargs, freezer.boundary)
+            freezer.follow_wrapper()
+            freezer.packer.learn(args, kwargs, freezer.boundary, freezer.share)
             if not freezer.sharded:  # FSDP2 writes weights at every forward
                 self._missed.before_forward(freezer.step)
         if freezer.cache is not None:
             if freezer.cache.busy:
-                return freezer.packer.begin(args, kwargs)
+                return freezer.packer.begin(args, kwargs, aside=True)
             kwargs = freezer.cache.before_forward(args, kwargs, proved=freezer.proved)
         self.end_proof()  # torch calls no hook after a KeyboardInterrupt
         if trains:

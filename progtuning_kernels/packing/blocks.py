@@ -71,12 +71,19 @@ def padded() -> Iterator[None]:
         end_forward(padded)
 
 
-def unpacked(hidden: Tensor) -> Tensor:
-    """(B, T, C) of hidden states that a block of the forward under way has returned."""
-    for call in _forwards[-1][1].values() if _forwards else ():
-        if call.tokens.holds_packed(hidden):
-            return call.tokens.unpack(hidden)
-    return hidden
+def inside_padded() -> bool:
+    """Whether code runs in a context of `padded`."""
+    return any(owner is padded for owner, _ in _forwards)
+
+
+def unpacked(block: nn.Module, hidden: Tensor) -> Tensor:
+    """(B, T, C) of hidden states from inside `block`, or from what it returns, in the forward under
+    way: zeros at padding where they were packed, the same tensor where not.
+    """
+    call = _call_of(block)
+    if call is None or not call.tokens.holds_packed(hidden):
+        return hidden
+    return call.tokens.unpack(hidden)
 
 
 def _call_of(block: nn.Module) -> PackedCall | None:
@@ -95,14 +102,20 @@ def members(base: type, forward: Callable[..., Any]) -> dict[str, Any]:
     def call(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
         packed = _call_of(self)
         if packed is not None and not torch.compiler.is_compiling():
+            if self._compiled_call_impl is not None:  # graphs of packed tensors, of any length
+                return _run_packed(self, base.__call__, packed, args, kwargs)
             kwargs[_KEY] = packed
         return base.__call__(self, *args, **kwargs)
 
     def run(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
         packed = kwargs.pop(_KEY, None)
-        if packed is None and not torch.compiler.is_compiling():
+        compiled = torch.compiler.is_compiling() or self._compiled_call_impl is not None
+        if packed is None and not compiled:
             # where `forward` is called alone, and where a checkpoint around it is recomputed
-            packed = _call_of(self) or _call_noted(args, kwargs)
+            noted = _attributes(args, kwargs)
+            packed = _call_of(self) if _forwards else noted.get(_ATTRIBUTE)
+            if packed is None:  # of a forward that ran packed on the same tensor
+                noted.pop(_ATTRIBUTE, None)
         if packed is None:
             return forward(self, *args, **kwargs)
         return _run_packed(self, forward, packed, args, kwargs)
@@ -122,11 +135,12 @@ def checkpointed(made: type) -> None:
             return
 
 
-def _call_noted(args: tuple[Any, ...], kwargs: dict[str, Any]) -> PackedCall | None:
+def _attributes(args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
+    """Those of the first tensor in a call."""
     for value in (*args, *kwargs.values()):
         if isinstance(value, Tensor):
-            return getattr(value, _ATTRIBUTE, None)
-    return None
+            return vars(value)
+    return {}
 
 
 def _run_packed(

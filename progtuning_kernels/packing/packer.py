@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import pickle
 from collections import Counter
 from collections.abc import Callable, Collection, Iterator, Mapping, MutableMapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import numpy as np
@@ -23,17 +24,24 @@ from ..model.forward_hooks import foreign_hook, own_forward
 from ..model.layout import Layout
 from ..text_table import text_table
 from . import heads
-from .blocks import PackedCall, begin_forward, end_forward
+from .blocks import PackedCall, begin_forward, end_forward, inside_padded
 from .known_mask import known_mask
 from .tokens import GROUPS, cost_of_group, kept_of, on_host, pack_places, waits_for
 from .trial import Installed, Outcome, Trial, labels_like
-from .trial_batch import masks_of
+from .trial_batch import masks_of, trial_calls
 
 Packing = Literal["auto", "on", "off"]
 
 # Of a batch's places: with more real tokens than this, "auto" leaves the batch padded.
 MOST_REAL = 0.95
 _MOST_TRIALS = 4  # on batches that show nothing
+_NOTHING_YET = (
+    "no training forward with padding has come yet (those that torch.compile runs as a whole do "
+    "not count: they stay padded)"
+)
+_ACCELERATES = "as accelerate gives it for its device hooks and regional compilation"
+_NO_MASK = "it has no attention_mask"
+Share = Callable[[bytes], bytes]
 
 
 @dataclass(frozen=True)
@@ -113,8 +121,19 @@ class Packer:
         # masks that the caller's own dicts hold and have given way to a known one, by dict and name
         self._replaced: list[tuple[MutableMapping[str, Any], str, Tensor]] = []
 
-    def learn(self, args: tuple[Any, ...], kwargs: dict[str, Any], boundary: int) -> None:
-        """Try packing before a training forward, unless that is known for all that trains."""
+    def learn(
+        self,
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+        boundary: int,
+        share: Share | None = None,
+    ) -> None:
+        """Try packing before a training forward, unless that is known for all that trains.
+
+        Args:
+            share: gives every rank what the first one has. All ranks try on its rows, which takes
+                as many forwards everywhere, and do what it does.
+        """
         if self._mode == "off" or self.busy:
             return
         if self._installed is not None and self._installed.is_outdated():
@@ -122,25 +141,50 @@ class Packer:
         decided = self._outcome.decided or self._trials == _MOST_TRIALS
         if decided and self._tried_from is not None and boundary >= self._tried_from:
             return
-        try:
-            call = Call(self._names, args, kwargs)
-            if self._reason(call) is not None or not masks_of(call):
+        calls = self._trial_calls(args, kwargs)
+        if share is None:
+            if isinstance(calls, str):
                 return
-        except UnknownContent:
-            return
-        trials = self._trials
+        else:
+            calls = self._received(share(_sent(calls)))
+        trials = 0 if decided else self._trials
         self.remove()
-        self._trials = 1 + trials
+        self._trials, self._tried_from = 1 + trials, boundary
+        if isinstance(calls, str):
+            self._outcome = Outcome(
+                reasons={s.path: calls for s in self._layout.stacks}, decided=False
+            )
+            return
         trial = Trial(self._model, self._layout, self._place, sharded=self.sharded)
         self.busy = True
         try:
-            self._outcome = trial.learn(call)
+            outcome = trial.learn(calls)
         finally:
             self.busy = False
-        self._tried_from = boundary
+        self._outcome = outcome if share is None else _as_first(outcome, share)
         recipes = {p: r for p, r in self._outcome.recipes.items() if p not in self._refused}
         if recipes:
             self._installed = Installed(self._model, recipes, self._place)
+
+    def _trial_calls(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Call] | str:
+        """Calls for a trial, or why there are none."""
+        try:
+            call = Call(self._names, args, kwargs)
+            if (reason := self._reason(call)) is not None:
+                return reason
+            return [*trial_calls(call, self._model)] if masks_of(call) else _NO_MASK
+        except UnknownContent as error:
+            return str(error)
+
+    def _received(self, sent: bytes) -> list[Call] | str:
+        calls = pickle.loads(sent)
+        if isinstance(calls, str):
+            return calls
+        device = next(self._model.parameters()).device
+        return [
+            call.changed(lambda _, v: v.to(device) if isinstance(v, torch.Tensor) else v)
+            for call in calls
+        ]
 
     def remove(self) -> None:
         """Take everything out of the model; the next training forward tries again."""
@@ -160,18 +204,23 @@ class Packer:
             self._paused = before
 
     def begin(
-        self, args: tuple[Any, ...], kwargs: dict[str, Any]
+        self, args: tuple[Any, ...], kwargs: dict[str, Any], *, aside: bool = False
     ) -> tuple[tuple[Any, ...], dict[str, Any]]:
-        """Pack the forward that begins, if it can be; its arguments."""
+        """Pack the forward that begins, if it can be; its arguments.
+
+        `aside`: a forward beside those of the loop, which the report does not count, and of whose
+        output nothing is used.
+        """
         calls: dict[int, PackedCall] = {}
         read: dict[str, np.ndarray] = {}
-        if self._mode != "off" and not self._paused:
+        if self._mode != "off" and not self._paused and not inside_padded():
             try:
                 call = Call(self._names, args, kwargs)
-                reason = self._reason(call) or self._pack(call, calls, read)
+                reason = self._reason(call, aside=aside)
+                reason = reason or self._pack(call, calls, read, aside=aside)
             except UnknownContent as error:
                 reason = str(error)
-            if reason is not None:
+            if reason is not None and not aside:
                 self._padded[reason] += 1
         begin_forward(self, calls)
         if read:
@@ -207,7 +256,7 @@ class Packer:
             {name: change(name, value) for name, value in kwargs.items()},
         )
 
-    def _reason(self, call: Call) -> str | None:
+    def _reason(self, call: Call, *, aside: bool = False) -> str | None:
         """Why a forward with these arguments runs padded, as far as its mask does not matter."""
         named = call.named
         if (reason := wanted_of_all_blocks(self._model, named)) is not None:
@@ -216,16 +265,27 @@ class Packer:
             if name in named:
                 return f"{name} was given"
         wants_cache = named.get("use_cache") is not False and self._outcome.makes_cache
-        trains = torch.is_grad_enabled() and self._model.training
-        if named.get("use_cache") is True or (wants_cache and not trains):
+        returned = not aside and not (torch.is_grad_enabled() and self._model.training)
+        if named.get("use_cache") is True or (wants_cache and returned):
             return "the output holds keys and values of all blocks: pass use_cache=False"
         for path, block in self._blocks():
-            if block._compiled_call_impl is not None:
-                return f"{path} is compiled"
+            if block._compiled_call_impl is not None and (why := self._uncompilable(block)):
+                return f"{path} is compiled, and {why}"
             if own_forward(block) is not None:
-                return f"{path} has a forward of its own, as accelerate gives it"
+                return f"{path} has a forward of its own, {_ACCELERATES}"
             if (hooked := foreign_hook(block)) is not None:
                 return f"a hook of {hooked} on {path} would see packed tokens"
+        return None
+
+    def _uncompilable(self, block: nn.Module) -> str | None:
+        """Why a block that is compiled alone cannot run packed."""
+        if getattr(block, "gradient_checkpointing", False) and block.training:
+            return "checkpointed: its recomputation would not know which tokens it has"
+        if _in_one_graph(block._compiled_call_impl):
+            return "with fullgraph=True: attention of packed tokens runs between graphs"
+        recipes = () if self._installed is None else self._installed.recipes.values()
+        if any(recipe.padded for recipe in recipes):
+            return "modules inside would run padded"
         return None
 
     @property
@@ -234,21 +294,28 @@ class Packer:
         config = getattr(self._model, "config", None)
         names = {getattr(c, "_attn_implementation", None) for c in text_configs(config)}
         inside = (self._model.get_submodule(path) for path in self._layout.containers)
-        return "flex_attention" not in names and not any(
-            m._compiled_call_impl is not None or hasattr(m, "_orig_mod") for m in inside
-        )
+        if any(m._compiled_call_impl is not None or hasattr(m, "_orig_mod") for m in inside):
+            return False
+        if any(block._compiled_call_impl is not None for _, block in self._blocks()):
+            return names <= {"sdpa", "eager"}  # others hand the mask itself to blocks
+        return "flex_attention" not in names
 
     def _blocks(self) -> Iterator[tuple[str, nn.Module]]:
         for path in self._layout.block_paths:
             yield path, self._model.get_submodule(path)
 
     def _pack(
-        self, call: Call, calls: dict[int, PackedCall], read: dict[str, np.ndarray]
+        self,
+        call: Call,
+        calls: dict[int, PackedCall],
+        read: dict[str, np.ndarray],
+        *,
+        aside: bool,
     ) -> str | None:
         """Fill `calls`; why none of them, if none. `read` gets the masks that a device gave."""
         masks = masks_of(call)
         if not masks:
-            return "it has no attention_mask"
+            return _NO_MASK
         if self._installed is None:
             return self._outcome_reason()
         wanted = {
@@ -276,12 +343,12 @@ class Packer:
                 groups = self.groups if grouped else 1
                 cost = cost_of_group(mask.device, recipe.heads)
                 tokens = pack_places(kept, mask.device, groups=groups, cost=cost)
-                calls.update(
-                    self._installed.calls(path, tokens, above=real <= heads.MOST_REAL * size)
-                )
-                self._places += size
-                self._tokens += real
-        self._batches += bool(calls)
+                above = real <= heads.MOST_REAL * size
+                calls.update(self._installed.calls(path, tokens, above=above))
+                if not aside:
+                    self._places += size
+                    self._tokens += real
+        self._batches += bool(calls) and not aside
         return None if calls else problem
 
     def _outcome_reason(self) -> str:
@@ -316,7 +383,7 @@ class Packer:
                 text += f", not {above}: {against}" if against else f", {above} too"
             return text
         reason = self._refused.get(path) or self._outcome.reasons.get(path)
-        return f"padded: {reason or 'no training forward with padding has come yet'}"
+        return f"padded: {reason or _NOTHING_YET}"
 
     def state_dict(self) -> dict[str, str]:
         """Stacks that stay padded, with the reason."""
@@ -338,6 +405,37 @@ def _read(
     found = on_host(wanted)
     return dict(zip(masks, found, strict=False)), dict(
         zip(labels, found[len(masks) :], strict=True)
+    )
+
+
+def _in_one_graph(compiled: Callable[..., Any]) -> bool:
+    """Whether `torch.compile` made it to raise where it would need a second graph."""
+    held = [cell.cell_contents for cell in compiled.__closure__ or ()]
+    names = ("fullgraph", "_one_graph")  # torch has no question for it
+    return any(getattr(value, name, False) is True for value in held for name in names)
+
+
+def _sent(calls: list[Call] | str) -> bytes:
+    if isinstance(calls, str):
+        return pickle.dumps(calls)
+    on_host = [
+        c.changed(lambda _, v: v.detach().cpu() if isinstance(v, torch.Tensor) else v)
+        for c in calls
+    ]
+    try:
+        return pickle.dumps(on_host)
+    except Exception as error:  # of the arguments' own code
+        return pickle.dumps(f"its arguments cannot be sent to other ranks: {error}")
+
+
+def _as_first(outcome: Outcome, share: Share) -> Outcome:
+    """What the first rank has found, with the recipes of this one for what packs on both."""
+    own = [*outcome.recipes], replace(outcome, recipes={})
+    packs, first = pickle.loads(share(pickle.dumps(own)))
+    return replace(
+        first,
+        recipes={path: recipe for path, recipe in outcome.recipes.items() if path in packs},
+        reasons={**outcome.reasons, **first.reasons},
     )
 
 

@@ -53,32 +53,22 @@ class _Place(torch.autograd.Function):
 
 
 class _Unpack(torch.autograd.Function):
-    """(1, N, ...) to (B, T, ...), zeros or noise at padding.
+    """Rows (N, ...) at `index` of `padded` (B, T, ...), which is filled in place.
 
-    What it returns is no view: written into, one would lose its gradient under FSDP2.
+    What it returns is no view: FSDP2 loses its hooks on one that is written into.
     """
 
     @staticmethod
-    def forward(
-        ctx: Any,
-        packed: Tensor,
-        index: Tensor,
-        places: torch.Size,
-        noise: torch.Generator | None,
-    ) -> Tensor:
+    def forward(ctx: Any, packed: Tensor, padded: Tensor, index: Tensor) -> Tensor:
         ctx.save_for_backward(index)
-        shape = *places, *packed.shape[2:]
-        if noise is None:
-            padded = packed.new_zeros(shape)
-        else:
-            padded = torch.randn(shape, generator=noise, device="cpu").to(packed)
-        padded.flatten(0, 1).index_copy_(0, index, packed[0])
+        ctx.mark_dirty(padded)
+        padded.view(-1, *padded.shape[2:]).index_copy_(0, index, packed)
         return padded
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None]:
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
         (index,) = ctx.saved_tensors
-        return grad.flatten(0, 1).index_select(0, index).unsqueeze(0), None, None, None
+        return grad.flatten(0, 1).index_select(0, index), None, None
 
 
 @dataclass(frozen=True)
@@ -156,7 +146,12 @@ class PackedTokens:
 
     def unpack(self, packed: Tensor) -> Tensor:
         """(1, N, ...) to (B, T, ...), zeros at padding."""
-        return _Unpack.apply(packed, self.index, self.slot.shape, self.noise)
+        shape = *self.slot.shape, *packed.shape[2:]
+        if self.noise is None:
+            padded = packed.new_zeros(shape)
+        else:
+            padded = torch.randn(shape, generator=self.noise, device="cpu").to(packed)
+        return _Unpack.apply(packed[0], padded, self.index)
 
     def pad(self, packed: Tensor) -> Tensor:
         """(1, N, ...) to (B, T, ...); at padding stand other tokens of the same row."""

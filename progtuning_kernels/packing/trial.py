@@ -6,7 +6,8 @@ gradients are compared. README.md lists what is found out so.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterator, Mapping
+import warnings
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field, replace
 from itertools import chain
@@ -49,7 +50,7 @@ from .blocks import (
 from .heads import HeadsSeen, reason_for_padding, run_head_packed
 from .submodules import PaddedRole, run_padded
 from .tokens import GROUPS, kept_places, pack_places
-from .trial_batch import masks_of, trial_calls
+from .trial_batch import masks_of
 
 _GRADIENTS = {torch.float32: 1e-4, torch.float64: 1e-8, torch.float16: 2e-2, torch.bfloat16: 5e-2}
 _GRADIENT_BYTES = 2**28  # that one side of the comparison may hold
@@ -113,13 +114,15 @@ class Trial:
         self._layout = layout
         self._place = place
         self._sharded = sharded
+        # a trial runs inside the forward of a sharded model, whose hooks expect no other one in it
+        self._call = model.forward if sharded else model
         self._gpus = gpus_of(model)
 
-    def learn(self, call: Call) -> Outcome:
-        """Try every stack; leaves nothing installed."""
+    def learn(self, calls: Sequence[Call]) -> Outcome:
+        """Try every stack on those of `trial_calls`; leaves nothing installed."""
         outcome = Outcome(decided=False)
         with self._without_trace():
-            for at, made in enumerate(trial_calls(call, self._model)):
+            for at, made in enumerate(calls):
                 try:
                     found = self._try_all(made)
                 except Exception as error:  # the model's own code, on a batch that we made
@@ -143,7 +146,9 @@ class Trial:
             buffers_kept(self._model),
             _without_dropout(self._model),
             torch.enable_grad() if not self._sharded else torch.no_grad(),
+            warnings.catch_warnings(),
         ):
+            warnings.simplefilter("ignore")  # the forward itself will give them
             yield
         torch.clear_autocast_cache()
 
@@ -282,7 +287,7 @@ class Trial:
     def _call_model(self, call: Call) -> Any:
         # some models write into what they are called with
         args, kwargs = with_own_containers((call.args, dict(call.kwargs)), clone=True)
-        return self._model(*args, **kwargs)
+        return self._call(*args, **kwargs)
 
     def _run(self, call: Call) -> _Run:
         state = torch_state(self._gpus)
