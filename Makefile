@@ -9,7 +9,7 @@ CONSTRAINTS ?= constraints.txt
 BIN := .venv/bin
 SOURCES := pyproject.toml setup.py $(CONSTRAINTS) $(wildcard csrc/*)
 
-.PHONY: demo test lint types bench bench-compare gpu-suite accuracy clean
+.PHONY: demo test lint types bench bench-packing bench-compare gpu-suite accuracy clean
 
 demo: .venv/.demo ## fine-tune a pretrained model fully and progressively, and compare
 	$(BIN)/progtuning demo $(ARGS)
@@ -30,6 +30,10 @@ bench: .venv/.bench ## this machine's CPU: the optimizer, dropout, and whole tra
 	$(BIN)/python benchmarks/dropout.py --output $(OUT)
 	set -e; for name in $(EXPERIMENTS); do \
 	  $(BIN)/python benchmarks/run.py benchmarks/experiments/$$name.toml --output $(OUT) $(ARGS); done
+	$(BIN)/python benchmarks/plot.py $(OUT) --docs $(OUT)
+
+bench-packing: .venv/.bench ## rows of real lengths, padded and packed: make bench-packing DATA=FOLDER, of <task>/train.jsonl
+	$(BIN)/python benchmarks/packing.py $(if $(filter-out glue,$(DATA))$(wildcard $(DATA)),--data $(DATA)) --output $(OUT) $(ARGS)
 	$(BIN)/python benchmarks/plot.py $(OUT) --docs $(OUT)
 
 bench-compare: .venv/.bench ## this commit against a saved one: ARGS="--benchmark-save=NAME", then ARGS="--benchmark-compare"

@@ -4,7 +4,8 @@
     python benchmarks/plot.py benchmarks/results/DEVICE --docs docs # and draws docs/*.png
 
 Nothing is measured here and no figure is typed in: all is read from `training/*.json`, which
-`benchmarks/run.py` wrote, from the runs of the demo in `demo/`, and from `contribution/sst2.json`.
+`benchmarks/run.py` wrote, from `packing/*.json`, of `benchmarks/packing.py`, from the runs of the
+demo in `demo/`, and from `contribution/sst2.json`.
 """
 
 from __future__ import annotations
@@ -28,6 +29,81 @@ def load(folder: Path) -> list[dict[str, Any]]:
     """The experiments of a device's folder; those with targets first, else by name."""
     found = [json.loads(path.read_text()) for path in sorted(folder.glob("training/*.json"))]
     return sorted(found, key=lambda content: not content["experiment"]["targets"])
+
+
+def load_packing(folder: Path) -> list[dict[str, Any]]:
+    """The tasks of the packing benchmark, those with the most padding first."""
+    found = [json.loads(path.read_text()) for path in folder.glob("packing/*.json")]
+    return sorted(found, key=lambda content: content["shape"]["random"]["real_share"])
+
+
+def packing_table(contents: Sequence[Mapping[str, Any]]) -> str:
+    """Markdown: a line per task, a column per way; how often it is as fast as full training, and
+    in brackets what the planner's operations predict.
+    """
+    ways = [*contents[0]["ways"]][1:]
+    lines = [f"| rows of | real tokens | {' | '.join(ways)} |", f"|---|---:|{'---:|' * len(ways)}"]
+    for content in contents:
+        share = content["shape"]["random"]["real_share"]
+        cells = [content["experiment"]["task_title"], f"{share:.2f}"]
+        for way in ways:
+            speedup, predicted = speedup_of(content, way), content["predicted"]["speedup"][way]
+            cells.append(f"{speedup:.2f} ({predicted:.2f})" if speedup else "")
+        lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def packing_stage_table(contents: Sequence[Mapping[str, Any]]) -> str:
+    """Markdown: by stage, median and quartiles over batches of full training's time over ours."""
+    boundaries = [s["boundary"] for s in contents[0]["ways"]["ours"]["stages"]]
+    heads = " | ".join(f"boundary {k}" for k in boundaries)
+    lines = [f"| rows of | | {heads} |", f"|---|---|{'---:|' * len(boundaries)}"]
+    for content in contents:
+        for way, entry in content["ways"].items():
+            stages = {
+                s["boundary"]: s["over_full"]
+                for s in entry.get("stages", ())
+                if way != "HF" and "over_full" in s
+            }
+            if not stages:
+                continue
+            cells = [
+                f"{s['median']:.2f} ({s['p25']:.2f}-{s['p75']:.2f})" if s else ""
+                for s in map(stages.get, boundaries)
+            ]
+            lines.append(f"| {content['experiment']['task_title']} | {way} | {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def speedup_of(content: Mapping[str, Any], way: str) -> float | None:
+    """Of a whole run, over full training on padded random batches; None without a number."""
+    return content["ways"][way].get("speedup")
+
+
+def packing_figure(contents: Sequence[Mapping[str, Any]]) -> Figure:
+    """Whole runs, a group of bars per task; the ticks on them are predictions."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(8, 3.6), layout="constrained")
+    ax = figure.subplots()
+    ways = [*contents[0]["ways"]][1:]
+    width = 0.85 / len(ways)
+    colours = (OTHERS, NAIVE, OURS, "#56B4E9", FULL)
+    for index, (way, colour) in enumerate(zip(ways, colours, strict=True)):
+        at = [task + (index - (len(ways) - 1) / 2) * width for task in range(len(contents))]
+        heights = [speedup_of(content, way) or float("nan") for content in contents]
+        predicted = [content["predicted"]["speedup"][way] for content in contents]
+        ax.bar(at, heights, width=0.9 * width, color=colour, label=way)
+        ax.plot(at, predicted, "_", color="black", markersize=60 * width)
+    ax.axhline(1, color="black", linewidth=0.8, linestyle=":")
+    shares = [content["shape"]["random"]["real_share"] for content in contents]
+    titles = [content["experiment"]["task_title"] for content in contents]
+    labels = [f"{t}\n{s:.0%} real" for t, s in zip(titles, shares, strict=True)]
+    ax.set_xticks(range(len(contents)), labels)
+    ax.set_ylabel("times as fast as full training\non padded random batches")
+    ax.spines[["top", "right"]].set_visible(False)
+    figure.legend(loc="outside lower center", ncols=3, frameon=False, fontsize=9)
+    return figure
 
 
 def measured(content: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
@@ -230,13 +306,15 @@ def contribution_figure(stored: Mapping[str, Any]) -> Figure:
 def draw(results: Path, folder: Path) -> list[Path]:
     """The figures of the README that a device's results have the figures for.
 
-    training.png; training_stages.png, of the first experiment; stages.png and units.png, of the
-    demo; contribution.png.
+    training.png; training_stages.png, of the first experiment; packing.png; stages.png and
+    units.png, of the demo; contribution.png.
     """
     figures: dict[str, Figure | None] = {}
     if contents := load(results):
         figures["training"] = run_figure(contents)
         figures["training_stages"] = stage_figure(contents[0])
+    if packing := load_packing(results):
+        figures["packing"] = packing_figure(packing)
     if demo := sorted(results.glob("demo/*.json")):
         runs = [report.load_run(path) for path in demo]
         rows = report.group_runs(runs)
@@ -258,14 +336,17 @@ def main() -> None:
     parser.add_argument("folder", type=Path, help="results of a device: benchmarks/results/DEVICE")
     parser.add_argument("--docs", type=Path, help="write the figures into this folder")
     arguments = parser.parse_args()
-    contents = load(arguments.folder)
+    contents, packing = load(arguments.folder), load_packing(arguments.folder)
     if contents:
         print(table(contents))
         print("\n" + "\n".join(verdict_lines(contents)))
+    if packing:
+        print(packing_table(packing) + "\n\n" + packing_stage_table(packing))
+        print("\n" + "\n".join(verdict_lines(packing)))
     drawn = draw(arguments.folder, arguments.docs) if arguments.docs is not None else []
     for path in drawn:
         print(path)
-    if not contents and not drawn:
+    if not contents and not packing and not drawn:
         raise SystemExit(f"nothing in {arguments.folder / 'training'}: run benchmarks/run.py first")
 
 

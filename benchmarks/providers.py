@@ -203,9 +203,10 @@ def _schedule(work: Work) -> ProgressiveSchedule:
 
 
 def _ours(work: Work, *, cached: bool = False, compiled: bool = False, **options: Any) -> Session:
-    """options: of `patch_model` (frozen_mode, kernels), the others of `MaskedAdamW`."""
+    """options: of `patch_model` (frozen_mode, kernels, packing), the others of `MaskedAdamW`."""
     model = work.model()
-    patching = {name: options.pop(name) for name in ("frozen_mode", "kernels") if name in options}
+    names = ("frozen_mode", "kernels", "packing")
+    patching = {name: options.pop(name) for name in names if name in options}
     if work.forced_kernels and "kernels" not in patching:
         patching["kernels"] = "on"
     cache = PrefixCache(4 * GIB, device=work.device.type) if cached else None
@@ -301,4 +302,5 @@ PROVIDERS: dict[str, Provider] = {
     "ours, frozen state kept": _planned(_with(on_freeze="keep")),
     "ours, frozen dropout kept": _planned(_with(frozen_mode="train")),
     "ours, kernels off": _planned(_with(kernels="off")),
+    "ours, packing off": _planned(_with(packing="off")),
 }

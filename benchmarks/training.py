@@ -10,6 +10,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
+from real_rows import Row, padded, random_batches
 from torch import nn
 
 from progtuning_kernels import ProgressiveSchedule
@@ -63,6 +64,7 @@ class Work:
         clip: norm that gradients are clipped to.
         dropout: None: what the config has, 0.1 for BERT, none for Llama.
         forced_kernels: swap kernels in whatever the size of a call: for the gate, of few rows.
+        real_rows: for BERT: batches are random ones of these, padded to their longest row each.
     """
 
     shape: str
@@ -77,6 +79,7 @@ class Work:
     clip: float = 1.0
     dropout: float | None = None
     forced_kernels: bool = False
+    real_rows: tuple[Row, ...] = ()
 
     @property
     def sizes(self) -> Shape:
@@ -127,6 +130,10 @@ class Work:
 
     def epoch(self, number: int) -> list[Batch]:
         """The same rows in every epoch, in batches of other company."""
+        if self.real_rows:
+            batches = random_batches(self.real_rows, self.rows, seed=100 + number)
+            vocabulary = self.sizes.vocabulary
+            return [padded(rows, vocabulary, self.device) for rows in batches[: self.batches]]
         generator = torch.Generator().manual_seed(1)
         count = self.rows * self.batches
         ids = torch.randint(5, self.sizes.vocabulary, (count, self.tokens), generator=generator)

@@ -140,11 +140,15 @@ class Wrapper:
         self._ranks = self._all_ranks()
         self._timeout = timeout or self._group_timeout()
         self._meeting = f"progtuning/{next(_meetings)}/{min(self._ranks, default=0)}"
-        self._round = 0
+        self._round = self._shared = 0
 
     @property
     def sharded(self) -> bool:
         return self._root is not None
+
+    @property
+    def on_several_ranks(self) -> bool:
+        return len(self._ranks) > 1
 
     def holds(self, found: nn.Module) -> bool:
         """Whether `found`, of `surrounding`, is what this was made for."""
@@ -165,6 +169,29 @@ class Wrapper:
         names = [slot.name for slot in slots if slot.parameter.requires_grad]
         self._agree(step, f"step {step}, boundary {boundary}, {len(names)} active tensors", names)
         self._rebuild(boundary)
+
+    def share(self, value: bytes) -> bytes:
+        """What the first rank was called with, on all ranks; `RuntimeError` where that does not
+        come in time.
+        """
+        store = dist.distributed_c10d._get_default_store()
+        place = f"{self._meeting}/shared/{self._shared}"
+        self._shared += 1
+        if dist.get_rank() == self._ranks[0]:
+            store.set(place, value)
+            return value
+        try:
+            store.wait([place], self._timeout)
+        except RuntimeError as error:
+            raise RuntimeError(
+                f"rank {self._ranks[0]} has not come to this forward within "
+                f"{self._timeout.total_seconds():.0f} s: {error}"
+            ) from error
+        value = store.get(place)
+        if store.add(f"{place}/read", 1) == len(self._ranks) - 1:  # nobody else will
+            store.delete_key(place)
+            store.delete_key(f"{place}/read")
+        return value
 
     def release(self) -> None:
         """Have everything reduced and gathered again, for a model that is not patched any more."""

@@ -352,11 +352,13 @@ def check_fsdp2(rank: int) -> None:
         expected, alone = reference(make(), annealed=name == "annealed")
         model = tiny_model("bert-sequence").train()
         before = name in ("never", "cyclic", "adaptive")  # frozen blocks get sharded, too
+        tries = name in ("progressive", "never")  # to pack, in the first forward
+        options = {"kernels": "off", "packing": "on" if tries else "off"}
         if before:
-            handle = patch_model(model, make(), kernels="off")
+            handle = patch_model(model, make(), **options)
         shard(model)
         if not before:
-            handle = patch_model(model, make(), kernels="off")
+            handle = patch_model(model, make(), **options)
         optimizer, scheduler = optimizer_of(handle, annealed=name == "annealed")
         left_gathered = False
         while handle.step < STEPS:
@@ -364,11 +366,13 @@ def check_fsdp2(rank: int) -> None:
             loss = model(**batch(handle.step, rank)).loss
             forward, counted.gathers = counted.gathers, 0
             # the root and four blocks; after an evaluation the root still is, within a stage
-            assert forward == 5 - left_gathered, name
+            tried = tries and handle.step == 0
+            assert forward == 5 - left_gathered or tried, name
             loss.backward()
             # blocks from the boundary on; the root keeps its weights from the forward
             what = f"{name}, step {handle.step}, boundary {handle.boundary}: {counted.gathers}"
-            assert counted.gathers == handle.num_blocks - handle.boundary, what
+            # after a trial FSDP2 takes its last block for one below block 0, and prefetches it
+            assert counted.gathers == handle.num_blocks - handle.boundary + tried, what
             # to the byte, but for rows that do not divide by the ranks
             planned = active_bytes(model)
             assert planned <= counted.scattered_bytes <= 1.05 * planned + 256, name
@@ -392,6 +396,7 @@ def check_fsdp2(rank: int) -> None:
             assert not any(ours[1:]), f"{name}: {type(module).__mro__}"  # on top, if anywhere
         if name == "progressive":
             handle.truncation_report().assert_truncated()
+        assert handle.packing_report().packs == tries
         handle.unpatch()
         assert not any(cls in derived_classes() for m in model.modules() for cls in type(m).__mro__)
         assert all(p.requires_grad for p in model.parameters())

@@ -107,6 +107,9 @@ class ForwardPlan:
             call,
             None if read is None else (level, read),
             draws=path.draws,
+            # what a packed forward leaves at padding, and in holes of a mask, is not what a padded
+            # one does
+            packed=path.unpadded and path.per_token and all(call.spans[1]),
         )
         if read is None:
             self.watch.stop(started, lambda ms: self.counts.add_prefix(ms, len(chosen)))

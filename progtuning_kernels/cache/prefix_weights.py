@@ -11,6 +11,7 @@ from torch import nn
 
 from ..model.forward_hooks import ForwardHooks
 from ..model.layout import EMBEDDINGS, Layout
+from ..packing import runs_padded
 from .prefix_inputs import Place
 
 _PLAIN = (bool, int, float, str)
@@ -86,8 +87,8 @@ class PrefixWeights:
             forward = own.get("forward")
             if isinstance(getattr(forward, "__self__", None), ForwardHooks):  # for one forward
                 forward = None
-            if own["_forward_hooks"] or forward is not None:
-                hooks = map(id, own["_forward_hooks"].values())
+            hooks = [id(h) for h in own["_forward_hooks"].values() if not runs_padded(h)]
+            if hooks or forward is not None:
                 plain.append(("hooks", (*hooks, id(forward))))
         return plain
 
@@ -97,7 +98,8 @@ class PrefixWeights:
             for module in modules:
                 for hook in module._forward_hooks.values():
                     # transformers' own, for hidden states, get what they want from the stand-ins
-                    if not getattr(hook, "__module__", "").startswith("transformers."):
+                    own = getattr(hook, "__module__", "").startswith("transformers.")
+                    if not own and not runs_padded(hook):
                         return type(module).__name__
         return None
 

@@ -16,6 +16,7 @@ from torch import nn
 
 from ..model.derived_classes import root_of
 from ..model.layout import EMBEDDINGS, Layout
+from ..packing import unpacked
 from .stand_ins import Run, Structure, Swaps, UnservableError, entering, output_handed_to
 
 
@@ -141,6 +142,7 @@ class Level:
         self._fed: torch.Tensor | None = None
         self._feeding = Swaps(model, runs)
         self._model, self._last = model, last
+        self._block = layout.block_paths[level - 1]
 
     @property
     def was_fed(self) -> bool:
@@ -154,11 +156,11 @@ class Level:
 
     def take(self, receive: Callable[[torch.Tensor], None]) -> AbstractContextManager[None]:
         """A context in which one forward hands its boundary activations to `receive`."""
+        module, block = map(self._model.get_submodule, (self._last, self._block))
 
         def hand_on(output: Any) -> None:
-            receive(self._structure.hidden(output).detach())
+            receive(unpacked(block, self._structure.hidden(output).detach()))
 
-        module = self._model.get_submodule(self._last)
         if module._compiled_call_impl is None:
             return output_handed_to(hand_on, module)
 

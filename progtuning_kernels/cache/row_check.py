@@ -14,7 +14,7 @@ from ..model.outputs import STORED_TOLERANCE, TOLERANCE, close_rows
 from .keyed_rows import KeyedRows
 from .prefix_weights import PrefixWeights
 from .side_forwards import SideForwards
-from .trial import Path
+from .trial import Path, error_line
 
 _PROBE_EVERY = 256  # served forwards; one row each
 
@@ -37,6 +37,7 @@ class RowCheck:
     Attributes:
         sample: a row that was computed in this stage.
         doubted: a setting of the model has changed since a row was looked at.
+        problem: why rows were dropped last.
     """
 
     weights: PrefixWeights
@@ -45,6 +46,7 @@ class RowCheck:
     dtype: torch.dtype | None  # of stored rows; None: that of the activations
     sample: Sample | None = None
     doubted: bool = False
+    problem: str = ""
     _level: int = 0
     _settings: list[tuple[str, Any]] | None = None  # after the last forward
     _grads_before: bool | None = None
@@ -108,6 +110,10 @@ class RowCheck:
             computed = self.side.boundary_activations(
                 path.levels, self._level, sample.call, draws=path.draws
             )
-        except Exception:  # a setting under which it does not even run
+        except Exception as error:  # a setting under which it does not even run
+            self.problem = (
+                f"stored rows were dropped: computing one again raises {error_line(error)}"
+            )
             return False
+        self.problem = "stored rows did not fit the weights any more: dropped"
         return close_rows(computed, sample.hidden, [sample.span], tolerance)

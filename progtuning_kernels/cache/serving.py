@@ -199,7 +199,7 @@ class PrefixServer:
             first = partial(sample, 0, hidden[:1], rows.spans[0])
             if self._check.probe(first, grads=grads, served=self._served):
                 return True
-            self._bypasses["stored rows did not fit the weights any more: dropped"] += 1
+            self._bypasses[self._check.problem] += 1
             return False
 
         plan = ForwardPlan(

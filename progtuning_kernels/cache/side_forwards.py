@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from ..model.call import Call
 from ..model.forward_hooks import buffers_kept
 from ..model.layout import Layout
+from ..packing import padded
 from ..random_state import gpus_of, random_state_kept, set_torch_state, torch_state
 from .recorded_levels import Level
 from .stand_ins import StopForward, UnservableError
@@ -27,9 +28,10 @@ class SideForwards:
 
     @contextmanager
     def without_trace(self) -> Iterator[None]:
-        """No gradients, and no trace in buffers or in random numbers."""
+        """Padded, no gradients, and no trace in buffers or in random numbers."""
         with (
             random_state_kept(self._model),
+            padded(),
             self._busy(),
             torch.compiler.set_stance("force_eager"),
             buffers_kept(self._model),
@@ -71,12 +73,14 @@ class SideForwards:
         source: tuple[int, Tensor] | None = None,
         *,
         draws: bool,
+        packed: bool = False,
     ) -> Tensor:
         """What block `at` gets, (B, T, C), of all rows of `call`, by a forward that ends there.
 
         Args:
             source: a lower level and its boundary activations, to start from.
             draws: random numbers are drawn on the way; the generators are set back.
+            packed: it runs packed where the model does, and zeros stand at padding.
         """
         taken: list[Tensor] = []
 
@@ -95,6 +99,8 @@ class SideForwards:
         ]
         try:
             with self._busy(), ExitStack() as stand_ins:
+                if not packed:
+                    stand_ins.enter_context(padded())
                 stand_ins.enter_context(levels[at].take(receive))
                 if source is not None:
                     stand_ins.enter_context(levels[source[0]].feed(source[1]).installed())

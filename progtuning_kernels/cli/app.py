@@ -146,6 +146,13 @@ def app() -> None:
 )
 @_tied_option
 @_blocks_option
+@click.option(
+    "--packing",
+    **_choice("auto", "on", "off"),
+    help="Progressive methods: auto leaves padding out of what blocks compute where a batch has "
+    "more than a little of it, on wherever it has any. Rows of like length share a batch in every "
+    "case (16 batches are sorted together), so there is not much.",
+)
 @click.option("--lora-rank", **_positive(8), help="Rank of LoRA adapters.")
 @_column_options
 @click.option("--epochs", **_positive(3))
@@ -210,6 +217,14 @@ def train(dry_run: bool, **options: Any) -> None:
 @click.option("--seq-len", **_positive(128), help="Tokens per row.")
 @click.option(
     "--padding/--no-padding", default=True, help="Whether rows are padded, and attention masked."
+)
+@click.option(
+    "--real-tokens",
+    type=click.FloatRange(0, 1, min_open=True),
+    default=1.0,
+    metavar="SHARE",
+    callback=_finite,
+    help="Share of a batch's places that are no padding: packing computes blocks on these alone.",
 )
 @click.option(
     "--dtype",

@@ -29,6 +29,7 @@ from ..checkpoints import load_checkpoint, save_checkpoint
 from ..freezing.unit_use import measure_forward
 from ..model.layout import EMBEDDINGS, find_layout, parameter_slots
 from ..optim import state_bytes
+from ..packing import PackingReport
 from ..schedules import FreezePlan, annealed_lr, stage_count
 from . import methods, metrics, models
 from .batches import Batch, Collator, Order, encode_causal_lm, encode_classification
@@ -114,6 +115,8 @@ class Run:
         self.scheduler = self._lr_scheduler()
         self.records = Records()
         self.step = 0
+        self.packing: PackingReport | None = None  # of the whole run, at its end
+        self._packed_before = 0, 0  # places and tokens of the stages before, and of side forwards
 
     def train(self, progress: TrainProgress) -> dict[str, Any]:
         """Run to the end (from the newest checkpoint with `resume`), write and return metrics.json.
@@ -131,6 +134,7 @@ class Run:
         stages = stage_count(self.schedule, self.total_steps)
         with progress.running(self.name, self.step, self.total_steps, stages):
             self._train_steps(progress)
+        self.packing = self._packing_report()
         failure = self.failure()
         if failure is None:
             self._save_model()
@@ -168,6 +172,8 @@ class Run:
             if first_of_stage:
                 stage_steps = []
                 self.records.stages.append(self._describe_stage(stage))
+                if (report := self._packing_report()) is not None:
+                    self._packed_before = report.places, report.tokens
             record = self._train_step(window, stage, measure=first_of_stage)
             stage_steps.append(record)
             recent = stage_steps[-20:]
@@ -183,6 +189,9 @@ class Run:
     @property
     def _cache(self) -> PrefixCache | None:
         return None if self.trained.handle is None else self.trained.handle.cache
+
+    def _packing_report(self) -> PackingReport | None:
+        return None if self.trained.handle is None else self.trained.handle.packing_report()
 
     def autocast(self) -> AbstractContextManager:
         if self.autocast_dtype is None:
@@ -274,6 +283,17 @@ class Run:
             "step_ms_median": statistics.median(r["step_ms"] for r in steps),
             "tokens_per_second": sum(r["tokens"] for r in steps) / seconds,
         }
+        if (report := self._packing_report()) is not None:
+            places, tokens = (
+                now - before
+                for now, before in zip(
+                    (report.places, report.tokens), self._packed_before, strict=True
+                )
+            )
+            # of the places of the stage's packed batches; 0 where none was packed
+            self.records.stages[-1]["padding_skipped_share"] = (
+                1 - tokens / places if places else 0.0
+            )
         evaluations = self.records.evaluations
         since = self.step - (evaluations[-1]["step"] if evaluations else 0)
         if self.step < self.total_steps and since < self.total_steps // 24:
@@ -332,7 +352,7 @@ class Run:
 
     def metrics(self) -> dict[str, Any]:
         """The content of metrics.json."""
-        records, s = self.records, self.settings
+        records, s, packing = self.records, self.settings, self.packing
         updates_full = self.num_params * self.step
         return {
             "format": 1,
@@ -371,6 +391,8 @@ class Run:
                 "updates_saved_share": 1 - records.updates / updates_full,
                 "peak_state_bytes": max(stage["state_bytes"] for stage in records.stages),
                 "peak_activation_bytes": max(stage["activation_bytes"] for stage in records.stages),
+                "padding_skipped_share": None if packing is None else packing.skipped_share,
+                "packing": None if packing is None else str(packing),
                 "mean_tokens_per_second": sum(r["tokens"] for r in records.steps)
                 / records.train_seconds,
             },

@@ -98,6 +98,7 @@ def progressive(
             schedule,
             frozen_mode=s.frozen_mode,
             tied=s.tied,
+            packing=s.packing,
             cache=prefix_cache(s),
             blocks=[stack.path for stack in layout.stacks],
         )
@@ -125,6 +126,8 @@ def plain(model: nn.Module, s: TrainSettings, base: nn.Module) -> Trained:
             f"--state-dtype {s.state_dtype} is for the progressive methods; --method {s.method} "
             "uses torch's AdamW"
         )
+    if s.packing == "on":
+        raise UserError(f"--packing on is for the progressive methods, not --method {s.method}")
     device = next(model.parameters()).device
     parameters = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(

@@ -19,7 +19,7 @@ from .sizes import parse_bytes
 
 _DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 _PASSED_ON = ("batch_size", "seq_len", "padding", "optimizer", "master_weights", "in_backward")
-_PASSED_ON += ("cache", "tied", "calibrate")
+_PASSED_ON += ("cache", "tied", "calibrate", "real_tokens")
 _CAUSAL = re.compile(r"(ForCausalLM|LMHeadModel)$")
 
 

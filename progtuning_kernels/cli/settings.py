@@ -6,6 +6,8 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
+from ..packing import Packing
+
 Task = Literal["classification", "causal-lm"]
 Method = Literal["full", "progressive", "progressive-cache", "lora", "progressive-lora"]
 Precision = Literal["auto", "fp32", "bf16"]
@@ -44,6 +46,7 @@ class TrainSettings:
     frozen_mode: str = "eval"
     tied: str = "frozen"
     blocks: str | None = None
+    packing: Packing = "auto"
     cache: str = "auto"
     lora_rank: int = 8
     epochs: int = 3

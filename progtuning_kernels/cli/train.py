@@ -147,6 +147,8 @@ def run(options: Mapping[str, Any], *, dry_run: bool) -> None:
         f"peak saved activations: {summary['peak_activation_bytes'] / 2**20:.1f} MiB",
     ):
         console.print(line, highlight=False)
+    if summary["packing"] is not None:
+        console.print(summary["packing"], highlight=False, markup=False, soft_wrap=True)
     if summary["skipped_steps"]:
         console.print(
             f"{summary['skipped_steps']} of {summary['steps']} steps skipped: non-finite gradients"

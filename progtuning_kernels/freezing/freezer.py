@@ -8,7 +8,7 @@ a wrapper.
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from datetime import timedelta
 from itertools import zip_longest
@@ -105,6 +105,12 @@ class Freezer:
     def sharded(self) -> bool:
         return self._wrapper is not None and self._wrapper.sharded
 
+    @property
+    def share(self) -> Callable[[bytes], bytes] | None:
+        """Gives every rank what the first one has; None where there is one process."""
+        shares = self._wrapper is not None and self._wrapper.on_several_ranks
+        return self._wrapper.share if shares else None
+
     def enter_step(self, step: int, plan: FreezePlan) -> bool:
         """Go to optimizer step `step`, under `plan`; whether flags were set anew."""
         rebuilt = self._rebuilt()
@@ -159,13 +165,16 @@ class Freezer:
             self._note_modules()
             self._freeze_anew()
 
-    def follow_surroundings(self) -> None:
-        """In a training forward: follow its wrapper, its device, and gradient checkpointing."""
+    def follow_wrapper(self) -> None:
+        """Before anything is tried in a training forward: attach what surrounds it."""
         if not self.proved:
             refuse_flat_parameters(self.model)
             found = surrounding(self.model)
             if found is not None and (self._wrapper is None or not self._wrapper.holds(found)):
                 self.attach(found)
+
+    def follow_surroundings(self) -> None:
+        """In a training forward: follow its device and gradient checkpointing."""
         if self.active.device.type != self._device_type:
             self._reinstall_swaps()
         self.truncate_checkpointing()

@@ -2,5 +2,6 @@
 
 from .blocks import padded, unpacked
 from .packer import Packer, Packing, PackingReport
+from .submodules import runs_padded
 
-__all__ = ["Packer", "Packing", "PackingReport", "padded", "unpacked"]
+__all__ = ["Packer", "Packing", "PackingReport", "padded", "runs_padded", "unpacked"]

@@ -8,6 +8,7 @@ keys and values, calls the function that the model would have called, and packs 
 from __future__ import annotations
 
 import copy
+import functools
 import inspect
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -105,7 +106,8 @@ class PackedConfig:
     @property
     def _attn_implementation(self) -> str | None:
         name = self.own._attn_implementation
-        return _Name(name) if isinstance(name, str) else name
+        # a padded forward that is compiled as a whole goes straight to the model's own function
+        return _Name(name) if isinstance(name, str) and (_running or _seen) else name
 
     @property
     def _attn_implementation_internal(self) -> str | None:
@@ -148,9 +150,15 @@ def redirect(module: nn.Module) -> bool:
     if functions is None:
         return False
     if not isinstance(config, PackedConfig):
-        functions.register(_NAME, packed_attention)
+        functions.register(_NAME, _uncompiled())
         module.__dict__["config"] = PackedConfig(config)
     return True
+
+
+@functools.cache
+def _uncompiled() -> Callable[..., Any]:
+    """Attention between the graphs of a compiled block: sizes inside change with every batch."""
+    return torch.compiler.disable(packed_attention)
 
 
 def restore(module: nn.Module) -> None:
@@ -232,7 +240,9 @@ def packed_attention(
         return take_places(
             attend(pad_heads(query, slot, index, rows), key, value, attention_mask), index
         ), None
-    if not (block.grouped and tokens.groups and _divides(attention_mask, tokens, options)):
+    # others leave padding out themselves, and read lengths from the device in every call
+    grouped = block.grouped and tokens.groups and name in ("sdpa", "eager")
+    if not (grouped and _divides(attention_mask, tokens, options)):
         padded = [pad_heads(x, slot, index, rows) for x in (query, key, value)]
         return take_places(attend(*padded, attention_mask), index), None
     found = []

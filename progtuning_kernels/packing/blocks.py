@@ -73,25 +73,46 @@ def padded() -> Iterator[None]:
         end_forward(padded)
 
 
-def unpacked(hidden: Tensor) -> Tensor:
-    """(B, T, C) of hidden states that a block of the forward under way has returned."""
-    for call in _forwards[-1][1].values() if _forwards else ():
-        if call.tokens.holds_packed(hidden):
-            return call.tokens.unpack(hidden)
-    return hidden
+def inside_padded() -> bool:
+    """Whether code runs in a context of `padded`."""
+    return any(owner is padded for owner, _ in _forwards)
+
+
+def unpacked(block: nn.Module, hidden: Tensor) -> Tensor:
+    """(B, T, C) of hidden states from inside `block`, or from what it returns, in the forward under
+    way: zeros at padding where they were packed, the same tensor where not.
+    """
+    call = _call_of(block)
+    if call is None or not call.tokens.holds_packed(hidden):
+        return hidden
+    return call.tokens.unpack(hidden)
+
+
+def _call_of(block: nn.Module) -> PackedCall | None:
+    return _forwards[-1][1].get(id(block)) if _forwards else None
+
+
+def tokens_of(module: nn.Module) -> PackedTokens | None:
+    """Those that a module of the forward under way runs on, None where it runs padded."""
+    call = _call_of(module)
+    return None if call is None or torch.compiler.is_compiling() else call.tokens
 
 
 def members(base: type, forward: Callable[..., Any]) -> dict[str, Any]:
     """`__call__` and `forward` of a subclass of `base` that runs `forward` packed."""
 
     def call(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
-        if _forwards and id(self) in _forwards[-1][1] and not torch.compiler.is_compiling():
-            kwargs[_KEY] = _forwards[-1][1]
+        calls = _forwards[-1][1] if _forwards else {}
+        if id(self) in calls and not torch.compiler.is_compiling():
+            if self._compiled_call_impl is not None:  # graphs of packed tensors, of any length
+                return _run_packed(self, base.__call__, calls, args, kwargs)
+            kwargs[_KEY] = calls
         return base.__call__(self, *args, **kwargs)
 
     def run(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
         calls: Calls = kwargs.pop(_KEY, {})
-        if not (calls or torch.compiler.is_compiling()):
+        compiled = torch.compiler.is_compiling() or self._compiled_call_impl is not None
+        if not (calls or compiled):
             # where `forward` is called alone, and where a checkpoint around it is recomputed
             calls = _forwards[-1][1] if _forwards else _calls_noted(args, kwargs)
         if id(self) not in calls:

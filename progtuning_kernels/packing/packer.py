@@ -2,29 +2,46 @@
 
 from __future__ import annotations
 
+import pickle
 from collections import Counter
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping, MutableMapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
+import numpy as np
 import torch
-from torch import nn
+from torch import Tensor, nn
 
-from ..model.call import Call, UnknownContent, argument_names, wanted_of_all_blocks
-from ..model.forward_hooks import own_forward
+from ..model.call import (
+    Call,
+    UnknownContent,
+    argument_names,
+    text_configs,
+    wanted_of_all_blocks,
+)
+from ..model.forward_hooks import foreign_hook, own_forward
 from ..model.layout import Layout
 from ..text_table import text_table
-from .blocks import PackedCall, begin_forward, end_forward
-from .tokens import GROUPS, cost_of_group, kept_places, pack_places, padding_follows
+from . import heads
+from .blocks import PackedCall, begin_forward, end_forward, inside_padded
+from .known_mask import known_mask
+from .tokens import GROUPS, cost_of_group, kept_of, on_host, pack_places, padding_follows, waits_for
 from .trial import Installed, Outcome, Trial, labels_like
-from .trial_batch import masks_of
+from .trial_batch import masks_of, trial_calls
 
 Packing = Literal["auto", "on", "off"]
 
 # Of a batch's places: with more real tokens than this, "auto" leaves the batch padded.
 MOST_REAL = 0.95
 _MOST_TRIALS = 4  # on batches that show nothing
+_NOTHING_YET = (
+    "no training forward with padding has come yet (those that torch.compile runs as a whole do "
+    "not count: they stay padded)"
+)
+_ACCELERATES = "as accelerate gives it for its device hooks and regional compilation"
+_NO_MASK = "it has no attention_mask"
+Share = Callable[[bytes], bytes]
 
 
 @dataclass(frozen=True)
@@ -101,9 +118,22 @@ class Packer:
         self.busy = False  # a trial is under way; other hooks of the model leave it alone
         self._batches = self._places = self._tokens = 0
         self._padded: Counter[str] = Counter()
+        # masks that the caller's own dicts hold and have given way to a known one, by dict and name
+        self._replaced: list[tuple[MutableMapping[str, Any], str, Tensor]] = []
 
-    def learn(self, args: tuple[Any, ...], kwargs: dict[str, Any], boundary: int) -> None:
-        """Try packing before a training forward, unless that is known for all that trains."""
+    def learn(
+        self,
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+        boundary: int,
+        share: Share | None = None,
+    ) -> None:
+        """Try packing before a training forward, unless that is known for all that trains.
+
+        Args:
+            share: gives every rank what the first one has. All ranks try on its rows, which takes
+                as many forwards everywhere, and do what it does.
+        """
         if self._mode == "off" or self.busy:
             return
         if self._installed is not None and self._installed.is_outdated():
@@ -111,25 +141,50 @@ class Packer:
         decided = self._outcome.decided or self._trials == _MOST_TRIALS
         if decided and self._tried_from is not None and boundary >= self._tried_from:
             return
-        try:
-            call = Call(self._names, args, kwargs)
-            if self._reason(call) is not None or not masks_of(call):
+        calls = self._trial_calls(args, kwargs)
+        if share is None:
+            if isinstance(calls, str):
                 return
-        except UnknownContent:
-            return
-        trials = self._trials
+        else:
+            calls = self._received(share(_sent(calls)))
+        trials = 0 if decided else self._trials
         self.remove()
-        self._trials = 1 + trials
+        self._trials, self._tried_from = 1 + trials, boundary
+        if isinstance(calls, str):
+            self._outcome = Outcome(
+                reasons={s.path: calls for s in self._layout.stacks}, decided=False
+            )
+            return
         trial = Trial(self._model, self._layout, self._place, sharded=self.sharded)
         self.busy = True
         try:
-            self._outcome = trial.learn(call)
+            outcome = trial.learn(calls)
         finally:
             self.busy = False
-        self._tried_from = boundary
+        self._outcome = outcome if share is None else _as_first(outcome, share)
         recipes = {p: r for p, r in self._outcome.recipes.items() if p not in self._refused}
         if recipes:
             self._installed = Installed(self._model, recipes, self._place)
+
+    def _trial_calls(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Call] | str:
+        """Calls for a trial, or why there are none."""
+        try:
+            call = Call(self._names, args, kwargs)
+            if (reason := self._reason(call)) is not None:
+                return reason
+            return [*trial_calls(call, self._model)] if masks_of(call) else _NO_MASK
+        except UnknownContent as error:
+            return str(error)
+
+    def _received(self, sent: bytes) -> list[Call] | str:
+        calls = pickle.loads(sent)
+        if isinstance(calls, str):
+            return calls
+        device = next(self._model.parameters()).device
+        return [
+            call.changed(lambda _, v: v.to(device) if isinstance(v, torch.Tensor) else v)
+            for call in calls
+        ]
 
     def remove(self) -> None:
         """Take everything out of the model; the next training forward tries again."""
@@ -148,27 +203,60 @@ class Packer:
         finally:
             self._paused = before
 
-    def begin(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
-        """Pack the forward that begins, if it can be; its keyword arguments."""
+    def begin(
+        self, args: tuple[Any, ...], kwargs: dict[str, Any], *, aside: bool = False
+    ) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        """Pack the forward that begins, if it can be; its arguments.
+
+        `aside`: a forward beside those of the loop, which the report does not count, and of whose
+        output nothing is used.
+        """
         calls: dict[int, PackedCall] = {}
-        if self._mode != "off" and not self._paused:
+        read: dict[str, np.ndarray] = {}
+        if self._mode != "off" and not self._paused and not inside_padded():
             try:
                 call = Call(self._names, args, kwargs)
-                reason = self._reason(call) or self._pack(call, calls)
+                reason = self._reason(call, aside=aside)
+                reason = reason or self._pack(call, calls, read, aside=aside)
             except UnknownContent as error:
                 reason = str(error)
-            if reason is not None:
+            if reason is not None and not aside:
                 self._padded[reason] += 1
         begin_forward(self, calls)
+        if read:
+            args, kwargs = self._with_known(read, args, kwargs)
         if calls and self._outcome.makes_cache:
-            return {**kwargs, "use_cache": False}
-        return kwargs
+            kwargs = {**kwargs, "use_cache": False}
+        return args, kwargs
 
     def end(self) -> None:
         """End the forward that `begin` began."""
         end_forward(self)
+        for named, name, mask in self._replaced:
+            named[name] = mask
+        self._replaced.clear()
 
-    def _reason(self, call: Call) -> str | None:
+    def _with_known(
+        self, read: Mapping[str, np.ndarray], args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        """The same arguments, with masks that answer from what the host has read of them."""
+
+        def change(name: str, value: Any) -> Any:
+            if name in read:
+                return known_mask(value, torch.from_numpy(read[name]).view(value.shape))
+            if isinstance(value, MutableMapping):  # the caller's, who finds results in it
+                for inner in read.keys() & value.keys():
+                    self._replaced.append((value, inner, value[inner]))
+                    value[inner] = change(inner, value[inner])
+            return value
+
+        names = (*self._names, *("" for _ in args[len(self._names) :]))
+        return (
+            tuple(change(name, value) for name, value in zip(names, args, strict=False)),
+            {name: change(name, value) for name, value in kwargs.items()},
+        )
+
+    def _reason(self, call: Call, *, aside: bool = False) -> str | None:
         """Why a forward with these arguments runs padded, as far as its mask does not matter."""
         named = call.named
         if (reason := wanted_of_all_blocks(self._model, named)) is not None:
@@ -177,35 +265,72 @@ class Packer:
             if name in named:
                 return f"{name} was given"
         wants_cache = named.get("use_cache") is not False and self._outcome.makes_cache
-        trains = torch.is_grad_enabled() and self._model.training
-        if named.get("use_cache") is True or (wants_cache and not trains):
+        returned = not aside and not (torch.is_grad_enabled() and self._model.training)
+        if named.get("use_cache") is True or (wants_cache and returned):
             return "the output holds keys and values of all blocks: pass use_cache=False"
         for path, block in self._blocks():
-            if block._compiled_call_impl is not None:
-                return f"{path} is compiled"
+            if block._compiled_call_impl is not None and (why := self._uncompilable(block)):
+                return f"{path} is compiled, and {why}"
             if own_forward(block) is not None:
-                return f"{path} has a forward of its own, as accelerate gives it"
-            if (hooked := _foreign_hook(block)) is not None:
+                return f"{path} has a forward of its own, {_ACCELERATES}"
+            if (hooked := foreign_hook(block)) is not None:
                 return f"a hook of {hooked} on {path} would see packed tokens"
         return None
+
+    def _uncompilable(self, block: nn.Module) -> str | None:
+        """Why a block that is compiled alone cannot run packed."""
+        if getattr(block, "gradient_checkpointing", False) and block.training:
+            return "checkpointed: its recomputation would not know which tokens it has"
+        if _in_one_graph(block._compiled_call_impl):
+            return "with fullgraph=True: attention of packed tokens runs between graphs"
+        recipes = () if self._installed is None else self._installed.recipes.values()
+        if any(recipe.padded for recipe in recipes):
+            return "modules inside would run padded"
+        return None
+
+    @property
+    def _asks_masks(self) -> bool:
+        """Whether no compiler stands between a mask and the code that asks it."""
+        config = getattr(self._model, "config", None)
+        names = {getattr(c, "_attn_implementation", None) for c in text_configs(config)}
+        inside = (self._model.get_submodule(path) for path in self._layout.containers)
+        if any(m._compiled_call_impl is not None or hasattr(m, "_orig_mod") for m in inside):
+            return False
+        if any(block._compiled_call_impl is not None for _, block in self._blocks()):
+            return names <= {"sdpa", "eager"}  # others hand the mask itself to blocks
+        return "flex_attention" not in names
 
     def _blocks(self) -> Iterator[tuple[str, nn.Module]]:
         for path in self._layout.block_paths:
             yield path, self._model.get_submodule(path)
 
-    def _pack(self, call: Call, calls: dict[int, PackedCall]) -> str | None:
-        """Fill `calls`; why none of them, if none."""
+    def _pack(
+        self,
+        call: Call,
+        calls: dict[int, PackedCall],
+        read: dict[str, np.ndarray],
+        *,
+        aside: bool,
+    ) -> str | None:
+        """Fill `calls`; why none of them, if none. `read` gets the masks that a device gave."""
         masks = masks_of(call)
         if not masks:
-            return "it has no attention_mask"
+            return _NO_MASK
         if self._installed is None:
             return self._outcome_reason()
+        wanted = {
+            r.mask: masks[r.mask] for r in self._installed.recipes.values() if r.mask in masks
+        }
+        on, counts = _read(wanted, call)
+        far = {name: on[name] for name, mask in wanted.items() if waits_for(mask.device)}
+        if far and self._asks_masks:
+            read |= far
         problem = "it has no mask of these blocks"
         for path, recipe in self._installed.recipes.items():
             mask = masks.get(recipe.mask)
             if mask is None:
                 continue
-            kept = kept_places(mask, labels_like(mask, call), recipe.columns)
+            kept = kept_of(on[recipe.mask], counts.get(recipe.mask), columns=recipe.columns)
             real, size = int(kept.sum()), kept.size
             if real == size:
                 problem = "it has no padding"
@@ -218,10 +343,12 @@ class Packer:
                 groups = self.groups if grouped else 1
                 cost = cost_of_group(mask.device, recipe.heads)
                 tokens = pack_places(kept, mask.device, groups=groups, cost=cost)
-                calls.update(self._installed.calls(path, tokens))
-                self._places += size
-                self._tokens += real
-        self._batches += bool(calls)
+                above = real <= heads.MOST_REAL * size
+                calls.update(self._installed.calls(path, tokens, above=above))
+                if not aside:
+                    self._places += size
+                    self._tokens += real
+        self._batches += bool(calls) and not aside
         return None if calls else problem
 
     def _outcome_reason(self) -> str:
@@ -251,9 +378,12 @@ class Packer:
                 text += f", {len(recipe.padded)} of its modules on padded tokens"
             if recipe.attention:
                 text += ", attention in groups" * (recipe.grouped and self.groups > 1)
+            for above, against in recipe.above.items():
+                against = against or heads.reason_for_padding(self._model.get_submodule(above))
+                text += f", not {above}: {against}" if against else f", {above} too"
             return text
         reason = self._refused.get(path) or self._outcome.reasons.get(path)
-        return f"padded: {reason or 'no training forward with padding has come yet'}"
+        return f"padded: {reason or _NOTHING_YET}"
 
     def state_dict(self) -> dict[str, str]:
         """Stacks that stay padded, with the reason."""
@@ -265,11 +395,45 @@ class Packer:
         self.remove()
 
 
-def _foreign_hook(block: nn.Module) -> str | None:
-    """Where a forward hook inside a block comes from, if it is not known to do with any shape."""
-    for module in block.modules():
-        for hook in (*module._forward_hooks.values(), *module._forward_pre_hooks.values()):
-            source = getattr(hook, "__module__", None) or type(hook).__module__
-            if source.split(".")[0] not in ("torch", "transformers", __name__.split(".")[0]):
-                return source
-    return None
+def _read(
+    masks: Mapping[str, Tensor], call: Call
+) -> tuple[dict[str, np.ndarray], dict[str, np.ndarray]]:
+    """Where each mask is set, and where labels of its shape count; one read of a GPU for all."""
+    labels = {name: labels_like(mask, call) for name, mask in masks.items()}
+    labels = {name: found for name, found in labels.items() if found is not None}
+    wanted = [mask != 0 for mask in masks.values()] + [x != -100 for x in labels.values()]
+    found = on_host(wanted)
+    return dict(zip(masks, found, strict=False)), dict(
+        zip(labels, found[len(masks) :], strict=True)
+    )
+
+
+def _in_one_graph(compiled: Callable[..., Any]) -> bool:
+    """Whether `torch.compile` made it to raise where it would need a second graph."""
+    held = [cell.cell_contents for cell in compiled.__closure__ or ()]
+    names = ("fullgraph", "_one_graph")  # torch has no question for it
+    return any(getattr(value, name, False) is True for value in held for name in names)
+
+
+def _sent(calls: list[Call] | str) -> bytes:
+    if isinstance(calls, str):
+        return pickle.dumps(calls)
+    on_host = [
+        c.changed(lambda _, v: v.detach().cpu() if isinstance(v, torch.Tensor) else v)
+        for c in calls
+    ]
+    try:
+        return pickle.dumps(on_host)
+    except Exception as error:  # of the arguments' own code
+        return pickle.dumps(f"its arguments cannot be sent to other ranks: {error}")
+
+
+def _as_first(outcome: Outcome, share: Share) -> Outcome:
+    """What the first rank has found, with the recipes of this one for what packs on both."""
+    own = [*outcome.recipes], replace(outcome, recipes={})
+    packs, first = pickle.loads(share(pickle.dumps(own)))
+    return replace(
+        first,
+        recipes={path: recipe for path, recipe in outcome.recipes.items() if path in packs},
+        reasons={**outcome.reasons, **first.reasons},
+    )

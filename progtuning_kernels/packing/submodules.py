@@ -22,6 +22,11 @@ class PaddedRole:
     returned: frozenset[Place]
 
 
+def runs_padded(hook: Any) -> bool:
+    """Whether a hook is one that `run_padded` installs."""
+    return getattr(hook, "__module__", None) == __name__
+
+
 def run_padded(module: nn.Module, role: PaddedRole) -> list[RemovableHandle]:
     """Hooks under which a sub-module of a packed block runs on padded tokens."""
 

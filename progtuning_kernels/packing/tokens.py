@@ -52,6 +52,25 @@ class _Place(torch.autograd.Function):
         return grad.index_select(ctx.dim, index), None, None, None
 
 
+class _Unpack(torch.autograd.Function):
+    """Rows (N, ...) at `index` of `padded` (B, T, ...), which is filled in place.
+
+    What it returns is no view: FSDP2 loses its hooks on one that is written into.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, packed: Tensor, padded: Tensor, index: Tensor) -> Tensor:
+        ctx.save_for_backward(index)
+        ctx.mark_dirty(padded)
+        padded.view(-1, *padded.shape[2:]).index_copy_(0, index, packed)
+        return padded
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
+        (index,) = ctx.saved_tensors
+        return grad.flatten(0, 1).index_select(0, index), None, None
+
+
 @dataclass(frozen=True)
 class Group:
     """Rows of like length, which attend together.
@@ -127,14 +146,12 @@ class PackedTokens:
 
     def unpack(self, packed: Tensor) -> Tensor:
         """(1, N, ...) to (B, T, ...), zeros at padding."""
-        size = self.slot.numel()
+        shape = *self.slot.shape, *packed.shape[2:]
         if self.noise is None:
-            padded = packed.new_zeros(size, *packed.shape[2:])
+            padded = packed.new_zeros(shape)
         else:
-            padded = torch.randn(size, *packed.shape[2:], generator=self.noise, device="cpu")
-            padded = padded.to(packed)
-        padded = padded.index_copy_(0, self.index, packed[0])
-        return padded.view(*self.slot.shape, *packed.shape[2:])
+            padded = torch.randn(shape, generator=self.noise, device="cpu").to(packed)
+        return _Unpack.apply(packed[0], padded, self.index)
 
     def pad(self, packed: Tensor) -> Tensor:
         """(1, N, ...) to (B, T, ...); at padding stand other tokens of the same row."""
@@ -162,27 +179,47 @@ def take_places(padded: Tensor, index: Tensor) -> Tensor:
     return _Take.apply(padded.flatten(0, 1), index, 0).unsqueeze(0)
 
 
+def waits_for(device: torch.device) -> bool:
+    """Whether the host waits where it reads a value of a tensor on this device."""
+    return device.type != "cpu"
+
+
+def on_host(tensors: Sequence[Tensor]) -> list[np.ndarray]:
+    """Copies of bool tensors, by one read where all are on one device."""
+    if len(tensors) < 2 or not waits_for(tensors[0].device) or len({t.device for t in tensors}) > 1:
+        return [t.cpu().numpy() for t in tensors]
+    whole = torch.cat([t.flatten() for t in tensors]).cpu()
+    parts = whole.split([t.numel() for t in tensors])
+    return [part.view(t.shape).numpy() for part, t in zip(parts, tensors, strict=True)]
+
+
 def kept_places(
     mask: Tensor, labels: Tensor | None = None, columns: Sequence[int] = ()
+) -> np.ndarray:
+    """(B, T), bool: the tokens that something reads. One read of a GPU."""
+    read = on_host([mask != 0] if labels is None else [mask != 0, labels != -100])
+    return kept_of(*read, columns=columns)
+
+
+def kept_of(
+    on: np.ndarray, counts: np.ndarray | None = None, *, columns: Sequence[int] = ()
 ) -> np.ndarray:
     """(B, T), bool: the tokens that something reads.
 
     These are the mask's; where a label counts, and the token before it, which predicts it in a
     language model; `columns`, which a head reads in every row; and whole rows of padding, whose
-    tokens see each other. One read of a GPU.
+    tokens see each other.
+
+    Args:
+        on: (B, T), bool, the mask.
+        counts: (B, T), bool, where a label counts.
     """
-    kept = mask != 0
-    if labels is not None:
-        counts = labels != -100
-        kept = kept | counts
+    kept = on.copy()
+    if counts is not None:
+        kept |= counts
         kept[:, :-1] |= counts[:, 1:]
-    kept = kept.cpu().numpy()
-    if columns:
-        kept = kept.copy()
-        kept[:, list(columns)] = True
-    empty = ~kept.any(1)
-    if empty.any():
-        kept = kept | empty[:, None]
+    kept[:, list(columns)] = True
+    kept[~kept.any(1)] = True
     return kept
 
 

@@ -45,6 +45,11 @@ class UnitCosts:
     head: float  # forward, loss and backward
     update: float  # of the optimizer, per parameter
 
+    def with_real_tokens(self, share: float) -> UnitCosts:
+        """Where blocks compute on this share of the places."""
+        names = ("block", "block_lowest", "block_frozen", "block_between")
+        return replace(self, **{name: share * getattr(self, name) for name in names})
+
     def step_s(self, state: StageState, num_blocks: int, *, cached: bool = False) -> float:
         """Seconds of one step in a stage; `cached`: without the prefix."""
         seconds = self.head + self.update * state.trainable_params

@@ -27,6 +27,10 @@ from ..model.layout import Layout, parameter_slots
 
 aten = torch.ops.aten
 
+# What attention over groups of rows of like length leaves of its operations, as a power of the
+# share of real tokens: README.md, "Real tokens".
+_ATTENTION_POWER = 1.5
+
 
 def _attention_flops(of_d: int, of_d_v: int, *, first: int = 0) -> Callable[..., int]:
     """A counter of attention's operations: (n m) (of_d d + of_d_v d_v) for each batch and head.
@@ -54,6 +58,7 @@ for _kind in ("flash", "efficient", "cudnn"):
     _name = f"_scaled_dot_product_{_kind}_attention"
     _FLOPS[getattr(aten, _name)] = _attention_flops(2, 2)
     _FLOPS[getattr(aten, f"{_name}_backward")] = _attention_flops(6, 4, first=1)
+_ATTENTION = {*_FLOPS, aten.bmm, aten.baddbmm}  # the latter where a model attends by itself
 
 
 class TargetKernels(TorchFunctionMode):
@@ -218,7 +223,7 @@ class LiveBytes(TorchDispatchMode):
 
 @dataclass(frozen=True)
 class StepFlops:
-    """Operations of one micro-batch: matmuls, convolutions and attention."""
+    """Operations of one micro-batch: matmuls, convolutions and attention, of real tokens."""
 
     forward: int
     prefix: int  # the part of `forward` below the boundary
@@ -301,15 +306,27 @@ def count_flops(
     *,
     boundary: int,
     device: torch.device,
+    real_tokens: float = 1.0,
 ) -> StepFlops:
-    """Count the operations of a forward and a backward that would run on `device`."""
+    """Count the operations of a forward and a backward that would run on `device`.
+
+    Args:
+        real_tokens: share of the batch's places that blocks compute on; the others are padding.
+    """
     kernels, counter = TargetKernels(device), FlopCounterMode(display=False, custom_mapping=_FLOPS)
     prefix, hidden = 0, None
 
     def leave_prefix(_: nn.Module, args: Any, output: Any) -> None:
         nonlocal prefix, hidden
-        prefix = counter.get_total_flops()
+        prefix = counted()
         hidden = output if isinstance(output, torch.Tensor) else output[0]
+
+    def counted(outside: int = 0) -> int:
+        """So far, with `outside` the blocks on padding too."""
+        ops = counter.get_flop_counts().get("Global", {})
+        attention = sum(count for op, count in ops.items() if op in _ATTENTION)
+        linear = sum(ops.values()) - attention - outside
+        return round(real_tokens * linear + real_tokens**_ATTENTION_POWER * attention) + outside
 
     with ExitStack() as stack:
         if boundary:
@@ -318,10 +335,15 @@ def count_flops(
         stack.enter_context(kernels)
         stack.enter_context(counter)
         loss = loss_of(model(**inputs))
-        forward = counter.get_total_flops()
+        modules = counter.get_flop_counts()
+        blocks = (f"{type(model).__name__}.{path}" for path in layout.block_paths)
+        inside = sum(sum(modules[name].values()) for name in blocks if name in modules)
+        outside = counter.get_total_flops() - inside
+        forward = counted(outside)
         _backward(loss)
     model.zero_grad(set_to_none=True)
-    backward = counter.get_total_flops() - forward
+    # a product has two in backward: torch's counter loses the modules of some of these
+    backward = counted(min(3 * outside, counter.get_total_flops())) - forward
     return StepFlops(forward, prefix, hidden, backward, frozenset(kernels.attention))
 
 

@@ -76,6 +76,7 @@ def plan_training(
     memory_bytes: int | None = None,
     device: torch.device | str | None = None,
     padding: bool = True,
+    real_tokens: float = 1.0,
     inputs: Mapping[str, Any] | None = None,
     frozen_mode: FrozenMode = "eval",
     tied: TiedPolicy = "frozen",
@@ -105,6 +106,11 @@ def plan_training(
         device: where it will run: which attention kernel is taken and what dropout keeps depend on
             it. None: where the model is, or from the meta device a GPU if there is one.
         padding: rows are padded, so that there is an attention mask.
+        real_tokens: share of a micro-batch's places that are no padding, above 0 and at most 1.
+            Packing computes blocks on these alone: their linear layers, kept bytes and seconds take
+            this share of the padded ones, attention in groups its power of 1.5 (planner/README.md).
+            Embeddings, head and the step of full training, which stages are compared with, stay
+            padded. A model that does not pack (`handle.packing_report()`) takes 1.
         inputs: arguments of the model in place of tokens and labels, `batch_size` in dimension 0.
         frozen_mode, tied, blocks: as for `patch_model`.
         calibrate: time real steps of two blocks, embeddings and head on `device`, for about two
@@ -129,6 +135,8 @@ def plan_training(
         raise ValueError(f"optimizer must be one of {choices}, got {optimizer!r}")
     if batch_size < 1 or seq_len < 1:
         raise ValueError(f"batch_size={batch_size} and seq_len={seq_len} must be positive")
+    if not 0 < real_tokens <= 1:
+        raise ValueError(f"real_tokens={real_tokens} must be above 0 and at most 1")
     if device is None:
         here = next(model.parameters()).device
         device = ("cuda" if torch.cuda.is_available() else "cpu") if here.type == "meta" else here
@@ -140,6 +148,7 @@ def plan_training(
         in_backward=in_backward,
         cache=PrefixCache(1) if cache is True else cache or None,
         device=target,
+        real_tokens=real_tokens,
     )
     copied = meta_copy(model, dtype)
     layout = find_layout(copied, blocks)
@@ -158,10 +167,18 @@ def plan_training(
         else:
             batch = on_meta(inputs, batch_size, batch_size)
         meter = StageMeter(copied, layout, freezer, batch, options)
-        by_plan = {plan: meter.measure(plan) for plan in dict.fromkeys((everything, *plans))}
-    full, measured = by_plan[everything], [by_plan[plan] for plan in plans]
+        full = replace(meter, options=replace(options, real_tokens=1.0)).measure(everything)
+        by_plan = {everything: full} if real_tokens == 1 else {}
+        by_plan |= {
+            plan: meter.measure(plan) for plan in dict.fromkeys(plans) if plan not in by_plan
+        }
+    measured = [by_plan[plan] for plan in plans]
 
     notes = [_attention_note(target, full, padding=padding)]
+    if real_tokens < 1:
+        notes.append(
+            f"packed: blocks compute on {real_tokens:.0%} of the places, full training on all"
+        )
     length_known = steps is not None or schedule.total_steps is not None
     if not length_known:
         notes.append("the run has no length yet: steps are shares of it")
@@ -186,7 +203,11 @@ def plan_training(
         except CannotCalibrate as reason:
             notes.append(f"not calibrated: {one_line(reason)}")
     stages = [
-        replace(_with_times(m, full, costs, layout.num_blocks), first_step=start, steps=end - start)
+        replace(
+            _with_times(m, full, costs, layout.num_blocks, real_tokens),
+            first_step=start,
+            steps=end - start,
+        )
         for m, start, end in zip(measured, starts, [*starts[1:], total_steps], strict=True)
     ]
     peak = max(range(len(stages)), key=lambda i: stages[i].peak_bytes)
@@ -200,7 +221,7 @@ def plan_training(
             + ", in backward" * in_backward
         ),
         stages=tuple(stages),
-        full=_with_times(full, full, costs, layout.num_blocks),
+        full=_with_times(full, full, costs, layout.num_blocks, 1.0),
         memory_bytes=memory_bytes,
         remedies=tuple(remedies),
         notes=tuple(notes),
@@ -228,20 +249,25 @@ def _attention_note(device: torch.device, full: MeasuredStage, *, padding: bool)
 
 
 def _with_times(
-    measured: MeasuredStage, full: MeasuredStage, costs: UnitCosts | None, num_blocks: int
+    measured: MeasuredStage,
+    full: MeasuredStage,
+    costs: UnitCosts | None,
+    num_blocks: int,
+    real_tokens: float,
 ) -> StagePlan:
-    def cost(stage: MeasuredStage, *, cached: bool = False) -> float:
+    def cost(stage: MeasuredStage, real_tokens: float, *, cached: bool = False) -> float:
         if costs is None:
             return stage.figures.flops - stage.flops.prefix * cached
-        return costs.step_s(stage.state, num_blocks, cached=cached)
+        packed = costs.with_real_tokens(real_tokens)
+        return packed.step_s(stage.state, num_blocks, cached=cached)
 
-    whole, figures = cost(full), measured.figures
+    whole, own, figures = cost(full, 1.0), cost(measured, real_tokens), measured.figures
     has_cache = figures.cache_bytes_per_sample is not None
     return replace(
         figures,
-        step_ratio=cost(measured) / whole,
-        step_ms=None if costs is None else cost(measured) * 1e3,
-        cached_step_ratio=cost(measured, cached=True) / whole if has_cache else None,
+        step_ratio=own / whole,
+        step_ms=None if costs is None else own * 1e3,
+        cached_step_ratio=cost(measured, real_tokens, cached=True) / whole if has_cache else None,
     )
 
 

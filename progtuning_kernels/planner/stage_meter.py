@@ -37,6 +37,7 @@ class Options:
     in_backward: bool
     cache: PrefixCache | None
     device: torch.device
+    real_tokens: float = 1.0
 
 
 @dataclass(frozen=True)
@@ -71,13 +72,14 @@ class StageMeter:
     def measure(self, plan: FreezePlan) -> MeasuredStage:
         state, device = freeze_quietly(self.freezer, plan), self.options.device
         where = (self.model, self.layout)
-        flops = count_flops(*where, self.inputs, boundary=state.boundary, device=device)
-        with TargetKernels(device):
-            uses = measure_forward(*where, (), self.inputs)
-        units = dict.fromkeys(self.layout.units, 0)  # bytes of gradients
-        for slot in parameter_slots(*where):
-            if slot.parameter.requires_grad:
-                units[slot.home] += slot.parameter.nbytes
+        flops = count_flops(
+            *where,
+            self.inputs,
+            boundary=state.boundary,
+            device=device,
+            real_tokens=self.options.real_tokens,
+        )
+        activation_bytes, padding_bytes = self._activation_bytes(self.inputs)
         blocks = range(self.layout.num_blocks)
         trained = FreezePlan(
             tuple(i in state.active for i in blocks),
@@ -91,9 +93,9 @@ class StageMeter:
             trains=trained.units_in_words(),
             trainable_params=state.trainable_params,
             weight_bytes=self._weight_bytes(),
-            gradient_bytes=(max if self.options.in_backward else sum)(units.values()),
+            gradient_bytes=self._gradient_bytes(in_backward=self.options.in_backward),
             state_bytes=self.state_bytes(plan, self.options.optimizer),
-            activation_bytes=sum(use.activation_bytes for use in uses.values()),
+            activation_bytes=activation_bytes - padding_bytes,
             peak_bytes=self.peak_bytes(plan),
             forward_flops=flops.forward,
             backward_flops=flops.backward,
@@ -111,14 +113,35 @@ class StageMeter:
     ) -> int:
         """Of a step under `plan`, if need be with other inputs or with updates inside backward."""
         state_bytes = self.state_bytes(plan, self.options.optimizer)
+        inputs, in_backward = inputs or self.inputs, in_backward or self.options.in_backward
         live = peak_live_bytes(
             self.model,
             self.layout,
-            inputs or self.inputs,
+            inputs,
             device=self.options.device,
-            in_backward=in_backward or self.options.in_backward,
+            in_backward=in_backward,
         )
+        if self.options.real_tokens < 1:
+            # where gradients make the peak, padding is gone by then
+            kept, padding = self._activation_bytes(inputs)
+            gradients = self._gradient_bytes(in_backward=in_backward)
+            live = max(live - padding, kept - padding, gradients)
         return self._weight_bytes() + state_bytes + live
+
+    def _activation_bytes(self, inputs: Mapping[str, Any]) -> tuple[int, int]:
+        """What a forward keeps on padded rows, and how much of it is padding in blocks."""
+        with TargetKernels(self.options.device):
+            uses = measure_forward(self.model, self.layout, (), inputs)
+        kept = {unit: use.activation_bytes for unit, use in uses.items()}
+        in_blocks = sum(kept[i] for i in range(self.layout.num_blocks) if i in kept)
+        return sum(kept.values()), round((1 - self.options.real_tokens) * in_blocks)
+
+    def _gradient_bytes(self, *, in_backward: bool) -> int:
+        units = dict.fromkeys(self.layout.units, 0)
+        for slot in parameter_slots(self.model, self.layout):
+            if slot.parameter.requires_grad:
+                units[slot.home] += slot.parameter.nbytes
+        return (max if in_backward else sum)(units.values())
 
     def state_bytes(self, plan: FreezePlan, optimizer: OptimizerName) -> int:
         freeze_quietly(self.freezer, plan)
@@ -134,9 +157,9 @@ class StageMeter:
         return sum(t.nbytes for t in (*self.model.parameters(), *self.model.buffers()))
 
     def _cache_bytes(self, flops: StepFlops) -> int | None:
-        """Of one row of `seq_len` tokens; a row is stored without its padding."""
+        """Of one row, the real ones of `seq_len` tokens; it is stored without its padding."""
         cache, hidden = self.options.cache, flops.prefix_output
         if cache is None or hidden is None:
             return None
         _, tokens, width = hidden.shape  # (B, T, C)
-        return cache.row_bytes(tokens, width, hidden.dtype)
+        return cache.row_bytes(round(self.options.real_tokens * tokens), width, hidden.dtype)

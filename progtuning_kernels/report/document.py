@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from .plots import PLOTS
-from .runs import Row, Run, differences, distinct, full_row, group_runs, known, show
+from .runs import Row, Run, differences, distinct, full_row, group_runs, known, number, show
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -121,7 +121,7 @@ def _comparison(runs: Sequence[Run]) -> list[list[str]]:
 
 
 def notices(runs: Sequence[Run]) -> list[str]:
-    """What makes the runs hard to compare, a sentence each."""
+    """What one should know when comparing the runs, a sentence each."""
     rows = group_runs(runs)
     has_full = any(row.method == "full" for row in rows)
     options = sorted({key for run in runs for key in run.config} - {"seed", "output", "method"})
@@ -137,6 +137,10 @@ def notices(runs: Sequence[Run]) -> list[str]:
     dirty = [run.name for run in runs if run.meta.get("dirty")]
     alone = [row.label for row in rows if has_full and full_row(rows, row) is None]
     single = [row.label for row in rows if len(row.runs) == 1]
+    skipped = {run.name: number(run.summary, "padding_skipped_share") for run in runs}
+    found["Padding that packing left out, of the places of packed batches"] = ", ".join(
+        f"{name} {share:.0%}" for name, share in skipped.items() if share
+    )
     found["Run from a changed working tree"] = ", ".join(dirty)
     found["Without a ratio to full, whose work was another"] = ", ".join(alone)
     found["One seed only; another can change the metric as much as a method"] = ", ".join(single)

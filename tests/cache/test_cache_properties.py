@@ -133,8 +133,8 @@ def test_cached_and_plain_runs_are_twins(name, budget):
     @given(_STEPS)
     def run(steps):
         cached, plain = (
-            patch_model(tiny_model(name), _Boundaries(), cache=cache)
-            for cache in (PrefixCache(budget, device="cpu"), None)
+            patch_model(tiny_model(name), _Boundaries(), **options)
+            for options in ({"cache": PrefixCache(budget, device="cpu")}, {"packing": "off"})
         )
         for handle in (cached, plain):
             handle.seek(2)
@@ -177,7 +177,7 @@ def test_cached_and_plain_runs_are_twins(name, budget):
 @given(st.lists(_BATCHES, min_size=2, max_size=4))
 def test_a_second_epoch_of_the_same_batches_is_the_first_to_the_bit(batches):
     cached, plain = (
-        patch_model(tiny_model("bert-token"), _Boundaries(), cache=cache)
+        patch_model(tiny_model("bert-token"), _Boundaries(), cache=cache, packing="off")
         for cache in (PrefixCache(1 << 24, device="cpu"), None)
     )
     for handle in (cached, plain):

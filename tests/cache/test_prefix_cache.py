@@ -1135,7 +1135,7 @@ def test_an_error_in_a_forward_reaches_its_caller(error, where, first, grads):
 
 
 def test_a_forward_that_raises_leaves_every_module_in_its_place():
-    handle, plain = _pair("bert-sequence", 2)
+    handle, plain = _pair("bert-sequence", 2, packing="off")
     inputs = tiny_inputs("bert-sequence")
     modules = dict(handle.model.named_modules())
     for _ in range(2):
@@ -1187,7 +1187,7 @@ def test_the_report_of_the_truncation_runs_the_prefix():
 @pytest.mark.parametrize("checkpointed", [False, True])
 @pytest.mark.parametrize("name", ["bert-sequence", "llama-causal-lm"])
 def test_checkpointing_and_autocast(name, checkpointed, autocast):
-    handle, plain = _pair(name, 2)
+    handle, plain = _pair(name, 2, packing="off")
     inputs = tiny_inputs(name)
     for model in (handle.model, plain.model):
         if checkpointed:
@@ -1326,7 +1326,7 @@ def test_rows_of_another_data_set_make_room(tmp_path):
 
 
 def test_copies_pickles_and_the_unpatched_model_know_of_no_cache():
-    handle = _patch(tiny_model("bert-sequence"), 2, cache=_cache())
+    handle = _patch(tiny_model("bert-sequence"), 2, cache=_cache(), packing="off")
     model, inputs = handle.model, tiny_inputs("bert-sequence")
     for _ in range(2):
         gradients(model, inputs)

@@ -59,6 +59,8 @@ def test_options_reach_the_plan(model_folders, capsys):
     fused = ["--model", model_folders["bert-without-dropout"]]  # whose kernel keeps its mask
     with_mask, without = (_planned(capsys, *fused, *more) for more in ([], ["--no-padding"]))
     assert without["full"]["activation_bytes"] < with_mask["full"]["activation_bytes"]
+    packed = _planned(capsys, *model, "--real-tokens", "0.5")
+    assert 0.4 < packed["stages"][0]["step_ratio"] < 0.55 and packed["full"] == plain["full"]
     calibrated = _planned(capsys, *model, "--calibrate")
     assert calibrated["calibrated"] and calibrated["stages"][0]["step_ms"] > 0
 
@@ -76,6 +78,8 @@ def test_options_reach_the_plan(model_folders, capsys):
         (["--optimizer", "sgd"], "--optimizer"),
         (["--device", "cuda:77"], "device 'cuda:77' cannot be used"),
         (["--batch-size", "0"], "--batch-size"),
+        (["--real-tokens", "0"], "--real-tokens"),
+        (["--real-tokens", "nan"], "--real-tokens"),
     ],
 )
 def test_bad_calls_get_one_line(model_folders, capsys, extra, message):

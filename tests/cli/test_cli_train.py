@@ -94,8 +94,8 @@ def test_progressive_run_from_file_to_saved_model(call, tmp_path, capsys):
 
 
 def test_full_and_progressive_start_alike_and_differ_after_the_first_stage(call, tmp_path):
-    for method in ("full", "progressive"):
-        main(call("--method", method, "--max-steps", 9, output=method))
+    for method in ("full", "progressive"):  # packed, other dropout is drawn
+        main(call("--method", method, "--max-steps", 9, "--packing", "off", output=method))
     full, ours = (_metrics(tmp_path / m) for m in ("full", "progressive"))
     assert [s["boundary"] for s in full["stages"]] == [0, 0, 0]
     assert full["summary"]["updates_saved_share"] == 0
@@ -128,6 +128,38 @@ def test_moments_in_bfloat16_take_half_the_state_and_train_alike(call, tmp_path)
         assert b["state_bytes"] == pytest.approx(a["state_bytes"] / 2, rel=0.05)
     losses = [[step["loss"] for step in run["steps"]] for run in (full, half)]
     assert losses[0] == pytest.approx(losses[1], abs=0.02) and losses[0] != losses[1]
+
+
+def test_packing_leaves_padding_out_and_says_so(call, tmp_path, capsys):
+    """The first row of every batch of eight is cut at 16 tokens, the others have two or three."""
+    rows = [
+        {"text": "w1 " * 40 if i % 8 == 0 else "w50", "label": "high" if i % 3 else "low"}
+        for i in range(32)
+    ]
+    file = tmp_path / "rows.jsonl"
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    common = ["--epochs", 3, "--batch-size", 32, "--train-file", file, "--validation-file", file]
+    losses = {}
+    for packing in ("on", "off"):
+        main(call("--packing", packing, *common, output=packing, model="bert-without-dropout"))
+        run = _metrics(tmp_path / packing)
+        losses[packing] = [step["loss"] for step in run["steps"]]
+        shares = [stage["padding_skipped_share"] for stage in run["stages"]]
+        out = capsys.readouterr().out
+        if packing == "off":
+            assert shares == [0] * 3 and "padded: packing" in out
+            continue
+        real = sum(step["tokens"] for step in run["steps"]) / (3 * 32 * 16)
+        assert shares == pytest.approx([1 - real] * 3) and real < 0.4
+        assert run["summary"]["padding_skipped_share"] == pytest.approx(1 - real, abs=0.01)
+        assert "places were padding, and left out" in out
+        assert run["summary"]["packing"] in out
+    assert losses["on"] == pytest.approx(losses["off"], rel=1e-5)
+    main(["report", *(str(tmp_path / name) for name in losses), "--output", str(tmp_path / "r")])
+    page = (tmp_path / "r" / "report.html").read_text()
+    assert "Padding that packing left out, of the places of packed batches: on " in page
+    message = _one_line_error(capsys, call("--packing", "on", "--method", "full", output="full"))
+    assert "--packing on is for the progressive methods" in message
 
 
 @pytest.mark.parametrize("method", ["lora", "progressive-lora"])

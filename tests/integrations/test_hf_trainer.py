@@ -235,6 +235,7 @@ class _Forwards(TrainerCallback):
         self._hook.remove()
 
 
+@pytest.mark.usefixtures("padded")
 def test_the_plan_is_there_before_the_first_forward_of_a_step(tmp_path):
     forwards = _Forwards()
     trainer_of(
@@ -421,6 +422,7 @@ class _SavedBytes(TrainerCallback):
         self._hooks.__exit__()
 
 
+@pytest.mark.usefixtures("padded")
 def test_a_compiled_model_is_truncated(tmp_path):
     ends, saved = [], []
     for arguments in ({}, dict(torch_compile=True, torch_compile_backend="eager")):
@@ -475,6 +477,7 @@ def test_the_progress_bar_and_the_logs_say_the_stage(tmp_path, capsys, caplog):
     assert shares[0] == 1.0 and shares == sorted(shares, reverse=True) and shares[-1] < 0.5
 
 
+@pytest.mark.usefixtures("padded")
 @pytest.mark.parametrize("name", ["bert-sequence", "llama-causal-lm"])
 @pytest.mark.parametrize("frozen_mode", ["eval", "train"])
 def test_noise_of_neftune_goes_on_when_the_embeddings_are_frozen(tmp_path, name, frozen_mode):

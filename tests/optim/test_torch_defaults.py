@@ -196,6 +196,7 @@ def check_triton(defaults, monkeypatch):
         _same_bits(case(), before)
 
 
+@pytest.mark.usefixtures("padded")
 @pytest.mark.parametrize("cache", [False, True])
 @pytest.mark.parametrize("name", ["bert-sequence", "llama-causal-lm"])
 def test_a_patched_model(name, cache, defaults):

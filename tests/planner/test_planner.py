@@ -67,7 +67,7 @@ def test_stages_are_those_of_a_real_run(name, dropout, schedule):
     model = tiny_model(name, dropout=dropout)
     plan = _plan(model, schedule, device="cpu")
     batch = _batch(model)
-    handle = patch_model(model, copy.deepcopy(schedule), kernels="off")
+    handle = patch_model(model, copy.deepcopy(schedule), kernels="off", packing="off")
     optimizer = MaskedAdamW(handle.param_groups())
     assert [s.steps for s in plan.stages] == [8 // len(plan.stages)] * len(plan.stages)
     for stage in plan.stages:
@@ -102,7 +102,7 @@ def test_checkpointing_is_planned_as_it_runs(name):
     model.gradient_checkpointing_enable({"use_reentrant": False})
     plan = _plan(model, SCHEDULES["progressive"], device="cpu")
     batch = _batch(model)
-    handle = patch_model(model, ProgressiveSchedule(4, 8), kernels="off")
+    handle = patch_model(model, ProgressiveSchedule(4, 8), kernels="off", packing="off")
     for stage in plan.stages:
         handle.seek(stage.first_step)
         with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
@@ -212,6 +212,59 @@ def test_cached_rows_and_steps_without_prefix():
     assert plan.cached_run_ratio < plan.run_ratio and "with cache" in str(plan)
 
 
+@pytest.mark.parametrize("name", ["bert-sequence", "t5-seq2seq-lm", "llama-causal-lm"])
+def test_real_tokens_scale_blocks_and_nothing_else(name):
+    model, share = tiny_model(name), 0.25
+    padded = _plan(model, ProgressiveSchedule(2, 4), device="cpu", cache=True)
+    packed = _plan(model, ProgressiveSchedule(2, 4), device="cpu", cache=True, real_tokens=share)
+    assert packed.full == padded.full and "25% of the places" in str(packed)
+    head = 2 * ROWS * TOKENS * 97 * 32 if name.endswith("-lm") else 0  # the language model's
+    rows = 2 * ROWS * (32 * 32 + 32 * 3) if name == "bert-sequence" else 0  # pooler and classes
+    for one, other in zip(padded.stages, packed.stages, strict=True):
+        inside = one.forward_flops - head - rows
+        # between linear layers alone and attention alone
+        low, high = (head + rows + part * inside for part in (share**1.5, share))
+        assert low < other.forward_flops <= high
+        assert 0.9 < other.forward_flops / high
+        low, high = (f * (one.backward_flops - 2 * (head + rows)) for f in (share**1.5, share))
+        assert low <= other.backward_flops - 2 * (head + rows) <= high
+        assert other.activation_bytes < one.activation_bytes
+        assert other.peak_bytes < one.peak_bytes
+        floor = other.weight_bytes + other.state_bytes
+        assert other.peak_bytes >= floor + max(other.gradient_bytes, other.activation_bytes)
+        for field in ("weight_bytes", "gradient_bytes", "state_bytes", "trainable_params"):
+            assert getattr(one, field) == getattr(other, field)
+    one, other = padded.stages[1], packed.stages[1]
+    assert other.cache_bytes_per_sample == share * one.cache_bytes_per_sample
+    assert other.step_ratio < one.step_ratio and other.cached_step_ratio < other.step_ratio
+    assert padded == _plan(
+        model, ProgressiveSchedule(2, 4), device="cpu", cache=True, real_tokens=1.0
+    )
+
+
+def test_real_tokens_are_planned_as_they_run():
+    """Wide blocks and short rows, so that attention, of which groups leave less, says little."""
+    sizes = dict(hidden_size=256, num_attention_heads=2, intermediate_size=1024, vocab_size=97)
+    drops = dict(hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0)
+    config = hf.BertConfig(**sizes, **drops, num_hidden_layers=4)
+    model = hf.BertForSequenceClassification(config)
+    batch = _batch(model) | {"labels": torch.arange(ROWS) % 2}
+    batch["attention_mask"][2:, 8:] = 0
+    share = batch["attention_mask"].float().mean().item()
+    plan = _plan(model, ProgressiveSchedule(2, 4), device="cpu", real_tokens=share)
+    with patch_model(model, ProgressiveSchedule(2, 4), kernels="off", packing="on") as handle:
+        model(**batch)  # it is tried first
+        for stage in plan.stages:
+            handle.seek(stage.first_step)
+            with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
+                loss = model(**batch).loss
+                forward = counter.get_total_flops()
+                loss.backward()
+            assert handle.packing_report().packs
+            assert stage.forward_flops == pytest.approx(forward, rel=0.05)
+            assert stage.flops == pytest.approx(counter.get_total_flops(), rel=0.05)
+
+
 def test_memory_of_a_gpu_that_is_not_there():
     if torch.cuda.is_available():
         pytest.skip("its kernels are asked for, not assumed")
@@ -275,6 +328,8 @@ def test_a_step_is_the_sum_of_its_units():
     upper = StageState(2, frozenset({2, 3, 4}), 4)
     assert costs.step_s(upper, 4) == 1e2 + 2 * 7 + 15 + 20 + 3 + 2
     assert costs.step_s(upper, 4, cached=True) == 15 + 20 + 3 + 2
+    half = costs.with_real_tokens(0.5)
+    assert half.step_s(upper, 4) == 1e2 + (2 * 7 + 15 + 20) / 2 + 3 + 2
     assert costs.step_s(StageState(1, frozenset({1, 3}), 2), 4) == 1e2 + 7 + 15 + 11 + 20 + 3 + 1
     assert costs.step_s(StageState(0, frozenset({-1, 3}), 2), 4) == 1e3 + 3 * 11 + 20 + 3 + 1
     assert costs.step_s(StageState(4, frozenset({4}), 2), 4) == 1e2 + 4 * 7 + 3 + 1
@@ -377,6 +432,8 @@ def test_refusals():
             "must be positive",
             lambda: plan_training(model, schedule, batch_size=0, seq_len=1),
         ),
+        (ValueError, "real_tokens=0 must", lambda: _plan(model, schedule, real_tokens=0)),
+        (ValueError, "real_tokens=1.1 must", lambda: _plan(model, schedule, real_tokens=1.1)),
         (ValueError, "without data", lambda: _plan(_Asking(), ProgressiveSchedule(2, 4))),
     ):
         with pytest.raises(error, match=match):

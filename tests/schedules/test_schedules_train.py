@@ -83,6 +83,7 @@ def _block_norms(model: nn.Module, found: dict[str, torch.Tensor]) -> list[float
     return [math.sqrt(square) for square in squares]
 
 
+@pytest.mark.usefixtures("padded")
 @pytest.mark.parametrize("model_name", ["bert-sequence", "llama-causal-lm"])
 @pytest.mark.parametrize("name", SCHEDULES)
 def test_every_plan_trains_as_plain_freezing_does(name, model_name):
