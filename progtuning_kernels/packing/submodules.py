@@ -59,12 +59,12 @@ def run_padded(module: nn.Module, role: PaddedRole) -> list[RemovableHandle]:
         return with_outputs(found, output)
 
     return [
-        module.register_forward_pre_hook(_Hook(enter), with_kwargs=True),
-        module.register_forward_hook(_Hook(leave)),
+        module.register_forward_pre_hook(UncopiedHook(enter), with_kwargs=True),
+        module.register_forward_hook(UncopiedHook(leave)),
     ]
 
 
-class _Hook:
+class UncopiedHook:
     """Does nothing in a copy of the module, which is an ordinary one, and can be pickled."""
 
     def __init__(self, run: Callable[..., Any]) -> None:
@@ -74,7 +74,7 @@ class _Hook:
         return self._run(*args)
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return (_Hook, (_nothing,))
+        return (UncopiedHook, (_nothing,))
 
 
 def _nothing(*args: Any) -> None:
