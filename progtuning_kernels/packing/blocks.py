@@ -116,6 +116,8 @@ def members(base: type, forward: Callable[..., Any]) -> dict[str, Any]:
             # where `forward` is called alone, and where a checkpoint around it is recomputed
             calls = _forwards[-1][1] if _forwards else _calls_noted(args, kwargs)
         if id(self) not in calls:
+            if _forwards and not compiled:
+                _forget(args, kwargs)
             return forward(self, *args, **kwargs)
         return _run_packed(self, forward, calls, args, kwargs)
 
@@ -138,6 +140,13 @@ def _note(calls: Calls, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Non
     for _, value in places_of(args, kwargs):
         before = _noted.setdefault(value, calls)
         if before is not calls:
+            _noted[value] = {}
+
+
+def _forget(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
+    """Of a forward that runs padded: a tensor of a packed one too no longer says which."""
+    for _, value in places_of(args, kwargs):
+        if value in _noted:
             _noted[value] = {}
 
 
