@@ -74,7 +74,11 @@ class UncopiedHook:
         return self._run(*args)
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return (UncopiedHook, (_nothing,))
+        return (_hook_of_a_copy, ())
+
+
+def _hook_of_a_copy() -> Callable[..., None]:
+    return _nothing
 
 
 def _nothing(*args: Any) -> None:
