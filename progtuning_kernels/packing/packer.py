@@ -26,8 +26,9 @@ from ..text_table import text_table
 from . import heads
 from .blocks import PackedCall, begin_forward, end_forward, inside_padded
 from .known_mask import known_mask
+from .recipes import Installed
 from .tokens import GROUPS, cost_of_group, kept_of, on_host, pack_places, padding_follows, waits_for
-from .trial import Installed, Outcome, Trial, labels_like
+from .trial import Outcome, Trial, labels_like
 from .trial_batch import masks_of, trial_calls
 
 Packing = Literal["auto", "on", "off"]

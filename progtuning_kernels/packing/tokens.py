@@ -150,7 +150,9 @@ class PackedTokens:
         if self.noise is None:
             padded = packed.new_zeros(shape)
         else:
-            padded = torch.randn(shape, generator=self.noise, device="cpu").to(packed)
+            padded = torch.randn(shape, generator=self.noise, dtype=torch.float32, device="cpu").to(
+                packed
+            )
         return _Unpack.apply(packed[0], padded, self.index)
 
     def pad(self, packed: Tensor) -> Tensor:

@@ -10,7 +10,6 @@ import warnings
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field, replace
-from itertools import chain
 from typing import Any
 
 import torch
@@ -29,49 +28,25 @@ from ..random_state import (
     torch_state,
 )
 from .attention import (
-    CallsSeen,
     UnpackableError,
     calls_noted,
-    names_attention,
-    own_name,
     redirect,
     restore,
 )
 from .blocks import (
-    BlockRole,
-    PackedCall,
-    Place,
     begin_forward,
     end_forward,
-    output_places,
     padded,
-    places_of,
 )
-from .heads import HeadsSeen, reason_for_padding, run_head_packed
-from .submodules import PaddedRole, run_padded
+from .heads import HeadsSeen, reason_for_padding
+from .recipes import Installed, StackRecipe
+from .recording import Recording
 from .tokens import GROUPS, kept_places, pack_places, padding_follows
 from .trial_batch import masks_of
 
 _GRADIENTS = {torch.float32: 1e-4, torch.float64: 1e-8, torch.float16: 2e-2, torch.bfloat16: 5e-2}
 _GRADIENT_BYTES = 2**28  # that one side of the comparison may hold
-_MOST_PADDED = 0.9  # share of a block's parameters in sub-modules that run padded
-_ABOVE = BlockRole((0,), frozenset(), last=True)
 _COLUMNS = ((), (0,), (-1,), (0, -1))  # that a head may read in rows where they are padding
-
-
-@dataclass(frozen=True)
-class StackRecipe:
-    """How the blocks of one stack run packed."""
-
-    mask: str  # name of the argument that says which tokens are real
-    roles: Mapping[str, BlockRole]  # by path of the block
-    attention: tuple[str, ...]  # paths of the modules whose attention function is ours
-    padded: Mapping[str, PaddedRole]  # sub-modules that run on padded tokens
-    columns: tuple[int, ...] = ()  # which the head reads, padding or not
-    grouped: bool = False
-    heads: int = 1  # of its attention
-    # modules above the blocks that could run packed, by path: why one does not, "" if it does
-    above: Mapping[str, str] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -211,10 +186,10 @@ class Trial:
             return call, False
         return replace(call, kwargs={**call.kwargs, "use_cache": False}), True
 
-    def _record(self, call: Call) -> tuple[dict[str, _Recording], HeadsSeen, _Run]:
+    def _record(self, call: Call) -> tuple[dict[str, Recording], HeadsSeen, _Run]:
         """The padded forward, watched."""
         recordings = {
-            stack.path: _Recording(self._model, self._layout, stack, masks_of(call))
+            stack.path: Recording(self._model, self._layout, stack, masks_of(call))
             for stack in self._layout.stacks
         }
         heads = HeadsSeen(self._model, self._layout, masks_of(call))
@@ -284,7 +259,7 @@ class Trial:
             kept = kept_places(mask, labels_like(mask, call), recipe.columns)
             tokens = pack_places(kept, mask.device, groups=GROUPS if recipe.grouped else 1)
             if noise is not None:
-                tokens.noise = torch.Generator().manual_seed(noise)
+                tokens.noise = torch.Generator("cpu").manual_seed(noise)
             calls.update(installed.calls(path, tokens))
         begin_forward(self, calls)
         try:
@@ -311,12 +286,14 @@ class Trial:
     def _gradients(self, call: Call, outputs: list[Tensor]) -> list[list[Tensor]]:
         if not torch.is_grad_enabled():
             return []
-        generator = torch.Generator().manual_seed(3)
+        generator = torch.Generator("cpu").manual_seed(3)
         masks = list(masks_of(call).values())
         # the loss by itself: beside sums of all logits, what it alone reads would be lost
         totals: dict[bool, Tensor] = {}
         for output in outputs:
-            weights = torch.rand(output.shape, generator=generator).to(output.device)
+            weights = torch.rand(
+                output.shape, generator=generator, dtype=torch.float32, device="cpu"
+            ).to(output.device)
             if not output.requires_grad:
                 continue
             for mask in masks:
@@ -344,7 +321,10 @@ class Trial:
                 "torch.utils.checkpoint, let that be with use_reentrant=False"
             )
         return [
-            [torch.zeros((), device=call.device) if g is None else g for g in part]
+            [
+                torch.zeros((), dtype=torch.float32, device=call.device) if g is None else g
+                for g in part
+            ]
             for part in found
         ]
 
@@ -384,241 +364,6 @@ class Trial:
             return torch.get_autocast_dtype(kind)
         dtypes = [p.dtype for p in self._model.parameters() if p.is_floating_point()]
         return max(dtypes, key=lambda dtype: TOLERANCE.get(dtype, 0.0), default=torch.float32)
-
-
-class Installed:
-    """What packing has put into a model; `remove` takes it out."""
-
-    def __init__(
-        self,
-        model: nn.Module,
-        recipes: Mapping[str, StackRecipe],
-        place: Callable[[Collection[nn.Module]], None],
-    ) -> None:
-        self.recipes = recipes
-        self._place = place
-        self._roles = {
-            stack: {model.get_submodule(path): role for path, role in recipe.roles.items()}
-            for stack, recipe in recipes.items()
-        }
-        self._attention = [
-            model.get_submodule(path) for recipe in recipes.values() for path in recipe.attention
-        ]
-        self._hooks = [
-            hook
-            for recipe in recipes.values()
-            for path, role in recipe.padded.items()
-            for hook in run_padded(model.get_submodule(path), role)
-        ]
-        self._above = {
-            stack: [model.get_submodule(p) for p, against in recipe.above.items() if not against]
-            for stack, recipe in recipes.items()
-        }
-        for module in chain.from_iterable(self._above.values()):
-            self._hooks += run_head_packed(module)
-        self._names = list(map(own_name, self._attention))
-        for module in self._attention:
-            redirect(module)
-        place([block for roles in self._roles.values() for block in roles])
-
-    def calls(self, stack: str, tokens: Any, *, above: bool = True) -> dict[int, PackedCall]:
-        """Calls of the blocks of one stack, and of what is `above` them, by id."""
-        grouped = self.recipes[stack].grouped
-        calls = {
-            id(block): PackedCall(role, tokens, grouped)
-            for block, role in self._roles[stack].items()
-        }
-        if above:
-            alone = PackedCall(_ABOVE, tokens, grouped=False)
-            calls |= {id(module): alone for module in self._above[stack]}
-        return calls
-
-    def is_outdated(self) -> bool:
-        """Whether the model calls another attention function than when it was tried."""
-        return self._names != list(map(own_name, self._attention))
-
-    def remove(self) -> None:
-        for hook in self._hooks:
-            hook.remove()
-        for module in self._attention:
-            restore(module)
-        self._place(())
-
-
-class _Recording:
-    """What is per token in the calls of one stack's blocks and their sub-modules."""
-
-    def __init__(
-        self, model: nn.Module, layout: Layout, stack: Stack, masks: Mapping[str, Tensor]
-    ) -> None:
-        self._stack = stack
-        self._masks = masks
-        self.seen = CallsSeen()
-        self._blocks = {p: model.get_submodule(p) for p in layout.block_paths[: stack.blocks.stop]}
-        self._blocks = {p: self._blocks[p] for i, p in enumerate(self._blocks) if i in stack.blocks}
-        self._order: list[str] = []
-        self._mask = ""  # name of the stack's
-        self._roles: dict[str, BlockRole] = {}
-        self._problem = ""
-        self._whole: dict[str, dict[int, Tensor]] = {}  # what blocks got that is not per token
-        self._entered: dict[str, frozenset[Place]] = {}
-        self._got_whole: set[str] = set()  # sub-modules that got such, with what is per token
-        self._returned: dict[str, frozenset[Place]] = {}
-        self._inside: list[str] = []  # blocks under way
-
-    @property
-    def attention_modules(self) -> list[nn.Module]:
-        return [m for block in self._blocks.values() for m in block.modules() if names_attention(m)]
-
-    @contextmanager
-    def watching(self) -> Iterator[None]:
-        with ExitStack() as hooks:
-            for path, block in self._blocks.items():
-                for name, module in block.named_modules(prefix=path):
-                    enter = self._enter_block if name == path else self._enter_part
-                    leave = self._leave_block if name == path else self._leave_part
-                    hooks.callback(
-                        module.register_forward_pre_hook(
-                            _with_path(enter, name), with_kwargs=True
-                        ).remove
-                    )
-                    hooks.callback(module.register_forward_hook(_with_path(leave, name)).remove)
-            yield
-
-    def _enter_block(self, path: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        self._inside.append(path)
-        if path in self._order:
-            self._problem = "a block runs twice in a forward"
-            return
-        self._order.append(path)
-        places = list(places_of(args, kwargs))
-        place, hidden = next(
-            ((at, value) for at, value in places if value.ndim > 2 and value.is_floating_point()),
-            ((), None),
-        )
-        shape = hidden.shape[:2] if hidden is not None and hidden.ndim == 3 else None
-        name = next((n for n, mask in self._masks.items() if mask.shape == shape), None)
-        if name is None:
-            self._problem = "no mask of the batch has the shape of its hidden states"
-            return
-        if self._mask not in ("", name):
-            self._problem = "its blocks run on rows of different lengths"
-        self._mask = name
-        mask = self._masks[name]
-        per_token = {at for at, value in places if at != place and _is_per_token(value, mask)}
-        self._whole[path] = {
-            id(value): value for at, value in places if at != place and at not in per_token
-        }
-        self._roles[path] = BlockRole(place, frozenset(per_token), last=False)
-
-    def _leave_block(self, path: str, output: Any) -> None:
-        self._inside.pop()
-        if path not in self._roles:
-            return
-        mask = self._masks[self._mask]
-        returned = {
-            at
-            for at, value in output_places(output)
-            if value.ndim > 2 and value.shape[:2] == mask.shape
-        }
-        self._roles[path] = replace(self._roles[path], returned=frozenset(returned))
-
-    def _enter_part(self, path: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        whole = self._whole.get(self._inside[-1]) if self._inside else None
-        if whole is None:
-            return
-        places, mask = list(places_of(args, kwargs)), self._masks[self._mask]
-        entered = {
-            at
-            for at, value in places
-            if id(value) not in whole and value.ndim > 1 and _like(value, mask)
-        }
-        if entered and any(id(value) in whole for _, value in places):
-            self._got_whole.add(path)
-        self._entered[path] = self._entered.get(path, frozenset()) | entered
-
-    def _leave_part(self, path: str, output: Any) -> None:
-        if path not in self._entered:
-            return
-        mask = self._masks[self._mask]
-        returned = {
-            at
-            for at, value in output_places(output)
-            if value.ndim > 2 and value.shape[:2] == mask.shape
-        }
-        self._returned[path] = self._returned.get(path, frozenset()) | returned
-
-    def recipes(self, kept: Mapping[str, Any]) -> Iterator[StackRecipe]:
-        """Ways to run the stack packed, the best first; raises `UnpackableError` for none.
-
-        Padded are queries, keys and values in an attention function that is looked up, elsewhere
-        the smallest sub-modules that get what the block got for the whole batch, its mask among it;
-        then all of these.
-        """
-        if self._problem or set(self._order) != set(self._blocks):
-            raise UnpackableError(self._problem or "not every block runs in a forward")
-        if kept[self._mask].all():
-            raise UnpackableError("the batch has no padding")
-        names = {
-            id(module): name
-            for path, block in self._blocks.items()
-            for name, module in block.named_modules(prefix=path)
-        }
-        calling = {names[key] for key in self.seen.modules if key in names}
-        cross = frozenset(self.seen.cross)
-        roles = {
-            path: replace(role, last=path == self._order[-1], cross=cross)
-            for path, role in self._roles.items()
-        }
-        for left in (calling, set()):
-            parts = self._smallest_parts(left)
-            yield StackRecipe(self._mask, roles, tuple(sorted(left)), parts, heads=self.seen.heads)
-
-    def _smallest_parts(self, left: Collection[str]) -> dict[str, PaddedRole]:
-        """Sub-modules to run padded, none with one of those in `left` inside."""
-        smallest = {
-            path
-            for path in self._got_whole.difference(left)
-            if not any(other.startswith(f"{path}.") for other in self._got_whole.union(left))
-        }
-        for path, block in self._blocks.items():
-            inside = [
-                block.get_submodule(p.removeprefix(f"{path}."))
-                for p in smallest
-                if p.startswith(f"{path}.")
-            ]
-            held = sum(p.numel() for m in inside for p in m.parameters())
-            if inside and held > _MOST_PADDED * sum(p.numel() for p in block.parameters()):
-                raise UnpackableError(
-                    f"{type(block).__name__} would run on padding with nearly all its parameters"
-                )
-        return {
-            p: PaddedRole(self._entered[p], self._returned.get(p, frozenset())) for p in smallest
-        }
-
-
-def _with_path(function: Callable[..., None], path: str) -> Callable[..., None]:
-    def hook(module: nn.Module, args: Any, last: Any) -> None:  # kwargs before, the output after
-        if function.__name__.startswith("_enter"):
-            function(path, args, last)
-        else:
-            function(path, last)
-
-    return hook
-
-
-def _like(value: Tensor, mask: Tensor) -> bool:
-    """Whether a tensor is (B, T, ...), or (1, T, ...)."""
-    return value.shape[0] in (1, mask.shape[0]) and value.shape[1:2] == mask.shape[1:]
-
-
-def _is_per_token(value: Tensor, mask: Tensor) -> bool:
-    """Whether it says something of every token, and is no mask."""
-    if value.ndim < 2 or not _like(value, mask) or mask.shape[1] in value.shape[2:]:
-        return False
-    if value.shape != mask.shape:
-        return True
-    return not any(torch.equal(mask != 0, pattern) for pattern in (value != 0, value == 0))
 
 
 def labels_like(mask: Tensor, call: Call) -> Tensor | None:

@@ -68,7 +68,7 @@ def _shortened(call: Call, model: nn.Module, taken: set[int], sides: str) -> Cal
         taken |= {chosen[0].shape[1], int((chosen[0] >= 0).sum())}
         per_token[name] = chosen
     (rows, *_), first = [c[1] for c in per_token.values()], next(iter(masks))
-    index = torch.as_tensor(rows, device=call.device)
+    index = torch.as_tensor(rows, dtype=torch.long, device=call.device)
 
     def change(name: str, value: Any) -> Any:
         if not call.has_rows(name):
@@ -77,7 +77,7 @@ def _shortened(call: Call, model: nn.Module, taken: set[int], sides: str) -> Cal
         value = value.index_select(0, index)
         if value.ndim < 2 or value.shape[1] != masks[of].shape[1]:
             return value
-        columns = torch.as_tensor(per_token[of][0], device=value.device)
+        columns = torch.as_tensor(per_token[of][0], dtype=torch.long, device=value.device)
         picked = columns.clamp(min=0).view(*columns.shape, *(1 for _ in value.shape[2:]))
         made = value.gather(1, picked.expand(-1, -1, *value.shape[2:]))
         padding = columns < 0

@@ -228,6 +228,7 @@ def test_a_patched_model(name, cache, defaults):
     assert runs[1][1:] == runs[0][1:]
 
 
+@pytest.mark.usefixtures("padded")
 def test_gradient_norms(defaults):
     found = []
     for changed in (False, True):
