@@ -51,7 +51,7 @@ class Forwards:
                 self._missed.before_forward(freezer.step)
         if freezer.cache is not None:
             if freezer.cache.busy:
-                return args, freezer.packer.begin(args, kwargs, aside=True)
+                return freezer.packer.begin(args, kwargs, aside=True)
             kwargs = freezer.cache.before_forward(args, kwargs, proved=freezer.proved)
         self.end_proof()  # torch calls no hook after a KeyboardInterrupt
         if trains:
@@ -61,7 +61,7 @@ class Forwards:
             self.last = _inputs_of(args, kwargs, freezer.active.device.type)
         if freezer.cache is not None:
             freezer.cache.install_stand_ins()
-        return args, freezer.packer.begin(args, kwargs)
+        return freezer.packer.begin(args, kwargs)
 
     def after_forward(self, output: Any) -> None:
         """Called after a forward that raised too: `output` is None then."""

@@ -102,3 +102,13 @@ def own_forward(module: nn.Module) -> Callable[..., Any] | None:
     while isinstance(hooks := getattr(forward, "__self__", None), ForwardHooks):
         forward = hooks._own
     return forward
+
+
+def foreign_hook(module: nn.Module) -> str | None:
+    """Where a forward hook inside a module comes from, if it is not known to do with any shape."""
+    for part in module.modules():
+        for hook in (*part._forward_hooks.values(), *part._forward_pre_hooks.values()):
+            source = getattr(hook, "__module__", None) or type(hook).__module__
+            if source.split(".")[0] not in ("torch", "transformers", __name__.split(".")[0]):
+                return source
+    return None

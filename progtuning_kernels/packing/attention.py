@@ -240,7 +240,9 @@ def packed_attention(
         return take_places(
             attend(pad_heads(query, slot, index, rows), key, value, attention_mask), index
         ), None
-    if not (block.grouped and tokens.groups and _divides(attention_mask, tokens, options)):
+    # others leave padding out themselves, and read lengths from the device in every call
+    grouped = block.grouped and tokens.groups and name in ("sdpa", "eager")
+    if not (grouped and _divides(attention_mask, tokens, options)):
         padded = [pad_heads(x, slot, index, rows) for x in (query, key, value)]
         return take_places(attend(*padded, attention_mask), index), None
     found = []

@@ -90,6 +90,12 @@ def _call_of(block: nn.Module) -> PackedCall | None:
     return _forwards[-1][1].get(id(block)) if _forwards else None
 
 
+def tokens_of(module: nn.Module) -> PackedTokens | None:
+    """Those that a module of the forward under way runs on, None where it runs padded."""
+    call = _call_of(module)
+    return None if call is None or torch.compiler.is_compiling() else call.tokens
+
+
 def members(base: type, forward: Callable[..., Any]) -> dict[str, Any]:
     """`__call__` and `forward` of a subclass of `base` that runs `forward` packed."""
 

@@ -4,21 +4,29 @@ from __future__ import annotations
 
 import pickle
 from collections import Counter
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping, MutableMapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import numpy as np
 import torch
-from torch import nn
+from torch import Tensor, nn
 
-from ..model.call import Call, UnknownContent, argument_names, wanted_of_all_blocks
-from ..model.forward_hooks import own_forward
+from ..model.call import (
+    Call,
+    UnknownContent,
+    argument_names,
+    text_configs,
+    wanted_of_all_blocks,
+)
+from ..model.forward_hooks import foreign_hook, own_forward
 from ..model.layout import Layout
 from ..text_table import text_table
+from . import heads
 from .blocks import PackedCall, begin_forward, end_forward, inside_padded
-from .tokens import GROUPS, cost_of_group, kept_places, pack_places
+from .known_mask import known_mask
+from .tokens import GROUPS, cost_of_group, kept_of, on_host, pack_places, waits_for
 from .trial import Installed, Outcome, Trial, labels_like
 from .trial_batch import masks_of, trial_calls
 
@@ -110,6 +118,8 @@ class Packer:
         self.busy = False  # a trial is under way; other hooks of the model leave it alone
         self._batches = self._places = self._tokens = 0
         self._padded: Counter[str] = Counter()
+        # masks that the caller's own dicts hold and have given way to a known one, by dict and name
+        self._replaced: list[tuple[MutableMapping[str, Any], str, Tensor]] = []
 
     def learn(
         self,
@@ -200,29 +210,56 @@ class Packer:
 
     def begin(
         self, args: tuple[Any, ...], kwargs: dict[str, Any], *, aside: bool = False
-    ) -> dict[str, Any]:
-        """Pack the forward that begins, if it can be; its keyword arguments.
+    ) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        """Pack the forward that begins, if it can be; its arguments.
 
         `aside`: a forward beside those of the loop, which the report does not count, and of whose
         output nothing is used.
         """
         calls: dict[int, PackedCall] = {}
+        read: dict[str, np.ndarray] = {}
         if self._mode != "off" and not self._paused and not inside_padded():
             try:
                 call = Call(self._names, args, kwargs)
-                reason = self._reason(call, aside=aside) or self._pack(call, calls, aside=aside)
+                reason = self._reason(call, aside=aside)
+                reason = reason or self._pack(call, calls, read, aside=aside)
             except UnknownContent as error:
                 reason = str(error)
             if reason is not None and not aside:
                 self._padded[reason] += 1
         begin_forward(self, calls)
+        if read:
+            args, kwargs = self._with_known(read, args, kwargs)
         if calls and self._outcome.makes_cache:
-            return {**kwargs, "use_cache": False}
-        return kwargs
+            kwargs = {**kwargs, "use_cache": False}
+        return args, kwargs
 
     def end(self) -> None:
         """End the forward that `begin` began."""
         end_forward(self)
+        for named, name, mask in self._replaced:
+            named[name] = mask
+        self._replaced.clear()
+
+    def _with_known(
+        self, read: Mapping[str, np.ndarray], args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        """The same arguments, with masks that answer from what the host has read of them."""
+
+        def change(name: str, value: Any) -> Any:
+            if name in read:
+                return known_mask(value, torch.from_numpy(read[name]).view(value.shape))
+            if isinstance(value, MutableMapping):  # the caller's, who finds results in it
+                for inner in read.keys() & value.keys():
+                    self._replaced.append((value, inner, value[inner]))
+                    value[inner] = change(inner, value[inner])
+            return value
+
+        names = (*self._names, *("" for _ in args[len(self._names) :]))
+        return (
+            tuple(change(name, value) for name, value in zip(names, args, strict=False)),
+            {name: change(name, value) for name, value in kwargs.items()},
+        )
 
     def _reason(self, call: Call, *, aside: bool = False) -> str | None:
         """Why a forward with these arguments runs padded, as far as its mask does not matter."""
@@ -241,7 +278,7 @@ class Packer:
                 return f"{path} is compiled, and {why}"
             if own_forward(block) is not None:
                 return f"{path} has a forward of its own, {_ACCELERATES}"
-            if (hooked := _foreign_hook(block)) is not None:
+            if (hooked := foreign_hook(block)) is not None:
                 return f"a hook of {hooked} on {path} would see packed tokens"
         return None
 
@@ -256,23 +293,49 @@ class Packer:
             return "modules inside would run padded"
         return None
 
+    @property
+    def _asks_masks(self) -> bool:
+        """Whether no compiler stands between a mask and the code that asks it."""
+        config = getattr(self._model, "config", None)
+        names = {getattr(c, "_attn_implementation", None) for c in text_configs(config)}
+        inside = (self._model.get_submodule(path) for path in self._layout.containers)
+        if any(m._compiled_call_impl is not None or hasattr(m, "_orig_mod") for m in inside):
+            return False
+        if any(block._compiled_call_impl is not None for _, block in self._blocks()):
+            return names <= {"sdpa", "eager"}  # others hand the mask itself to blocks
+        return "flex_attention" not in names
+
     def _blocks(self) -> Iterator[tuple[str, nn.Module]]:
         for path in self._layout.block_paths:
             yield path, self._model.get_submodule(path)
 
-    def _pack(self, call: Call, calls: dict[int, PackedCall], *, aside: bool) -> str | None:
-        """Fill `calls`; why none of them, if none."""
+    def _pack(
+        self,
+        call: Call,
+        calls: dict[int, PackedCall],
+        read: dict[str, np.ndarray],
+        *,
+        aside: bool,
+    ) -> str | None:
+        """Fill `calls`; why none of them, if none. `read` gets the masks that a device gave."""
         masks = masks_of(call)
         if not masks:
             return _NO_MASK
         if self._installed is None:
             return self._outcome_reason()
+        wanted = {
+            r.mask: masks[r.mask] for r in self._installed.recipes.values() if r.mask in masks
+        }
+        on, counts = _read(wanted, call)
+        far = {name: on[name] for name, mask in wanted.items() if waits_for(mask.device)}
+        if far and self._asks_masks:
+            read |= far
         problem = "it has no mask of these blocks"
         for path, recipe in self._installed.recipes.items():
             mask = masks.get(recipe.mask)
             if mask is None:
                 continue
-            kept = kept_places(mask, labels_like(mask, call), recipe.columns)
+            kept = kept_of(on[recipe.mask], counts.get(recipe.mask), columns=recipe.columns)
             real, size = int(kept.sum()), kept.size
             if real == size:
                 problem = "it has no padding"
@@ -285,7 +348,8 @@ class Packer:
                 groups = self.groups if grouped else 1
                 cost = cost_of_group(mask.device, recipe.heads)
                 tokens = pack_places(kept, mask.device, groups=groups, cost=cost)
-                calls.update(self._installed.calls(path, tokens))
+                above = real <= heads.MOST_REAL * size
+                calls.update(self._installed.calls(path, tokens, above=above))
                 if not aside:
                     self._places += size
                     self._tokens += real
@@ -319,6 +383,9 @@ class Packer:
                 text += f", {len(recipe.padded)} of its modules on padded tokens"
             if recipe.attention:
                 text += ", attention in groups" * (recipe.grouped and self.groups > 1)
+            for above, against in recipe.above.items():
+                against = against or heads.reason_for_padding(self._model.get_submodule(above))
+                text += f", not {above}: {against}" if against else f", {above} too"
             return text
         reason = self._refused.get(path) or self._outcome.reasons.get(path)
         return f"padded: {reason or _NOTHING_YET}"
@@ -333,14 +400,17 @@ class Packer:
         self.remove()
 
 
-def _foreign_hook(block: nn.Module) -> str | None:
-    """Where a forward hook inside a block comes from, if it is not known to do with any shape."""
-    for module in block.modules():
-        for hook in (*module._forward_hooks.values(), *module._forward_pre_hooks.values()):
-            source = getattr(hook, "__module__", None) or type(hook).__module__
-            if source.split(".")[0] not in ("torch", "transformers", __name__.split(".")[0]):
-                return source
-    return None
+def _read(
+    masks: Mapping[str, Tensor], call: Call
+) -> tuple[dict[str, np.ndarray], dict[str, np.ndarray]]:
+    """Where each mask is set, and where labels of its shape count; one read of a GPU for all."""
+    labels = {name: labels_like(mask, call) for name, mask in masks.items()}
+    labels = {name: found for name, found in labels.items() if found is not None}
+    wanted = [mask != 0 for mask in masks.values()] + [x != -100 for x in labels.values()]
+    found = on_host(wanted)
+    return dict(zip(masks, found, strict=False)), dict(
+        zip(labels, found[len(masks) :], strict=True)
+    )
 
 
 def _in_one_graph(compiled: Callable[..., Any]) -> bool:

@@ -179,27 +179,47 @@ def take_places(padded: Tensor, index: Tensor) -> Tensor:
     return _Take.apply(padded.flatten(0, 1), index, 0).unsqueeze(0)
 
 
+def waits_for(device: torch.device) -> bool:
+    """Whether the host waits where it reads a value of a tensor on this device."""
+    return device.type != "cpu"
+
+
+def on_host(tensors: Sequence[Tensor]) -> list[np.ndarray]:
+    """Copies of bool tensors, by one read where all are on one device."""
+    if len(tensors) < 2 or not waits_for(tensors[0].device) or len({t.device for t in tensors}) > 1:
+        return [t.cpu().numpy() for t in tensors]
+    whole = torch.cat([t.flatten() for t in tensors]).cpu()
+    parts = whole.split([t.numel() for t in tensors])
+    return [part.view(t.shape).numpy() for part, t in zip(parts, tensors, strict=True)]
+
+
 def kept_places(
     mask: Tensor, labels: Tensor | None = None, columns: Sequence[int] = ()
+) -> np.ndarray:
+    """(B, T), bool: the tokens that something reads. One read of a GPU."""
+    read = on_host([mask != 0] if labels is None else [mask != 0, labels != -100])
+    return kept_of(*read, columns=columns)
+
+
+def kept_of(
+    on: np.ndarray, counts: np.ndarray | None = None, *, columns: Sequence[int] = ()
 ) -> np.ndarray:
     """(B, T), bool: the tokens that something reads.
 
     These are the mask's; where a label counts, and the token before it, which predicts it in a
     language model; `columns`, which a head reads in every row; and whole rows of padding, whose
-    tokens see each other. One read of a GPU.
+    tokens see each other.
+
+    Args:
+        on: (B, T), bool, the mask.
+        counts: (B, T), bool, where a label counts.
     """
-    kept = mask != 0
-    if labels is not None:
-        counts = labels != -100
-        kept = kept | counts
+    kept = on.copy()
+    if counts is not None:
+        kept |= counts
         kept[:, :-1] |= counts[:, 1:]
-    kept = kept.cpu().numpy()
-    if columns:
-        kept = kept.copy()
-        kept[:, list(columns)] = True
-    empty = ~kept.any(1)
-    if empty.any():
-        kept = kept | empty[:, None]
+    kept[:, list(columns)] = True
+    kept[~kept.any(1)] = True
     return kept
 
 

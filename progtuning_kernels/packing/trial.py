@@ -10,6 +10,7 @@ import warnings
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field, replace
+from itertools import chain
 from typing import Any
 
 import torch
@@ -46,6 +47,7 @@ from .blocks import (
     padded,
     places_of,
 )
+from .heads import HeadsSeen, reason_for_padding, run_head_packed
 from .submodules import PaddedRole, run_padded
 from .tokens import GROUPS, kept_places, pack_places
 from .trial_batch import masks_of
@@ -53,6 +55,7 @@ from .trial_batch import masks_of
 _GRADIENTS = {torch.float32: 1e-4, torch.float64: 1e-8, torch.float16: 2e-2, torch.bfloat16: 5e-2}
 _GRADIENT_BYTES = 2**28  # that one side of the comparison may hold
 _MOST_PADDED = 0.9  # share of a block's parameters in sub-modules that run padded
+_ABOVE = BlockRole((0,), frozenset(), last=True)
 _COLUMNS = ((), (0,), (-1,), (0, -1))  # that a head may read in rows where they are padding
 
 
@@ -66,7 +69,9 @@ class StackRecipe:
     padded: Mapping[str, PaddedRole]  # sub-modules that run on padded tokens
     columns: tuple[int, ...] = ()  # which the head reads, padding or not
     grouped: bool = False
-    heads: int = 1
+    heads: int = 1  # of its attention
+    # modules above the blocks that could run packed, by path: why one does not, "" if it does
+    above: Mapping[str, str] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -152,7 +157,7 @@ class Trial:
         if all(k.all() for k in kept.values()):
             return Outcome(decided=False)
         call, makes_cache = self._without_cache(call)
-        recordings, expected = self._record(call)
+        recordings, heads, expected = self._record(call)
         recipes: dict[str, StackRecipe] = {}
         reasons: dict[str, str] = {}
         for stack in self._layout.stacks:
@@ -168,7 +173,28 @@ class Trial:
                     reasons.setdefault(stack.path, f"packed, its forward raises {_line(error)}")
             if stack.path in recipes:
                 reasons.pop(stack.path, None)
-        return Outcome(recipes, reasons, makes_cache)
+        return Outcome(self._with_heads(call, recipes, heads, expected), reasons, makes_cache)
+
+    def _with_heads(
+        self, call: Call, recipes: dict[str, StackRecipe], heads: HeadsSeen, expected: _Run
+    ) -> dict[str, StackRecipe]:
+        """The recipes, with the modules above the blocks that can run packed too."""
+        # of two stacks with one mask, the later one
+        for mask, path in {recipe.mask: path for path, recipe in recipes.items()}.items():
+            for above in heads.of_mask(mask):
+                reason = reason_for_padding(self._model.get_submodule(above))
+                recipe = recipes[path]
+                longer = {
+                    **recipes,
+                    path: replace(recipe, above={**recipe.above, above: reason or ""}),
+                }
+                try:
+                    problem = "" if reason else self._problem(call, longer, expected)
+                except Exception:  # of a head that wants the whole batch
+                    continue
+                if not problem:
+                    recipes = longer
+        return recipes
 
     def _without_cache(self, call: Call) -> tuple[Call, bool]:
         with torch.no_grad(), padded():
@@ -177,15 +203,16 @@ class Trial:
             return call, False
         return replace(call, kwargs={**call.kwargs, "use_cache": False}), True
 
-    def _record(self, call: Call) -> tuple[dict[str, _Recording], _Run]:
+    def _record(self, call: Call) -> tuple[dict[str, _Recording], HeadsSeen, _Run]:
         """The padded forward, watched."""
         recordings = {
             stack.path: _Recording(self._model, self._layout, stack, masks_of(call))
             for stack in self._layout.stacks
         }
+        heads = HeadsSeen(self._model, self._layout, masks_of(call))
         attention = [m for r in recordings.values() for m in r.attention_modules]
         try:
-            with calls_noted() as seen, ExitStack() as hooks:
+            with calls_noted() as seen, heads.watching(), ExitStack() as hooks:
                 for module in attention:
                     redirect(module)
                 for recording in recordings.values():
@@ -199,7 +226,7 @@ class Trial:
         finally:
             for module in attention:
                 restore(module)
-        return recordings, expected
+        return recordings, heads, expected
 
     def _fit(
         self,
@@ -360,18 +387,28 @@ class Installed:
             for path, role in recipe.padded.items()
             for hook in run_padded(model.get_submodule(path), role)
         ]
+        self._above = {
+            stack: [model.get_submodule(p) for p, against in recipe.above.items() if not against]
+            for stack, recipe in recipes.items()
+        }
+        for module in chain.from_iterable(self._above.values()):
+            self._hooks += run_head_packed(module)
         self._names = list(map(own_name, self._attention))
         for module in self._attention:
             redirect(module)
         place([block for roles in self._roles.values() for block in roles])
 
-    def calls(self, stack: str, tokens: Any) -> dict[int, PackedCall]:
-        """Calls of the blocks of one stack, by id."""
+    def calls(self, stack: str, tokens: Any, *, above: bool = True) -> dict[int, PackedCall]:
+        """Calls of the blocks of one stack, and of what is `above` them, by id."""
         grouped = self.recipes[stack].grouped
-        return {
+        calls = {
             id(block): PackedCall(role, tokens, grouped)
             for block, role in self._roles[stack].items()
         }
+        if above:
+            alone = PackedCall(_ABOVE, tokens, grouped=False)
+            calls |= {id(module): alone for module in self._above[stack]}
+        return calls
 
     def is_outdated(self) -> bool:
         """Whether the model calls another attention function than when it was tried."""
