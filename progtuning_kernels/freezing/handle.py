@@ -55,6 +55,17 @@ def _after_forward(model: nn.Module, args: tuple[Any, ...], output: Any) -> None
         handle.forwards.after_forward(output)
 
 
+def _drop_hooks_of_a_copy(model: nn.Module) -> None:
+    """A copy of a patched model has its hooks, which would call the copy's own handle twice."""
+    for hooks, flags in (
+        (model._forward_pre_hooks, model._forward_pre_hooks_with_kwargs),
+        (model._forward_hooks, model._forward_hooks_always_called),
+    ):
+        for key in [k for k, hook in hooks.items() if hook in (_before_forward, _after_forward)]:
+            del hooks[key]
+            flags.pop(key, None)
+
+
 class PatchHandle:
     """What `patch_model` returns: the schedule's grip on one model. Also a context manager.
 
@@ -95,6 +106,7 @@ class PatchHandle:
         self.forwards = Forwards(self.freezer, self._missed)
         # they stay to the end: one that removed itself while torch iterates over the hooks after an
         # exception would hide that exception behind one of its own
+        _drop_hooks_of_a_copy(model)
         self._hooks = [
             model.register_forward_pre_hook(_before_forward, with_kwargs=True),
             model.register_forward_hook(_after_forward, always_call=True),

@@ -7,20 +7,20 @@ that a recomputation in backward has those of its own forward, whatever ran in b
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, MutableMapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils.weak import WeakTensorKeyDictionary
 
 from ..model.derived_classes import root_of
 from .attention import PackedBlock, UnpackableError, running
 from .tokens import PackedTokens
 
 _KEY = "progtuning_packed_tokens"  # of the keyword argument
-_ATTRIBUTE = "_progtuning_packed_tokens"  # of a tensor that a block was called with
 Place = tuple[int | str, ...]  # number or name of an argument, and number inside a tuple
 
 
@@ -44,11 +44,13 @@ class PackedCall:
     grouped: bool
 
 
-# of the forwards under way, the innermost last: calls of their blocks by id
-_forwards: list[tuple[object, Mapping[int, PackedCall]]] = []
+Calls = Mapping[int, PackedCall]  # of the blocks of one forward, by their id
+_forwards: list[tuple[object, Calls]] = []  # those under way, the innermost last
+# Calls of the forward in which a tensor came to a block; none if that were two forwards.
+_noted: MutableMapping[Tensor, Calls] = WeakTensorKeyDictionary()
 
 
-def begin_forward(owner: object, calls: Mapping[int, PackedCall]) -> None:
+def begin_forward(owner: object, calls: Calls) -> None:
     """Have the blocks in `calls` run packed until `end_forward`."""
     _forwards.append((owner, calls))
 
@@ -100,25 +102,24 @@ def members(base: type, forward: Callable[..., Any]) -> dict[str, Any]:
     """`__call__` and `forward` of a subclass of `base` that runs `forward` packed."""
 
     def call(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
-        packed = _call_of(self)
-        if packed is not None and not torch.compiler.is_compiling():
+        calls = _forwards[-1][1] if _forwards else {}
+        if id(self) in calls and not torch.compiler.is_compiling():
             if self._compiled_call_impl is not None:  # graphs of packed tensors, of any length
-                return _run_packed(self, base.__call__, packed, args, kwargs)
-            kwargs[_KEY] = packed
+                return _run_packed(self, base.__call__, calls, args, kwargs)
+            kwargs[_KEY] = calls
         return base.__call__(self, *args, **kwargs)
 
     def run(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
-        packed = kwargs.pop(_KEY, None)
+        calls: Calls = kwargs.pop(_KEY, {})
         compiled = torch.compiler.is_compiling() or self._compiled_call_impl is not None
-        if packed is None and not compiled:
+        if not (calls or compiled):
             # where `forward` is called alone, and where a checkpoint around it is recomputed
-            noted = _attributes(args, kwargs)
-            packed = _call_of(self) if _forwards else noted.get(_ATTRIBUTE)
-            if packed is None:  # of a forward that ran packed on the same tensor
-                noted.pop(_ATTRIBUTE, None)
-        if packed is None:
+            calls = _forwards[-1][1] if _forwards else _calls_noted(args, kwargs)
+        if id(self) not in calls:
+            if _forwards and not compiled:
+                _forget(args, kwargs)
             return forward(self, *args, **kwargs)
-        return _run_packed(self, forward, packed, args, kwargs)
+        return _run_packed(self, forward, calls, args, kwargs)
 
     return {"__call__": call, "forward": run}
 
@@ -135,26 +136,38 @@ def checkpointed(made: type) -> None:
             return
 
 
-def _attributes(args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
-    """Those of the first tensor in a call."""
-    for value in (*args, *kwargs.values()):
-        if isinstance(value, Tensor):
-            return vars(value)
-    return {}
+def _note(calls: Calls, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
+    for _, value in places_of(args, kwargs):
+        before = _noted.setdefault(value, calls)
+        if before is not calls:
+            _noted[value] = {}
+
+
+def _forget(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
+    """Of a forward that runs padded: a tensor of a packed one too no longer says which."""
+    for _, value in places_of(args, kwargs):
+        if value in _noted:
+            _noted[value] = {}
+
+
+def _calls_noted(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Calls:
+    """Those of the forward that has called a block with these tensors."""
+    found = (_noted.get(value) for _, value in places_of(args, kwargs))
+    return next(filter(None, found), {})
 
 
 def _run_packed(
     block: nn.Module,
     forward: Callable[..., Any],
-    packed: PackedCall,
+    calls: Calls,
     args: tuple[Any, ...],
     kwargs: dict[str, Any],
 ) -> Any:
+    packed = calls[id(block)]
+    _note(calls, args, kwargs)
     role, tokens = packed.role, packed.tokens
     hidden = value_at(role.hidden, args, kwargs)
     name = root_of(type(block)).__name__
-    if isinstance(hidden, Tensor):
-        setattr(hidden, _ATTRIBUTE, packed)
     if tokens.holds_padded(hidden):
         made = tokens.pack(hidden)
     elif tokens.holds_packed(hidden):

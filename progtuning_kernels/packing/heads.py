@@ -18,6 +18,7 @@ from ..model.derived_classes import base_of
 from ..model.forward_hooks import foreign_hook, own_forward
 from ..model.layout import Layout
 from .blocks import tokens_of
+from .submodules import UncopiedHook
 
 _ATTRIBUTE = "_progtuning_head_tokens"  # of a packed tensor that a head runs on
 # Of a block's parameters that a head has at least, to be packed. With half of the places real,
@@ -51,8 +52,8 @@ def run_head_packed(module: nn.Module) -> list[RemovableHandle]:
         return tokens.unpack(output)
 
     return [
-        module.register_forward_pre_hook(enter, with_kwargs=True),
-        module.register_forward_hook(leave),
+        module.register_forward_pre_hook(UncopiedHook(enter), with_kwargs=True),
+        module.register_forward_hook(UncopiedHook(leave)),
     ]
 
 

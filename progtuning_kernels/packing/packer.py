@@ -26,7 +26,7 @@ from ..text_table import text_table
 from . import heads
 from .blocks import PackedCall, begin_forward, end_forward, inside_padded
 from .known_mask import known_mask
-from .tokens import GROUPS, cost_of_group, kept_of, on_host, pack_places, waits_for
+from .tokens import GROUPS, cost_of_group, kept_of, on_host, pack_places, padding_follows, waits_for
 from .trial import Installed, Outcome, Trial, labels_like
 from .trial_batch import masks_of, trial_calls
 
@@ -341,7 +341,7 @@ class Packer:
                 problem = "it has no padding"
             elif self._mode == "auto" and real > MOST_REAL * size:
                 problem = f"more than {MOST_REAL:.0%} of its places are real tokens"
-            elif self._outcome.right_only and not _is_right(kept):
+            elif self._outcome.right_only and not padding_follows(kept):
                 problem = "it has padding before the tokens"
             else:
                 grouped = recipe.grouped and self.groups > 1
@@ -442,8 +442,3 @@ def _as_first(outcome: Outcome, share: Share) -> Outcome:
         recipes={path: recipe for path, recipe in outcome.recipes.items() if path in packs},
         reasons={**outcome.reasons, **first.reasons},
     )
-
-
-def _is_right(kept: np.ndarray) -> bool:
-    """Whether padding follows the tokens in every row."""
-    return bool((np.diff(kept.astype(np.int8), axis=1) <= 0).all())

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -58,6 +59,27 @@ def run_padded(module: nn.Module, role: PaddedRole) -> list[RemovableHandle]:
         return with_outputs(found, output)
 
     return [
-        module.register_forward_pre_hook(enter, with_kwargs=True),
-        module.register_forward_hook(leave),
+        module.register_forward_pre_hook(UncopiedHook(enter), with_kwargs=True),
+        module.register_forward_hook(UncopiedHook(leave)),
     ]
+
+
+class UncopiedHook:
+    """Does nothing in a copy of the module, which is an ordinary one, and can be pickled."""
+
+    def __init__(self, run: Callable[..., Any]) -> None:
+        self._run = run
+
+    def __call__(self, *args: Any) -> Any:
+        return self._run(*args)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return (_hook_of_a_copy, ())
+
+
+def _hook_of_a_copy() -> Callable[..., None]:
+    return _nothing
+
+
+def _nothing(*args: Any) -> None:
+    pass

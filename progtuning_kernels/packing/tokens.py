@@ -223,6 +223,11 @@ def kept_of(
     return kept
 
 
+def padding_follows(kept: np.ndarray) -> bool:
+    """Whether padding follows the tokens in every row of (B, T), bool."""
+    return bool((np.diff(kept.astype(np.int8), axis=1) <= 0).all())
+
+
 def cost_of_group(device: torch.device, heads: int) -> float:
     """What one more group costs, in rows times columns squared of attention with `heads`."""
     return _SCORES_PER_GROUP.get(device.type, _SCORES_PER_GROUP["cuda"]) / heads

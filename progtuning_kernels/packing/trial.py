@@ -49,7 +49,7 @@ from .blocks import (
 )
 from .heads import HeadsSeen, reason_for_padding, run_head_packed
 from .submodules import PaddedRole, run_padded
-from .tokens import GROUPS, kept_places, pack_places
+from .tokens import GROUPS, kept_places, pack_places, padding_follows
 from .trial_batch import masks_of
 
 _GRADIENTS = {torch.float32: 1e-4, torch.float64: 1e-8, torch.float16: 2e-2, torch.bfloat16: 5e-2}
@@ -90,7 +90,7 @@ class _Run:
     """What one forward gave."""
 
     outputs: list[Tensor]
-    gradients: list[Tensor]
+    gradients: list[list[Tensor]]  # of the loss, of all other outputs
     state: list[Tensor]
 
 
@@ -122,21 +122,29 @@ class Trial:
         """Try every stack on those of `trial_calls`; leaves nothing installed."""
         outcome = Outcome(decided=False)
         with self._without_trace():
-            for at, made in enumerate(calls):
+            for made in calls:
+                parts = _parts_of(self._model)
                 try:
                     found = self._try_all(made)
+                except UnpackableError as error:
+                    found = self._refused(str(error))
                 except Exception as error:  # the model's own code, on a batch that we made
-                    found = Outcome(
-                        reasons={
-                            s.path: f"a trial raises {_line(error)}" for s in self._layout.stacks
-                        },
-                        decided=False,
-                    )
+                    reason = f"a trial raises {_line(error)}"
+                    found = replace(self._refused(reason), decided=False)
+                finally:
+                    exchanged = _restore_parts(parts)
+                if exchanged:
+                    return self._refused("it changes its modules with the length of the rows")
                 if found.recipes:
-                    return replace(found, right_only=at == 1)
+                    masks = masks_of(made).values()
+                    right = all(padding_follows(mask.ne(0).cpu().numpy()) for mask in masks)
+                    return replace(found, right_only=right)
                 if found.decided or not outcome.reasons:
                     outcome = found
         return outcome
+
+    def _refused(self, reason: str) -> Outcome:
+        return Outcome(reasons={stack.path: reason for stack in self._layout.stacks})
 
     @contextmanager
     def _without_trace(self) -> Iterator[None]:
@@ -144,7 +152,7 @@ class Trial:
             random_state_kept(self._model),
             torch.compiler.set_stance("force_eager"),
             buffers_kept(self._model),
-            _without_dropout(self._model),
+            _without_dropout_and_recomputation(self._model),
             torch.enable_grad() if not self._sharded else torch.no_grad(),
             warnings.catch_warnings(),
         ):
@@ -220,7 +228,7 @@ class Trial:
                     hooks.enter_context(recording.watching())
                 begin_forward(self, {})
                 try:
-                    expected = self._run(call)
+                    expected = self._run(call, hooks)
                 finally:
                     end_forward(self)
         finally:
@@ -265,7 +273,7 @@ class Trial:
                 return problem
             with torch.no_grad():
                 zeros = self._run_packed(call, installed, noise=None)
-            return self._differs(call, expected, zeros)
+            return self._differs(call, replace(expected, gradients=[]), zeros)
         finally:
             installed.remove()
 
@@ -289,20 +297,24 @@ class Trial:
         args, kwargs = with_own_containers((call.args, dict(call.kwargs)), clone=True)
         return self._call(*args, **kwargs)
 
-    def _run(self, call: Call) -> _Run:
+    def _run(self, call: Call, watched: ExitStack | None = None) -> _Run:
+        """Run forward, with which `watched` ends, and backward."""
         state = torch_state(self._gpus)
         output = self._call_model(call)
+        if watched is not None:
+            watched.close()  # a checkpoint in the model's own code runs blocks a second time
         after = torch_state(self._gpus)
         set_torch_state(state, self._gpus)
         outputs = compared(output)
         return _Run([t.detach() for t in outputs], self._gradients(call, outputs), after)
 
-    def _gradients(self, call: Call, outputs: list[Tensor]) -> list[Tensor]:
+    def _gradients(self, call: Call, outputs: list[Tensor]) -> list[list[Tensor]]:
         if not torch.is_grad_enabled():
             return []
         generator = torch.Generator().manual_seed(3)
         masks = list(masks_of(call).values())
-        total = None
+        # the loss by itself: beside sums of all logits, what it alone reads would be lost
+        totals: dict[bool, Tensor] = {}
         for output in outputs:
             weights = torch.rand(output.shape, generator=generator).to(output.device)
             if not output.requires_grad:
@@ -312,18 +324,29 @@ class Trial:
                     real = (mask != 0).view(*mask.shape, *(1 for _ in output.shape[2:]))
                     weights = weights * real
                     output = torch.where(real, output, output.detach() * 0)
-            part = (output.float() * weights).sum()
-            total = part if total is None else total + part
+            part, alone = (output.float() * weights).sum(), output.ndim == 0
+            totals[alone] = totals[alone] + part if alone in totals else part
         wanted, size = [], 0
         for path in self._layout.block_paths:  # the lowest first: all others are above it
             for parameter in self._model.get_submodule(path).parameters():
-                size += 4 * parameter.numel()
+                size += 4 * parameter.numel() * len(totals)
                 if parameter.requires_grad and (not wanted or size <= _GRADIENT_BYTES):
                     wanted.append(parameter)
-        if total is None or not wanted:
+        if not (totals and wanted):
             return []
-        found = torch.autograd.grad(total, wanted, allow_unused=True)
-        return [torch.zeros((), device=total.device) if g is None else g for g in found]
+        found = [
+            torch.autograd.grad(total, wanted, retain_graph=True, allow_unused=True)
+            for total in totals.values()
+        ]
+        if all(g is None for part in found for g in part):
+            raise UnpackableError(
+                "the gradients of its blocks are out of sight: where its code calls "
+                "torch.utils.checkpoint, let that be with use_reentrant=False"
+            )
+        return [
+            [torch.zeros((), device=call.device) if g is None else g for g in part]
+            for part in found
+        ]
 
     def _differs(self, call: Call, expected: _Run, found: _Run) -> str:
         if not same_torch_state(expected.state, found.state):
@@ -340,19 +363,19 @@ class Trial:
             error = difference(one, other)
             if error > max(TOLERANCE.get(one.dtype, 0.0), TOLERANCE.get(low, 0.0)):
                 return f"packed, an output differs by {error:.1e}"
-        scales = [g.abs().max().item() for g in expected.gradients if g.numel()]
-        least = 1e-2 * max(scales, default=0.0)
-        if not found.gradients:
-            return ""
-        for one, other in zip(expected.gradients, found.gradients, strict=True):
-            if one.shape != other.shape:
-                return "packed, a gradient is missing"
-            if not one.numel():
-                continue
-            scale = max(one.abs().max().item(), least, 1e-30)
-            error = (one - other).abs().max().item() / scale
-            if not error <= max(_GRADIENTS.get(one.dtype, 0.0), _GRADIENTS.get(low, 0.0)):
-                return f"packed, a gradient differs by {error:.1e}"
+        if len(expected.gradients) != len(found.gradients):
+            return "packed, gradients are missing"
+        for ones, others in zip(expected.gradients, found.gradients, strict=True):
+            scales = [g.abs().max().item() for g in ones if g.numel()]
+            least = max(1e-2 * max(scales, default=0.0), 1e-30)
+            for one, other in zip(ones, others, strict=True):
+                if one.shape != other.shape:
+                    return "packed, a gradient is missing"
+                if not one.numel():
+                    continue
+                error = (one - other).abs().max().item() / max(one.abs().max().item(), least)
+                if not error <= max(_GRADIENTS.get(one.dtype, 0.0), _GRADIENTS.get(low, 0.0)):
+                    return f"packed, a gradient differs by {error:.1e}"
         return ""
 
     def _lowest_precision(self) -> torch.dtype:
@@ -605,9 +628,31 @@ def labels_like(mask: Tensor, call: Call) -> Tensor | None:
     return labels
 
 
+def _parts_of(model: nn.Module) -> list[tuple[nn.Module, dict[str, Any], dict[str, Any]]]:
+    """Every module with the modules in it and its plain attributes."""
+    plain = int, float, str, type(None)
+    return [
+        (m, dict(m._modules), {k: v for k, v in vars(m).items() if isinstance(v, plain)})
+        for m in model.modules()
+    ]
+
+
+def _restore_parts(parts: list[tuple[nn.Module, dict[str, Any], dict[str, Any]]]) -> bool:
+    """Put back what a forward has changed; whether it has exchanged modules.
+
+    BigBird goes over to full attention for good when it meets short rows.
+    """
+    exchanged = any(module._modules != inner for module, inner, _ in parts)
+    for module, inner, plain in parts:
+        module._modules.clear()
+        module._modules.update(inner)
+        vars(module).update(plain)
+    return exchanged
+
+
 @contextmanager
-def _without_dropout(model: nn.Module) -> Iterator[None]:
-    """No module drops anything, whatever its mode."""
+def _without_dropout_and_recomputation(model: nn.Module) -> Iterator[None]:
+    """No module drops anything, whatever its mode, or is checkpointed, which may hide gradients."""
     before: list[tuple[dict[str, Any], str, Any]] = []
     for module in model.modules():
         own = module.__dict__
@@ -615,9 +660,11 @@ def _without_dropout(model: nn.Module) -> Iterator[None]:
             drops = name == "p" and "dropout" in type(module).__name__.lower()
             if isinstance(value, float) and (drops or "drop" in name):
                 before.append((own, name, value))
+            elif name == "gradient_checkpointing" and value is True:
+                before.append((own, name, value))
     try:
-        for own, name, _ in before:
-            own[name] = 0.0
+        for own, name, value in before:
+            own[name] = type(value)(0)
         yield
     finally:
         for own, name, value in before:
