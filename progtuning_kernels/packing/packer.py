@@ -145,6 +145,8 @@ class Packer:
         calls = self._trial_calls(args, kwargs)
         if share is None:
             if isinstance(calls, str):
+                if self._installed is None:
+                    self._outcome = self._nothing_shown(calls)
                 return
         else:
             calls = self._received(share(_sent(calls)))
@@ -152,9 +154,7 @@ class Packer:
         self.remove()
         self._trials, self._tried_from = 1 + trials, boundary
         if isinstance(calls, str):
-            self._outcome = Outcome(
-                reasons={s.path: calls for s in self._layout.stacks}, decided=False
-            )
+            self._outcome = self._nothing_shown(calls)
             return
         trial = Trial(self._model, self._layout, self._place, sharded=self.sharded)
         self.busy = True
@@ -167,6 +167,9 @@ class Packer:
         if recipes:
             self._installed = Installed(self._model, recipes, self._place)
 
+    def _nothing_shown(self, reason: str) -> Outcome:
+        return Outcome(reasons={s.path: reason for s in self._layout.stacks}, decided=False)
+
     def _trial_calls(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Call] | str:
         """Calls for a trial, or why there are none."""
         try:
@@ -176,6 +179,8 @@ class Packer:
             return [*trial_calls(call, self._model)] if masks_of(call) else _NO_MASK
         except UnknownContent as error:
             return str(error)
+        except Exception as error:  # of arguments in a form unknown here: training goes on
+            return f"no trial can be made of its arguments: {type(error).__name__}: {error}"
 
     def _received(self, sent: bytes) -> list[Call] | str:
         calls = pickle.loads(sent)

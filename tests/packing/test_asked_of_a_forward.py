@@ -236,3 +236,16 @@ def test_a_copy_is_an_ordinary_model(name):
     assert not any("progtuning" in str(v) for m in made.modules() for v in vars(m).values())
     expected = padded.model(**inputs)
     torch.testing.assert_close(made(**inputs).loss, expected.loss, **CLOSE)
+
+
+def test_arguments_of_which_no_trial_can_be_made_train_padded(monkeypatch):
+    def fails(*_: Any) -> None:
+        raise IndexError("an odd batch")
+
+    monkeypatch.setattr("progtuning_kernels.packing.packer.trial_calls", fails)
+    handle = patch_model(tiny_model(BERT), MilestoneSchedule({0: 1}), packing="on")
+    handle.model(**tiny_inputs(BERT)).loss.backward()
+    assert "no trial can be made of its arguments: IndexError" in str(handle.packing_report())
+    monkeypatch.undo()
+    handle.model(**tiny_inputs(BERT)).loss.backward()
+    assert handle.packing_report().batches == 1
