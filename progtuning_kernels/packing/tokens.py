@@ -221,7 +221,7 @@ def kept_of(
         kept |= counts
         kept[:, :-1] |= counts[:, 1:]
     kept[:, list(columns)] = True
-    kept[~kept.any(1)] = True
+    kept[~on.any(1)] = True
     return kept
 
 
