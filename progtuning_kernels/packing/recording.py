@@ -132,6 +132,10 @@ class Recording:
         """
         if self._problem or set(self._order) != set(self._blocks):
             raise UnpackableError(self._problem or "not every block runs in a forward")
+        if (limited := self._limits_tokens()) is not None:
+            raise UnpackableError(
+                f"{limited} leaves tokens out by how many stand before them, padding among these"
+            )
         if kept[self._mask].all():
             raise UnpackableError("the batch has no padding")
         names = {
@@ -148,6 +152,17 @@ class Recording:
         for left in (calling, set()):
             parts = self._smallest_parts(left)
             yield StackRecipe(self._mask, roles, tuple(sorted(left)), parts, heads=self.seen.heads)
+
+    def _limits_tokens(self) -> str | None:
+        """The class of a module with a capacity for tokens, as routers of experts have: in the few
+        short rows of a trial none is full.
+        """
+        for block in self._blocks.values():
+            for module in block.modules():
+                held = vars(module).items()
+                if any("capacity" in name and type(value) is int and value for name, value in held):
+                    return type(module).__name__
+        return None
 
     def _smallest_parts(self, left: Collection[str]) -> dict[str, PaddedRole]:
         """Sub-modules to run padded, none with one of those in `left` inside."""
