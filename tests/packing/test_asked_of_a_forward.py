@@ -184,6 +184,18 @@ def test_hooks_of_the_users_see_padded_tensors(inside, before):
     assert "a hook of" in last_reason(packed)
 
 
+@pytest.mark.parametrize("kind", ["register_full_backward_hook", "register_full_backward_pre_hook"])
+def test_backward_hooks_of_the_users_see_padded_gradients(kind):
+    packed, padded = twins(BERT)
+    shapes = []
+    for handle in (packed, padded):
+        module = _block(handle.model).intermediate.dense
+        getattr(module, kind)(lambda m, *gradients: shapes.append(gradients[-1][0].shape))
+    assert_same(packed, padded, **tiny_inputs(BERT, seed=3))
+    assert set(shapes) == {(3, 11, 48)}
+    assert "a hook of" in last_reason(packed)
+
+
 @pytest.mark.parametrize("implementation", ["eager", "sdpa"])
 @pytest.mark.parametrize("name", [BERT, LLAMA, GPT2])
 def test_attention_is_switched_after_the_first_forward(name, implementation):
