@@ -131,6 +131,13 @@ def test_training_table_is_that_of_the_stored_results():
     assert tables and all(table in _between("training") for table in tables)
 
 
+def test_packing_table_is_that_of_the_stored_results():
+    plot = _benchmark("plot")
+    stored = [plot.load_packing(folder) for folder in RESULTS.iterdir() if folder.is_dir()]
+    tables = [plot.packing_table(contents) for contents in stored if contents]
+    assert tables and all(table in _between("packing") for table in tables)
+
+
 def test_study_tables_are_those_of_the_stored_results():
     study = _benchmark("accuracy_study")
     folders = [folder.parent for folder in RESULTS.glob("*/accuracy")]
