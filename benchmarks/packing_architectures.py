@@ -176,7 +176,9 @@ def main() -> None:
         if args.only or row["status"] in ("wrong", "raises"):
             print(model_type, json.dumps(row), flush=True)
         if args.output:
-            args.output.write_text(json.dumps(content, indent=1) + "\n")
+            written = args.output.with_suffix(".part")
+            written.write_text(json.dumps(content, indent=1) + "\n")
+            written.replace(args.output)
     print(summary(content))
 
 
