@@ -143,6 +143,7 @@ class Trial:
         recordings, heads, expected = self._record(call)
         recipes: dict[str, StackRecipe] = {}
         reasons: dict[str, str] = {}
+        raised: dict[str, str] = {}  # says less than what a way that runs has shown
         for stack in self._layout.stacks:
             ways = recordings[stack.path].recipes(kept)
             while stack.path not in recipes:
@@ -153,9 +154,8 @@ class Trial:
                 except UnpackableError as error:
                     reasons.setdefault(stack.path, str(error))
                 except Exception as error:  # the model's own code
-                    reasons.setdefault(stack.path, f"packed, its forward raises {_line(error)}")
-            if stack.path in recipes:
-                reasons.pop(stack.path, None)
+                    raised.setdefault(stack.path, f"packed, its forward raises {_line(error)}")
+        reasons = {p: why for p, why in (raised | reasons).items() if p not in recipes}
         return Outcome(self._with_heads(call, recipes, heads, expected), reasons, makes_cache)
 
     def _with_heads(
