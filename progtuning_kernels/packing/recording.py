@@ -123,7 +123,7 @@ class Recording:
         }
         self._returned[path] = self._returned.get(path, frozenset()) | returned
 
-    def recipes(self, kept: Mapping[str, Any]) -> Iterator[StackRecipe]:
+    def recipes(self) -> Iterator[StackRecipe]:
         """Ways to run the stack packed, the best first; raises `UnpackableError` for none.
 
         Padded are queries, keys and values in an attention function that is looked up, elsewhere
@@ -132,8 +132,6 @@ class Recording:
         """
         if self._problem or set(self._order) != set(self._blocks):
             raise UnpackableError(self._problem or "not every block runs in a forward")
-        if kept[self._mask].all():
-            raise UnpackableError("the batch has no padding")
         names = {
             id(module): name
             for path, block in self._blocks.items()

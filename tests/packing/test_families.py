@@ -259,3 +259,14 @@ def test_padding_on_a_side_that_was_not_tried_is_packed_right_or_not_at_all():
         batch, before = _batch(name, spans), packed_forwards(handle)
         _assert_equal(_run(model, batch), _run(padded, batch))
         assert (packed_forwards(handle) > before) == packs
+
+
+def test_labels_at_every_place_do_not_make_a_trial_that_shows_nothing():
+    """All places are kept for such a batch, and a later one without labels has padding."""
+    name = "ConvBertForMaskedLM"
+    model, padded = _model(name, _SIZES), _model(name, _SIZES)
+    handle = patched(model)
+    batch = {k: _batch("Sequence", RIGHT)[k] for k in ("input_ids", "attention_mask")}
+    model(**batch, labels=batch["input_ids"])
+    assert "an output differs" in str(handle.packing_report())
+    _assert_equal(_run(model, batch), _run(padded, batch))
