@@ -29,6 +29,8 @@ from progtuning_kernels.swaps import model_swaps
 from progtuning_kernels.swaps.deferred_logits import DeferredLogits, defer, materialise
 from progtuning_kernels.swaps.kinds import recognise
 
+pytestmark = pytest.mark.usefixtures("padded")  # a trial of packing is slow in the interpreter
+
 STEPS = 20
 # Of the largest loss, and of the largest weight of a tensor, after 20 steps at lr 1e-3.
 LOSS_TOLERANCE = 1e-4
