@@ -89,7 +89,7 @@ class _TooSlow(Exception):
 
 
 @contextlib.contextmanager
-def _time_limit() -> Iterator[None]:
+def time_limit() -> Iterator[None]:
     def stop(*_: object) -> None:
         raise _TooSlow(f"not done within {SECONDS} s of CPU time")
 
@@ -101,7 +101,7 @@ def _time_limit() -> Iterator[None]:
         signal.setitimer(signal.ITIMER_PROF, 0)
 
 
-def _model_classes() -> dict[str, str]:
+def model_classes() -> dict[str, str]:
     """model_type -> the class without a head, or else the first with one."""
     names = sorted(n for n in vars(modeling_auto) if n.endswith("MAPPING_NAMES"))
     names.sort(key=lambda n: n != "MODEL_MAPPING_NAMES")
@@ -112,7 +112,7 @@ def _model_classes() -> dict[str, str]:
     return {t: c for t, c in sorted(classes.items()) if t in transformers.CONFIG_MAPPING}
 
 
-def _shrink(config: Any) -> Any:
+def shrink(config: Any) -> Any:
     """The same config with few and narrow layers; configs inside it too."""
     settings: dict[str, Any] = {}
     depth = DEPTH
@@ -120,7 +120,7 @@ def _shrink(config: Any) -> Any:
         if name.startswith("_") or name in ("transformers_version", "torch_dtype", "dtype"):
             continue
         if hasattr(value, "to_dict"):
-            settings[name] = _shrink(value).to_dict()
+            settings[name] = shrink(value).to_dict()
         elif name in ("image_size", "patch_size") and isinstance(value, list | tuple):
             settings[name] = [32 if name == "image_size" else 8] * len(value)
         elif isinstance(value, float) and ("drop" in name or name.endswith("_prob")):
@@ -148,28 +148,31 @@ def _image_size(config: Any) -> tuple[int, int]:
     return tuple(size[-2:]) if isinstance(size, list | tuple) else (size, size)
 
 
-def _inputs(model: nn.Module, config: Any) -> dict[str, torch.Tensor]:
+def inputs_of(
+    model: nn.Module, config: Any, *, rows: int = BATCH, tokens: int = TOKENS
+) -> dict[str, torch.Tensor]:
+    """Random inputs of a shrunken model; its text has no padding."""
     generator = torch.Generator().manual_seed(1)
     name = model.main_input_name
     parameters = inspect.signature(model.forward).parameters
     if name == "input_ids":
-        ids = torch.randint(4, 90, (BATCH, TOKENS), generator=generator)
+        ids = torch.randint(4, 90, (rows, tokens), generator=generator)
         inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
         if "attention_mask" not in parameters:
             del inputs["attention_mask"]
         if "pixel_values" in parameters and hasattr(config, "vision_config"):
             height, width = _image_size(config.vision_config)
-            inputs["pixel_values"] = torch.randn(BATCH, 3, height, width, generator=generator)
+            inputs["pixel_values"] = torch.randn(rows, 3, height, width, generator=generator)
     elif name == "pixel_values":
         (height, width), channels = _image_size(config), getattr(config, "num_channels", 3)
-        inputs = {name: torch.randn(BATCH, channels, height, width, generator=generator)}
+        inputs = {name: torch.randn(rows, channels, height, width, generator=generator)}
     elif name == "input_values":
-        inputs = {name: torch.randn(BATCH, 16000, generator=generator)}
+        inputs = {name: torch.randn(rows, 16000, generator=generator)}
     else:
         mels = getattr(config, "num_mel_bins", 16)
-        inputs = {name: torch.randn(BATCH, mels, 128, generator=generator)}
+        inputs = {name: torch.randn(rows, mels, 128, generator=generator)}
     if "decoder_input_ids" in parameters:
-        inputs["decoder_input_ids"] = torch.randint(4, 90, (BATCH, 5), generator=generator)
+        inputs["decoder_input_ids"] = torch.randint(4, 90, (rows, 5), generator=generator)
     return inputs
 
 
@@ -187,7 +190,7 @@ def _gradients(model: nn.Module, inputs: dict[str, Any]) -> dict[str, torch.Tens
     return {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
 
 
-def _without_dropout(model: nn.Module) -> nn.Module:
+def without_dropout(model: nn.Module) -> nn.Module:
     for module in model.modules():
         for name, value in list(vars(module).items()):
             if isinstance(value, float) and ("drop" in name or name == "p"):
@@ -221,7 +224,7 @@ def prove(
     state = build().state_dict()
 
     def model() -> nn.Module:
-        fresh = _without_dropout(build()).train()
+        fresh = without_dropout(build()).train()
         fresh.load_state_dict(state)
         return fresh
 
@@ -237,7 +240,7 @@ def prove(
     if not gradients:
         raise RuntimeError("the model returns nothing that can be trained")
     # a forward that trains everything shows where bare parameters belong
-    with patch_model(model(), MilestoneSchedule({1: 1}), blocks=blocks) as handle:
+    with patch_model(model(), MilestoneSchedule({1: 1}), blocks=blocks, packing="off") as handle:
         _gradients(handle.model, batch)
         layout = handle.layout
     proved, bit_equal = 0, True
@@ -250,7 +253,7 @@ def prove(
             continue  # a model without head
         torch.manual_seed(2)
         expected = _gradients(plain, batch)
-        handle = patch_model(patched, schedule, frozen_mode="train", blocks=blocks)
+        handle = patch_model(patched, schedule, frozen_mode="train", blocks=blocks, packing="off")
         torch.manual_seed(2)
         found = _gradients(patched, batch)
         if found.keys() != expected.keys():
@@ -271,20 +274,20 @@ def prove(
     return {"boundaries": proved, "bit_equal": bit_equal}
 
 
-def _line(error: BaseException) -> str:
+def error_line(error: BaseException) -> str:
     return f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
 
 
 def survey(model_type: str, class_name: str) -> dict[str, Any]:
     """What becomes of one architecture."""
     try:
-        with _time_limit():
+        with time_limit():
             config = transformers.CONFIG_MAPPING[model_type]()
             cls = getattr(transformers, class_name)
             with torch.device("meta"):
                 model = cls(config)
     except Exception as error:
-        return {"class": class_name, "status": "not built", "reason": _line(error)}
+        return {"class": class_name, "status": "not built", "reason": error_line(error)}
     known = dict(FAMILIES)
     try:
         return {"class": class_name} | cured(lambda blocks: _attempt(model, config, blocks))
@@ -302,16 +305,16 @@ def _attempt(model: nn.Module, config: Any, blocks: str | list[str] | None) -> d
         return {"status": "refused", "reason": str(error)}
     row = {"status": "cut", "stacks": {s.path: s.length for s in layout.stacks}}
     try:
-        with _time_limit():
-            small = _shrink(config)
-            proof = prove(lambda: cls(small), lambda model: _inputs(model, small), blocks)
+        with time_limit():
+            small = shrink(config)
+            proof = prove(lambda: cls(small), lambda model: inputs_of(model, small), blocks)
             row |= {"status": "proved", **proof}
     except UnsupportedModelError as error:
         row |= {"status": "refused at the first forward", "reason": str(error)}
     except TruncationError as error:
-        row |= {"status": "wrong", "reason": _line(error)}
+        row |= {"status": "wrong", "reason": error_line(error)}
     except Exception as error:  # the shrunken config does not fit, or the input is another
-        row |= {"reason": _line(error)}
+        row |= {"reason": error_line(error)}
     return row
 
 
@@ -401,7 +404,7 @@ def main() -> None:
     warnings.filterwarnings("ignore")
     transformers.logging.set_verbosity_error()
     torch.set_num_threads(1)
-    classes = _model_classes()
+    classes = model_classes()
     chosen = {t: classes[t] for t in args.only} if args.only else classes
     rows = {t: survey(t, c) for t, c in track(chosen.items(), description="architectures")}
     for model_type, row in rows.items():

@@ -71,7 +71,7 @@ class Recording:
             ((at, value) for at, value in places if value.ndim > 2 and value.is_floating_point()),
             ((), None),
         )
-        shape = hidden.shape[:2] if hidden is not None and hidden.ndim == 3 else None
+        shape = hidden.shape[:2] if hidden is not None else None
         name = next((n for n, mask in self._masks.items() if mask.shape == shape), None)
         if name is None:
             self._problem = "no mask of the batch has the shape of its hidden states"
@@ -123,12 +123,12 @@ class Recording:
         }
         self._returned[path] = self._returned.get(path, frozenset()) | returned
 
-    def recipes(self, kept: Mapping[str, Any]) -> Iterator[StackRecipe]:
+    def recipes(self) -> Iterator[StackRecipe]:
         """Ways to run the stack packed, the best first; raises `UnpackableError` for none.
 
         Padded are queries, keys and values in an attention function that is looked up, elsewhere
         the smallest sub-modules that get what the block got for the whole batch, its mask among it;
-        then all of these.
+        then these, and whole attention modules in place of the function that they look up.
         """
         if self._problem or set(self._order) != set(self._blocks):
             raise UnpackableError(self._problem or "not every block runs in a forward")
@@ -136,8 +136,6 @@ class Recording:
             raise UnpackableError(
                 f"{limited} leaves tokens out by how many stand before them, padding among these"
             )
-        if kept[self._mask].all():
-            raise UnpackableError("the batch has no padding")
         names = {
             id(module): name
             for path, block in self._blocks.items()
@@ -149,8 +147,8 @@ class Recording:
             path: replace(role, last=path == self._order[-1], cross=cross)
             for path, role in self._roles.items()
         }
-        for left in (calling, set()):
-            parts = self._smallest_parts(left)
+        for left, whole in ((calling, set()), (set(), calling)):
+            parts = self._padded_parts(left, whole & self._got_whole)
             yield StackRecipe(self._mask, roles, tuple(sorted(left)), parts, heads=self.seen.heads)
 
     def _limits_tokens(self) -> str | None:
@@ -164,12 +162,15 @@ class Recording:
                     return type(module).__name__
         return None
 
-    def _smallest_parts(self, left: Collection[str]) -> dict[str, PaddedRole]:
-        """Sub-modules to run padded, none with one of those in `left` inside."""
+    def _padded_parts(self, left: set[str], whole: set[str]) -> dict[str, PaddedRole]:
+        """Sub-modules to run padded: those in `whole`, and the smallest outside of them, none with
+        one of those in `left` inside.
+        """
+        reached = {p for p in self._got_whole - left if not _is_inside(p, whole)}
         smallest = {
             path
-            for path in self._got_whole.difference(left)
-            if not any(other.startswith(f"{path}.") for other in self._got_whole.union(left))
+            for path in reached
+            if path in whole or not any(_is_inside(p, {path}) for p in reached | left)
         }
         for path, block in self._blocks.items():
             inside = [
@@ -197,6 +198,10 @@ def _with_path(function: Callable[..., None], path: str) -> Callable[..., None]:
     return hook
 
 
+def _is_inside(path: str, others: Collection[str]) -> bool:
+    return any(path.startswith(f"{other}.") for other in others)
+
+
 def _like(value: Tensor, mask: Tensor) -> bool:
     """Whether a tensor is (B, T, ...), or (1, T, ...)."""
     return value.shape[0] in (1, mask.shape[0]) and value.shape[1:2] == mask.shape[1:]
@@ -208,4 +213,6 @@ def _is_per_token(value: Tensor, mask: Tensor) -> bool:
         return False
     if value.shape != mask.shape:
         return True
+    if value.unique().numel() > 2 and not bool((value == mask).all()):
+        return True  # ids of words, 0 at padding
     return not any(torch.equal(mask != 0, pattern) for pattern in (value != 0, value == 0))

@@ -12,6 +12,7 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field, replace
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -46,6 +47,7 @@ from .trial_batch import masks_of
 
 _GRADIENTS = {torch.float32: 1e-4, torch.float64: 1e-8, torch.float16: 2e-2, torch.bfloat16: 5e-2}
 _GRADIENT_BYTES = 2**28  # that one side of the comparison may hold
+_SHOWS_NOTHING = "all places of its rows are read"
 _COLUMNS = ((), (0,), (-1,), (0, -1))  # that a head may read in rows where they are padding
 
 
@@ -110,6 +112,8 @@ class Trial:
                     exchanged = _restore_parts(parts)
                 if exchanged:
                     return self._refused("it changes its modules with the length of the rows")
+                shown = {p: w for p, w in outcome.reasons.items() if _is_silent(found, p)}
+                found = replace(found, reasons={**found.reasons, **shown})
                 if found.recipes:
                     masks = masks_of(made).values()
                     right = all(padding_follows(mask.ne(0).cpu().numpy()) for mask in masks)
@@ -136,15 +140,15 @@ class Trial:
         torch.clear_autocast_cache()
 
     def _try_all(self, call: Call) -> Outcome:
-        kept = {name: kept_places(mask) for name, mask in masks_of(call).items()}
-        if all(k.all() for k in kept.values()):
+        if all(_kept(call, name).all() for name in masks_of(call)):
             return Outcome(decided=False)
         call, makes_cache = self._without_cache(call)
         recordings, heads, expected = self._record(call)
         recipes: dict[str, StackRecipe] = {}
         reasons: dict[str, str] = {}
+        raised: dict[str, str] = {}  # says less than what a way that runs has shown
         for stack in self._layout.stacks:
-            ways = recordings[stack.path].recipes(kept)
+            ways = recordings[stack.path].recipes()
             while stack.path not in recipes:
                 try:
                     if (recipe := next(ways, None)) is None:
@@ -153,9 +157,8 @@ class Trial:
                 except UnpackableError as error:
                     reasons.setdefault(stack.path, str(error))
                 except Exception as error:  # the model's own code
-                    reasons.setdefault(stack.path, f"packed, its forward raises {_line(error)}")
-            if stack.path in recipes:
-                reasons.pop(stack.path, None)
+                    raised.setdefault(stack.path, f"packed, its forward raises {_line(error)}")
+        reasons = {p: why for p, why in (raised | reasons).items() if p not in recipes}
         return Outcome(self._with_heads(call, recipes, heads, expected), reasons, makes_cache)
 
     def _with_heads(
@@ -223,6 +226,9 @@ class Trial:
         problem = ""
         for columns in _COLUMNS:
             fitting = replace(recipe, columns=columns)
+            if _kept(call, recipe.mask, columns).all():
+                problem = problem or _SHOWS_NOTHING
+                continue
             problem = self._problem(call, {**recipes, stack.path: fitting}, expected)
             if not problem:
                 break
@@ -255,9 +261,9 @@ class Trial:
     def _run_packed(self, call: Call, installed: Installed, *, noise: int | None) -> _Run:
         calls = {}
         for path, recipe in installed.recipes.items():
-            mask = masks_of(call)[recipe.mask]
-            kept = kept_places(mask, labels_like(mask, call), recipe.columns)
-            tokens = pack_places(kept, mask.device, groups=GROUPS if recipe.grouped else 1)
+            kept = _kept(call, recipe.mask, recipe.columns)
+            device = masks_of(call)[recipe.mask].device
+            tokens = pack_places(kept, device, groups=GROUPS if recipe.grouped else 1)
             if noise is not None:
                 tokens.noise = torch.Generator("cpu").manual_seed(noise)
             calls.update(installed.calls(path, tokens))
@@ -364,6 +370,15 @@ class Trial:
             return torch.get_autocast_dtype(kind)
         dtypes = [p.dtype for p in self._model.parameters() if p.is_floating_point()]
         return max(dtypes, key=lambda dtype: TOLERANCE.get(dtype, 0.0), default=torch.float32)
+
+
+def _kept(call: Call, name: str, columns: Sequence[int] = ()) -> np.ndarray:
+    mask = masks_of(call)[name]
+    return kept_places(mask, labels_like(mask, call), columns)
+
+
+def _is_silent(outcome: Outcome, path: str) -> bool:
+    return outcome.reasons.get(path) == _SHOWS_NOTHING
 
 
 def labels_like(mask: Tensor, call: Call) -> Tensor | None:

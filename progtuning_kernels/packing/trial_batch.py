@@ -132,12 +132,12 @@ def _at_padding(name: str, call: Call, mask: Tensor, model: nn.Module) -> Any:
     value = call.tensors[name]
     if value.is_floating_point() or value.dtype is torch.bool:
         return 0
+    if "label" in name:
+        return -100  # with labels there, every place would be kept, and nothing shown
     there = (mask == 0).nonzero()
     if len(there):
         at = value[there[0][0], there[0][1]]
         return at.flatten()[0].item()
-    if "label" in name:
-        return -100
     if name in ("input_ids", "decoder_input_ids"):
         for config in text_configs(getattr(model, "config", None)):
             if isinstance(number := getattr(config, "pad_token_id", None), int):

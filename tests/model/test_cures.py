@@ -580,7 +580,7 @@ vibevoice_acoustic_tokenizer_encoder zamba zamba2""".split()
 def _class_of(model_type: str) -> type[nn.Module]:
     if model_type not in hf.CONFIG_MAPPING:
         pytest.skip("this version of transformers does not have it")
-    return getattr(hf, architectures._model_classes()[model_type])
+    return getattr(hf, architectures.model_classes()[model_type])
 
 
 @pytest.mark.parametrize("model_type", REFUSED)
@@ -611,6 +611,6 @@ def test_the_cure_of_an_architecture_cuts_it(model_type):
 @pytest.mark.parametrize("model_type", ["albert", "hrm_text"])
 def test_an_architecture_without_cure_is_told_so(model_type):
     cls = _class_of(model_type)
-    shrunken = architectures._shrink(hf.CONFIG_MAPPING[model_type]())
+    shrunken = architectures.shrink(hf.CONFIG_MAPPING[model_type]())
     row = _followed(lambda: cls(shrunken), {"input_ids": _IDS})
     assert row["cure"] == "none" and not row["cures"], row

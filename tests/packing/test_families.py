@@ -122,6 +122,9 @@ FAMILIES = {
     ("WhisperForConditionalGeneration", PACKS): dict(
         **_TWO_SIDES, num_mel_bins=8, max_source_positions=8, max_target_positions=32
     ),
+    ("SwitchTransformersForConditionalGeneration", "leaves tokens out"): dict(
+        **_T5, num_experts=2, num_sparse_encoder_layers=1, num_sparse_decoder_layers=1
+    ),
     # what mixes neighbours, or keeps no place for a token
     ("MambaForCausalLM", "nearly all its parameters"): dict(
         hidden_size=32, num_hidden_layers=2, vocab_size=97, state_size=4, pad_token_id=0
@@ -185,6 +188,7 @@ def _batch(name, spans):
 
 def _run(model, batch):
     model.zero_grad()
+    torch.manual_seed(2)
     output = model(**batch)
     loss = output[0].square().sum() if "labels" not in batch else output.loss
     loss.backward()
@@ -254,3 +258,14 @@ def test_padding_on_a_side_that_was_not_tried_is_packed_right_or_not_at_all():
         batch, before = _batch(name, spans), packed_forwards(handle)
         _assert_equal(_run(model, batch), _run(padded, batch))
         assert (packed_forwards(handle) > before) == packs
+
+
+def test_labels_at_every_place_do_not_make_a_trial_that_shows_nothing():
+    """All places are kept for such a batch, and a later one without labels has padding."""
+    name = "ConvBertForMaskedLM"
+    model, padded = _model(name, _SIZES), _model(name, _SIZES)
+    handle = patched(model)
+    batch = {k: _batch("Sequence", RIGHT)[k] for k in ("input_ids", "attention_mask")}
+    model(**batch, labels=batch["input_ids"])
+    assert "an output differs" in str(handle.packing_report())
+    _assert_equal(_run(model, batch), _run(padded, batch))
