@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import fields, is_dataclass
+from itertools import chain
 from typing import Any
 
 import torch
@@ -105,9 +106,15 @@ def own_forward(module: nn.Module) -> Callable[..., Any] | None:
 
 
 def foreign_hook(module: nn.Module) -> str | None:
-    """Where a forward hook inside a module comes from, if it is not known to do with any shape."""
+    """Where a hook inside a module comes from, if it is not known to do with any shape."""
     for part in module.modules():
-        for hook in (*part._forward_hooks.values(), *part._forward_pre_hooks.values()):
+        kinds = (
+            part._forward_hooks,
+            part._forward_pre_hooks,
+            part._backward_hooks,
+            part._backward_pre_hooks,
+        )
+        for hook in chain.from_iterable(hooks.values() for hooks in kinds):
             source = getattr(hook, "__module__", None) or type(hook).__module__
             if source.split(".")[0] not in ("torch", "transformers", __name__.split(".")[0]):
                 return source

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import pickle
+import warnings
 from collections import Counter
 from collections.abc import Callable, Collection, Iterator, Mapping, MutableMapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any, Literal
 
 import numpy as np
@@ -36,6 +38,10 @@ Packing = Literal["auto", "on", "off"]
 # Of a batch's places: with more real tokens than this, "auto" leaves the batch padded.
 MOST_REAL = 0.95
 _MOST_TRIALS = 4  # on batches that show nothing
+# Gradients after a trial that are looked at, for what the loop reads at padding. Each is a read of
+# a GPU, which has them in the step of the trial alone.
+_WATCHED = 3
+_PADDING_READ = "the loss reads hidden states or logits at padding, which packing leaves out"
 _NOTHING_YET = (
     "no training forward with padding has come yet (those that torch.compile runs as a whole do "
     "not count: they stay padded)"
@@ -112,7 +118,10 @@ class Packer:
         self._trials = 0
         self._installed: Installed | None = None
         self._tried_from: int | None = None  # boundary of the trial
-        self._refused: dict[str, str] = {}  # stacks that a resumed run has found to be refused
+        # stacks that stay padded whatever a trial says: found out in a backward, or by a run that
+        # this one continues
+        self._refused: dict[str, str] = {}
+        self._watched = 0  # gradients that were looked at since the last trial
         self._paused = False
         self.groups = GROUPS
         self.sharded = False
@@ -152,7 +161,7 @@ class Packer:
             calls = self._received(share(_sent(calls)))
         trials = 0 if decided else self._trials
         self.remove()
-        self._trials, self._tried_from = 1 + trials, boundary
+        self._trials, self._tried_from, self._watched = 1 + trials, boundary, 0
         if isinstance(calls, str):
             self._outcome = self._nothing_shown(calls)
             return
@@ -274,6 +283,10 @@ class Packer:
         returned = not aside and not (torch.is_grad_enabled() and self._model.training)
         if named.get("use_cache") is True or (wants_cache and returned):
             return "the output holds keys and values of all blocks: pass use_cache=False"
+        for path in self._layout.containers:
+            holder = self._model.get_submodule(path)
+            if holder.training and getattr(holder, "layerdrop", 0):
+                return f"layerdrop of {path or 'the model'}: a block that packs may be left out"
         for path, block in self._blocks():
             if block._compiled_call_impl is not None and (why := self._uncompilable(block)):
                 return f"{path} is compiled, and {why}"
@@ -336,6 +349,9 @@ class Packer:
             mask = masks.get(recipe.mask)
             if mask is None:
                 continue
+            if path in self._refused:
+                problem = self._refused[path]
+                continue
             kept = kept_of(on[recipe.mask], counts.get(recipe.mask), columns=recipe.columns)
             real, size = int(kept.sum()), kept.size
             if real == size:
@@ -349,6 +365,8 @@ class Packer:
                 groups = self.groups if grouped else 1
                 cost = cost_of_group(mask.device, recipe.heads)
                 tokens = pack_places(kept, mask.device, groups=groups, cost=cost)
+                if self._watched < (1 if waits_for(mask.device) else _WATCHED):
+                    tokens.watch = partial(self._look_at_gradient, path)
                 above = real <= heads.MOST_REAL * size
                 calls.update(self._installed.calls(path, tokens, above=above))
                 if not aside:
@@ -356,6 +374,20 @@ class Packer:
                     self._tokens += real
         self._batches += bool(calls) and not aside
         return None if calls else problem
+
+    def _look_at_gradient(self, path: str, reads_padding: bool) -> None:
+        """Leave a stack padded from the next forward on where the loop reads padding: the trial
+        sees what the model itself reads alone, so the step under way is wrong.
+        """
+        self._watched += 1
+        if not reads_padding or path in self._refused:
+            return
+        self._refused[path] = _PADDING_READ
+        warnings.warn(
+            f"{_PADDING_READ}: this step's gradient is not that of the padded model, all later "
+            f'steps run {path} padded. Leave padding out of the loss, or pass packing="off"',
+            stacklevel=2,
+        )
 
     def _outcome_reason(self) -> str:
         if not self._outcome.decided:
@@ -367,9 +399,10 @@ class Packer:
             stacks = {s.path: 'padded: packing="off"' for s in self._layout.stacks}
         else:
             stacks = {s.path: self._verdict(s.path) for s in self._layout.stacks}
+        recipes = {} if self._installed is None else self._installed.recipes
         return PackingReport(
             stacks,
-            self._installed is not None,
+            bool(recipes.keys() - self._refused.keys()),
             self._batches,
             self._places,
             self._tokens,
@@ -377,8 +410,9 @@ class Packer:
         )
 
     def _verdict(self, path: str) -> str:
-        if self._installed is not None and path in self._installed.recipes:
-            recipe = self._installed.recipes[path]
+        installed = {} if self._installed is None else self._installed.recipes
+        if path in installed and path not in self._refused:
+            recipe = installed[path]
             text = "packed"
             if recipe.padded:
                 text += f", {len(recipe.padded)} of its modules on padded tokens"

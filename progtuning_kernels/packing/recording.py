@@ -132,6 +132,10 @@ class Recording:
         """
         if self._problem or set(self._order) != set(self._blocks):
             raise UnpackableError(self._problem or "not every block runs in a forward")
+        if (limited := self._limits_tokens()) is not None:
+            raise UnpackableError(
+                f"{limited} leaves tokens out by how many stand before them, padding among these"
+            )
         names = {
             id(module): name
             for path, block in self._blocks.items()
@@ -146,6 +150,17 @@ class Recording:
         for left, whole in ((calling, set()), (set(), calling)):
             parts = self._padded_parts(left, whole & self._got_whole)
             yield StackRecipe(self._mask, roles, tuple(sorted(left)), parts, heads=self.seen.heads)
+
+    def _limits_tokens(self) -> str | None:
+        """The class of a module with a capacity for tokens, as routers of experts have: in the few
+        short rows of a trial none is full.
+        """
+        for block in self._blocks.values():
+            for module in block.modules():
+                held = vars(module).items()
+                if any("capacity" in name and type(value) is int and value for name, value in held):
+                    return type(module).__name__
+        return None
 
     def _padded_parts(self, left: set[str], whole: set[str]) -> dict[str, PaddedRole]:
         """Sub-modules to run padded: those in `whole`, and the smallest outside of them, none with

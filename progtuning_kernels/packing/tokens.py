@@ -5,7 +5,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -59,16 +59,26 @@ class _Unpack(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx: Any, packed: Tensor, padded: Tensor, index: Tensor) -> Tensor:
+    def forward(
+        ctx: Any,
+        packed: Tensor,
+        padded: Tensor,
+        index: Tensor,
+        watch: Callable[[bool], None] | None,
+    ) -> Tensor:
         ctx.save_for_backward(index)
         ctx.mark_dirty(padded)
+        ctx.watch = watch
         padded.view(-1, *padded.shape[2:]).index_copy_(0, index, packed)
         return padded
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None]:
         (index,) = ctx.saved_tensors
-        return grad.flatten(0, 1).index_select(0, index), None, None
+        packed = grad.flatten(0, 1).index_select(0, index)
+        if ctx.watch is not None:
+            ctx.watch(bool(grad.count_nonzero() != packed.count_nonzero()))
+        return packed, None, None, None
 
 
 @dataclass(frozen=True)
@@ -97,12 +107,14 @@ class PackedTokens:
             its row, so that a row with NaN spoils no other.
         groups: for attention; none where it runs ungrouped.
         noise: written in place of zeros where tokens are unpacked, for a trial.
+        watch: told in a backward whether padding gets a gradient: something has read it then.
     """
 
     index: Tensor
     slot: Tensor
     groups: tuple[Group, ...] = ()
     noise: torch.Generator | None = None
+    watch: Callable[[bool], None] | None = None
     # packed tensors and parts of masks by what they were made from, which is kept with them
     made: dict[Any, tuple[Tensor, Tensor]] = field(default_factory=dict)
     # (packed, padded) by id of the packed one
@@ -153,7 +165,7 @@ class PackedTokens:
             padded = torch.randn(shape, generator=self.noise, dtype=torch.float32, device="cpu").to(
                 packed
             )
-        return _Unpack.apply(packed[0], padded, self.index)
+        return _Unpack.apply(packed[0], padded, self.index, self.watch)
 
     def pad(self, packed: Tensor) -> Tensor:
         """(1, N, ...) to (B, T, ...); at padding stand other tokens of the same row."""
@@ -221,7 +233,7 @@ def kept_of(
         kept |= counts
         kept[:, :-1] |= counts[:, 1:]
     kept[:, list(columns)] = True
-    kept[~kept.any(1)] = True
+    kept[~on.any(1)] = True
     return kept
 
 

@@ -9,7 +9,9 @@ from typing import Any
 
 import pytest
 import torch
-from tiny_models import tiny_inputs, tiny_model
+import transformers as hf
+from packed_models import MIXED, batch_of, packed_forwards, patched, run
+from tiny_models import VOCABULARY, tiny_inputs, tiny_model
 from torch import nn
 
 from progtuning_kernels import MilestoneSchedule, PatchHandle, patch_model
@@ -182,6 +184,18 @@ def test_hooks_of_the_users_see_padded_tensors(inside, before):
     assert "a hook of" in last_reason(packed)
 
 
+@pytest.mark.parametrize("kind", ["register_full_backward_hook", "register_full_backward_pre_hook"])
+def test_backward_hooks_of_the_users_see_padded_gradients(kind):
+    packed, padded = twins(BERT)
+    shapes = []
+    for handle in (packed, padded):
+        module = _block(handle.model).intermediate.dense
+        getattr(module, kind)(lambda m, *gradients: shapes.append(gradients[-1][0].shape))
+    assert_same(packed, padded, **tiny_inputs(BERT, seed=3))
+    assert set(shapes) == {(3, 11, 48)}
+    assert "a hook of" in last_reason(packed)
+
+
 @pytest.mark.parametrize("implementation", ["eager", "sdpa"])
 @pytest.mark.parametrize("name", [BERT, LLAMA, GPT2])
 def test_attention_is_switched_after_the_first_forward(name, implementation):
@@ -249,3 +263,52 @@ def test_arguments_of_which_no_trial_can_be_made_train_padded(monkeypatch):
     monkeypatch.undo()
     handle.model(**tiny_inputs(BERT)).loss.backward()
     assert handle.packing_report().batches == 1
+
+
+def test_layerdrop_may_leave_out_the_block_that_unpacks():
+    name = "bart-seq2seq-lm"
+    model, padded = tiny_model(name), tiny_model(name)
+    handle = patched(model)
+    batch = batch_of(name, MIXED)
+    run(model, batch)
+    assert packed_forwards(handle) == 1
+    for one in (model, padded):
+        one.train()
+        one.model.decoder.layerdrop = 0.5
+    for seed in range(4):  # the last block is left out in some
+        torch.manual_seed(seed)
+        found = run(model, batch)
+        torch.manual_seed(seed)
+        expected = run(padded, batch)
+        assert found.gradients.keys() == expected.gradients.keys()
+        assert torch.equal(found.loss, expected.loss)
+    assert packed_forwards(handle) == 1
+    assert "layerdrop of model.decoder" in str(handle.packing_report())
+
+
+def test_experts_that_take_no_more_tokens_than_their_capacity():
+    config = hf.SwitchTransformersConfig(
+        vocab_size=VOCABULARY,
+        d_model=32,
+        d_kv=8,
+        d_ff=48,
+        num_layers=2,
+        num_decoder_layers=2,
+        num_heads=4,
+        num_experts=2,
+        expert_capacity=24,
+        router_jitter_noise=0.0,
+        dropout_rate=0.0,
+        num_sparse_encoder_layers=1,
+        num_sparse_decoder_layers=1,
+        decoder_start_token_id=0,
+    )
+    torch.manual_seed(0)
+    model = hf.SwitchTransformersForConditionalGeneration(config).train()
+    padded = copy.deepcopy(model)
+    handle = patched(model)
+    # more tokens in all than two experts take, and fewer in a row
+    batch = batch_of("t5-seq2seq-lm", [(0, 20), (0, 15), (0, 18), (0, 12)], columns=20)
+    found, expected = run(model, batch), run(padded, batch)
+    assert all(torch.equal(found.gradients[n], g) for n, g in expected.gradients.items())
+    assert "Router leaves tokens out" in str(handle.packing_report())

@@ -124,7 +124,11 @@ FAMILIES = {
     ),
     # its experts get noise on every token, which the reason says, not how the first way failed
     ("SwitchTransformersForConditionalGeneration", "blocks draw random numbers"): dict(
-        **_T5, num_experts=2, num_sparse_encoder_layers=1, num_sparse_decoder_layers=1
+        **_T5,
+        num_experts=2,
+        num_sparse_encoder_layers=1,
+        num_sparse_decoder_layers=1,
+        expert_capacity=0,  # no token is left out for its place: another reason
     ),
     # what mixes neighbours, or keeps no place for a token
     ("MambaForCausalLM", "nearly all its parameters"): dict(

@@ -60,7 +60,7 @@ def _expected_places(mask, labels, columns):
                 kept[row, at] |= bool(labels[row, at] != -100)
                 kept[row, at] |= at + 1 < size and bool(labels[row, at + 1] != -100)
             kept[row, at] |= at in {c % size for c in columns}
-        if not kept[row].any():
+        if not mask[row].any():
             kept[row] = True
     return kept
 
