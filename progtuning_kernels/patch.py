@@ -56,10 +56,15 @@ def patch_model(
             size of every call decides; "on" takes them at any size; "off" leaves all modules
             alone. Each kind is compared with the original first; `handle.kernel_report()` says
             what became of it.
-        packing: "auto" leaves padding out of what blocks compute, wherever a batch has enough of it
-            and the first training forward has shown that the model returns the same; "on" with
-            however little padding; "off" computes on padding, and draws the dropout that it would
-            draw without this package. `handle.packing_report()` says what came of it.
+        packing: "auto" leaves padding out of what blocks compute, where at most 95 % of a batch's
+            places are real tokens and the first training forward with padding has shown equal
+            outputs at these (that step is slower: a few rows run several times, which hooks outside
+            the blocks see). "on" packs any padding; "off" computes on it, and draws the dropout of
+            an unpatched model. Hidden states and logits at padding are zeros, or what a head makes
+            of zeros: a loss of your own that reads them, such as a mean over T without the mask,
+            wants "off", and is warned of in its first backward. In training `past_key_values` is
+            None; evaluation of a decoder packs with `use_cache=False`. `handle.packing_report()`
+            says what came of it.
         cache: keeps what the frozen prefix computes for a sample and reads it in later epochs;
             "auto" takes a quarter of the CPU memory that is free. It switches itself off where it
             does not pay; `handle.cache_report()` says so.
@@ -83,7 +88,9 @@ def patch_model(
     if not isinstance(model, nn.Module):
         raise TypeError(f"patch_model takes a model, an nn.Module, and a schedule, got {model!r}")
     check_schedule(schedule, "patch_model")
-    _check_values(dict(frozen_mode=frozen_mode, tied=tied, kernels=kernels, cache=cache))
+    _check_values(
+        dict(frozen_mode=frozen_mode, tied=tied, kernels=kernels, packing=packing, cache=cache)
+    )
     step = whole_number("step", step, 0)
     if isinstance(model, torch.jit.ScriptModule):
         raise UnsupportedModelError(

@@ -254,6 +254,8 @@ class Run:
         everything = FreezePlan.from_boundary(0, self.layout.num_blocks, embeddings=True)
         plan = everything if handle is None else handle.plan
         with self.autocast(), nullcontext() if cache is None else cache.paused():
+            if handle is not None and not handle.forwards.last:  # which tries packing, uncounted
+                self.trained.model(**batch)
             uses = measure_forward(self.trained.model, self.layout, (), batch).values()
         # LoRA leaves the embeddings and most of the head frozen, whatever the plan says of them
         active = {

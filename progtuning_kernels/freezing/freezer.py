@@ -240,7 +240,7 @@ class Freezer:
         if self.cache is not None:
             self.cache.close()
             self.cache = None
-        self.packer.remove()
+        self.packer.close()
         self._boundary.restore_modules()
         self.swaps.remove_swaps()
         self.active.restore_flags()

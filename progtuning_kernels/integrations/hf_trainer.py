@@ -74,7 +74,8 @@ class ProgtuningCallback(TrainerCallback):
 
     Args:
         schedule: copied; one without `total_steps` is bound to the Trainer's number of steps.
-        patch_options: `frozen_mode`, `tied`, `kernels`, `cache`, `blocks` of `patch_model`.
+        patch_options: `frozen_mode`, `tied`, `kernels`, `packing`, `cache`, `blocks` of
+            `patch_model`. `callback.handle.packing_report()` says what packing left out.
 
     Raises:
         TypeError: no schedule, or an option that `patch_model` has not.
@@ -232,6 +233,7 @@ class ProgtuningCallback(TrainerCallback):
     def _clean_up(args: TrainingArguments, model: nn.Module) -> None:
         handle = handle_of(model)
         if handle in _handles:
+            logger.info(str(handle.packing_report()))
             handle.unpatch()
         if hasattr(args, _PARKED):
             args.max_grad_norm = getattr(args, _PARKED)

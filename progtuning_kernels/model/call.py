@@ -142,7 +142,7 @@ def wanted_of_all_blocks(model: nn.Module, named: Mapping[str, Any]) -> str | No
     configs = text_configs(getattr(model, "config", None))
     for name in sorted(WANTS_ALL_BLOCKS):
         if named.get(name, any(getattr(c, name, False) for c in configs)):
-            return f"{name}: those of all blocks are wanted"
+            return f"{name}=True: every block's are wanted"
     return None
 
 

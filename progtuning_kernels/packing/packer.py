@@ -43,11 +43,10 @@ _MOST_TRIALS = 4  # on batches that show nothing
 _WATCHED = 3
 _PADDING_READ = "the loss reads hidden states or logits at padding, which packing leaves out"
 _NOTHING_YET = (
-    "no training forward with padding has come yet (those that torch.compile runs as a whole do "
-    "not count: they stay padded)"
+    "the first training forward with padding tries it (what torch.compile runs as a whole does not)"
 )
 _ACCELERATES = "as accelerate gives it for its device hooks and regional compilation"
-_NO_MASK = "it has no attention_mask"
+_NO_MASK = "no attention_mask of shape (B, T) was passed"
 Share = Callable[[bytes], bytes]
 
 
@@ -79,9 +78,10 @@ class PackingReport:
     def __str__(self) -> str:
         lines = [f"packing: {path}: {text}" for path, text in self.stacks.items()]
         if self.batches:
+            forwards = "1 forward" if self.batches == 1 else f"{self.batches:,} forwards"
             lines.append(
-                f"packed {self.batches:,} forwards: {self.skipped_share:.0%} of {self.places:,} "
-                "places were padding, and left out"
+                f"{forwards} ran packed, evaluation among them: {self.skipped_share:.0%} of "
+                f"{self.places:,} places (rows x columns) were padding, and left out"
             )
         if self.padded:
             rows = [("forwards", "ran padded because")]
@@ -122,6 +122,7 @@ class Packer:
         # this one continues
         self._refused: dict[str, str] = {}
         self._watched = 0  # gradients that were looked at since the last trial
+        self._closed: dict[str, str] = {}  # verdicts, once the model is unpatched
         self._paused = False
         self.groups = GROUPS
         self.sharded = False
@@ -208,6 +209,11 @@ class Packer:
             self._installed = None
         self._outcome = Outcome(decided=False)
         self._trials = 0
+
+    def close(self) -> None:
+        """Take everything out of the model for good; the report says what had been found."""
+        self._closed = {s.path: self._verdict(s.path) for s in self._layout.stacks}
+        self.remove()
 
     @contextmanager
     def paused(self) -> Iterator[None]:
@@ -344,7 +350,7 @@ class Packer:
         far = {name: on[name] for name, mask in wanted.items() if waits_for(mask.device)}
         if far and self._asks_masks:
             read |= far
-        problem = "it has no mask of these blocks"
+        problem = "no mask of these blocks was passed"
         for path, recipe in self._installed.recipes.items():
             mask = masks.get(recipe.mask)
             if mask is None:
@@ -355,11 +361,13 @@ class Packer:
             kept = kept_of(on[recipe.mask], counts.get(recipe.mask), columns=recipe.columns)
             real, size = int(kept.sum()), kept.size
             if real == size:
-                problem = "it has no padding"
+                problem = "the batch has no padding"
+                if not on[recipe.mask].all():
+                    problem = "labels count at all padding: set them to -100 there"
             elif self._mode == "auto" and real > MOST_REAL * size:
                 problem = f"more than {MOST_REAL:.0%} of its places are real tokens"
             elif self._outcome.right_only and not padding_follows(kept):
-                problem = "it has padding before the tokens"
+                problem = "padding stands before the tokens"
             else:
                 grouped = recipe.grouped and self.groups > 1
                 groups = self.groups if grouped else 1
@@ -392,13 +400,13 @@ class Packer:
     def _outcome_reason(self) -> str:
         if not self._outcome.decided:
             return "packing was not tried yet"
-        return "packing was found not to fit the model"
+        return "packing does not fit the model, see above"
 
     def report(self) -> PackingReport:
         if self._mode == "off":
             stacks = {s.path: 'padded: packing="off"' for s in self._layout.stacks}
         else:
-            stacks = {s.path: self._verdict(s.path) for s in self._layout.stacks}
+            stacks = self._closed or {s.path: self._verdict(s.path) for s in self._layout.stacks}
         recipes = {} if self._installed is None else self._installed.recipes
         return PackingReport(
             stacks,
@@ -417,13 +425,15 @@ class Packer:
             if recipe.padded:
                 text += f", {len(recipe.padded)} of its modules on padded tokens"
             if recipe.attention:
-                text += ", attention in groups" * (recipe.grouped and self.groups > 1)
+                text += "; rows of like length attend together" * (
+                    recipe.grouped and self.groups > 1
+                )
             for above, against in recipe.above.items():
                 against = against or heads.reason_for_padding(self._model.get_submodule(above))
                 text += f", not {above}: {against}" if against else f", {above} too"
             return text
         reason = self._refused.get(path) or self._outcome.reasons.get(path)
-        return f"padded: {reason or _NOTHING_YET}"
+        return f"padded: {reason}" if reason else f"not tried yet: {_NOTHING_YET}"
 
     def state_dict(self) -> dict[str, str]:
         """Stacks that stay padded, with the reason."""

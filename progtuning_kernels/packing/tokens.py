@@ -76,8 +76,9 @@ class _Unpack(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None]:
         (index,) = ctx.saved_tensors
         packed = grad.flatten(0, 1).index_select(0, index)
-        if ctx.watch is not None:
-            ctx.watch(bool(grad.count_nonzero() != packed.count_nonzero()))
+        if ctx.watch is not None:  # a loss that is not finite makes NaN of a masked place, too
+            read = (grad.count_nonzero() != packed.count_nonzero()) & grad.isfinite().all()
+            ctx.watch(bool(read))
         return packed, None, None, None
 
 

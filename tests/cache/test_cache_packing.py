@@ -207,7 +207,7 @@ def test_a_row_is_found_under_any_padding(name):
     # the last two have no padding, on which nothing was tried, and go on from the same rows
     assert not runs[0]
     padded = handle.packing_report().padded
-    assert padded == {"it has no padding": 2}, padded
+    assert padded == {"the batch has no padding": 2}, padded
 
 
 @pytest.mark.parametrize("reentrant", [None, False, True], ids=str)

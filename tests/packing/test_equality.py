@@ -46,7 +46,7 @@ PADDED = {
             "wav2vec2-stable-audio",
             "hubert-stable-audio",
         ),
-        "no training forward with padding",
+        "the first training forward",
     ),
 }
 PACKING = [name for name in MODELS if name not in PADDED]
@@ -344,7 +344,7 @@ def test_without_padding_nothing_is_done(name):
     _same_bits(found, expected)
     assert all(torch.equal(found.gradients[n], g) for n, g in expected.gradients.items())
     assert packed_forwards(handle) == before
-    assert handle.packing_report().padded == {"it has no padding": 1}
+    assert handle.packing_report().padded == {"the batch has no padding": 1}
 
 
 @pytest.mark.parametrize("name", ["bert-sequence", "bart-sequence", "t5-sequence"])

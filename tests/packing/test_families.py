@@ -130,6 +130,9 @@ FAMILIES = {
         num_sparse_decoder_layers=1,
         expert_capacity=0,  # no token is left out for its place: another reason
     ),
+    ("SwitchTransformersForConditionalGeneration", "leaves tokens out"): dict(
+        **_T5, num_experts=2, num_sparse_encoder_layers=1, num_sparse_decoder_layers=1
+    ),
     # what mixes neighbours, or keeps no place for a token
     ("MambaForCausalLM", "nearly all its parameters"): dict(
         hidden_size=32, num_hidden_layers=2, vocab_size=97, state_size=4, pad_token_id=0

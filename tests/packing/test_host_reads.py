@@ -164,7 +164,7 @@ def test_a_full_batch_is_read_once():
         model(**inputs).loss.backward()
         inputs["attention_mask"] = torch.ones_like(inputs["attention_mask"])
         assert _reads(model, inputs).total() == 1
-        assert handle.packing_report().padded == {"it has no padding": 1}
+        assert handle.packing_report().padded == {"the batch has no padding": 1}
 
 
 def test_a_model_that_asks_no_mask_pays_one_read():
