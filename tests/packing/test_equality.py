@@ -46,7 +46,7 @@ PADDED = {
             "wav2vec2-stable-audio",
             "hubert-stable-audio",
         ),
-        "the first training forward",
+        "no attention_mask",
     ),
 }
 PACKING = [name for name in MODELS if name not in PADDED]
