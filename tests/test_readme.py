@@ -216,6 +216,14 @@ def test_survey_of_architectures_is_the_stored_one():
     assert " ".join(_between("architectures").split()) == architectures.summary(stored)
 
 
+def test_survey_of_packing_is_the_stored_one():
+    _benchmark("architectures")  # which the other imports
+    survey = _benchmark("packing_architectures")
+    (stored,) = RESULTS.glob("*/packing_architectures.json")
+    shown = " ".join(_between("packing-architectures").split())
+    assert shown == survey.summary(json.loads(stored.read_text()))
+
+
 def test_table_is_that_of_the_stored_results():
     assert STORED
     table = report.markdown_table([report.load_run(path) for path in STORED])

@@ -147,7 +147,7 @@ def test_in_groups_of_like_length(name, monkeypatch):
         batch = _batch(name, side)
         _close(run(model, batch), run(tiny_model(name), batch), 1e-6)
     if "modules on padded" not in str(handle.packing_report()):
-        assert "in groups" in str(handle.packing_report())
+        assert "attend together" in str(handle.packing_report())
 
 
 _WIDE = dict(
