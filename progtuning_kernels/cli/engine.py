@@ -30,6 +30,7 @@ from ..freezing.unit_use import measure_forward
 from ..model.layout import EMBEDDINGS, find_layout, parameter_slots
 from ..optim import state_bytes
 from ..packing import PackingReport
+from ..random_state import random_state_kept
 from ..schedules import FreezePlan, annealed_lr, stage_count
 from . import methods, metrics, models
 from .batches import Batch, Collator, Order, encode_causal_lm, encode_classification
@@ -255,7 +256,8 @@ class Run:
         plan = everything if handle is None else handle.plan
         with self.autocast(), nullcontext() if cache is None else cache.paused():
             if handle is not None and not handle.forwards.last:  # which tries packing, uncounted
-                self.trained.model(**batch)
+                with random_state_kept(self.trained.model):
+                    self.trained.model(**batch)
             uses = measure_forward(self.trained.model, self.layout, (), batch).values()
         # LoRA leaves the embeddings and most of the head frozen, whatever the plan says of them
         active = {

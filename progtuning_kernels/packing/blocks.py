@@ -112,11 +112,14 @@ def members(base: type, forward: Callable[..., Any]) -> dict[str, Any]:
     def run(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
         calls: Calls = kwargs.pop(_KEY, {})
         compiled = torch.compiler.is_compiling() or self._compiled_call_impl is not None
+        recomputed = False
         if not (calls or compiled):
             # where `forward` is called alone, and where a checkpoint around it is recomputed
-            calls = _forwards[-1][1] if _forwards else _calls_noted(args, kwargs)
+            # (in a backward, whatever an interrupted forward has left behind)
+            recomputed = not _forwards or torch._C._current_graph_task_id() != -1
+            calls = _calls_noted(args, kwargs) if recomputed else _forwards[-1][1]
         if id(self) not in calls:
-            if _forwards and not compiled:
+            if not (compiled or recomputed):
                 _forget(args, kwargs)
             return forward(self, *args, **kwargs)
         return _run_packed(self, forward, calls, args, kwargs)

@@ -152,7 +152,7 @@ def test_packing_leaves_padding_out_and_says_so(call, tmp_path, capsys):
         real = sum(step["tokens"] for step in run["steps"]) / (3 * 32 * 16)
         assert shares == pytest.approx([1 - real] * 3) and real < 0.4
         assert run["summary"]["padding_skipped_share"] == pytest.approx(1 - real, abs=0.01)
-        assert "places were padding, and left out" in out
+        assert "were padding, and left out" in out
         assert run["summary"]["packing"] in out
     assert losses["on"] == pytest.approx(losses["off"], rel=1e-5)
     main(["report", *(str(tmp_path / name) for name in losses), "--output", str(tmp_path / "r")])

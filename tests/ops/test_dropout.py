@@ -494,6 +494,7 @@ def test_torchs_own_encoder_drops_by_ours(calls):
         assert len(calls) == 9  # of three layers that train
 
 
+@pytest.mark.usefixtures("padded")
 @native_only
 def test_the_report_says_what_and_from_which_size_on(calls):
     model = _dropping("bert-sequence")
@@ -516,6 +517,7 @@ def test_the_report_says_what_and_from_which_size_on(calls):
     assert not calls
 
 
+@pytest.mark.usefixtures("padded")
 @native_only
 def test_frozen_blocks_drop_nothing_and_those_above_do(calls):
     model = _dropping("bert-sequence")

@@ -14,6 +14,7 @@ from torch.utils.checkpoint import checkpoint
 
 from progtuning_kernels import CyclicBlockSchedule, MilestoneSchedule, patch_model
 from progtuning_kernels.model.layout import find_layout
+from progtuning_kernels.packing.blocks import begin_forward, end_forward
 
 NAMES = ["bert-sequence", "llama-causal-lm", "gpt2-causal-lm", "mpnet-sequence", "t5-seq2seq-lm"]
 CHECKPOINTING = ["none", "plain", "reentrant"]
@@ -374,3 +375,11 @@ def test_a_model_called_inside_its_own_forward():
     assert packed_forwards(handle) == before + 2
     _assert_same(found.gradients, expected.gradients)
     assert torch.equal(seen[0], padded(**others).logits)
+
+
+def test_what_an_interrupted_forward_leaves_does_not_reach_a_recomputation():
+    begin_forward("one of another model", {})
+    try:
+        test_a_checkpoint_around_several_blocks()
+    finally:
+        end_forward("one of another model")
