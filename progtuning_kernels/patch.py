@@ -82,8 +82,8 @@ def patch_model(
             has adapters that cannot freeze with their blocks, or is in a wrapper that does not
             follow changes of what trains; from the first training forward, if a unit turns out to
             be computed from a later one.
-        ValueError: the model, a part of it or one that it is a part of is patched already, or the
-            schedule does not fit it.
+        ValueError: the model, a part of it or one that it is a part of is patched already, the
+            schedule does not fit it, or an option has a value that is not named here.
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"patch_model takes a model, an nn.Module, and a schedule, got {model!r}")

@@ -36,7 +36,6 @@ class PackedBlock:
     Attributes:
         cross: ids of attention modules whose keys and values come padded, from another stack.
         grouped: rows of like length attend in groups.
-        called: attention modules that were called, where a trial asks for them.
     """
 
     tokens: PackedTokens

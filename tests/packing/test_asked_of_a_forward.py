@@ -312,3 +312,32 @@ def test_experts_that_take_no_more_tokens_than_their_capacity():
     found, expected = run(model, batch), run(padded, batch)
     assert all(torch.equal(found.gradients[n], g) for n, g in expected.gradients.items())
     assert "Router leaves tokens out" in str(handle.packing_report())
+
+
+@pytest.mark.parametrize("value", [True, False, None, "On", ""])
+def test_other_values_of_packing_are_refused(value):
+    model = tiny_model("bert-sequence")
+    with pytest.raises(ValueError, match="packing must be one of 'auto', 'on', 'off'"):
+        patch_model(model, MilestoneSchedule({0: 0}), packing=value)
+    patch_model(model, MilestoneSchedule({0: 0}), packing="off")  # nothing was left behind
+
+
+def test_labels_that_count_at_padding_are_named_and_the_cure_packs():
+    model, inputs = tiny_model("gpt2-causal-lm"), tiny_inputs("gpt2-causal-lm")
+    handle = patch_model(model, MilestoneSchedule({0: 0}))
+    model(**{**inputs, "labels": inputs["input_ids"]})
+    assert [*handle.packing_report().padded] == [
+        "labels count at all padding: set them to -100 there"
+    ]
+    model(**inputs)  # whose labels are -100 there
+    assert handle.packing_report().batches == 1
+
+
+def test_the_report_says_what_was_packed_after_unpatching():
+    model, inputs = tiny_model("bert-sequence"), tiny_inputs("bert-sequence")
+    handle = patch_model(model, MilestoneSchedule({0: 0}))
+    model(**inputs)
+    before = handle.packing_report()
+    handle.unpatch()
+    assert before.stacks == handle.packing_report().stacks
+    assert before.stacks["bert.encoder.layer"].startswith("packed")
