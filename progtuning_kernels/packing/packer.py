@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import pickle
 import warnings
 from collections import Counter
 from collections.abc import Callable, Collection, Iterator, Mapping, MutableMapping
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, Literal
 
@@ -24,11 +22,12 @@ from ..model.call import (
 )
 from ..model.forward_hooks import foreign_hook, own_forward
 from ..model.layout import Layout
-from ..text_table import text_table
 from . import heads
 from .blocks import PackedCall, begin_forward, end_forward, inside_padded
 from .known_mask import known_mask
+from .ranks import Share, as_first, shared_calls
 from .recipes import Installed
+from .report import PackingReport
 from .tokens import GROUPS, cost_of_group, kept_of, on_host, pack_places, padding_follows, waits_for
 from .trial import Outcome, Trial, labels_like
 from .trial_batch import masks_of, trial_calls
@@ -47,47 +46,6 @@ _NOTHING_YET = (
 )
 _ACCELERATES = "as accelerate gives it for its device hooks and regional compilation"
 _NO_MASK = "no attention_mask of shape (B, T) was passed"
-Share = Callable[[bytes], bytes]
-
-
-@dataclass(frozen=True)
-class PackingReport:
-    """What packing left out, and why not more; `print` it.
-
-    Attributes:
-        stacks: for every stack of blocks, by its path, how it runs packed, or why it does not.
-        packs: whether any stack does.
-        batches: forwards since the model was patched that ran packed.
-        places: B x T of these, summed up.
-        tokens: N of these, summed up: what was computed.
-        padded: forwards that ran padded, by reason.
-    """
-
-    stacks: Mapping[str, str]
-    packs: bool
-    batches: int
-    places: int
-    tokens: int
-    padded: Mapping[str, int]
-
-    @property
-    def skipped_share(self) -> float:
-        """Share of the places of packed batches that was left out."""
-        return 1 - self.tokens / self.places if self.places else 0.0
-
-    def __str__(self) -> str:
-        lines = [f"packing: {path}: {text}" for path, text in self.stacks.items()]
-        if self.batches:
-            forwards = "1 forward" if self.batches == 1 else f"{self.batches:,} forwards"
-            lines.append(
-                f"{forwards} ran packed, evaluation among them: {self.skipped_share:.0%} of "
-                f"{self.places:,} places (rows x columns) were padding, and left out"
-            )
-        if self.padded:
-            rows = [("forwards", "ran padded because")]
-            rows += [(f"{count:,}", reason) for reason, count in self.padded.items()]
-            lines += text_table(rows, left=(1,))
-        return "\n".join(lines) or "packing: no forward yet"
 
 
 class Packer:
@@ -159,7 +117,7 @@ class Packer:
                     self._outcome = self._nothing_shown(calls)
                 return
         else:
-            calls = self._received(share(_sent(calls)))
+            calls = shared_calls(calls, share, next(self._model.parameters()).device)
         trials = 0 if decided else self._trials
         self.remove()
         self._trials, self._tried_from, self._watched = 1 + trials, boundary, 0
@@ -172,7 +130,7 @@ class Packer:
             outcome = trial.learn(calls)
         finally:
             self.busy = False
-        self._outcome = outcome if share is None else _as_first(outcome, share)
+        self._outcome = outcome if share is None else as_first(outcome, share)
         recipes = {p: r for p, r in self._outcome.recipes.items() if p not in self._refused}
         if recipes:
             self._installed = Installed(self._model, recipes, self._place)
@@ -191,16 +149,6 @@ class Packer:
             return str(error)
         except Exception as error:  # of arguments in a form unknown here: training goes on
             return f"no trial can be made of its arguments: {type(error).__name__}: {error}"
-
-    def _received(self, sent: bytes) -> list[Call] | str:
-        calls = pickle.loads(sent)
-        if isinstance(calls, str):
-            return calls
-        device = next(self._model.parameters()).device
-        return [
-            call.changed(lambda _, v: v.to(device) if isinstance(v, torch.Tensor) else v)
-            for call in calls
-        ]
 
     def remove(self) -> None:
         """Take everything out of the model; the next training forward tries again."""
@@ -463,27 +411,3 @@ def _in_one_graph(compiled: Callable[..., Any]) -> bool:
     held = [cell.cell_contents for cell in compiled.__closure__ or ()]
     names = ("fullgraph", "_one_graph")  # torch has no question for it
     return any(getattr(value, name, False) is True for value in held for name in names)
-
-
-def _sent(calls: list[Call] | str) -> bytes:
-    if isinstance(calls, str):
-        return pickle.dumps(calls)
-    on_host = [
-        c.changed(lambda _, v: v.detach().cpu() if isinstance(v, torch.Tensor) else v)
-        for c in calls
-    ]
-    try:
-        return pickle.dumps(on_host)
-    except Exception as error:  # of the arguments' own code
-        return pickle.dumps(f"its arguments cannot be sent to other ranks: {error}")
-
-
-def _as_first(outcome: Outcome, share: Share) -> Outcome:
-    """What the first rank has found, with the recipes of this one for what packs on both."""
-    own = [*outcome.recipes], replace(outcome, recipes={})
-    packs, first = pickle.loads(share(pickle.dumps(own)))
-    return replace(
-        first,
-        recipes={path: recipe for path, recipe in outcome.recipes.items() if path in packs},
-        reasons={**outcome.reasons, **first.reasons},
-    )
