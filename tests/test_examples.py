@@ -81,7 +81,7 @@ SCRIPTS = {  # name: (model folder, what loads the result, micro-batches per ste
 
 @pytest.mark.parametrize("marked", [True, False])
 @pytest.mark.parametrize("name", SCRIPTS)
-@pytest.mark.usefixtures("_no_accelerator_of_another_test")
+@pytest.mark.usefixtures("_no_accelerator_of_another_test", "padded")  # forwards are counted
 def test_a_working_script_and_three_lines(
     name, marked, model_folders, text_files, tmp_path, monkeypatch
 ):
