@@ -9,7 +9,7 @@ CONSTRAINTS ?= constraints.txt
 BIN := .venv/bin
 SOURCES := pyproject.toml setup.py $(CONSTRAINTS) $(wildcard csrc/*)
 
-.PHONY: demo test lint types bench bench-packing bench-compare gpu-suite accuracy clean
+.PHONY: demo test lint types docs bench bench-packing bench-compare gpu-suite accuracy clean
 
 demo: .venv/.demo ## fine-tune a pretrained model fully and progressively, and compare
 	$(BIN)/progtuning demo $(ARGS)
@@ -24,6 +24,9 @@ lint: .venv/.lint ## style and format of Python and C++; installs nothing heavy
 
 types: .venv/.test ## types of the public modules
 	$(BIN)/pyright
+
+docs: .venv/.docs ## the site, strictly: a broken link or a missing page fails; make docs ARGS=serve shows it
+	$(BIN)/mkdocs $(or $(ARGS),build --quiet)
 
 bench: .venv/.bench ## this machine's CPU: the optimizer, dropout, and whole training runs against other packages
 	$(BIN)/python benchmarks/optimizer.py --output $(OUT)
@@ -53,6 +56,12 @@ clean: ## forget the environment and everything built
 .venv/.lint: $(CONSTRAINTS)
 	@test -x $(BIN)/pip || $(PYTHON) -m venv .venv
 	@$(BIN)/pip install --quiet --disable-pip-version-check -c $(CONSTRAINTS) ruff clang-format
+	@touch $@
+
+# the reference is read from the sources: nothing of the package is imported or installed
+.venv/.docs: $(CONSTRAINTS)
+	@test -x $(BIN)/pip || $(PYTHON) -m venv .venv
+	@$(BIN)/pip install --quiet --disable-pip-version-check -c $(CONSTRAINTS) mkdocs-material "mkdocstrings[python]"
 	@touch $@
 
 # torch first and pinned: resolved with the rest, pip would fetch every candidate to read its metadata

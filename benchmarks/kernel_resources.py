@@ -1,7 +1,7 @@
 """What every kernel takes of a multiprocessor: registers, shared memory, spills; no GPU is needed.
 
     python benchmarks/kernel_resources.py            # compile for four architectures, 2 minutes
-    python benchmarks/kernel_resources.py --table    # the table of docs/kernels.md
+    python benchmarks/kernel_resources.py --table    # the table of docs/tables/kernels.md
 
 A Triton kernel is compiled ahead of time as its op launches it: the ops run forward and backward on
 small tensors on the CPU, every launch is recorded instead of made, and its arguments are

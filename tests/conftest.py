@@ -2,16 +2,9 @@
 
 from __future__ import annotations
 
-import os
-
-import pytest
-
-os.environ.setdefault("HF_HUB_OFFLINE", "1")
-os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
-os.environ.setdefault("MPLBACKEND", "Agg")
-
 import hypothesis
 import own_process
+import pytest
 import quick_interpreter
 import torch
 
@@ -52,58 +45,27 @@ def padded(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture(scope="session")
 def word_tokenizer():
-    """A tokenizer over 90 words, made here: no file is downloaded."""
-    from tokenizers import Tokenizer, models, pre_tokenizers
-    from transformers import PreTrainedTokenizerFast
+    import tiny_folders
 
-    words = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", *(f"w{i}" for i in range(90))]
-    tokenizer = Tokenizer(models.WordLevel({w: i for i, w in enumerate(words)}, unk_token="[UNK]"))
-    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
-    return PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer,
-        pad_token="[PAD]",
-        unk_token="[UNK]",
-        cls_token="[CLS]",
-        sep_token="[SEP]",
-        eos_token="[SEP]",
-        model_max_length=32,
-    )
+    return tiny_folders.word_tokenizer()
 
 
 @pytest.fixture(scope="session")
-def model_folders(tmp_path_factory, word_tokenizer):
+def model_folders(tmp_path_factory):
     """Folders of tiny random models as a hub would give them: {"bert": ..., "gpt2": ...}."""
-    from tiny_models import tiny_model
+    from tiny_folders import save_model
 
-    folders = {}
-    for kind, name in (("bert", "bert-masked-lm"), ("gpt2", "gpt2-causal-lm")):
-        folders[kind] = tmp_path_factory.mktemp(kind)
-        tiny_model(name).save_pretrained(folders[kind])
-        word_tokenizer.save_pretrained(folders[kind])
-    kind = "bert-without-dropout"
-    folders[kind] = tmp_path_factory.mktemp(kind)
-    model = tiny_model("bert-masked-lm")
-    model.config.hidden_dropout_prob = model.config.attention_probs_dropout_prob = 0.0
-    model.save_pretrained(folders[kind])
-    word_tokenizer.save_pretrained(folders[kind])
-    return folders
+    folder = tmp_path_factory.mktemp("models")
+    return {
+        "bert": save_model(folder / "bert", "bert-masked-lm"),
+        "gpt2": save_model(folder / "gpt2", "gpt2-causal-lm"),
+        "bert-without-dropout": save_model(folder / "same", "bert-masked-lm", dropout=False),
+    }
 
 
 @pytest.fixture(scope="session")
 def text_files(tmp_path_factory):
-    """Rows whose label is whether a word below w45 leads: (train.jsonl, validation.jsonl)."""
-    import json
-    import random
+    """(train.jsonl, validation.jsonl)"""
+    from tiny_folders import save_rows
 
-    folder, draw = tmp_path_factory.mktemp("text"), random.Random(0)
-    paths = []
-    for name, count in (("train", 96), ("validation", 40)):
-        lines = []
-        for i in range(count):
-            first = draw.randrange(45) + 45 * (i % 2)
-            rest = [draw.randrange(90) for _ in range(draw.randrange(3, 12))]
-            text = " ".join(f"w{w}" for w in (first, *rest))
-            lines.append(json.dumps({"text": text, "label": ["low", "high"][i % 2]}))
-        paths.append(folder / f"{name}.jsonl")
-        paths[-1].write_text("\n".join(lines) + "\n")
-    return paths
+    return save_rows(tmp_path_factory.mktemp("text"), {"train": 96, "validation": 40})

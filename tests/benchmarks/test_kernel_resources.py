@@ -71,7 +71,7 @@ def test_nothing_spills():
 
 def test_the_table_of_the_docs_is_that_of_the_stored_results():
     done = subprocess.run([sys.executable, SCRIPT, "--table"], capture_output=True, text=True)
-    docs = (ROOT / "docs" / "kernels.md").read_text()
+    docs = (ROOT / "docs" / "tables" / "kernels.md").read_text()
     shown = docs.split("<!-- resources:begin -->\n")[1].split("<!-- resources:end -->")[0]
     assert done.stdout == shown, done.stderr
 

@@ -1,0 +1,69 @@
+"""The code blocks of README.md and docs/ are tests: they run as they stand, a page in one process.
+
+Python blocks of a page share their names; bash blocks run in the same folder, where tiny models and
+rows stand in for what a page names (`STAND_INS`). What cannot run here says so in its page:
+`<!-- skip: next "the reason" -->`; what a page takes for granted stands in an invisible block.
+"""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+os.environ.setdefault("MPLBACKEND", "Agg")
+
+try:
+    from sybil import Example, Sybil
+    from sybil.parsers.markdown import CodeBlockParser, PythonCodeBlockParser, SkipParser
+except ImportError:  # a machine with a GPU and no network runs tests/ without it
+    Sybil = None
+
+# what pages call a model, and the tiny model of tests/support/tiny_models.py that it is here
+STAND_INS = {
+    "bert-base-uncased": "bert-masked-lm",
+    "gpt2": "gpt2-causal-lm",
+    "meta-llama/Llama-3.2-1B": "llama-causal-lm",
+}
+
+
+def enter_folder(namespace: dict[str, Any]) -> None:
+    from tiny_folders import save_model, save_rows
+
+    folder = Path(tempfile.mkdtemp(prefix="page-"))
+    for name, tiny in STAND_INS.items():
+        save_model(folder / name, tiny)
+    save_rows(folder, {"train": 96, "dev": 40})
+    namespace["_left"] = Path.cwd()
+    os.chdir(folder)
+
+
+def leave_folder(namespace: dict[str, Any]) -> None:
+    os.chdir(namespace["_left"])
+
+
+def run_shell(example: Example) -> None:
+    tools = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
+    done = subprocess.run(
+        ["bash", "-euo", "pipefail", "-c", example.parsed],
+        env=os.environ | {"PATH": tools, "COLUMNS": "100"},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        timeout=300,
+    )
+    assert done.returncode == 0, f"exit status {done.returncode}\n{done.stdout}"
+
+
+if Sybil is not None:
+    pytest_collect_file = Sybil(
+        parsers=[PythonCodeBlockParser(), CodeBlockParser("bash", run_shell), SkipParser()],
+        patterns=["README.md", "docs/*.md", "docs/*/*.md"],
+        setup=enter_folder,
+        teardown=leave_folder,
+    ).pytest()

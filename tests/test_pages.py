@@ -1,0 +1,106 @@
+"""Pages and README: tables are those of the stored results; which page holds one, markers say."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import sys
+from pathlib import Path
+from types import ModuleType
+
+from family_table import family_table
+
+from progtuning_kernels import report
+
+ROOT = Path(__file__).parent.parent
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
+RESULTS = ROOT / "benchmarks" / "results"
+STORED = sorted(RESULTS.glob("*/demo/*.json"))
+
+
+def _between(name: str) -> str:
+    """What stands between the markers `name:begin` and `name:end` of the one page that has them."""
+    begin, end = f"<!-- {name}:begin -->\n", f"\n<!-- {name}:end -->"
+    (text,) = [text for page in PAGES if begin in (text := page.read_text(encoding="utf-8"))]
+    return text.split(begin)[1].split(end)[0]
+
+
+def test_table_of_families_is_that_of_the_tests():
+    assert _between("families") == family_table()
+
+
+def _benchmark(name: str) -> ModuleType:
+    spec = importlib.util.spec_from_file_location(name, ROOT / "benchmarks" / f"{name}.py")
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[name] = module  # its dataclasses look themselves up
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_optimizer_table_is_that_of_the_stored_results():
+    optimizer = _benchmark("optimizer")
+    tables = [
+        optimizer.table(json.loads(path.read_text()))
+        for path in sorted(RESULTS.glob("*/optimizer.json"))
+    ]
+    assert tables and all(table in _between("optimizer") for table in tables)
+
+
+def test_cache_table_is_that_of_the_stored_results():
+    prefix_cache = _benchmark("prefix_cache")
+    tables = [
+        prefix_cache.table(json.loads(path.read_text()))
+        for path in sorted(RESULTS.glob("*/prefix_cache.json"))
+    ]
+    assert tables and all(table in _between("cache") for table in tables)
+
+
+def test_dropout_table_is_that_of_the_stored_results():
+    dropout = _benchmark("dropout")
+    tables = [
+        dropout.table(json.loads(path.read_text())) for path in RESULTS.glob("*/dropout.json")
+    ]
+    assert tables and all(table in _between("dropout") for table in tables)
+
+
+def test_training_table_is_that_of_the_stored_results():
+    plot = _benchmark("plot")
+    tables = [plot.table(plot.load(folder.parent)) for folder in RESULTS.glob("*/training")]
+    assert tables and all(table in _between("training") for table in tables)
+
+
+def test_packing_table_is_that_of_the_stored_results():
+    plot = _benchmark("plot")
+    stored = [plot.load_packing(folder) for folder in RESULTS.iterdir() if folder.is_dir()]
+    tables = [plot.packing_table(contents) for contents in stored if contents]
+    assert tables and all(table in _between("packing") for table in tables)
+
+
+def test_study_tables_are_those_of_the_stored_results():
+    study = _benchmark("accuracy_study")
+    folders = [folder.parent for folder in RESULTS.glob("*/accuracy")]
+    assert folders and all(study.table(folder) in _between("accuracy") for folder in folders)
+    folders = [folder.parent for folder in RESULTS.glob("*/contribution")]
+    shown = _between("contribution")
+    assert folders and all(study.contribution_table(folder) in shown for folder in folders)
+
+
+def test_survey_of_architectures_is_the_stored_one():
+    architectures = _benchmark("architectures")
+    (stored,) = RESULTS.glob("*/architectures.json")
+    stored = json.loads(stored.read_text())
+    assert " ".join(_between("architectures").split()) == architectures.summary(stored)
+
+
+def test_survey_of_packing_is_the_stored_one():
+    _benchmark("architectures")  # which the other imports
+    survey = _benchmark("packing_architectures")
+    (stored,) = RESULTS.glob("*/packing_architectures.json")
+    shown = " ".join(_between("packing-architectures").split())
+    assert shown == survey.summary(json.loads(stored.read_text()))
+
+
+def test_table_is_that_of_the_stored_results():
+    assert STORED
+    table = report.markdown_table([report.load_run(path) for path in STORED])
+    assert table.strip() in _between("results")
