@@ -1,8 +1,9 @@
 """The code blocks of README.md and docs/ are tests: they run as they stand, a page in one process.
 
-Python blocks of a page share their names; of a diff block both sides run. Bash blocks run in the same
-folder, where tiny models and rows stand in for what a page names (`STAND_INS`). What cannot run says so:
-`<!-- skip: next "the reason" -->`; what a page takes for granted stands in an invisible block.
+Python blocks of a page share their names; of a diff block both sides run. Bash blocks run in the
+same folder, where tiny models and rows stand in for what a page names (`STAND_INS`). What a page
+takes for granted stands in an invisible block, and what cannot run here says so:
+`<!-- skip: next "the reason" -->`.
 """
 
 from __future__ import annotations

@@ -21,7 +21,7 @@ STORED = sorted(RESULTS.glob("*/demo/*.json"))
 
 
 def _between(name: str) -> str:
-    """What stands between the markers `name:begin` and `name:end`, the same on every page with them."""
+    """What stands between the markers `name:begin` and `name:end`, on every page that has them."""
     begin, end = f"<!-- {name}:begin -->\n", f"\n<!-- {name}:end -->"
     texts = [text for page in PAGES if begin in (text := page.read_text(encoding="utf-8"))]
     (shown,) = {text.split(begin)[1].split(end)[0] for text in texts}
