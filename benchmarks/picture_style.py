@@ -9,7 +9,7 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 POINTS = 72  # an inch
-WIDTH = 520  # points: 693 px in a browser, the width of a page's text
+WIDTH = 460  # points
 
 INK, MUTED, RULE, CARD, FROZEN = "#1f2328", "#59636e", "#d1d9e0", "#ffffff", "#e6eaef"
 # Okabe and Ito's palette, made for colour-blind readers
@@ -32,7 +32,7 @@ _METHODS = {
     "LoRA": VERMILLION,
     "progressive-lora": "#F2A46F",
 }
-_OTHERS = "#b3b3b3"
+_OTHERS = "#8a94a0"
 
 KINDS = {  # of bytes
     "weights": "#c9ced6",
@@ -70,13 +70,14 @@ def method_colour(name: str) -> str:
     return _METHODS[max(fitting, key=len)] if fitting else _OTHERS
 
 
-def new_figure(height: float, width: float = WIDTH) -> Figure:
-    """A figure of this many points, laid out inside its card."""
+def new_figure(height: float, *, note: str = "", note_size: float = 9.5) -> Figure:
+    """A figure of this many points, laid out inside its card under a line of text."""
     from matplotlib.figure import Figure  # not pyplot, which would hold and show the figures
 
-    figure = Figure(figsize=(width / POINTS, height / POINTS), layout="constrained")
-    x, y = 12 / width, 10 / height
-    figure.get_layout_engine().set(rect=(x, y, 1 - 2 * x, 1 - 2 * y))
+    figure = Figure(figsize=(WIDTH / POINTS, height / POINTS), layout="constrained")
+    x, y, line = 12 / WIDTH, 10 / height, 20 / height * bool(note)
+    figure.get_layout_engine().set(rect=(x, y, 1 - 2 * x, 1 - 2 * y - line))
+    figure.text(1.3 * x, 1 - y - line / 2, note, va="center", fontsize=note_size, color=MUTED)
     return figure
 
 

@@ -71,19 +71,27 @@ def trained_units(plan: FreezePlan) -> str:
 
 
 def _bars(
-    ax: Axes, groups: Sequence[str], series: Mapping[str, Sequence[float | None]], *, text: float
+    ax: Axes,
+    groups: Sequence[str],
+    series: Mapping[str, Sequence[float | None]],
+    ticks: Mapping[str, Sequence[float]] | None = None,
 ) -> None:
-    """A group of horizontal bars per line, the first on top, each with its number at its end."""
+    """A group of horizontal bars per line, the first on top, each with its number at its end and,
+    where there are `ticks`, a tick across it.
+    """
     width = 0.84 / len(series)
     largest = max(v for values in series.values() for v in values if v is not None)
     for index, (name, values) in enumerate(series.items()):
         at = [group + (index - (len(series) - 1) / 2) * width for group in range(len(groups))]
         heights = [float("nan") if value is None else value for value in values]
         ax.barh(at, heights, height=0.9 * width, color=method_colour(name), label=name)
-        for y, value in zip(at, values, strict=True):
+        own_ticks = ticks[name] if ticks else [0.0] * len(groups)
+        for y, value, tick in zip(at, values, own_ticks, strict=True):
+            if ticks:
+                ax.vlines(tick, y - 0.45 * width, y + 0.45 * width, color=INK, linewidth=1.6)
             if value is not None:
-                end = (value + 0.012 * largest, y + 0.02)
-                ax.text(*end, f"{value:.2f}", va="center", fontsize=text)
+                end = max(value, tick) + 0.014 * largest
+                ax.text(end, y + 0.02, f"{value:.2f}", va="center", fontsize=9)
     ax.axvline(1, color=INK, linewidth=0.9, linestyle=":")
     ax.set_yticks(range(len(groups)), groups)
     ax.set_ylim(len(groups) - 0.5, -0.5)
@@ -105,14 +113,13 @@ def front_figure(
     entries = measured(training)
     if not {"full", "ours"} <= entries.keys():
         return None
-    figure = new_figure(315)
+    figure = new_figure(325, note=_conditions(packing[0]))
     left, right = figure.subplots(1, 2, width_ratios=(1.3, 1))
     ways = ("HF + group_by_length", "ours", "ours + cache")
-    speeds = {way: [speedup_of(content, way) for content in packing] for way in ways}
-    _bars(left, _tasks(packing), speeds, text=9)
-    left.legend(loc="lower right", borderaxespad=0, handlelength=1, fontsize=9.5)
-    left.set_title("A whole run is so many times as fast")
-    left.set_xlabel(FASTER, fontsize=9)
+    _bars(left, _tasks(packing), {way: [speedup_of(c, way) for c in packing] for way in ways})
+    left.set_title("Speed of a whole run")
+    left.set_xlabel("times as fast as full fine-tuning\n(dotted: 1)")
+    figure.legend(loc="outside lower left", ncols=3, handlelength=1.2, columnspacing=1.2)
     shape = SHAPES[training["experiment"]["shape"]]
     steps = training["experiment"]["steps_per_epoch"]
     totals = {
@@ -129,18 +136,15 @@ def front_figure(
             )
         )
         words = words.replace(", ", ",\n").replace("blocks ", "blocks\n")
-        middle = {"x": first + steps / 2, "ha": "center", "fontsize": 9.5}
+        middle = {"x": first + steps / 2, "ha": "center", "fontsize": 9}
         right.text(y=mib / 2, s=words, va="center", color="white", **middle)
         right.text(y=mib, s=f"{mib:.0f}", va="bottom", **middle)
     edges = [steps * number for number in range(len(full) + 1)]
     right.stairs(full, edges, baseline=None, color=method_colour("full"), linewidth=2, ls="--")
-    right.text(
-        edges[-1], full[-1], f"full: {full[-1]:.0f}  ", ha="right", va="bottom", fontsize=9.5
-    )
+    right.text(edges[-1], 1.01 * full[-1], f"full: {full[-1]:.0f}", ha="right", va="bottom")
     right.set(xlim=(0, edges[-1]), ylim=(0, 1.14 * max(full)), xticks=edges)
-    right.set_xlabel("optimizer step; white: what trains", fontsize=9)
+    right.set_xlabel("optimizer step\n(in the bars: what trains)")
     right.set_title("MiB beside the weights")
-    figure.suptitle(_conditions(packing[0]), fontsize=9.5, color=MUTED, x=0.03, ha="left")
     return figure
 
 
@@ -153,26 +157,19 @@ def _conditions(content: Mapping[str, Any]) -> str:
     experiment = content["experiment"]
     return (
         f"{experiment['shape']}, batches of {experiment['rows']} rows, {experiment['precision']}, "
-        f"{experiment['stages']} stages, on {content['meta']['device']}"
+        f"{experiment['stages']} stages, {content['meta']['device']}"
     )
 
 
 def packing_figure(contents: Sequence[Mapping[str, Any]]) -> Figure:
     """Whole runs, a group of bars per task; the ticks on them are predictions."""
     ways = [*contents[0]["ways"]][1:]
-    figure = new_figure(90 + len(contents) * len(ways) * BAR)
+    figure = new_figure(115 + len(contents) * len(ways) * BAR, note=_conditions(contents[0]))
     ax = figure.subplots()
     speeds = {way: [speedup_of(content, way) for content in contents] for way in ways}
-    _bars(ax, _tasks(contents), speeds, text=9)
-    for bar, way in (
-        (bar, way) for way, bars in zip(ways, ax.containers, strict=True) for bar in bars
-    ):
-        content = contents[round(bar.get_y() + bar.get_height() / 2)]
-        predicted = content["predicted"]["speedup"][way]
-        low = bar.get_y()
-        ax.vlines(predicted, low, low + bar.get_height(), color=INK, linewidth=1.6)
+    predicted = {way: [c["predicted"]["speedup"][way] for c in contents] for way in ways}
+    _bars(ax, _tasks(contents), speeds, predicted)
     ax.set_xlabel(f"{FASTER}; ticks: by operations alone")
-    ax.set_title(_conditions(contents[0]), fontsize=10, fontweight="normal", color=MUTED)
     figure.legend(loc="outside lower center", ncols=3)
     return figure
 
@@ -194,7 +191,11 @@ def run_figure(contents: Sequence[Mapping[str, Any]]) -> Figure | None:
     if not panels:
         return None
     counts = [2.2 + len(speeds) * len(epochs) for _, epochs, speeds in panels]
-    figure = new_figure(60 + 1.12 * BAR * sum(counts))
+    devices = sorted({content["meta"]["device"] for content, *_ in panels})
+    figure = new_figure(
+        70 + 1.12 * BAR * sum(counts),
+        note="; ".join([*devices, "1 epoch a stage where nothing else is said"]),
+    )
     axes = figure.subplots(len(panels), 1, squeeze=False, sharex=True, height_ratios=counts).flat
     largest = max(v for *_, speeds in panels for values in speeds.values() for v in values)
     for ax, (content, epochs, speeds) in zip(axes, panels, strict=True):
@@ -203,28 +204,25 @@ def run_figure(contents: Sequence[Mapping[str, Any]]) -> Figure | None:
             for index, (count, value) in enumerate(zip(epochs, values, strict=True)):
                 y = at + (index - (len(epochs) - 1) / 2) * width
                 ax.barh(y, value, height=0.9 * width, color=method_colour(name))
-                note = f"{value:.2f}" + (f", {count} epochs a stage" if index else "")
+                note = f"{value:.2f}" + (f", {count} epochs" if count > 1 else "")
                 ax.text(value + 0.01 * largest, y, note, va="center", fontsize=9)
         ax.axvline(1, color=INK, linewidth=0.9, linestyle=":")
         ax.set_yticks(range(len(speeds)), [*speeds])
         ax.set_ylim(len(speeds) - 0.5, -0.5)
-        ax.set_xlim(0, 1.32 * largest)
+        ax.set_xlim(0, 1.3 * largest)
         ax.tick_params(axis="y", length=0)
         experiment = content["experiment"]
         ax.set_title(
-            f"{experiment['title']}: {experiment['rows']} x {experiment['tokens']} tokens, "
-            f"{epochs[0]} epoch{'s' * (epochs[0] > 1)} a stage",
+            f"{experiment['title']}: {experiment['rows']} x {experiment['tokens']} tokens",
             fontsize=10,
         )
     ax.set_xlabel(FASTER)
-    devices = {content["meta"]["device"] for content, *_ in panels if "meta" in content}
-    figure.suptitle("; ".join(sorted(devices)), fontsize=10, color=MUTED, x=0.03, ha="left")
     return figure
 
 
 def accuracy_figure(tasks: Mapping[str, Mapping[str, Sequence[Mapping[str, Any]]]]) -> Figure:
     """Score against time, a panel per task; a marker with its standard error per method."""
-    figure = new_figure(345 * len(tasks))
+    figure = new_figure(330 * len(tasks))
     axes = figure.subplots(len(tasks), 1, squeeze=False).flat
     for ax, (task, methods) in zip(axes, tasks.items(), strict=True):
         for index, (method, runs) in enumerate(methods.items()):
@@ -234,12 +232,12 @@ def accuracy_figure(tasks: Mapping[str, Mapping[str, Sequence[Mapping[str, Any]]
                 *(train_s, score, error),
                 fmt=marker,
                 color=colour,
-                markersize=7,
+                markersize=8,
                 capsize=3,
                 elinewidth=1,
                 label=method,
                 markeredgecolor=CARD,
-                markeredgewidth=0.8,
+                markeredgewidth=0.5,
             )
         first = next(iter(methods.values()))[0]
         ax.set_xlabel("training time (s), fastest seed")
@@ -248,8 +246,10 @@ def accuracy_figure(tasks: Mapping[str, Mapping[str, Sequence[Mapping[str, Any]]
         ax.set_title(
             f"{NAMES[task]}, {first['data']['train_rows']:,} rows, "
             f"{first['config']['epochs']} epochs, {' or '.join(map(str, seeds))} seeds, "
-            f"on {first['meta']['device']}",
-            fontsize=10,
+            f"{first['meta']['device']}",
+            fontsize=9.5,
+            fontweight="normal",
+            color=MUTED,
         )
         ax.grid(alpha=0.7)
         ax.margins(0.12, 0.08)
@@ -332,8 +332,9 @@ def _plans(run: report.Run) -> list[tuple[FreezePlan, list[int]]]:
 
 def memory_figure(runs: Sequence[report.Run]) -> Figure:
     """Bytes by kind over the steps of a run, a panel per run; weights are those of float32."""
-    figure = new_figure(300)
+    figure = new_figure(300, note=_demo_conditions(runs[0]))
     axes = figure.subplots(1, len(runs), squeeze=False, sharey=True).flat
+    figure.get_layout_engine().set(wspace=0.08)
     for ax, run in zip(axes, runs, strict=True):
         for plan, indices in _plans(run):
             stages = [run.stages[index] for index in indices]
@@ -354,29 +355,29 @@ def memory_figure(runs: Sequence[report.Run]) -> Figure:
                 bottom += size / MIB
             words = "\n".join(textwrap.wrap(trained_units(plan), 12))
             middle = first + steps / 2
-            ax.text(middle, bottom, f"{words}\n{bottom:.0f}", ha="center", va="bottom")
+            ax.text(middle, bottom, f"{words}\n{bottom:.0f} MiB", ha="center", va="bottom")
         ax.set_title(f"{run.method}, {run.summary['train_seconds']:.0f} s")
         ax.set(xlabel="optimizer step", xlim=(0, run.stages[-1]["last_step"]))
         ax.set_xticks([0, *(run.stages[indices[-1]]["last_step"] for _, indices in _plans(run))])
     axes[0].set_ylabel("MiB")
     axes[0].set_ylim(0, 1.22 * axes[0].dataLim.y1)
     handles, labels = axes[0].get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside lower center", ncols=4, columnspacing=1.2)
-    figure.suptitle(_demo_conditions(runs[0]), fontsize=10, color=MUTED, x=0.03, ha="left")
+    look = {"ncols": 4, "columnspacing": 1, "handlelength": 1.2}
+    figure.legend(handles, labels, loc="outside lower center", **look)
     return figure
 
 
 def _demo_conditions(run: report.Run) -> str:
     return (
         f"{run.model['num_params'] / 1e6:.1f} M parameters in {run.model['num_blocks']} blocks, "
-        f"batches of {run.config['batch_size']} rows, on {run.meta['device']}"
+        f"batches of {run.config['batch_size']} rows, {run.meta['device']}"
     )
 
 
 def stage_seconds_figure(rows: Sequence[Row]) -> Figure:
     """Seconds of every stage, one stacked bar per method; mean over its runs."""
     bar, text = 44, 9
-    figure = new_figure(75 + bar * len(rows))
+    figure = new_figure(90 + bar * len(rows), note=_demo_conditions(rows[0].runs[0]))
     ax = figure.subplots()
     seconds = []
     for row in rows:
@@ -395,7 +396,7 @@ def stage_seconds_figure(rows: Sequence[Row]) -> Figure:
         for (plan, _), value in zip(_plans(row.runs[0]), own, strict=True):
             colour = method_colour(row.method)
             ax.barh(at, value, 0.86, left, color=colour, edgecolor=CARD, linewidth=1.5)
-            width = 370 * value / longest  # points, about
+            width = 310 * value / longest  # points, about
             lines = textwrap.wrap(trained_units(plan), max(6, int(width / (0.6 * text))))
             ink = "white" if _is_dark(colour) else INK
             ax.text(
@@ -412,8 +413,7 @@ def stage_seconds_figure(rows: Sequence[Row]) -> Figure:
     ax.set_ylim(len(rows) - 0.5, -0.5)
     ax.set_xlim(0, 1.1 * longest)
     ax.tick_params(axis="y", length=0)
-    ax.set_xlabel("training time (s); in each stage: what trains (with LoRA, its adapters)")
-    ax.set_title(_demo_conditions(rows[0].runs[0]), fontsize=10, fontweight="normal", color=MUTED)
+    ax.set_xlabel("training time (s); in bars: what trains (LoRA: its adapters)")
     return figure
 
 

@@ -12,6 +12,7 @@ from pathlib import Path
 from xml.etree import ElementTree
 
 import pytest
+from matplotlib import rc_context
 from matplotlib.colors import to_hex
 from matplotlib.text import Text
 
@@ -149,8 +150,8 @@ def test_front_figure(plot, content):
 
 def test_names_of_methods_cover_nothing(plot):
     tasks = plot.load_accuracy(RESULTS / "amd-epyc-2-threads")
-    figure = plot.accuracy_figure(tasks)
-    (ax,) = figure.axes
+    with rc_context(plot.STYLE):
+        (ax,) = plot.accuracy_figure(tasks).axes
     assert [text.get_text() for text in ax.texts] == [*tasks["cola"]]
     boxes = [Text.get_window_extent(text) for text in ax.texts]  # without the line to the point
     assert not any(plot.overlap(one, other) for one, other in combinations(boxes, 2))
