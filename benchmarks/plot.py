@@ -300,7 +300,7 @@ def place_labels(ax: Axes) -> None:
             for centre in centres
         }
         best = min(boxes, key=lambda centre: covered(boxes[centre]))
-        taken.append(boxes[best])
+        taken.append(boxes[best].padded(point))
         is_far = centres.index(best) >= len(sides)
         ax.annotate(
             name,

@@ -13,6 +13,7 @@ from xml.etree import ElementTree
 
 import pytest
 from matplotlib import rc_context
+from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.colors import to_hex
 from matplotlib.text import Text
 
@@ -151,7 +152,9 @@ def test_front_figure(plot, content):
 def test_names_of_methods_cover_nothing(plot):
     tasks = plot.load_accuracy(RESULTS / "amd-epyc-2-threads")
     with rc_context(plot.STYLE):
-        (ax,) = plot.accuracy_figure(tasks).axes
+        figure = plot.accuracy_figure(tasks)
+    FigureCanvasAgg(figure).draw()
+    (ax,) = figure.axes
     assert [text.get_text() for text in ax.texts] == [*tasks["cola"]]
     boxes = [Text.get_window_extent(text) for text in ax.texts]  # without the line to the point
     assert not any(plot.overlap(one, other) for one, other in combinations(boxes, 2))
