@@ -356,7 +356,7 @@ def memory_figure(runs: Sequence[report.Run]) -> Figure:
             words = "\n".join(textwrap.wrap(trained_units(plan), 12))
             middle = first + steps / 2
             ax.text(middle, bottom, f"{words}\n{bottom:.0f} MiB", ha="center", va="bottom")
-        ax.set_title(f"{run.method}, {run.summary['train_seconds']:.0f} s")
+        ax.set_title(run.method)
         ax.set(xlabel="optimizer step", xlim=(0, run.stages[-1]["last_step"]))
         ax.set_xticks([0, *(run.stages[indices[-1]]["last_step"] for _, indices in _plans(run))])
     axes[0].set_ylabel("MiB")
@@ -409,7 +409,9 @@ def stage_seconds_figure(rows: Sequence[Row]) -> Figure:
             )
             left += value
         ax.text(left + 0.01 * longest, at, f"{left:.0f} s", va="center", fontweight="bold")
-    ax.set_yticks(range(len(rows)), [row.label for row in rows])
+    runs = [f"{len(row.runs)} run{'s' * (len(row.runs) > 1)}" for row in rows]
+    labels = [f"{row.label}\n{count}" for row, count in zip(rows, runs, strict=True)]
+    ax.set_yticks(range(len(rows)), labels)
     ax.set_ylim(len(rows) - 0.5, -0.5)
     ax.set_xlim(0, 1.1 * longest)
     ax.tick_params(axis="y", length=0)
