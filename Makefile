@@ -58,10 +58,11 @@ clean: ## forget the environment and everything built
 	@$(BIN)/pip install --quiet --disable-pip-version-check -c $(CONSTRAINTS) ruff clang-format
 	@touch $@
 
-# the reference is read from the sources: nothing of the package is imported or installed
+# the reference is read from the sources: nothing of the package is imported or installed; ruff breaks
+# the lines of its signatures
 .venv/.docs: $(CONSTRAINTS)
 	@test -x $(BIN)/pip || $(PYTHON) -m venv .venv
-	@$(BIN)/pip install --quiet --disable-pip-version-check -c $(CONSTRAINTS) mkdocs-material "mkdocstrings[python]"
+	@$(BIN)/pip install --quiet --disable-pip-version-check -c $(CONSTRAINTS) mkdocs-material "mkdocstrings[python]" ruff
 	@touch $@
 
 # torch first and pinned: resolved with the rest, pip would fetch every candidate to read its metadata

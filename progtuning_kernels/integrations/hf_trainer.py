@@ -83,10 +83,10 @@ class ProgtuningCallback(TrainerCallback):
     Raises:
         TypeError: no schedule, or an option that `patch_model` has not; when training begins, a
             model that is no `nn.Module`.
-        ValueError: a value that `patch_model` does not take; when training begins, as `patch_model`.
-        UnsupportedModelError: when training begins, as `patch_model`.
-        RuntimeError: when training begins, with several GPUs in one process, or `torch_compile` on
-            several processes without `attach`; as `patch_model`.
+        ValueError: a value that `patch_model` does not take; when training begins, as from it.
+        UnsupportedModelError: when training begins, as from `patch_model`.
+        RuntimeError: when training begins, as from `patch_model`, with several GPUs in one process,
+            or with `torch_compile` on several processes without `attach`.
 
     Example:
         ```python

@@ -299,7 +299,7 @@ class MaskedOptimizer(Optimizer):
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
-        """Update every active tensor that has a gradient; others, and their state, stay as they are.
+        """Update every active tensor that has a gradient; all others stay as they are.
 
         Args:
             closure: re-evaluates the model and returns the loss.

@@ -24,10 +24,10 @@ OP = backend.register(
 def dropout(
     x: Tensor, p: float = 0.5, training: bool = True, *, implementation: str | None = None
 ) -> Tensor:
-    """`F.dropout(x, p, training)`; on a CPU its mask is another one, and takes less time and memory.
+    """`F.dropout(x, p, training)`, on a CPU with a mask of its own, in less time and memory.
 
-    The mask is a function of one number of torch's default generator (Philox4x32, Salmon et al., SC
-    2011), so that `torch.manual_seed` and checkpointing draw it again. 1 - p is rounded to a
+    That mask is a function of one number of torch's default generator (Philox4x32, Salmon et al.,
+    SC 2011), so that `torch.manual_seed` and checkpointing draw it again. 1 - p is rounded to a
     multiple of 2**-16. Other dtypes than float32, bfloat16 and float16 run `F.dropout`.
 
     Args:
