@@ -77,8 +77,10 @@ def linear_cross_entropy(
 ) -> Tensor:
     """Cross-entropy of `hidden @ weight.T + bias`, without the logits of all rows at once.
 
-        x_i = softcapped(weight @ hidden_i + bias)    lse_i = log(sum_c exp(x_i[c]))    y = labels_i
-        row_i = (1 - s) w[y] (lse_i - x_i[y]) + s / V sum_c w[c] (lse_i - x_i[c]) + z_loss lse_i^2
+        x_i = softcapped(weight @ hidden_i + bias)
+        lse_i = log(sum_c exp(x_i[c]))        y = labels_i
+        row_i = (1 - s) w[y] (lse_i - x_i[y])
+                + s / V sum_c w[c] (lse_i - x_i[c]) + z_loss lse_i^2
 
     s is `label_smoothing`, w `class_weight` or 1, as in `F.cross_entropy`. Gradients are formed in
     the forward, the demanded ones only, so there is one backward per call. If all rows are ignored

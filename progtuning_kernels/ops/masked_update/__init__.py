@@ -67,9 +67,10 @@ def masked_update(
 ) -> None:
     """AdamW (Loshchilov and Hutter, arXiv 1711.05101) on a list of tensors, in place, in one pass.
 
-        g  = grad * grad_factor
+        g  = grad * grad_factor                    t = step + 1
         m  = beta1*m + (1-beta1)*g                 v = beta2*v + (1-beta2)*g*g
-        p -= lr*weight_decay*p + lr/(1-beta1^t) * m / (sqrt(v)/sqrt(1-beta2^t) + eps)   t = step + 1
+        p -= lr*weight_decay*p
+             + lr/(1-beta1^t) * m / (sqrt(v)/sqrt(1-beta2^t) + eps)
 
     Parameters, moments, scales, masters and steps are written to. The reference may leave grads
     multiplied by `grad_factor`. An optimizer keeps a `Bucket` for a stage instead of making one per
