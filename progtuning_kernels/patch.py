@@ -78,7 +78,7 @@ def patch_model(
         The handle; call `handle.advance()` once per optimizer step.
 
     Raises:
-        TypeError: no model, no schedule, or a `step` that is no number.
+        TypeError: no model, no schedule, a `step` that is no number, or `blocks` that are no names.
         UnsupportedModelError: no block list can be found, the blocks share weights, or the model
             has adapters that cannot freeze with their blocks, or is in a wrapper that does not
             follow changes of what trains; from the first training forward, if a unit turns out to

@@ -67,9 +67,9 @@ def _drop_hooks_of_a_copy(model: nn.Module) -> None:
 
 
 class PatchHandle:
-    """What `patch_model` returns: the schedule's grip on one model.
+    """Takes one patched model from stage to stage; `patch_model` returns it.
 
-    Also a context manager, which unpatches the model at its end.
+    It is a context manager, too, which unpatches the model at its end.
 
     Attributes:
         model: the patched model, without the wrapper that `patch_model` was given.

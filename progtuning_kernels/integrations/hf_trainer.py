@@ -58,7 +58,7 @@ def _of_the_trainer(args: Any, given: dict[str, Any]) -> tuple[TrainingArguments
 
 
 class ProgtuningCallback(TrainerCallback):
-    """Patches the model when training begins, applies the plan before every step, unpatches.
+    """Patches the model when training begins, applies each plan in time, unpatches it at the end.
 
     The optimizer is built by the Trainer over all parameters and keeps its groups; state of frozen
     parameters is released from whichever optimizer it is. The plan is a function of

@@ -109,7 +109,7 @@ FAMILIES: dict[str, Family] = {
 
 
 def register_family(model_type: str | type, **rules: Any) -> Family:
-    r"""Say where models of one kind keep what structure alone gets wrong.
+    r"""Tell discovery what structure alone gets wrong about one kind of models.
 
     Rules add to those that the kind has already, those of one field too: patterns are joined by
     "or", lists made longer.

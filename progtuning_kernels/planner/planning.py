@@ -19,6 +19,7 @@ from ..cache import PrefixCache
 from ..freezing.active_set import TiedPolicy
 from ..freezing.boundary import FrozenMode
 from ..freezing.freezer import Freezer
+from ..freezing.handle import handle_of
 from ..model.derived_classes import derived_classes
 from ..model.layout import find_layout
 from ..schedules import FreezePlan, Schedule, decides_by_gradients
@@ -137,7 +138,8 @@ def plan_training(
             f"model must be an nn.Module, got {type(model).__name__}; of a config build one "
             'without weights: with torch.device("meta"): AutoModel....from_config(config)'
         )
-    if set(map(type, model.modules())) & set(derived_classes()):
+    derived = set(map(type, model.modules())) & set(derived_classes())
+    if derived or any(map(handle_of, model.modules())):
         raise ValueError("the model is patched: plan before, or call handle.unpatch() first")
     if optimizer not in get_args(OptimizerName):
         choices = ", ".join(map(repr, get_args(OptimizerName)))
