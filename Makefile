@@ -26,7 +26,7 @@ types: .venv/.test ## types of the public modules
 	$(BIN)/pyright
 
 docs: .venv/.docs ## the site, strictly: a broken link or a missing page fails; make docs ARGS=serve shows it
-	$(BIN)/mkdocs $(or $(ARGS),build)
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs $(or $(ARGS),build)
 
 bench: .venv/.bench ## this machine's CPU: the optimizer, dropout, and whole training runs against other packages
 	$(BIN)/python benchmarks/optimizer.py --output $(OUT)
