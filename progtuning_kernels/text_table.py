@@ -51,7 +51,9 @@ def as_html(parts: Iterable[str | Table]) -> str:
 
 def _html_table(table: Table) -> str:
     def line(row: Sequence[str], tag: str) -> str:
-        styles = ("left" if c in table.left else "right; white-space: nowrap" for c in range(len(row)))
+        styles = (
+            "left" if c in table.left else "right; white-space: nowrap" for c in range(len(row))
+        )
         cells = (
             f'<{tag} style="text-align: {style}">{escape(cell)}</{tag}>'
             for style, cell in zip(styles, row, strict=True)

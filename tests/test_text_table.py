@@ -6,7 +6,6 @@ import re
 from html import unescape
 
 import pytest
-import torch
 from tiny_models import tiny_inputs, tiny_model
 
 from progtuning_kernels import (
@@ -15,8 +14,8 @@ from progtuning_kernels import (
     RandomBlockSchedule,
     backend_report,
     patch_model,
-    plan_training,
 )
+from progtuning_kernels.planner.training_plan import Remedy, StagePlan, TrainingPlan
 from progtuning_kernels.text_table import Table, as_html, as_text, text_table
 
 ROWS = [("unit", "bytes", "why"), ("block 10", "7", ""), ("head", "1,024", "tied")]
@@ -59,9 +58,9 @@ def handle():
 )
 def test_reports_show_the_same_characters_as_html(handle, report):
     if report == "plan":
-        with torch.device("meta"):
-            model = tiny_model("bert-sequence")
-        shown = plan_training(model, ProgressiveSchedule(2), batch_size=2, seq_len=8)
+        stage = StagePlan(0, 8, 2, "blocks 2-3", 10**6, *[2**21] * 5, 10**9, 10**9, 0.5)
+        remedies = (Remedy("in_backward=True", 2**20),)
+        shown = TrainingPlan("tiny", (stage,), stage, 2**30, remedies, ("a <note>",), False)
     elif report == "backend":
         shown = backend_report()
     else:
