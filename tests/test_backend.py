@@ -270,7 +270,7 @@ def test_doctor_begins_with_what_runs_here(capsys, monkeypatch):
         "native extension",
         "Triton",
         "ops",
-        "would be faster with",
+        "to make it faster",
     ]
     assert found["device"].startswith("cuda" if torch.cuda.is_available() else "cpu")
 
@@ -282,13 +282,13 @@ def test_doctor_says_what_would_be_faster(no_extension, capsys, monkeypatch):
     monkeypatch.delenv("PROGTUNING_BACKEND", raising=False)
     found = _summary(capsys, monkeypatch)
     assert found["native extension"] == "the extension was not built: no compiler"
-    assert "C++17 compiler, `pip install .` in a clone" in found["would be faster with"]
+    assert "C++17 compiler, `pip install .` in a clone" in found["to make it faster"]
     monkeypatch.setattr(backend, "native_extension", lambda: SimpleNamespace(openmp=True))
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    assert _summary(capsys, monkeypatch)["would be faster with"] == "nothing that is missing here"
+    assert _summary(capsys, monkeypatch)["to make it faster"] == "nothing is missing for this device"
     monkeypatch.setenv("PROGTUNING_BACKEND", "reference")
     found = _summary(capsys, monkeypatch)
-    assert found["would be faster with"] == "PROGTUNING_BACKEND unset: it is 'reference'"
+    assert found["to make it faster"] == "PROGTUNING_BACKEND unset: it is 'reference'"
     assert found["ops"].startswith("plain PyTorch: ")
 
 

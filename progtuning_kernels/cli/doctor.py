@@ -48,7 +48,7 @@ def _summary() -> list[tuple[str, str]]:
         ("native extension", _native_in_words(device)),
         ("Triton", _triton_in_words(device)),
         ("ops", _ops_in_words(device)),
-        ("would be faster with", "\n".join(_advice(device)) or "nothing that is missing here"),
+        ("to make it faster", "\n".join(_advice(device)) or "nothing is missing for this device"),
     ]
 
 
