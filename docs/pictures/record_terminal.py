@@ -30,7 +30,8 @@ COLUMNS, LINES = 96, 400
 PICTURE = Path(__file__).with_name("terminal.svg")
 COMMANDS = (
     "progtuning doctor",
-    "progtuning demo --train-rows 1200 --validation-rows 400",
+    "progtuning demo --train-rows 480 --validation-rows 240 "
+    "--method full --method progressive --method progressive-lora",
 )
 
 
