@@ -285,7 +285,9 @@ def test_doctor_says_what_would_be_faster(no_extension, capsys, monkeypatch):
     assert "C++17 compiler, `pip install .` in a clone" in found["to make it faster"]
     monkeypatch.setattr(backend, "native_extension", lambda: SimpleNamespace(openmp=True))
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    assert _summary(capsys, monkeypatch)["to make it faster"] == "nothing is missing for this device"
+    assert (
+        _summary(capsys, monkeypatch)["to make it faster"] == "nothing is missing for this device"
+    )
     monkeypatch.setenv("PROGTUNING_BACKEND", "reference")
     found = _summary(capsys, monkeypatch)
     assert found["to make it faster"] == "PROGTUNING_BACKEND unset: it is 'reference'"

@@ -18,6 +18,7 @@ import subprocess
 import sys
 import tempfile
 import termios
+from itertools import groupby
 from pathlib import Path
 
 import pyte
@@ -30,8 +31,7 @@ COLUMNS, LINES = 96, 400
 PICTURE = Path(__file__).with_name("terminal.svg")
 COMMANDS = (
     "progtuning doctor",
-    "progtuning demo --train-rows 480 --validation-rows 240 "
-    "--method full --method progressive --method progressive-lora",
+    "progtuning demo --train-rows 480 --validation-rows 240",
 )
 
 
@@ -58,14 +58,17 @@ def run(command: str, screen: pyte.Screen, folder: str) -> None:
     stream.feed(b"\r\n")
 
 
+def style_of(char: pyte.screens.Char) -> Style:
+    colour = "yellow" if char.fg == "brown" else char.fg.replace("bright", "bright_")
+    if re.fullmatch("[0-9a-f]{6}", colour):
+        colour = f"#{colour}"
+    return Style(color=colour, bold=char.bold, italic=char.italics)
+
+
 def styled_line(row: dict[int, pyte.screens.Char]) -> Text:
     line = Text(no_wrap=True)
-    for column in range(COLUMNS):
-        char = row[column]
-        colour = "yellow" if char.fg == "brown" else char.fg.replace("bright", "bright_")
-        if re.fullmatch("[0-9a-f]{6}", colour):
-            colour = f"#{colour}"
-        line.append(char.data, Style(color=colour, bold=char.bold, italic=char.italics))
+    for style, chars in groupby((row[column] for column in range(COLUMNS)), key=style_of):
+        line.append("".join(char.data for char in chars), style)
     line.rstrip()
     return line
 
