@@ -7,7 +7,9 @@ import json
 from pathlib import Path
 from typing import Any
 
-from tiny_folders import save_model
+from tiny_folders import word_tokenizer
+from tiny_models import tiny_model
+from transformers import BertForSequenceClassification
 
 from progtuning_kernels.cli import docstrings, models
 
@@ -28,11 +30,14 @@ def _run(source: str, namespace: dict[str, Any]) -> Any:
 
 
 def test_cells_run_in_order_and_show_what_is_stored(tmp_path, monkeypatch, capsys):
-    folder = save_model(tmp_path / "tiny", "bert-masked-lm")
-    labels = ["low", "high"]
-    rows = [(f"w{i % 90} w3" + " w7" * (i % 5), int(i % 90 > 44)) for i in range(96)]
+    config = tiny_model("bert-sequence").config
+    config.max_position_embeddings = 64  # as many as the notebook plans for
+    BertForSequenceClassification(config).save_pretrained(tmp_path)
+    word_tokenizer().save_pretrained(tmp_path)
+    labels = ["low", "middle", "high"]
+    rows = [(f"w{i % 90} w3" + " w7" * (i % 5), i % 90 // 30) for i in range(96)]
     data = docstrings.DocstringDataset(labels, rows, rows[:40], [], [], "tiny rows")
-    monkeypatch.setattr(models, "minilm_folder", lambda: folder)
+    monkeypatch.setattr(models, "minilm_folder", lambda: tmp_path)
     monkeypatch.setattr(docstrings, "load_docstrings", lambda **sizes: data)
     monkeypatch.setattr("matplotlib.pyplot.show", lambda: None)
     namespace: dict[str, Any] = {}
