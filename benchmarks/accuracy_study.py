@@ -1,7 +1,7 @@
 """The accuracy study: GLUE tasks, every method, several seeds, from files given by a path.
 
     python benchmarks/accuracy_study.py --data FOLDER [--task cola] [--method full] [--seeds 3]
-    python benchmarks/accuracy_study.py --table FOLDER       # the README's tables, from stored runs
+    python benchmarks/accuracy_study.py --table FOLDER       # the tables of the docs
     python benchmarks/accuracy_study.py --figure FOLDER PNG  # score against time
 
 `FOLDER/<task>/train.jsonl` and `validation.jsonl` hold the rows (`text`, or `text_a` and `text_b`,

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import re
 import sys
 from pathlib import Path
 from types import ModuleType
 
+import pytest
 from family_table import family_table
 
 from progtuning_kernels import report
@@ -19,10 +21,22 @@ STORED = sorted(RESULTS.glob("*/demo/*.json"))
 
 
 def _between(name: str) -> str:
-    """What stands between the markers `name:begin` and `name:end` of the one page that has them."""
+    """What stands between the markers `name:begin` and `name:end`, on every page that has them."""
     begin, end = f"<!-- {name}:begin -->\n", f"\n<!-- {name}:end -->"
-    (text,) = [text for page in PAGES if begin in (text := page.read_text(encoding="utf-8"))]
-    return text.split(begin)[1].split(end)[0]
+    texts = [text for page in PAGES if begin in (text := page.read_text(encoding="utf-8"))]
+    (shown,) = {text.split(begin)[1].split(end)[0] for text in texts}
+    return shown
+
+
+def test_readme_is_one_screen_and_a_few():
+    assert len((ROOT / "README.md").read_text(encoding="utf-8").splitlines()) <= 150
+
+
+@pytest.mark.parametrize("name", ["README.md", "CONTRIBUTING.md", "CHANGELOG.md"])
+def test_links_outside_the_site_lead_somewhere(name):
+    links = re.findall(r"\]\(([^)#]+)[^)]*\)", (ROOT / name).read_text(encoding="utf-8"))
+    missing = [to for to in links if "://" not in to and not (ROOT / to).exists()]
+    assert not missing
 
 
 def test_table_of_families_is_that_of_the_tests():
