@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import statistics
 from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
 from html import escape
 from itertools import groupby
 from typing import Any
@@ -19,7 +20,7 @@ from .runs import Row, Run, number
 Figure = dict[str, Any]
 
 # After Okabe and Ito, for colour-blind readers; legible on white and on black. By place of the row.
-_COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#B8860B", "#3A9BD9", "#808080")
+_COLOURS = ("#2080C0", "#D55E00", "#009E73", "#CC79A7", "#B8860B", "#3A9BD9", "#808080")
 _LINES = ("solid", "dash", "dot", "dashdot")  # of the first seven rows, the next seven, ...
 _MEMORY = {
     "state_bytes": ("optimizer state", "#4C5F8A"),
@@ -27,7 +28,7 @@ _MEMORY = {
     "activation_bytes": ("saved activations", "#C58B2A"),
 }
 _MOST_POINTS = 1000  # of a line: more than a screen shows
-_MOST_STAGES = 8  # of a method, in the chart of memory
+_MOST_STAGES = 8  # of a method: more have no texts, and not all have a bar
 
 
 def _layout(x: str, y: str, height: int, **more: Any) -> dict[str, Any]:
@@ -37,7 +38,7 @@ def _layout(x: str, y: str, height: int, **more: Any) -> dict[str, Any]:
         "height": height,
         "xaxis": axis | {"title": {"text": escape(x)}},
         "yaxis": axis | {"title": {"text": escape(y)}} | more.pop("yaxis", {}),
-        "legend": {"orientation": "h", "x": 0, "y": 1, "yanchor": "bottom"},
+        "legend": {"orientation": "h", "x": 0, "y": 1, "yanchor": "bottom", "traceorder": "normal"},
         "margin": {"l": 8, "r": 16, "t": 8, "b": 8},
         "dragmode": False,  # a finger on a chart scrolls the page
         **more,
@@ -96,67 +97,77 @@ def stages_of(row: Row) -> list[dict[str, Any]]:
     return stages
 
 
-def _curve_chart(
-    rows: Sequence[Row], field: str, x: str, y: str, label: str, *, is_loss: bool
-) -> Figure | None:
-    """A line per row, the mean of its runs; rows whose lines would hide each other share one."""
-    groups: list[tuple[list[Row], list[np.ndarray]]] = []
+@dataclass
+class _Curves:
+    """The lines of a row, (2, points) each, and of rows whose lines would hide under these."""
+
+    rows: list[Row]
+    lines: list[np.ndarray]  # the mean of the runs, or each run where their points differ
+    singles: list[np.ndarray]  # the runs of a mean
+
+    def looks_like(self, lines: Sequence[np.ndarray]) -> bool:
+        """Whether nobody would see a difference: it is under a 500th of the height."""
+        if [line.shape for line in lines] != [line.shape for line in self.lines]:
+            return False
+        one, two = np.concatenate(lines, axis=1), np.concatenate(self.lines, axis=1)
+        return bool((abs(one - two).max(axis=1) <= np.ptp(two, axis=1) / 500).all())
+
+
+def _curves(rows: Sequence[Row], field: str, x: str, y: str) -> list[_Curves]:
+    found: list[_Curves] = []
     for row in rows:
         pairs = [[(number(e, x), number(e, y)) for e in getattr(r, field)] for r in row.runs]
-        found = [np.array([pair for pair in run if None not in pair]).T for run in pairs]
-        curves = [curve for curve in found if curve.size]  # (2, points) each
-        for others, drawn in groups:
-            if _look_alike(curves, drawn):
-                others.append(row)
-                break
-        else:
-            groups += [([row], curves)] if curves else []
-    if sum(curve.shape[1] for _, curves in groups for curve in curves) < 2:
+        arrays = [np.array([pair for pair in run if None not in pair]).T for run in pairs]
+        runs = [array for array in arrays if array.size]
+        is_mean = len(runs) > 1 and len({run.shape for run in runs}) == 1
+        lines, singles = ([np.mean(runs, axis=0)], runs) if is_mean else (runs, [])
+        same = next((other for other in found if other.looks_like(lines)), None)
+        if same is not None:
+            same.rows.append(row)
+            same.singles.extend(singles)
+        elif lines:
+            found.append(_Curves([row], lines, singles))
+    return found
+
+
+def _curve_chart(found: Sequence[_Curves], x: str, label: str, *, is_loss: bool) -> Figure | None:
+    """A line for each method; of losses, which are noisy, moving means without single runs."""
+    if sum(line.shape[1] for curves in found for line in curves.lines) < 2:
         return None
-    where = "step %{x}" if x == "step" else "%{x:.1f} s"
+    is_by_step = x == "step"
+    place = "step %{x}" if is_by_step else "%{x:.1f} s"
     traces, starts = [], {}
-    for same, curves in groups:
-        row, key = same[0], " = ".join(row.label for row in same)
-        stages = stages_of(row)
+    for curves in found:
+        row, name = curves.rows[0], escape(" = ".join(row.label for row in curves.rows))
+        stages = max(map(stages_of, curves.rows), key=len)
         starts |= {s["first_step"] - 0.5: f"stage {i}" for i, s in enumerate(stages[1:], 2)}
-        line = {"color": _colour(row), "dash": _LINES[row.place // len(_COLOURS) % 4]}
-        # runs with other points (one that was not evaluated so often) have no mean
-        is_mean = len(curves) > 1 and len({curve.shape for curve in curves}) == 1
-        means = [np.mean(curves, axis=0)] if is_mean else curves
-        singles = curves if is_mean and not is_loss else []
-        for at, (xs, ys) in enumerate([*means, *singles]):
-            is_single = at >= len(means)
+        for at, (xs, ys) in enumerate(curves.lines + ([] if is_loss else curves.singles)):
+            is_single = at >= len(curves.lines)
+            what = " (one run)" if is_single else " (mean of runs)" if curves.singles else ""
             if is_loss:
                 every = -(-len(xs) // _MOST_POINTS)
                 xs, ys = xs[::every], smooth(ys)[::every]
-            texts = [_stage_at(stages, step) for step in xs] if x == "step" else None
-            traces.append(
-                {"type": "scatter", "x": xs.tolist(), "y": ys.tolist(), "line": line}
-                | {"mode": "lines" if is_loss else "lines+markers", "legendgroup": key}
-                | {"name": escape(key), "showlegend": not at, "opacity": 0.3 if is_single else 1}
-                | ({"text": texts} if texts else {})
-                | {"hovertemplate": "<b>%{fullData.name}</b>"}
-            )
-            what = " (one run)" if is_single else f" (mean of {len(curves)} runs)" * is_mean
-            after = "<br>%{text}" if texts else ""
-            traces[-1]["hovertemplate"] += f"{what}<br>{where}: %{{y:.4f}}{after}<extra></extra>"
-    layout = _layout("optimizer step" if x == "step" else "training time (s)", label, 400)
+            trace = {
+                "type": "scatter",
+                "mode": "lines" if is_loss else "lines+markers",
+                "name": name,
+                "x": xs.tolist(),
+                "y": ys.tolist(),
+                "line": {"color": _colour(row), "dash": _LINES[row.place // len(_COLOURS) % 4]},
+                "opacity": 0.3 if is_single else 1,
+                "legendgroup": name,
+                "showlegend": at == 0,
+                "hovertemplate": f"<b>%{{fullData.name}}</b>{what}<br>{place}: %{{y:.4f}}",
+            }
+            if is_by_step:
+                trace["text"] = [_stage_at(stages, step) for step in xs]
+                trace["hovertemplate"] += "<br>%{text}"
+            trace["hovertemplate"] += "<extra></extra>"
+            traces.append(trace)
+    layout = _layout("optimizer step" if is_by_step else "training time (s)", label, 400)
     if is_loss and len(starts) <= 2 * _MOST_STAGES:
-        layout["shapes"] = [
-            {"type": "line", "yref": "paper", "x0": at, "x1": at, "y0": 0, "y1": 1}
-            | {"line": {"color": "#808080", "width": 1, "dash": "dot"}, "layer": "below"}
-            | {"label": {"text": name, "textposition": "end", "textangle": 0, "xanchor": "left"}}
-            for at, name in starts.items()
-        ]
+        layout["shapes"] = [_stage_mark(at, text) for at, text in starts.items()]
     return {"data": traces, "layout": layout}
-
-
-def _look_alike(curves: Sequence[np.ndarray], others: Sequence[np.ndarray]) -> bool:
-    """Whether two lines differ by less than a 500th of their height, which nobody would see."""
-    if not curves or [c.shape for c in curves] != [c.shape for c in others]:
-        return False
-    one, two = np.concatenate(curves, axis=1), np.concatenate(others, axis=1)
-    return bool((abs(one - two).max(axis=1) <= np.ptp(two, axis=1) / 500).all())
 
 
 def _stage_at(stages: Sequence[dict[str, Any]], step: float) -> str:
@@ -164,15 +175,29 @@ def _stage_at(stages: Sequence[dict[str, Any]], step: float) -> str:
     return f"stage {begun[-1] + 1} trains {stages[begun[-1]]['trains']}" if begun else ""
 
 
+def _stage_mark(at: float, text: str) -> dict[str, Any]:
+    label = {"text": text, "textposition": "start", "textangle": 0}
+    return {
+        "type": "line",
+        "yref": "paper",
+        **{"x0": at, "x1": at, "y0": 1, "y1": 0},
+        "line": {"color": "#808080", "width": 1, "dash": "dot"},
+        "label": {**label, "xanchor": "left", "yanchor": "top"},
+        "layer": "below",
+    }
+
+
 def _metric_chart(rows: Sequence[Row]) -> Figure | None:
     entries = [entry for row in rows for run in row.runs for entry in run.evaluations]
     is_timed = all(number(entry, "train_seconds") is not None for entry in entries)
     x, name = "train_seconds" if is_timed else "step", rows[0].runs[0].metric_name
-    return _curve_chart(rows, "evaluations", x, "metric", f"validation {name}", is_loss=False)
+    found = _curves(rows, "evaluations", x, "metric")
+    return _curve_chart(found, x, f"validation {name}", is_loss=False)
 
 
 def _loss_chart(rows: Sequence[Row]) -> Figure | None:
-    return _curve_chart(rows, "steps", "step", "loss", "training loss", is_loss=True)
+    found = _curves(rows, "steps", "step", "loss")
+    return _curve_chart(found, "step", "training loss", is_loss=True)
 
 
 def _seconds_chart(rows: Sequence[Row]) -> Figure | None:
@@ -185,23 +210,36 @@ def _seconds_chart(rows: Sequence[Row]) -> Figure | None:
     for at in range(max(len(stages) for _, stages in bars)):
         shown = [(y, row, found) for y, (row, found) in enumerate(bars) if len(found) > at]
         traces.append(
-            {"type": "bar", "orientation": "h", "y": [y for y, *_ in shown], "showlegend": False}
-            | {"x": [found[at]["train_seconds"] for *_, found in shown]}
-            | {"text": [found[at]["trains"].replace(", ", "<br>") for *_, found in shown]}
-            | {"customdata": [[escape(row.label), found[at]["trains"]] for _, row, found in shown]}
-            | {"marker": {"color": [_tint(row, at / len(found)) for _, row, found in shown]}}
-            | {"textposition": "inside", "insidetextanchor": "middle", "textangle": 0}
-            | {"hovertemplate": f"<b>%{{customdata[0]}}</b>, stage {at + 1}"}
+            {
+                "type": "bar",
+                "orientation": "h",
+                "width": 0.6,
+                "y": [y for y, *_ in shown],
+                "x": [found[at]["train_seconds"] for *_, found in shown],
+                "marker": {"color": [_tint(row, at / len(found)) for _, row, found in shown]},
+                "text": [_bar_text(found[at]["trains"], len(found)) for *_, found in shown],
+                "textposition": "inside",
+                "textangle": 0,
+                "insidetextanchor": "middle",
+                "insidetextfont": {"color": "#000000"},
+                "customdata": [[escape(row.label), found[at]["trains"]] for _, row, found in shown],
+                "hovertemplate": f"<b>%{{customdata[0]}}</b>, stage {at + 1}"
+                "<br>trains %{customdata[1]}<br>%{x:.1f} s<extra></extra>",
+                "showlegend": False,
+            }
         )
-        traces[-1]["hovertemplate"] += "<br>trains %{customdata[1]}<br>%{x:.1f} s<extra></extra>"
     labels = [
-        f"{escape(row.label)}<br>{sum(s['train_seconds'] for s in stages):.1f} s"
+        f"<b>{escape(row.label)}</b>, {sum(s['train_seconds'] for s in stages):.1f} s"
         for row, stages in bars
     ]
-    axis = {"tickvals": [*range(len(bars))], "ticktext": labels, "autorange": "reversed"}
-    layout = _layout("training time (s)", "", 90 + 56 * len(bars), barmode="stack", yaxis=axis)
-    # a text that does not fit its stage at this size is left to the hover
-    return {"data": traces, "layout": layout | {"uniformtext": {"minsize": 10, "mode": "hide"}}}
+    layout = _bar_layout("training time (s)", labels, [*range(len(bars))], height=64)
+    return {"data": traces, "layout": layout}
+
+
+def _bar_text(trains: str, num_stages: int) -> str:
+    """Short lines, which a narrow part of a bar has room for; none where parts are many."""
+    lines = trains.replace(", ", "<br>").replace("LoRA in ", "LoRA in<br>")
+    return lines if num_stages <= _MOST_STAGES else ""
 
 
 def _tint(row: Row, share_of_white: float) -> str:
@@ -210,37 +248,56 @@ def _tint(row: Row, share_of_white: float) -> str:
     return "#" + bytes(round(c + (255 - c) * share_of_white * 2 / 3) for c in parts).hex()
 
 
+def _bar_layout(x: str, labels: list[str], places: list[float], *, height: int) -> dict[str, Any]:
+    """Stacked bars with their labels above them: a narrow screen is too narrow for both."""
+    above = {"x": 0, "xref": "paper", "xanchor": "left", "yanchor": "bottom", "showarrow": False}
+    span = [places[-1] + 0.5, places[0] - 0.8]
+    axis = {"range": span, "showticklabels": False, "showgrid": False, "zeroline": False}
+    return {
+        **_layout(x, "", 110 + round(height * (span[0] - span[1])), yaxis=axis),
+        "barmode": "stack",
+        "annotations": [
+            {**above, "text": text, "y": at - 0.3} for text, at in zip(labels, places, strict=True)
+        ],
+    }
+
+
 def _memory_chart(rows: Sequence[Row]) -> Figure | None:
-    """A bar per stage of every row: state, gradients and saved activations on top of each other."""
-    places, labels, names, stages, place = [], [], [], [], 0.0
+    """A bar per stage of every row: state, gradients and saved activations, one after another."""
+    bars: list[tuple[float, Row, dict[str, Any]]] = []
+    labels = []
     for row in rows:
-        found = [s for s in stages_of(row) if any(s[key] is not None for key in _MEMORY)]
-        for stage in found[:: -(-len(found) // _MOST_STAGES) or 1]:
-            is_first = not names or names[-1] != row.label
-            place += 1.4 if is_first else 1.0
-            places.append(place)
-            names.append(row.label)
-            stages.append(stage)
-            name = f"<b>{escape(row.label)}</b><br>" if is_first else ""
-            labels.append(name + stage["trains"])
-    if len(stages) < 2:
+        stages = [s for s in stages_of(row) if any(s[key] is not None for key in _MEMORY)]
+        every = max(1, -(-len(stages) // _MOST_STAGES))
+        for at, stage in enumerate(stages[::every]):
+            gap = 1.0 if at else 1.4  # a little more between methods
+            bars.append((bars[-1][0] + gap if bars else 0.0, row, stage))
+            labels.append(
+                stage["trains"] if at else f"<b>{escape(row.label)}</b>: {stage['trains']}"
+            )
+    if len(bars) < 2:
         return None
     about = [
-        [escape(name), stage["trains"], sum(stage[key] or 0 for key in _MEMORY) / 2**20]
-        for name, stage in zip(names, stages, strict=True)
+        [escape(row.label), stage["trains"], sum(stage[key] or 0 for key in _MEMORY) / 2**20]
+        for _, row, stage in bars
     ]
+    places = [place for place, *_ in bars]
     traces = [
-        {"type": "bar", "orientation": "h", "y": places, "name": name, "marker": {"color": colour}}
-        | {"x": [None if s[key] is None else s[key] / 2**20 for s in stages], "customdata": about}
-        | {
-            "hovertemplate": f"<b>%{{customdata[0]}}</b><br>trains %{{customdata[1]}}<br>{name}: "
-            "%{x:,.1f} of %{customdata[2]:,.1f} MiB<extra></extra>"
+        {
+            "type": "bar",
+            "orientation": "h",
+            "width": 0.6,
+            "name": name,
+            "y": places,
+            "x": [None if s[key] is None else s[key] / 2**20 for *_, s in bars],
+            "marker": {"color": colour},
+            "customdata": about,
+            "hovertemplate": "<b>%{customdata[0]}</b><br>trains %{customdata[1]}"
+            f"<br>{name}: %{{x:,.1f}} of %{{customdata[2]:,.1f}} MiB<extra></extra>",
         }
         for key, (name, colour) in _MEMORY.items()
     ]
-    axis = {"tickvals": places, "ticktext": labels, "autorange": "reversed"}
-    layout = _layout("MiB", "", 110 + round(34 * place), barmode="stack", yaxis=axis)
-    return {"data": traces, "layout": layout}
+    return {"data": traces, "layout": _bar_layout("MiB", labels, places, height=42)}
 
 
 # by name: title, what to know when reading it, and what makes it

@@ -345,8 +345,8 @@ def own_part(page: Path) -> str:
 
 def charts_of(page: Path) -> dict[str, dict[str, Any]]:
     """The figures in a report by name, in the order of the page, all known to plotly."""
-    calls = re.findall(r'newPlot\("chart-(\w+)", (.*), (\{.*\}), \{resp', own_part(page))
-    figures = {name: {"data": json.loads(d), "layout": json.loads(at)} for name, d, at in calls}
+    calls = re.findall(r'^draw\("(\w+)", (.*)\);$', own_part(page), re.MULTILINE)
+    figures = {name: json.loads(figure) for name, figure in calls}
     for figure in figures.values():
         Figure(figure)  # which refuses what plotly.js has not
     return figures
@@ -449,14 +449,15 @@ def test_charts_show_the_stored_figures(
     assert parts[0, 0] == (pytest.approx(full_s), "all") and len(parts) == 4
     for stage, text in enumerate(("all", "blocks 2–5<br>head", "blocks 4–5<br>head")):
         assert parts[1, stage] == (pytest.approx(mean_of(2, stage, "train_seconds")), text)
-    assert shown["seconds"]["layout"]["yaxis"]["ticktext"][0] == f"full<br>{full_s:.1f} s"
+    above = [label["text"] for label in shown["seconds"]["layout"]["annotations"]]
+    assert above[0] == f"<b>full</b>, {full_s:.1f} s"
 
     for key, trace in zip(charts._MEMORY, shown["memory"]["data"], strict=True):
         bars = [(0, 0), (2, 0), (2, 1), (2, 2)]
         assert trace["x"] == pytest.approx([mean_of(*bar, key) / 1024**2 for bar in bars])
-    assert shown["memory"]["layout"]["yaxis"]["ticktext"] == [
-        "<b>full</b><br>all",
-        "<b>progressive</b><br>all",
+    assert [label["text"] for label in shown["memory"]["layout"]["annotations"]] == [
+        "<b>full</b>: all",
+        "<b>progressive</b>: all",
         "blocks 2–5, head",
         "blocks 4–5, head",
     ]
