@@ -6,10 +6,10 @@ runs are escaped: plotly.js reads tags and entities in them as HTML.
 
 from __future__ import annotations
 
+import html
 import statistics
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from html import escape
 from itertools import groupby
 from typing import Any
 
@@ -22,6 +22,7 @@ Figure = dict[str, Any]
 # After Okabe and Ito, for colour-blind readers; legible on white and on black. By place of the row.
 _COLOURS = ("#2080C0", "#D55E00", "#009E73", "#CC79A7", "#B8860B", "#3A9BD9", "#808080")
 _LINES = ("solid", "dash", "dot", "dashdot")  # of the first seven rows, the next seven, ...
+_WIDTHS = (4.5, 3.6, 2.8, 2.1, 1.5)  # where lines meet, the one below still shows on both sides
 _MEMORY = {
     "state_bytes": ("optimizer state", "#4C5F8A"),
     "gradient_bytes": ("gradients", "#9AA9CC"),
@@ -31,15 +32,20 @@ _MOST_POINTS = 1000  # of a line: more than a screen shows
 _MOST_STAGES = 8  # of a method: more have no texts, and not all have a bar
 
 
+def _text(name: str) -> str:
+    return html.escape(name, quote=False)  # plotly.js would show &quot; as it stands
+
+
 def _layout(x: str, y: str, height: int, **more: Any) -> dict[str, Any]:
     grey = "rgba(128, 128, 128, 0.3)"  # seen on white and on black
     axis = {"gridcolor": grey, "zerolinecolor": grey, "automargin": True}
     return {
         "height": height,
-        "xaxis": axis | {"title": {"text": escape(x)}},
-        "yaxis": axis | {"title": {"text": escape(y)}} | more.pop("yaxis", {}),
+        "xaxis": axis | {"title": {"text": _text(x)}},
+        "yaxis": axis | {"title": {"text": _text(y)}} | more.pop("yaxis", {}),
         "legend": {"orientation": "h", "x": 0, "y": 1, "yanchor": "bottom", "traceorder": "normal"},
         "margin": {"l": 8, "r": 16, "t": 8, "b": 8},
+        "hoverlabel": {"bgcolor": "#ffffff", "font": {"color": "#000000"}},
         "dragmode": False,  # a finger on a chart scrolls the page
         **more,
     }
@@ -67,7 +73,7 @@ def trains(run: Run, stage: dict[str, Any]) -> str:
         return "all"
     # numbers in a row have the same distance to their places
     spans = [[i for _, i in span] for _, span in groupby(enumerate(on), lambda at: at[1] - at[0])]
-    shown = ", ".join(str(s[0]) if len(s) == 1 else f"{s[0]}–{s[-1]}" for s in spans)
+    shown = ",\u00a0".join(str(s[0]) if len(s) == 1 else f"{s[0]}–{s[-1]}" for s in spans)
     blocks = f"block{'s' if on[1:] else ''} {shown}" if spans[:3] == spans else f"{len(on)} blocks"
     lora = "LoRA in " if "lora" in run.method else ""
     parts = {"embeddings": stage.get("embeddings"), lora + blocks: on, "head": stage.get("head")}
@@ -138,7 +144,7 @@ def _curve_chart(found: Sequence[_Curves], x: str, label: str, *, is_loss: bool)
     place = "step %{x}" if is_by_step else "%{x:.1f} s"
     traces, starts = [], {}
     for curves in found:
-        row, name = curves.rows[0], escape(" = ".join(row.label for row in curves.rows))
+        row, name = curves.rows[0], _text(" = ".join(row.label for row in curves.rows))
         stages = max(map(stages_of, curves.rows), key=len)
         starts |= {s["first_step"] - 0.5: f"stage {i}" for i, s in enumerate(stages[1:], 2)}
         for at, (xs, ys) in enumerate(curves.lines + ([] if is_loss else curves.singles)):
@@ -153,7 +159,11 @@ def _curve_chart(found: Sequence[_Curves], x: str, label: str, *, is_loss: bool)
                 "name": name,
                 "x": xs.tolist(),
                 "y": ys.tolist(),
-                "line": {"color": _colour(row), "dash": _LINES[row.place // len(_COLOURS) % 4]},
+                "line": {
+                    "color": _colour(row),
+                    "dash": _LINES[row.place // len(_COLOURS) % 4],
+                    "width": 1 if is_single else _WIDTHS[row.place % 5],
+                },
                 "opacity": 0.3 if is_single else 1,
                 "legendgroup": name,
                 "showlegend": at == 0,
@@ -213,7 +223,7 @@ def _seconds_chart(rows: Sequence[Row]) -> Figure | None:
             {
                 "type": "bar",
                 "orientation": "h",
-                "width": 0.6,
+                "width": 0.64,
                 "y": [y for y, *_ in shown],
                 "x": [found[at]["train_seconds"] for *_, found in shown],
                 "marker": {"color": [_tint(row, at / len(found)) for _, row, found in shown]},
@@ -222,24 +232,24 @@ def _seconds_chart(rows: Sequence[Row]) -> Figure | None:
                 "textangle": 0,
                 "insidetextanchor": "middle",
                 "insidetextfont": {"color": "#000000"},
-                "customdata": [[escape(row.label), found[at]["trains"]] for _, row, found in shown],
+                "customdata": [[_text(row.label), found[at]["trains"]] for _, row, found in shown],
                 "hovertemplate": f"<b>%{{customdata[0]}}</b>, stage {at + 1}"
                 "<br>trains %{customdata[1]}<br>%{x:.1f} s<extra></extra>",
                 "showlegend": False,
             }
         )
     labels = [
-        f"<b>{escape(row.label)}</b>, {sum(s['train_seconds'] for s in stages):.1f} s"
+        f"<b>{_text(row.label)}</b>, {sum(s['train_seconds'] for s in stages):.1f} s"
         for row, stages in bars
     ]
-    layout = _bar_layout("training time (s)", labels, [*range(len(bars))], height=64)
+    layout = _bar_layout("training time (s)", labels, [*range(len(bars))], height=84)
     return {"data": traces, "layout": layout}
 
 
 def _bar_text(trains: str, num_stages: int) -> str:
     """Short lines, which a narrow part of a bar has room for; none where parts are many."""
-    lines = trains.replace(", ", "<br>").replace("LoRA in ", "LoRA in<br>")
-    return lines if num_stages <= _MOST_STAGES else ""
+    lines = trains.replace("LoRA in ", "LoRA in<br>").replace("blocks ", "blocks<br>")
+    return lines.replace(", ", "<br>") if num_stages <= _MOST_STAGES else ""
 
 
 def _tint(row: Row, share_of_white: float) -> str:
@@ -257,7 +267,7 @@ def _bar_layout(x: str, labels: list[str], places: list[float], *, height: int) 
         **_layout(x, "", 110 + round(height * (span[0] - span[1])), yaxis=axis),
         "barmode": "stack",
         "annotations": [
-            {**above, "text": text, "y": at - 0.3} for text, at in zip(labels, places, strict=True)
+            {**above, "text": text, "y": at - 0.32} for text, at in zip(labels, places, strict=True)
         ],
     }
 
@@ -272,13 +282,12 @@ def _memory_chart(rows: Sequence[Row]) -> Figure | None:
         for at, stage in enumerate(stages[::every]):
             gap = 1.0 if at else 1.4  # a little more between methods
             bars.append((bars[-1][0] + gap if bars else 0.0, row, stage))
-            labels.append(
-                stage["trains"] if at else f"<b>{escape(row.label)}</b>: {stage['trains']}"
-            )
+            name = "" if at else f"<b>{_text(row.label)}</b>: "
+            labels.append(name + stage["trains"])
     if len(bars) < 2:
         return None
     about = [
-        [escape(row.label), stage["trains"], sum(stage[key] or 0 for key in _MEMORY) / 2**20]
+        [_text(row.label), stage["trains"], sum(stage[key] or 0 for key in _MEMORY) / 2**20]
         for _, row, stage in bars
     ]
     places = [place for place, *_ in bars]
@@ -286,7 +295,7 @@ def _memory_chart(rows: Sequence[Row]) -> Figure | None:
         {
             "type": "bar",
             "orientation": "h",
-            "width": 0.6,
+            "width": 0.64,
             "name": name,
             "y": places,
             "x": [None if s[key] is None else s[key] / 2**20 for *_, s in bars],

@@ -122,9 +122,9 @@ def _comparison(runs: Sequence[Run]) -> list[list[str]]:
 def findings(runs: Sequence[Run]) -> list[str]:
     """What was compared, then a sentence for each method that can be related to full training."""
     rows = group_runs(runs)
-    counts = distinct(len(row.runs) for row in rows)
-    each = f"{counts[0]} run{'s' * (counts != ['1'])} each" if len(counts) == 1 else "several runs"
-    found = [f"Compared: {', '.join(row.label for row in rows)}; {each}."]
+    counts = {len(row.runs) for row in rows}
+    count = f"{counts.pop()} each" if len(counts) == 1 else str(len(runs))
+    found = [f"Methods compared: {', '.join(row.label for row in rows)}. Runs: {count}."]
     about = {
         "Model": (run.model.get("name") for run in runs),
         "Data": (run.data.get("description") for run in runs),
@@ -180,12 +180,12 @@ def notices(runs: Sequence[Run]) -> list[str]:
     alone = [row.label for row in rows if has_full and full_row(rows, row) is None]
     single = [row.label for row in rows if len(row.runs) == 1]
     skipped = {row.label: known(row.values("padding_skipped_share")) for row in rows}
-    what = "Share of the token positions of packed batches that packing left out, all padding"
+    what = "Padding that packing left out, as a share of all token positions of the packed batches"
     found[what] = ", ".join(
         f"{label} {statistics.fmean(own):.0%}" for label, own in skipped.items() if any(own)
     )
-    found["Run from a changed working tree"] = ", ".join(dirty)
-    found["Without a ratio to full, whose work was another"] = ", ".join(alone)
-    found["One seed only; another can change the metric as much as a method"] = ", ".join(single)
-    found["No run of the method full"] = "" if has_full else "nothing to relate seconds to"
+    found["Run from a working tree with uncommitted changes"] = ", ".join(dirty)
+    found["Not related to full training, which did other work or learnt nothing"] = ", ".join(alone)
+    found["One run only, so its metric may differ by chance"] = ", ".join(single)
+    found["No run of full training"] = "" if has_full else "training times have no ratio"
     return [f"{what}: {which}." for what, which in found.items() if which]

@@ -1,4 +1,5 @@
 import ast
+import html
 import io
 import json
 import math
@@ -408,6 +409,14 @@ def test_text_of_a_run_stays_text(store: Callable[[dict[str, Any]], Run], tmp_pa
     page = References(own_part(path))
     assert page.tags.count("script") == 2 and "img" not in page.tags and page.loaded == []
     assert evil in page.text and "a<b>&$_{$" in page.text
+    shown = charts_of(path)
+    (name,) = {trace["name"] for trace in shown["metric"]["data"]} - {"progressive"}
+    assert "<" not in name and html.unescape(name) == evil
+    assert shown["metric"]["layout"]["yaxis"]["title"]["text"] == "validation a&lt;b&gt;&amp;$_{$"
+    for chart in ("seconds", "memory"):
+        above = [label["text"] for label in shown[chart]["layout"]["annotations"]]
+        assert any(name in text for text in above) and not any(evil in text for text in above)
+        assert any(name in about for about in shown[chart]["data"][0]["customdata"])
     assert evil in [row[0] for row in cells(comparison_table(runs))]
     assert evil.replace("|", "\\|") in markdown_table(runs)
     console = Console(width=200, record=True, file=io.StringIO())
@@ -447,7 +456,7 @@ def test_charts_show_the_stored_figures(
     }
     full_s = sum(mean_of(0, stage, "train_seconds") for stage in range(3))
     assert parts[0, 0] == (pytest.approx(full_s), "all") and len(parts) == 4
-    for stage, text in enumerate(("all", "blocks 2–5<br>head", "blocks 4–5<br>head")):
+    for stage, text in enumerate(("all", "blocks<br>2–5<br>head", "blocks<br>4–5<br>head")):
         assert parts[1, stage] == (pytest.approx(mean_of(2, stage, "train_seconds")), text)
     above = [label["text"] for label in shown["seconds"]["layout"]["annotations"]]
     assert above[0] == f"<b>full</b>, {full_s:.1f} s"
@@ -508,7 +517,7 @@ def test_a_method_has_one_colour_in_every_chart(
         ("full", "111111", True, True, "all"),
         ("progressive", "111111", False, True, "blocks 0–5, head"),
         ("progressive", "000001", False, False, "block 5"),
-        ("random", "101100", True, True, "embeddings, blocks 0, 2–3, head"),
+        ("random", "101100", True, True, "embeddings, blocks 0,\u00a02–3, head"),
         ("random", "1010101", False, True, "4 blocks, head"),
         ("lora", "001111", False, True, "LoRA in blocks 2–5, head"),
         ("progressive", "000000", False, True, "head"),
@@ -546,7 +555,7 @@ def test_result_is_said_in_words(store: Callable[[dict[str, Any]], Run]) -> None
     runs = [stored("full", 0, 0.63, 90.0), stored("full", 1, 0.65, 110.0)]
     runs += [stored("progressive", 0, 0.62, 70.0), stored("progressive", 1, 0.64, 70.0)]
     assert findings(runs) == [
-        "Compared: full, progressive; 2 runs each. Model: all-minilm-l6-v2. "
+        "Methods compared: full, progressive. Runs: 2 each. Model: all-minilm-l6-v2. "
         "Data: docstrings of 4 installed packages. Device: CPU, 2 cores.",
         # variances 0.0002 of both, so an error of sqrt(2 * 0.0002 / 2)
         "progressive: 0.70 of full training's time, accuracy 0.0100 lower "
@@ -571,18 +580,18 @@ def test_what_makes_runs_hard_to_compare_is_said(
     same = References(
         write_report([store(full), store(progressive)], tmp_path / "same").read_text()
     ).text
-    assert "The runs differ" not in same and "changed working tree" not in same
-    assert "One seed only; another can change the metric as much as a method: full, prog" in same
+    assert "The runs differ" not in same and "uncommitted" not in same
+    assert "One run only, so its metric may differ by chance: full, progressive." in same
     progressive["meta"] |= {"device": "one GPU", "dirty": True}
     progressive["config"] |= {"lr": 5e-5}
     runs = [store(full), store(progressive)]
     page = References(write_report(runs, tmp_path / "out").read_text()).text
     assert "The runs differ in their devices: CPU, 2 cores; one GPU." in page
-    assert "Run from a changed working tree: progressive-seed0." in page
+    assert "Run from a working tree with uncommitted changes: progressive-seed0." in page
     assert "option lr" not in same
     assert "The runs differ in their option lr: 2e-05; 5e-05." in page
     alone = References(write_report([store(make_metrics())], tmp_path / "one").read_text())
-    assert "No run of the method full" in alone.text
+    assert "No run of full training: training times have no ratio." in alone.text
 
 
 @pytest.mark.parametrize(
@@ -649,9 +658,8 @@ def test_runs_whose_work_differs_have_no_ratio(
     main(["report", *(str(run.path) for run in runs), "--output", str(out)])
     text = References((out / "report.html").read_text()).text
     for page in (capsys.readouterr().out, text):
-        assert ("Without a ratio to full, whose work was another: progressive." in page) is (
-            what is not None
-        )
+        unrelated = "Not related to full training, which did other work or learnt nothing: prog"
+        assert (unrelated in page) is (what is not None)
         assert (f"The runs differ in their {what}" in page) is (what is not None)
 
 
