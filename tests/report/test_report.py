@@ -403,7 +403,8 @@ def test_text_of_a_run_stays_text(store: Callable[[dict[str, Any]], Run], tmp_pa
     metrics = make_metrics() | {"name": evil, "metric_name": "a<b>&$_{$"}
     metrics["data"]["description"] = metrics["model"]["name"] = evil
     metrics["meta"]["device"] = metrics["config"]["note"] = "<img src=x onerror=alert(1)>"
-    other = make_metrics(seed=1) | {"metric_name": "a<b>&$_{$"}  # a second name, so that names are labels
+    # a second name, so that names are labels
+    other = make_metrics(seed=1) | {"metric_name": "a<b>&$_{$"}
     runs = [store(metrics), store(other)]
     path = write_report(runs, tmp_path / "out")
     page = References(own_part(path))
