@@ -19,8 +19,9 @@ from ..cache import CacheReport, PrefixCache, PrefixServer
 from ..distributed import shards_of
 from ..model.layout import Layout, parameter_slots
 from ..packing import Packing, PackingReport
-from ..schedules import FreezePlan, Schedule, whole_number
+from ..schedules import FreezePlan, Schedule, units_by_stage, whole_number
 from ..swaps import KernelReport, Kernels
+from ..text_table import as_html
 from .active_set import TiedPolicy
 from .boundary import FrozenMode
 from .decay_groups import decay_groups
@@ -128,6 +129,9 @@ class PatchHandle:
             f"PatchHandle({type(self.model).__name__}, step={self.step}, "
             f"boundary={self.boundary} of {self.num_blocks}, {self.schedule!r})"
         )
+
+    def _repr_html_(self) -> str:
+        return as_html([repr(self), *units_by_stage(self.schedule, self.num_blocks)])
 
     def __reduce__(self) -> tuple:
         # a copy of the model is an ordinary model: it carries None where the handle was

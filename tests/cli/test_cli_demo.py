@@ -82,7 +82,7 @@ def test_report_of_nothing_is_one_line(tmp_path, capsys):
 
 def test_doctor_names_every_op_and_the_one_implementation_that_it_uses(capsys, monkeypatch):
     monkeypatch.setenv("PROGTUNING_BACKEND", "reference")
-    main(["doctor"])
+    main(["doctor", "--all"])
     lines = capsys.readouterr().out.splitlines()
     assert any("masked_norm" in line for line in lines)
     on_cpu = [line.split("│") for line in lines if "│ cpu " in line]
