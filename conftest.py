@@ -1,8 +1,9 @@
 """The code blocks of README.md and docs/ are tests: they run as they stand, a page in one process.
 
-Python blocks of a page share their names; bash blocks run in the same folder, where tiny models and
-rows stand in for what a page names (`STAND_INS`). What cannot run here says so in its page:
-`<!-- skip: next "the reason" -->`; what a page takes for granted stands in an invisible block.
+Python blocks of a page share their names; of a diff block both sides run. Bash blocks run in the
+same folder, where tiny models and rows stand in for what a page names (`STAND_INS`). What a page
+takes for granted stands in an invisible block, and what cannot run here says so:
+`<!-- skip: next "the reason" -->`.
 """
 
 from __future__ import annotations
@@ -60,9 +61,20 @@ def run_shell(example: Example) -> None:
     assert done.returncode == 0, f"exit status {done.returncode}\n{done.stdout}"
 
 
+def run_both_sides(example: Example) -> None:
+    for left_out in "+-":
+        lines = [line[1:] for line in example.parsed.splitlines() if line[:1] != left_out]
+        exec(compile("\n".join(lines), example.path, "exec"), example.namespace)
+
+
 if Sybil is not None:
     pytest_collect_file = Sybil(
-        parsers=[PythonCodeBlockParser(), CodeBlockParser("bash", run_shell), SkipParser()],
+        parsers=[
+            PythonCodeBlockParser(),
+            CodeBlockParser("bash", run_shell),
+            CodeBlockParser("diff", run_both_sides),
+            SkipParser(),
+        ],
         patterns=["README.md", "docs/*.md", "docs/*/*.md"],
         setup=enter_folder,
         teardown=leave_folder,

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import re
 import sys
 from pathlib import Path
 from types import ModuleType
 
+import pytest
 from family_table import family_table
 
 from progtuning_kernels import report
@@ -19,10 +21,22 @@ STORED = sorted(RESULTS.glob("*/demo/*.json"))
 
 
 def _between(name: str) -> str:
-    """What stands between the markers `name:begin` and `name:end` of the one page that has them."""
+    """What stands between the markers `name:begin` and `name:end`, on every page that has them."""
     begin, end = f"<!-- {name}:begin -->\n", f"\n<!-- {name}:end -->"
-    (text,) = [text for page in PAGES if begin in (text := page.read_text(encoding="utf-8"))]
-    return text.split(begin)[1].split(end)[0]
+    texts = [text for page in PAGES if begin in (text := page.read_text(encoding="utf-8"))]
+    (shown,) = {text.split(begin)[1].split(end)[0] for text in texts}
+    return shown
+
+
+def test_readme_is_one_screen_and_a_few():
+    assert len((ROOT / "README.md").read_text(encoding="utf-8").splitlines()) <= 150
+
+
+@pytest.mark.parametrize("name", ["README.md", "CONTRIBUTING.md", "CHANGELOG.md"])
+def test_links_outside_the_site_lead_somewhere(name):
+    links = re.findall(r"\]\(([^)#]+)[^)]*\)", (ROOT / name).read_text(encoding="utf-8"))
+    missing = [to for to in links if "://" not in to and not (ROOT / to).exists()]
+    assert not missing
 
 
 def test_table_of_families_is_that_of_the_tests():
@@ -64,22 +78,24 @@ def test_dropout_table_is_that_of_the_stored_results():
 
 
 def test_training_table_is_that_of_the_stored_results():
-    plot = _benchmark("plot")
-    tables = [plot.table(plot.load(folder.parent)) for folder in RESULTS.glob("*/training")]
+    stored = _benchmark("result_tables")
+    tables = [stored.table(stored.load(folder.parent)) for folder in RESULTS.glob("*/training")]
     assert tables and all(table in _between("training") for table in tables)
 
 
 def test_packing_table_is_that_of_the_stored_results():
-    plot = _benchmark("plot")
-    stored = [plot.load_packing(folder) for folder in RESULTS.iterdir() if folder.is_dir()]
-    tables = [plot.packing_table(contents) for contents in stored if contents]
+    tables = _benchmark("result_tables")
+    stored = [tables.load_packing(folder) for folder in RESULTS.iterdir() if folder.is_dir()]
+    tables = [tables.packing_table(contents) for contents in stored if contents]
     assert tables and all(table in _between("packing") for table in tables)
 
 
 def test_study_tables_are_those_of_the_stored_results():
-    study = _benchmark("accuracy_study")
+    study = _benchmark("result_tables")
     folders = [folder.parent for folder in RESULTS.glob("*/accuracy")]
-    assert folders and all(study.table(folder) in _between("accuracy") for folder in folders)
+    assert folders and all(
+        study.accuracy_table(folder) in _between("accuracy") for folder in folders
+    )
     folders = [folder.parent for folder in RESULTS.glob("*/contribution")]
     shown = _between("contribution")
     assert folders and all(study.contribution_table(folder) in shown for folder in folders)
