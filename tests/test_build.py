@@ -3,8 +3,6 @@
 import json
 import os
 import re
-import resource
-import runpy
 import shutil
 import subprocess
 import sys
@@ -20,7 +18,7 @@ CSRC = ROOT / "csrc"
 KERNELS = sorted(CSRC.glob("*.cu"))
 NVCC = shutil.which("nvcc")
 CXX = shutil.which("g++")
-TOOLS = ("gcc", "g++", "cc", "c++", "as", "ld")
+COMPILERS, BINUTILS = ("gcc", "g++", "cc", "c++"), ("as", "ld")
 PIP_WHEEL = "wheel -v --no-build-isolation --no-deps --no-index -w dist ."
 
 needs_cxx = pytest.mark.skipif(CXX is None, reason="no g++")
@@ -42,6 +40,37 @@ def environment(path: str, **changes: str) -> dict[str, str]:
     ours = ("CC", "CXX", "CUDA_HOME", "PROGTUNING_BUILD")
     kept = {name: value for name, value in os.environ.items() if name not in ours}
     return {**kept, "PATH": path, **changes}
+
+
+# Nothing that is asked of a wheel here depends on how well its host code is optimised.
+HASTY_COMPILER = """#!/bin/sh
+exec {compiler} "$@" -O0
+"""
+# In the place of nvcc: writes down what ptxas says of every kernel, and how long it takes.
+RECORDING_NVCC = """#!{python}
+import json, os, resource, subprocess, sys
+
+arguments, environment = sys.argv[1:], {{**os.environ, "PATH": {path!r}}}
+if "-c" not in arguments:
+    os.execve({nvcc!r}, [{nvcc!r}, *arguments], environment)
+command = [{nvcc!r}, *arguments, "-Xptxas", "-v"]
+done = subprocess.run(command, env=environment, stderr=subprocess.PIPE, text=True)
+used = resource.getrusage(resource.RUSAGE_CHILDREN)
+source = os.path.basename(arguments[arguments.index("-c") + 1])
+with open({reports!r} + "/" + source, "w") as file:
+    json.dump([done.stderr, used.ru_utime + used.ru_stime], file)
+sys.exit(done.returncode)
+"""
+
+
+class Compiled(NamedTuple):
+    report: str
+    processor_seconds: float  # which other work on the machine does not stretch as it does a clock
+
+
+def write_program(path: Path, text: str) -> None:
+    path.write_text(text)
+    path.chmod(0o755)
 
 
 class Wheel:
@@ -84,15 +113,22 @@ class Wheel:
         return done.stdout.strip()
 
 
+class Wheels(NamedTuple):
+    by_tools: dict[str, Wheel]
+    reports: Path  # of RECORDING_NVCC, by name of the source
+
+
 @pytest.fixture(scope="module")
-def wheels(tmp_path_factory):
+def built(tmp_path_factory) -> Wheels:
     """All wheels, built side by side: most of a build is one compiler on one core."""
     folder = tmp_path_factory.mktemp("build")
-    compilers = folder / "compilers"
-    compilers.mkdir()
-    for tool in TOOLS:
-        if found := shutil.which(tool):
-            (compilers / tool).symlink_to(found)
+    compilers, nvcc, reports = (folder / name for name in ("compilers", "nvcc", "reports"))
+    for path in (compilers, nvcc, reports):
+        path.mkdir()
+    for tool in filter(shutil.which, COMPILERS):
+        write_program(compilers / tool, HASTY_COMPILER.format(compiler=shutil.which(tool)))
+    for tool in filter(shutil.which, BINUTILS):
+        (compilers / tool).symlink_to(shutil.which(tool))
     empty = folder / "empty"
     empty.mkdir()
     nothing = environment(str(empty), CC="/nonexistent/cc", CXX="/nonexistent/c++")
@@ -101,9 +137,17 @@ def wheels(tmp_path_factory):
         cpu = environment(str(compilers))
         started["no nvcc"] = Wheel(copy_tree(folder / "cpu"), cpu)
     if CXX and NVCC:
-        cuda = environment(os.environ["PATH"])
+        path = os.environ["PATH"]
+        places = {"python": sys.executable, "nvcc": NVCC, "path": path, "reports": str(reports)}
+        write_program(nvcc / "nvcc", RECORDING_NVCC.format(**places))
+        cuda = environment(os.pathsep.join([str(nvcc), str(compilers), path]))
         started["nvcc"] = Wheel(copy_tree(folder / "cuda"), cuda)
-    return started
+    return Wheels(started, reports)
+
+
+@pytest.fixture
+def wheels(built) -> dict[str, Wheel]:
+    return built.by_tools
 
 
 def test_without_a_compiler_the_wheel_says_why(wheels):
@@ -229,31 +273,14 @@ def test_every_cuda_launcher_takes_its_stream_last_and_has_no_default():
         assert "=" not in parameters
 
 
-class Compiled(NamedTuple):
-    report: str
-    processor_seconds: float  # which other work on the machine does not stretch as it does a clock
-
-
-@pytest.fixture(scope="module")
-def compiled(tmp_path_factory) -> dict[str, Compiled]:
-    """Every .cu as setup.py compiles it, with ptxas's report."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("setuptools.setup", lambda **kwargs: None)
-        build = runpy.run_path(str(ROOT / "setup.py"))
-    known = subprocess.run([NVCC, "--list-gpu-arch"], capture_output=True, text=True).stdout
-    archs = [arch for arch in build["CUDA_ARCHS"] if f"compute_{arch}\n" in known]
-    flags = [*build["CUDA_FLAGS"], *build["cuda_targets"](archs), "-Xptxas", "-v"]
-    output, results = tmp_path_factory.mktemp("kernels") / "kernels.o", {}
-    for source in KERNELS:
-        before = resource.getrusage(resource.RUSAGE_CHILDREN)
-        done = subprocess.run(
-            [NVCC, *flags, "-c", source, "-o", output], capture_output=True, text=True
-        )
-        after = resource.getrusage(resource.RUSAGE_CHILDREN)
-        assert done.returncode == 0, done.stderr
-        seconds = after.ru_utime - before.ru_utime + after.ru_stime - before.ru_stime
-        results[source.name] = Compiled(done.stderr, seconds)
-    return results
+@pytest.fixture
+def compiled(built) -> dict[str, Compiled]:
+    """Every .cu as the wheel's build compiles it, with ptxas's report."""
+    assert built.by_tools["nvcc"].record["cuda"]
+    return {
+        source.name: Compiled(*json.loads((built.reports / source.name).read_text()))
+        for source in KERNELS
+    }
 
 
 @needs_nvcc

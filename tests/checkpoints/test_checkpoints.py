@@ -20,6 +20,7 @@ from typing import Any
 import numpy
 import pytest
 import torch
+from ranks import run_ranks
 from soak import differences
 from tiny_models import tiny_inputs, tiny_model
 from torch import nn
@@ -965,9 +966,7 @@ def run(_: int, folder: str) -> None:
 
 @pytest.mark.skipif(not torch.distributed.is_available(), reason="torch without distributed")
 def test_shards_go_from_any_number_of_ranks_to_any_other(tmp_path):
-    sys.path.insert(0, str(Path(__file__).parent))  # a spawned process imports this file by name
-    # one process that has trained nothing yet, and can therefore be forked
-    torch.multiprocessing.spawn(run, (str(tmp_path),), nprocs=1)
+    run_ranks(run, str(tmp_path), count=1)  # it has trained nothing yet, and can be forked
 
 
 def test_a_load_that_a_users_hook_refuses_changes_nothing(tmp_path):
