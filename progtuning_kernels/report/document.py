@@ -54,15 +54,14 @@ def write_report(runs: Sequence[Run], out_dir: str | Path) -> Path:
 
     Raises:
         ValueError: no run at all, one run twice, or runs of different metrics.
-        ImportError: matplotlib is missing; one line that names the extra.
+        ImportError: matplotlib or Jinja2 is missing; one line that says what to install.
     """
     rows = group_runs(runs)
     try:
         import jinja2
         from matplotlib import style
     except ImportError as error:
-        needed = f'a report needs {error.name}: pip install "progtuning_kernels[train]"'
-        raise ImportError(needed) from None
+        raise ImportError(f"a report needs {error.name}: pip install matplotlib jinja2") from None
     out = Path(out_dir)
     out.mkdir(parents=True, exist_ok=True)
     figures = []
