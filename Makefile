@@ -26,7 +26,7 @@ types: .venv/.test ## types of the public modules
 	$(BIN)/pyright
 
 docs: .venv/.docs ## the site, strictly: a broken link or a missing page fails; make docs ARGS=serve shows it
-	$(BIN)/mkdocs $(or $(ARGS),build --quiet)
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs $(or $(ARGS),build)
 
 bench: .venv/.bench ## this machine's CPU: the optimizer, dropout, and whole training runs against other packages
 	$(BIN)/python benchmarks/optimizer.py --output $(OUT)
@@ -58,10 +58,11 @@ clean: ## forget the environment and everything built
 	@$(BIN)/pip install --quiet --disable-pip-version-check -c $(CONSTRAINTS) ruff clang-format
 	@touch $@
 
-# the reference is read from the sources: nothing of the package is imported or installed
+# the reference is read from the sources: nothing of the package is imported or installed; ruff breaks
+# the lines of its signatures
 .venv/.docs: $(CONSTRAINTS)
 	@test -x $(BIN)/pip || $(PYTHON) -m venv .venv
-	@$(BIN)/pip install --quiet --disable-pip-version-check -c $(CONSTRAINTS) mkdocs-material "mkdocstrings[python]"
+	@$(BIN)/pip install --quiet --disable-pip-version-check -c $(CONSTRAINTS) mkdocs-material "mkdocstrings[python]" ruff
 	@touch $@
 
 # torch first and pinned: resolved with the rest, pip would fetch every candidate to read its metadata

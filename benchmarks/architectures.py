@@ -365,7 +365,7 @@ def cured(attempt: Callable[[str | list[str] | None], dict[str, Any]]) -> dict[s
 
 
 def summary(content: dict[str, Any]) -> str:
-    """A stored survey in a few sentences, for the README."""
+    """A stored survey in a few sentences, for the docs."""
     rows = list(content["architectures"].values())
     counts = Counter(row["status"] for row in rows)
     late = counts["refused at the first forward"]

@@ -2,7 +2,7 @@
 
     python benchmarks/optimizer.py [--output FOLDER]                 # CPU, MiniLM's tensors
     python benchmarks/optimizer.py --device cuda [--output FOLDER]   # BERT-base, 100 M, 1 G
-    python benchmarks/optimizer.py --table FOLDER                    # the README's table
+    python benchmarks/optimizer.py --table FOLDER                    # the table of the docs
 
 A step is what a training loop pays for: clipping, update and `zero_grad`. `step_ms` is the time of
 the call, the device waited for; on CUDA `kernel_ms` is the time of one of 20 steps replayed from a

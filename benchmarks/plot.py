@@ -1,333 +1,480 @@
-"""The README's figures and its table of whole training runs, from stored results and nothing else.
+"""Tables and figures of README and pages, from stored results and nothing else.
 
-    python benchmarks/plot.py benchmarks/results/DEVICE             # prints the table
-    python benchmarks/plot.py benchmarks/results/DEVICE --docs docs # and draws docs/*.png
+    python benchmarks/plot.py benchmarks/results/DEVICE                      # prints the tables
+    python benchmarks/plot.py benchmarks/results/DEVICE --docs docs/pictures # and draws the figures
 
 Nothing is measured here and no figure is typed in: all is read from `training/*.json`, which
 `benchmarks/run.py` wrote, from `packing/*.json`, of `benchmarks/packing.py`, from the runs of the
-demo in `demo/`, and from `contribution/sst2.json`.
+demo in `demo/`, those of `benchmarks/accuracy_study.py` in `accuracy/`, and `contribution/*.json`.
+`benchmarks/diagrams.py` draws the pictures that need no results.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
-from collections.abc import Mapping, Sequence
+import statistics
+import textwrap
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from progtuning_kernels import report
+from picture_style import (
+    BLUE,
+    CARD,
+    INK,
+    KINDS,
+    MUTED,
+    POINTS,
+    STYLE,
+    method_colour,
+    new_figure,
+    save,
+)
+from result_tables import (
+    METRICS,
+    MIB,
+    NAMES,
+    accuracy_table,
+    contribution_table,
+    load,
+    load_accuracy,
+    load_packing,
+    measured,
+    packing_stage_table,
+    packing_table,
+    score_and_seconds,
+    speedup_of,
+    table,
+    verdict_lines,
+    whole_run_s,
+)
+from training import SHAPES
+
+from progtuning_kernels import FreezePlan, report
 
 if TYPE_CHECKING:
+    from matplotlib.axes import Axes
     from matplotlib.figure import Figure
+    from matplotlib.transforms import Bbox
 
-MIB = 2**20
-OURS, NAIVE, OTHERS, FULL = "#0072B2", "#E69F00", "#999999", "#333333"
+    from progtuning_kernels.report.runs import Row
 
-
-def load(folder: Path) -> list[dict[str, Any]]:
-    """The experiments of a device's folder; those with targets first, else by name."""
-    found = [json.loads(path.read_text()) for path in sorted(folder.glob("training/*.json"))]
-    return sorted(found, key=lambda content: not content["experiment"]["targets"])
+FASTER = "times as fast as full fine-tuning (dotted: 1)"
+BAR = 11.5  # points
 
 
-def load_packing(folder: Path) -> list[dict[str, Any]]:
-    """The tasks of the packing benchmark, those with the most padding first."""
-    found = [json.loads(path.read_text()) for path in folder.glob("packing/*.json")]
-    return sorted(found, key=lambda content: content["shape"]["random"]["real_share"])
+def trained_units(plan: FreezePlan) -> str:
+    """What trains, in words; "all" where nothing is frozen."""
+    everything = plan.embeddings and plan.head and all(plan.trainable)
+    return "all" if everything else plan.units_in_words()
 
 
-def packing_table(contents: Sequence[Mapping[str, Any]]) -> str:
-    """Markdown: a line per task, a column per way; how often it is as fast as full training, and
-    in brackets what the planner's operations predict.
+def _bars(
+    ax: Axes,
+    groups: Sequence[str],
+    series: Mapping[str, Sequence[float | None]],
+    ticks: Mapping[str, Sequence[float]] | None = None,
+) -> None:
+    """A group of horizontal bars per line, the first on top, each with its number at its end and,
+    where there are `ticks`, a tick across it.
     """
-    ways = [*contents[0]["ways"]][1:]
-    lines = [f"| rows of | real tokens | {' | '.join(ways)} |", f"|---|---:|{'---:|' * len(ways)}"]
-    for content in contents:
-        share = content["shape"]["random"]["real_share"]
-        cells = [content["experiment"]["task_title"], f"{share:.2f}"]
-        for way in ways:
-            speedup, predicted = speedup_of(content, way), content["predicted"]["speedup"][way]
-            cells.append(f"{speedup:.2f} ({predicted:.2f})" if speedup else "")
-        lines.append(f"| {' | '.join(cells)} |")
-    return "\n".join(lines)
+    width = 0.84 / len(series)
+    largest = max(v for values in series.values() for v in values if v is not None)
+    for index, (name, values) in enumerate(series.items()):
+        at = [group + (index - (len(series) - 1) / 2) * width for group in range(len(groups))]
+        heights = [float("nan") if value is None else value for value in values]
+        ax.barh(at, heights, height=0.9 * width, color=method_colour(name), label=name)
+        own_ticks = ticks[name] if ticks else [0.0] * len(groups)
+        for y, value, tick in zip(at, values, own_ticks, strict=True):
+            if ticks:
+                ax.vlines(tick, y - 0.45 * width, y + 0.45 * width, color=INK, linewidth=1.6)
+            if value is not None:
+                end = max(value, tick) + 0.014 * largest
+                ax.text(end, y + 0.02, f"{value:.2f}", va="center", fontsize=9)
+    ax.axvline(1, color=INK, linewidth=0.9, linestyle=":")
+    ax.set_yticks(range(len(groups)), groups)
+    ax.set_ylim(len(groups) - 0.5, -0.5)
+    ax.set_xlim(0, 1.12 * largest)
+    ax.tick_params(axis="y", length=0)
 
 
-def packing_stage_table(contents: Sequence[Mapping[str, Any]]) -> str:
-    """Markdown: by stage, median and quartiles over batches of full training's time over ours."""
-    boundaries = [s["boundary"] for s in contents[0]["ways"]["ours"]["stages"]]
-    heads = " | ".join(f"boundary {k}" for k in boundaries)
-    lines = [f"| rows of | | {heads} |", f"|---|---|{'---:|' * len(boundaries)}"]
-    for content in contents:
-        for way, entry in content["ways"].items():
-            stages = {
-                s["boundary"]: s["over_full"]
-                for s in entry.get("stages", ())
-                if way != "HF" and "over_full" in s
-            }
-            if not stages:
-                continue
-            cells = [
-                f"{s['median']:.2f} ({s['p25']:.2f}-{s['p75']:.2f})" if s else ""
-                for s in map(stages.get, boundaries)
-            ]
-            lines.append(f"| {content['experiment']['task_title']} | {way} | {' | '.join(cells)} |")
-    return "\n".join(lines)
+def _tasks(contents: Sequence[Mapping[str, Any]]) -> list[str]:
+    return [
+        f"{c['experiment']['task_title']}\n{c['shape']['random']['real_share']:.0%} real"
+        for c in contents
+    ]
 
 
-def speedup_of(content: Mapping[str, Any], way: str) -> float | None:
-    """Of a whole run, over full training on padded random batches; None without a number."""
-    return content["ways"][way].get("speedup")
+def front_figure(
+    packing: Sequence[Mapping[str, Any]], training: Mapping[str, Any]
+) -> Figure | None:
+    """Time of whole runs, and memory beside the weights by stage, both against full fine-tuning."""
+    entries = measured(training)
+    if not {"full", "ours"} <= entries.keys():
+        return None
+    figure = new_figure(325, note=_conditions(packing[0]))
+    left, right = figure.subplots(1, 2, width_ratios=(1.3, 1))
+    ways = ("HF + group_by_length", "ours", "ours + cache")
+    _bars(left, _tasks(packing), {way: [speedup_of(c, way) for c in packing] for way in ways})
+    left.set_title("Speed of a whole run")
+    left.set_xlabel("times as fast as full fine-tuning\n(dotted: 1)")
+    figure.legend(loc="outside lower left", ncols=3, handlelength=1.2, columnspacing=1.2)
+    shape = SHAPES[training["experiment"]["shape"]]
+    steps = training["experiment"]["steps_per_epoch"]
+    totals = {
+        name: [_bytes_beside_weights(s) / MIB for s in entries[name]["stages"]]
+        for name in ("full", "ours")
+    }
+    full, ours = totals["full"], totals["ours"]
+    for number, (mib, stage) in enumerate(zip(ours, entries["ours"]["stages"], strict=True)):
+        first = number * steps
+        right.bar(first, mib, steps, align="edge", color=method_colour("ours"), edgecolor=CARD)
+        words = trained_units(
+            FreezePlan.from_boundary(
+                stage["boundary"], shape.blocks, embeddings=not stage["boundary"]
+            )
+        )
+        words = words.replace(", ", ",\n").replace("blocks ", "blocks\n")
+        middle = {"x": first + steps / 2, "ha": "center", "fontsize": 9}
+        right.text(y=mib / 2, s=words, va="center", color="white", **middle)
+        right.text(y=mib, s=f"{mib:.0f}", va="bottom", **middle)
+    edges = [steps * number for number in range(len(full) + 1)]
+    right.stairs(full, edges, baseline=None, color=method_colour("full"), linewidth=2, ls="--")
+    right.text(edges[-1], 1.01 * full[-1], f"full: {full[-1]:.0f}", ha="right", va="bottom")
+    right.set(xlim=(0, edges[-1]), ylim=(0, 1.14 * max(full)), xticks=edges)
+    right.set_xlabel("optimizer step\n(in the bars: what trains)")
+    right.set_title("MiB beside the weights")
+    return figure
+
+
+def _bytes_beside_weights(stage: Mapping[str, Any]) -> int:
+    keys = ("state_bytes", "gradient_bytes_after_backward", "saved_bytes")
+    return sum(stage[key] for key in keys)
+
+
+def _conditions(content: Mapping[str, Any]) -> str:
+    experiment = content["experiment"]
+    return (
+        f"{experiment['shape']}, batches of {experiment['rows']} rows, {experiment['precision']}, "
+        f"{experiment['stages']} stages, {content['meta']['device']}"
+    )
 
 
 def packing_figure(contents: Sequence[Mapping[str, Any]]) -> Figure:
     """Whole runs, a group of bars per task; the ticks on them are predictions."""
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(8, 3.6), layout="constrained")
-    ax = figure.subplots()
     ways = [*contents[0]["ways"]][1:]
-    width = 0.85 / len(ways)
-    colours = (OTHERS, NAIVE, OURS, "#56B4E9", FULL)
-    for index, (way, colour) in enumerate(zip(ways, colours, strict=True)):
-        at = [task + (index - (len(ways) - 1) / 2) * width for task in range(len(contents))]
-        heights = [speedup_of(content, way) or float("nan") for content in contents]
-        predicted = [content["predicted"]["speedup"][way] for content in contents]
-        ax.bar(at, heights, width=0.9 * width, color=colour, label=way)
-        ax.plot(at, predicted, "_", color="black", markersize=60 * width)
-    ax.axhline(1, color="black", linewidth=0.8, linestyle=":")
-    shares = [content["shape"]["random"]["real_share"] for content in contents]
-    titles = [content["experiment"]["task_title"] for content in contents]
-    labels = [f"{t}\n{s:.0%} real" for t, s in zip(titles, shares, strict=True)]
-    ax.set_xticks(range(len(contents)), labels)
-    ax.set_ylabel("times as fast as full training\non padded random batches")
-    ax.spines[["top", "right"]].set_visible(False)
-    figure.legend(loc="outside lower center", ncols=3, frameon=False, fontsize=9)
+    figure = new_figure(115 + len(contents) * len(ways) * BAR, note=_conditions(contents[0]))
+    ax = figure.subplots()
+    speeds = {way: [speedup_of(content, way) for content in contents] for way in ways}
+    predicted = {way: [c["predicted"]["speedup"][way] for c in contents] for way in ways}
+    _bars(ax, _tasks(contents), speeds, predicted)
+    ax.set_xlabel(f"{FASTER}; ticks: by operations alone")
+    figure.legend(loc="outside lower center", ncols=3)
     return figure
-
-
-def measured(content: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
-    return {n: entry for n, entry in content["providers"].items() if "reason" not in entry}
-
-
-def whole_run_s(entry: Mapping[str, Any], epochs_per_stage: int) -> float | None:
-    runs = {run["epochs_per_stage"]: run["run_s"] for run in entry["whole_runs"]}
-    return runs.get(epochs_per_stage)
-
-
-def _span(values: Sequence[float | None], scale: float = 1.0, digits: int = 0) -> str:
-    """First and last of the stages, once if they are the same; nothing where unknown."""
-    if None in values:
-        return ""
-    shown = [f"{scale * value:.{digits}f}" for value in (values[0], values[-1])]
-    return shown[0] if shown[0] == shown[1] else " → ".join(shown)
-
-
-def heading(experiment: Mapping[str, Any]) -> str:
-    return (
-        f"{experiment['title']}, {experiment['rows']} x {experiment['tokens']} tokens, "
-        f"{experiment['precision']}, {experiment['stages']} stages"
-    )
-
-
-def table(contents: Sequence[Mapping[str, Any]]) -> str:
-    """Markdown: a line per provider, those without a number with their reason."""
-    contents = [content for content in contents if measured(content)]
-    epochs = sorted({e for c in contents for e in c["experiment"]["epochs_per_stage"]})
-    on_gpu = any(c["experiment"]["device"] == "cuda" for c in contents)
-    heads = ["step (ms)", *(f"x full, {count} ep. a stage" for count in epochs)]
-    heads += ["changes of stage (s)", "state (MiB)", "saved (MiB)", "loss"]
-    heads += ["peak (MiB)"] if on_gpu else []
-    lines = [f"| | {' | '.join(heads)} |", f"|---|{'---:|' * len(heads)}"]
-    for content in contents:
-        lines.append(f"| **{heading(content['experiment'])}** |{' |' * len(heads)}")
-        base = measured(content).get("full")
-        for name, entry in content["providers"].items():
-            if "reason" in entry:
-                lines.append(f"| {name}: {entry['reason']} |{' |' * len(heads)}")
-                continue
-            stages = entry["stages"]
-            cells = [_span([s["later_epochs"]["step_ms"] for s in stages])]
-            for count in epochs:
-                own_s, full_s = (whole_run_s(e, count) if e else None for e in (entry, base))
-                cells.append(f"{full_s / own_s:.2f}" if own_s and full_s else "")
-            cells.append(f"{entry['whole_runs'][0]['first_steps_extra_s']:.2f}")
-            for key in ("state_bytes", "saved_bytes"):
-                cells.append(_span([s.get(key) for s in stages], 1 / MIB, 1))
-            cells.append(f"{entry['last_epoch_loss']:.4f}")
-            if on_gpu:
-                peaks = [s.get("peak_allocated_bytes") for s in stages]
-                cells.append("" if None in peaks else f"{max(peaks) / MIB:.0f}")
-            lines.append(f"| {name} | {' | '.join(cells)} |")
-    return "\n".join(lines)
-
-
-def verdict_lines(contents: Sequence[Mapping[str, Any]]) -> list[str]:
-    """Every stored target, met or not, as a Markdown list."""
-    words = {True: "met", False: "**not met**", None: "not measured"}
-    return [
-        f"- {words[v['met']]}: {v['target']}: {v['found']}" for c in contents for v in c["verdicts"]
-    ]
-
-
-def _colour(name: str) -> str:
-    if name.startswith("ours"):
-        return OURS
-    return NAIVE if name.startswith("naive") else FULL if name == "full" else OTHERS
 
 
 def run_figure(contents: Sequence[Mapping[str, Any]]) -> Figure | None:
-    """Whole runs relative to full training: a panel per experiment and number of epochs."""
+    """Whole runs against full training, a panel per experiment with something to compare."""
     panels = []
     for content in contents:
         entries = measured(content)
-        for epochs in content["experiment"]["epochs_per_stage"] if "full" in entries else ():
-            full_s = whole_run_s(entries["full"], epochs)
-            shares = {name: whole_run_s(e, epochs) / full_s for name, e in entries.items()}
-            panels.append((heading(content["experiment"]), epochs, shares))
+        full = entries.pop("full", None)
+        epochs = content["experiment"]["epochs_per_stage"]
+        if full is None or len(entries) * len(epochs) < 2:
+            continue
+        speeds = {
+            name: [whole_run_s(full, count) / whole_run_s(entry, count) for count in epochs]
+            for name, entry in entries.items()
+        }
+        panels.append((content, epochs, speeds))
     if not panels:
         return None
-    from matplotlib.figure import Figure  # not pyplot, which would hold and show the figures
-
-    columns = min(2, len(panels))
-    rows = [panels[at : at + columns] for at in range(0, len(panels), columns)]
-    heights = [0.75 + 0.24 * max(len(shares) for *_, shares in row) for row in rows]
-    figure = Figure(figsize=(5.5 * columns, sum(heights)), layout="constrained")
-    axes = list(figure.subplots(len(rows), columns, squeeze=False, height_ratios=heights).flat)
-    for unused in axes[len(panels) :]:
-        unused.remove()
-    for ax, (title, epochs, shares) in zip(axes, panels, strict=False):
-        ax.spines[["top", "right"]].set_visible(False)
-        names = list(shares)[::-1]
-        values = [shares[name] for name in names]
-        ax.barh(names, values, color=[_colour(name) for name in names], height=0.75)
-        for at, value in enumerate(values):
-            ax.text(value + 0.01, at, f"{value:.2f}", va="center", fontsize=8)
-        ax.axvline(1, color="black", linewidth=0.8, linestyle=":")
-        ax.set_xlim(0, max(1.1, 1.12 * max(values)))
-        ax.tick_params(axis="y", length=0, labelsize=8)
-        ax.set_title(f"{title},\n{epochs} ep. a stage", fontsize=9, loc="left")
-    figure.supxlabel("time of the whole run / full training", fontsize=9)
-    return figure
-
-
-def stage_figure(content: Mapping[str, Any]) -> Figure | None:
-    """Step time and bytes of every stage, one experiment."""
-    entries = measured(content)
-    if not entries:
-        return None
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(8, 5.6), layout="constrained")
-    axes = list(figure.subplots(2, 2).flat)
-    panels = [
-        ("step, later epochs (ms)", lambda s: s["later_epochs"]["step_ms"], 1.0),
-        ("optimizer state (MiB)", lambda s: s.get("state_bytes"), 1 / MIB),
-        (
-            "gradients after backward (MiB)",
-            lambda s: s.get("gradient_bytes_after_backward"),
-            1 / MIB,
-        ),
-        ("saved for backward (MiB)", lambda s: s.get("saved_bytes"), 1 / MIB),
-    ]
-    count = content["experiment"]["stages"]
-    width = 0.85 / len(entries)
-    hatches = ("", "///", "...", "xxx", "\\\\\\", "++", "oo", "**")
-    for ax, (label, figure_of, scale) in zip(axes, panels, strict=True):
-        for index, (name, entry) in enumerate(entries.items()):
-            values = [figure_of(stage) for stage in entry["stages"]]
-            heights = [scale * v if v is not None else float("nan") for v in values]
-            at = [stage + (index - (len(entries) - 1) / 2) * width for stage in range(count)]
-            same = [n for n in entries if _colour(n) == _colour(name)]
-            ax.bar(
-                at,
-                heights,
-                width=0.9 * width,
-                color=_colour(name),
-                edgecolor="white",
-                hatch=hatches[same.index(name) % len(hatches)],
-                linewidth=0.5,
-                label=name,
-            )
-            if ax is axes[0]:
-                spread = [stage["later_epochs"] for stage in entry["stages"]]
-                low = [max(0.0, s["step_ms"] - s["step_ms_p20"]) for s in spread]
-                high = [max(0.0, s["step_ms_p80"] - s["step_ms"]) for s in spread]
-                ax.errorbar(at, heights, [low, high], fmt="none", ecolor="black", lw=0.9)
-        ax.set(ylabel=label, xticks=range(count))
-        ax.set_xticklabels([f"stage {stage + 1}" for stage in range(count)])
-        ax.tick_params(axis="x", length=0)
-        ax.spines[["top", "right"]].set_visible(False)
-    handles, labels = axes[0].get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside lower center", ncols=3, frameon=False, fontsize=9)
-    figure.suptitle(heading(content["experiment"]), fontsize=10, x=0.02, ha="left")
-    return figure
-
-
-def unit_figure(runs: Sequence[report.Run]) -> Figure:
-    """Which unit trains when, a panel per run; a boundary says all about a plan of the demo."""
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(8, 1.9 * len(runs)), layout="constrained")
-    axes = figure.subplots(len(runs), 1, squeeze=False).flat
-    for ax, run in zip(axes, runs, strict=True):
-        ax.spines[["top", "right"]].set_visible(False)
-        blocks = run.model["num_blocks"]
-        spans = [(s["first_step"] - 0.5, s["last_step"] - s["first_step"] + 1) for s in run.stages]
-        plans = [[s["embeddings"], *s["trainable"], s["head"]] for s in run.stages]
-        for unit, flags in enumerate(zip(*plans, strict=True)):
-            colours = [OURS if on else "#E4E4E4" for on in flags]
-            ax.broken_barh(spans, (unit - 0.45, 0.9), facecolors=colours, edgecolors="white")
-        ax.set_yticks(range(blocks + 2), ["embeddings", *range(blocks), "head"], fontsize=8)
+    counts = [2.2 + len(speeds) * len(epochs) for _, epochs, speeds in panels]
+    devices = sorted({content["meta"]["device"] for content, *_ in panels})
+    figure = new_figure(
+        70 + 1.12 * BAR * sum(counts),
+        note="; ".join([*devices, "1 epoch a stage where nothing else is said"]),
+    )
+    axes = figure.subplots(len(panels), 1, squeeze=False, sharex=True, height_ratios=counts).flat
+    largest = max(v for *_, speeds in panels for values in speeds.values() for v in values)
+    for ax, (content, epochs, speeds) in zip(axes, panels, strict=True):
+        width = 0.86 / len(epochs)
+        for at, (name, values) in enumerate(speeds.items()):
+            for index, (count, value) in enumerate(zip(epochs, values, strict=True)):
+                y = at + (index - (len(epochs) - 1) / 2) * width
+                ax.barh(y, value, height=0.9 * width, color=method_colour(name))
+                note = f"{value:.2f}" + (f", {count} epochs" if count > 1 else "")
+                ax.text(value + 0.01 * largest, y, note, va="center", fontsize=9)
+        ax.axvline(1, color=INK, linewidth=0.9, linestyle=":")
+        ax.set_yticks(range(len(speeds)), [*speeds])
+        ax.set_ylim(len(speeds) - 0.5, -0.5)
+        ax.set_xlim(0, 1.3 * largest)
         ax.tick_params(axis="y", length=0)
-        ax.margins(x=0)
-        ax.set_title(run.method, fontsize=9, loc="left")
-    ax.set_xlabel("optimizer step; blue: trains (with LoRA its adapters), grey: frozen")
+        experiment = content["experiment"]
+        ax.set_title(
+            f"{experiment['title']}: {experiment['rows']} x {experiment['tokens']} tokens",
+            fontsize=10,
+        )
+    ax.set_xlabel(FASTER)
     return figure
+
+
+def accuracy_figure(tasks: Mapping[str, Mapping[str, Sequence[Mapping[str, Any]]]]) -> Figure:
+    """Score against time, a panel per task; a marker with its standard error per method."""
+    figure = new_figure(330 * len(tasks))
+    axes = figure.subplots(len(tasks), 1, squeeze=False).flat
+    for ax, (task, methods) in zip(axes, tasks.items(), strict=True):
+        for index, (method, runs) in enumerate(methods.items()):
+            score, error, train_s = score_and_seconds(runs)
+            colour, marker = method_colour(method), "osD^vPX<>ph*"[index % 12]
+            ax.errorbar(
+                *(train_s, score, error),
+                fmt=marker,
+                color=colour,
+                markersize=8,
+                capsize=3,
+                elinewidth=1,
+                label=method,
+                markeredgecolor=CARD,
+                markeredgewidth=0.5,
+            )
+        first = next(iter(methods.values()))[0]
+        ax.set_xlabel("training time (s), fastest seed")
+        ax.set_ylabel(f"{METRICS[first['metric_name']]} (mean ± standard error)")
+        seeds = sorted({len(runs) for runs in methods.values()})
+        ax.set_title(
+            f"{NAMES[task]}, {first['data']['train_rows']:,} rows, "
+            f"{first['config']['epochs']} epochs, {' or '.join(map(str, seeds))} seeds, "
+            f"{first['meta']['device']}",
+            fontsize=9.5,
+            fontweight="normal",
+            color=MUTED,
+        )
+        ax.grid(alpha=0.7)
+        ax.margins(0.12, 0.08)
+        place_labels(ax)
+    return figure
+
+
+def place_labels(ax: Axes) -> None:
+    """Write each point's name beside it, where it covers no other name, marker or error bar."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.transforms import Bbox
+
+    canvas = FigureCanvasAgg(ax.figure)
+    canvas.draw()  # settles the layout
+    point = ax.figure.dpi / POINTS
+    taken, anchors = [], []
+    for container in ax.containers:
+        marker, _, bars = container.lines
+        ((x, y),) = ax.transData.transform(marker.get_xydata())
+        anchors.append((container.get_label(), x, y, marker.get_color()))
+        taken.append(Bbox.from_extents(x, y, x, y).padded(5 * point))
+        taken += [
+            Bbox(ax.transData.transform(bar.get_segments()[0])).padded(3 * point) for bar in bars
+        ]
+    inside = ax.get_window_extent()
+    sides = [(1, 0), (-1, 0), (0, 1), (0, -1), (1, 1), (-1, 1), (1, -1), (-1, -1)]
+
+    def covered(box: Bbox) -> float:
+        outside = box.width * box.height - overlap(box, inside)
+        return outside + sum(overlap(box, other) for other in taken)
+
+    for name, x, y, colour in anchors:
+        measure = ax.text(0, 0, name)
+        size = measure.get_window_extent()
+        measure.remove()
+        centres = [
+            (far * point * dx + size.width / 2 * dx, far * point * dy + size.height / 2 * dy)
+            for far in (8, 13, 20, 30, 42)
+            for dx, dy in sides
+        ]
+        boxes = {
+            centre: Bbox.from_bounds(
+                x + centre[0] - size.width / 2,
+                y + centre[1] - size.height / 2,
+                size.width,
+                size.height,
+            )
+            for centre in centres
+        }
+        best = min(boxes, key=lambda centre: covered(boxes[centre]))
+        taken.append(boxes[best].padded(point))
+        is_far = centres.index(best) >= len(sides)
+        ax.annotate(
+            name,
+            ax.transData.inverted().transform((x, y)),
+            (best[0] / point, best[1] / point),
+            textcoords="offset points",
+            ha="center",
+            va="center",
+            arrowprops={"arrowstyle": "-", "color": colour, "lw": 0.8} if is_far else None,
+        ).set_in_layout(False)
+
+
+def overlap(one: Bbox, other: Bbox) -> float:
+    width = min(one.x1, other.x1) - max(one.x0, other.x0)
+    height = min(one.y1, other.y1) - max(one.y0, other.y0)
+    return max(0.0, width) * max(0.0, height)
+
+
+def _plans(run: report.Run) -> list[tuple[FreezePlan, list[int]]]:
+    """The plans of a run in order, each with the indices of the stored stages that have it."""
+    found: list[tuple[FreezePlan, list[int]]] = []
+    for index, stage in enumerate(run.stages):
+        plan = FreezePlan(tuple(stage["trainable"]), stage["embeddings"], stage["head"])
+        if not found or found[-1][0] != plan:
+            found.append((plan, []))
+        found[-1][1].append(index)
+    return found
+
+
+def memory_figure(runs: Sequence[report.Run]) -> Figure:
+    """Bytes by kind over the steps of a run, a panel per run; weights are those of float32."""
+    figure = new_figure(300, note=_demo_conditions(runs[0]))
+    axes = figure.subplots(1, len(runs), squeeze=False, sharey=True).flat
+    figure.get_layout_engine().set(wspace=0.08)
+    for ax, run in zip(axes, runs, strict=True):
+        for plan, indices in _plans(run):
+            stages = [run.stages[index] for index in indices]
+            first = stages[0]["first_step"] - 1
+            steps = stages[-1]["last_step"] - first
+            stage = max(stages, key=lambda stage: stage["activation_bytes"])
+            kinds = {
+                "weights": 4 * run.model["num_params"],
+                "optimizer state": stage["state_bytes"],
+                "gradients": stage["gradient_bytes"],
+                "saved activations": stage["activation_bytes"],
+            }
+            bottom = 0.0
+            for kind, size in kinds.items():
+                bar = {"color": KINDS[kind], "edgecolor": CARD, "linewidth": 0.8}
+                label = f"_{kind}" if first else kind
+                ax.bar(first, size / MIB, steps, bottom, align="edge", label=label, **bar)
+                bottom += size / MIB
+            words = "\n".join(textwrap.wrap(trained_units(plan), 12))
+            middle = first + steps / 2
+            ax.text(middle, bottom, f"{words}\n{bottom:.0f} MiB", ha="center", va="bottom")
+        ax.set_title(run.method)
+        ax.set(xlabel="optimizer step", xlim=(0, run.stages[-1]["last_step"]))
+        ax.set_xticks([0, *(run.stages[indices[-1]]["last_step"] for _, indices in _plans(run))])
+    axes[0].set_ylabel("MiB")
+    axes[0].set_ylim(0, 1.22 * axes[0].dataLim.y1)
+    handles, labels = axes[0].get_legend_handles_labels()
+    look = {"ncols": 4, "columnspacing": 1, "handlelength": 1.2}
+    figure.legend(handles, labels, loc="outside lower center", **look)
+    return figure
+
+
+def _demo_conditions(run: report.Run) -> str:
+    return (
+        f"{run.model['num_params'] / 1e6:.1f} M parameters in {run.model['num_blocks']} blocks, "
+        f"batches of {run.config['batch_size']} rows, {run.meta['device']}"
+    )
+
+
+def stage_seconds_figure(rows: Sequence[Row]) -> Figure:
+    """Seconds of every stage, one stacked bar per method; mean over its runs."""
+    bar, text = 44, 9
+    figure = new_figure(90 + bar * len(rows), note=_demo_conditions(rows[0].runs[0]))
+    ax = figure.subplots()
+    seconds = []
+    for row in rows:
+        plans = _plans(row.runs[0])
+        seconds.append(
+            [
+                statistics.mean(
+                    sum(run.stages[index]["train_seconds"] for index in indices) for run in row.runs
+                )
+                for _, indices in plans
+            ]
+        )
+    longest = max(map(sum, seconds))
+    for at, (row, own) in enumerate(zip(rows, seconds, strict=True)):
+        left = 0.0
+        for (plan, _), value in zip(_plans(row.runs[0]), own, strict=True):
+            colour = method_colour(row.method)
+            ax.barh(at, value, 0.86, left, color=colour, edgecolor=CARD, linewidth=1.5)
+            width = 310 * value / longest  # points, about
+            lines = textwrap.wrap(trained_units(plan), max(6, int(width / (0.6 * text))))
+            ink = "white" if _is_dark(colour) else INK
+            ax.text(
+                *(left + value / 2, at, "\n".join([*lines, f"{value:.0f} s"])),
+                ha="center",
+                va="center",
+                fontsize=text,
+                color=ink,
+                linespacing=1.05,
+            )
+            left += value
+        ax.text(left + 0.01 * longest, at, f"{left:.0f} s", va="center", fontweight="bold")
+    runs = [f"{len(row.runs)} run{'s' * (len(row.runs) > 1)}" for row in rows]
+    labels = [f"{row.label}\n{count}" for row, count in zip(rows, runs, strict=True)]
+    ax.set_yticks(range(len(rows)), labels)
+    ax.set_ylim(len(rows) - 0.5, -0.5)
+    ax.set_xlim(0, 1.1 * longest)
+    ax.tick_params(axis="y", length=0)
+    ax.set_xlabel("training time (s); in bars: what trains (LoRA: its adapters)")
+    return figure
+
+
+def _is_dark(colour: str) -> bool:
+    from matplotlib.colors import to_rgb
+
+    red, green, blue = to_rgb(colour)
+    return 0.299 * red + 0.587 * green + 0.114 * blue < 0.5
 
 
 def contribution_figure(stored: Mapping[str, Any]) -> Figure:
     """What every block contributes, a panel per measure."""
-    from matplotlib.figure import Figure
-
     axis = {"train": "fall in validation loss", "skip": "rise in validation loss"}
     measures = stored["measures"]
-    figure = Figure(figsize=(8, 3.2), layout="constrained")
+    figure = new_figure(215)
     axes = figure.subplots(1, len(measures), squeeze=False).flat
     for ax, (name, measure) in zip(axes, measures.items(), strict=True):
-        ax.spines[["top", "right"]].set_visible(False)
-        ax.bar(range(stored["num_blocks"]), measure["values"], color=OURS)
-        ax.axhline(0, color="black", linewidth=0.8)
+        ax.bar(range(stored["num_blocks"]), measure["values"], color=BLUE)
+        ax.axhline(0, color=INK, linewidth=0.8)
         label = axis.get(name, "gradient norm")
         ax.set(title=name, xlabel="block (0 at the input)", ylabel=label)
+        ax.set_xticks(range(stored["num_blocks"]))
     return figure
 
 
-def draw(results: Path, folder: Path) -> list[Path]:
-    """The figures of the README that a device's results have the figures for.
-
-    training.png; training_stages.png, of the first experiment; packing.png; stages.png and
-    units.png, of the demo; contribution.png.
-    """
-    figures: dict[str, Figure | None] = {}
-    if contents := load(results):
-        figures["training"] = run_figure(contents)
-        figures["training_stages"] = stage_figure(contents[0])
-    if packing := load_packing(results):
-        figures["packing"] = packing_figure(packing)
+def figures_of(results: Path) -> dict[str, Callable[[], Figure | None]]:
+    """What draws each figure that a device's results have the numbers for, by its file's name."""
+    found: dict[str, Callable[[], Figure | None]] = {}
+    contents, packing = load(results), load_packing(results)
+    if contents:
+        found["training"] = lambda: run_figure(contents)
+    if packing:
+        found["packing"] = lambda: packing_figure(packing)
+    if contents and packing:
+        found["front"] = lambda: front_figure(packing, contents[0])
+    if accuracy := load_accuracy(results):
+        found["accuracy"] = lambda: accuracy_figure(accuracy)
     if demo := sorted(results.glob("demo/*.json")):
-        runs = [report.load_run(path) for path in demo]
-        rows = report.group_runs(runs)
-        figures["stages"] = report.PLOTS["stages"][1](rows)
-        figures["units"] = unit_figure([row.runs[0] for row in rows])
-    for path in results.glob("contribution/sst2.json"):
-        figures["contribution"] = contribution_figure(json.loads(path.read_text()))
+        rows = report.group_runs([report.load_run(path) for path in demo])
+        compared = [row.runs[0] for row in rows if row.method in ("full", "progressive")]
+        found["stage_seconds"] = lambda: stage_seconds_figure(rows)
+        found["memory"] = lambda: memory_figure(compared)
+    contribution = results / "contribution" / "sst2.json"
+    if contribution.exists():
+        found["contribution"] = lambda: contribution_figure(json.loads(contribution.read_text()))
+    return found
+
+
+def draw(results: Path, folder: Path) -> list[Path]:
+    """Write the figures into `folder`; returns their paths."""
+    from matplotlib import rc_context
+
     folder.mkdir(parents=True, exist_ok=True)
     drawn = []
-    for name, figure in figures.items():
-        if figure is not None:
-            drawn.append(folder / f"{name}.png")
-            figure.savefig(drawn[-1], dpi=120)
+    for name, make in figures_of(results).items():
+        with rc_context(STYLE):
+            if (figure := make()) is not None:
+                drawn.append(folder / f"{name}.png")
+                save(figure, drawn[-1])
     return drawn
 
 
@@ -337,17 +484,21 @@ def main() -> None:
     parser.add_argument("--docs", type=Path, help="write the figures into this folder")
     arguments = parser.parse_args()
     contents, packing = load(arguments.folder), load_packing(arguments.folder)
+    parts = []
     if contents:
-        print(table(contents))
-        print("\n" + "\n".join(verdict_lines(contents)))
+        parts += [table(contents), "\n".join(verdict_lines(contents))]
     if packing:
-        print(packing_table(packing) + "\n\n" + packing_stage_table(packing))
-        print("\n" + "\n".join(verdict_lines(packing)))
-    drawn = draw(arguments.folder, arguments.docs) if arguments.docs is not None else []
-    for path in drawn:
-        print(path)
-    if not contents and not packing and not drawn:
+        parts += [packing_table(packing), packing_stage_table(packing)]
+        parts += ["\n".join(verdict_lines(packing))]
+    if (arguments.folder / "accuracy").exists():
+        parts.append(accuracy_table(arguments.folder))
+    if (arguments.folder / "contribution").exists():
+        parts.append(contribution_table(arguments.folder))
+    if not parts and not any(figures_of(arguments.folder)):
         raise SystemExit(f"nothing in {arguments.folder / 'training'}: run benchmarks/run.py first")
+    print("\n\n".join(parts))
+    for path in draw(arguments.folder, arguments.docs) if arguments.docs is not None else []:
+        print(path)
 
 
 if __name__ == "__main__":

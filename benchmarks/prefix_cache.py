@@ -2,7 +2,7 @@
 
     python benchmarks/prefix_cache.py [--output FOLDER]                 # CPU, MiniLM's shape
     python benchmarks/prefix_cache.py --device cuda [--output FOLDER]   # BERT-base, Llama of 1 B
-    python benchmarks/prefix_cache.py --table FOLDER                    # the README's table
+    python benchmarks/prefix_cache.py --table FOLDER                    # the table of the docs
 
 Two thirds of the blocks and the embeddings are frozen, and every batch has come before: the second
 epoch of a stage. `step_ms` is forward, backward, clipping, update and `zero_grad`, the device

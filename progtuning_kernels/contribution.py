@@ -1,12 +1,4 @@
-"""What every block contributes to a model, one number per block.
-
-The protocol is that of Progtuning's first figure (arXiv 2506.21119): from the same start, on the
-same batches, only the embeddings, one block and the head train; the block contributes what the
-score gains over a run without any block.
-
-    found = measure_contribution(model, batches, score=accuracy, steps=100)
-    schedule = ProgressiveSchedule(3, total_steps, weights=found.weights)
-"""
+"""What every block contributes to a model, one number per block."""
 
 from __future__ import annotations
 
@@ -31,7 +23,7 @@ Batch = Mapping[str, Any]
 
 @dataclass(frozen=True)
 class Contribution:
-    """One number per block. `print(found)` shows them as bars.
+    """What every block contributes. `print(found)` shows it as bars.
 
     Attributes:
         values: block 0 first, in units of the score; negative where the model is better off
@@ -79,6 +71,10 @@ def measure_contribution(
 ) -> Contribution:
     """Measure what every block of `model` contributes, by (L + 1) short trainings.
 
+    The protocol is that of Progtuning's first figure (arXiv 2506.21119): from the same start, on
+    the same batches, only the embeddings, one block and the head train; the block contributes what
+    the score gains over a run without any block.
+
     Nothing of the model stays changed: weights, buffers, gradients, `requires_grad`, modes and the
     state of the random number generators are those that were found, also after an exception.
 
@@ -97,8 +93,15 @@ def measure_contribution(
         method: "train", the only one; for callers who name it.
 
     Raises:
-        ValueError: a patched model, no batch, or a score that is not finite.
+        ValueError: a patched model, no batch, steps below 1, another method, or a score that is not
+            finite.
         UnsupportedModelError: no block list can be found, or the blocks share weights.
+
+    Example:
+        ```python
+        found = measure_contribution(model, loader, steps=4)
+        schedule = ProgressiveSchedule(2, weights=found.weights)
+        ```
     """
     if method != "train":
         raise ValueError(f'method {method!r} is gone, its order of blocks was not that of "train"')

@@ -39,7 +39,8 @@ def patch_model(
     """Patch `model` in place so that it trains only what `schedule` says.
 
     Embeddings and blocks below the boundary run without autograd; gradients and optimizer state of
-    frozen tensors are released when the plan changes.
+    frozen tensors are released when the plan changes. Until `handle.unpatch()` the model has other
+    `requires_grad` flags, hooks, and subclasses of their own as the classes of some modules.
 
     Args:
         model: a Hugging Face model, PEFT adapters included, or any module with lists of blocks.
@@ -70,20 +71,33 @@ def patch_model(
             does not pay; `handle.cache_report()` says so.
         blocks: qualified name of the block list where discovery cannot choose; several, in the
             order in which they run, of lists or of single modules that are a block each.
-        step: optimizer steps done; for an optimizer that has its state already, which would lose
-            that of tensors that the plan of step 0 freezes.
+        step: number of optimizer steps done. An optimizer that has its state already would
+            otherwise lose that of tensors that the plan of step 0 freezes.
 
     Returns:
         The handle; call `handle.advance()` once per optimizer step.
 
     Raises:
-        TypeError: no model, or no schedule.
+        TypeError: no model, no schedule, a `step` that is no number, or `blocks` that are no names.
         UnsupportedModelError: no block list can be found, the blocks share weights, or the model
             has adapters that cannot freeze with their blocks, or is in a wrapper that does not
             follow changes of what trains; from the first training forward, if a unit turns out to
             be computed from a later one.
         ValueError: the model, a part of it or one that it is a part of is patched already, the
             schedule does not fit it, or an option has a value that is not named here.
+        RuntimeError: ranks do not train the same; from the first training forward, if a frozen
+            block cuts off the gradient of an input, or checkpointing that of a trained block.
+
+    Example:
+        ```python
+        handle = patch_model(model, ProgressiveSchedule(stages=2, total_steps=len(loader)))
+        optimizer = MaskedAdamW(handle.param_groups(lr=5e-5), max_grad_norm=1.0)
+        for batch in loader:
+            model(**batch).loss.backward()
+            optimizer.step()
+            optimizer.zero_grad()
+            handle.advance()
+        ```
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"patch_model takes a model, an nn.Module, and a schedule, got {model!r}")

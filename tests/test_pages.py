@@ -78,22 +78,24 @@ def test_dropout_table_is_that_of_the_stored_results():
 
 
 def test_training_table_is_that_of_the_stored_results():
-    plot = _benchmark("plot")
-    tables = [plot.table(plot.load(folder.parent)) for folder in RESULTS.glob("*/training")]
+    stored = _benchmark("result_tables")
+    tables = [stored.table(stored.load(folder.parent)) for folder in RESULTS.glob("*/training")]
     assert tables and all(table in _between("training") for table in tables)
 
 
 def test_packing_table_is_that_of_the_stored_results():
-    plot = _benchmark("plot")
-    stored = [plot.load_packing(folder) for folder in RESULTS.iterdir() if folder.is_dir()]
-    tables = [plot.packing_table(contents) for contents in stored if contents]
+    tables = _benchmark("result_tables")
+    stored = [tables.load_packing(folder) for folder in RESULTS.iterdir() if folder.is_dir()]
+    tables = [tables.packing_table(contents) for contents in stored if contents]
     assert tables and all(table in _between("packing") for table in tables)
 
 
 def test_study_tables_are_those_of_the_stored_results():
-    study = _benchmark("accuracy_study")
+    study = _benchmark("result_tables")
     folders = [folder.parent for folder in RESULTS.glob("*/accuracy")]
-    assert folders and all(study.table(folder) in _between("accuracy") for folder in folders)
+    assert folders and all(
+        study.accuracy_table(folder) in _between("accuracy") for folder in folders
+    )
     folders = [folder.parent for folder in RESULTS.glob("*/contribution")]
     shown = _between("contribution")
     assert folders and all(study.contribution_table(folder) in shown for folder in folders)

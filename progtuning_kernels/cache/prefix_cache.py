@@ -25,19 +25,24 @@ class PrefixCache:
     are all there runs neither embeddings nor prefix blocks. Samples are recognised by content; the
     data loader needs nothing.
 
-        handle = patch_model(model, schedule, cache=PrefixCache(8 << 30))
-
     Args:
         max_bytes: budget over all tiers; what does not fit is computed as before.
-        device: where rows are kept: "cuda", "cpu", "disk", or "auto" for the fastest that has room.
+        device: where rows are kept: "cuda", "cpu", "disk", or "auto" for the fastest that has room:
+            up to a quarter of the free GPU memory if the activations are there, then up to half of
+            the free CPU memory, then `path`.
         dtype: precision of stored rows: None keeps that of the activations (losses and weights are
             then those of a run without cache), or `torch.bfloat16`, half the bytes, 0.2 % error.
         path: folder on disk, whose rows a later run with the same prefix weights finds again.
         id_column: deprecated: taken out of the model's arguments, and not looked at.
 
     Raises:
-        ValueError: `max_bytes` is not positive, unknown device or dtype, "disk" without a path,
-            "cuda" without a GPU.
+        ValueError: `max_bytes` is not a positive int, unknown device or dtype, "disk" without a
+            path, "cuda" without a GPU; from `patch_model`, if it serves another patched model.
+
+    Example:
+        ```python
+        handle = patch_model(model, ProgressiveSchedule(2, 8), cache=PrefixCache(1 << 30))
+        ```
     """
 
     max_bytes: int
@@ -67,11 +72,24 @@ class PrefixCache:
             raise ValueError("device='cuda' needs a GPU")
 
     def row_bytes(self, tokens: int, width: int, dtype: torch.dtype) -> int:
-        """What a row of boundary activations of `dtype` takes."""
+        """Bytes that one row of boundary activations takes.
+
+        Args:
+            tokens: real tokens of the row.
+            width: channels of the hidden states, C.
+            dtype: of the hidden states, floating.
+
+        Raises:
+            TypeError: no floating dtype.
+        """
         return tokens * width * stored_dtype(self.dtype, dtype).itemsize
 
     def open(self) -> RowStore:
-        """The store, for one patched model at a time; ValueError if another one has it."""
+        """The store, for one patched model at a time.
+
+        Raises:
+            ValueError: it serves another patched model.
+        """
         if self._in_use:
             raise ValueError("this PrefixCache serves another patched model: make one per model")
         store = RowStore(self.max_bytes, device=self.device, dtype=self.dtype, path=self.path)
@@ -79,6 +97,11 @@ class PrefixCache:
         return store
 
     def close(self, store: RowStore) -> None:
+        """Give a store's memory back; rows on disk stay.
+
+        Args:
+            store: what `open` has returned.
+        """
         store.close()
         self._in_use = False
 
@@ -99,14 +122,16 @@ class CacheReport:
     Attributes:
         state: "on", "off" (it would not pay) or "bypassed" (it cannot be used in this stage).
         reason: why it is not on; "" where it is.
-        bypasses: reasons for which single forwards ran without it, with their numbers.
         level: block whose input is stored.
-        rows: stored rows by level.
+        rows: number of stored rows by level.
         nbytes: bytes in use.
-        nbytes_by_tier: the same, by tier.
-        hits, misses: rows of training forwards that were there, and that were not.
+        nbytes_by_tier: the same by "cuda", "cpu" and "disk".
+        hits: rows of training forwards that were there.
+        misses: rows of training forwards that were not.
         served_steps: forwards that ran without the prefix.
-        prefix_ms, read_ms: median cost of computing and of reading one row; None before measured.
+        prefix_ms: median cost of computing one row, in milliseconds; None before it is measured.
+        read_ms: the same of recognising and reading one row.
+        bypasses: reasons for which single forwards ran without it, with their numbers.
         warnings: what went wrong, a sentence each.
     """
 

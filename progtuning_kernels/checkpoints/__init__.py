@@ -57,15 +57,23 @@ def save_checkpoint(
         extra: what `load_checkpoint` returns: tensors, numbers, strings, lists and dicts of them.
             On several ranks that of the first is kept.
         keep: how many of the newest checkpoints stay.
-        step: optimizer steps done; for a model without a handle.
+        step: number of optimizer steps done; for a model without a handle.
 
     Returns:
-        The path of the checkpoint.
+        The path of the checkpoint: `step-<8 digits>.pt`, a folder where parameters are sharded.
 
     Raises:
         CheckpointError: the folder holds a checkpoint of a later step, so that it is another
-            run's. TypeError: something that cannot be loaded safely is to be saved.
-        ValueError: `keep` is below 1, or there is no step. OSError: from the disk.
+            run's; or another rank has failed.
+        TypeError: something that cannot be loaded safely is to be saved.
+        ValueError: `keep` is below 1, or there is no step.
+        OSError: from the disk.
+
+    Example:
+        ```python
+        extra = load_checkpoint("runs/mine", handle, optimizer)  # None: nothing there yet
+        save_checkpoint("runs/mine", handle, optimizer, extra={"epoch": 1})
+        ```
     """
     if keep < 1:
         raise ValueError(f"keep must be 1 or more, got {keep}")
@@ -113,7 +121,10 @@ def load_checkpoint(
     adaptive schedule of a sharded model measures the interval under way anew.
 
     Args:
-        folder, handle, optimizer, scheduler: as `save_checkpoint` had them.
+        folder: as `save_checkpoint` had it.
+        handle: as it had it; the weights of its model are replaced, and its step is.
+        optimizer: as it had it; its state and the numbers in its groups are replaced.
+        scheduler: as it had it; its state is replaced.
         check: called with what was saved as `extra` before anything is changed; it raises what it
             likes to refuse.
 

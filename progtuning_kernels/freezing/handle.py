@@ -67,7 +67,9 @@ def _drop_hooks_of_a_copy(model: nn.Module) -> None:
 
 
 class PatchHandle:
-    """What `patch_model` returns: the schedule's grip on one model. Also a context manager.
+    """Takes one patched model from stage to stage; `patch_model` returns it.
+
+    It is a context manager, too, which unpatches the model at its end.
 
     Attributes:
         model: the patched model, without the wrapper that `patch_model` was given.
@@ -168,6 +170,7 @@ class PatchHandle:
 
     @property
     def num_blocks(self) -> int:
+        """Number of blocks, L."""
         return self.layout.num_blocks
 
     @property
@@ -177,12 +180,12 @@ class PatchHandle:
 
     @property
     def active_params(self) -> int:
-        """Number of parameters that the next step updates."""
+        """Number of parameter elements that the next step updates."""
         return self.freezer.state.trainable_params
 
     @property
     def trainable_params(self) -> int:
-        """Number of parameters that were trainable when the model was patched."""
+        """Number of parameter elements that were trainable when the model was patched."""
         return self.freezer.active.trainable_params
 
     @property
@@ -203,13 +206,28 @@ class PatchHandle:
 
         Raises:
             RuntimeError: the model is not patched any more, its blocks are others than they were,
-                or a schedule that decides by gradient norms has seen none.
+                a schedule that decides by gradient norms has seen none, or ranks do not train the
+                same.
+            ValueError: the schedule has no plan for the step, nothing would train under it, or
+                AdaLoRA still moves ranks between adapters of which it freezes some.
         """
         self.freezer.end_step()
         return self.seek(self.step + 1)
 
     def seek(self, step: int) -> bool:
-        """Jump to the plan of optimizer step `step`, as after a resume; True when it changed."""
+        """Go to the plan of any optimizer step, as after a resume.
+
+        Args:
+            step: number of optimizer steps done.
+
+        Returns:
+            True when the plan changed.
+
+        Raises:
+            RuntimeError: as `advance`; gradient norms are not asked for.
+            ValueError: as `advance`, or a `step` that is negative or not whole.
+            TypeError: a `step` that is no number.
+        """
         self._check_patched()
         step = whole_number("step", step, 0)
         self._missed.told(step)
@@ -220,7 +238,7 @@ class PatchHandle:
         return plan != before
 
     def settle(self) -> None:
-        """Call this before a checkpoint that is written between `optimizer.step()` and `advance()`.
+        """Call this before a checkpoint that is written between `optimizer.step()` and `advance`.
 
         A schedule that decides by gradient norms gets those of the step just made; what was
         switched on below the boundary is frozen again, and frozen parameters lose their gradients.
@@ -265,7 +283,11 @@ class PatchHandle:
         return self
 
     def on_change(self, listener: Callable[[PatchHandle], None]) -> None:
-        """Call `listener(handle)` after every change of plan."""
+        """Have `listener(handle)` called whenever `advance` or `seek` has set the flags anew.
+
+        Args:
+            listener: called after every change of plan, and after one of the model's modules.
+        """
         self._listeners.append(listener)
 
     def param_groups(
@@ -288,6 +310,10 @@ class PatchHandle:
                 embeddings, 0..L-1 the blocks, L the head), for rates that differ between units.
                 What several units use is in the one that it freezes with. An update of more than 8
                 groups takes more than one call.
+
+        Returns:
+            Groups with "params", "param_names", "weight_decay" and "lr" as far as they are set; a
+            group without parameters is left out.
         """
         slots = list(parameter_slots(self.model, self.layout))
         names = {id(slot.parameter): slot.name for slot in slots}
@@ -309,12 +335,19 @@ class PatchHandle:
 
         The last training forward is run once more, on the same inputs, with counters attached:
         training itself is never slowed down by counting, and its random numbers stay as they were.
+
+        Raises:
+            RuntimeError: the blocks are others than they were when the model was patched.
         """
         self.freezer.check_structure()
         return report_truncation(self.freezer, self.forwards.count_last())
 
     def prefetch(self, **batch: Any) -> None:
-        """Deprecated: it does nothing, and will go."""
+        """Deprecated: it does nothing, and goes with the next release.
+
+        Args:
+            **batch: arguments of the model.
+        """
         if self.cache is not None:
             self.cache.prefetch(batch)
 
@@ -354,10 +387,15 @@ class PatchHandle:
         return state
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go to the step of a saved run, whose weights have been loaded before.
+        """Go to the step of a saved run; weights and optimizer state are loaded on their own.
+
+        Args:
+            state: what `state_dict` has returned.
 
         Raises:
-            ValueError: the state belongs to a model or a schedule other than this one.
+            ValueError: the state belongs to a model or a schedule other than this one, or its step
+                has no plan.
+            RuntimeError: as `seek`.
         """
         if state.get("format") != 1:
             raise ValueError(f"not the state of a PatchHandle: format {state.get('format')!r}")

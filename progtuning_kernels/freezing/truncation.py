@@ -17,12 +17,25 @@ class TruncationError(AssertionError):
 
 @dataclass(frozen=True)
 class UnitReport:
-    """Numbers of a unit's parameters, and its `UnitUse` in a forward; None: not measured."""
+    """One unit: its parameters, and what the last training forward left in it for backward.
+
+    Attributes:
+        label: "embeddings", "block 0" ..., or "head".
+        params: number of parameter elements; what several units use counts once.
+        active: how many of them are active.
+        active_names: qualified names of the active parameters.
+        nodes: autograd nodes that backward would run; None, as below, where nothing was measured.
+        saved_bytes: of every tensor that is saved for backward; one saved thrice counts thrice, and
+            weights count.
+        activation_bytes: of distinct storages among them that belong to no parameter or buffer: the
+            memory that the forward really holds.
+        requiring_grad: paths of modules of the unit whose output required grad.
+    """
 
     label: str
     params: int
     active: int
-    active_names: tuple[str, ...] = ()  # qualified names of its active parameters
+    active_names: tuple[str, ...] = ()
     nodes: int | None = None
     saved_bytes: int | None = None
     activation_bytes: int | None = None
@@ -33,9 +46,14 @@ class UnitReport:
 class TruncationReport:
     """Per unit: parameters, active parameters, autograd nodes and bytes saved for backward.
 
-    `print(report)` shows it as a table. Nodes and bytes are None before the first forward. `tied`
-    says, a line each, which parameters several units use and what follows from it; `kernels`, in
-    one line, how many modules run freeze-aware ops, and `cache` what the prefix cache does.
+    `print(report)` shows it as a table.
+
+    Attributes:
+        units: embeddings, blocks 0..L-1, head.
+        boundary: the effective boundary.
+        tied: which parameters several units use and what follows from it, a line each.
+        kernels: how many modules run freeze-aware ops, in one line.
+        cache: what the prefix cache does, in one line; None without one.
     """
 
     units: tuple[UnitReport, ...]
@@ -46,14 +64,17 @@ class TruncationReport:
 
     @property
     def saved_bytes(self) -> int | None:
+        """Sum over the units; None before the first training forward."""
         return self._total("saved_bytes")
 
     @property
     def activation_bytes(self) -> int | None:
+        """Sum over the units; None before the first training forward."""
         return self._total("activation_bytes")
 
     @property
     def nodes(self) -> int | None:
+        """Sum over the units; None before the first training forward."""
         return self._total("nodes")
 
     def _total(self, field: str) -> int | None:
@@ -66,10 +87,13 @@ class TruncationReport:
         return self.units[: self.boundary + 1] if self.boundary else ()
 
     def assert_truncated(self) -> None:
-        """Raise `TruncationError` if anything below the boundary trains or is in the graph.
+        """Prove that nothing below the boundary trains or is in the graph.
 
-        Under boundary 0 there is nothing below. Before the first forward nothing can be proved,
-        which is an error too.
+        Under boundary 0 there is nothing below.
+
+        Raises:
+            TruncationError: something is, or there was no training forward yet, so that nothing
+                can be proved.
         """
         for unit in self.prefix:
             if unit.active:

@@ -58,7 +58,7 @@ def _of_the_trainer(args: Any, given: dict[str, Any]) -> tuple[TrainingArguments
 
 
 class ProgtuningCallback(TrainerCallback):
-    """Patches the model when training begins, applies the plan before every step, unpatches.
+    """Patches the model when training begins, applies each plan in time, unpatches it at the end.
 
     The optimizer is built by the Trainer over all parameters and keeps its groups; state of frozen
     parameters is released from whichever optimizer it is. The plan is a function of
@@ -70,21 +70,33 @@ class ProgtuningCallback(TrainerCallback):
     others. The Trainer's progress bar says the stage, and a change of stage is one line at
     transformers' verbosity "info".
 
-        trainer = Trainer(model, args, ..., callbacks=[ProgtuningCallback(ProgressiveSchedule(3))])
-
     Args:
         schedule: copied; one without `total_steps` is bound to the Trainer's number of steps.
-        patch_options: `frozen_mode`, `tied`, `kernels`, `packing`, `cache`, `blocks` of
-            `patch_model`. `callback.handle.packing_report()` says what packing left out.
+        **patch_options: `frozen_mode`, `tied`, `kernels`, `packing`, `cache`, `blocks` of
+            `patch_model`.
+
+    Attributes:
+        handle: the `PatchHandle` of the run under way, and after it of the last one, whose
+            `packing_report()` says what packing left out; None before the first.
+        schedule: the copy that plans the run.
 
     Raises:
-        TypeError: no schedule, or an option that `patch_model` has not.
-        ValueError: a value that it does not take.
+        TypeError: no schedule, or an option that `patch_model` has not; when training begins, a
+            model that is no `nn.Module`.
+        ValueError: a value that `patch_model` does not take; when training begins, as from it.
+        UnsupportedModelError: when training begins, as from `patch_model`.
+        RuntimeError: when training begins, as from `patch_model`, with several GPUs in one process,
+            or with `torch_compile` on several processes without `attach`.
 
-    Raises (when training begins):
-        UnsupportedModelError, ValueError: as `patch_model`.
-        RuntimeError: several GPUs in one process, or `torch_compile` on several processes without
-            `attach`.
+    Example:
+        ```python
+        trainer = Trainer(
+            model,
+            args,
+            train_dataset=rows,
+            callbacks=[ProgtuningCallback(ProgressiveSchedule(3))],
+        )
+        ```
     """
 
     def __init__(self, schedule: Schedule, **patch_options: Any) -> None:
@@ -100,7 +112,11 @@ class ProgtuningCallback(TrainerCallback):
         self._shown: int | None = None  # the stage that the progress bar shows
 
     def attach(self, trainer: Trainer) -> None:
-        """Give the callback its Trainer, which `torch_compile` on several processes needs."""
+        """Give the callback its Trainer, which `torch_compile` on several processes needs.
+
+        Args:
+            trainer: the one that the callback was given to.
+        """
         self._trainer = weakref.ref(trainer)
 
     def on_init_end(

@@ -109,24 +109,28 @@ FAMILIES: dict[str, Family] = {
 
 
 def register_family(model_type: str | type, **rules: Any) -> Family:
-    r"""Say where models of one kind keep what structure alone gets wrong.
+    r"""Tell discovery what structure alone gets wrong about one kind of models.
 
     Rules add to those that the kind has already, those of one field too: patterns are joined by
     "or", lists made longer.
 
-        register_family("mine", embeddings=r"^encoder\.late_norm\.")
-        register_family("MyEncoder", embeddings=r"^encoder\.late_norm\.")
-
     Args:
         model_type: `model.config.model_type`, or a class or its name, for models without config.
             The model may be of that kind, or hold a module that is.
-        rules: fields of `Family`.
+        **rules: fields of `Family`.
 
     Returns:
         The rules now in force.
 
     Raises:
         ValueError: an unknown rule, or a pattern that is no regular expression.
+        TypeError: `model_type` is neither a string nor a class.
+
+    Example:
+        ```python
+        register_family("mine", embeddings=r"^encoder\.late_norm\.")
+        register_family("MyEncoder", embeddings=r"^encoder\.late_norm\.")
+        ```
     """
     if isinstance(model_type, type):
         model_type = model_type.__name__

@@ -12,13 +12,21 @@ from ..text_table import text_table
 
 @dataclass(frozen=True)
 class ReportRow:
-    """Whether one implementation of an op runs on a kind of device."""
+    """Whether one implementation of an op runs on a kind of device.
+
+    Attributes:
+        op: name of the op.
+        device: "cpu" or "cuda".
+        implementation: "native", "triton" or "reference".
+        ok: whether it runs.
+        reason: why it does not; None exactly where it does.
+    """
 
     op: str
     device: str
     implementation: str
     ok: bool
-    reason: str | None  # None exactly where ok
+    reason: str | None
 
 
 @dataclass(frozen=True)
@@ -26,6 +34,7 @@ class BackendReport:
     """Every op, device and implementation on this machine; `print` it.
 
     Attributes:
+        rows: one per op, device and implementation.
         passed_over: op -> why PROGTUNING_BACKEND's choice did not run it when it was called last.
     """
 

@@ -65,23 +65,28 @@ _OWN_STATE = ("step", "master", *MOMENT_KEYS)
 class MaskedAdamW(MaskedOptimizer):
     """AdamW whose frozen tensors cost nothing: no update, no decay, no state, no launch.
 
-    The formula is that of `ops/masked_update`. State and `state_dict` have the layout of
-    `torch.optim.AdamW`, and either loads the other's; moments in 8 bits go to torch through
-    `torch_state_dict()`.
+    The formula is that of `masked_update` (Loshchilov and Hutter, arXiv 1711.05101). State and
+    `state_dict` have the layout of `torch.optim.AdamW`, and either loads the other's; moments in 8
+    bits go to torch through `torch_state_dict`. Parameters are float32, bfloat16, float16 or
+    float64, on any devices; a bucket of each device and dtype is updated in one call.
 
     Args:
-        params: parameters, named parameters or groups; `handle.param_groups(lr, weight_decay)`
-            gives both groups.
+        params: parameters, named parameters or groups, frozen ones included;
+            `handle.param_groups(lr, weight_decay)` gives both groups.
         lr: learning rate, a float or a 0-dim tensor.
-        betas, eps: as in `torch.optim.AdamW`.
-        weight_decay: decoupled; default 0.
-        max_grad_norm: clip the global L2 norm of the active gradients in the same pass.
+        betas: decay of both moments, each in [0, 1), as in `torch.optim.AdamW`.
+        eps: added to the root of the second moment, as in `torch.optim.AdamW`.
+        weight_decay: decoupled.
+        max_grad_norm: clip the global L2 norm of the active gradients in the same pass, by the
+            formula of `torch.nn.utils.clip_grad_norm_`; None: no clipping.
         state_dtype: of the moments: `torch.float32`, `torch.bfloat16` (rounded stochastically; half
             the bytes), or "8bit" (a quarter; tensors under 4,096 elements keep float32).
         stochastic_rounding: of bfloat16 parameters: small updates are then not lost.
         master_weights: a float32 copy of bfloat16 and float16 parameters, which is what is updated.
         in_backward: update inside backward, block by block, so that one block's gradients are alive
-            at a time; what it excludes is in `optim/in_backward.py`.
+            at a time; micro-batches before the last of a step go into `accumulate`. Backward then
+            raises under `GradScaler`, re-entrant checkpointing and `DistributedDataParallel`, and
+            with sharded parameters unless nothing is clipped and `nonfinite` is "ignore".
         clip_mode: with `in_backward` and `max_grad_norm`: "exact" keeps all gradients to the end;
             "previous_norm" and "per_block" do not, and clip by another norm.
         on_freeze: "release" the state of a tensor that stops being active, "keep" it, or "offload"
@@ -89,12 +94,19 @@ class MaskedAdamW(MaskedOptimizer):
         nonfinite: "skip" (and count, see `skipped_steps`) a step with a NaN or infinite gradient,
             or "ignore", which saves the norm pass where nothing is clipped.
         zero_grads: leave zeros in the gradients, in the same pass; for gradients that are kept.
-        seed: of stochastic rounding; the same seed gives the same bits, on a resumed run too.
+        seed: of stochastic rounding, 64 bits; the same seed gives the same bits, on a resumed run
+            too.
 
     Raises:
-        ValueError: a hyper-parameter outside its range, options that exclude each other, or one in
-            a group that would be ignored although it changes the result (`amsgrad`, `maximize`,
-            `max_grad_norm`, ...); the latter also from `step` and `load_state_dict`.
+        ValueError: a hyper-parameter outside its range, options that exclude each other, a complex
+            parameter or one that is there twice, or an option in a group that would be ignored
+            although it changes the result (`amsgrad`, `maximize`, `max_grad_norm`, ...), also from
+            `step` and `load_state_dict`; from `step`, 8-bit moments of sharded parameters.
+
+    Example:
+        ```python
+        optimizer = MaskedAdamW(handle.param_groups(lr=5e-5, weight_decay=0.01), max_grad_norm=1.0)
+        ```
     """
 
     _SETTINGS = MaskedOptimizer._SETTINGS | {"state_dtype", "stochastic_rounding", "master_weights"}
@@ -183,6 +195,9 @@ class MaskedAdamW(MaskedOptimizer):
         """The state dict with float32 moments whatever they are stored in, for `torch.optim.AdamW`.
 
         Masters are left out: torch's optimizer updates the parameters themselves.
+
+        Returns:
+            State and groups as in `state_dict`; float32 moments are the optimizer's own tensors.
         """
         saved = self.state_dict()
         saved.pop("masked", None)

@@ -127,7 +127,6 @@ class MaskedOptimizer(Optimizer):
     def grad_norm(self) -> Tensor | None:
         """Norm of the last step's gradients before clipping, 0-dim float32; None: none was taken.
 
-
         Reading it copies it on its device: on a GPU every step writes to the same place.
         """
         return None if self._norm is None else self._norm.clone()
@@ -151,13 +150,16 @@ class MaskedOptimizer(Optimizer):
 
     @contextmanager
     def accumulate(self) -> Iterator[None]:
-        """Backward passes inside only add to the gradients: `in_backward` waits for the last one.
+        """Context in which backward passes only add to the gradients, whatever `in_backward` says.
 
-        for micro_batch in window[:-1]:
-            with optimizer.accumulate():
-                loss(micro_batch).backward()
-        loss(window[-1]).backward()
-        optimizer.step()
+        Example:
+            ```python
+            for batch in loader[:-1]:
+                with optimizer.accumulate():
+                    model(**batch).loss.backward()
+            model(**loader[-1]).loss.backward()
+            optimizer.step()
+            ```
         """
         before, self.accumulating = self.accumulating, lambda: True
         try:
@@ -190,11 +192,15 @@ class MaskedOptimizer(Optimizer):
                 settle_frozen_state(self, self.on_freeze)
 
     def check_groups(self, groups: Iterable[Mapping[str, Any]] | None = None) -> None:
-        """Raise `ValueError` for what a group asks for and this optimizer would not do.
+        """Look for what a group asks for and this optimizer would not do.
+
+        It runs in every step, so that what is written into a group later is found, too.
 
         Args:
-            groups: None: its own. It runs in every step, so that what is written into a group
-                later is found, too.
+            groups: None: its own.
+
+        Raises:
+            ValueError: an option that would be ignored although it changes the result.
         """
         for group in self.param_groups if groups is None else groups:
             if not self._SETTINGS.isdisjoint(group):
@@ -227,6 +233,9 @@ class MaskedOptimizer(Optimizer):
         The plan that its state belongs to may be yet to come, as where the handle is loaded after
         the optimizer: what `on_freeze` says of tensors that are frozen is done in the next step.
 
+        Args:
+            state_dict: of this class, or of `torch.optim.AdamW`.
+
         Raises:
             ValueError: groups of other sizes, state of another shape or of another kind of
                 optimizer, or an option that this one does not have. Nothing is changed then.
@@ -242,12 +251,21 @@ class MaskedOptimizer(Optimizer):
         load_state_dict(self, state_dict, self.check_groups, finish)
 
     def zero_grad(self, set_to_none: bool = True) -> None:
+        """As torch's; it also forgets a backward that broke off under `in_backward`.
+
+        Args:
+            set_to_none: drop the gradients; otherwise they become zeros.
+        """
         super().zero_grad(set_to_none)
         if self._hooks is not None:
             self._hooks.forget_backward()
 
     def state_from(self, saved: dict[str, Any], member: Member) -> dict[str, Any]:
         """A copy of one parameter's saved state, as this optimizer keeps it, on its device.
+
+        Args:
+            saved: state of the parameter, of this or another optimizer.
+            member: the parameter, with its place in the groups.
 
         Raises:
             ValueError: this is not what a parameter's state looks like here.
@@ -281,14 +299,18 @@ class MaskedOptimizer(Optimizer):
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
-        """Update every active tensor that has a gradient.
+        """Update every active tensor that has a gradient; all others stay as they are.
 
         Args:
             closure: re-evaluates the model and returns the loss.
 
+        Returns:
+            What `closure` has returned.
+
         Raises:
-            RuntimeError: a sparse gradient, or a loss scale that came too late for `in_backward`.
-            ValueError: as `check_groups`.
+            RuntimeError: a gradient that is sparse or of another shape than its parameter, or a
+                loss scale that came too late for `in_backward`.
+            ValueError: an option in a group that would be ignored although it changes the result.
         """
         loss = None
         if closure is not None:

@@ -24,7 +24,10 @@ StateDict = dict[str, Any]
 
 
 def release_frozen_state(optimizer: Optimizer) -> int:
-    """Drop the state of every parameter that does not require grad; works on any optimizer.
+    """Drop the state of every parameter that does not require grad.
+
+    Args:
+        optimizer: any; `MaskedAdamW` does this by itself.
 
     Returns:
         Bytes of state that were dropped.
@@ -56,7 +59,11 @@ def settle_frozen_state(optimizer: Optimizer, on_freeze: OnFreeze) -> None:
 
 
 def state_bytes(optimizer: Optimizer) -> int:
-    """Bytes that the optimizer's state tensors occupy on this rank, step counters included."""
+    """Bytes that the optimizer's state tensors occupy on this rank, step counters included.
+
+    Args:
+        optimizer: any.
+    """
     return sum(
         _bytes_of(state) for key, state in optimizer.state.items() if isinstance(key, Tensor)
     )

@@ -19,6 +19,7 @@ from ..cache import PrefixCache
 from ..freezing.active_set import TiedPolicy
 from ..freezing.boundary import FrozenMode
 from ..freezing.freezer import Freezer
+from ..freezing.handle import handle_of
 from ..model.derived_classes import derived_classes
 from ..model.layout import find_layout
 from ..schedules import FreezePlan, Schedule, decides_by_gradients
@@ -94,7 +95,8 @@ def plan_training(
             `with torch.device("meta"): AutoModelForCausalLM.from_config(config)`. Gradient
             checkpointing counts if it is switched on.
         schedule: as for `patch_model`.
-        batch_size, seq_len: rows of a micro-batch, and tokens in each.
+        batch_size: rows of a micro-batch.
+        seq_len: tokens in each row.
         dtype: of weights, activations and gradients.
         optimizer: `MaskedAdamW` with moments in float32 ("adamw"), bfloat16 or 8 bits.
         master_weights: it keeps float32 copies of weights of fewer bits.
@@ -102,7 +104,7 @@ def plan_training(
         cache: count what a `PrefixCache` would keep of a row, in its `dtype`, and time steps
             without the prefix.
         steps: optimizer steps of the run; None: as the schedule says, or equal stages.
-        memory_bytes: what a stage has to fit in.
+        memory_bytes: what a stage has to fit in; None: nothing.
         device: where it will run: which attention kernel is taken and what dropout keeps depend on
             it. None: where the model is, or from the meta device a GPU if there is one.
         padding: rows are padded, so that there is an attention mask.
@@ -112,7 +114,9 @@ def plan_training(
             Embeddings, head and the step of full training, which stages are compared with, stay
             padded. A model that does not pack (`handle.packing_report()`) takes 1.
         inputs: arguments of the model in place of tokens and labels, `batch_size` in dimension 0.
-        frozen_mode, tied, blocks: as for `patch_model`.
+        frozen_mode: as for `patch_model`.
+        tied: as for `patch_model`.
+        blocks: as for `patch_model`.
         calibrate: time real steps of two blocks, embeddings and head on `device`, for about two
             seconds (four rounds at least), and compose stages from that.
 
@@ -122,13 +126,20 @@ def plan_training(
             than 64 different plans, or decides while it trains; a model that is patched, or that
             asks for values of its data and so cannot run on the meta device.
         TypeError: not a module, such as a config.
+
+    Example:
+        ```python
+        plan = plan_training(model, ProgressiveSchedule(2, 60), batch_size=4, seq_len=16)
+        print(plan)
+        ```
     """
     if not isinstance(model, nn.Module):
         raise TypeError(
             f"model must be an nn.Module, got {type(model).__name__}; of a config build one "
             'without weights: with torch.device("meta"): AutoModel....from_config(config)'
         )
-    if set(map(type, model.modules())) & set(derived_classes()):
+    derived = set(map(type, model.modules())) & set(derived_classes())
+    if derived or any(map(handle_of, model.modules())):
         raise ValueError("the model is patched: plan before, or call handle.unpatch() first")
     if optimizer not in get_args(OptimizerName):
         choices = ", ".join(map(repr, get_args(OptimizerName)))

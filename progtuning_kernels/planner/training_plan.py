@@ -14,7 +14,7 @@ class StagePlan:
 
     Attributes:
         first_step: its first optimizer step, from 0.
-        steps: optimizer steps in it.
+        steps: number of optimizer steps in it.
         boundary: the effective boundary.
         trains: units that train, in words.
         trainable_params: elements that an optimizer step updates.
@@ -25,7 +25,8 @@ class StagePlan:
         peak_bytes: weights, state, and the most that activations, temporaries and gradients take
             together. An allocator's rounding, workspaces of libraries and a GPU's context (about
             0.5 GiB) come on top.
-        forward_flops, backward_flops: of one micro-batch; a multiplication and an addition are two.
+        forward_flops: of one micro-batch; a multiplication and an addition are two.
+        backward_flops: the same of backward.
         step_ratio: time of a step relative to full training: of measured unit costs where the plan
             is calibrated, otherwise of the operations, the optimizer left out.
         step_ms: milliseconds of a step of one micro-batch; None where it is not calibrated.
@@ -53,12 +54,18 @@ class StagePlan:
 
     @property
     def flops(self) -> int:
+        """Forward and backward together."""
         return self.forward_flops + self.backward_flops
 
 
 @dataclass(frozen=True)
 class Remedy:
-    """An option that lowers the peak, and the peak bytes of the same stage with it."""
+    """An option that lowers the peak.
+
+    Attributes:
+        option: what to change, in words.
+        peak_bytes: of the same stage with it.
+    """
 
     option: str
     peak_bytes: int
@@ -72,7 +79,7 @@ class TrainingPlan:
         title: the model and the shape of a micro-batch.
         stages: in the order of the run.
         full: one step of full training, to compare with.
-        memory_bytes: what was given; None: nothing to fit.
+        memory_bytes: what a stage has to fit in, as it was given; None: nothing to fit.
         remedies: what would lower the peak, the most effective first.
         notes: what was assumed, a line each.
         calibrated: whether times come from a measurement on this machine.
@@ -90,6 +97,7 @@ class TrainingPlan:
 
     @property
     def total_steps(self) -> int:
+        """Number of optimizer steps of all stages."""
         return sum(stage.steps for stage in self.stages)
 
     @property
@@ -118,6 +126,7 @@ class TrainingPlan:
 
     @property
     def peak_bytes(self) -> int:
+        """Of the stage that takes most."""
         return self.stages[self.peak_stage].peak_bytes
 
     @property

@@ -20,7 +20,14 @@ _LOWER_IS_BETTER = {"loss": "loss, lower is better", "perplexity": "perplexity, 
 
 
 def comparison_table(runs: Sequence[Run]) -> Table:
-    """One row per method: metric, seconds, updates saved, peak bytes; mean ± standard error."""
+    """One row per method: metric, seconds, updates saved, peak bytes; mean ± standard error.
+
+    Args:
+        runs: in any order.
+
+    Raises:
+        ValueError: as `group_runs`.
+    """
     from rich import box
     from rich.table import Table
     from rich.text import Text
@@ -37,7 +44,14 @@ def comparison_table(runs: Sequence[Run]) -> Table:
 
 
 def markdown_table(runs: Sequence[Run]) -> str:
-    """The same for a README."""
+    """`comparison_table` in Markdown.
+
+    Args:
+        runs: in any order.
+
+    Raises:
+        ValueError: as `group_runs`.
+    """
     head, *rows = _comparison(runs)
     lines = [head, ["---", *["---:"] * (len(head) - 1)], *rows]
     escaped = [[cell.replace("|", r"\|") for cell in line] for line in lines]
@@ -48,6 +62,10 @@ def write_report(runs: Sequence[Run], out_dir: str | Path) -> Path:
     """Write report.html, which needs no other file, and its plots as PNG files beside it.
 
     A plot that no run has figures for is left out.
+
+    Args:
+        runs: in any order.
+        out_dir: folder to write to; it is made where it is missing.
 
     Returns:
         The path of report.html.
@@ -120,7 +138,14 @@ def _comparison(runs: Sequence[Run]) -> list[list[str]]:
 
 
 def notices(runs: Sequence[Run]) -> list[str]:
-    """What one should know when comparing the runs, a sentence each."""
+    """What one should know when comparing the runs, a sentence each.
+
+    Args:
+        runs: in any order.
+
+    Raises:
+        ValueError: as `group_runs`.
+    """
     rows = group_runs(runs)
     has_full = any(row.method == "full" for row in rows)
     options = sorted({key for run in runs for key in run.config} - {"seed", "output", "method"})

@@ -23,7 +23,23 @@ _NO_METRICS = re.compile(r"eval_(\w+_)?(loss|runtime|\w+_per_second|model_prepar
 
 @dataclass(frozen=True)
 class Run:
-    """One stored run: the fields of its metrics.json, or what a trainer_state.json has of them."""
+    """One stored run: the fields of its metrics.json, or what a trainer_state.json has of them.
+
+    Attributes:
+        path: folder of the file.
+        name: of the run; `METHOD-seed<N>` where a repeat is meant.
+        method: "full", "progressive", "lora", ...
+        seed: 0 where none was stored.
+        metric_name: such as "accuracy".
+        config: options of the run.
+        meta: device, versions, commit.
+        data: rows, label names, digest.
+        model: name, number of parameters.
+        steps: what was logged of each step: "step", "loss", ...
+        evaluations: "step", "metric", and "train_seconds" where it was stored.
+        stages: "stage" from 0, "boundary", "first_step", and what a step of it costs.
+        summary: "metric", "train_seconds", peak bytes, ...
+    """
 
     path: Path
     name: str
@@ -54,7 +70,11 @@ class Row:
 
 
 def find_run(path: str | Path) -> Path | None:
-    """The file of the run in a folder, or `path` itself if it is a file; None if there is none."""
+    """The file of the run in a folder, or `path` itself if it is a file; None if there is none.
+
+    Args:
+        path: of a folder with metrics.json, trainer_state.json or checkpoints, or of such a file.
+    """
     path = Path(path)
     if path.is_file():
         return path
@@ -65,7 +85,14 @@ def find_run(path: str | Path) -> Path | None:
 
 
 def load_run(path: str | Path) -> Run:
-    """Read a run from its folder or its file; ValueError says what is wrong with the file."""
+    """Read a run from its folder or its file.
+
+    Args:
+        path: as for `find_run`.
+
+    Raises:
+        ValueError: there is no run, or its file cannot be read; says what is wrong with it.
+    """
     file = find_run(path)
     if file is None:
         raise ValueError(f"{path}: no metrics.json here, and no trainer_state.json, so no run")
@@ -117,6 +144,9 @@ def _of_trainer(file: Path, state: Mapping[str, Any]) -> Run:
 
 def group_runs(runs: Sequence[Run]) -> list[Row]:
     """Rows in the order of the methods; seeds that did other work are rows of their own.
+
+    Args:
+        runs: in any order.
 
     Raises:
         ValueError: no run at all, one run twice, or runs of different metrics.

@@ -36,6 +36,7 @@ class AdaptiveSchedule:
 
     Raises:
         ValueError: a setting outside its range.
+        TypeError: no number where one belongs.
     """
 
     def __init__(
@@ -83,7 +84,12 @@ class AdaptiveSchedule:
         return step % self.interval == self.interval - 1
 
     def observe(self, step: int, norms: Sequence[float], num_blocks: int) -> None:
-        """Record the norms of the interval that ends with `step`, and what follows from them.
+        """Record the norms of the interval that ends with a step, and what follows from them.
+
+        Args:
+            step: the last of an interval.
+            norms: one gradient norm per block, 0 where none trains.
+            num_blocks: number of blocks of the model, L.
 
         Raises:
             ValueError: not one finite norm per block, or a step that no interval ends with.

@@ -32,11 +32,24 @@ def annealed_lr(
     Args:
         schedule: the one that the model is patched with, of known length.
         groups: of `handle.param_groups(by_unit=True)`, also through an optimizer.
-        base: factor for all units, e.g. of a warm-up.
+        num_blocks: number of blocks of the model, L.
+        base: factor for all units at a step, e.g. of a warm-up.
+        scaled: whether a is S / s_u.
+
+    Returns:
+        One function of the step per group, in their order.
 
     Raises:
         ValueError: groups that do not say their unit, a schedule that thaws, decides while it
             trains, or does not know the length of the run.
+        TypeError: no schedule.
+
+    Example:
+        ```python
+        optimizer = MaskedAdamW(handle.param_groups(lr=5e-5, by_unit=True))
+        factors = annealed_lr(handle.schedule, optimizer.param_groups, handle.num_blocks)
+        scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, factors)
+        ```
     """
     check_schedule(schedule, "annealed_lr")
     if not all("unit" in group for group in groups):

@@ -32,6 +32,7 @@ class RandomBlockSchedule:
 
     Raises:
         ValueError: on settings that no run can satisfy; from `plan`, more blocks than there are.
+        TypeError: no number where one belongs.
     """
 
     blocks: int
@@ -77,6 +78,7 @@ class CyclicBlockSchedule:
 
     Raises:
         ValueError: on settings that no run can satisfy; from `plan`, more blocks than there are.
+        TypeError: no number where one belongs.
     """
 
     blocks: int

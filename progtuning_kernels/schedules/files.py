@@ -61,6 +61,9 @@ def schedule_from_file(path: str | Path) -> Schedule:
     progressive may come from what `progtuning contribution` has written: `weights_from` is its path
     from the schedule's own folder, `measure` the one to take where it has several.
 
+    Args:
+        path: of the file.
+
     Raises:
         ValueError: one line: the file is no such file, or describes no schedule.
         OSError: it cannot be read.
@@ -100,7 +103,6 @@ def read_settings(path: Path) -> Any:
 
 
 def _with_weights(settings: Mapping[str, Any], folder: Path) -> dict[str, Any]:
-
     settings = dict(settings)
     if "weights_from" not in settings:
         return settings
@@ -126,6 +128,5 @@ def _milestones(steps: Any) -> dict[Any, Any]:
     """The milestones of a file, whose keys are texts in TOML and JSON."""
     try:
         return {int(key) if isinstance(key, str) else key: n for key, n in steps.items()}
-
     except (AttributeError, ValueError):
         raise ValueError(f"steps must be a table of step = boundary, got {steps!r}") from None

@@ -25,6 +25,7 @@ class FreezePlan:
 
     @property
     def num_blocks(self) -> int:
+        """Number of blocks, L."""
         return len(self.trainable)
 
     @property
@@ -48,43 +49,94 @@ class FreezePlan:
 
     @classmethod
     def from_boundary(cls, boundary: int, num_blocks: int, *, embeddings: bool) -> FreezePlan:
-        """The plan that trains blocks `boundary..num_blocks-1` and the head."""
+        """The plan that trains blocks `boundary..num_blocks-1` and the head.
+
+        Args:
+            boundary: lowest trainable block; `num_blocks` for the head alone.
+            num_blocks: number of blocks, L.
+            embeddings: whether the embeddings train as well.
+        """
         return cls(tuple(i >= boundary for i in range(num_blocks)), embeddings=embeddings)
 
 
 @runtime_checkable
 class Schedule(Protocol):
-    """What `patch_model` asks of a schedule. A resumed run compares its `repr`."""
+    """What `patch_model` asks of a schedule. A resumed run compares its `repr`.
+
+    Attributes:
+        total_steps: length of the run in optimizer steps; None where it is not known.
+    """
 
     total_steps: int | None
 
     def plan(self, step: int, num_blocks: int) -> FreezePlan:
-        """The plan of optimizer step `step` (0 is the first) for a model of `num_blocks` blocks."""
+        """The plan of one optimizer step.
+
+        Args:
+            step: 0 is the first.
+            num_blocks: number of blocks of the model, L.
+
+        Raises:
+            ValueError: the step is negative, or the schedule does not fit the model, or has no plan
+                before it knows the length of the run.
+        """
         ...
 
     def stage(self, step: int) -> int:
-        """Index of the stage that `step` belongs to."""
+        """Index of the stage that a step belongs to, from 0.
+
+        Args:
+            step: optimizer step, 0 is the first.
+
+        Raises:
+            ValueError: as `plan`, whatever the model.
+        """
         ...
 
     def bind(self, total_steps: int) -> Schedule:
-        """Set the length of the run in optimizer steps; returns the schedule itself."""
+        """Set the length of the run.
+
+        Args:
+            total_steps: in optimizer steps, at least 1.
+
+        Returns:
+            The schedule itself.
+
+        Raises:
+            TypeError: no number.
+            ValueError: no whole number, or fewer steps than the schedule needs.
+        """
         ...
 
 
 @runtime_checkable
 class ObservingSchedule(Schedule, Protocol):
-    """What `patch_model` asks of a schedule that decides by gradient norms."""
+    """What `patch_model` asks, beyond a `Schedule`, of one that decides by gradient norms."""
 
     def observes(self, step: int) -> bool:
-        """Whether the gradients of this step count."""
+        """Whether the gradients of a step count.
+
+        Args:
+            step: optimizer step, 0 is the first.
+        """
         ...
 
     def decides(self, step: int) -> bool:
-        """Whether a decision falls after this step."""
+        """Whether a decision falls after a step.
+
+        Args:
+            step: optimizer step, 0 is the first.
+        """
         ...
 
     def observe(self, step: int, norms: Sequence[float], num_blocks: int) -> None:
-        """Decide after step `step`, by one gradient norm per block (0 where none trains)."""
+        """Decide after a step.
+
+        Args:
+            step: one that `decides`.
+            norms: one gradient norm per block, 0 where none trains.
+            num_blocks: number of blocks of the model, L.
+        """
         ...
 
     def state_dict(self) -> dict[str, Any]:
@@ -92,7 +144,11 @@ class ObservingSchedule(Schedule, Protocol):
         ...
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Take over the decisions of a saved run."""
+        """Take over the decisions of a saved run.
+
+        Args:
+            state: what `state_dict` has returned.
+        """
         ...
 
 

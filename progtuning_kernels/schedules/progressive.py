@@ -34,7 +34,17 @@ class ProgressiveSchedule:
             paper's rule.
 
     Raises:
-        ValueError: on settings that no run can satisfy; the message names the setting.
+        ValueError: on settings that no run can satisfy; the message names the setting. From `plan`
+            and `stage`: more stages than blocks, another number of weights than of blocks, a
+            negative step, or one after the first while `total_steps` is not known.
+        TypeError: no number where one belongs.
+
+    Example:
+        ```python
+        schedule = ProgressiveSchedule(stages=3, total_steps=900)
+        assert schedule.boundaries(num_blocks=12) == (0, 4, 8)
+        assert schedule.plan(300, num_blocks=12).boundary == 4
+        ```
     """
 
     stages: int
@@ -80,7 +90,14 @@ class ProgressiveSchedule:
         return min(self.stages - 1, step * self.stages // self.total_steps)
 
     def boundaries(self, num_blocks: int) -> tuple[int, ...]:
-        """First trainable block of every stage, e.g. (0, 4, 8) for 12 blocks in 3 stages."""
+        """First trainable block of every stage, e.g. (0, 4, 8) for 12 blocks in 3 stages.
+
+        Args:
+            num_blocks: number of blocks of the model, L.
+
+        Raises:
+            ValueError: more stages than blocks, or another number of weights.
+        """
         if self.stages > num_blocks:
             raise ValueError(f"stages={self.stages} is more than the {num_blocks} blocks there are")
         if self.weights is None:
@@ -107,6 +124,10 @@ class ProgressiveSchedule:
 class MilestoneSchedule:
     """Explicit boundaries: from step s on, the blocks from `milestones[s]` and the head train.
 
+    `MilestoneSchedule({}, embeddings="always")` never freezes anything, and
+    `MilestoneSchedule({0: 2, 10: 1, 20: 0, 30: -1})` thaws two blocks from the head down, the
+    embeddings last.
+
     Args:
         milestones: {step: boundary}. A missing step 0 means boundary 0 from the start; a boundary
             equal to the number of blocks trains the head alone, one of -1 everything, the
@@ -114,12 +135,10 @@ class MilestoneSchedule:
         embeddings: beside -1, "first_stage" (until the first milestone after step 0, and only under
             boundary 0), "always", or "never".
 
-    `MilestoneSchedule({}, embeddings="always")` never freezes anything, and
-    `MilestoneSchedule({0: 2, 10: 1, 20: 0, 30: -1})` thaws two blocks from the head down, the
-    embeddings last.
-
     Raises:
-        ValueError: on milestones that no run can have; the message names the milestone.
+        ValueError: on milestones that no run can have; the message names the milestone. From
+            `plan`: a boundary above the number of blocks.
+        TypeError: no mapping, or a step or boundary that is no number.
     """
 
     def __init__(

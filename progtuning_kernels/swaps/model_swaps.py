@@ -33,14 +33,23 @@ _LEAST_LOGITS_BYTES = 64 * 2**20
 
 @dataclass(frozen=True)
 class KernelRow:
-    """Modules of one class that are all swapped, or all kept for one reason."""
+    """Modules of one class that are all swapped, or all kept for one reason.
 
-    kind: str  # such as "RMSNorm"
+    Attributes:
+        kind: such as "RMSNorm".
+        module_class: name of the class.
+        count: number of modules.
+        example: path of the first.
+        swapped: whether an op runs them.
+        because: from which size on an op runs them, or why none does.
+    """
+
+    kind: str
     module_class: str
     count: int
-    example: str  # path of the first
+    example: str
     swapped: bool
-    because: str  # from which size on an op runs them, or why none does
+    because: str
 
 
 @dataclass(frozen=True)
@@ -57,9 +66,11 @@ class KernelReport:
 
     @property
     def swapped(self) -> int:
+        """Number of modules that run a freeze-aware op."""
         return sum(row.count for row in self.rows if row.swapped)
 
     def summary(self) -> str:
+        """One line."""
         if self.nothing is not None:
             return f"kernels: nothing is swapped: {self.nothing}"
         kept = sum(row.count for row in self.rows if not row.swapped)

@@ -1,4 +1,4 @@
-"""benchmarks/plot.py: tables and figures are those of the stored results."""
+"""benchmarks/plot.py, diagrams.py: tables and pictures show stored results and real schedules."""
 
 from __future__ import annotations
 
@@ -7,34 +7,56 @@ import importlib.util
 import json
 import re
 import sys
+from itertools import combinations
 from pathlib import Path
+from xml.etree import ElementTree
 
 import pytest
+from matplotlib import rc_context
+from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.colors import to_hex
+from matplotlib.text import Text
 
 from progtuning_kernels import report
 
-SCRIPT = Path(__file__).parents[2] / "benchmarks" / "plot.py"
+ROOT = Path(__file__).parents[2]
+BENCHMARKS = ROOT / "benchmarks"
+RESULTS = BENCHMARKS / "results"
+PAGES = [ROOT / "README.md", *(ROOT / "docs").rglob("*.md")]
+
+
+def _load(name: str):
+    spec = importlib.util.spec_from_file_location(name, BENCHMARKS / f"{name}.py")
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[name] = module
+    sys.path.insert(0, str(BENCHMARKS))
+    try:
+        spec.loader.exec_module(module)
+    finally:
+        sys.path.remove(str(BENCHMARKS))
+    return module
 
 
 @pytest.fixture(scope="module")
 def plot():
-    spec = importlib.util.spec_from_file_location("training_plot", SCRIPT)
-    module = importlib.util.module_from_spec(spec)
-    sys.modules["training_plot"] = module
-    spec.loader.exec_module(module)
-    return module
+    return _load("plot")
+
+
+@pytest.fixture(scope="module")
+def diagrams():
+    return _load("diagrams")
 
 
 def _entry(step_ms: list[float], run_s: float, *, state: list[int]) -> dict:
     stages = [
         {
+            "boundary": 2 * stage,
             "later_epochs": {"step_ms": ms, "step_ms_p20": 0.9 * ms, "step_ms_p80": 1.2 * ms},
             "state_bytes": bytes_,
             "saved_bytes": 2 * bytes_,
             "gradient_bytes_after_backward": bytes_ // 2,
         }
-        for ms, bytes_ in zip(step_ms, state, strict=True)
+        for stage, (ms, bytes_) in enumerate(zip(step_ms, state, strict=True))
     ]
     runs = [{"epochs_per_stage": 1, "run_s": run_s, "first_steps_extra_s": 0.25}]
     return {"stages": stages, "whole_runs": runs, "last_epoch_loss": 0.5}
@@ -44,8 +66,11 @@ def _entry(step_ms: list[float], run_s: float, *, state: list[int]) -> dict:
 def content() -> dict:
     mib = 2**20
     return {
+        "meta": {"device": "a machine"},
         "experiment": {
             "title": "MiniLM",
+            "shape": "MiniLM",
+            "steps_per_epoch": 75,
             "device": "cpu",
             "rows": 32,
             "tokens": 64,
@@ -100,54 +125,129 @@ def test_order_and_other_numbers_of_epochs(plot, content, tmp_path):
     assert "| 1.60 |  |" in rows[4] and "|  | 1.60 |" in rows[8]
 
 
-def test_figures_show_what_is_stored(plot, content):
+def _bars(ax) -> list[float]:
+    return [bar.get_width() for bar in ax.patches]
+
+
+def test_whole_runs_of_the_figure(plot, content):
+    assert plot.run_figure([content]) is None  # a panel of one bar shows nothing
+    content["providers"]["naive"] = content["providers"]["ours"]
     (ax,) = plot.run_figure([content]).axes
-    assert [bar.get_width() for bar in ax.patches] == [0.625, 1.0]
-    assert [label.get_text() for label in ax.get_yticklabels()] == ["ours", "full"]
-    times, state, gradients, saved = plot.stage_figure(content).axes
-    assert [bar.get_height() for bar in times.patches] == [100, 100, 90, 40.4]
-    assert [bar.get_height() for bar in state.patches] == [64, 64, 64, 16]
-    assert [bar.get_height() for bar in gradients.patches] == [32, 32, 32, 8]
-    assert [bar.get_height() for bar in saved.patches] == [128, 128, 128, 32]
+    assert _bars(ax) == [1.6, 1.6]
+    assert [label.get_text() for label in ax.get_yticklabels()] == ["ours", "naive"]
+
+
+def test_front_figure(plot, content):
+    packing = plot.load_packing(RESULTS / "amd-epyc-2-threads")
+    speeds, memory = plot.front_figure(packing, content).axes
+    ways = ("HF + group_by_length", "ours", "ours + cache")
+    assert _bars(speeds) == [c["ways"][way]["speedup"] for way in ways for c in packing]
+    ours, full = memory.patches[:2], memory.patches[2]
+    assert [bar.get_height() for bar in ours] == [64 + 32 + 128, 16 + 8 + 32]
+    assert [*full.get_data().values] == [224, 224]
+    shown = {" ".join(text.get_text().split()) for text in memory.texts}
+    assert {"all", "blocks 2-5, head", "full: 224"} <= shown
+
+
+def test_names_of_methods_cover_nothing(plot):
+    tasks = plot.load_accuracy(RESULTS / "amd-epyc-2-threads")
+    with rc_context(plot.STYLE):
+        figure = plot.accuracy_figure(tasks)
+    FigureCanvasAgg(figure).draw()
+    (ax,) = figure.axes
+    assert [text.get_text() for text in ax.texts] == [*tasks["cola"]]
+    boxes = [Text.get_window_extent(text) for text in ax.texts]  # without the line to the point
+    assert not any(plot.overlap(one, other) for one, other in combinations(boxes, 2))
+    for container in ax.containers:
+        ((x, y),) = container.lines[0].get_xydata()
+        x, y = ax.transData.transform((x, y))
+        assert not any(box.contains(x, y) for box in boxes)
+        runs = tasks["cola"][container.get_label()]
+        assert container.lines[0].get_xdata()[0] == min(
+            run["summary"]["train_seconds"] for run in runs
+        )
+
+
+def test_figures_of_the_demo_show_what_is_stored(plot):
+    paths = sorted(RESULTS.glob("*/demo/*.json"))
+    rows = report.group_runs([report.load_run(path) for path in paths])
+    runs = {row.method: row.runs for row in rows}
+    one = runs["progressive"][0]
+    (memory,) = plot.memory_figure([one]).axes
+    for kind, key in (
+        ("optimizer state", "state_bytes"),
+        ("saved activations", "activation_bytes"),
+    ):
+        bars = [
+            bar
+            for bars in memory.containers
+            if bars.get_label().lstrip("_") == kind
+            for bar in bars
+        ]
+        assert [b.get_height() for b in bars] == [s[key] / plot.MIB for s in one.stages]
+        assert [b.get_width() for b in bars] == [75, 75, 75]
+    assert [t.get_text().split("\n")[0] for t in memory.texts] == [
+        "all",
+        "blocks 2-5,",
+        "blocks 4-5,",
+    ]
+    seconds = plot.stage_seconds_figure(rows).axes[0]
+    at = [row.method for row in rows].index("progressive")
+    bars = [bar for bar in seconds.patches if round(bar.get_y() + bar.get_height() / 2) == at]
+    for number, bar in enumerate(bars):
+        own = [run.stages[number]["train_seconds"] for run in runs["progressive"]]
+        assert bar.get_width() == pytest.approx(sum(own) / len(own))
+    assert len(bars) == 3
 
 
 def test_command(plot, content, tmp_path, monkeypatch, capsys):
+    content["providers"]["naive"] = content["providers"]["ours"]
     _store(tmp_path, "minilm", content)
     arguments = ["plot.py", str(tmp_path), "--docs", str(tmp_path / "docs")]
     monkeypatch.setattr(sys, "argv", arguments)
     plot.main()
     out = capsys.readouterr().out
     assert plot.table([content]) in out and "**not met**" in out
-    for name in ("training.png", "training_stages.png"):
-        assert (tmp_path / "docs" / name).read_bytes().startswith(b"\x89PNG")
+    assert (tmp_path / "docs" / "training.png").read_bytes().startswith(b"\x89PNG")
     monkeypatch.setattr(sys, "argv", ["plot.py", str(tmp_path / "nothing")])
     with pytest.raises(SystemExit, match="run benchmarks/run.py first"):
         plot.main()
 
 
-def test_the_readme_s_figures_are_drawn_from_stored_results(plot, tmp_path):
-    results = SCRIPT.parent / "results"
-    drawn = {
-        path.stem
-        for device in sorted(results.iterdir())
-        for path in plot.draw(device, tmp_path / device.name)
+def test_pictures_of_the_pages_are_drawn_by_these_scripts(plot, diagrams):
+    drawn = {name for folder in RESULTS.iterdir() for name in plot.figures_of(folder)}
+    shown = {
+        Path(name)
+        for page in PAGES
+        for name in re.findall(r"pictures/([\w-]+\.(?:png|svg))", page.read_text(encoding="utf-8"))
     }
-    readme = (SCRIPT.parent.parent / "README.md").read_text(encoding="utf-8")
-    shown = set(re.findall(r"\(docs/(\w+)\.png\)", readme))
-    assert shown <= drawn
+    stored = {Path(path.name) for path in (ROOT / "docs" / "pictures").iterdir()}
+    assert {path.stem for path in shown | stored if path.suffix == ".png"} <= drawn
+    how = {path.stem for path in shown | stored if path.stem.startswith("how-")}
+    assert how == diagrams.DIAGRAMS.keys()
 
 
-def test_figures_of_units_and_contributions_show_what_is_stored(plot):
-    results = SCRIPT.parent / "results"
-    (path,) = results.glob("*/contribution/sst2.json")
+def test_picture_of_the_schedules_is_that_of_the_schedules(diagrams):
+    picture = ElementTree.parse(ROOT / "docs" / "pictures" / "how-schedules.svg")
+    (shown,) = picture.iter("{http://purl.org/dc/elements/1.1/}description")
+    assert shown.text == diagrams.plans_in_words()
+    axes = diagrams.schedules_figure().axes
+    for ax, schedule in zip(axes, diagrams.schedules().values(), strict=False):
+        by_step = [diagrams.flags(schedule.plan(step, 6)) for step in range(diagrams.STEPS)]
+        for unit, collection in zip(zip(*by_step, strict=True), ax.collections, strict=True):
+            seen = []
+            for path, colour in zip(
+                collection.get_paths(), collection.get_facecolor(), strict=True
+            ):
+                left, right = path.get_extents().intervalx
+                seen += [to_hex(colour).upper() == diagrams.BLUE] * round(right - left)
+            assert seen == [*unit]
+
+
+def test_figure_of_contributions_shows_what_is_stored(plot):
+    (path,) = RESULTS.glob("*/contribution/sst2.json")
     stored = json.loads(path.read_text())
     axes = plot.contribution_figure(stored).axes
     for ax, (name, measure) in zip(axes, stored["measures"].items(), strict=True):
         assert ax.get_title() == name
         assert [bar.get_height() for bar in ax.patches] == measure["values"]
-    (path,) = results.glob("*/demo/progressive-seed0.json")
-    run = report.load_run(path)
-    (ax,) = plot.unit_figure([run]).axes
-    trains = [[to_hex(c) == to_hex(plot.OURS) for c in u.get_facecolor()] for u in ax.collections]
-    plans = [[s["embeddings"], *s["trainable"], s["head"]] for s in run.stages]
-    assert trains == [list(flags) for flags in zip(*plans, strict=True)]

@@ -442,6 +442,7 @@ def test_refusals():
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(planning, "_MOST_PLANS", 1)
             _plan(model, RandomBlockSchedule(1, 1), steps=50)
-    patch_model(model, MilestoneSchedule({0: 2}))
-    with pytest.raises(ValueError, match="plan before"):
-        _plan(model, schedule)
+    for patched in (MilestoneSchedule({0: 2}), MilestoneSchedule({})):  # one freezes nothing
+        with patch_model(model, patched, kernels="off"):
+            with pytest.raises(ValueError, match="plan before"):
+                _plan(model, schedule)

@@ -1,4 +1,4 @@
-"""The README's table of families, made from the models that the tests run.
+"""The table of families in the docs, made from the models that the tests run.
 
 python tests/support/family_table.py
 """

@@ -40,10 +40,19 @@ def gelu(
 ) -> Tensor:
     """`F.gelu(x, approximate=approximate)`.
 
+    The formula is Hendrycks and Gimpel's (arXiv 1606.08415). There is no second derivative.
+
     Args:
-        x: float32, bfloat16, float16 or float64.
+        x: any shape; float32, bfloat16, float16 or float64.
         approximate: "none", or "tanh".
-        implementation: "triton" or "reference"; None chooses (see `backend.select`).
+        implementation: "triton" or "reference"; None chooses.
+
+    Returns:
+        Contiguous, of the shape and dtype of x.
+
+    Raises:
+        ValueError: the arguments do not fit together, or `implementation` has no such name.
+        RuntimeError: the implementation that is asked for cannot run, with its reason.
     """
     reference.check("gelu", Inputs(x), approximate)
     return _run(GELU, Inputs(x), approximate, implementation)
@@ -59,19 +68,36 @@ def bias_gelu(
     """`F.gelu(x + bias, approximate=approximate)`, for a linear layer without its bias.
 
     Args:
-        x, bias: of one dtype; bias has one element per column of x.
-        approximate, implementation: as in `gelu`.
+        x: (..., C); dtypes as in `gelu`.
+        bias: (C,), of the dtype and device of x.
+        approximate: as in `gelu`.
+        implementation: as in `gelu`.
+
+    Returns:
+        Contiguous, of the shape and dtype of x.
+
+    Raises:
+        ValueError: the arguments do not fit together, or `implementation` has no such name.
+        RuntimeError: the implementation that is asked for cannot run, with its reason.
     """
     reference.check("bias_gelu", Inputs(x, bias), approximate)
     return _run(BIAS_GELU, Inputs(x, bias), approximate, implementation)
 
 
 def swiglu(gate: Tensor, up: Tensor, *, implementation: str | None = None) -> Tensor:
-    """`F.silu(gate) * up`.
+    """`F.silu(gate) * up` (Shazeer, arXiv 2002.05202).
 
     Args:
-        gate, up: of one shape and dtype, also the halves of one tensor.
+        gate: any shape; dtypes as in `gelu`. May be half of a tensor, up the other half.
+        up: of the shape, dtype and device of gate.
         implementation: as in `gelu`.
+
+    Returns:
+        Contiguous, of the shape and dtype of gate.
+
+    Raises:
+        ValueError: the arguments do not fit together, or `implementation` has no such name.
+        RuntimeError: the implementation that is asked for cannot run, with its reason.
     """
     reference.check("swiglu", Inputs(gate, up=up), "none")
     return _run(SWIGLU, Inputs(gate, up=up), "silu", implementation)
@@ -84,11 +110,20 @@ def geglu(
     approximate: Approximate = "none",
     implementation: str | None = None,
 ) -> Tensor:
-    """`F.gelu(gate, approximate=approximate) * up`.
+    """`F.gelu(gate, approximate=approximate) * up` (Shazeer, arXiv 2002.05202).
 
     Args:
-        gate, up: of one shape and dtype, also the halves of one tensor.
-        approximate, implementation: as in `gelu`.
+        gate: any shape; dtypes as in `gelu`. May be half of a tensor, up the other half.
+        up: of the shape, dtype and device of gate.
+        approximate: as in `gelu`.
+        implementation: as in `gelu`.
+
+    Returns:
+        Contiguous, of the shape and dtype of gate.
+
+    Raises:
+        ValueError: the arguments do not fit together, or `implementation` has no such name.
+        RuntimeError: the implementation that is asked for cannot run, with its reason.
     """
     reference.check("geglu", Inputs(gate, up=up), approximate)
     return _run(GEGLU, Inputs(gate, up=up), approximate, implementation)

@@ -75,25 +75,42 @@ def linear_cross_entropy(
     max_logits_bytes: int = 512 * 2**20,
     implementation: str | None = None,
 ) -> Tensor:
-    """Cross-entropy of `hidden @ weight.T + bias`, as a 0-dim float32 (float64 for float64).
+    """Cross-entropy of `hidden @ weight.T + bias`, without the logits of all rows at once.
+
+        x_i = softcapped(weight @ hidden_i + bias)
+        lse_i = log(sum_c exp(x_i[c]))        y = labels_i
+        row_i = (1 - s) w[y] (lse_i - x_i[y])
+                + s / V sum_c w[c] (lse_i - x_i[c]) + z_loss lse_i^2
+
+    s is `label_smoothing`, w `class_weight` or 1, as in `F.cross_entropy`. Gradients are formed in
+    the forward, the demanded ones only, so there is one backward per call. If all rows are ignored
+    the mean is NaN and the gradients are 0, as in torch.
 
     Args:
-        hidden, weight, bias: (..., H), (V, H), (V,) of one device and dtype.
+        hidden: (..., H); float32, bfloat16, float16 or float64, or under autocast its dtype.
+        weight: (V, H), of the dtype and device of hidden.
         labels: (...), int64 or int32, not shifted.
+        bias: (V,), of the dtype and device of hidden.
         ignore_index: label of the rows that do not count.
-        label_smoothing: in [0, 1], as in torch.nn.functional.cross_entropy.
-        softcap: logits become softcap * tanh(logits / softcap), as in Gemma 2.
+        label_smoothing: in [0, 1].
+        softcap: above 0: logits become softcap * tanh(logits / softcap), as in Gemma 2.
         z_loss: times the squared log-sum-exp of each row that counts is added.
-        class_weight: (V,), as torch's `weight`; no gradient.
+        class_weight: (V,), on the device of hidden; no gradient.
         reduction: "mean" or "sum".
         num_items: divides the sum of the rows instead, with either reduction: what the Trainer
             hands to a loss as num_items_in_batch.
         max_logits_bytes: of the logits that exist at a time; at least 512 rows do.
-        implementation: "triton" or "reference"; None chooses (see `backend.select`).
+        implementation: "triton" or "reference"; None chooses.
+
+    Returns:
+        The loss, a 0-dim float32 (float64 for float64).
 
     Raises:
-        TypeError, ValueError: the arguments do not fit together; says which.
-        RuntimeError: at a second backward of the same loss.
+        TypeError: an argument that is no tensor where one belongs.
+        ValueError: the arguments do not fit together, a DTensor, or `implementation` has no such
+            name.
+        RuntimeError: the implementation that is asked for cannot run; in a second backward of the
+            same loss.
     """
     given = {"hidden": hidden, "weight": weight, "labels": labels}
     optional = {"bias": bias, "class_weight": class_weight}

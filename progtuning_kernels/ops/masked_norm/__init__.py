@@ -23,12 +23,21 @@ OP = backend.register(
 
 @torch.no_grad()
 def masked_norm(tensors: Sequence[Tensor], *, implementation: str | None = None) -> Tensor:
-    """L2 norm over a list of tensors, as a 0-dim float32 on their device; of none 0, on the CPU.
+    """L2 norm over all elements of a list of tensors, without waiting for the device; no gradient.
 
     Args:
         tensors: dense tensors of any shape on one device, float32, bfloat16, float16 or float64.
             Non-contiguous ones are copied first.
-        implementation: "native" or "reference"; None chooses (see `backend.select`).
+        implementation: "native" or "reference"; None chooses.
+
+    Returns:
+        0-dim float32 on their device; of no tensors 0, on the CPU. NaN and inf come through.
+
+    Raises:
+        TypeError: one tensor, or something that is none.
+        ValueError: several devices, a sparse tensor, a DTensor, another dtype, or `implementation`
+            has no such name.
+        RuntimeError: the implementation that is asked for cannot run, with its reason.
     """
     if isinstance(tensors, Tensor):
         raise TypeError("masked_norm: expected a list of tensors, got one tensor")

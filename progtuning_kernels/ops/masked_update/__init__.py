@@ -65,23 +65,43 @@ def masked_update(
     zero_grads: bool = False,
     implementation: str | None = None,
 ) -> None:
-    """One update of a list of tensors; formula and storage are in ops/masked_update/README.md.
+    """AdamW (Loshchilov and Hutter, arXiv 1711.05101) on a list of tensors, in place, in one pass.
 
-    An optimizer keeps a `Bucket` for a stage instead of making one per call, as this does.
+        g  = grad * grad_factor                    t = step + 1
+        m  = beta1*m + (1-beta1)*g                 v = beta2*v + (1-beta2)*g*g
+        p -= lr*weight_decay*p
+             + lr/(1-beta1^t) * m / (sqrt(v)/sqrt(1-beta2^t) + eps)
+
+    Parameters, moments, scales, masters and steps are written to. The reference may leave grads
+    multiplied by `grad_factor`. An optimizer keeps a `Bucket` for a stage instead of making one per
+    call, as this does.
 
     Args:
-        params, grads, exp_avgs, exp_avg_sqs: tensors of any shape, equal within an entry.
+        params: tensors of any shape, of one device and dtype: float32, bfloat16, float16, float64.
+        grads: of the shape and dtype of their parameter; None leaves a tensor out.
+        exp_avgs: m, of the parameter's shape: float32, bfloat16 (rounded stochastically), float64
+            for float64, or int8 codes.
+        exp_avg_sqs: v, of the dtype of m, or uint8 codes.
         steps: 0-dim float32, number of updates each tensor has had; increased by one.
-        lr: float or 0-dim tensor. weight_decay: decoupled.
-        exp_avg_scales, exp_avg_sq_scales: of 8-bit moments. masters: float32.
-        grad_factor, found_inf: 0-dim float32 on the same device; None: 1 and 0.
+        lr: float or 0-dim tensor.
+        beta1: decay of m.
+        beta2: decay of v.
+        eps: added to the root of v.
+        weight_decay: decoupled; acts on the old p.
+        exp_avg_scales: float32, one per 256 elements of the codes of m; None: no codes.
+        exp_avg_sq_scales: the same of v.
+        masters: float32 copies of bfloat16 or float16 parameters, which are then what is updated.
+        grad_factor: 0-dim float32 on the same device; None: 1.
+        found_inf: 0-dim float32 on the same device, 0 or 1; 1 skips the update; None: 0.
         stochastic_rounding: of bfloat16 parameters without master.
-        seed: of the random numbers. zero_grads: leave zeros in the gradients.
-        implementation: force one instead of the first that can run.
+        seed: of the random numbers, 64 bits.
+        zero_grads: leave zeros in the gradients.
+        implementation: "native", "triton" or "reference"; None chooses.
 
     Raises:
-        ValueError: the tensors do not fit together.
-        RuntimeError: a forced implementation that cannot run, with its reason.
+        ValueError: the tensors do not fit together, or `implementation` has no such name; in
+            compiled code, an `lr` that is a tensor or a gradient that is None.
+        RuntimeError: the implementation that is asked for cannot run, with its reason.
     """
     if not len(params) == len(grads) == len(exp_avgs) == len(exp_avg_sqs) == len(steps):
         raise ValueError("masked_update: the lists differ in length")

@@ -73,16 +73,25 @@ def layer_norm(
     return_sum: bool = False,
     implementation: str | None = None,
 ) -> Result:
-    """LayerNorm over the last dimension of dropout(x) + residual.
+    """LayerNorm (Ba et al., arXiv 1607.06450) over the last dimension of dropout(x) + residual.
 
     Args:
-        x: (..., C). residual: of the same shape, or None.
-        weight, bias: (C,), or None.
+        x: (..., C), any strides; float32, bfloat16, float16 or float64.
+        weight: (C,), or None.
+        bias: (C,), or None.
         eps: added to the variance.
+        residual: of the shape of x, or None.
         dropout: probability in [0, 1]: x is dropped out before the residual is added, and the
             elements that are kept are scaled by 1 / (1 - dropout). Only with a residual.
-        return_sum: return (y, dropout(x) + residual).
-        implementation: "triton" or "reference"; None chooses (see `backend.select`).
+        return_sum: return h as well. Only with a residual.
+        implementation: "triton" or "reference"; None chooses.
+
+    Returns:
+        y, of the shape of x; (y, h) with `return_sum`, where h = dropout(x) + residual.
+
+    Raises:
+        ValueError: the arguments do not fit together, or `implementation` has no such name.
+        RuntimeError: the implementation that is asked for cannot run, with its reason.
     """
     inputs, norm = Inputs(x, residual, weight, bias), Norm(eps, center=True)
     reference.check("layer_norm", inputs, return_sum)
@@ -105,18 +114,26 @@ def rms_norm(
     return_sum: bool = False,
     implementation: str | None = None,
 ) -> Result:
-    """RMSNorm over the last dimension of x + residual.
+    """RMSNorm (Zhang and Sennrich, arXiv 1910.07467) over the last dimension of x + residual.
 
     Args:
-        x: (..., C). residual: of the same shape, or None.
+        x: (..., C), any strides; float32, bfloat16, float16 or float64.
         weight: (C,), or None; its dtype may differ from that of x.
         eps: added to the mean of squares.
         offset: added to the weight, in float32: 1 in Gemma. Only with cast "after_weight".
         cast: "before_weight": normalise in float32, round to the dtype of x + residual, multiply
             by the weight (Llama, Qwen, Mistral, T5): a float32 weight makes a float32 result.
             "after_weight": all in float32, rounded at the end (Gemma, OLMo 2, gpt-oss).
-        return_sum: return (y, x + residual).
-        implementation: "triton" or "reference"; None chooses (see `backend.select`).
+        residual: of the shape of x, or None.
+        return_sum: return h as well. Only with a residual.
+        implementation: "triton" or "reference"; None chooses.
+
+    Returns:
+        y, of the shape of x; (y, h) with `return_sum`, where h = x + residual.
+
+    Raises:
+        ValueError: the arguments do not fit together, or `implementation` has no such name.
+        RuntimeError: the implementation that is asked for cannot run, with its reason.
     """
     inputs = Inputs(x, residual, weight, None)
     reference.check("rms_norm", inputs, return_sum)

@@ -1,0 +1,220 @@
+"""Stored results and their Markdown tables; `benchmarks/plot.py` prints and draws them."""
+
+from __future__ import annotations
+
+import json
+import math
+import statistics
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+MIB = 2**20
+EXPERIMENTS = Path(__file__).resolve().parent / "experiments"
+NAMES = {"rte": "RTE", "mrpc": "MRPC", "cola": "CoLA", "sst2": "SST-2", "stsb": "STS-B"}
+METRICS = {
+    "matthews": "Matthews correlation",
+    "pearson": "Pearson correlation",
+    "accuracy": "accuracy",
+    "f1": "F1",
+}
+
+
+def load(folder: Path) -> list[dict[str, Any]]:
+    """The experiments of a device's folder; those with targets first, else by name."""
+    found = [json.loads(path.read_text()) for path in sorted(folder.glob("training/*.json"))]
+    return sorted(found, key=lambda content: not content["experiment"]["targets"])
+
+
+def load_packing(folder: Path) -> list[dict[str, Any]]:
+    """The tasks of the packing benchmark, those with the most padding first."""
+    found = [json.loads(path.read_text()) for path in folder.glob("packing/*.json")]
+    return sorted(found, key=lambda content: content["shape"]["random"]["real_share"])
+
+
+def packing_table(contents: Sequence[Mapping[str, Any]]) -> str:
+    """Markdown: a line per task, a column per way; how often it is as fast as full training, and
+    in brackets what the planner's operations predict.
+    """
+    ways = [*contents[0]["ways"]][1:]
+    lines = [f"| rows of | real tokens | {' | '.join(ways)} |", f"|---|---:|{'---:|' * len(ways)}"]
+    for content in contents:
+        share = content["shape"]["random"]["real_share"]
+        cells = [content["experiment"]["task_title"], f"{share:.2f}"]
+        for way in ways:
+            speedup, predicted = speedup_of(content, way), content["predicted"]["speedup"][way]
+            cells.append(f"{speedup:.2f} ({predicted:.2f})" if speedup else "")
+        lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def packing_stage_table(contents: Sequence[Mapping[str, Any]]) -> str:
+    """Markdown: by stage, median and quartiles over batches of full training's time over ours."""
+    boundaries = [s["boundary"] for s in contents[0]["ways"]["ours"]["stages"]]
+    heads = " | ".join(f"boundary {k}" for k in boundaries)
+    lines = [f"| rows of | | {heads} |", f"|---|---|{'---:|' * len(boundaries)}"]
+    for content in contents:
+        for way, entry in content["ways"].items():
+            stages = {
+                s["boundary"]: s["over_full"]
+                for s in entry.get("stages", ())
+                if way != "HF" and "over_full" in s
+            }
+            if not stages:
+                continue
+            cells = [
+                f"{s['median']:.2f} ({s['p25']:.2f}-{s['p75']:.2f})" if s else ""
+                for s in map(stages.get, boundaries)
+            ]
+            lines.append(f"| {content['experiment']['task_title']} | {way} | {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def speedup_of(content: Mapping[str, Any], way: str) -> float | None:
+    """Of a whole run, over full training on padded random batches; None without a number."""
+    return content["ways"][way].get("speedup")
+
+
+def measured(content: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
+    return {n: entry for n, entry in content["providers"].items() if "reason" not in entry}
+
+
+def whole_run_s(entry: Mapping[str, Any], epochs_per_stage: int) -> float | None:
+    runs = {run["epochs_per_stage"]: run["run_s"] for run in entry["whole_runs"]}
+    return runs.get(epochs_per_stage)
+
+
+def _span(values: Sequence[float | None], scale: float = 1.0, digits: int = 0) -> str:
+    """First and last of the stages, once if they are the same; nothing where unknown."""
+    if None in values:
+        return ""
+    shown = [f"{scale * value:.{digits}f}" for value in (values[0], values[-1])]
+    return shown[0] if shown[0] == shown[1] else " → ".join(shown)
+
+
+def heading(experiment: Mapping[str, Any]) -> str:
+    return (
+        f"{experiment['title']}, {experiment['rows']} x {experiment['tokens']} tokens, "
+        f"{experiment['precision']}, {experiment['stages']} stages"
+    )
+
+
+def table(contents: Sequence[Mapping[str, Any]]) -> str:
+    """Markdown: a line per provider, those without a number with their reason."""
+    contents = [content for content in contents if measured(content)]
+    epochs = sorted({e for c in contents for e in c["experiment"]["epochs_per_stage"]})
+    on_gpu = any(c["experiment"]["device"] == "cuda" for c in contents)
+    heads = ["step (ms)", *(f"x full, {count} ep. a stage" for count in epochs)]
+    heads += ["changes of stage (s)", "state (MiB)", "saved (MiB)", "loss"]
+    heads += ["peak (MiB)"] if on_gpu else []
+    lines = [f"| | {' | '.join(heads)} |", f"|---|{'---:|' * len(heads)}"]
+    for content in contents:
+        lines.append(f"| **{heading(content['experiment'])}** |{' |' * len(heads)}")
+        base = measured(content).get("full")
+        for name, entry in content["providers"].items():
+            if "reason" in entry:
+                lines.append(f"| {name}: {entry['reason']} |{' |' * len(heads)}")
+                continue
+            stages = entry["stages"]
+            cells = [_span([s["later_epochs"]["step_ms"] for s in stages])]
+            for count in epochs:
+                own_s, full_s = (whole_run_s(e, count) if e else None for e in (entry, base))
+                cells.append(f"{full_s / own_s:.2f}" if own_s and full_s else "")
+            cells.append(f"{entry['whole_runs'][0]['first_steps_extra_s']:.2f}")
+            for key in ("state_bytes", "saved_bytes"):
+                cells.append(_span([s.get(key) for s in stages], 1 / MIB, 1))
+            cells.append(f"{entry['last_epoch_loss']:.4f}")
+            if on_gpu:
+                peaks = [s.get("peak_allocated_bytes") for s in stages]
+                cells.append("" if None in peaks else f"{max(peaks) / MIB:.0f}")
+            lines.append(f"| {name} | {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def verdict_lines(contents: Sequence[Mapping[str, Any]]) -> list[str]:
+    """Every stored target, met or not, as a Markdown list."""
+    words = {True: "met", False: "**not met**", None: "not measured"}
+    return [
+        f"- {words[v['met']]}: {v['target']}: {v['found']}" for c in contents for v in c["verdicts"]
+    ]
+
+
+def load_accuracy(folder: Path) -> dict[str, dict[str, list[dict[str, Any]]]]:
+    """Stored runs by task and method, both in the order of the experiment's file."""
+    if not (folder / "accuracy").exists():
+        return {}
+    try:
+        import tomllib
+    except ImportError:  # Python 3.10, where pytest brings it
+        import tomli as tomllib
+    experiment = tomllib.loads((EXPERIMENTS / "accuracy.toml").read_text())
+    found: dict[str, dict[str, list[dict[str, Any]]]] = {}
+    for task in experiment["tasks"]:
+        for method in experiment["methods"]:
+            paths = sorted((folder / "accuracy" / task).glob(f"{method}-seed*.json"))
+            if paths:
+                runs = [json.loads(path.read_text()) for path in paths]
+                found.setdefault(task, {})[method] = runs
+    return found
+
+
+def _mean_and_error(values: Iterable[float]) -> tuple[float, float | None]:
+    """Mean and its standard error; of one value there is none."""
+    values = [*values]
+    error = statistics.stdev(values) / math.sqrt(len(values)) if len(values) > 1 else None
+    return statistics.mean(values), error
+
+
+def score_and_seconds(runs: list[dict[str, Any]]) -> tuple[float, float | None, float]:
+    """Mean score and its standard error, and the seconds of the fastest seed: whatever else a
+    machine does only adds to them. `train_seconds` counts training steps alone.
+    """
+    score, error = _mean_and_error(run["summary"]["metric"] for run in runs)
+    return score, error, min(run["summary"]["train_seconds"] for run in runs)
+
+
+def accuracy_table(folder: Path) -> str:
+    """One Markdown table per task."""
+    lines = []
+    for task, methods in load_accuracy(folder).items():
+        first = next(iter(methods.values()))[0]
+        full_s = score_and_seconds(methods["full"])[2] if "full" in methods else None
+        lines += [
+            f"**{NAMES[task]}**, {first['data']['train_rows']:,} rows, "
+            f"{first['config']['epochs']} epochs, {first['summary']['steps']:,} steps:",
+            "",
+            f"| Method | Seeds | {METRICS[first['metric_name']]} | Training (s) | / full | "
+            "Updates saved (%) | Peak state (MiB) |",
+            "| --- | ---: | ---: | ---: | ---: | ---: | ---: |",
+        ]
+        for method, runs in methods.items():
+            score, error, train_s = score_and_seconds(runs)
+            shown = f"{score:.3f}" if error is None else f"{score:.3f} ± {error:.3f}"
+            ratio = "–" if full_s is None else f"{train_s / full_s:.2f}"
+            saved = statistics.mean(run["summary"]["updates_saved_share"] for run in runs)
+            state = max(run["summary"]["peak_state_bytes"] for run in runs)
+            lines.append(
+                f"| {method} | {len(runs)} | {shown} | {train_s:.0f} | {ratio} | "
+                f"{100 * saved:.1f} | {state / 2**20:.1f} |"
+            )
+        lines.append("")
+    return "\n".join(lines).rstrip()
+
+
+def contribution_table(folder: Path) -> str:
+    """How far the measures of `progtuning contribution` agree on the order of the blocks.
+
+    From `<folder>/contribution/<task>.json`, as the command writes them.
+    """
+    rows = []
+    for task in NAMES:
+        path = folder / "contribution" / f"{task}.json"
+        if not path.exists():
+            continue
+        stored = json.loads(path.read_text())
+        found = {tuple(c["between"]): c["spearman"] for c in stored["rank_correlations"]}
+        pairs = [("train", "skip"), ("train", "gradient"), ("skip", "gradient")]
+        cells = [f"{found[pair]:+.2f}" for pair in pairs]
+        rows.append(f"| {NAMES[task]}, {stored['config']['steps']} steps | {' | '.join(cells)} |")
+    heads = ("Spearman, blocks of MiniLM", "train – skip", "train – gradient", "skip – gradient")
+    return "\n".join([f"| {' | '.join(heads)} |", "| --- | ---: | ---: | ---: |", *rows])
