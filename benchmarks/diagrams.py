@@ -340,7 +340,7 @@ def _stored_rows(canvas: Canvas, x: float, y: float, colour: str) -> None:
 
 def cache() -> Figure:
     """A batch in the first epoch of a stage and in later ones, and a rise of the boundary."""
-    canvas = Canvas(425)
+    canvas = Canvas(415)
     prefix, suffix, rows = 92, 318, 206
 
     def lane(top: float, title: str, *, runs: bool) -> None:
@@ -415,7 +415,7 @@ def _row(canvas: Canvas, x: float, y: float, row: int, size: float, columns: int
 
 def packing() -> Figure:
     """Padded rows become packed tokens at the first block, and rows again after the last."""
-    canvas = Canvas(392)
+    canvas = Canvas(374)
     size, most, tokens = 13, max(ROW_TOKENS), sum(ROW_TOKENS)
     for x, title, below in (
         (18, "padded, (B, T)", "embeddings"),

@@ -76,6 +76,8 @@ def run(
     with as_user_error():
         runs = [report.load_run(folder) for folder in folders]
         console.print(report.comparison_table(runs))
+        for line in report.findings(runs)[1:]:
+            console.print(line, soft_wrap=True, markup=False, highlight=False)
         page = report.write_report(runs, output / "report")
     console.print(f"report: {page}", soft_wrap=True)
     if failures:

@@ -19,7 +19,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-# Brought by torch (networkx, sympy), by the library itself, or by what `progtuning train` needs.
+# Brought by torch (networkx, sympy), by the library itself, or by the `train` and `demo` extras.
 _PACKAGES = ("matplotlib", "networkx", "scipy", "sklearn", "sympy", "torch", "transformers")
 _MIN_LABELS = 4
 _MIN_WORDS = 8

@@ -16,7 +16,7 @@ Files = dict[str, "Files | None"]
 RUN_FILES: Files = {"model": None, "adapter": None, "checkpoints": None, "metrics.json*": None}
 DEMO_FILES: Files = {
     **{f"{method}-seed[0-9]*": RUN_FILES for method in get_args(Method)},
-    "report": {"report.html": None, "*.png": None},
+    "report": {"report.html": None, "*.png": None},  # earlier versions wrote plots beside the page
 }
 
 

@@ -20,7 +20,7 @@ def run(paths: Sequence[Path], output: Path, *, markdown: bool) -> None:
     with as_user_error():
         runs = [report.load_run(path) for path in kept]
         console.print(report.comparison_table(runs))
-        for line in report.notices(runs):
+        for line in (*report.findings(runs)[1:], *report.notices(runs)):
             console.print(line, soft_wrap=True, markup=False, highlight=False)
         if markdown:
             print(report.markdown_table(runs))

@@ -126,7 +126,7 @@ class TruncationReport:
             return "-" if value is None else f"{value:,}"
 
         columns = ("params", "active", "nodes", "saved_bytes", "activation_bytes")
-        rows = [("unit", *columns)]
+        rows: list[tuple[str, ...]] = [("unit", *columns)]
         for i, unit in enumerate(self.units):
             if i and i == self.boundary + 1:
                 rows.append(("-- boundary", *[""] * len(columns)))

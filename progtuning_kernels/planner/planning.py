@@ -98,8 +98,9 @@ def plan_training(
         batch_size: rows of a micro-batch.
         seq_len: tokens in each row.
         dtype: of weights, activations and gradients.
-        optimizer: `MaskedAdamW` with moments in float32 ("adamw"), bfloat16 or 8 bits.
-        master_weights: it keeps float32 copies of weights of fewer bits.
+        optimizer: "adamw", "adamw-bf16" or "adamw-8bit": `MaskedAdamW` with moments in float32,
+            bfloat16 or 8 bits.
+        master_weights: the optimizer keeps float32 copies of bfloat16 and float16 weights.
         in_backward: it updates inside backward, so that one unit's gradients are alive at a time.
         cache: count what a `PrefixCache` would keep of a row, in its `dtype`, and time steps
             without the prefix.

@@ -54,7 +54,7 @@ class StagePlan:
 
     @property
     def flops(self) -> int:
-        """Forward and backward together."""
+        """Operations of forward and backward together."""
         return self.forward_flops + self.backward_flops
 
 
@@ -107,7 +107,7 @@ class TrainingPlan:
 
     @property
     def cached_run_ratio(self) -> float | None:
-        """The same if every row of a stage with a prefix is in the cache; None without one.
+        """`run_ratio` if every row of a stage with a prefix is in the cache; None without a cache.
 
         A run comes near it with many epochs a stage: the first epoch of each computes and stores.
         """
@@ -126,7 +126,7 @@ class TrainingPlan:
 
     @property
     def peak_bytes(self) -> int:
-        """Of the stage that takes most."""
+        """Bytes at the peak of that stage."""
         return self.stages[self.peak_stage].peak_bytes
 
     @property

@@ -1,8 +1,7 @@
-"""The table for the terminal and a README, and one HTML file with the plots inside."""
+"""The table for the terminal and a README, and one HTML file with the charts inside."""
 
 from __future__ import annotations
 
-import base64
 import math
 import statistics
 from collections.abc import Sequence
@@ -10,8 +9,8 @@ from datetime import datetime, timezone
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from .plots import PLOTS
-from .runs import Row, Run, differences, distinct, full_row, group_runs, known, number, show
+from .charts import CHARTS
+from .runs import MISSING, Row, Run, differences, distinct, full_row, group_runs, known, show
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -59,9 +58,9 @@ def markdown_table(runs: Sequence[Run]) -> str:
 
 
 def write_report(runs: Sequence[Run], out_dir: str | Path) -> Path:
-    """Write report.html, which needs no other file, and its plots as PNG files beside it.
+    """Write report.html, which needs no other file and no network: plotly.js (5 MB) is in it.
 
-    A plot that no run has figures for is left out.
+    A chart that no run has figures for is left out.
 
     Args:
         runs: in any order.
@@ -72,31 +71,27 @@ def write_report(runs: Sequence[Run], out_dir: str | Path) -> Path:
 
     Raises:
         ValueError: no run at all, one run twice, or runs of different metrics.
-        ImportError: matplotlib or Jinja2 is missing; one line that says what to install.
+        ImportError: plotly or jinja2 is missing; one line that says what to install.
     """
     rows = group_runs(runs)
     try:
         import jinja2
-        from matplotlib import style
+        from plotly.offline import get_plotlyjs
     except ImportError as error:
-        raise ImportError(f"a report needs {error.name}: pip install matplotlib jinja2") from None
+        raise ImportError(f"a report needs {error.name}: pip install plotly jinja2") from None
     out = Path(out_dir)
     out.mkdir(parents=True, exist_ok=True)
-    figures = []
-    for name, (caption, draw) in PLOTS.items():
-        with style.context("default"):  # a user's matplotlibrc does not change a report
-            if (figure := draw(rows)) is not None:
-                figure.savefig(out / f"{name}.png", dpi=140)
-                encoded = base64.b64encode((out / f"{name}.png").read_bytes()).decode("ascii")
-                figures.append((caption, encoded))
+    charts = [(name, *text, make(rows)) for name, (*text, make) in CHARTS.items()]
     template = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined).from_string(
         Path(__file__).with_name("template.html").read_text(encoding="utf-8")
     )
     stored = ("meta", "data", "model", "config", "summary", "stages")
     page = template.render(
+        findings=findings(runs),
         notices=notices(runs),
         table=_comparison(runs),
-        figures=figures,
+        charts=[chart for chart in charts if chart[-1] is not None],
+        plotly_js=get_plotlyjs(),
         runs=[(run.name, {name: getattr(run, name) for name in stored}) for run in runs],
         written=datetime.now(timezone.utc).strftime("%Y-%m-%d %H:%M UTC"),
     )
@@ -113,20 +108,24 @@ def _show_mean(values: Sequence[float | None], spec: str, scale: float = 1.0) ->
     return shown if len(found) in (0, len(values)) else f"{shown} ({len(found)} of {len(values)})"
 
 
+def _share_of_full(rows: Sequence[Row], row: Row) -> float | None:
+    """Training time over that of full training with the same work."""
+    full, own_s = full_row(rows, row), known(row.values("train_seconds"))
+    full_s = known(full.values("train_seconds")) if full else []
+    return statistics.fmean(own_s) / statistics.fmean(full_s) if own_s and full_s else None
+
+
 def _comparison(runs: Sequence[Run]) -> list[list[str]]:
     """The table as text, its head first: terminal, Markdown and HTML show the same characters."""
     rows, metric = group_runs(runs), runs[0].metric_name
 
     def cells(row: Row) -> list[str]:
-        full, own_s = full_row(rows, row), known(row.values("train_seconds"))
-        full_s = known(full.values("train_seconds")) if full else []
-        share = statistics.fmean(own_s) / statistics.fmean(full_s) if own_s and full_s else None
         return [
             row.label,
             str(len(row.runs)),
             _show_mean(row.values("metric"), ".2f" if metric == "perplexity" else ".4f"),
             _show_mean(row.values("train_seconds"), ".1f"),
-            show(share, ".3f"),
+            show(_share_of_full(rows, row), ".3f"),
             _show_mean(row.values("updates_saved_share"), ".1f", 100),
             _show_mean(row.values("peak_state_bytes"), ",.1f", 2**-20),
             _show_mean(row.values("peak_activation_bytes"), ",.1f", 2**-20),
@@ -135,6 +134,49 @@ def _comparison(runs: Sequence[Run]) -> list[list[str]]:
     head = ["Method", "Runs", _LOWER_IS_BETTER.get(metric, metric), "Training (s)"]
     head += ["Training / full", "Updates saved (%)", "Peak state (MiB)"]
     return [[*head, "Peak saved activations (MiB)"], *map(cells, rows)]
+
+
+def findings(runs: Sequence[Run]) -> list[str]:
+    """What was compared, then a sentence for each method that can be related to full training."""
+    rows = group_runs(runs)
+    counts = {len(row.runs) for row in rows}
+    count = f"{counts.pop()} each" if len(counts) == 1 else str(len(runs))
+    found = [f"Methods compared: {', '.join(row.label for row in rows)}. Runs: {count}."]
+    about = {
+        "Model": (run.model.get("name") for run in runs),
+        "Data": (run.data.get("description") for run in runs),
+        "Device": (run.meta.get("device") for run in runs),
+    }
+    for what, values in about.items():
+        value, *others = distinct(values)
+        if value != MISSING and not others:  # where they differ, a notice says so
+            found[0] += f" {what}: {value}."
+    for row in rows:
+        full, share = full_row(rows, row), _share_of_full(rows, row)
+        if full is not None and full is not row:
+            parts = [] if share is None else [f"{share:.2f} of full training's time"]
+            parts += _metric_against(full, row, runs[0].metric_name)
+            found += [f"{row.label}: {', '.join(parts)}."] if parts else []
+    return found
+
+
+def _metric_against(full: Row, row: Row, metric: str) -> list[str]:
+    """How far the mean metric of a row is from that of full training, in words."""
+    own, others = known(row.values("metric")), known(full.values("metric"))
+    if not own or not others:
+        return []
+    difference = statistics.fmean(own) - statistics.fmean(others)
+    if difference == 0:
+        return [f"{metric} the same"]
+    lower = difference < 0
+    text = f"{metric} {abs(difference):.4f} {'lower' if lower else 'higher'}"
+    if metric in _LOWER_IS_BETTER:
+        text += f", which is {'better' if lower else 'worse'}"
+    if len(own) > 1 and len(others) > 1:
+        error = math.sqrt(sum(statistics.variance(v) / len(v) for v in (own, others)))
+        if error:
+            text += f" ({abs(difference) / error:.1f} standard errors of the difference)"
+    return [text]
 
 
 def notices(runs: Sequence[Run]) -> list[str]:
@@ -161,12 +203,13 @@ def notices(runs: Sequence[Run]) -> list[str]:
     dirty = [run.name for run in runs if run.meta.get("dirty")]
     alone = [row.label for row in rows if has_full and full_row(rows, row) is None]
     single = [row.label for row in rows if len(row.runs) == 1]
-    skipped = {run.name: number(run.summary, "padding_skipped_share") for run in runs}
-    found["Padding that packing left out, of the places of packed batches"] = ", ".join(
-        f"{name} {share:.0%}" for name, share in skipped.items() if share
+    skipped = {row.label: known(row.values("padding_skipped_share")) for row in rows}
+    what = "Padding that packing left out, as a share of all token positions of the packed batches"
+    found[what] = ", ".join(
+        f"{label} {statistics.fmean(own):.0%}" for label, own in skipped.items() if any(own)
     )
-    found["Run from a changed working tree"] = ", ".join(dirty)
-    found["Without a ratio to full, whose work was another"] = ", ".join(alone)
-    found["One seed only; another can change the metric as much as a method"] = ", ".join(single)
-    found["No run of the method full"] = "" if has_full else "nothing to relate seconds to"
+    found["Run from a working tree with uncommitted changes"] = ", ".join(dirty)
+    found["Not related to full training, which did other work or learnt nothing"] = ", ".join(alone)
+    found["One run only, so its metric may differ by chance"] = ", ".join(single)
+    found["No run of full training"] = "" if has_full else "training times have no ratio"
     return [f"{what}: {which}." for what, which in found.items() if which]

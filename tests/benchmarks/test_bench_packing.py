@@ -270,8 +270,8 @@ def test_from_end_to_end(packing, settings, tmp_path, monkeypatch, capsys):
     assert heads.split(" | ")[2:4] == ["HF + group_by_length", "ours without packing"]
     assert line.startswith(f"| Short | {share:.2f} | ") and f"{ours['speedup']:.2f} (" in line
     figure = plot.packing_figure([stored])
-    heights = [bar.get_height() for bar in figure.axes[0].patches]
-    assert heights[2] == ours["speedup"] and len(heights) == 5
+    lengths = [bar.get_width() for bar in figure.axes[0].patches]
+    assert lengths[2] == ours["speedup"] and len(lengths) == 5
     stages = plot.packing_stage_table([stored])
     median = ours["stages"][2]["over_full"]["median"]
     assert "| Short | ours | " in stages and f"{median:.2f} (" in stages

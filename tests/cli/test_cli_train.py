@@ -157,7 +157,7 @@ def test_packing_leaves_padding_out_and_says_so(call, tmp_path, capsys):
     assert losses["on"] == pytest.approx(losses["off"], rel=1e-5)
     main(["report", *(str(tmp_path / name) for name in losses), "--output", str(tmp_path / "r")])
     page = (tmp_path / "r" / "report.html").read_text()
-    assert "Padding that packing left out, of the places of packed batches: on " in page
+    assert "share of all token positions of the packed batches: on " in page
     message = _one_line_error(capsys, call("--packing", "on", "--method", "full", output="full"))
     assert "--packing on is for the progressive methods" in message
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -13,7 +14,7 @@ from . import reference
 from .reference import Approximate, Inputs, Kind
 
 
-def _reason_against_triton(inputs: Sequence[Tensor | None]) -> str | None:
+def _reason_against_triton(inputs: Sequence[Any]) -> str | None:
     return backend.triton_reason(inputs[0].device, inputs[0].dtype)
 
 

@@ -179,11 +179,11 @@ def linear_cross_entropy_op(
     chosen = backend.select(OP, [hidden], implementation)
     formed = chunks.form(chosen, *tensors, demand, options)
     dtypes = chunks.stored_dtypes(hidden.dtype)
-    gradients = [
+    d_hidden, d_weight, d_bias = (
         hidden.new_empty(0, dtype=dtype) if gradient is None else gradient
         for gradient, dtype in zip(formed.gradients, dtypes, strict=True)
-    ]
-    return (formed.loss, *gradients, formed.unscale)
+    )
+    return formed.loss, d_hidden, d_weight, d_bias, formed.unscale
 
 
 @linear_cross_entropy_op.register_fake

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import get_args
+from typing import Any, get_args
 
 import torch
 from torch import Tensor
@@ -17,7 +17,7 @@ from .reference import Cast, Inputs, Norm, Result
 MAX_TRITON_COLUMNS = 8192
 
 
-def _reason_against_triton(inputs: Sequence[Tensor | None]) -> str | None:
+def _reason_against_triton(inputs: Sequence[Any]) -> str | None:
     x, tensors = inputs[0], present(inputs)
     reason = backend.triton_reason(x.device, *(tensor.dtype for tensor in tensors))
     if reason is not None:
@@ -30,7 +30,7 @@ def _reason_against_triton(inputs: Sequence[Tensor | None]) -> str | None:
     return None
 
 
-def _reason_against_triton_layer_norm(inputs: Sequence[Tensor | None]) -> str | None:
+def _reason_against_triton_layer_norm(inputs: Sequence[Any]) -> str | None:
     x, residual, *parameters = inputs
     dtypes = {tensor.dtype for tensor in present(inputs)}
     if dtypes != {torch.float32} and torch.is_autocast_enabled(x.device.type):
