@@ -137,7 +137,14 @@ def _comparison(runs: Sequence[Run]) -> list[list[str]]:
 
 
 def findings(runs: Sequence[Run]) -> list[str]:
-    """What was compared, then a sentence for each method that can be related to full training."""
+    """What was compared, then a sentence for each method that can be related to full training.
+
+    Args:
+        runs: in any order.
+
+    Raises:
+        ValueError: as `group_runs`.
+    """
     rows = group_runs(runs)
     counts = {len(row.runs) for row in rows}
     count = f"{counts.pop()} each" if len(counts) == 1 else str(len(runs))
