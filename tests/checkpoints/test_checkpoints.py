@@ -278,6 +278,17 @@ def test_it_is_on_the_device_before_it_has_its_name(tmp_path, monkeypatch):
     assert calls == ["file", "rename", "folder"]
 
 
+def test_a_system_that_opens_no_folder_has_checkpoints_too(tmp_path, monkeypatch):
+    def refuse_folders(path, *rest, open_it=os.open, **options):
+        if Path(path).is_dir():
+            raise PermissionError(path)  # as Windows
+        return open_it(path, *rest, **options)
+
+    monkeypatch.setattr(files.os, "open", refuse_folders)
+    stopped(tmp_path, steps=1)
+    assert Loop(progressive()).load(tmp_path) is not None
+
+
 @pytest.mark.parametrize("keep", [1, 3])
 def test_only_the_newest_stay(keep, tmp_path):
     loop = Loop(progressive()).seed()
