@@ -108,6 +108,33 @@ def test_places_follow_the_memory(pretend):
     assert moved.weight.is_cuda and isinstance(moved.weight, nn.Parameter)
 
 
+class _Reads(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x):
+        return x * 2
+
+    @staticmethod
+    def backward(ctx, grad):
+        assert grad.device == GPU
+        made = torch.full_like(grad, 2.0) * torch.ones((), device=grad.device)
+        return made * grad.sum().item()
+
+
+@pytest.mark.parametrize(
+    "run", [torch.Tensor.backward, torch.autograd.backward, "grad"], ids=["method", "function", "grad"]
+)
+def test_backward_is_looked_into(pretend, run):
+    x = pretend.put(torch.ones(3, requires_grad=True))
+    loss = _Reads.apply(x).sum()
+    if run == "grad":
+        (gradient,) = torch.autograd.grad(loss, x)
+    else:
+        run(loss)
+        gradient = x.grad
+    assert gradient.is_cuda and gradient.device == GPU
+    assert [event.kind for event in pretend.events] == ["read"]
+
+
 def test_two_places_in_one_operation_raise(pretend):
     x = pretend.put(torch.ones(3))
     with pytest.raises(RuntimeError, match="same device"):

@@ -12,6 +12,8 @@ Traps that are avoided, and limits:
   tensor out.
 - Memory that torch's functions in Python ask for inside themselves lies where their inputs do. What
   asks for a device there, inside torch, is told the truth: the CPU.
+- `Tensor.backward` is a function of torch, too, inside which a mode is off: it is switched on again
+  for what runs in backward.
 - Tensors of the host and of the GPU in one operation raise, as on a GPU.
 - Code behind another library's cache (`functools.cache`) may remember that there was a GPU:
   transformers' is cleared at both ends.
@@ -34,7 +36,7 @@ from unittest import mock
 import torch
 import transformers
 from torch import Tensor, nn
-from torch.overrides import TorchFunctionMode
+from torch.overrides import TorchFunctionMode, _get_current_function_mode_stack
 from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -133,7 +135,11 @@ class PretendCuda:
         for target, name, value in _stand_ins(self):
             self._stack.enter_context(mock.patch.object(target, name, value, create=True))
         self._stack.enter_context(_Operations(self))
-        self._stack.enter_context(_Functions(self))
+        functions = self._stack.enter_context(_Functions(self))
+        run = torch.autograd._engine_run_backward
+        self._stack.enter_context(
+            mock.patch.object(torch.autograd, "_engine_run_backward", functions.around(run))
+        )
         return self
 
     def __exit__(self, *error: Any) -> None:
@@ -242,6 +248,15 @@ class _Functions(TorchFunctionMode):
         if func is Tensor.to:
             return self._to(*args, **kwargs)
         return self._elsewhere(func, args, kwargs)
+
+    def around(self, run: Callable[..., Any]) -> Callable[..., Any]:
+        """`run` in this mode, whether it is on or not."""
+
+        def call(*args: Any, **kwargs: Any) -> Any:
+            with contextlib.nullcontext() if self in _get_current_function_mode_stack() else self:
+                return run(*args, **kwargs)
+
+        return call
 
     def _placed(self, t: Tensor, place: str) -> Tensor:
         _set_place(t, place)
