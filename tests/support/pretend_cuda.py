@@ -37,7 +37,6 @@ import torch
 import transformers
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode, _get_current_function_mode_stack
-from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import progtuning_kernels
@@ -113,8 +112,17 @@ def on_gpu(t: Tensor) -> bool:
     return _place(t) == "gpu"
 
 
-def _tensors(values: Any) -> list[Tensor]:
-    return [value for value in pytree.tree_leaves(values) if isinstance(value, Tensor)]
+def _tensors(*values: Any) -> list[Tensor]:
+    """Those in the containers that operations take and give; a pytree would take thrice as long."""
+    found: list[Tensor] = []
+    for value in values:
+        if isinstance(value, Tensor):
+            found.append(value)
+        elif isinstance(value, list | tuple):
+            found += _tensors(*value)
+        elif isinstance(value, dict):
+            found += _tensors(*value.values())
+    return found
 
 
 class PretendCuda:
@@ -193,6 +201,8 @@ def _forget_transformers_answers() -> None:
 _GETS_DEVICE = Tensor.device.__get__
 _IS_CUDA, _IS_CPU = Tensor.is_cuda.__get__, Tensor.is_cpu.__get__
 _FROM_DATA = {torch.tensor, torch.as_tensor, torch.asarray, Tensor.new_tensor}
+# handlers of tensors and parameters, which do nothing
+_PLAIN = (Tensor.__torch_function__.__func__, torch._C._disabled_torch_function_impl)
 _TO_NUMPY = {Tensor.numpy, Tensor.__array__}
 
 
@@ -213,13 +223,12 @@ class _Functions(TorchFunctionMode):
         self, func: Callable[..., Any], types: Any, args: Any = (), kwargs: Any = None
     ) -> Any:
         kwargs = dict(kwargs or {})
-        if torch._C._is_torch_function_enabled():
+        if types and torch._C._is_torch_function_enabled():
             for kind in types:
                 own = kind.__torch_function__
-                if own not in (Tensor.__torch_function__, torch._C._disabled_torch_function_impl):
-                    if own.__func__ is not Tensor.__torch_function__.__func__:
-                        with self:  # it asks for devices, too
-                            return own(func, types, args, kwargs)
+                if getattr(own, "__func__", own) not in _PLAIN:
+                    with self:  # it asks for devices, too
+                        return own(func, types, args, kwargs)
         first = args[0] if args else None
         if func == _GETS_DEVICE:  # made anew at every access
             return GPU if on_gpu(first) else func(*args)
@@ -265,16 +274,15 @@ class _Functions(TorchFunctionMode):
     def _elsewhere(self, func: Callable[..., Any], args: Any, kwargs: dict[str, Any]) -> Any:
         """A function that may be told where its result is to lie."""
         device, pinned = kwargs.get("device"), kwargs.pop("pin_memory", False)
-        if device is not None and torch.device(device).type in ("cpu", "cuda"):
+        if device is None:
+            found = func(*args, **kwargs)
+            return self._placed(found, "pinned") if pinned else found
+        if torch.device(device).type in ("cpu", "cuda"):
             kwargs["device"] = CPU
-        args = tuple(CPU if isinstance(a, torch.device) and a.type == "cuda" else a for a in args)
         found = func(*args, **kwargs)
-        if "device" not in kwargs or device is None:
-            place = "pinned" if pinned else None
-        else:
-            place = "gpu" if _is_gpu(device) else "pinned" if pinned else "host"
-        if not isinstance(found, Tensor) or place is None:
+        if not isinstance(found, Tensor) or found.is_meta:
             return found
+        place = "gpu" if _is_gpu(device) else "pinned" if pinned else "host"
         if func in _FROM_DATA:
             given = args[1] if func is Tensor.new_tensor else args[0]
             was_on_gpu = isinstance(given, Tensor) and on_gpu(given)
@@ -341,7 +349,7 @@ class _Operations(TorchDispatchMode):
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         name = func.overloadpacket.__name__
-        given = _tensors((args, kwargs))
+        given = _tensors(args, kwargs)
         places = [on_gpu(t) for t in given]
         anywhere = any(places)
         if anywhere:
