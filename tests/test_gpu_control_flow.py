@@ -30,8 +30,10 @@ from unlaunched_kernels import Kernels, unlaunched  # noqa: E402
 # not hold has a forward of the prefix of its own, in which its mask is read once more.
 PACKING_READS = 1
 CACHE_READS = 4
-# Compiled kernels of one name, whatever sizes the batches have.
-MOST_VARIANTS = 6
+# Compiled kernels of a name, whatever sizes the batches have: for what is demanded, and for checks.
+# One more, and it is compiled for a size.
+MOST_VARIANTS = {"norm.forward_kernel": 4}
+MOST_VARIANTS_OF_OTHERS = 2
 
 Loop = Literal["plain", "scaler", "accumulated", "in_backward", "in_backward_accumulated"]
 
@@ -226,6 +228,8 @@ def test_kernels_are_not_compiled_anew_for_other_sizes(name, packing, monkeypatc
         for rows, tokens in [(3, 11), *sizes]:
             batch = pretend.put(_batch(name, rows, tokens))
             _train(model, optimizer, "plain", [batch], None)
-    assert max(kernels.variants.values()) <= MOST_VARIANTS, kernels.variants
+    for kernel, variants in kernels.variants.items():
+        most = MOST_VARIANTS.get(kernel, MOST_VARIANTS_OF_OTHERS)
+        assert variants <= most, f"{kernel} was compiled {variants} times, not {most}"
     assert kernels.launches["norm.backward_kernel"] >= 50
     assert kernels.launches["masked_update.masked_update_kernel"] == 51
