@@ -15,6 +15,7 @@ import subprocess
 from pathlib import Path
 
 from setuptools import Extension, setup
+from setuptools.command.bdist_wheel import bdist_wheel
 from setuptools.command.build_ext import build_ext
 from setuptools.errors import CompileError, LinkError, PlatformError
 
@@ -116,6 +117,8 @@ class BuildNative(build_ext):
                 # One left by an earlier build would be imported as if this build had made it.
                 for stale in package.glob("_C.*.so"):
                     stale.unlink()
+        if not self.record["native"]:
+            self.distribution.ext_modules = []
 
     def build_extension(self, ext):
         mode = os.environ.get("PROGTUNING_BUILD", "auto")
@@ -123,7 +126,7 @@ class BuildNative(build_ext):
             raise SystemExit(f"PROGTUNING_BUILD must be auto, cpu or off, not {mode!r}")
         try:
             if mode == "off":
-                raise Unavailable("PROGTUNING_BUILD=off")
+                raise Unavailable("PROGTUNING_BUILD=off, as in the wheel for macOS and Windows")
             self.add_pybind11(ext)
             self.add_cuda(ext, mode)
             self.compile_and_link(ext)
@@ -170,6 +173,16 @@ class BuildNative(build_ext):
         print(f"progtuning_kernels: building {what}: {error}", flush=True)
 
 
+class Wheel(bdist_wheel):
+    """Tagged py3-none-any where the build left the extension out: it then runs anywhere."""
+
+    def run(self):
+        self.run_command("build")
+        self.root_is_pure = not self.distribution.has_ext_modules()
+        self.skip_build = True  # done; installing into the wheel would compile a second time
+        super().run()
+
+
 setup(
     ext_modules=[
         Extension(
@@ -179,5 +192,5 @@ setup(
             optional=True,
         )
     ],
-    cmdclass={"build_ext": BuildNative},
+    cmdclass={"build_ext": BuildNative, "bdist_wheel": Wheel},
 )

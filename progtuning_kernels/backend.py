@@ -153,7 +153,7 @@ def native_extension() -> ModuleType | None:
 def build_record() -> dict[str, Any]:
     """What setup.py wrote about the build of `_C`; empty where it never ran."""
     try:
-        return json.loads(Path(__file__).with_name("_build.json").read_text())
+        return json.loads(Path(__file__).with_name("_build.json").read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return {}
 
@@ -168,7 +168,7 @@ def _load_native() -> tuple[ModuleType | None, str | None]:
             return None, f"the extension does not load: {one_line(error)}"
         if "reason" in record:
             return None, f"the extension was not built: {record['reason']}"
-        return None, "the extension was not built: run `pip install -e .`"
+        return None, "the extension was not built: run `pip install -e .` in the clone"
     return _C, None
 
 

@@ -9,7 +9,7 @@ import torch
 import progtuning_kernels
 from progtuning_kernels import MaskedAdamW, backend, ops
 from progtuning_kernels.backend import Implementation, Op, select
-from progtuning_kernels.cli import doctor
+from progtuning_kernels.cli import doctor, provenance
 from progtuning_kernels.ops import backend_report
 from progtuning_kernels.ops.contract import DTYPES
 
@@ -239,7 +239,7 @@ def test_doctor_tells_openmp_pools_apart():
 
 def test_doctor_prints_everything(capsys, monkeypatch):
     monkeypatch.setenv("COLUMNS", "200")
-    doctor.run()
+    doctor.run(everything=True)
     printed = capsys.readouterr().out
     assert torch.__version__ in printed
     for row in backend_report().rows:
@@ -250,6 +250,51 @@ def test_doctor_prints_without_the_extension(no_extension, capsys, monkeypatch):
     monkeypatch.setenv("COLUMNS", "200")
     record = {"native": False, "reason": "no compiler [cc] here"}
     monkeypatch.setattr(backend, "build_record", lambda: record)
-    doctor.run()
+    doctor.run(everything=True)
     for part in capsys.readouterr().out.split("Implementations"):
         assert "the extension was not built: no compiler [cc] here" in part
+
+
+def _summary(capsys, monkeypatch) -> dict[str, str]:
+    monkeypatch.setenv("COLUMNS", "200")
+    doctor.run()
+    lines = [line.split("│")[1:3] for line in capsys.readouterr().out.splitlines() if "│" in line]
+    return {name.strip(): value.strip() for name, value in lines if name.strip()}
+
+
+def test_doctor_begins_with_what_runs_here(capsys, monkeypatch):
+    found = _summary(capsys, monkeypatch)
+    assert list(found) == [
+        "version",
+        "device",
+        "native extension",
+        "Triton",
+        "ops",
+        "to make it faster",
+    ]
+    assert found["device"].startswith("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def test_doctor_says_what_would_be_faster(no_extension, capsys, monkeypatch):
+    monkeypatch.setattr(backend, "build_record", lambda: {"native": False, "reason": "no compiler"})
+    monkeypatch.setattr(doctor, "openmp_pools", lambda: [])
+    monkeypatch.setattr(doctor.shutil, "which", lambda name: None)
+    monkeypatch.delenv("PROGTUNING_BACKEND", raising=False)
+    found = _summary(capsys, monkeypatch)
+    assert found["native extension"] == "the extension was not built: no compiler"
+    assert "C++17 compiler, `pip install .` in a clone" in found["to make it faster"]
+    monkeypatch.setattr(backend, "native_extension", lambda: SimpleNamespace(openmp=True))
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert (
+        _summary(capsys, monkeypatch)["to make it faster"] == "nothing is missing for this device"
+    )
+    monkeypatch.setenv("PROGTUNING_BACKEND", "reference")
+    found = _summary(capsys, monkeypatch)
+    assert found["to make it faster"] == "PROGTUNING_BACKEND unset: it is 'reference'"
+    assert found["ops"].startswith("plain PyTorch: ")
+
+
+def test_one_thread_is_no_threads(monkeypatch):
+    for threads, words in ((1, "1 thread"), (2, "2 threads")):
+        monkeypatch.setattr(torch, "get_num_threads", lambda threads=threads: threads)
+        assert provenance.cpu_in_words().endswith(f", {words}")

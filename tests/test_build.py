@@ -3,8 +3,6 @@
 import json
 import os
 import re
-import resource
-import runpy
 import shutil
 import subprocess
 import sys
@@ -20,7 +18,7 @@ CSRC = ROOT / "csrc"
 KERNELS = sorted(CSRC.glob("*.cu"))
 NVCC = shutil.which("nvcc")
 CXX = shutil.which("g++")
-TOOLS = ("gcc", "g++", "cc", "c++", "as", "ld")
+COMPILERS, BINUTILS = ("gcc", "g++", "cc", "c++"), ("as", "ld")
 PIP_WHEEL = "wheel -v --no-build-isolation --no-deps --no-index -w dist ."
 
 needs_cxx = pytest.mark.skipif(CXX is None, reason="no g++")
@@ -44,6 +42,37 @@ def environment(path: str, **changes: str) -> dict[str, str]:
     return {**kept, "PATH": path, **changes}
 
 
+# Nothing that is asked of a wheel here depends on how well its host code is optimised.
+HASTY_COMPILER = """#!/bin/sh
+exec {compiler} "$@" -O0
+"""
+# In the place of nvcc: writes down what ptxas says of every kernel, and how long it takes.
+RECORDING_NVCC = """#!{python}
+import json, os, resource, subprocess, sys
+
+arguments, environment = sys.argv[1:], {{**os.environ, "PATH": {path!r}}}
+if "-c" not in arguments:
+    os.execve({nvcc!r}, [{nvcc!r}, *arguments], environment)
+command = [{nvcc!r}, *arguments, "-Xptxas", "-v"]
+done = subprocess.run(command, env=environment, stderr=subprocess.PIPE, text=True)
+used = resource.getrusage(resource.RUSAGE_CHILDREN)
+source = os.path.basename(arguments[arguments.index("-c") + 1])
+with open({reports!r} + "/" + source, "w") as file:
+    json.dump([done.stderr, used.ru_utime + used.ru_stime], file)
+sys.exit(done.returncode)
+"""
+
+
+class Compiled(NamedTuple):
+    report: str
+    processor_seconds: float  # which other work on the machine does not stretch as it does a clock
+
+
+def write_program(path: Path, text: str) -> None:
+    path.write_text(text)
+    path.chmod(0o755)
+
+
 class Wheel:
     """A wheel under construction; the properties wait for it."""
 
@@ -60,11 +89,19 @@ class Wheel:
         return (self.tree / "log").read_text()
 
     @property
-    def package(self) -> Path:
-        """The unpacked wheel's package."""
+    def file(self) -> Path:
         assert self._process.wait() == 0, self.log
         (wheel,) = (self.tree / "dist").glob("*.whl")
-        zipfile.ZipFile(wheel).extractall(self.tree / "unpacked")
+        return wheel
+
+    @property
+    def tag(self) -> str:
+        return self.file.stem.split("-", 2)[2]
+
+    @property
+    def package(self) -> Path:
+        """The unpacked wheel's package."""
+        zipfile.ZipFile(self.file).extractall(self.tree / "unpacked")
         return self.tree / "unpacked" / "progtuning_kernels"
 
     @property
@@ -84,15 +121,22 @@ class Wheel:
         return done.stdout.strip()
 
 
+class Wheels(NamedTuple):
+    by_tools: dict[str, Wheel]
+    reports: Path  # of RECORDING_NVCC, by name of the source
+
+
 @pytest.fixture(scope="module")
-def wheels(tmp_path_factory):
+def built(tmp_path_factory) -> Wheels:
     """All wheels, built side by side: most of a build is one compiler on one core."""
     folder = tmp_path_factory.mktemp("build")
-    compilers = folder / "compilers"
-    compilers.mkdir()
-    for tool in TOOLS:
-        if found := shutil.which(tool):
-            (compilers / tool).symlink_to(found)
+    compilers, nvcc, reports = (folder / name for name in ("compilers", "nvcc", "reports"))
+    for path in (compilers, nvcc, reports):
+        path.mkdir()
+    for tool in filter(shutil.which, COMPILERS):
+        write_program(compilers / tool, HASTY_COMPILER.format(compiler=shutil.which(tool)))
+    for tool in filter(shutil.which, BINUTILS):
+        (compilers / tool).symlink_to(shutil.which(tool))
     empty = folder / "empty"
     empty.mkdir()
     nothing = environment(str(empty), CC="/nonexistent/cc", CXX="/nonexistent/c++")
@@ -101,14 +145,22 @@ def wheels(tmp_path_factory):
         cpu = environment(str(compilers))
         started["no nvcc"] = Wheel(copy_tree(folder / "cpu"), cpu)
     if CXX and NVCC:
-        cuda = environment(os.environ["PATH"])
+        path = os.environ["PATH"]
+        places = {"python": sys.executable, "nvcc": NVCC, "path": path, "reports": str(reports)}
+        write_program(nvcc / "nvcc", RECORDING_NVCC.format(**places))
+        cuda = environment(os.pathsep.join([str(nvcc), str(compilers), path]))
         started["nvcc"] = Wheel(copy_tree(folder / "cuda"), cuda)
-    return started
+    return Wheels(started, reports)
+
+
+@pytest.fixture
+def wheels(built) -> dict[str, Wheel]:
+    return built.by_tools
 
 
 def test_without_a_compiler_the_wheel_says_why(wheels):
     wheel = wheels["no compiler"]
-    assert wheel.extensions == []
+    assert wheel.extensions == [] and wheel.tag == "py3-none-any"
     assert wheel.record["native"] is False and wheel.record["cuda"] is False
     assert "/nonexistent/c++" in wheel.record["reason"]
     assert wheel.record["cuda_reason"] == "nvcc not found"
@@ -119,7 +171,7 @@ def test_without_a_compiler_the_wheel_says_why(wheels):
 @needs_cxx
 def test_without_nvcc_the_extension_is_for_the_cpu(wheels):
     wheel = wheels["no nvcc"]
-    assert len(wheel.extensions) == 1
+    assert len(wheel.extensions) == 1 and wheel.tag.startswith(f"cp3{sys.version_info.minor}-")
     assert wheel.record["native"] is True and wheel.record["reason"] == ""
     assert wheel.record["cuda"] is False and wheel.record["cuda_reason"] == "nvcc not found"
     code = "print(_C.cuda_built, _C.cuda_device_count(), hasattr(_C, 'masked_norm_cuda'))"
@@ -162,11 +214,11 @@ def test_an_editable_build_replaces_what_an_earlier_one_left(tmp_path):
     assert done.returncode == 0, done.stderr
     assert list(package.glob("_C.*")) == []
     record = json.loads((package / "_build.json").read_text())
-    assert record["native"] is False and record["reason"] == "PROGTUNING_BUILD=off"
+    assert record["native"] is False and record["reason"].startswith("PROGTUNING_BUILD=off")
     assert "building without the native extension: PROGTUNING_BUILD=off" in done.stdout
 
 
-def test_the_source_archive_has_the_sources_and_no_build(tmp_path):
+def test_the_source_archive_has_what_a_wheel_needs_and_no_build(tmp_path):
     tree = copy_tree(tmp_path / "tree")
     (tree / "progtuning_kernels" / "_C.stale.so").touch()
     (tree / "progtuning_kernels" / "_build.json").write_text("{}")
@@ -177,6 +229,16 @@ def test_the_source_archive_has_the_sources_and_no_build(tmp_path):
     sources = {path.name for path in (unpacked / "csrc").iterdir()}
     assert sources == {path.name for path in CSRC.iterdir()}
     assert not list(unpacked.rglob("*.so")) and not list(unpacked.rglob("_build.json"))
+
+    assert build_hook(unpacked, "build_wheel", PROGTUNING_BUILD="off").returncode == 0
+    (wheel,) = (unpacked / "dist").glob("*-py3-none-any.whl")
+    with zipfile.ZipFile(wheel) as content:
+        names = {name for name in content.namelist() if name.startswith("progtuning_kernels/")}
+        record = json.loads(content.read("progtuning_kernels/_build.json"))
+    package = tree / "progtuning_kernels"
+    needed = {path for path in package.rglob("*.*") if path.suffix not in (".md", ".so")}
+    assert names == {path.relative_to(tree).as_posix() for path in needed}
+    assert record["native"] is False and "the wheel for macOS and Windows" in record["reason"]
 
 
 def test_a_misspelt_build_mode_is_an_error(tmp_path):
@@ -229,31 +291,14 @@ def test_every_cuda_launcher_takes_its_stream_last_and_has_no_default():
         assert "=" not in parameters
 
 
-class Compiled(NamedTuple):
-    report: str
-    processor_seconds: float  # which other work on the machine does not stretch as it does a clock
-
-
-@pytest.fixture(scope="module")
-def compiled(tmp_path_factory) -> dict[str, Compiled]:
-    """Every .cu as setup.py compiles it, with ptxas's report."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("setuptools.setup", lambda **kwargs: None)
-        build = runpy.run_path(str(ROOT / "setup.py"))
-    known = subprocess.run([NVCC, "--list-gpu-arch"], capture_output=True, text=True).stdout
-    archs = [arch for arch in build["CUDA_ARCHS"] if f"compute_{arch}\n" in known]
-    flags = [*build["CUDA_FLAGS"], *build["cuda_targets"](archs), "-Xptxas", "-v"]
-    output, results = tmp_path_factory.mktemp("kernels") / "kernels.o", {}
-    for source in KERNELS:
-        before = resource.getrusage(resource.RUSAGE_CHILDREN)
-        done = subprocess.run(
-            [NVCC, *flags, "-c", source, "-o", output], capture_output=True, text=True
-        )
-        after = resource.getrusage(resource.RUSAGE_CHILDREN)
-        assert done.returncode == 0, done.stderr
-        seconds = after.ru_utime - before.ru_utime + after.ru_stime - before.ru_stime
-        results[source.name] = Compiled(done.stderr, seconds)
-    return results
+@pytest.fixture
+def compiled(built) -> dict[str, Compiled]:
+    """Every .cu as the wheel's build compiles it, with ptxas's report."""
+    assert built.by_tools["nvcc"].record["cuda"]
+    return {
+        source.name: Compiled(*json.loads((built.reports / source.name).read_text()))
+        for source in KERNELS
+    }
 
 
 @needs_nvcc

@@ -17,6 +17,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from accelerate import Accelerator
+from ranks import forks, run_ranks
 from tiny_models import tiny_inputs, tiny_model
 from torch import nn
 from torch.nn.parallel import DataParallel, DistributedDataParallel
@@ -514,8 +515,7 @@ class StopAfter(TrainerCallback):
 
 def check_trainer(rank: int) -> None:
     """The callback alone is enough, resume included."""
-    expected = torch.load(os.environ["PROGTUNING_TEST_EXPECTED"], weights_only=True)
-    folder = f"{os.environ['PROGTUNING_TEST_EXPECTED']}-runs"
+    expected, folder = torch.load("expected.pt", weights_only=True), "runs"
     for options in (
         {},
         {"ddp_find_unused_parameters": False},
@@ -564,12 +564,13 @@ CHECKS = {
 }
 
 
-def run(rank: int, name: str, store: str) -> None:
+def run(rank: int, name: str, folder: str) -> None:
     torch.set_num_threads(1)
     # as torchrun sets them, for the Trainer
     os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(WORLD)}
     os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29400"}
-    file = dist.FileStore(store, WORLD)
+    os.chdir(folder)
+    file = dist.FileStore("store", WORLD)
     dist.init_process_group(
         "gloo", store=file, rank=rank, world_size=WORLD, timeout=timedelta(seconds=60)
     )
@@ -582,7 +583,7 @@ def run(rank: int, name: str, store: str) -> None:
 
 @pytest.mark.skipif(not dist.is_available(), reason="torch without distributed")
 @pytest.mark.parametrize("name", CHECKS)
-def test_two_ranks(name, tmp_path, monkeypatch):
+def test_two_ranks(name, tmp_path):
     if name == "trainer":
         expected = {}
         for kind, accumulate in (("plain", 1), ("accumulated", 2)):
@@ -592,9 +593,7 @@ def test_two_ranks(name, tmp_path, monkeypatch):
             trainer_of(str(tmp_path), model, callback, rows=rows, **options).train()
             expected[kind] = model.state_dict()
         torch.save(expected, tmp_path / "expected.pt")
-        monkeypatch.setenv("PROGTUNING_TEST_EXPECTED", str(tmp_path / "expected.pt"))
-    sys.path.insert(0, str(Path(__file__).parent))  # spawned processes import this file by name
-    torch.multiprocessing.spawn(run, (name, str(tmp_path / "store")), nprocs=WORLD)
+    run_ranks(run, name, str(tmp_path), count=WORLD)
 
 
 def train_or_die(rank: int, folder: str, victim: int | None) -> None:
@@ -625,11 +624,9 @@ def train_or_die(rank: int, folder: str, victim: int | None) -> None:
 
 @pytest.mark.skipif(not dist.is_available(), reason="torch without distributed")
 def test_a_killed_rank_ends_the_others_and_the_run_resumes(tmp_path):
-    sys.path.insert(0, str(Path(__file__).parent))
-    context = torch.multiprocessing.get_context("spawn")
     for victim in (1, None):
         ranks = [
-            context.Process(target=train_or_die, args=(r, str(tmp_path), victim))
+            forks().Process(target=train_or_die, args=(r, str(tmp_path), victim))
             for r in range(WORLD)
         ]
         for process in ranks:

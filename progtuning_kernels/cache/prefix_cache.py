@@ -10,7 +10,7 @@ from typing import Literal, get_args
 
 import torch
 
-from ..text_table import text_table
+from ..text_table import Table, as_html, as_text
 from .row_store import RowStore, StoreDevice, free_cpu_bytes, stored_dtype
 
 _DTYPES = (None, torch.float32, torch.bfloat16, torch.float16)
@@ -160,6 +160,12 @@ class CacheReport:
         )
 
     def __str__(self) -> str:
+        return as_text([self._table()])
+
+    def _repr_html_(self) -> str:
+        return as_html([self._table()])
+
+    def _table(self) -> Table:
         def ms(value: float | None) -> str:
             return "-" if value is None else f"{value:.4f}"
 
@@ -176,4 +182,4 @@ class CacheReport:
             *((f"bypassed {n:,} times", reason) for reason, n in self.bypasses.items()),
             *(("warning", text) for text in self.warnings),
         ]
-        return "\n".join(text_table(lines, left=(0, 1)))
+        return Table(lines, left=(0, 1), head=False)

@@ -11,7 +11,6 @@ tenth. Room comes from `drop` and `bind`.
 from __future__ import annotations
 
 import os
-import sys
 import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -25,6 +24,7 @@ from .disk_rows import DTYPES, DiskRow, DiskRows, DiskUnavailable
 StoreDevice = Literal["auto", "cuda", "cpu", "disk"]
 
 _GPU_SHARE, _CPU_SHARE = 0.25, 0.5  # of free memory, where the caller leaves the choice to us
+_FREE_BYTES_UNKNOWN = 4 << 30  # where the system does not say: macOS, Windows
 _CPU = torch.device("cpu")
 
 
@@ -36,13 +36,16 @@ def stored_dtype(asked: torch.dtype | None, activation: torch.dtype) -> torch.dt
 
 
 def free_cpu_bytes() -> int:
-    """Memory that can be had without swapping: the machine's, or what the control group leaves."""
+    """Memory that can be had without swapping: the machine's, or what the control group leaves.
+
+    4 GiB where neither can be read.
+    """
     try:
         lines = Path("/proc/meminfo").read_text().splitlines()
         kilobytes = next(line.split()[1] for line in lines if line.startswith("MemAvailable:"))
         free = int(kilobytes) << 10
     except (OSError, StopIteration):
-        return sys.maxsize
+        return _FREE_BYTES_UNKNOWN
     try:
         group = Path("/sys/fs/cgroup")
         limit = int(group.joinpath("memory.max").read_text())  # ValueError for "max"

@@ -141,7 +141,10 @@ def _remove(path: Path) -> None:
 
 def _sync(folder: Path) -> None:
     """Have a change of names in a folder survive a loss of power."""
-    opened = os.open(folder, os.O_RDONLY)
+    try:
+        opened = os.open(folder, os.O_RDONLY)
+    except PermissionError:  # Windows opens no folder
+        return
     os.fsync(opened)
     os.close(opened)
 

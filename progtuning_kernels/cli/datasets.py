@@ -186,7 +186,7 @@ def read_hub(name: str) -> tuple[list[Row], list[Row]]:
     try:
         import datasets
     except ImportError:
-        raise UserError('a hub data set needs: pip install "progtuning_kernels[hub]"') from None
+        raise UserError("a hub data set needs datasets: pip install datasets") from None
     path, _, configuration = name.partition(":")
     try:
         splits = datasets.load_dataset(path, configuration or None)

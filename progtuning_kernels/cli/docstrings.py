@@ -85,7 +85,7 @@ def load_docstrings(
     if len(files) < _MIN_LABELS:
         raise ValueError(
             f"docstring data needs the sources of {_MIN_LABELS} packages, found {len(files)} "
-            f"({', '.join(files) or 'none'}): pip install 'progtuning_kernels[demo]'"
+            f"({', '.join(files) or 'none'}): pip install matplotlib scikit-learn scipy"
         )
     names = list(files)
     shares = {"validation": validation_rows // len(names), "train": train_rows // len(names)}

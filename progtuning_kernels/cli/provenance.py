@@ -47,6 +47,12 @@ def installed_version(package: str) -> str | None:
         return None
 
 
+def cpu_in_words() -> str:
+    """The CPU, and how many threads torch uses on it."""
+    threads = torch.get_num_threads()
+    return f"{cpu_name()}, {threads} thread{'s' * (threads != 1)}"
+
+
 def provenance(device: torch.device) -> dict[str, Any]:
     """The `meta` record of a stored result.
 
@@ -55,7 +61,7 @@ def provenance(device: torch.device) -> dict[str, Any]:
     tracked = _git("ls-files", "--error-unmatch", Path(__file__).name) is not None
     commit = _git("rev-parse", "HEAD") if tracked else None
     changes = _git("status", "--porcelain", "--untracked-files=no") if commit else None
-    device_name, cuda = f"{cpu_name()}, {torch.get_num_threads()} threads", {}
+    device_name, cuda = cpu_in_words(), {}
     if device.type == "cuda":
         device_name, cuda = torch.cuda.get_device_name(device), {"cuda": torch.version.cuda}
     packages = ("progtuning_kernels", "transformers", "triton", "peft", "numpy")

@@ -10,7 +10,7 @@ import warnings
 import weakref
 from collections.abc import Callable
 from datetime import timedelta
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
@@ -19,8 +19,9 @@ from ..cache import CacheReport, PrefixCache, PrefixServer
 from ..distributed import shards_of
 from ..model.layout import Layout, parameter_slots
 from ..packing import Packing, PackingReport
-from ..schedules import FreezePlan, Schedule, whole_number
+from ..schedules import FreezePlan, Schedule, units_by_stage, whole_number
 from ..swaps import KernelReport, Kernels
+from ..text_table import as_html
 from .active_set import TiedPolicy
 from .boundary import FrozenMode
 from .decay_groups import decay_groups
@@ -129,19 +130,24 @@ class PatchHandle:
             f"boundary={self.boundary} of {self.num_blocks}, {self.schedule!r})"
         )
 
+    def _repr_html_(self) -> str:
+        return as_html([repr(self), *units_by_stage(self.schedule, self.num_blocks)])
+
     def __reduce__(self) -> tuple:
         # a copy of the model is an ordinary model: it carries None where the handle was
         return (type(None), ())
 
-    def __getattr__(self, name: str) -> Any:
-        if name not in ("observe", "reassert", "accept_weights"):
-            raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")
-        warnings.warn(
-            f"PatchHandle.{name} goes with the next release: call settle() before a checkpoint",
-            DeprecationWarning,
-            stacklevel=2,
-        )
-        return self.settle
+    if not TYPE_CHECKING:  # to a type checker every misspelt name would be an attribute
+
+        def __getattr__(self, name: str) -> Any:
+            if name not in ("observe", "reassert", "accept_weights"):
+                raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")
+            warnings.warn(
+                f"PatchHandle.{name} goes with the next release: call settle() before a checkpoint",
+                DeprecationWarning,
+                stacklevel=2,
+            )
+            return self.settle
 
     def __enter__(self) -> PatchHandle:
         return self

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from ..model.layout import parameter_slots
-from ..text_table import text_table
+from ..text_table import Table, as_html, as_text
 from .freezer import Freezer
 from .unit_use import UnitUse
 
@@ -122,6 +122,12 @@ class TruncationReport:
                 )
 
     def __str__(self) -> str:
+        return as_text(self._parts())
+
+    def _repr_html_(self) -> str:
+        return as_html(self._parts())
+
+    def _parts(self) -> list[str | Table]:
         def cell(value: int | None) -> str:
             return "-" if value is None else f"{value:,}"
 
@@ -132,8 +138,8 @@ class TruncationReport:
                 rows.append(("-- boundary", *[""] * len(columns)))
             rows.append((unit.label, *(cell(getattr(unit, column)) for column in columns)))
         rows.append(("total", *(cell(self._total(column)) for column in columns)))
-        notes = [*self.tied, *filter(None, [self.kernels, self.cache])]
-        return "\n".join([*text_table(rows, left=[0]), *notes])
+        notes = filter(None, [self.kernels, self.cache])
+        return [Table(rows, left=[0]), *self.tied, *notes]
 
 
 def _some(names: Sequence[str]) -> str:

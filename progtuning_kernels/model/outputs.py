@@ -69,7 +69,8 @@ def outputs_problem(
 
 def has_keys_and_values(output: Any) -> bool:
     """Whether an output holds keys and values of all blocks."""
-    if isinstance(output, Mapping) and output.get("past_key_values") is not None:
+    # as a plain dict: outputs of transformers 5.24 warn when they are asked for this older name
+    if isinstance(output, Mapping) and dict(output).get("past_key_values") is not None:
         return True
     return any(map(_is_past, pytree.tree_leaves(output, is_leaf=_is_past)))
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 import torch
 
 from .. import backend
-from ..text_table import text_table
+from ..text_table import Table, as_html, as_text
 
 
 @dataclass(frozen=True)
@@ -42,14 +42,21 @@ class BackendReport:
     passed_over: dict[str, str] = field(default_factory=dict)
 
     def __str__(self) -> str:
+        return as_text(self._parts())
+
+    def _repr_html_(self) -> str:
+        return as_html(self._parts())
+
+    def _parts(self) -> list[str | Table]:
         cells = [("op", "device", "implementation", "runs", "because")]
         for row in self.rows:
             runs = "yes" if row.ok else "no"
             cells.append((row.op, row.device, row.implementation, runs, row.reason or ""))
-        lines = text_table(cells, left=range(5))
-        for op, reason in self.passed_over.items():
-            lines.append(f"{op}: not what {backend.ENVIRONMENT_VARIABLE} prefers: {reason}")
-        return "\n".join(lines)
+        passed_over = (
+            f"{op}: not what {backend.ENVIRONMENT_VARIABLE} prefers: {reason}"
+            for op, reason in self.passed_over.items()
+        )
+        return [Table(cells, left=range(5)), *passed_over]
 
 
 def backend_report() -> BackendReport:

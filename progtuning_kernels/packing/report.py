@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from ..text_table import text_table
+from ..text_table import Table, as_html, as_text
 
 
 @dataclass(frozen=True)
@@ -34,15 +34,23 @@ class PackingReport:
         return 1 - self.tokens / self.places if self.places else 0.0
 
     def __str__(self) -> str:
-        lines = [f"packing: {path}: {text}" for path, text in self.stacks.items()]
+        return as_text(self._parts())
+
+    def _repr_html_(self) -> str:
+        return as_html(self._parts())
+
+    def _parts(self) -> list[str | Table]:
+        parts: list[str | Table] = [
+            f"packing: {path}: {text}" for path, text in self.stacks.items()
+        ]
         if self.batches:
             forwards = "1 forward" if self.batches == 1 else f"{self.batches:,} forwards"
-            lines.append(
+            parts.append(
                 f"{forwards} ran packed, evaluation among them: {self.skipped_share:.0%} of "
                 f"{self.places:,} places (rows x columns) were padding, and left out"
             )
         if self.padded:
             rows = [("forwards", "ran padded because")]
             rows += [(f"{count:,}", reason) for reason, count in self.padded.items()]
-            lines += text_table(rows, left=(1,))
-        return "\n".join(lines) or "packing: no forward yet"
+            parts.append(Table(rows, left=(1,)))
+        return parts or ["packing: no forward yet"]

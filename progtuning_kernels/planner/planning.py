@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 import math
 import warnings
-from bisect import bisect_left
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
@@ -22,7 +21,7 @@ from ..freezing.freezer import Freezer
 from ..freezing.handle import handle_of
 from ..model.derived_classes import derived_classes
 from ..model.layout import find_layout
-from ..schedules import FreezePlan, Schedule, decides_by_gradients
+from ..schedules import FreezePlan, Schedule, decides_by_gradients, stage_starts
 from ..schedules.progressive import scales_with_length
 from .calibration import CannotCalibrate, UnitCosts, measure_units
 from .example_batch import example_batch, on_meta
@@ -34,17 +33,6 @@ from .training_plan import Remedy, StagePlan, TrainingPlan
 _MOST_PLANS = 64
 # Length of a run that no one has named: every number of stages up to 12 divides it.
 _ANY_LENGTH = math.lcm(*range(1, 13))
-
-
-def _stage_starts(schedule: Schedule, total_steps: int) -> list[int]:
-    """First steps of the stages, found by bisection: stage numbers grow with the step."""
-    steps, starts = range(total_steps), [0]
-    while True:
-        current = schedule.stage(starts[-1])
-        following = bisect_left(steps, current + 1, lo=starts[-1], key=schedule.stage)
-        if following == total_steps:
-            return starts
-        starts.append(following)
 
 
 def _with_length(schedule: Schedule, steps: int | None) -> tuple[Schedule, int]:
@@ -164,7 +152,7 @@ def plan_training(
     )
     copied = meta_copy(model, dtype)
     layout = find_layout(copied, blocks)
-    starts = _stage_starts(timed, total_steps)
+    starts = list(stage_starts(timed, total_steps))
     plans = [timed.plan(start, layout.num_blocks) for start in starts]
     if len(set(plans)) > _MOST_PLANS:
         raise ValueError(

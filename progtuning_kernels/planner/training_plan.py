@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from ..text_table import text_table
+from ..text_table import Table, as_html, as_text
 
 
 @dataclass(frozen=True)
@@ -146,9 +146,13 @@ class TrainingPlan:
         }
 
     def __str__(self) -> str:
-        return "\n".join(
-            [self.title, "", *text_table(self._rows(), left=[0, 2]), "", *self._conclusions()]
-        )
+        return as_text(self._parts())
+
+    def _repr_html_(self) -> str:
+        return as_html(self._parts())
+
+    def _parts(self) -> list[str | Table]:
+        return [self.title, "", Table(self._rows(), left=[0, 2]), "", *self._conclusions()]
 
     def _rows(self) -> list[list[str]]:
         head = ["stage", "steps", "trains", "params (M)", "GFLOP fwd", "bwd", "weights"]

@@ -71,15 +71,14 @@ def write_report(runs: Sequence[Run], out_dir: str | Path) -> Path:
 
     Raises:
         ValueError: no run at all, one run twice, or runs of different metrics.
-        ImportError: plotly or jinja2 is missing; one line that names the extra.
+        ImportError: plotly or jinja2 is missing; one line that says what to install.
     """
     rows = group_runs(runs)
     try:
         import jinja2
         from plotly.offline import get_plotlyjs
     except ImportError as error:
-        needed = f'a report needs {error.name}: pip install "progtuning_kernels[train]"'
-        raise ImportError(needed) from None
+        raise ImportError(f"a report needs {error.name}: pip install plotly jinja2") from None
     out = Path(out_dir)
     out.mkdir(parents=True, exist_ok=True)
     charts = [(name, *text, make(rows)) for name, (*text, make) in CHARTS.items()]

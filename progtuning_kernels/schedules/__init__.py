@@ -16,7 +16,9 @@ from .plan import (
     check_schedule,
     decides_by_gradients,
     stage_count,
+    stage_starts,
     steps_to_check,
+    units_by_stage,
     whole_number,
 )
 from .progressive import EmbeddingPolicy, MilestoneSchedule, ProgressiveSchedule
@@ -37,6 +39,8 @@ __all__ = [
     "check_schedule",
     "decides_by_gradients",
     "stage_count",
+    "stage_starts",
     "steps_to_check",
+    "units_by_stage",
     "whole_number",
 ]

@@ -2,11 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from bisect import bisect_left
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import islice, pairwise
 from numbers import Real
 from operator import index
 from typing import Any, Protocol, SupportsInt, TypeGuard, TypeVar, cast, get_args, runtime_checkable
+
+from ..text_table import Table, as_html
+
+# A longer table of stages is no picture any more.
+_MOST_STAGES = 32
 
 
 @dataclass(frozen=True)
@@ -46,6 +53,15 @@ class FreezePlan:
         blocks = ", ".join(str(a) if a == b else f"{a}-{b}" for a, b in runs)
         parts = ["embeddings"] * self.embeddings + [f"blocks {blocks}"] * bool(runs)
         return ", ".join(parts + ["head"] * self.head)
+
+    def marks(self) -> list[str]:
+        """One mark a unit, embeddings first, head last: ■ where it trains, □ where it is frozen."""
+        return ["■" if on else "□" for on in (self.embeddings, *self.trainable, self.head)]
+
+    def _repr_html_(self) -> str:
+        trains = self.units_in_words() or "nothing"
+        strip = Table([unit_names(self.num_blocks), self.marks()], left=())
+        return as_html([f"trains: {trains}; boundary {self.boundary}", strip])
 
     @classmethod
     def from_boundary(cls, boundary: int, num_blocks: int, *, embeddings: bool) -> FreezePlan:
@@ -169,6 +185,37 @@ def bind_length(schedule: _Schedule, total_steps: int) -> _Schedule:
 def stage_count(schedule: Schedule, total_steps: int) -> int | None:
     """Stages of a run of this length; None where they are decided while it trains."""
     return None if decides_by_gradients(schedule) else schedule.stage(total_steps - 1) + 1
+
+
+def stage_starts(schedule: Schedule, total_steps: int) -> Iterator[int]:
+    """First steps of the stages, found by bisection: stage numbers grow with the step."""
+    start = 0
+    while start < total_steps:
+        yield start
+        following = schedule.stage(start) + 1
+        start = bisect_left(range(total_steps), following, lo=start, key=schedule.stage)
+
+
+def unit_names(num_blocks: int) -> list[str]:
+    """What `FreezePlan.marks` stand for."""
+    return ["embeddings", *map(str, range(num_blocks)), "head"]
+
+
+def units_by_stage(schedule: Schedule, num_blocks: int) -> list[str | Table]:
+    """Which unit trains in which stage: a table, and a line about what it leaves out.
+
+    Empty where that is not known yet: the schedule has no length, or decides while it trains.
+    """
+    total = schedule.total_steps
+    if total is None or decides_by_gradients(schedule):
+        return []
+    starts = list(islice(stage_starts(schedule, total), _MOST_STAGES + 1))
+    rows = [["stage", "steps", *unit_names(num_blocks)]]
+    for i, (first, end) in enumerate(pairwise([*starts, total][: _MOST_STAGES + 1])):
+        plan = schedule.plan(first, num_blocks)
+        rows.append([str(i + 1), f"{first}-{end - 1}", *plan.marks()])
+    more = len(starts) > _MOST_STAGES
+    return [Table(rows, left=()), *[f"... and later stages, from step {starts[-1]} on"] * more]
 
 
 def steps_to_check(schedule: Schedule) -> set[int]:

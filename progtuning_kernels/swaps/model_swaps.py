@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from .. import backend
 from ..model.derived_classes import base_of, derive
 from ..model.layout import Layout
-from ..text_table import text_table
+from ..text_table import Table, as_html, as_text
 from . import checks, cpu_dropout
 from .kinds import GELU, HEAD, CannotSwap, Swap, bypassed, language_model_head, recognise
 
@@ -77,14 +77,20 @@ class KernelReport:
         return f"kernels: {self.swapped} modules swapped, {kept} keep their own forward"
 
     def __str__(self) -> str:
+        return as_text(self._parts())
+
+    def _repr_html_(self) -> str:
+        return as_html(self._parts())
+
+    def _parts(self) -> list[str | Table]:
         if not self.rows:
-            return self.summary()
+            return [self.summary()]
         cells = [("kind", "class", "modules", "first", "swapped", "because")]
         for row in self.rows:
             swapped = "yes" if row.swapped else "no"
             first = (row.kind, row.module_class, str(row.count), row.example)
             cells.append((*first, swapped, row.because))
-        return "\n".join(text_table(cells, left=range(6)))
+        return [Table(cells, left=range(6))]
 
 
 class _Verdict(NamedTuple):

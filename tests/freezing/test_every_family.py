@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from typing import Any
 
 import peft
@@ -114,7 +115,7 @@ def test_gradient_checkpointing(name, boundary):
     plain = tiny_model(name)
     enable_checkpointing(plain)
     expected = frozen_by_hand(plain, _plan(boundary), inputs)
-    for enabled_first in (True, False):
+    for enabled_first in (True, False) if boundary == 2 else (False,):
         model = tiny_model(name)
         if enabled_first:
             enable_checkpointing(model)
@@ -137,9 +138,8 @@ def test_gradient_checkpointing(name, boundary):
 @pytest.mark.parametrize("name", MODELS)
 def test_lora(name, boundary):
     inputs = tiny_inputs(name)
-    model, twin = (_with_lora(tiny_model(name)) for _ in range(2))
-    twin.load_state_dict(model.state_dict())  # adapters are drawn at random
-    expected = frozen_by_hand(twin, _plan(boundary), inputs)
+    model = _with_lora(tiny_model(name))
+    expected = frozen_by_hand(copy.deepcopy(model), _plan(boundary), inputs)
     assert all(".lora_" in key for key in expected)
     if handle := _patch(model, boundary, expected):
         _prove(handle, inputs, expected)

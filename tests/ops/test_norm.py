@@ -725,7 +725,7 @@ def test_compiles_without_spills(architecture, tmp_path, monkeypatch, capfd):
     pytest.importorskip("triton")
     monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path / "cache"))
     used, bad = {}, []
-    for columns in (768, 1024, 4096, 8192):
+    for columns in (768, 8192):  # with a block's end masked; the longest, with the most warps
         for name, (kernel, kinds, constants, options) in _variants(columns).items():
             compiled = compile_for(
                 kernel, kinds, constants, architecture, options, divisible=STRIDES

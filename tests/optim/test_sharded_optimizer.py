@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import sys
-from pathlib import Path
-
 import pytest
 import torch
+from ranks import run_ranks
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
@@ -128,5 +126,4 @@ def run(rank: int, name: str, store: str) -> None:
 @pytest.mark.skipif(not torch.distributed.is_available(), reason="torch without distributed")
 @pytest.mark.parametrize("name", CHECKS)
 def test_two_ranks(name, tmp_path):
-    sys.path.insert(0, str(Path(__file__).parent))  # spawned processes import this file by name
-    torch.multiprocessing.spawn(run, (name, str(tmp_path / "store")), nprocs=WORLD)
+    run_ranks(run, name, str(tmp_path / "store"), count=WORLD)

@@ -4,10 +4,8 @@ from __future__ import annotations
 
 import gc
 import os
-import sys
 import warnings
 from datetime import timedelta
-from pathlib import Path
 from typing import Any
 from unittest import mock
 
@@ -15,6 +13,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from proofs import enable_checkpointing
+from ranks import run_ranks
 from tiny_models import tiny_inputs, tiny_model
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
@@ -211,5 +210,4 @@ def run(rank: int, name: str, store: str) -> None:
 @pytest.mark.skipif(not dist.is_available(), reason="torch without distributed")
 @pytest.mark.parametrize("name", CHECKS)
 def test_two_ranks(name, tmp_path):
-    sys.path.insert(0, str(Path(__file__).parent))  # spawned processes import this file by name
-    torch.multiprocessing.spawn(run, (name, str(tmp_path / "store")), nprocs=WORLD)
+    run_ranks(run, name, str(tmp_path / "store"), count=WORLD)

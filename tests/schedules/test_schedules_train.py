@@ -7,12 +7,13 @@ import io
 import json
 import math
 import os
-import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
 from proofs import FixedPlan, frozen_by_hand, gradients, saved_bytes
+from ranks import run_ranks
 from tiny_models import tiny_inputs, tiny_model
 from torch import nn
 from torch.optim.lr_scheduler import LambdaLR
@@ -333,44 +334,24 @@ def test_hooks_are_there_for_adaptive_schedules_only_and_go_with_the_patch():
     assert hooked(model) == 0
 
 
-_TWO_RANKS = """
-import json, os, sys
-import torch
-sys.path[:0] = [{tests!r}]
-from tiny_models import tiny_inputs, tiny_model
-from progtuning_kernels import AdaptiveSchedule, MaskedAdamW, patch_model
-
-torch.set_num_threads(1)
-rank = int(sys.argv[1])
-torch.distributed.init_process_group(
-    "gloo", init_method="file://" + sys.argv[2], rank=rank, world_size=2
-)
-schedule = AdaptiveSchedule(3, percentile=80)
-handle = patch_model(tiny_model("bert-sequence"), schedule, kernels="off")
-optimizer = MaskedAdamW(handle.param_groups(lr=3e-3))
-for step in range(15):
-    handle.model(**tiny_inputs("bert-sequence", seed=100 * rank + step)).loss.backward()
-    optimizer.step()
-    optimizer.zero_grad()
-    handle.advance()
-print(json.dumps(schedule.state_dict()))
-"""
+def _decide(rank: int, folder: str) -> None:
+    torch.distributed.init_process_group(
+        "gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2
+    )
+    schedule = AdaptiveSchedule(3, percentile=80)
+    handle = patch_model(tiny_model("bert-sequence"), schedule, kernels="off")
+    optimizer = MaskedAdamW(handle.param_groups(lr=3e-3))
+    for step in range(15):
+        handle.model(**tiny_inputs("bert-sequence", seed=100 * rank + step)).loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        handle.advance()
+    Path(folder, f"{rank}.json").write_text(json.dumps(schedule.state_dict()))
 
 
 def test_ranks_with_other_gradients_decide_alike(tmp_path):
-    code = _TWO_RANKS.format(tests=os.path.join(os.path.dirname(__file__), "..", "support"))
-    ranks = [
-        subprocess.Popen(
-            [sys.executable, "-c", code, str(rank), str(tmp_path / "store")],
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-        )
-        for rank in range(2)
-    ]
-    outputs = [rank.communicate(timeout=240) for rank in ranks]
-    assert [rank.returncode for rank in ranks] == [0, 0], outputs
-    first, second = (json.loads(out.splitlines()[-1]) for out, _ in outputs)
+    run_ranks(_decide, str(tmp_path))
+    first, second = (json.loads((tmp_path / f"{rank}.json").read_text()) for rank in range(2))
     assert first == second and len(first["decisions"]) == 5
     assert first["decisions"][-1][2] > 0
 

@@ -31,8 +31,8 @@ from progtuning_kernels.swaps.kinds import recognise
 
 pytestmark = pytest.mark.usefixtures("padded")  # a trial of packing is slow in the interpreter
 
-STEPS = 20
-# Of the largest loss, and of the largest weight of a tensor, after 20 steps at lr 1e-3.
+STEPS = 6
+# Of the largest loss, and of the way that a tensor has come, after 6 steps at lr 3e-3.
 LOSS_TOLERANCE = 1e-4
 WEIGHT_TOLERANCE = 2e-2
 # It shifts all scores of a query alike: its gradient is rounding noise, AdamW's first steps are
@@ -73,11 +73,11 @@ def _short_inputs(name: str, step: int) -> dict[str, Any]:
 
 
 def _train(model: nn.Module, name: str, kernels: str) -> list[float]:
-    """20 steps in four stages: full, then ever less; losses."""
-    schedule = MilestoneSchedule({0: 0, 4: 1, 8: 2, 14: 3})
+    """Four stages: full, then ever less; losses."""
+    schedule = MilestoneSchedule({0: 0, 2: 1, 3: 2, 4: 3})
     losses = []
     with patch_model(model, schedule, kernels=kernels) as handle:
-        optimizer = MaskedAdamW(handle.param_groups(lr=1e-3, weight_decay=0.1), max_grad_norm=1.0)
+        optimizer = MaskedAdamW(handle.param_groups(lr=3e-3, weight_decay=0.1), max_grad_norm=1.0)
         for step in range(STEPS):
             loss = model(**_short_inputs(name, step)).loss
             losses.append(loss.item())
@@ -90,16 +90,17 @@ def _train(model: nn.Module, name: str, kernels: str) -> list[float]:
 
 @pytest.mark.parametrize("name", _one_per_family())
 def check_trains_as_before(name):
-    plain, swapped = tiny_model(name), tiny_model(name)
+    start, plain, swapped = (tiny_model(name) for _ in range(3))
     expected = _train(plain, name, "off")
     found = _train(swapped, name, "auto")
     scale = max(map(abs, expected))
     assert found == pytest.approx(expected, abs=LOSS_TOLERANCE * scale), name
-    for (path, p), q in zip(plain.named_parameters(), swapped.parameters(), strict=True):
+    begun = start.parameters()
+    for (path, p), q, s in zip(plain.named_parameters(), swapped.parameters(), begun, strict=True):
         if KEY_BIAS.search(path):
             continue
-        worst = ((p - q).abs().max() / p.abs().max().clamp(min=1e-2)).item()
-        assert worst <= WEIGHT_TOLERANCE, (path, worst)
+        apart = ((p - q).norm() / (p - s).norm().clamp(min=1e-6)).item()
+        assert apart <= WEIGHT_TOLERANCE, (path, apart)
 
 
 @pytest.mark.parametrize("name", KINDS)
@@ -162,11 +163,12 @@ def check_every_module_is_itself_again():
 @pytest.mark.parametrize("name", ["bert-sequence", "xlm-sequence"])
 def check_copies_are_ordinary_models(name):
     model = tiny_model(name)
-    expected = model.eval()(**tiny_inputs(name)).logits
+    inputs = _short_inputs(name, 0)
+    expected = model.eval()(**inputs).logits
     patch_model(model, MilestoneSchedule({0: 1}))
     for twin in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
         assert all(type(m) is root_of(type(m)) for m in twin.modules())
-        assert torch.equal(twin.eval()(**tiny_inputs(name)).logits, expected)
+        assert torch.equal(twin.eval()(**inputs).logits, expected)
 
 
 class _OtherNorm(nn.Module):
@@ -280,7 +282,7 @@ def check_checkpointing_and_autocast():
 
 def check_bert_with_dropout_is_a_fixed_function_of_the_seed():
     model = tiny_model("bert-sequence", dropout=True)
-    inputs = tiny_inputs("bert-sequence")
+    inputs = _short_inputs("bert-sequence", 0)
     patch_model(model, MilestoneSchedule({0: 0}))
     drawn = []
     for seed in (3, 3, 4):

@@ -1,0 +1,43 @@
+"""Processes that start in no time: forked from one that has imported what tests of ranks need.
+
+That process is started once for all tests of a session. It has computed nothing, so that every fork
+of it may train; each sees nothing of what an earlier one has done.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Callable
+from multiprocessing import forkserver
+from multiprocessing.context import BaseContext
+from typing import Any
+from unittest import mock
+
+import torch
+
+PRELOADED = [
+    "accelerate",
+    "torch.distributed.fsdp",
+    "transformers.trainer",
+    "transformers.models.bert.modeling_bert",
+    "transformers.models.llama.modeling_llama",
+    "tiny_models",
+    "progtuning_kernels.integrations.hf_trainer",
+]
+
+
+def forks() -> BaseContext:
+    """A context of multiprocessing; its processes have the environment of the first call."""
+    forkserver.set_forkserver_preload(PRELOADED)
+    with mock.patch.dict(os.environ, PYTHONPATH=os.pathsep.join(sys.path), OMP_NUM_THREADS="1"):
+        forkserver.ensure_running()
+    return torch.multiprocessing.get_context("forkserver")
+
+
+def run_ranks(function: Callable[..., None], *arguments: Any, count: int = 2) -> None:
+    """`function(rank, *arguments)` in `count` processes; raises what one of them raises."""
+    forks()
+    torch.multiprocessing.start_processes(
+        function, arguments, nprocs=count, start_method="forkserver"
+    )
