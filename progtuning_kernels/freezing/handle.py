@@ -21,7 +21,7 @@ from ..model.layout import Layout, parameter_slots
 from ..packing import Packing, PackingReport
 from ..schedules import FreezePlan, Schedule, units_by_stage, whole_number
 from ..swaps import KernelReport, Kernels
-from ..text_table import as_html
+from ..text_table import Table, as_html
 from .active_set import TiedPolicy
 from .boundary import FrozenMode
 from .decay_groups import decay_groups
@@ -131,7 +131,8 @@ class PatchHandle:
         )
 
     def _repr_html_(self) -> str:
-        return as_html([repr(self), *units_by_stage(self.schedule, self.num_blocks)])
+        stages = units_by_stage(self.schedule, self.num_blocks)
+        return as_html([repr(self), *[Table(stages, left=())] * bool(stages)])
 
     def __reduce__(self) -> tuple:
         # a copy of the model is an ordinary model: it carries None where the handle was

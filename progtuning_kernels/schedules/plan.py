@@ -10,8 +10,6 @@ from numbers import Real
 from operator import index
 from typing import Any, Protocol, SupportsInt, TypeGuard, TypeVar, cast, get_args, runtime_checkable
 
-from ..text_table import Table, as_html
-
 # A longer table of stages is no picture any more.
 _MOST_STAGES = 32
 
@@ -59,6 +57,8 @@ class FreezePlan:
         return ["■" if on else "□" for on in (self.embeddings, *self.trainable, self.head)]
 
     def _repr_html_(self) -> str:
+        from ..text_table import Table, as_html  # schedules import without the package around them
+
         trains = self.units_in_words() or "nothing"
         strip = Table([unit_names(self.num_blocks), self.marks()], left=())
         return as_html([f"trains: {trains}; boundary {self.boundary}", strip])
@@ -201,8 +201,8 @@ def unit_names(num_blocks: int) -> list[str]:
     return ["embeddings", *map(str, range(num_blocks)), "head"]
 
 
-def units_by_stage(schedule: Schedule, num_blocks: int) -> list[str | Table]:
-    """Which unit trains in which stage: a table, and a line about what it leaves out.
+def units_by_stage(schedule: Schedule, num_blocks: int) -> list[list[str]]:
+    """Which unit trains in which stage, as rows of a table, the names of its columns first.
 
     Empty where that is not known yet: the schedule has no length, or decides while it trains.
     """
@@ -214,8 +214,9 @@ def units_by_stage(schedule: Schedule, num_blocks: int) -> list[str | Table]:
     for i, (first, end) in enumerate(pairwise([*starts, total][: _MOST_STAGES + 1])):
         plan = schedule.plan(first, num_blocks)
         rows.append([str(i + 1), f"{first}-{end - 1}", *plan.marks()])
-    more = len(starts) > _MOST_STAGES
-    return [Table(rows, left=()), *[f"... and later stages, from step {starts[-1]} on"] * more]
+    if len(starts) > _MOST_STAGES:
+        rows.append(["...", f"{starts[-1]}-{total - 1}", *[""] * (num_blocks + 2)])
+    return rows
 
 
 def steps_to_check(schedule: Schedule) -> set[int]:
