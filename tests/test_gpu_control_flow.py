@@ -24,7 +24,7 @@ from progtuning_kernels.model.layout import find_layout
 from progtuning_kernels.optim import masked_adamw
 
 pytest.importorskip("triton")
-from unlaunched_kernels import Kernels, unlaunched  # noqa: E402
+from unlaunched_kernels import Kernels, unlaunched
 
 # Reads of the GPU that a forward makes, beside those of transformers. A batch that the cache does
 # not hold has a forward of the prefix of its own, in which its mask is read once more.
@@ -192,7 +192,7 @@ def test_the_training_is_real(name, optimizer, monkeypatch):
         with context as (pretend, kernels):
             model, batch = tiny_model(name), tiny_inputs(name)
             if gpu:
-                pretend.put([model, batch]), pretend.put(model)
+                pretend.put(model), pretend.put(batch)
             handle = patch_model(model, _plan(model, 1), kernels="on" if gpu else "off")
             optimizer_ = MaskedAdamW(handle.param_groups(lr=1e-3), max_grad_norm=0.1)
             _train(model, optimizer_, "plain", [batch] * 3, None)
@@ -215,9 +215,7 @@ def _batch(name: str, rows: int, tokens: int) -> dict[str, torch.Tensor]:
     return {"input_ids": ids, "attention_mask": mask, "labels": labels}
 
 
-@pytest.mark.parametrize(
-    ("name", "packing"), [("bert-sequence", "on"), ("llama-causal-lm", "off")]
-)
+@pytest.mark.parametrize(("name", "packing"), [("bert-sequence", "on"), ("llama-causal-lm", "off")])
 def test_kernels_are_not_compiled_anew_for_other_sizes(name, packing, monkeypatch):
     sizes = [(1 + i % 7, 1 + (5 * i) % 31) for i in range(50)]
     assert len(set(sizes)) == 50

@@ -121,7 +121,9 @@ class _Reads(torch.autograd.Function):
 
 
 @pytest.mark.parametrize(
-    "run", [torch.Tensor.backward, torch.autograd.backward, "grad"], ids=["method", "function", "grad"]
+    "run",
+    [torch.Tensor.backward, torch.autograd.backward, "grad"],
+    ids=["method", "function", "grad"],
 )
 def test_backward_is_looked_into(pretend, run):
     x = pretend.put(torch.ones(3, requires_grad=True))

@@ -1,8 +1,9 @@
 """CPU tensors that tell Python that they lie on a GPU, and a list of what the host waits for.
 
-Every branch for a GPU is then taken, with real values and real autograd. `PretendCuda` is a context:
-`pretend.put(...)` says which tensors lie on the GPU, and what is computed from them does, too.
-`pretend.events` lists reads of such a tensor by the host, and copies of the host's memory to it.
+Every branch for a GPU is then taken, with real values and real autograd. `PretendCuda` is a
+context: `pretend.put(...)` says which tensors lie on the GPU, and what is computed from them does,
+too. `pretend.events` lists reads of such a tensor by the host, and copies of the host's memory to
+it.
 
 Traps that are avoided, and limits:
 
@@ -309,7 +310,7 @@ class _Functions(TorchFunctionMode):
             given |= {"device": GPU if on_gpu(other) else CPU, "dtype": other.dtype}
         device = given.pop("device", None)
         if device is not None and not isinstance(device, int):
-            if (kind := torch.device(device).type) not in ("cpu", "cuda"):
+            if torch.device(device).type not in ("cpu", "cuda"):
                 return t.to(device=device, **given)
         target = on_gpu(t) if device is None else _is_gpu(device)
         return self._moved(t, target, **given)
@@ -379,8 +380,8 @@ class _Operations(TorchDispatchMode):
             wrong = [t for t, here in zip(given, places, strict=True) if not here and t.ndim]
             if wrong:
                 raise RuntimeError(
-                    f"{name}: expected all tensors to be on the same device, but found at least two "
-                    f"devices, cuda:0 and cpu (a tensor of shape {tuple(wrong[0].shape)})"
+                    f"{name}: expected all tensors to be on the same device, but found at least "
+                    f"two devices, cuda:0 and cpu (a tensor of shape {tuple(wrong[0].shape)})"
                 )
 
     def _look_at_copy(self, target: Tensor, source: Tensor, non_blocking: bool) -> None:
