@@ -43,6 +43,7 @@ PAGEABLE = {
     "copy_": lambda x: x.copy_(torch.ones(2, 3)),
     "tensor": lambda x: torch.tensor([1.0, 2.0], device=x.device),
     "as_tensor": lambda x: torch.as_tensor([1.0, 2.0], device="cuda"),
+    "new_tensor": lambda x: x.new_tensor([1.0, 2.0]),
     "list as index": lambda x: x[:, [0, 2]],
     "index of the host": lambda x: x[torch.tensor([0])],
 }
@@ -54,6 +55,7 @@ NOTHING = {
     "full": lambda x: x + torch.full((), 2.0, device=x.device),
     "scalar of the host": lambda x: x * torch.tensor(2.0),
     "gathered": lambda x: x[torch.zeros(2, dtype=torch.long, device="cuda")],
+    "made in backward": lambda x: x.requires_grad_()[x.argmin(1)].sum().backward(),
     "on the host": lambda x: torch.ones(3).sum().item(),
     "read before": lambda x: torch.ones(3).tolist(),
     "same place": lambda x: x.to(x.device).to("cuda:0").cuda(),

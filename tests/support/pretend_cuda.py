@@ -11,10 +11,11 @@ Traps that are avoided, and limits:
   address that is used again means nothing.
 - `.to`, `.cpu()` and `.cuda()` copy, as they do between devices; torch's CPU would hand the same
   tensor out.
-- Memory that torch's functions in Python ask for inside themselves lies where their inputs do. What
-  asks for a device there, inside torch, is told the truth: the CPU.
+- Memory that torch asks for inside a function or in backward lies on the GPU if an input of that
+  function does, and in every backward. What asks for a device there, inside torch, is told the
+  truth: the CPU.
 - `Tensor.backward` is a function of torch, too, inside which a mode is off: it is switched on again
-  for what runs in backward.
+  for what runs in backward. Operations that autograd calls there are functions of Python again.
 - Tensors of the host and of the GPU in one operation raise, as on a GPU.
 - Code behind another library's cache (`functools.cache`) may remember that there was a GPU:
   transformers' is cleared at both ends.
@@ -136,6 +137,8 @@ class PretendCuda:
     def __init__(self) -> None:
         self.events: list[Event] = []
         self._watching = True
+        # of the function of torch that runs; None: torch's own backward
+        self.inputs: tuple[Any, ...] | None = ()
         self._stack = contextlib.ExitStack()
 
     def __enter__(self) -> PretendCuda:
@@ -204,6 +207,7 @@ _IS_CUDA, _IS_CPU = Tensor.is_cuda.__get__, Tensor.is_cpu.__get__
 _FROM_DATA = {torch.tensor, torch.as_tensor, torch.asarray, Tensor.new_tensor}
 # handlers of tensors and parameters, which do nothing
 _PLAIN = (Tensor.__torch_function__.__func__, torch._C._disabled_torch_function_impl)
+_BY_INDEX = {Tensor.__getitem__, Tensor.__setitem__}
 _TO_NUMPY = {Tensor.numpy, Tensor.__array__}
 
 
@@ -263,10 +267,19 @@ class _Functions(TorchFunctionMode):
         """`run` in this mode, whether it is on or not."""
 
         def call(*args: Any, **kwargs: Any) -> Any:
-            with contextlib.nullcontext() if self in _get_current_function_mode_stack() else self:
+            on = self in _get_current_function_mode_stack()
+            with contextlib.nullcontext() if on else self, self._inside(None):
                 return run(*args, **kwargs)
 
         return call
+
+    @contextlib.contextmanager
+    def _inside(self, inputs: tuple[Any, ...] | None) -> Iterator[None]:
+        before, self._pretend.inputs = self._pretend.inputs, inputs
+        try:
+            yield
+        finally:
+            self._pretend.inputs = before
 
     def _placed(self, t: Tensor, place: str) -> Tensor:
         _set_place(t, place)
@@ -275,8 +288,16 @@ class _Functions(TorchFunctionMode):
     def _elsewhere(self, func: Callable[..., Any], args: Any, kwargs: dict[str, Any]) -> Any:
         """A function that may be told where its result is to lie."""
         device, pinned = kwargs.get("device"), kwargs.pop("pin_memory", False)
+        if func is Tensor.new_tensor and device is None:
+            device = GPU if on_gpu(args[0]) else CPU
         if device is None:
-            found = func(*args, **kwargs)
+            pretend, inputs = self._pretend, self._pretend.inputs
+            # an index that is a list is made on the host
+            pretend.inputs = () if func in _BY_INDEX else (args, kwargs)
+            try:
+                found = func(*args, **kwargs)
+            finally:
+                pretend.inputs = inputs
             return self._placed(found, "pinned") if pinned else found
         if torch.device(device).type in ("cpu", "cuda"):
             kwargs["device"] = CPU
@@ -355,8 +376,12 @@ class _Operations(TorchDispatchMode):
         anywhere = any(places)
         if anywhere:
             self._look(name, args, kwargs, given, places)
-        found = func(*args, **kwargs)
-        if anywhere and not (name == "copy_" and not places[0]):
+        elif not given:
+            inputs = self._pretend.inputs
+            anywhere = inputs is None or any(map(on_gpu, _tensors(inputs)))
+        with torch._C.DisableTorchFunction():  # of backward, where no function of Python is above
+            found = func(*args, **kwargs)
+        if anywhere and not (name == "copy_" and not places[0]):  # which may be of the host
             for t in _tensors(found):
                 if all(t is not old for old in given) and not hasattr(_holder(t), _PLACE):
                     _set_place(t, "gpu")
