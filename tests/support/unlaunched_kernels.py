@@ -53,7 +53,8 @@ def unlaunched(pretend: PretendCuda, *, native: bool) -> Iterator[Kernels]:
     extension = _Extension(backend.native_extension(), kernels)
     against = None if native else "the extension was built without CUDA: this test says so"
     patches = [
-        (driver, "_active", _Driver(kernels)),
+        # a property of `_active` since Triton 3.9 at the latest
+        (driver, "_active" if "_active" in vars(driver) else "active", _Driver(kernels)),
         (backend, "_load_native", lambda: (extension, None)),
         (backend, "_native_cuda_reason", lambda index: against),
         (backend, "select", _select(pretend, kernels)),
@@ -106,7 +107,8 @@ class _Driver:
 
 
 def _name(kernel: JITFunction) -> str:
-    return f"{kernel.__module__.removesuffix('.triton').rpartition('.')[2]}.{kernel.__name__}"
+    module = kernel.fn.__module__.removesuffix(".triton").rpartition(".")[2]
+    return f"{module}.{kernel.fn.__name__}"
 
 
 class _Utilities:
