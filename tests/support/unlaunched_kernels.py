@@ -53,7 +53,7 @@ def unlaunched(pretend: PretendCuda, *, native: bool) -> Iterator[Kernels]:
     extension = _Extension(backend.native_extension(), kernels)
     against = None if native else "the extension was built without CUDA: this test says so"
     patches = [
-        # a property of `_active` since Triton 3.9 at the latest
+        # since Triton 3.6 at the latest `active` is a property
         (driver, "_active" if "_active" in vars(driver) else "active", _Driver(kernels)),
         (backend, "_load_native", lambda: (extension, None)),
         (backend, "_native_cuda_reason", lambda index: against),
