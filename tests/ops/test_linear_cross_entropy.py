@@ -57,6 +57,7 @@ VARIANTS = {
 }
 VARIANTS["everything-none"] = {**VARIANTS["everything"], "reduction": "none"}
 IMPLEMENTATION = "triton" if os.environ.get("TRITON_INTERPRET") == "1" else "reference"
+PRODUCTS = ("aten::mm", "aten::addmm")
 CHUNK_ROWS = (N, 8)  # one chunk; four and one of 5 rows
 
 
@@ -177,7 +178,7 @@ def test_as_accurate_as_plain_torch(dtype, variant, monkeypatch):
 @pytest.mark.parametrize("variant", VARIANTS)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def check_as_accurate_as_plain_torch(dtype, variant, monkeypatch, small_blocks):
-    demands = DEMANDS if variant in ("plain", "none") else DEMANDS[:1]
+    demands = DEMANDS if variant == "plain" else DEMANDS[:1]
     chunks = (4,) if variant == "plain" else (11, 4)
     _compare(monkeypatch, variant, dtype, "triton", chunks, demands, n=11)
 
@@ -289,6 +290,24 @@ def test_small_gradients_survive_float16(rows):
         _assert_accurate(name, value, baseline, truth)
 
 
+@_both
+def test_large_gradients_of_rows_fit_float16():
+    """As under a loss scale: d(logits), but not d(hidden), would leave float16's range."""
+    inputs, _ = _case("plain", torch.float16, n=5)
+    inputs["weight"] *= 1e-3
+    found = []
+    for dtype in (torch.float16, torch.float64):
+        tensors = {k: v.to(dtype) if v.is_floating_point() else v for k, v in inputs.items()}
+        hidden = tensors["hidden"].requires_grad_()
+        loss = linear_cross_entropy(
+            **tensors,
+            reduction="none",
+            implementation=IMPLEMENTATION if dtype == torch.float16 else "reference",
+        )
+        found.append(torch.autograd.grad(loss.sum() * 2.0**18, hidden)[0])
+    torch.testing.assert_close(found[0].double(), found[1], rtol=5e-3, atol=0.5)
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 def test_the_sum_over_many_chunks_is_not_rounded_in_between(dtype, monkeypatch):
     inputs = _inputs(dtype, n=512)
@@ -394,12 +413,13 @@ def _workspace_bytes(hidden: Tensor, weight: Tensor) -> int:
 def _step(*tensors: Tensor, **options) -> None:
     loss = linear_cross_entropy(*tensors, implementation=IMPLEMENTATION, **options)
     if loss.requires_grad:
-        loss.backward()
+        loss.sum().backward()
 
 
 @_both
+@pytest.mark.parametrize("reduction", ["mean", "none"])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_peak_memory_is_what_the_docstring_says(dtype, monkeypatch):
+def test_peak_memory_is_what_the_docstring_says(dtype, reduction, monkeypatch):
     # 97 rows: oneDNN packs a weight of 24 columns for AMX into as many bytes as 84 rows of logits
     n, width, classes, rows = 97, 24, 1000, 16
     element, wide = dtype.itemsize, 4
@@ -416,7 +436,8 @@ def test_peak_memory_is_what_the_docstring_says(dtype, monkeypatch):
             tensor.grad = None
             tensor.requires_grad_(demanded)
         several = chunk_rows < n
-        step = functools.partial(_step, hidden, weight, labels, bias, **budget)
+        options = {"reduction": reduction, **budget}
+        step = functools.partial(_step, hidden, weight, labels, bias, **options)
         step()  # what is imported or cached on the first call
         for tensor in tensors:
             tensor.grad = None
@@ -569,7 +590,13 @@ def test_compiled(dtype, variant, monkeypatch):
     torch._dynamo.reset()
     compiled = torch.compile(linear_cross_entropy, fullgraph=True, backend="aot_eager")
     for demand in (DEMANDS[0], (False, True, False), (True, False, False), DEMANDS[-1]):
-        mine = _results(compiled, inputs, options, demand)
+        with profile(activities=[ProfilerActivity.CPU]) as profiled:
+            mine = _results(compiled, inputs, options, demand)
+        products = sum(
+            event.count for event in profiled.key_averages() if event.key.startswith(PRODUCTS)
+        )
+        again = any(demand) and variant == "everything-none"
+        assert products == math.ceil(N / 8) * (1 + again + demand[0] + demand[1])
         expected = _results(linear_cross_entropy, inputs, options, demand)
         for name, value in expected.items():
             assert (mine[name] is None) == (value is None)
