@@ -438,7 +438,7 @@ def test_peak_memory_is_what_the_docstring_says(dtype, reduction, monkeypatch):
         several = chunk_rows < n
         options = {"reduction": reduction, **budget}
         step = functools.partial(_step, hidden, weight, labels, bias, **options)
-        # what is imported or cached on the first call; a process's first profile misses what is freed
+        # what is imported or cached on the first call; the first profile misses what is freed
         _peak_bytes(step)
         for tensor in tensors:
             tensor.grad = None
