@@ -43,6 +43,7 @@ PAGEABLE = {
     "copy_": lambda x: x.copy_(torch.ones(2, 3)),
     "tensor": lambda x: torch.tensor([1.0, 2.0], device=x.device),
     "as_tensor": lambda x: torch.as_tensor([1.0, 2.0], device="cuda"),
+    "new_tensor": lambda x: x.new_tensor([1.0, 2.0]),
     "list as index": lambda x: x[:, [0, 2]],
     "index of the host": lambda x: x[torch.tensor([0])],
 }
@@ -54,6 +55,7 @@ NOTHING = {
     "full": lambda x: x + torch.full((), 2.0, device=x.device),
     "scalar of the host": lambda x: x * torch.tensor(2.0),
     "gathered": lambda x: x[torch.zeros(2, dtype=torch.long, device="cuda")],
+    "made in backward": lambda x: x.requires_grad_()[x.argmin(1)].sum().backward(),
     "on the host": lambda x: torch.ones(3).sum().item(),
     "read before": lambda x: torch.ones(3).tolist(),
     "same place": lambda x: x.to(x.device).to("cuda:0").cuda(),
@@ -108,6 +110,35 @@ def test_places_follow_the_memory(pretend):
     assert moved.weight.is_cuda and isinstance(moved.weight, nn.Parameter)
 
 
+class _Reads(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x):
+        return x * 2
+
+    @staticmethod
+    def backward(ctx, grad):
+        assert grad.device == GPU
+        made = torch.full_like(grad, 2.0) * torch.ones((), device=grad.device)
+        return made * grad.sum().item()
+
+
+@pytest.mark.parametrize(
+    "run",
+    [torch.Tensor.backward, torch.autograd.backward, "grad"],
+    ids=["method", "function", "grad"],
+)
+def test_backward_is_looked_into(pretend, run):
+    x = pretend.put(torch.ones(3, requires_grad=True))
+    loss = _Reads.apply(x).sum()
+    if run == "grad":
+        (gradient,) = torch.autograd.grad(loss, x)
+    else:
+        run(loss)
+        gradient = x.grad
+    assert gradient.is_cuda and gradient.device == GPU
+    assert [event.kind for event in pretend.events] == ["read"]
+
+
 def test_two_places_in_one_operation_raise(pretend):
     x = pretend.put(torch.ones(3))
     with pytest.raises(RuntimeError, match="same device"):
@@ -117,9 +148,10 @@ def test_two_places_in_one_operation_raise(pretend):
 
 
 def test_it_ends_with_its_context():
+    before = torch.cuda.is_available()
     with PretendCuda() as pretend:
         x = pretend.put(torch.ones(3))
         assert torch.cuda.is_available() and x.is_cuda
     assert x.device.type == "cpu" and x.tolist() == [1, 1, 1]
-    assert torch.cuda.is_available() == (torch.version.cuda is not None and x.is_cuda)
+    assert torch.cuda.is_available() == before
     assert not pretend.events

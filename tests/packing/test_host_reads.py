@@ -1,29 +1,22 @@
-"""A packed forward reads no more values from a GPU than a padded one.
-
-There is none here: CPU tensors stand for those of a GPU, and `HostReads` tells them from tensors of
-the host, which are copies made by `cpu()` or of arrays, and what is made of these.
-"""
+"""A packed forward reads no more values from a GPU than a padded one; see pretend_cuda.py."""
 
 from __future__ import annotations
 
-import sys
 from collections import Counter
 from typing import Any
 
 import pytest
 import torch
+from pretend_cuda import PretendCuda
 from proofs import FixedPlan
 from tiny_models import MODELS, tiny_inputs, tiny_model
 from torch import Tensor, nn
-from torch.overrides import TorchFunctionMode
-from torch.utils import _pytree as pytree
-from torch.utils._python_dispatch import TorchDispatchMode
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, AttentionMaskInterface
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS, AttentionInterface
 
 from progtuning_kernels import FreezePlan, patch_model
 from progtuning_kernels.model.layout import find_layout
-from progtuning_kernels.packing import packer, tokens
+from progtuning_kernels.packing import packer
 from progtuning_kernels.packing.known_mask import KnownMask, known_mask
 
 SEQUENCES = [
@@ -39,139 +32,68 @@ SEQUENCES = [
 ]
 
 
-_on_host: dict[int, Tensor] = {}  # by the address of their memory, which they keep
-
-
-def _is_host(value: Tensor) -> bool:
-    with torch._C.DisableTorchFunction():
-        return value.untyped_storage().data_ptr() in _on_host
-
-
-def _mark(value: Tensor) -> Tensor:
-    with torch._C.DisableTorchFunction():
-        _on_host[value.untyped_storage().data_ptr()] = value
-    return value
-
-
-def _tensors(values: Any) -> list[Tensor]:
-    return [v for v in pytree.tree_leaves(values) if isinstance(v, Tensor)]
-
-
-class HostReads(TorchFunctionMode):
-    """Lines that wait for a value of a tensor that is not of the host, with their numbers."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.lines: Counter[str] = Counter()
-        self._below = _Below(self)
-
-    def __enter__(self) -> HostReads:
-        self._below.__enter__()
-        return super().__enter__()
-
-    def __exit__(self, *error: Any) -> None:
-        super().__exit__(*error)
-        self._below.__exit__(*error)
-
-    def note(self) -> None:
-        frame = sys._getframe(2)
-        while "/torch/" in frame.f_code.co_filename or frame.f_code.co_filename == __file__:
-            frame = frame.f_back
-        self.lines[f"{frame.f_code.co_filename}:{frame.f_lineno}"] += 1
-
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        kwargs = kwargs or {}
-        if func is Tensor.cpu and not _is_host(args[0]):
-            self.note()
-            return _mark(func(*args, **kwargs).clone())  # else it is the tensor itself
-        assert func is not Tensor.numpy or _is_host(args[0])
-        return func(*args, **kwargs)
-
-
-class _Below(TorchDispatchMode):
-    """What reads below the functions of Python."""
-
-    _READS = ("_local_scalar_dense", "nonzero", "masked_select", "_unique2", "unique_consecutive")
-
-    def __init__(self, reads: HostReads) -> None:
-        super().__init__()
-        self._reads = reads
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        name = func.overloadpacket.__name__
-        by_mask = name in ("index", "index_put_") and any(
-            i is not None and i.dtype is torch.bool for i in args[1]
-        )
-        if (name in self._READS or by_mask) and not _is_host(args[0]):
-            self._reads.note()
-        found = func(*args, **(kwargs or {}))
-        given = _tensors((args, kwargs))
-        if given and all(map(_is_host, given)):
-            for made in _tensors(found):
-                _mark(made)
-        return found
-
-
 @pytest.fixture(autouse=True)
-def _everything_is_far(monkeypatch):
-    for module in (packer, tokens):
-        monkeypatch.setattr(module, "waits_for", lambda device: True)
+def pretend():
+    with PretendCuda() as pretend:
+        yield pretend
 
 
-def _reads(model: nn.Module, inputs: dict[str, Any]) -> Counter[str]:
-    with HostReads() as reads:
-        model(**inputs).loss.backward()
-    _on_host.clear()
-    return reads.lines
+def _reads(pretend: PretendCuda, model: nn.Module, inputs: dict[str, Any]) -> Counter[str]:
+    pretend.events.clear()
+    model(**inputs).loss.backward()
+    return pretend.lines("read")
 
 
-def _reads_of_both(name: str, model: nn.Module, packing: str) -> tuple[Counter[str], Counter[str]]:
+def _reads_of_both(
+    pretend: PretendCuda, name: str, model: nn.Module, packing: str
+) -> tuple[Counter[str], Counter[str]]:
     """Lines of a padded step, and of a packed one."""
-    inputs = tiny_inputs(name)
+    model, inputs = pretend.put(model), pretend.put(tiny_inputs(name))
     found = []
     for mode in ("off", packing):
         plan = FreezePlan.from_boundary(0, find_layout(model).num_blocks, embeddings=True)
         with patch_model(model, FixedPlan(plan), packing=mode, kernels="off") as handle:
             model(**inputs).loss.backward()  # here packing is tried
-            found.append(_reads(model, inputs))
+            found.append(_reads(pretend, model, inputs))
             report = handle.packing_report()
     assert report.batches == 2, report
     return found[0], found[1]
 
 
 @pytest.mark.parametrize("name", SEQUENCES)
-def test_a_packed_step_reads_no_more_than_a_padded_one(name):
-    padded, packed = _reads_of_both(name, tiny_model(name), "on")
+def test_a_packed_step_reads_no_more_than_a_padded_one(pretend, name):
+    padded, packed = _reads_of_both(pretend, name, tiny_model(name), "on")
     assert packed.total() <= padded.total(), (padded, packed)
 
 
 @pytest.mark.parametrize("name", ["bert-sequence", "llama-causal-lm", "t5-seq2seq-lm"])
-def test_it_reads_once(name):
-    _, packed = _reads_of_both(name, tiny_model(name), "on")
+def test_it_reads_once(pretend, name):
+    _, packed = _reads_of_both(pretend, name, tiny_model(name), "on")
     assert packed.total() == 1, packed
 
 
-def test_the_padded_model_reads_where_the_mask_is_not_known():
-    padded, _ = _reads_of_both("bert-sequence", tiny_model("bert-sequence"), "on")
+def test_the_padded_model_reads_where_the_mask_is_not_known(pretend):
+    padded, _ = _reads_of_both(pretend, "bert-sequence", tiny_model("bert-sequence"), "on")
     assert padded.total() == 1
     assert "masking_utils" in next(iter(padded))
 
 
-def test_a_full_batch_is_read_once():
+def test_a_full_batch_is_read_once(pretend):
     name = "bert-sequence"
-    model, inputs = tiny_model(name), tiny_inputs(name)
-    with patch_model(model, FixedPlan(FreezePlan.from_boundary(0, 4, embeddings=True))) as handle:
+    model, inputs = pretend.put(tiny_model(name)), pretend.put(tiny_inputs(name))
+    plan = FreezePlan.from_boundary(0, 4, embeddings=True)
+    with patch_model(model, FixedPlan(plan), kernels="off") as handle:
         model(**inputs).loss.backward()
         inputs["attention_mask"] = torch.ones_like(inputs["attention_mask"])
-        assert _reads(model, inputs).total() == 1
+        assert _reads(pretend, model, inputs).total() == 1
         assert handle.packing_report().padded == {"the batch has no padding": 1}
 
 
-def test_a_model_that_asks_no_mask_pays_one_read():
+def test_a_model_that_asks_no_mask_pays_one_read(pretend):
     config = MODELS["llama-causal-lm"]().config
     config._attn_implementation = "eager"
     model = type(MODELS["llama-causal-lm"]())(config)
-    padded, packed = _reads_of_both("llama-causal-lm", model, "on")
+    padded, packed = _reads_of_both(pretend, "llama-causal-lm", model, "on")
     assert (padded.total(), packed.total()) == (0, 1)
 
 
@@ -242,15 +164,13 @@ def test_a_known_mask_answers_what_the_mask_would(ask):
 
 
 @pytest.mark.parametrize("ask", ASKED)
-def test_a_known_mask_answers_from_the_host(ask):
+def test_a_known_mask_answers_from_the_host(pretend, ask):
     mask, known = _known()
-    _mark(known._on)
-    with HostReads() as reads:
-        bool(ask(known))
-    assert not reads.lines
-    with HostReads() as reads:
-        bool(ask(mask))
-    assert reads.lines
+    pretend.put(mask)
+    bool(ask(known))
+    assert not pretend.events
+    bool(ask(mask))
+    assert pretend.lines("read")
 
 
 def test_a_mask_that_was_written_into_is_asked_itself():
@@ -269,7 +189,7 @@ def test_what_is_computed_with_a_known_mask_is_plain():
     assert type(known.bool()) is KnownMask
 
 
-def test_a_dict_of_the_caller_gets_its_mask_back():
+def test_a_dict_of_the_caller_gets_its_mask_back(pretend):
     class OfDicts(nn.Module):
         def __init__(self) -> None:
             super().__init__()
@@ -280,7 +200,7 @@ def test_a_dict_of_the_caller_gets_its_mask_back():
             features["logits"] = self.inner(**features).logits
             return features
 
-    model, inputs = OfDicts().train(), tiny_inputs("bert-sequence")
+    model, inputs = pretend.put(OfDicts().train()), pretend.put(tiny_inputs("bert-sequence"))
     del inputs["labels"]
     plan = FreezePlan.from_boundary(0, 4, embeddings=True)
     with patch_model(model, FixedPlan(plan), packing="on") as handle:

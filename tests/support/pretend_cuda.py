@@ -1,8 +1,9 @@
 """CPU tensors that tell Python that they lie on a GPU, and a list of what the host waits for.
 
-Every branch for a GPU is then taken, with real values and real autograd. `PretendCuda` is a context:
-`pretend.put(...)` says which tensors lie on the GPU, and what is computed from them does, too.
-`pretend.events` lists reads of such a tensor by the host, and copies of the host's memory to it.
+Every branch for a GPU is then taken, with real values and real autograd. `PretendCuda` is a
+context: `pretend.put(...)` says which tensors lie on the GPU, and what is computed from them does,
+too. `pretend.events` lists reads of such a tensor by the host, and copies of the host's memory to
+it.
 
 Traps that are avoided, and limits:
 
@@ -10,8 +11,11 @@ Traps that are avoided, and limits:
   address that is used again means nothing.
 - `.to`, `.cpu()` and `.cuda()` copy, as they do between devices; torch's CPU would hand the same
   tensor out.
-- Memory that torch's functions in Python ask for inside themselves lies where their inputs do. What
-  asks for a device there, inside torch, is told the truth: the CPU.
+- Memory that torch asks for inside a function or in backward lies on the GPU if an input of that
+  function does, and in every backward. What asks for a device there, inside torch, is told the
+  truth: the CPU.
+- `Tensor.backward` is a function of torch, too, inside which a mode is off: it is switched on again
+  for what runs in backward. Operations that autograd calls there are functions of Python again.
 - Tensors of the host and of the GPU in one operation raise, as on a GPU.
 - Code behind another library's cache (`functools.cache`) may remember that there was a GPU:
   transformers' is cleared at both ends.
@@ -34,8 +38,7 @@ from unittest import mock
 import torch
 import transformers
 from torch import Tensor, nn
-from torch.overrides import TorchFunctionMode
-from torch.utils import _pytree as pytree
+from torch.overrides import TorchFunctionMode, _get_current_function_mode_stack
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import progtuning_kernels
@@ -111,8 +114,17 @@ def on_gpu(t: Tensor) -> bool:
     return _place(t) == "gpu"
 
 
-def _tensors(values: Any) -> list[Tensor]:
-    return [value for value in pytree.tree_leaves(values) if isinstance(value, Tensor)]
+def _tensors(*values: Any) -> list[Tensor]:
+    """Those in the containers that operations take and give; a pytree would take thrice as long."""
+    found: list[Tensor] = []
+    for value in values:
+        if isinstance(value, Tensor):
+            found.append(value)
+        elif isinstance(value, list | tuple):
+            found += _tensors(*value)
+        elif isinstance(value, dict):
+            found += _tensors(*value.values())
+    return found
 
 
 class PretendCuda:
@@ -125,6 +137,8 @@ class PretendCuda:
     def __init__(self) -> None:
         self.events: list[Event] = []
         self._watching = True
+        # of the function of torch that runs; None: torch's own backward
+        self.inputs: tuple[Any, ...] | None = ()
         self._stack = contextlib.ExitStack()
 
     def __enter__(self) -> PretendCuda:
@@ -133,7 +147,11 @@ class PretendCuda:
         for target, name, value in _stand_ins(self):
             self._stack.enter_context(mock.patch.object(target, name, value, create=True))
         self._stack.enter_context(_Operations(self))
-        self._stack.enter_context(_Functions(self))
+        functions = self._stack.enter_context(_Functions(self))
+        run = torch.autograd._engine_run_backward
+        self._stack.enter_context(
+            mock.patch.object(torch.autograd, "_engine_run_backward", functions.around(run))
+        )
         return self
 
     def __exit__(self, *error: Any) -> None:
@@ -187,6 +205,9 @@ def _forget_transformers_answers() -> None:
 _GETS_DEVICE = Tensor.device.__get__
 _IS_CUDA, _IS_CPU = Tensor.is_cuda.__get__, Tensor.is_cpu.__get__
 _FROM_DATA = {torch.tensor, torch.as_tensor, torch.asarray, Tensor.new_tensor}
+# handlers of tensors and parameters, which do nothing
+_PLAIN = (Tensor.__torch_function__.__func__, torch._C._disabled_torch_function_impl)
+_BY_INDEX = {Tensor.__getitem__, Tensor.__setitem__}
 _TO_NUMPY = {Tensor.numpy, Tensor.__array__}
 
 
@@ -207,13 +228,12 @@ class _Functions(TorchFunctionMode):
         self, func: Callable[..., Any], types: Any, args: Any = (), kwargs: Any = None
     ) -> Any:
         kwargs = dict(kwargs or {})
-        if torch._C._is_torch_function_enabled():
+        if types and torch._C._is_torch_function_enabled():
             for kind in types:
                 own = kind.__torch_function__
-                if own not in (Tensor.__torch_function__, torch._C._disabled_torch_function_impl):
-                    if own.__func__ is not Tensor.__torch_function__.__func__:
-                        with self:  # it asks for devices, too
-                            return own(func, types, args, kwargs)
+                if getattr(own, "__func__", own) not in _PLAIN:
+                    with self:  # it asks for devices, too
+                        return own(func, types, args, kwargs)
         first = args[0] if args else None
         if func == _GETS_DEVICE:  # made anew at every access
             return GPU if on_gpu(first) else func(*args)
@@ -243,6 +263,24 @@ class _Functions(TorchFunctionMode):
             return self._to(*args, **kwargs)
         return self._elsewhere(func, args, kwargs)
 
+    def around(self, run: Callable[..., Any]) -> Callable[..., Any]:
+        """`run` in this mode, whether it is on or not."""
+
+        def call(*args: Any, **kwargs: Any) -> Any:
+            on = self in _get_current_function_mode_stack()
+            with contextlib.nullcontext() if on else self, self._inside(None):
+                return run(*args, **kwargs)
+
+        return call
+
+    @contextlib.contextmanager
+    def _inside(self, inputs: tuple[Any, ...] | None) -> Iterator[None]:
+        before, self._pretend.inputs = self._pretend.inputs, inputs
+        try:
+            yield
+        finally:
+            self._pretend.inputs = before
+
     def _placed(self, t: Tensor, place: str) -> Tensor:
         _set_place(t, place)
         return t
@@ -250,16 +288,23 @@ class _Functions(TorchFunctionMode):
     def _elsewhere(self, func: Callable[..., Any], args: Any, kwargs: dict[str, Any]) -> Any:
         """A function that may be told where its result is to lie."""
         device, pinned = kwargs.get("device"), kwargs.pop("pin_memory", False)
-        if device is not None and torch.device(device).type in ("cpu", "cuda"):
+        if func is Tensor.new_tensor and device is None:
+            device = GPU if on_gpu(args[0]) else CPU
+        if device is None:
+            pretend, inputs = self._pretend, self._pretend.inputs
+            # an index that is a list is made on the host
+            pretend.inputs = () if func in _BY_INDEX else (args, kwargs)
+            try:
+                found = func(*args, **kwargs)
+            finally:
+                pretend.inputs = inputs
+            return self._placed(found, "pinned") if pinned else found
+        if torch.device(device).type in ("cpu", "cuda"):
             kwargs["device"] = CPU
-        args = tuple(CPU if isinstance(a, torch.device) and a.type == "cuda" else a for a in args)
         found = func(*args, **kwargs)
-        if "device" not in kwargs or device is None:
-            place = "pinned" if pinned else None
-        else:
-            place = "gpu" if _is_gpu(device) else "pinned" if pinned else "host"
-        if not isinstance(found, Tensor) or place is None:
+        if not isinstance(found, Tensor) or found.is_meta:
             return found
+        place = "gpu" if _is_gpu(device) else "pinned" if pinned else "host"
         if func in _FROM_DATA:
             given = args[1] if func is Tensor.new_tensor else args[0]
             was_on_gpu = isinstance(given, Tensor) and on_gpu(given)
@@ -286,7 +331,7 @@ class _Functions(TorchFunctionMode):
             given |= {"device": GPU if on_gpu(other) else CPU, "dtype": other.dtype}
         device = given.pop("device", None)
         if device is not None and not isinstance(device, int):
-            if (kind := torch.device(device).type) not in ("cpu", "cuda"):
+            if torch.device(device).type not in ("cpu", "cuda"):
                 return t.to(device=device, **given)
         target = on_gpu(t) if device is None else _is_gpu(device)
         return self._moved(t, target, **given)
@@ -326,13 +371,17 @@ class _Operations(TorchDispatchMode):
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         name = func.overloadpacket.__name__
-        given = _tensors((args, kwargs))
+        given = _tensors(args, kwargs)
         places = [on_gpu(t) for t in given]
         anywhere = any(places)
         if anywhere:
             self._look(name, args, kwargs, given, places)
-        found = func(*args, **kwargs)
-        if anywhere and not (name == "copy_" and not places[0]):
+        elif not given:
+            inputs = self._pretend.inputs
+            anywhere = inputs is None or any(map(on_gpu, _tensors(inputs)))
+        with torch._C.DisableTorchFunction():  # of backward, where no function of Python is above
+            found = func(*args, **kwargs)
+        if anywhere and not (name == "copy_" and not places[0]):  # which may be of the host
             for t in _tensors(found):
                 if all(t is not old for old in given) and not hasattr(_holder(t), _PLACE):
                     _set_place(t, "gpu")
@@ -356,8 +405,8 @@ class _Operations(TorchDispatchMode):
             wrong = [t for t, here in zip(given, places, strict=True) if not here and t.ndim]
             if wrong:
                 raise RuntimeError(
-                    f"{name}: expected all tensors to be on the same device, but found at least two "
-                    f"devices, cuda:0 and cpu (a tensor of shape {tuple(wrong[0].shape)})"
+                    f"{name}: expected all tensors to be on the same device, but found at least "
+                    f"two devices, cuda:0 and cpu (a tensor of shape {tuple(wrong[0].shape)})"
                 )
 
     def _look_at_copy(self, target: Tensor, source: Tensor, non_blocking: bool) -> None:
