@@ -60,9 +60,24 @@ class Rows:
         return Rows(tuple(self.digests[i] for i in rows), tuple(self.spans[i] for i in rows))
 
 
+def read_content(call: Call, consumed: Collection[str] = ()) -> None:
+    """Have the host read what is looked at before the forward, all of it in one copy.
+
+    That is what `digest_rows` hashes, and what packing asks for: masks and labels of one entry per
+    token, of which there are no more bytes than of token ids.
+    """
+    call.host.read(
+        value
+        for name, value in call.tensors.items()
+        if name not in READ_ABOVE
+        or name in consumed
+        or (value.ndim == 2 and not value.is_floating_point())
+    )
+
+
 def _bytes_by_row(tensor: torch.Tensor, rows: int) -> np.ndarray:
-    """(rows, bytes of one row), uint8."""
-    return tensor.detach().cpu().contiguous().reshape(rows, -1).view(torch.uint8).numpy()
+    """Of a tensor of the host: (rows, bytes of one row), uint8."""
+    return tensor.contiguous().reshape(rows, -1).view(torch.uint8).numpy()
 
 
 def signature(call: Call) -> tuple[Any, ...]:
@@ -113,9 +128,9 @@ def digest_rows(call: Call, salt: bytes, *, unpadded: bool, consumed: Collection
         shape = tuple(value.shape)
         if not call.has_rows(name):
             base.update(f"{name}:{value.dtype}{shape};".encode())
-            base.update(_bytes_by_row(value, 1))
+            base.update(_bytes_by_row(call.host.of(value), 1))
             continue
-        content = _bytes_by_row(value, size)
+        content = _bytes_by_row(call.host.of(value), size)
         if name == MASK:
             mask = content  # a row without a mask is a row whose mask is all ones
         elif unpadded and name in _PER_TOKEN and shape[1:2] == (tokens,):

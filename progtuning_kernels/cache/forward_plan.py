@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from ..model.call import Call
+from ..model.host_copies import sent
 from .break_even import BreakEven, Stopwatch
 from .content_keys import Rows, sample_shapes
 from .keyed_rows import KeyedRows
@@ -64,7 +65,7 @@ class ForwardPlan:
             if whole is None:
                 whole = hidden if len(chosen) == size else hidden.new_empty(size, *hidden.shape[1:])
             if hidden is not whole:
-                whole[torch.tensor(chosen, dtype=torch.long, device=whole.device)] = hidden
+                whole.index_copy_(0, sent(torch.tensor(chosen), whole.device), hidden)
         if not proved:
             return None
         self.served = missing < size

@@ -19,9 +19,10 @@ import torch
 from torch import Tensor, nn
 
 from ..model.call import Call, UnknownContent, argument_names
+from ..model.host_copies import HostCopies
 from ..model.layout import Layout
 from .break_even import BreakEven, Stopwatch
-from .content_keys import Rows, digest_rows, signature
+from .content_keys import Rows, digest_rows, read_content, signature
 from .forward_plan import ForwardPlan
 from .keyed_rows import KeyedRows
 from .prefix_cache import CacheReport, PrefixCache
@@ -117,12 +118,15 @@ class PrefixServer:
             self._paused = before
 
     def before_forward(
-        self, args: tuple[Any, ...], kwargs: dict[str, Any], *, proved: bool
+        self, args: tuple[Any, ...], kwargs: dict[str, Any], host: HostCopies, *, proved: bool
     ) -> dict[str, Any]:
         """Look the rows of a forward up, compute those that are missing, and return its `kwargs`.
 
         `install_stand_ins` then makes the forward take them, once the first training forward of the
         plan, which must run the prefix, has `proved` that nothing is cut off.
+
+        Args:
+            host: gets what is read of the arguments.
         """
         if self.busy:
             return kwargs
@@ -131,7 +135,7 @@ class PrefixServer:
         self.remove_stand_ins()
         if self._reason is None and not self._paused:
             self._check.compare_settings()
-            call = Call(self._names, args, kwargs)
+            call = Call(self._names, args, kwargs, host)
             try:
                 reason = call_reason(self._model, self._weights, call)
                 reason = reason or self._prepare(call, proved=proved)
@@ -227,8 +231,10 @@ class PrefixServer:
 
     def _find_path(self, call: Call, kind: tuple[Any, ...]) -> Path | None:
         """How forwards of a kind go, learnt if need be; None where a trial raises."""
-        padding = _padding(call)
         known = [(s, p) for (other, s), p in self._paths.items() if other == kind]
+        if not known or any(path.reason is None for _, path in known):
+            read_content(call, frozenset().union(*(path.consumed for _, path in known)))
+        padding = _padding(call)
         known.sort(key=lambda pair: pair[0] != padding)  # the same padding first
         for sides, path in known:
             if path.serves(padding, call.size, sides):
@@ -299,10 +305,10 @@ class PrefixServer:
 
 
 def _recognise(call: Call, path: Path, salt: bytes) -> tuple[Rows, float]:
-    """The rows of a batch, and the milliseconds it took; on a GPU other work is waited for."""
+    """The rows of a batch, whose content the host has read, and the milliseconds it took."""
     started = time.perf_counter()
     rows = digest_rows(call, salt, unpadded=path.unpadded, consumed=path.consumed)
-    hash_ms = (time.perf_counter() - started) * 1e3 if call.device.type == "cpu" else 0.0
+    hash_ms = (time.perf_counter() - started) * 1e3
     if not (path.unpadded and path.per_token):
         rows = Rows(rows.digests, ((0, path.length(call) or 0),) * call.size)
     return rows, hash_ms

@@ -52,7 +52,7 @@ class SideForwards:
 
     def run_model(self, call: Call) -> Any:
         """What the model returns; the caller's dicts and tensors stay as they are."""
-        own = call.changed(lambda _, v: v.clone() if isinstance(v, Tensor) else v)
+        own = call.cloned()
         forwards = [(vars(m), vars(m).get("forward")) for m in self._model.modules()]
         try:
             return self._model(*own.args, **own.kwargs)

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 from ..model.call import with_own_containers
+from ..model.host_copies import HostCopies
 from ..model.layout import EMBEDDINGS
 from .freezer import Freezer
 from .gradient_paths import GradientPaths
@@ -35,6 +36,7 @@ class Forwards:
         self._missed = missed
         self._paths: GradientPaths | None = None  # of the forward that proves
         self.last: ForwardInputs | None = None  # of the last forward that trained
+        self._host = HostCopies()  # of the forward under way
 
     def before_forward(
         self, args: tuple[Any, ...], kwargs: dict[str, Any]
@@ -51,9 +53,10 @@ class Forwards:
                 self._missed.before_forward(freezer.step)
         if freezer.cache is not None:
             if freezer.cache.busy:
-                return freezer.packer.begin(args, kwargs, aside=True)
-            kwargs = freezer.cache.before_forward(args, kwargs, proved=freezer.proved)
-        self.end_proof()  # torch calls no hook after a KeyboardInterrupt
+                return freezer.packer.begin(args, kwargs, self._host, aside=True)
+            self._host.clear()  # torch calls no hook after a KeyboardInterrupt
+            kwargs = freezer.cache.before_forward(args, kwargs, self._host, proved=freezer.proved)
+        self.end_proof()
         if trains:
             freezer.follow_surroundings()
             if not freezer.proved:
@@ -61,7 +64,7 @@ class Forwards:
             self.last = _inputs_of(args, kwargs, freezer.active.device.type)
         if freezer.cache is not None:
             freezer.cache.install_stand_ins()
-        return freezer.packer.begin(args, kwargs)
+        return freezer.packer.begin(args, kwargs, self._host)
 
     def after_forward(self, output: Any) -> None:
         """Called after a forward that raised too: `output` is None then."""
@@ -73,6 +76,7 @@ class Forwards:
             if cache.busy:
                 return
             cache.after_forward(raised=output is None)
+        self._host.clear()
         self.end_proof(output)
 
     def end_proof(self, output: Any = None) -> None:

@@ -5,12 +5,14 @@ from __future__ import annotations
 import copy
 import inspect
 from collections.abc import Callable, Mapping, MutableMapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
 
 import torch
 from torch import nn
+
+from .host_copies import HostCopies, sent
 
 # Arguments whose first dimension is the batch, most telling first.
 INPUTS = ("input_ids", "pixel_values", "input_features", "input_values")
@@ -30,11 +32,15 @@ class Call:
 
     An argument that is a dict stands for its entries: sentence-transformers calls its model with
     one, and writes into it. Properties raise `UnknownContent` where they cannot tell.
+
+    Attributes:
+        host: what the host has read of the tensors.
     """
 
     names: tuple[str, ...]  # of the positional arguments
     args: tuple[Any, ...]
     kwargs: Mapping[str, Any]
+    host: HostCopies = field(default_factory=HostCopies, compare=False, repr=False)
 
     @cached_property
     def named(self) -> dict[str, Any]:
@@ -65,6 +71,7 @@ class Call:
             self.names,
             tuple(of(n, v) for n, v in zip(names, self.args, strict=False)),
             {name: of(name, value) for name, value in self.kwargs.items()},
+            self.host,
         )
 
     @cached_property
@@ -106,8 +113,26 @@ class Call:
 
     def take(self, rows: Sequence[int]) -> Call:
         """The same call for some of its rows."""
-        index = torch.tensor(rows, dtype=torch.long, device=self.device)
-        return self.changed(lambda n, v: v.index_select(0, index) if self.has_rows(n) else v)
+        index = torch.tensor(rows, dtype=torch.long)
+        there = sent(index, self.device)
+
+        def taken(name: str, value: Any) -> Any:
+            if not self.has_rows(name):
+                return value
+            part = value.index_select(0, there)
+            return self.host.made(part, value, lambda on_host: on_host.index_select(0, index))
+
+        return self.changed(taken)
+
+    def cloned(self) -> Call:
+        """The same call with tensors of its own."""
+
+        def clone(name: str, value: Any) -> Any:
+            if not isinstance(value, torch.Tensor):
+                return value
+            return self.host.made(value.clone(), value, lambda on_host: on_host)
+
+        return self.changed(clone)
 
     @cached_property
     def spans(self) -> tuple[list[tuple[int, int]], list[bool]]:
@@ -117,11 +142,12 @@ class Call:
             return [(0, tokens or 0)] * size, [True] * size
         if not (self.has_rows(MASK) and mask.ndim == 2):
             raise UnknownContent(f"{MASK} is not of shape (B, T)")
-        on = mask.detach().cpu() != 0
+        values = self.host.of(mask)
+        on = values != 0
         count = on.sum(1).tolist()
         start = on.to(torch.uint8).argmax(1).tolist()
         last = on.flip(1).to(torch.uint8).argmax(1).tolist()
-        plain = (mask.detach().cpu() == on).all(1).tolist()  # 2 is a global token in Longformer
+        plain = (values == on).all(1).tolist()  # 2 is a global token in Longformer
         spans, ones = [], []
         for s, n, back, p in zip(start, count, last, plain, strict=True):
             whole = n > 0 and tokens - back - s == n and p

@@ -21,6 +21,7 @@ from ..model.call import (
     wanted_of_all_blocks,
 )
 from ..model.forward_hooks import foreign_hook, own_forward
+from ..model.host_copies import HostCopies, waits_for
 from ..model.layout import Layout
 from . import heads
 from .blocks import PackedCall, begin_forward, end_forward, inside_padded
@@ -28,7 +29,7 @@ from .known_mask import known_mask
 from .ranks import Share, as_first, shared_calls
 from .recipes import Installed
 from .report import PackingReport
-from .tokens import GROUPS, cost_of_group, kept_of, on_host, pack_places, padding_follows, waits_for
+from .tokens import GROUPS, cost_of_group, kept_of, on_host, pack_places, padding_follows
 from .trial import Outcome, Trial, labels_like
 from .trial_batch import masks_of, trial_calls
 
@@ -173,18 +174,25 @@ class Packer:
             self._paused = before
 
     def begin(
-        self, args: tuple[Any, ...], kwargs: dict[str, Any], *, aside: bool = False
+        self,
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+        host: HostCopies,
+        *,
+        aside: bool = False,
     ) -> tuple[tuple[Any, ...], dict[str, Any]]:
         """Pack the forward that begins, if it can be; its arguments.
 
-        `aside`: a forward beside those of the loop, which the report does not count, and of whose
-        output nothing is used.
+        Args:
+            host: what the host knows of them already.
+            aside: a forward beside those of the loop, which the report does not count, and of whose
+                output nothing is used.
         """
         calls: dict[int, PackedCall] = {}
         read: dict[str, np.ndarray] = {}
         if self._mode != "off" and not self._paused and not inside_padded():
             try:
-                call = Call(self._names, args, kwargs)
+                call = Call(self._names, args, kwargs, host)
                 reason = self._reason(call, aside=aside)
                 reason = reason or self._pack(call, calls, read, aside=aside)
             except UnknownContent as error:
@@ -295,7 +303,11 @@ class Packer:
             r.mask: masks[r.mask] for r in self._installed.recipes.values() if r.mask in masks
         }
         on, counts = _read(wanted, call)
-        far = {name: on[name] for name, mask in wanted.items() if waits_for(mask.device)}
+        far = {  # a tensor of inference mode has no version, and so none that is known
+            name: on[name]
+            for name, mask in wanted.items()
+            if waits_for(mask.device) and not mask.is_inference()
+        }
         if far and self._asks_masks:
             read |= far
         problem = "no mask of these blocks was passed"
@@ -396,11 +408,19 @@ class Packer:
 def _read(
     masks: Mapping[str, Tensor], call: Call
 ) -> tuple[dict[str, np.ndarray], dict[str, np.ndarray]]:
-    """Where each mask is set, and where labels of its shape count; one read of a GPU for all."""
+    """Where each mask is set, and where labels of its shape count.
+
+    The host waits once for all that it does not know yet.
+    """
     labels = {name: labels_like(mask, call) for name, mask in masks.items()}
     labels = {name: found for name, found in labels.items() if found is not None}
-    wanted = [mask != 0 for mask in masks.values()] + [x != -100 for x in labels.values()]
-    found = on_host(wanted)
+
+    def nearest(tensor: Tensor) -> Tensor:
+        known = call.host.known(tensor)
+        return tensor if known is None else known
+
+    wanted = [nearest(mask) != 0 for mask in masks.values()]
+    found = on_host([*wanted, *(nearest(x) != -100 for x in labels.values())])
     return dict(zip(masks, found, strict=False)), dict(
         zip(labels, found[len(masks) :], strict=True)
     )

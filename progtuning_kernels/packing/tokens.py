@@ -13,6 +13,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ..model.host_copies import sent, waits_for
+
 GROUPS = 4  # README.md: 2, 4, 8 of them leave 0.37, 0.24, 0.20 of the area of attention (RTE)
 # What one more group costs, in scores of attention (places times places times heads). CPU: 0.7 ms
 # of calls, forward and backward with dropout, against 3.4 ns a score (2 cores). GPU: 100 us of
@@ -194,11 +196,6 @@ def take_places(padded: Tensor, index: Tensor) -> Tensor:
     return _Take.apply(padded.flatten(0, 1), index, 0).unsqueeze(0)
 
 
-def waits_for(device: torch.device) -> bool:
-    """Whether the host waits where it reads a value of a tensor on this device."""
-    return device.type != "cpu"
-
-
 def on_host(tensors: Sequence[Tensor]) -> list[np.ndarray]:
     """Copies of bool tensors, by one read where all are on one device."""
     if len(tensors) < 2 or not waits_for(tensors[0].device) or len({t.device for t in tensors}) > 1:
@@ -298,9 +295,7 @@ def _in_batch_order(slot: np.ndarray, order: np.ndarray) -> np.ndarray:
 def _to_device(arrays: Sequence[np.ndarray], device: torch.device) -> list[Tensor]:
     """Tensors of int64, by one copy that the host does not wait for."""
     whole = torch.from_numpy(np.concatenate([a.astype(np.int64, copy=False) for a in arrays]))
-    if device.type == "cuda":
-        whole = whole.pin_memory().to(device, non_blocking=True)
-    return list(whole.split([len(a) for a in arrays]))
+    return list(sent(whole, device).split([len(a) for a in arrays]))
 
 
 def _split(ordered: np.ndarray, groups: int, cost: float) -> list[tuple[int, int]]:

@@ -47,6 +47,7 @@ VARIANTS = {
     "ignore": {"ignore_index": 7},
     "num-items": {"num_items": torch.tensor(50), "reduction": "sum"},
     "sum": {"reduction": "sum"},
+    "none": {"reduction": "none"},
     "everything": {
         "label_smoothing": 0.2,
         "softcap": 2.0,
@@ -54,7 +55,9 @@ VARIANTS = {
         "class_weight": CLASS_WEIGHT,
     },
 }
+VARIANTS["everything-none"] = {**VARIANTS["everything"], "reduction": "none"}
 IMPLEMENTATION = "triton" if os.environ.get("TRITON_INTERPRET") == "1" else "reference"
+PRODUCTS = ("aten::mm", "aten::addmm")
 CHUNK_ROWS = (N, 8)  # one chunk; four and one of 5 rows
 
 
@@ -77,7 +80,7 @@ def _inputs(dtype: torch.dtype, *, without_bias: bool = False, n: int = N) -> di
 def _case(variant: str, dtype: torch.dtype, n: int = N) -> tuple[dict[str, Tensor], dict]:
     options = dict(VARIANTS[variant])
     inputs = _inputs(dtype, without_bias=options.pop("without_bias", False), n=n)
-    if variant in ("ignore", "everything"):
+    if variant in ("ignore", "everything", "everything-none"):
         inputs["labels"][[i for i in IGNORING if i < n]] = options.get("ignore_index", -100)
     return inputs, options
 
@@ -97,8 +100,10 @@ def _plain(
     loss = F.cross_entropy(logits, labels, **options)
     if z_loss:
         counted = labels != options.get("ignore_index", -100)
-        penalty = z_loss * logits.logsumexp(1)[counted].square().sum()
-        if options.get("reduction") != "sum":
+        penalty = z_loss * logits.logsumexp(1).square().masked_fill(~counted, 0)
+        reduction = options.get("reduction", "mean")
+        penalty = penalty if reduction == "none" else penalty.sum()
+        if reduction == "mean":
             weights = options.get("weight")
             penalty = penalty / (
                 counted.sum() if weights is None else weights[labels[counted]].sum()
@@ -116,7 +121,9 @@ def _results(function, inputs, options, demand=(True, True, True), dtype=None, u
             inputs[name].requires_grad_(demanded)
     loss = function(**inputs, **options)
     if loss.requires_grad:
-        (loss * upstream).backward()
+        if loss.ndim:  # each row has its own, some of them 0
+            upstream = upstream * torch.arange(-2, loss.numel() - 2).view_as(loss).remainder(5)
+        (loss * upstream).sum().backward()
     gradients = {name: inputs[name].grad for name in NAMES if name in inputs}
     return {"loss": loss.detach(), **gradients}
 
@@ -150,7 +157,7 @@ def _compare(monkeypatch, variant, dtype, implementation, chunks, demands, n=N):
         forced = {**options, **budget, "implementation": implementation}
         mine = _results(linear_cross_entropy, inputs, forced, demand)
         assert mine["loss"].dtype == torch.float32
-        assert mine["loss"].shape == ()
+        assert mine["loss"].shape == truth["loss"].shape
         wanted = dict(zip(NAMES, demand, strict=True))
         for name, value in mine.items():
             if not wanted.get(name, True):
@@ -172,7 +179,7 @@ def test_as_accurate_as_plain_torch(dtype, variant, monkeypatch):
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def check_as_accurate_as_plain_torch(dtype, variant, monkeypatch, small_blocks):
     demands = DEMANDS if variant == "plain" else DEMANDS[:1]
-    chunks = (4,) if variant == "plain" else (11, 4)
+    chunks = (4,) if variant in ("plain", "none", "everything-none") else (11, 4)
     _compare(monkeypatch, variant, dtype, "triton", chunks, demands, n=11)
 
 
@@ -215,11 +222,11 @@ def test_other_shapes_of_hidden(monkeypatch):
 def test_everything_ignored(dtype):
     inputs, _ = _case("plain", dtype, n=5)
     inputs["labels"].fill_(-100)
-    for reduction, smoothing in itertools.product(("mean", "sum"), (0.0, 0.1)):
+    for reduction, smoothing in itertools.product(("mean", "sum", "none"), (0.0, 0.1)):
         options = {"reduction": reduction, "label_smoothing": smoothing}
         expected = _results(_plain, inputs, options)
         mine = _results(linear_cross_entropy, inputs, {**options, "implementation": IMPLEMENTATION})
-        assert mine["loss"].isnan() if reduction == "mean" else mine["loss"] == 0
+        assert mine["loss"].isnan() if reduction == "mean" else not mine["loss"].any()
         assert not any(mine[name].any() or expected[name].any() for name in NAMES)
 
 
@@ -239,10 +246,10 @@ def test_few_classes(classes):
 def test_no_rows():
     inputs, _ = _case("plain", torch.float32, n=1)
     inputs["hidden"], inputs["labels"] = inputs["hidden"][:0], inputs["labels"][:0]
-    for reduction in ("mean", "sum"):
+    for reduction in ("mean", "sum", "none"):
         options = {"reduction": reduction, "implementation": IMPLEMENTATION}
         mine = _results(linear_cross_entropy, inputs, options)
-        assert mine["loss"].isnan() if reduction == "mean" else mine["loss"] == 0
+        assert mine["loss"].isnan() if reduction == "mean" else not mine["loss"].any()
         assert mine["hidden"].shape == (0, H)
         assert not mine["weight"].any() and not mine["bias"].any()
 
@@ -262,7 +269,8 @@ def test_masked_classes_and_large_logits(small_blocks):
 
 
 @_both
-def test_small_gradients_survive_float16():
+@pytest.mark.parametrize("rows", [False, True], ids=["reduced", "rows"])
+def test_small_gradients_survive_float16(rows):
     """As under a loss scale: a mean over 4096 rows would push d(logits) below float16's least."""
     n, scale = 16, 65536.0 * 4
     generator = torch.Generator().manual_seed(2)
@@ -272,12 +280,32 @@ def test_small_gradients_survive_float16():
         "labels": torch.randint(0, 5, (n,), generator=generator),
     }
     options = {"num_items": 4096}
+    if rows:
+        options, scale = {"reduction": "none"}, 2**-14
     truth = _results(_plain, small, options, dtype=torch.float64, upstream=scale)
     baseline = _results(_plain, small, options, upstream=scale)
     forced = {**options, "implementation": IMPLEMENTATION}
     mine = _results(linear_cross_entropy, small, forced, upstream=scale)
     for name, value in mine.items():
         _assert_accurate(name, value, baseline, truth)
+
+
+@_both
+def test_large_gradients_of_rows_fit_float16():
+    """As under a loss scale: d(logits), but not d(hidden), would leave float16's range."""
+    inputs, _ = _case("plain", torch.float16, n=5)
+    inputs["weight"] *= 1e-3
+    found = []
+    for dtype in (torch.float16, torch.float64):
+        tensors = {k: v.to(dtype) if v.is_floating_point() else v for k, v in inputs.items()}
+        hidden = tensors["hidden"].requires_grad_()
+        loss = linear_cross_entropy(
+            **tensors,
+            reduction="none",
+            implementation=IMPLEMENTATION if dtype == torch.float16 else "reference",
+        )
+        found.append(torch.autograd.grad(loss.sum() * 2.0**18, hidden)[0])
+    torch.testing.assert_close(found[0].double(), found[1], rtol=5e-3, atol=0.5)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
@@ -313,6 +341,27 @@ def test_one_backward_per_loss():
     with pytest.raises(RuntimeError, match="a second backward of the same loss"):
         loss.backward()
     assert torch.equal(weight.grad, kept)
+
+
+@_both
+def test_any_number_of_backwards_of_rows(monkeypatch):
+    inputs, _ = _case("plain", torch.float32, n=9)
+    budget = _force_chunks(monkeypatch, 4)
+    inputs["hidden"], inputs["labels"] = inputs["hidden"].view(3, 3, H), inputs["labels"].view(3, 3)
+    tensors = [inputs[name].requires_grad_() for name in NAMES]
+    options = {"reduction": "none", "implementation": IMPLEMENTATION, **budget}
+    loss = linear_cross_entropy(**inputs, **options)
+    assert loss.shape == (3, 3)
+    for upstream in (torch.ones(()).expand(3, 3), torch.rand(3, 3).t()):
+        found = torch.autograd.grad(loss, tensors, upstream, retain_graph=True)
+        logits = F.linear(inputs["hidden"], inputs["weight"], inputs["bias"])
+        plain = F.cross_entropy(logits.view(9, V), inputs["labels"].view(9), reduction="none")
+        expected = torch.autograd.grad(plain.view(3, 3), tensors, upstream)
+        torch.testing.assert_close(found, expected)
+    with torch.no_grad():
+        inputs["weight"].mul_(2)  # the logits would be others
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        loss.sum().backward()
 
 
 def check_a_wrong_label_makes_the_loss_nan():
@@ -364,12 +413,13 @@ def _workspace_bytes(hidden: Tensor, weight: Tensor) -> int:
 def _step(*tensors: Tensor, **options) -> None:
     loss = linear_cross_entropy(*tensors, implementation=IMPLEMENTATION, **options)
     if loss.requires_grad:
-        loss.backward()
+        loss.sum().backward()
 
 
 @_both
+@pytest.mark.parametrize("reduction", ["mean", "none"])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_peak_memory_is_what_the_docstring_says(dtype, monkeypatch):
+def test_peak_memory_is_what_the_docstring_says(dtype, reduction, monkeypatch):
     # 97 rows: oneDNN packs a weight of 24 columns for AMX into as many bytes as 84 rows of logits
     n, width, classes, rows = 97, 24, 1000, 16
     element, wide = dtype.itemsize, 4
@@ -386,8 +436,10 @@ def test_peak_memory_is_what_the_docstring_says(dtype, monkeypatch):
             tensor.grad = None
             tensor.requires_grad_(demanded)
         several = chunk_rows < n
-        step = functools.partial(_step, hidden, weight, labels, bias, **budget)
-        step()  # what is imported or cached on the first call
+        options = {"reduction": reduction, **budget}
+        step = functools.partial(_step, hidden, weight, labels, bias, **options)
+        # what is imported or cached on the first call; the first profile misses what is freed
+        _peak_bytes(step)
         for tensor in tensors:
             tensor.grad = None
         peak, largest = _peak_bytes(step)
@@ -422,6 +474,13 @@ def test_nothing_is_computed_that_is_not_demanded(monkeypatch):
         products = counts.get("aten::mm", 0) + counts.get("aten::addmm", 0)
         assert products == 1 + demand[0] + demand[1]
         assert ("aten::scatter_add_" in counts) == any(demand)
+        with profile(activities=[ProfilerActivity.CPU]) as profiled:
+            rows = linear_cross_entropy(**tensors, **budget, reduction="none")
+            if rows.requires_grad:
+                rows.sum().backward()
+        counts = {event.key: event.count for event in profiled.key_averages()}
+        products = counts.get("aten::mm", 0) + counts.get("aten::addmm", 0)
+        assert products == 1 + any(demand) + demand[0] + demand[1]
         with torch.no_grad(), profile(activities=[ProfilerActivity.CPU]) as profiled:
             linear_cross_entropy(**tensors, **budget, implementation="reference")
         assert "aten::mm" not in {event.key for event in profiled.key_averages()}
@@ -472,7 +531,8 @@ BAD = {
     "hidden is torch.float32, bias is torch.float64": {"bias": torch.zeros(V).double()},
     "tensors on cpu and meta": {"weight": torch.zeros(V, H, device="meta")},
     "hidden is torch.int64": {"hidden": torch.zeros(N, H, dtype=torch.int64)},
-    "reduction must be one of": {"reduction": "none"},
+    "reduction must be one of": {"reduction": "None"},
+    "num_items divides a sum": {"reduction": "none", "num_items": 3},
     "is not in .0, 1.": {"label_smoothing": 1.5},
     "softcap 0.0 is not positive": {"softcap": 0.0},
     "z_loss -1.0 is negative": {"z_loss": -1.0},
@@ -495,8 +555,9 @@ def test_something_that_is_no_tensor():
         linear_cross_entropy(torch.zeros(1, H), torch.zeros(V, H), torch.tensor([1]), 0.5)
 
 
+@pytest.mark.parametrize("reduction", ["mean", "none"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
-def test_opcheck(dtype, monkeypatch):
+def test_opcheck(dtype, reduction, monkeypatch):
     _force_chunks(monkeypatch, 8)
     for demand in ((True, True, True), (False, True, False), (False, False, False)):
         inputs, options = _case("everything", dtype)
@@ -509,26 +570,34 @@ def test_opcheck(dtype, monkeypatch):
                 *arguments,
                 options["class_weight"],
                 None,
-                list(demand),
+                None,
+                [reduction == "mean" and demanded for demanded in demand],
                 -100,
                 0.2,
                 2.0,
                 0.001,
-                "mean",
+                reduction,
                 1,
                 "reference",
             ),
         )
 
 
+@pytest.mark.parametrize("variant", ["everything", "everything-none"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
-def test_compiled(dtype, monkeypatch):
-    inputs, options = _case("everything", dtype)
+def test_compiled(dtype, variant, monkeypatch):
+    inputs, options = _case(variant, dtype)
     options |= _force_chunks(monkeypatch, 8)
     torch._dynamo.reset()
     compiled = torch.compile(linear_cross_entropy, fullgraph=True, backend="aot_eager")
     for demand in (DEMANDS[0], (False, True, False), (True, False, False), DEMANDS[-1]):
-        mine = _results(compiled, inputs, options, demand)
+        with profile(activities=[ProfilerActivity.CPU]) as profiled:
+            mine = _results(compiled, inputs, options, demand)
+        products = sum(
+            event.count for event in profiled.key_averages() if event.key.startswith(PRODUCTS)
+        )
+        again = any(demand) and variant == "everything-none"
+        assert products == math.ceil(N / 8) * (1 + again + demand[0] + demand[1])
         expected = _results(linear_cross_entropy, inputs, options, demand)
         for name, value in expected.items():
             assert (mine[name] is None) == (value is None)
@@ -557,7 +626,8 @@ def test_compiles_without_spills(architecture, tmp_path, monkeypatch, capfd):
     compiled = []
     for dtype, everything in (("bf16", False), ("bf16", True), ("fp32", True)):
         flags = dict.fromkeys(("SMOOTHING", "SOFTCAP", "Z_LOSS"), everything)
-        constants = {**flags, "GRADIENT": True, "BLOCK": triton_module.BLOCK}
+        constants = {**flags, "GRADIENT": True, "FACTORS": everything}
+        constants["BLOCK"] = triton_module.BLOCK
         signature = {"logits": f"*{dtype}", **common, **(weights if everything else {})}
         if not everything:
             constants |= dict.fromkeys(weights)

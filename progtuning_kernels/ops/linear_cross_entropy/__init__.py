@@ -59,6 +59,29 @@ class _LinearCrossEntropy(torch.autograd.Function):
         return None, *given, None, None, None, None
 
 
+class _RowsOfLinearCrossEntropy(torch.autograd.Function):
+    """The loss of every row; the backward, which knows what is upstream, forms the gradients."""
+
+    @staticmethod
+    def forward(ctx, chosen, hidden, weight, bias, labels, class_weight, options):
+        tensors = (hidden, weight, bias, labels, class_weight)
+        ctx.save_for_backward(*tensors)
+        ctx.chosen, ctx.options = chosen, options
+        return chunks.form(chosen, *tensors, None, (False, False, False), options).loss
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, upstream):
+        tensors, demand = ctx.saved_tensors, ctx.needs_input_grad[1:4]
+        formed = chunks.form(ctx.chosen, *tensors, None, demand, ctx.options, upstream)
+        dtype = tensors[0].dtype
+        for gradient in formed.gradients if dtype == torch.float16 else ():
+            if gradient is not None:
+                ctx.chosen.scale(gradient, formed.unscale)
+        given = (None if gradient is None else gradient.to(dtype) for gradient in formed.gradients)
+        return None, *given, None, None, None
+
+
 def linear_cross_entropy(
     hidden: Tensor,
     weight: Tensor,
@@ -84,7 +107,8 @@ def linear_cross_entropy(
 
     s is `label_smoothing`, w `class_weight` or 1, as in `F.cross_entropy`. Gradients are formed in
     the forward, the demanded ones only, so there is one backward per call. If all rows are ignored
-    the mean is NaN and the gradients are 0, as in torch.
+    the mean is NaN and the gradients are 0, as in torch. With `reduction="none"` the backward forms
+    them, and computes the logits again: one matmul more, and any number of backwards.
 
     Args:
         hidden: (..., H); float32, bfloat16, float16 or float64, or under autocast its dtype.
@@ -96,14 +120,14 @@ def linear_cross_entropy(
         softcap: above 0: logits become softcap * tanh(logits / softcap), as in Gemma 2.
         z_loss: times the squared log-sum-exp of each row that counts is added.
         class_weight: (V,), on the device of hidden; no gradient.
-        reduction: "mean" or "sum".
-        num_items: divides the sum of the rows instead, with either reduction: what the Trainer
+        reduction: "mean", "sum", or "none" for the loss of each row, 0 where it does not count.
+        num_items: divides the sum of the rows instead, with "mean" and "sum": what the Trainer
             hands to a loss as num_items_in_batch.
         max_logits_bytes: of the logits that exist at a time; at least 512 rows do.
         implementation: "triton" or "reference"; None chooses.
 
     Returns:
-        The loss, a 0-dim float32 (float64 for float64).
+        The loss, a 0-dim float32 (float64 for float64); of the shape of labels with "none".
 
     Raises:
         TypeError: an argument that is no tensor where one belongs.
@@ -135,22 +159,28 @@ def linear_cross_entropy(
     )
     options.check()
     if num_items is not None:
+        if reduction == "none":
+            raise ValueError("linear_cross_entropy: num_items divides a sum, and there is none")
         if not isinstance(num_items, Tensor):
             num_items = torch.full((), num_items, dtype=torch.float64, device=hidden.device)
         if num_items.numel() != 1:
             raise ValueError(f"linear_cross_entropy: num_items has {num_items.numel()} elements")
         num_items = num_items.detach().reshape(()).to(hidden.device, non_blocking=True)
+    shape = labels.shape if reduction == "none" else ()
     hidden, labels = hidden.reshape(-1, hidden.shape[-1]), labels.reshape(-1)
     class_weight = None if class_weight is None else class_weight.detach()
     recorded = torch.is_grad_enabled()
     demand = [recorded and t is not None and t.requires_grad for t in (hidden, weight, bias)]
     tensors = (hidden, weight, bias, labels, class_weight, num_items)
     if torch.compiler.is_compiling():
-        return linear_cross_entropy_op(*tensors, demand, *options)[0]
+        formed = demand if reduction != "none" else [False] * 3
+        return linear_cross_entropy_op(*tensors, None, formed, *options)[0].view(shape)
     chosen = backend.select(OP, [hidden], implementation)
-    if any(demand):
-        return _LinearCrossEntropy.apply(chosen, *tensors, options)
-    return chunks.form(chosen, *tensors, demand, options).loss
+    if not any(demand):
+        return chunks.form(chosen, *tensors, demand, options).loss.view(shape)
+    if reduction == "none":
+        return _RowsOfLinearCrossEntropy.apply(chosen, *tensors[:5], options).view(shape)
+    return _LinearCrossEntropy.apply(chosen, *tensors, options)
 
 
 @torch.library.custom_op("progtuning::linear_cross_entropy", mutates_args=())
@@ -161,6 +191,7 @@ def linear_cross_entropy_op(
     labels: Tensor,
     class_weight: Tensor | None,
     num_items: Tensor | None,
+    upstream: Tensor | None,
     demand: Sequence[bool],
     ignore_index: int,
     label_smoothing: float,
@@ -170,14 +201,17 @@ def linear_cross_entropy_op(
     max_logits_bytes: int,
     implementation: str | None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Loss, the three gradients (empty where not demanded) and `unscale`; see `chunks.Formed`."""
+    """Loss, the three gradients (empty where not demanded) and `unscale`; see `chunks.Formed`.
+
+    `upstream`, (N,): of the rows' losses, in the backward of the reduction "none".
+    """
     options = Options(
         *(ignore_index, label_smoothing, softcap, z_loss),
         *(reduction, max_logits_bytes, implementation),
     )
     tensors = (hidden, weight, bias, labels, class_weight, num_items)
     chosen = backend.select(OP, [hidden], implementation)
-    formed = chunks.form(chosen, *tensors, demand, options)
+    formed = chunks.form(chosen, *tensors, demand, options, upstream)
     dtypes = chunks.stored_dtypes(hidden.dtype)
     d_hidden, d_weight, d_bias = (
         hidden.new_empty(0, dtype=dtype) if gradient is None else gradient
@@ -187,7 +221,7 @@ def linear_cross_entropy_op(
 
 
 @linear_cross_entropy_op.register_fake
-def _(hidden, weight, bias, labels, class_weight, num_items, demand, *options):
+def _(hidden, weight, bias, labels, class_weight, num_items, upstream, demand, *options):
     shapes = (hidden.shape, weight.shape, weight.shape[:1])
     gradients = [
         hidden.new_empty(shape if demanded else (0,), dtype=dtype)
@@ -196,22 +230,30 @@ def _(hidden, weight, bias, labels, class_weight, num_items, demand, *options):
         )
     ]
     scalar = hidden.new_empty((), dtype=chunks.wide(hidden.dtype))
-    return (scalar, *gradients, torch.empty_like(scalar))
+    of_rows = Options(*options).reduction == "none"
+    loss = scalar.new_empty(labels.shape) if of_rows else scalar
+    return (loss, *gradients, torch.empty_like(scalar))
 
 
 def _save_gradients(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    ctx.demand, ctx.dtype = inputs[6], inputs[0].dtype
-    ctx.save_for_backward(*output[1:])
+    ctx.demand, ctx.dtype, ctx.options = inputs[7], inputs[0].dtype, Options(*inputs[8:])
+    ctx.save_for_backward(*(inputs[:5] if ctx.options.reduction == "none" else output[1:]))
 
 
 def _hand_over(ctx: Any, upstream: Tensor, *unused: Tensor) -> tuple[Tensor | None, ...]:
-    *gradients, unscale = ctx.saved_tensors
-    factor = upstream * unscale
+    if ctx.options.reduction == "none":
+        demand = list(ctx.needs_input_grad[:3])
+        formed = linear_cross_entropy_op(*ctx.saved_tensors, None, upstream, demand, *ctx.options)
+        _, *gradients, factor = formed
+    else:
+        demand = ctx.demand
+        *gradients, unscale = ctx.saved_tensors
+        factor = upstream * unscale
     given = (
         (gradient.to(factor.dtype) * factor).to(ctx.dtype) if demanded else None
-        for gradient, demanded in zip(gradients, ctx.demand, strict=True)
+        for gradient, demanded in zip(gradients, demand, strict=True)
     )
-    return (*given, *[None] * 11)
+    return (*given, *[None] * 12)
 
 
 linear_cross_entropy_op.register_autograd(_hand_over, setup_context=_save_gradients)

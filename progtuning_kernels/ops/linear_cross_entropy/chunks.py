@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import NamedTuple
 
 import torch
@@ -20,6 +21,7 @@ class Formed(NamedTuple):
     """Gradients are None where not demanded, else of the loss times `1 / unscale`.
 
     Attributes:
+        loss: 0-dim; (N,) for the reduction "none".
         gradients: of hidden, weight, bias, in `stored_dtypes`.
         unscale: 0-dim; a power of two, 1 except in float16.
     """
@@ -58,13 +60,30 @@ def _denominator(
     """What the sum of the rows is divided by: 0-dim float64 on the device."""
     if num_items is not None:
         return num_items.to(torch.float64)
-    if options.reduction == "sum":
+    if options.reduction != "mean":
         return torch.ones((), dtype=torch.float64, device=labels.device)
     counted = labels != options.ignore_index
     if class_weight is None:
         return counted.sum().double()
     index = labels.masked_fill(~counted, 0).clamp(0, len(class_weight) - 1).long()
     return class_weight.gather(0, index).masked_fill(~counted, 0).sum(dtype=torch.float64)
+
+
+def _factor(
+    denominator: Tensor, upstream: Tensor | None, dtype: torch.dtype
+) -> tuple[Tensor, Tensor]:
+    """What d(logits) of a row is multiplied by, 0-dim or (N,), and `Formed.unscale`."""
+    unscale = torch.ones((), dtype=wide(dtype), device=denominator.device)
+    factor = 1 / denominator if upstream is None else upstream.to(wide(dtype))
+    if dtype == torch.float16 and factor.numel():
+        # d(logits) of a mean over 8192 rows would be 0 below 5e-4: times a power of two it is not
+        if upstream is None:
+            exponent = torch.frexp(denominator).exponent
+        else:
+            exponent = 1 - torch.frexp(factor.abs().amax()).exponent
+        factor = torch.ldexp(factor, exponent)
+        unscale = torch.ldexp(unscale, -exponent)
+    return factor.to(wide(dtype)).contiguous(), unscale
 
 
 def _add_product(total: Tensor | None, a: Tensor, b: Tensor, dtype: torch.dtype) -> Tensor:
@@ -89,20 +108,20 @@ def form(
     num_items: Tensor | None,
     demand: Sequence[bool],
     options: Options,
+    upstream: Tensor | None = None,
 ) -> Formed:
-    """Loss and gradients of (N, H) hidden; demand: of hidden, weight, bias."""
+    """Loss and gradients of (N, H) hidden.
+
+    Args:
+        demand: of the gradients of hidden, weight, bias.
+        upstream: (N,), of the rows' losses; None: 1 for what the reduction makes of them.
+    """
     need_hidden, need_weight, need_bias = demand
     n, classes, dtype, device = len(hidden), len(weight), hidden.dtype, hidden.device
     if class_weight is not None:
         class_weight = class_weight.to(wide(dtype)).contiguous()
     denominator = _denominator(labels, class_weight, num_items, options)
-    unscale = torch.ones((), dtype=wide(dtype), device=device)
-    factor = 1 / denominator
-    if dtype == torch.float16:
-        # d(logits) of a mean over 8192 rows would be 0 below 5e-4: times a power of two it is not
-        exponent = torch.frexp(denominator).exponent
-        factor = torch.ldexp(factor, exponent)
-        unscale = torch.ldexp(unscale, -exponent)
+    factor, unscale = _factor(denominator, upstream, dtype)
     row_loss = RowLoss(
         ignore_index=options.ignore_index,
         label_smoothing=options.label_smoothing,
@@ -110,7 +129,7 @@ def form(
         z_loss=options.z_loss,
         class_weight=class_weight,
         class_weight_sum=None if class_weight is None else class_weight.sum(),
-        factor=factor.to(wide(dtype)),
+        factor=factor,
     )
     chunk_rows = rows_per_chunk(n, classes, dtype.itemsize, options.max_logits_bytes)
     weight_dtype = wide(dtype) if chunk_rows < n or dtype == torch.float16 else dtype
@@ -129,7 +148,8 @@ def form(
                 torch.mm(part, weight.t(), out=logits)
             else:
                 torch.addmm(bias, part, weight.t(), out=logits)
-            chosen.function(logits, labels[span], losses[span], row_loss, gradient=any(demand))
+            of_rows = replace(row_loss, factor=factor[span]) if factor.ndim else row_loss
+            chosen.function(logits, labels[span], losses[span], of_rows, gradient=any(demand))
             if need_hidden:
                 torch.mm(logits, weight, out=d_hidden[span])
             if need_weight:
@@ -140,5 +160,6 @@ def form(
         del logits, logits_buffer
         if need_weight:
             d_weight = d_weight.to(stored_dtypes(dtype)[1])
-        loss = (losses.sum(dtype=torch.float64) / denominator).to(wide(dtype))
-    return Formed(loss, (d_hidden, d_weight, d_bias), unscale)
+        if options.reduction != "none":
+            losses = (losses.sum(dtype=torch.float64) / denominator).to(wide(dtype))
+    return Formed(losses, (d_hidden, d_weight, d_bias), unscale)

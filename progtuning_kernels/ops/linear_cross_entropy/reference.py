@@ -12,7 +12,7 @@ from torch import Tensor
 from ..contract import check_dtype
 
 LABEL_DTYPES = (torch.int64, torch.int32)
-Reduction = Literal["mean", "sum"]
+Reduction = Literal["mean", "sum", "none"]
 _SCALED_PIECE = 2**24  # elements that `scale` holds in float32 at once
 
 
@@ -47,7 +47,7 @@ class RowLoss:
 
     Attributes:
         class_weight, class_weight_sum: (V,) and 0-dim in float32 (float64), or both None.
-        factor: 0-dim, on the device: what a row's gradient is multiplied by.
+        factor: on the device, 0-dim or (R,): what a row's gradient is multiplied by.
     """
 
     ignore_index: int
@@ -138,7 +138,7 @@ def rows(
         d -= smoothing / classes * (1 if row_loss.class_weight is None else row_loss.class_weight)
     if cap is not None:
         d.mul_(1 - tanh).mul_(1 + tanh)  # the square would round what 1 - tanh keeps
-    logits.copy_(d.mul_(row_loss.factor).masked_fill_(ignored[:, None], 0))
+    logits.copy_(d.mul_(row_loss.factor.view(-1, 1)).masked_fill_(ignored[:, None], 0))
 
 
 def scale(gradient: Tensor, factor: Tensor) -> None:

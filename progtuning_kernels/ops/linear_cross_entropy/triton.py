@@ -63,6 +63,7 @@ def rows_kernel(
     SOFTCAP: tl.constexpr,
     Z_LOSS: tl.constexpr,
     GRADIENT: tl.constexpr,
+    FACTORS: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
     """Loss of one row, and d(logits) over its logits if GRADIENT.
@@ -70,7 +71,7 @@ def rows_kernel(
     Args:
         logits: (programs, classes), `stride` elements from row to row, of which the first `width`
             may be read and written: a multiple of 16 lets accesses be vectors.
-        labels, losses: one per program. factor: of d(logits), 0-dim.
+        labels, losses: one per program. factor: of d(logits), one, or one per program if FACTORS.
         class_weight, class_weight_sum: float32, or both None.
     """
     row = tl.program_id(0).to(tl.int64)
@@ -132,7 +133,7 @@ def rows_kernel(
         tl.store(losses + row, tl.where(valid, loss, float("nan")))
 
         if GRADIENT:
-            scale = tl.load(factor)
+            scale = tl.load(factor + row) if FACTORS else tl.load(factor)
             inverse_total = 1.0 / total
             for start in range(0, classes, BLOCK):
                 column = start + tl.arange(0, BLOCK)
@@ -192,6 +193,7 @@ def rows(
             SOFTCAP=cap is not None,
             Z_LOSS=row_loss.z_loss != 0,
             GRADIENT=gradient,
+            FACTORS=row_loss.factor.ndim == 1,
             BLOCK=BLOCK,
             **OPTIONS,
         )
