@@ -37,6 +37,7 @@ sys.path.insert(0, str(ROOT / "tests" / "support"))
 from triton_builds import compile_for, resources, usage  # noqa: E402
 
 from progtuning_kernels import backend, ops  # noqa: E402
+from progtuning_kernels.cli.cuda_toolkit import Unavailable, find_toolkit  # noqa: E402
 from progtuning_kernels.cli.provenance import provenance  # noqa: E402
 
 RESULT = ROOT / "benchmarks" / "results" / "compiled" / "kernel_resources.json"
@@ -328,7 +329,7 @@ def _cuda_binaries(folder: Path) -> Iterator[Path]:
         return
     with mock.patch("setuptools.setup"):
         build = runpy.run_path(str(ROOT / "setup.py"))
-    nvcc = build["find_nvcc"]()
+    nvcc = build["find_toolkit"]().nvcc
     known = subprocess.run([nvcc, "--list-gpu-arch"], capture_output=True, text=True).stdout
     archs = [a for a in build["CUDA_ARCHS"] if f"compute_{a}\n" in known]
     flags = [*build["CUDA_FLAGS"], *build["cuda_targets"](archs)]
@@ -356,8 +357,9 @@ def cuda_rows(folder: Path) -> list[dict[str, Any]]:
 
 
 def nvcc_version() -> str | None:
-    nvcc = shutil.which("nvcc")
-    if nvcc is None:
+    try:
+        nvcc = find_toolkit().nvcc
+    except Unavailable:
         return None
     printed = subprocess.run([nvcc, "--version"], capture_output=True, text=True).stdout
     return (re.search(r"release [\d.]+, V([\d.]+)", printed) or [None, None])[1]
