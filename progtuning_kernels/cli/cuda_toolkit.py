@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 OLDEST_NVCC = (12, 1)  # kernel parameters over 4 KiB
+USUAL_HOME = "/usr/local/cuda"
 
 
 class Unavailable(Exception):
@@ -59,7 +60,7 @@ def _places() -> dict[str, str]:
     for variable in ("CUDA_HOME", "CUDA_PATH"):
         if home := os.environ.get(variable):
             found.setdefault(str(Path(home, "bin", "nvcc")), f"{variable}={home}")
-    homes = [Path("/usr/local/cuda")]
+    homes = [Path(USUAL_HOME)]
     # pip's nvidia-cuda-nvcc; an environment that pip builds in does not have it, its parent may
     for prefix in filter(None, (sys.prefix, os.environ.get("VIRTUAL_ENV"), sys.base_prefix)):
         for kind in ("purelib", "platlib"):
