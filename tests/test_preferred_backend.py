@@ -9,9 +9,9 @@ import os
 
 import pytest
 import torch
+from own_process import interpreted as own_process  # noqa: F401
 
 from progtuning_kernels import MaskedAdamW, backend, ops
-from own_process import interpreted as own_process  # noqa: F401
 
 VALUES = ("", "auto", *backend.PREFERENCE)
 WITHOUT_TRITON = {"dropout", "masked_norm"}
