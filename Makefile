@@ -9,7 +9,7 @@ CONSTRAINTS ?= constraints.txt
 BIN := .venv/bin
 SOURCES := pyproject.toml setup.py $(CONSTRAINTS) $(wildcard csrc/*)
 
-.PHONY: demo test lint types docs bench bench-packing bench-compare gpu-suite accuracy clean
+.PHONY: demo test lint types docs serve bench bench-packing bench-compare gpu-suite accuracy clean
 
 demo: .venv/.demo ## fine-tune a pretrained model fully and progressively, and compare
 	$(BIN)/progtuning demo $(ARGS)
@@ -25,8 +25,11 @@ lint: .venv/.lint ## style and format of Python and C++; installs nothing heavy
 types: .venv/.test ## types of the public modules
 	$(BIN)/pyright
 
-docs: .venv/.docs ## the site, strictly: a broken link or a missing page fails; make docs ARGS=serve shows it
-	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs $(or $(ARGS),build)
+docs: .venv/.docs ## the site, strictly: a broken link or a missing page fails
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build
+
+serve: .venv/.docs ## the site in a browser, made anew as its pages change
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs serve
 
 bench: .venv/.bench ## this machine's CPU: the optimizer, dropout, and whole training runs against other packages
 	$(BIN)/python benchmarks/optimizer.py --output $(OUT)
