@@ -1,6 +1,6 @@
 """What every kernel takes of a multiprocessor: registers, shared memory, spills; no GPU is needed.
 
-    python benchmarks/kernel_resources.py            # compile for four architectures, 2 minutes
+    python benchmarks/kernel_resources.py            # compile for eight architectures, 5 minutes
     python benchmarks/kernel_resources.py --table    # the table of docs/tables/kernels.md
 
 A Triton kernel is compiled ahead of time as its op launches it: the ops run forward and backward on
@@ -34,7 +34,7 @@ from torch import Tensor
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT / "tests" / "support"))
 
-from triton_builds import compile_for, resources, usage  # noqa: E402
+from triton_builds import WAVES, compile_for, resources, rocm_resources, usage  # noqa: E402
 
 from progtuning_kernels import backend, ops  # noqa: E402
 from progtuning_kernels.cli.cuda_toolkit import Unavailable, find_toolkit  # noqa: E402
@@ -300,8 +300,17 @@ def triton_rows(chosen: list[Launch], folder: Path) -> list[dict[str, Any]]:
                 raise SystemExit("cuobjdump is neither in PATH nor in triton's package")
             # asked for at the launch, and so not in the cubin
             targets[f"sm_{architecture}"] = _named(used, compiled.metadata.shared)
+        rocm = {
+            architecture: rocm_resources(
+                compile_for(
+                    *(launch.kernel, launch.kinds, launch.constants, architecture, launch.options),
+                    divisible=launch.divisible,
+                )
+            )
+            for architecture in WAVES
+        }
         row = {"kernel": launch.name, "variant": launch.variant, "width": launch.width}
-        rows.append(row | {"warps": launch.options["num_warps"], "targets": targets})
+        rows.append(row | {"warps": launch.options["num_warps"], "targets": targets, "rocm": rocm})
     return rows
 
 
@@ -395,6 +404,21 @@ def table(content: dict[str, Any]) -> str:
         cells = [_numbers([row["warps"] for row in group])]
         cells += [_numbers([row["targets"][t]["registers"] for row in group]) for t in targets]
         shared = [max(used["shared_bytes"] for used in row["targets"].values()) for row in group]
+        lines.append(f"| `{kernel}` | {variant} | {' | '.join(cells)} | {_numbers(shared)} |")
+    rocm = [used for row in content["triton"] for used in row["rocm"].values()]
+    scratch, spilt = (sum(used[k] for used in rocm) for k in ("scratch_bytes", "spilt_registers"))
+    lines += [
+        "",
+        f"For AMD, with {scratch} bytes of scratch memory and {spilt} spilt registers in all "
+        f"{len(rocm)} compiled kernels; vector registers per thread.",
+        "",
+        f"| Triton kernel | launched by | warps | {' | '.join(WAVES)} | shared bytes |",
+        f"|---|---|---:|{'---:|' * len(WAVES)}---:|",
+    ]
+    for (kernel, variant), group in groups.items():
+        cells = [_numbers([row["warps"] for row in group])]
+        cells += [_numbers([row["rocm"][gpu]["registers"] for row in group]) for gpu in WAVES]
+        shared = [max(used["shared_bytes"] for used in row["rocm"].values()) for row in group]
         lines.append(f"| `{kernel}` | {variant} | {' | '.join(cells)} | {_numbers(shared)} |")
     lines += ["", f"| CUDA kernel | instantiations | {' | '.join(targets)} | shared bytes |"]
     lines.append(f"|---|---:|{'---:|' * len(targets)}---:|")

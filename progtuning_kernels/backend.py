@@ -193,6 +193,8 @@ def native_reason(device: torch.device) -> str | None:
 @functools.cache
 def _native_cuda_reason(index: int) -> str | None:
     extension, _ = _load_native()
+    if torch.version.hip is not None:
+        return "no native kernels for AMD GPUs"
     if not extension.cuda_built:
         why = build_record().get("cuda_reason") or "no record of the reason"
         return f"the extension was built without CUDA: {why}"

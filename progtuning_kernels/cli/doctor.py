@@ -68,8 +68,10 @@ def _triton_in_words(device: torch.device) -> str:
     version, reason = installed_version("triton"), backend.triton_reason(device)
     if version is None:
         return "not installed"
-    needs = "its kernels need a GPU" if device.type == "cpu" else reason
-    return f"{version}, {'usable' if reason is None else needs}"
+    if reason is not None:
+        return f"{version}, {'its kernels need a GPU' if device.type == 'cpu' else reason}"
+    rocm = "; for AMD GPUs its kernels are compiled in tests, and have never run"
+    return f"{version}, usable{rocm if torch.version.hip else ''}"
 
 
 def _ops_in_words(device: torch.device) -> str:
@@ -93,7 +95,8 @@ def _advice(device: torch.device) -> list[str]:
         lines.append("the native extension: with a C++17 compiler, `pip install .` in a clone")
     elif not extension.openmp:
         lines.append("OpenMP: native CPU ops use one thread; `pip install .` in a clone with g++")
-    if device.type == "cuda" and extension is not None and not extension.cuda_built:
+    needs_cuda = device.type == "cuda" and torch.version.hip is None
+    if needs_cuda and extension is not None and not extension.cuda_built:
         lines.append(f"CUDA kernels: {_rebuild()}")
     if device.type == "cuda" and (reason := backend.triton_reason(device)) is not None:
         installed = installed_version("triton") is not None
@@ -132,6 +135,8 @@ def _versions() -> list[tuple[str, str]]:
     rows = [("progtuning_kernels", __version__), ("python", platform.python_version())]
     rows.append(("torch", torch.__version__))  # names its build, +cpu or +cu130; its metadata not
     rows += [(package, installed_version(package) or "not installed") for package in _PACKAGES]
+    if torch.version.hip is not None:
+        return [*rows, ("ROCm of torch", torch.version.hip)]
     rows.append(("CUDA of torch", torch.version.cuda or "none (CPU-only build)"))
     return rows
 
@@ -178,7 +183,10 @@ def _machine() -> list[tuple[str, str]]:
 def _gpu(index: int) -> str:
     device = torch.cuda.get_device_properties(index)
     gib = device.total_memory / 2**30
-    return f"{device.name}, sm_{device.major}{device.minor}, {gib:.0f} GiB"
+    architecture = f"sm_{device.major}{device.minor}"
+    if torch.version.hip is not None:
+        architecture = device.gcnArchName
+    return f"{device.name}, {architecture}, {gib:.0f} GiB"
 
 
 def _implementations() -> Table:
