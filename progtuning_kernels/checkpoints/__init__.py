@@ -133,7 +133,7 @@ def load_checkpoint(
 
     Raises:
         CheckpointError: none can be read, or it is of another model, schedule, optimizer or
-            version of this package.
+            version of this package; or `folder` is a checkpoint, and not the folder of a run.
     """
     found = files.newest(Path(folder))
     if found is None:

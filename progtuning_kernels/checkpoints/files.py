@@ -8,6 +8,7 @@ for a weight.
 from __future__ import annotations
 
 import os
+import pickle
 import re
 import shutil
 import warnings
@@ -75,6 +76,8 @@ def finish(content: dict[str, Any], partial: Path, path: Path, keep: int) -> Non
 
 def newest(folder: Path) -> tuple[Path, dict[str, Any]] | None:
     """The newest checkpoint that every rank can read, and what it says; None: there is none."""
+    if folder.is_file() or _NAME.fullmatch(folder.name):
+        raise CheckpointError(f"{folder} is one checkpoint: give the folder that it is in")
     damaged: list[str] = []
     rank, ranks = this_rank(), world_size()
     for _, path in gather(_checkpoints(folder))[0]:  # what the first rank sees
@@ -106,16 +109,18 @@ def _checkpoints(folder: Path) -> list[tuple[int, Path]]:
 def _write(content: dict[str, Any], path: Path) -> None:
     """Write a file to the device; TypeError if reading it back would run code from it."""
     checksums_on = serialization.patch("save.compute_crc32", True)  # pyright: ignore
-    with checksums_on, path.open("wb") as file:
-        torch.save(content, file)
-        file.flush()
-        os.fsync(file.fileno())
+    allowed = "a checkpoint holds tensors, numbers, strings, lists and dicts"
+    try:
+        with checksums_on, path.open("wb") as file:
+            torch.save(content, file)
+            file.flush()
+            os.fsync(file.fileno())
+    except (AttributeError, TypeError, pickle.PicklingError) as error:  # a lambda, a lock
+        path.unlink()
+        raise TypeError(f"{allowed}: {one_line(error)}") from None
     if foreign := torch.serialization.get_unsafe_globals_in_checkpoint(path):
         path.unlink()
-        raise TypeError(
-            f"a checkpoint holds tensors, numbers, strings, lists and dicts; this one has "
-            f"{', '.join(sorted(foreign))}"
-        )
+        raise TypeError(f"{allowed}; this one has {', '.join(sorted(foreign))}")
 
 
 def _read(path: Path, rank: int, ranks: int) -> dict[str, Any]:

@@ -97,7 +97,7 @@ class PatchHandle:
         self.schedule = schedule
         self.layout = layout
         layout.guess_unruled(model)
-        self._listeners: list[Callable[[PatchHandle], None]] = []
+        self._listeners: list[Callable[[PatchHandle], object]] = []
         self._missed = MissedSteps(model, layout, schedule)
         options: dict[str, Any] = {"frozen_mode": frozen_mode, "tied": tied, "kernels": kernels}
         self.freezer = Freezer(model, layout, schedule, **options, packing=packing, step=step)
@@ -289,7 +289,7 @@ class PatchHandle:
         self.freezer.attach(wrapped, timeout)
         return self
 
-    def on_change(self, listener: Callable[[PatchHandle], None]) -> None:
+    def on_change(self, listener: Callable[[PatchHandle], object]) -> None:
         """Have `listener(handle)` called whenever `advance` or `seek` has set the flags anew.
 
         Args:

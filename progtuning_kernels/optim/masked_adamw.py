@@ -214,7 +214,7 @@ class MaskedAdamW(MaskedOptimizer):
         for name in ("lr", "eps", "weight_decay"):
             if not group[name] >= 0:
                 raise ValueError(f"{name}={group[name]} is out of range")
-        if not all(0 <= beta < 1 for beta in group["betas"]):
+        if len(group["betas"]) != 2 or not all(0 <= beta < 1 for beta in group["betas"]):
             raise ValueError(f"betas={group['betas']} is out of range")
         super().add_param_group(param_group)
 

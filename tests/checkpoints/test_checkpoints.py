@@ -615,11 +615,21 @@ def test_check_refuses_before_anything_changes(tmp_path):
     assert seen == [5] and loop.handle.step == 0 and not loop.optimizer.state
 
 
-def test_what_could_not_be_read_back_is_not_written(tmp_path):
+def test_a_checkpoint_in_place_of_its_folder_is_no_new_run(tmp_path):
+    stopped(tmp_path)
+    file = next(tmp_path.glob("step-*"))
+    with pytest.raises(CheckpointError, match="one checkpoint: give the folder"):
+        Loop(progressive()).load(file)
+
+
+@pytest.mark.parametrize(
+    ("foreign", "message"), [(numpy.float64(0.5), "numpy"), (lambda: 0.5, "lambda")]
+)
+def test_what_could_not_be_read_back_is_not_written(foreign, message, tmp_path):
     loop = stopped(tmp_path)
     whole = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
-    loop.train(1).losses.append(numpy.float64(0.5))
-    with pytest.raises(TypeError, match="tensors, numbers, strings.*numpy"):
+    loop.train(1).losses.append(foreign)
+    with pytest.raises(TypeError, match=f"tensors, numbers, strings.*{message}"):
         loop.save(tmp_path)
     assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == whole
 

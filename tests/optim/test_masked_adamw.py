@@ -435,6 +435,7 @@ def test_no_active_tensor_is_a_step_that_does_nothing():
     ("options", "message"),
     [
         ({"lr": -1.0}, "lr=-1.0 is out of range"),
+        ({"betas": (0.9,)}, "betas=.0.9,. is out of range"),
         ({"betas": (0.9, 1.0)}, "betas="),
         ({"eps": -1e-8}, "eps="),
         ({"weight_decay": -0.1}, "weight_decay="),

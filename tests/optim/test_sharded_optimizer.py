@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from datetime import timedelta
+
 import pytest
 import torch
 from ranks import run_ranks
@@ -115,7 +117,9 @@ CHECKS = {"fsdp2": check_fsdp2, "norm": check_norm, "ddp": check_ddp}
 def run(rank: int, name: str, store: str) -> None:
     torch.set_num_threads(1)
     file = torch.distributed.FileStore(store, WORLD)
-    torch.distributed.init_process_group("gloo", store=file, rank=rank, world_size=WORLD)
+    torch.distributed.init_process_group(
+        "gloo", store=file, rank=rank, world_size=WORLD, timeout=timedelta(seconds=60)
+    )
     try:
         CHECKS[name](rank)
         torch.distributed.barrier()  # nobody leaves while another still talks to it

@@ -8,6 +8,7 @@ import json
 import math
 import os
 import sys
+from datetime import timedelta
 from pathlib import Path
 
 import pytest
@@ -336,7 +337,11 @@ def test_hooks_are_there_for_adaptive_schedules_only_and_go_with_the_patch():
 
 def _decide(rank: int, folder: str) -> None:
     torch.distributed.init_process_group(
-        "gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2
+        "gloo",
+        init_method=f"file://{folder}/store",
+        rank=rank,
+        world_size=2,
+        timeout=timedelta(seconds=60),
     )
     schedule = AdaptiveSchedule(3, percentile=80)
     handle = patch_model(tiny_model("bert-sequence"), schedule, kernels="off")
