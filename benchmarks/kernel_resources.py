@@ -1,6 +1,6 @@
 """What every kernel takes of a multiprocessor: registers, shared memory, spills; no GPU is needed.
 
-    python benchmarks/kernel_resources.py            # compile for eight architectures, 5 minutes
+    python benchmarks/kernel_resources.py            # compile for eight architectures, 4 minutes
     python benchmarks/kernel_resources.py --table    # the table of docs/tables/kernels.md
 
 A Triton kernel is compiled ahead of time as its op launches it: the ops run forward and backward on
