@@ -10,9 +10,11 @@ import torch
 from rich.console import Console
 
 from .. import backend, report
+from ..report.document import check_packages
 from .datasets import TextData
 from .engine import Run
 from .errors import as_user_error
+from .models import check_peft
 from .output import DEMO_FILES, empty_folder
 from .progress import TrainProgress
 from .settings import Method, TrainSettings
@@ -44,6 +46,10 @@ def run(
     missing = backend.native_reason(torch.device("cpu"))
     if missing is not None:
         console.print(f"Without the native extension ({missing}): slower.", soft_wrap=True)
+    with as_user_error():  # before the minutes of training that would be lost
+        check_packages()
+    if any("lora" in method for method in methods):
+        check_peft()
     empty_folder(output, DEMO_FILES)
     folders, failures = [], []
     data: TextData | None = None  # the same for every run

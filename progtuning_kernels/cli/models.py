@@ -174,12 +174,18 @@ def _some(names: Sequence[str]) -> str:
     return ", ".join(names[:4]) + (f" and {len(names) - 4} more" if names[4:] else "")
 
 
-def wrap_lora(model: nn.Module, task: Task, rank: int) -> nn.Module:
-    """LoRA on every linear layer but the head, by PEFT; a classification head trains as it is."""
+def check_peft() -> None:
     try:
-        from peft import LoraConfig, TaskType, get_peft_model
+        import peft  # noqa: F401
     except ImportError:
         raise UserError("LoRA needs peft: pip install peft accelerate") from None
+
+
+def wrap_lora(model: nn.Module, task: Task, rank: int) -> nn.Module:
+    """LoRA on every linear layer but the head, by PEFT; a classification head trains as it is."""
+    check_peft()
+    from peft import LoraConfig, TaskType, get_peft_model
+
     config = LoraConfig(
         task_type=TaskType.CAUSAL_LM if task == "causal-lm" else TaskType.SEQ_CLS,
         r=rank,

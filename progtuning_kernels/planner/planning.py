@@ -8,7 +8,7 @@ import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
-from typing import Any, get_args
+from typing import Any
 
 import torch
 from torch import nn
@@ -21,7 +21,14 @@ from ..freezing.freezer import Freezer
 from ..freezing.handle import handle_of
 from ..model.derived_classes import derived_classes
 from ..model.layout import find_layout
-from ..schedules import FreezePlan, Schedule, decides_by_gradients, stage_starts
+from ..schedules import (
+    FreezePlan,
+    Schedule,
+    check_schedule,
+    decides_by_gradients,
+    stage_starts,
+)
+from ..schedules.plan import check_choice
 from ..schedules.progressive import scales_with_length
 from .calibration import CannotCalibrate, UnitCosts, measure_units
 from .example_batch import example_batch, on_meta
@@ -37,6 +44,7 @@ _ANY_LENGTH = math.lcm(*range(1, 13))
 
 def _with_length(schedule: Schedule, steps: int | None) -> tuple[Schedule, int]:
     """The schedule, or a copy of it that knows how long the run is, and that length."""
+    check_schedule(schedule, "plan_training")
     if decides_by_gradients(schedule):
         raise ValueError(
             f"{type(schedule).__name__} decides while it trains: plan a MilestoneSchedule that "
@@ -46,7 +54,7 @@ def _with_length(schedule: Schedule, steps: int | None) -> tuple[Schedule, int]:
         return schedule, schedule.total_steps
     if steps is None and not scales_with_length(schedule):
         raise ValueError("the schedule does not know the length of the run: give steps=")
-    length = steps or _ANY_LENGTH
+    length = _ANY_LENGTH if steps is None else steps
     return copy.deepcopy(schedule).bind(length), int(length)
 
 
@@ -114,7 +122,7 @@ def plan_training(
         ValueError: a setting out of range; a schedule that does not fit, has no length, has more
             than 64 different plans, or decides while it trains; a model that is patched, or that
             asks for values of its data and so cannot run on the meta device.
-        TypeError: not a module, such as a config.
+        TypeError: not a module, such as a config; not a schedule, such as its class.
 
     Example:
         ```python
@@ -130,9 +138,9 @@ def plan_training(
     derived = set(map(type, model.modules())) & set(derived_classes())
     if derived or any(map(handle_of, model.modules())):
         raise ValueError("the model is patched: plan before, or call handle.unpatch() first")
-    if optimizer not in get_args(OptimizerName):
-        choices = ", ".join(map(repr, get_args(OptimizerName)))
-        raise ValueError(f"optimizer must be one of {choices}, got {optimizer!r}")
+    check_choice("optimizer", optimizer, OptimizerName)
+    check_choice("frozen_mode", frozen_mode, FrozenMode)
+    check_choice("tied", tied, TiedPolicy)
     if batch_size < 1 or seq_len < 1:
         raise ValueError(f"batch_size={batch_size} and seq_len={seq_len} must be positive")
     if not 0 < real_tokens <= 1:

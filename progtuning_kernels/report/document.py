@@ -57,6 +57,15 @@ def markdown_table(runs: Sequence[Run]) -> str:
     return "".join(f"| {' | '.join(line)} |\n" for line in escaped)
 
 
+def check_packages() -> None:
+    """Raise an ImportError that says what to install, where a report cannot be written."""
+    try:
+        import jinja2  # noqa: F401
+        import plotly.offline  # noqa: F401
+    except ImportError as error:
+        raise ImportError(f"a report needs {error.name}: pip install plotly jinja2") from None
+
+
 def write_report(runs: Sequence[Run], out_dir: str | Path) -> Path:
     """Write report.html, which needs no other file and no network: plotly.js (5 MB) is in it.
 
@@ -74,11 +83,10 @@ def write_report(runs: Sequence[Run], out_dir: str | Path) -> Path:
         ImportError: plotly or jinja2 is missing; one line that says what to install.
     """
     rows = group_runs(runs)
-    try:
-        import jinja2
-        from plotly.offline import get_plotlyjs
-    except ImportError as error:
-        raise ImportError(f"a report needs {error.name}: pip install plotly jinja2") from None
+    check_packages()
+    import jinja2
+    from plotly.offline import get_plotlyjs
+
     out = Path(out_dir)
     out.mkdir(parents=True, exist_ok=True)
     charts = [(name, *text, make(rows)) for name, (*text, make) in CHARTS.items()]
@@ -200,7 +208,9 @@ def notices(runs: Sequence[Run]) -> list[str]:
     options = sorted({key for run in runs for key in run.config} - {"seed", "output", "method"})
     apart = {f"option {key}": distinct(run.config.get(key) for run in runs) for key in options}
     apart["commits"] = distinct(run.meta.get("commit") for run in runs)
-    apart["versions"] = distinct(run.meta.get("versions") for run in runs)
+    versions = [run.meta.get("versions") or {} for run in runs]
+    for name in sorted({name for own in versions for name in own}):
+        apart[f"version of {name}"] = distinct(own.get(name) for own in versions)
     found = {
         f"The runs differ in their {what}": "; ".join(values) if len(values) > 1 else ""
         for what, values in (differences(runs) | apart).items()

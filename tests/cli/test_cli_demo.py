@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 
 import pytest
 
@@ -33,6 +34,25 @@ def test_demo_trains_three_ways_and_writes_a_report(tmp_path, capsys):
 
     main(["report", *map(str, (tmp_path / "demo").iterdir()), "--output", str(tmp_path / "again")])
     assert (tmp_path / "again" / "report.html").stat().st_size > 100_000
+
+
+@pytest.mark.parametrize(
+    ("module", "method", "says"),
+    [
+        ("plotly", "progressive", "a report needs plotly"),
+        ("peft", "lora", "LoRA needs peft: pip install peft accelerate"),
+    ],
+)
+def test_demo_says_what_is_missing_before_it_trains(
+    tmp_path, capsys, monkeypatch, module, method, says
+):
+    for name in [name for name in sys.modules if name.split(".")[0] == module]:
+        monkeypatch.delitem(sys.modules, name)
+    monkeypatch.setitem(sys.modules, module, None)
+    output = tmp_path / "demo"
+    with pytest.raises(SystemExit, match="2"):
+        main(["demo", "--method", "full", "--method", method, "--output", str(output)])
+    assert says in capsys.readouterr().err and not output.exists()
 
 
 def test_demo_again_and_with_other_options(tmp_path, capsys, monkeypatch):

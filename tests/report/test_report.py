@@ -584,6 +584,7 @@ def test_what_makes_runs_hard_to_compare_is_said(
     assert "The runs differ" not in same and "uncommitted" not in same
     assert "One run only, so its metric may differ by chance: full, progressive." in same
     progressive["meta"] |= {"device": "one GPU", "dirty": True}
+    progressive["meta"]["versions"] = full["meta"]["versions"] | {"torch": "2.10.0"}
     progressive["config"] |= {"lr": 5e-5}
     runs = [store(full), store(progressive)]
     page = References(write_report(runs, tmp_path / "out").read_text()).text
@@ -591,6 +592,8 @@ def test_what_makes_runs_hard_to_compare_is_said(
     assert "Run from a working tree with uncommitted changes: progressive-seed0." in page
     assert "option lr" not in same
     assert "The runs differ in their option lr: 2e-05; 5e-05." in page
+    assert "The runs differ in their version of torch: 2.13.0; 2.10.0." in page
+    assert "version of peft" not in page
     alone = References(write_report([store(make_metrics())], tmp_path / "one").read_text())
     assert "No run of full training: training times have no ratio." in alone.text
 
