@@ -3,15 +3,16 @@
 A machine that cannot build it gets a working install without it: the reason is printed in one line
 and kept in `progtuning_kernels/_build.json`, where `progtuning doctor` finds it.
 
-Environment: PROGTUNING_BUILD=auto|cpu|off, CXX, CUDA_HOME (else nvcc from PATH).
+Environment: PROGTUNING_BUILD=auto|cpu|off, CXX, CUDA_HOME (`cli/cuda_toolkit.py` says where else
+nvcc is looked for).
 """
 
+import functools
 import json
 import os
 import re
+import runpy
 import shlex
-import shutil
-import subprocess
 from pathlib import Path
 
 from setuptools import Extension, setup
@@ -31,48 +32,13 @@ CUDA_FLAGS += ["-Xcompiler", "-fPIC,-fvisibility=hidden"]
 # The cubins are made from that PTX too: in half the time, and masked_update then needs 64 registers
 # on sm_100 and sm_120, where from their own PTX it needs 80.
 CUDA_ARCHS = ["80", "90", "100", "120"]
-OLDEST_NVCC = (12, 1)  # kernel parameters over 4 KiB
 
 
-class Unavailable(Exception):
-    """Why something is left out of the build, in one line."""
-
-
-def run(command):
-    try:
-        done = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
-    except OSError as error:
-        raise Unavailable(f"{command[0]} does not run: {error.strerror}") from error
-    if done.returncode != 0:
-        print(done.stdout)
-        last = (done.stdout.strip().splitlines() or ["no output"])[-1]
-        raise Unavailable(f"{Path(command[0]).name} failed: {last}")
-    return done.stdout
-
-
-def find_nvcc():
-    home = os.environ.get("CUDA_HOME")
-    nvcc = str(Path(home, "bin", "nvcc")) if home else shutil.which("nvcc")
-    if nvcc is None or not os.access(nvcc, os.X_OK):
-        raise Unavailable(f"no nvcc in CUDA_HOME={home}" if home else "nvcc not found")
-    release = re.search(r"release (\d+)\.(\d+)", run([nvcc, "--version"]))
-    version = tuple(map(int, release.groups())) if release else (0, 0)
-    if version < OLDEST_NVCC:
-        raise Unavailable(f"nvcc {version[0]}.{version[1]} is older than 12.1")
-    return nvcc
-
-
-def static_cudart(nvcc):
-    """The static runtime: `_C` then imports where there is no driver and no libcudart."""
-    plan = run([nvcc, "--dryrun", "unused.cu"])  # as nvcc itself would link
-    folders = [w[2:] for line in re.findall(r"LIBRARIES=(.*)", plan) for w in shlex.split(line)]
-    top = re.search(r"TOP=(.*)", plan)
-    if top:
-        folders += [f"{top.group(1)}/lib64", f"{top.group(1)}/lib"]
-    for folder in folders:
-        if Path(folder, "libcudart_static.a").exists():
-            return str(Path(folder, "libcudart_static.a"))
-    raise Unavailable("the toolkit has no libcudart_static.a")
+# Which nvcc is found, `progtuning doctor` says too; importing it from the package needs torch.
+HERE = Path(__file__).parent
+TOOLKIT = runpy.run_path(str(HERE / "progtuning_kernels" / "cli" / "cuda_toolkit.py"))
+find_toolkit, Unavailable = TOOLKIT["find_toolkit"], TOOLKIT["Unavailable"]
+run = functools.partial(TOOLKIT["run"], on_failure=print)
 
 
 def cuda_targets(archs):
@@ -82,8 +48,7 @@ def cuda_targets(archs):
 
 def compile_cuda(build_temp):
     """Objects and libraries to link, and the architectures in them."""
-    nvcc = find_nvcc()
-    cudart = static_cudart(nvcc)
+    nvcc, cudart = find_toolkit()
     known = re.findall(r"compute_(\d+)", run([nvcc, "--list-gpu-arch"]))
     archs = [arch for arch in CUDA_ARCHS if arch in known]
     if not archs:

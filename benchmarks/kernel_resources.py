@@ -1,6 +1,6 @@
 """What every kernel takes of a multiprocessor: registers, shared memory, spills; no GPU is needed.
 
-    python benchmarks/kernel_resources.py            # compile for four architectures, 2 minutes
+    python benchmarks/kernel_resources.py            # compile for eight architectures, 4 minutes
     python benchmarks/kernel_resources.py --table    # the table of docs/tables/kernels.md
 
 A Triton kernel is compiled ahead of time as its op launches it: the ops run forward and backward on
@@ -34,9 +34,10 @@ from torch import Tensor
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT / "tests" / "support"))
 
-from triton_builds import compile_for, resources, usage  # noqa: E402
+from triton_builds import WAVES, compile_for, resources, rocm_resources, usage  # noqa: E402
 
 from progtuning_kernels import backend, ops  # noqa: E402
+from progtuning_kernels.cli.cuda_toolkit import Unavailable, find_toolkit  # noqa: E402
 from progtuning_kernels.cli.provenance import provenance  # noqa: E402
 
 RESULT = ROOT / "benchmarks" / "results" / "compiled" / "kernel_resources.json"
@@ -299,8 +300,17 @@ def triton_rows(chosen: list[Launch], folder: Path) -> list[dict[str, Any]]:
                 raise SystemExit("cuobjdump is neither in PATH nor in triton's package")
             # asked for at the launch, and so not in the cubin
             targets[f"sm_{architecture}"] = _named(used, compiled.metadata.shared)
+        rocm = {
+            architecture: rocm_resources(
+                compile_for(
+                    *(launch.kernel, launch.kinds, launch.constants, architecture, launch.options),
+                    divisible=launch.divisible,
+                )
+            )
+            for architecture in WAVES
+        }
         row = {"kernel": launch.name, "variant": launch.variant, "width": launch.width}
-        rows.append(row | {"warps": launch.options["num_warps"], "targets": targets})
+        rows.append(row | {"warps": launch.options["num_warps"], "targets": targets, "rocm": rocm})
     return rows
 
 
@@ -328,7 +338,7 @@ def _cuda_binaries(folder: Path) -> Iterator[Path]:
         return
     with mock.patch("setuptools.setup"):
         build = runpy.run_path(str(ROOT / "setup.py"))
-    nvcc = build["find_nvcc"]()
+    nvcc = build["find_toolkit"]().nvcc
     known = subprocess.run([nvcc, "--list-gpu-arch"], capture_output=True, text=True).stdout
     archs = [a for a in build["CUDA_ARCHS"] if f"compute_{a}\n" in known]
     flags = [*build["CUDA_FLAGS"], *build["cuda_targets"](archs)]
@@ -356,8 +366,9 @@ def cuda_rows(folder: Path) -> list[dict[str, Any]]:
 
 
 def nvcc_version() -> str | None:
-    nvcc = shutil.which("nvcc")
-    if nvcc is None:
+    try:
+        nvcc = find_toolkit().nvcc
+    except Unavailable:
         return None
     printed = subprocess.run([nvcc, "--version"], capture_output=True, text=True).stdout
     return (re.search(r"release [\d.]+, V([\d.]+)", printed) or [None, None])[1]
@@ -393,6 +404,21 @@ def table(content: dict[str, Any]) -> str:
         cells = [_numbers([row["warps"] for row in group])]
         cells += [_numbers([row["targets"][t]["registers"] for row in group]) for t in targets]
         shared = [max(used["shared_bytes"] for used in row["targets"].values()) for row in group]
+        lines.append(f"| `{kernel}` | {variant} | {' | '.join(cells)} | {_numbers(shared)} |")
+    rocm = [used for row in content["triton"] for used in row["rocm"].values()]
+    scratch, spilt = (sum(used[k] for used in rocm) for k in ("scratch_bytes", "spilt_registers"))
+    lines += [
+        "",
+        f"For AMD, with {scratch} bytes of scratch memory and {spilt} spilt registers in all "
+        f"{len(rocm)} compiled kernels; vector registers per thread.",
+        "",
+        f"| Triton kernel | launched by | warps | {' | '.join(WAVES)} | shared bytes |",
+        f"|---|---|---:|{'---:|' * len(WAVES)}---:|",
+    ]
+    for (kernel, variant), group in groups.items():
+        cells = [_numbers([row["warps"] for row in group])]
+        cells += [_numbers([row["rocm"][gpu]["registers"] for row in group]) for gpu in WAVES]
+        shared = [max(used["shared_bytes"] for used in row["rocm"].values()) for row in group]
         lines.append(f"| `{kernel}` | {variant} | {' | '.join(cells)} | {_numbers(shared)} |")
     lines += ["", f"| CUDA kernel | instantiations | {' | '.join(targets)} | shared bytes |"]
     lines.append(f"|---|---:|{'---:|' * len(targets)}---:|")

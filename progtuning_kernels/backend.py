@@ -6,7 +6,8 @@ the tensors at hand. The environment variable PROGTUNING_BACKEND is asked first 
 `implementation=` forces one: if that cannot run, it raises with the reason.
 
 Importing this module never fails and never prints: it looks for the extension and Triton when they
-are first asked about, and keeps as text why they do not load.
+are first asked about, and keeps as text why they do not load. On a GPU Triton also has to have run
+a kernel (`triton_trial.py`) before an op may choose it.
 """
 
 from __future__ import annotations
@@ -16,7 +17,9 @@ import functools
 import importlib
 import json
 import os
+import threading
 from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
@@ -87,6 +90,9 @@ class Op:
 
 OPS: dict[str, Op] = {}
 passed_over: dict[str, str] = {}  # op -> why PROGTUNING_BACKEND's choice did not run it last
+# index of a GPU -> why Triton's kernels do not run there; None where one has run in this process
+triton_trials: dict[int, str | None] = {}
+_trial_under_way = threading.Lock()
 
 
 def register(op: Op) -> Op:
@@ -187,6 +193,8 @@ def native_reason(device: torch.device) -> str | None:
 @functools.cache
 def _native_cuda_reason(index: int) -> str | None:
     extension, _ = _load_native()
+    if torch.version.hip is not None:
+        return "no native kernels for AMD GPUs"
     if not extension.cuda_built:
         why = build_record().get("cuda_reason") or "no record of the reason"
         return f"the extension was built without CUDA: {why}"
@@ -210,7 +218,43 @@ def triton_reason(device: torch.device, *dtypes: torch.dtype) -> str | None:
         return f"no Triton kernels for {device.type} tensors"
     if torch.float64 in dtypes:
         return "no Triton kernel for torch.float64"
-    return _triton_import_reason()
+    reason = _triton_import_reason()
+    if reason is None and device.type == "cuda":
+        return _triton_launch_reason(device)
+    return reason
+
+
+def _triton_launch_reason(device: torch.device) -> str | None:
+    index = torch.cuda.current_device() if device.index is None else device.index
+    if index in triton_trials:
+        return triton_trials[index]
+    # A trial allocates and waits for the device, which would end the capture.
+    with device_guard(torch.device("cuda", index)):
+        if torch.cuda.is_current_stream_capturing():
+            return f"no Triton kernel has run on cuda:{index} before this capture of a CUDA graph"
+    with _trial_under_way:
+        if index not in triton_trials:
+            # A thread of its own has none of the caller's modes, streams, autocast or autograd.
+            with ThreadPoolExecutor(1) as thread:
+                trial = thread.submit(_run_trial, index)
+            try:
+                triton_trials[index] = trial.result()
+            except torch.OutOfMemoryError as error:  # says nothing about Triton: tried again
+                return one_line(error)
+    return triton_trials[index]
+
+
+def _run_trial(index: int) -> str | None:
+    device = torch.device("cuda", index)
+    try:
+        trial = importlib.import_module("progtuning_kernels.triton_trial")
+        with device_guard(device):
+            reason = trial.reason_against(*_small_tensor(device))
+    except torch.OutOfMemoryError:
+        raise
+    except Exception as error:
+        reason = one_line(error)
+    return reason and f"a first Triton kernel failed on cuda:{index}: {reason}"
 
 
 @functools.cache

@@ -207,6 +207,29 @@ def test_why_native_cannot_run_on_a_gpu(monkeypatch, cuda_built, driver_error, c
         backend._native_cuda_reason.cache_clear()
 
 
+def test_under_rocm_native_kernels_do_not_run_and_doctor_says_what_triton_is(monkeypatch):
+    gpu = SimpleNamespace(total_memory=2**37, name="MI300X", gcnArchName="gfx942", major=9, minor=4)
+    monkeypatch.setattr(torch.version, "hip", "6.4")
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda index: gpu)
+    monkeypatch.setattr(backend, "triton_trials", {0: None})
+    monkeypatch.setattr(backend, "_triton_import_reason", lambda: None)
+    extension = SimpleNamespace(cuda_built=False, openmp=True)
+    monkeypatch.setattr(backend, "_load_native", lambda: (extension, None))
+    monkeypatch.setattr(doctor, "openmp_pools", lambda: [])
+    monkeypatch.delenv("PROGTUNING_BACKEND", raising=False)
+    backend._native_cuda_reason.cache_clear()
+    try:
+        device = torch.device("cuda", 0)
+        assert backend.native_reason(device) == "no native kernels for AMD GPUs"
+        assert backend.triton_reason(device) is None
+        assert doctor._triton_in_words(device).endswith("compiled in tests, and have never run")
+        assert doctor._advice(device) == []
+        assert doctor._gpu(0) == "MI300X, gfx942, 128 GiB"
+        assert doctor._versions()[-1] == ("ROCm of torch", "6.4")
+    finally:
+        backend._native_cuda_reason.cache_clear()
+
+
 @pytest.mark.skipif(backend.native_extension() is None, reason="the extension was not built")
 def test_dtype_codes_and_devices_without_kernels():
     assert len({backend.dtype_code(dtype) for dtype in DTYPES}) == len(DTYPES)

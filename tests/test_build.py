@@ -13,6 +13,8 @@ from typing import NamedTuple
 import pytest
 import torch
 
+from progtuning_kernels.cli import cuda_toolkit, doctor
+
 ROOT = Path(__file__).parent.parent
 CSRC = ROOT / "csrc"
 KERNELS = sorted(CSRC.glob("*.cu"))
@@ -33,15 +35,26 @@ def copy_tree(to: Path) -> Path:
     for folder in ("csrc", "progtuning_kernels"):
         shutil.copytree(ROOT / folder, to / folder, ignore=ignored)
     (to / "README.md").touch()
+    # what this machine has besides is found by tests of find_toolkit alone
+    with (to / "progtuning_kernels" / "cli" / "cuda_toolkit.py").open("a") as file:
+        file.write(ONLY_NAMED_NVCC)
     return to
 
 
 def environment(path: str, **changes: str) -> dict[str, str]:
-    ours = ("CC", "CXX", "CUDA_HOME", "PROGTUNING_BUILD")
+    ours = ("CC", "CXX", "CUDA_HOME", "CUDA_PATH", "PROGTUNING_BUILD")
     kept = {name: value for name, value in os.environ.items() if name not in ours}
     return {**kept, "PATH": path, **changes}
 
 
+ONLY_NAMED_NVCC = """
+
+_everywhere = _places
+
+
+def _places():
+    return {nvcc: named_by for nvcc, named_by in _everywhere().items() if named_by}
+"""
 # Nothing that is asked of a wheel here depends on how well its host code is optimised.
 HASTY_COMPILER = """#!/bin/sh
 exec {compiler} "$@" -O0
@@ -130,9 +143,9 @@ class Wheels(NamedTuple):
 def built(tmp_path_factory) -> Wheels:
     """All wheels, built side by side: most of a build is one compiler on one core."""
     folder = tmp_path_factory.mktemp("build")
-    compilers, nvcc, reports = (folder / name for name in ("compilers", "nvcc", "reports"))
+    compilers, nvcc, reports = (folder / name for name in ("compilers", "nvcc/bin", "reports"))
     for path in (compilers, nvcc, reports):
-        path.mkdir()
+        path.mkdir(parents=True)
     for tool in filter(shutil.which, COMPILERS):
         write_program(compilers / tool, HASTY_COMPILER.format(compiler=shutil.which(tool)))
     for tool in filter(shutil.which, BINUTILS):
@@ -148,7 +161,8 @@ def built(tmp_path_factory) -> Wheels:
         path = os.environ["PATH"]
         places = {"python": sys.executable, "nvcc": NVCC, "path": path, "reports": str(reports)}
         write_program(nvcc / "nvcc", RECORDING_NVCC.format(**places))
-        cuda = environment(os.pathsep.join([str(nvcc), str(compilers), path]))
+        tools = os.pathsep.join([str(compilers), path])
+        cuda = environment(tools, CUDA_HOME=str(nvcc.parent))
         started["nvcc"] = Wheel(copy_tree(folder / "cuda"), cuda)
     return Wheels(started, reports)
 
@@ -257,6 +271,80 @@ def test_nvcc_named_by_cuda_home_must_exist(tmp_path):
     )
     assert done.returncode == 0, done.stderr
     assert "building for the CPU only: no nvcc in CUDA_HOME=/nonexistent" in done.stdout
+
+
+FAKE_NVCC = """#!/bin/sh
+case "$1" in
+--version) echo "Cuda compilation tools, release {version}, V{version}.1" ;;
+--dryrun) echo "#$ TOP={home}" ;;
+esac
+"""
+
+
+def fake_toolkit(home: Path, version: str = "13.0", library: str = "lib") -> str:
+    """A CUDA toolkit that says which one it is, and compiles nothing; its nvcc."""
+    (home / "bin").mkdir(parents=True)
+    (home / library).mkdir()
+    (home / library / "libcudart_static.a").touch()
+    write_program(home / "bin" / "nvcc", FAKE_NVCC.format(version=version, home=home))
+    return str(home / "bin" / "nvcc")
+
+
+@pytest.fixture
+def homes(tmp_path, monkeypatch) -> dict[str, Path]:
+    """Where nvcc is looked for, in order: folders that are not there yet."""
+    names = ("CUDA_HOME", "CUDA_PATH", "usual", "sys.prefix", "VIRTUAL_ENV", "base", "PATH")
+    found = {name: tmp_path / name for name in names}
+    for name in ("CUDA_HOME", "CUDA_PATH", "VIRTUAL_ENV"):
+        monkeypatch.setenv(name, str(found[name]))
+    monkeypatch.setenv("PATH", str(found["PATH"] / "bin"))
+    monkeypatch.setattr(cuda_toolkit, "USUAL_HOME", str(found["usual"]))
+    monkeypatch.setattr(sys, "prefix", str(found["sys.prefix"]))
+    monkeypatch.setattr(sys, "base_prefix", str(found["base"]))
+    packages = Path("lib", f"python3.{sys.version_info.minor}", "site-packages")
+    for name in ("sys.prefix", "VIRTUAL_ENV", "base"):
+        found[name] = found[name] / packages / "nvidia" / "cu13"
+    return found
+
+
+def test_nvcc_is_looked_for_in_this_order(homes):
+    toolkits = {name: fake_toolkit(home) for name, home in homes.items()}
+    for nvcc in toolkits.values():
+        found = cuda_toolkit.find_toolkit()
+        assert found.nvcc == nvcc
+        assert found.cudart == str(Path(found.home, "lib", "libcudart_static.a"))
+        Path(nvcc).chmod(0o644)  # there, and not executable: it is passed over
+    with pytest.raises(cuda_toolkit.Unavailable, match=r"^no nvcc in CUDA_HOME=.*; no nvcc in CU"):
+        cuda_toolkit.find_toolkit()
+
+
+def test_the_next_nvcc_is_taken_where_one_does_not_do(homes, monkeypatch):
+    old = fake_toolkit(homes["CUDA_PATH"], "11.8")
+    broken = fake_toolkit(homes["usual"])
+    write_program(Path(broken), "#!/bin/sh\necho out of licences\nexit 1\n")
+    partial = fake_toolkit(homes["sys.prefix"], library="other")
+    with pytest.raises(cuda_toolkit.Unavailable) as none:
+        cuda_toolkit.find_toolkit()
+    reasons = [f"no nvcc in CUDA_HOME={homes['CUDA_HOME']}", f"{old} is 11.8, older than 12.1"]
+    reasons += ["nvcc failed: out of licences", f"{partial} has no libcudart_static.a"]
+    assert str(none.value) == "; ".join(reasons)
+    newest = fake_toolkit(homes["sys.prefix"].with_name("cu14"), "14.0")
+    assert cuda_toolkit.find_toolkit().nvcc == newest
+    monkeypatch.delenv("CUDA_HOME")
+    shutil.rmtree(homes["CUDA_PATH"])
+    monkeypatch.delenv("CUDA_PATH")
+    shutil.rmtree(homes["usual"])
+    shutil.rmtree(homes["sys.prefix"].parent)
+    with pytest.raises(cuda_toolkit.Unavailable, match="^nvcc not found$"):
+        cuda_toolkit.find_toolkit()
+
+
+def test_doctor_prints_the_command_that_rebuilds(homes):
+    without = doctor._rebuild()
+    assert without.startswith("no nvcc in CUDA_HOME=") and "nvidia-cuda-nvcc==13.0.*" in without
+    fake_toolkit(homes["PATH"])
+    command = f"`CUDA_HOME={homes['PATH']} pip install --force-reinstall --no-deps "
+    assert doctor._rebuild().startswith(command)
 
 
 def launches(source: str) -> list[list[str]]:

@@ -7,7 +7,13 @@ import torch
 from tiny_models import tiny_inputs, tiny_model
 from torch import nn
 
-from progtuning_kernels import MaskedAdamW, MilestoneSchedule, ProgressiveSchedule, patch_model
+from progtuning_kernels import (
+    MaskedAdamW,
+    MilestoneSchedule,
+    ProgressiveSchedule,
+    backend,
+    patch_model,
+)
 from progtuning_kernels.swaps.deferred_logits import defer
 
 pytestmark = pytest.mark.gpu
@@ -60,6 +66,28 @@ def test_step_never_waits_for_the_device_and_skips_there():
     for p, moment in zip(parameters, moments, strict=True):
         assert torch.equal(optimizer.state[p]["exp_avg"], moment)
         assert optimizer.state[p]["step"] == 1
+
+
+def test_triton_is_tried_once_and_never_in_a_capture(monkeypatch):
+    pytest.importorskip("triton")
+    monkeypatch.setattr(backend, "triton_trials", {})
+    device = torch.device("cuda", torch.cuda.current_device())
+    x = torch.zeros(8, device=device)
+
+    def in_a_capture() -> str | None:
+        with torch.cuda.graph(torch.cuda.CUDAGraph()):
+            reason = backend.triton_reason(device)
+            x.add_(1)
+        return reason
+
+    assert "before this capture" in in_a_capture()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        assert backend.triton_reason(device) is None
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    assert in_a_capture() is None
+    assert backend.triton_trials == {device.index: None}
 
 
 @pytest.mark.parametrize("name", ["bert-sequence", "gpt2-causal-lm", "llama-causal-lm"])

@@ -10,7 +10,7 @@ import pytest
 PACKAGE = Path(__file__).parent.parent / "progtuning_kernels"
 # a module may import from lower layers, and within a folder from its own
 LAYERS = [
-    {"backend", "freeze_events", "random_state", "sharding", "text_table"},
+    {"backend", "freeze_events", "random_state", "sharding", "text_table", "triton_trial"},
     {"schedules", "ops", "model"},
     {"packing"},
     {"optim", "swaps", "cache", "distributed"},

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import os
 import platform
+import shlex
 import shutil
 from collections import defaultdict
 from collections.abc import Callable
@@ -18,10 +19,14 @@ from rich.markup import escape
 from rich.table import Table
 
 from .. import __version__, backend, ops
+from .cuda_toolkit import Unavailable, find_toolkit
 from .provenance import cpu_facts, cpu_in_words, cpu_name, installed_version
 
 _PACKAGES = ("transformers", "triton", "numpy", "peft", "accelerate")
 _OPENMP_NAMES = ("libgomp", "libomp", "libiomp5")
+# what docs/install.md installs; `cuda_toolkit.py` looks where pip puts it
+_TOOLKIT_OF_PIP = ("nvidia-cuda-nvcc", "nvidia-cuda-crt", "nvidia-nvvm")
+_TOOLKIT_OF_PIP += ("nvidia-cuda-runtime", "nvidia-cuda-cccl")
 _CPU_FEATURES = ("avx2", "fma", "avx512f", "avx512_bf16", "amx_bf16", "asimd", "sve")
 
 
@@ -63,8 +68,10 @@ def _triton_in_words(device: torch.device) -> str:
     version, reason = installed_version("triton"), backend.triton_reason(device)
     if version is None:
         return "not installed"
-    needs = "its kernels need a GPU" if device.type == "cpu" else reason
-    return f"{version}, {'usable' if reason is None else needs}"
+    if reason is not None:
+        return f"{version}, {'its kernels need a GPU' if device.type == 'cpu' else reason}"
+    rocm = "; for AMD GPUs its kernels are compiled in tests, and have never run"
+    return f"{version}, usable{rocm if torch.version.hip else ''}"
 
 
 def _ops_in_words(device: torch.device) -> str:
@@ -88,15 +95,29 @@ def _advice(device: torch.device) -> list[str]:
         lines.append("the native extension: with a C++17 compiler, `pip install .` in a clone")
     elif not extension.openmp:
         lines.append("OpenMP: native CPU ops use one thread; `pip install .` in a clone with g++")
-    if device.type == "cuda" and extension is not None and not extension.cuda_built:
-        lines.append("CUDA kernels: with nvcc 12.1 or newer, `pip install .` in a clone")
-    if device.type == "cuda" and backend.triton_reason(device) is not None:
-        lines.append("Triton: `pip install triton`")
+    needs_cuda = device.type == "cuda" and torch.version.hip is None
+    if needs_cuda and extension is not None and not extension.cuda_built:
+        lines.append(f"CUDA kernels: {_rebuild()}")
+    if device.type == "cuda" and (reason := backend.triton_reason(device)) is not None:
+        installed = installed_version("triton") is not None
+        lines.append(f"Triton: {reason if installed else '`pip install triton`'}")
     if forced := os.environ.get(backend.ENVIRONMENT_VARIABLE):
         lines.append(f"{backend.ENVIRONMENT_VARIABLE} unset: it is {forced!r}")
     if len(openmp_pools()) > 1:
         lines.append("OMP_WAIT_POLICY=passive: several OpenMP runtimes are loaded")
     return lines
+
+
+def _rebuild() -> str:
+    """The command that builds the CUDA kernels with an nvcc of this machine, or that brings one."""
+    clone = Path(__file__).parents[2]
+    where = f"-e {clone}" if (clone / "setup.py").exists() else ". (in a clone)"
+    install = f"pip install --force-reinstall --no-deps {where}"
+    try:
+        return f"`CUDA_HOME={shlex.quote(find_toolkit().home)} {install}`"
+    except Unavailable as reason:
+        parts = " ".join(f"{part}==13.0.*" for part in _TOOLKIT_OF_PIP)
+        return f"{reason}; `pip install {parts}`, then `{install}`"
 
 
 def openmp_pools(maps: str | None = None) -> list[str]:
@@ -114,6 +135,8 @@ def _versions() -> list[tuple[str, str]]:
     rows = [("progtuning_kernels", __version__), ("python", platform.python_version())]
     rows.append(("torch", torch.__version__))  # names its build, +cpu or +cu130; its metadata not
     rows += [(package, installed_version(package) or "not installed") for package in _PACKAGES]
+    if torch.version.hip is not None:
+        return [*rows, ("ROCm of torch", torch.version.hip)]
     rows.append(("CUDA of torch", torch.version.cuda or "none (CPU-only build)"))
     return rows
 
@@ -160,7 +183,10 @@ def _machine() -> list[tuple[str, str]]:
 def _gpu(index: int) -> str:
     device = torch.cuda.get_device_properties(index)
     gib = device.total_memory / 2**30
-    return f"{device.name}, sm_{device.major}{device.minor}, {gib:.0f} GiB"
+    architecture = f"sm_{device.major}{device.minor}"
+    if torch.version.hip is not None:
+        architecture = device.gcnArchName
+    return f"{device.name}, {architecture}, {gib:.0f} GiB"
 
 
 def _implementations() -> Table:

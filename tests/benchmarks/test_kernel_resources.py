@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import importlib.util
+import itertools
 import json
 import os
 import re
@@ -13,6 +14,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from triton_builds import WAVES, compile_for, rocm_resources
 
 ROOT = Path(__file__).parents[2]
 SCRIPT = ROOT / "benchmarks" / "kernel_resources.py"
@@ -67,6 +69,11 @@ def test_nothing_spills():
             where = f"{row['kernel']}, {row['variant']}, {target}"
             assert used["stack_bytes"] == used["local_bytes"] == 0, where
             assert 0 < used["registers"] <= 128, where
+    for row in CONTENT["triton"]:
+        assert row["rocm"].keys() == WAVES.keys(), row
+        for gpu, used in row["rocm"].items():
+            where = f"{row['kernel']}, {row['variant']}, {gpu}"
+            assert used["scratch_bytes"] == used["spilt_registers"] == 0, where
 
 
 def test_the_table_of_the_docs_is_that_of_the_stored_results():
@@ -86,6 +93,12 @@ def test_the_ops_launch_what_was_compiled():
     assert keys == stored, "run benchmarks/kernel_resources.py"
     warps = [row["warps"] for row in CONTENT["triton"]]
     assert [launch.options["num_warps"] for launch in launches] == warps
+    # each kernel once for a GPU of AMD, of which one has waves of 32 threads
+    by_name = {launch.name: launch for launch in launches}
+    for launch, gpu in zip(by_name.values(), itertools.cycle(reversed(WAVES))):
+        compiled = compile_for(launch.kernel, launch.kinds, launch.constants, gpu, launch.options)
+        used = rocm_resources(compiled)
+        assert used["registers"] and not used["scratch_bytes"] + used["spilt_registers"], launch
 
 
 @pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") == "1", reason="compiles nothing")

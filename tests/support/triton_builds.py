@@ -9,12 +9,14 @@ from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
+WAVES = {"gfx90a": 64, "gfx942": 64, "gfx950": 64, "gfx1100": 32}  # threads that run as one
+
 
 def compile_for(
     kernel: Any,
     kinds: dict[str, str],
     constants: dict[str, Any],
-    architecture: int,
+    architecture: int | str,
     options: dict[str, Any],
     *,
     divisible: Collection[str] = (),
@@ -23,6 +25,7 @@ def compile_for(
 
     Args:
         kinds: of the arguments that are no constants, "*fp32", "i32", ...
+        architecture: 90 is sm_90; one of `WAVES` is a GPU of AMD.
         constants: the others; one that is missing is None.
         divisible: integers that are multiples of 16 beside the addresses, which all are.
     """
@@ -38,7 +41,12 @@ def compile_for(
         if kind[0] == "*" or name in divisible
     }
     source = ASTSource(kernel, full, constexprs=constants, attrs=attributes)
-    return triton.compile(source, target=GPUTarget("cuda", architecture, 32), options=options)
+    target = GPUTarget("cuda", architecture, 32)
+    if architecture in WAVES:
+        target = GPUTarget("hip", architecture, WAVES[architecture])
+        # ptxas's alone: under ROCm's torch no launch has it
+        options = {name: value for name, value in options.items() if name != "maxnreg"}
+    return triton.compile(source, target=target, options=options)
 
 
 def usage(path: Path) -> dict[str, dict[str, int]]:
@@ -70,3 +78,19 @@ def resources(kernel: Any, folder: Path) -> dict[str, int]:
     path = folder / "kernel.cubin"
     path.write_bytes(kernel.asm["cubin"])
     return next(iter(usage(path).values()), {})
+
+
+def rocm_resources(kernel: Any) -> dict[str, int]:
+    """What a kernel of Triton that is compiled for AMD takes, from its assembly's metadata.
+
+    Vector registers, accumulation registers among them; bytes of scratch memory per thread, where
+    spilt registers lie; and how many of both kinds of registers are spilt.
+    """
+    names = "vgpr_count|vgpr_spill_count|sgpr_spill_count|private_segment_fixed_size"
+    found = dict(re.findall(rf"\.({names}):\s+(\d+)", kernel.asm["amdgcn"]))
+    return {
+        "registers": int(found["vgpr_count"]),
+        "shared_bytes": kernel.metadata.shared,
+        "scratch_bytes": int(found["private_segment_fixed_size"]),
+        "spilt_registers": int(found["vgpr_spill_count"]) + int(found["sgpr_spill_count"]),
+    }

@@ -20,7 +20,9 @@ from .low_precision import QUANT_BLOCK
 BLOCK = 2048
 # Without maxnreg ptxas aims at 64 or 80 registers and spills 8 to 16 bytes in 6 of 52 pairs of
 # variant and architecture; with it none spills, at 61 to 100 registers.
-OPTIONS = {"num_warps": 8, "maxnreg": 128, "enable_fp_fusion": False}
+OPTIONS = {"num_warps": 8, "enable_fp_fusion": False}
+if torch.version.hip is None:  # the compiler for AMD has no such option, and spills nothing
+    OPTIONS["maxnreg"] = 128
 PIECE = tl.constexpr(256)  # of a chunk that is not full or not aligned
 TENSORS = 128  # of a program of prepare_kernel, one per thread
 PREPARE_OPTIONS = {"num_warps": TENSORS // 32, "enable_fp_fusion": False}
