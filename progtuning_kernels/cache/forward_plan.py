@@ -65,7 +65,8 @@ class ForwardPlan:
             if whole is None:
                 whole = hidden if len(chosen) == size else hidden.new_empty(size, *hidden.shape[1:])
             if hidden is not whole:
-                whole.index_copy_(0, sent(torch.tensor(chosen), whole.device), hidden)
+                index = torch.tensor(chosen, dtype=torch.long, device="cpu")
+                whole.index_copy_(0, sent(index, whole.device), hidden)
         if not proved:
             return None
         self.served = missing < size

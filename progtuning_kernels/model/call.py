@@ -113,7 +113,7 @@ class Call:
 
     def take(self, rows: Sequence[int]) -> Call:
         """The same call for some of its rows."""
-        index = torch.tensor(rows, dtype=torch.long)
+        index = torch.tensor(rows, dtype=torch.long, device="cpu")
         there = sent(index, self.device)
 
         def taken(name: str, value: Any) -> Any:
