@@ -48,16 +48,24 @@ def leave_folder(namespace: dict[str, Any]) -> None:
     os.chdir(namespace["_left"])
 
 
+# torch's gloo threads may drop tensors while the interpreter ends, which aborts the process after
+# its work is done: seen in 2 of 28 runs of two ranks on a busy machine (pytorch pull 179291).
+ABORTED_AT_EXIT = "(SIGABRT)"  # as torchrun prints it
+
+
 def run_shell(example: Example) -> None:
     tools = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
-    done = subprocess.run(
-        ["bash", "-euo", "pipefail", "-c", example.parsed],
-        env=os.environ | {"PATH": tools, "COLUMNS": "100"},
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        timeout=300,
-    )
+    for _ in range(3):
+        done = subprocess.run(
+            ["bash", "-euo", "pipefail", "-c", example.parsed],
+            env=os.environ | {"PATH": tools, "COLUMNS": "100"},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            timeout=300,
+        )
+        if ABORTED_AT_EXIT not in done.stdout:
+            break
     assert done.returncode == 0, f"exit status {done.returncode}\n{done.stdout}"
 
 
