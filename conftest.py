@@ -48,8 +48,9 @@ def leave_folder(namespace: dict[str, Any]) -> None:
     os.chdir(namespace["_left"])
 
 
-# torch's gloo threads may drop tensors while the interpreter ends, which aborts the process after
-# its work is done: seen in 2 of 28 runs of two ranks on a busy machine (pytorch pull 179291).
+# A thread of torch may drop a tensor while the interpreter ends, and then asks for the GIL, which
+# aborts the process after its work is done: 2 of 28 runs of two ranks on a busy machine, both with
+# `take_gil` below `ConcretePyInterpreterVTable::decref` (pytorch pull 179291).
 ABORTED_AT_EXIT = "(SIGABRT)"  # as torchrun prints it
 
 
