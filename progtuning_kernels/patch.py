@@ -14,6 +14,7 @@ from .distributed import refuse_flat_parameters, unwrap
 from .freezing.active_set import TiedPolicy
 from .freezing.boundary import FrozenMode
 from .freezing.handle import PatchHandle, handle_of, live_handles
+from .graphs import Graph
 from .model.families import UnsupportedModelError
 from .model.layout import find_layout
 from .packing import Packing
@@ -32,6 +33,7 @@ def patch_model(
     tied: TiedPolicy = "frozen",
     kernels: Kernels = "auto",
     packing: Packing = "auto",
+    graph: Graph = "off",
     cache: PrefixCache | Literal["auto"] | None = None,
     blocks: str | Sequence[str] | None = None,
     step: int = 0,
@@ -103,7 +105,14 @@ def patch_model(
         raise TypeError(f"patch_model takes a model, an nn.Module, and a schedule, got {model!r}")
     check_schedule(schedule, "patch_model")
     _check_values(
-        dict(frozen_mode=frozen_mode, tied=tied, kernels=kernels, packing=packing, cache=cache)
+        dict(
+            frozen_mode=frozen_mode,
+            tied=tied,
+            kernels=kernels,
+            packing=packing,
+            graph=graph,
+            cache=cache,
+        )
     )
     step = whole_number("step", step, 0)
     if isinstance(model, torch.jit.ScriptModule):
@@ -127,6 +136,7 @@ def patch_model(
         tied=tied,
         kernels=kernels,
         packing=packing,
+        graph=graph,
         cache=automatic_cache() if cache == "auto" else cache,
         step=step,
     )
@@ -157,6 +167,7 @@ def _check_values(options: Mapping[str, Any]) -> None:
         "tied": TiedPolicy,
         "kernels": Kernels,
         "packing": Packing,
+        "graph": Graph,
     }
     for name in choices.keys() & options:
         check_choice(name, options[name], choices[name])

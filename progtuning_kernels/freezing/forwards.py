@@ -17,6 +17,9 @@ from .missed_steps import MissedSteps
 from .unit_use import UnitUse, measure_forward
 
 
+_PROVES = "the first forward of a stage proves that freezing cuts nothing off"
+
+
 @dataclass(frozen=True)
 class ForwardInputs:
     """The inputs of a training forward, kept so that a report can repeat it."""
@@ -43,6 +46,7 @@ class Forwards:
     ) -> tuple[tuple[Any, ...], dict[str, Any]]:
         """The arguments to call the model with."""
         freezer, trains = self._freezer, torch.is_grad_enabled()
+        freezer.graphs.forbid()
         if freezer.packer.busy:
             return args, kwargs
         if trains:
@@ -62,6 +66,7 @@ class Forwards:
             if not freezer.proved:
                 self._paths = self._watch_paths(inputs=(args, kwargs))
             self.last = _inputs_of(args, kwargs, freezer.active.device.type)
+            freezer.graphs.allow(against=None if freezer.proved else _PROVES)
         if freezer.cache is not None:
             freezer.cache.install_stand_ins()
         return freezer.packer.begin(args, kwargs, self._host)
@@ -72,6 +77,7 @@ class Forwards:
         if self._freezer.packer.busy:
             return
         self._freezer.packer.end()
+        self._freezer.graphs.forbid()
         if cache is not None:
             if cache.busy:
                 return
@@ -98,7 +104,7 @@ class Forwards:
         paused = nullcontext() if freezer.cache is None else freezer.cache.paused()
         # some models write into the tensors that they are called with
         clones = with_own_containers((last.args, last.kwargs), clone=True)
-        with last.autocast, paused:
+        with last.autocast, paused, freezer.graphs.paused():
             paths = self._watch_paths(compiled=True)
             try:
                 return measure_forward(freezer.model, freezer.layout, *clones)
