@@ -66,7 +66,8 @@ class Forwards:
             if not freezer.proved:
                 self._paths = self._watch_paths(inputs=(args, kwargs))
             self.last = _inputs_of(args, kwargs, freezer.active.device.type)
-            freezer.graphs.allow(against=None if freezer.proved else _PROVES)
+            fed = [] if freezer.cache is None else freezer.cache.fed()
+            freezer.graphs.allow(fed, against=None if freezer.proved else _PROVES)
         if freezer.cache is not None:
             freezer.cache.install_stand_ins()
         return freezer.packer.begin(args, kwargs, self._host)
