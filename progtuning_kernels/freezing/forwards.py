@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 
+from ..graphs import Feed
 from ..model.call import with_own_containers
 from ..model.host_copies import HostCopies
 from ..model.layout import EMBEDDINGS
@@ -17,6 +18,9 @@ from .missed_steps import MissedSteps
 from .unit_use import UnitUse, measure_forward
 
 
+# Numbers of tokens of a shape (B, T) under captured graphs: a 16th of the places is computed in vain
+_PACKED_SIZES = 8
+_WATCHES = "its backward looks whether the loss reads padding"
 _PROVES = "the first forward of a stage proves that freezing cuts nothing off"
 
 
@@ -66,11 +70,18 @@ class Forwards:
             if not freezer.proved:
                 self._paths = self._watch_paths(inputs=(args, kwargs))
             self.last = _inputs_of(args, kwargs, freezer.active.device.type)
-            fed = [] if freezer.cache is None else freezer.cache.fed()
-            freezer.graphs.allow(fed, against=None if freezer.proved else _PROVES)
+            freezer.graphs.look()
+        fed: list[Feed] = []
         if freezer.cache is not None:
+            fed += freezer.cache.fed()
             freezer.cache.install_stand_ins()
-        return freezer.packer.begin(args, kwargs, self._host)
+        freezer.packer.sizes = _PACKED_SIZES if freezer.graphs.captures else None
+        args, kwargs = freezer.packer.begin(args, kwargs, self._host)
+        if trains:
+            against = _WATCHES if freezer.packer.watches else None
+            against = against if freezer.proved else _PROVES
+            freezer.graphs.allow([*fed, *freezer.packer.fed()], against=against)
+        return args, kwargs
 
     def after_forward(self, output: Any) -> None:
         """Called after a forward that raised too: `output` is None then."""

@@ -87,6 +87,16 @@ class StageGraphs:
         if self._model.__dict__.pop(_GRAPHS, None) is not None:
             self._model.__class__ = base_of(type(self._model))
 
+    @property
+    def captures(self) -> bool:
+        """Whether forwards of the stage can be captured."""
+        return self._pool is not None
+
+    def look(self) -> None:
+        """Look at the stage, if it begins, before modules are taken out of their places."""
+        if self._mode == "on" and not self._looked and not self._paused:
+            self._look()
+
     def allow(self, feeds: Sequence[Feed] = (), *, against: str | None = None) -> None:
         """Let the forward that comes be captured or replayed.
 
@@ -94,9 +104,7 @@ class StageGraphs:
             feeds: what it gets past its arguments.
             against: why it has to run eagerly this time.
         """
-        if self._mode == "on" and not self._paused:
-            if not self._looked:
-                self._look()
+        if self._looked and not self._paused:
             self._allowed = feeds, against
 
     def forbid(self) -> None:
