@@ -77,7 +77,6 @@ class Freezer:
         self.layout = layout
         self._note_adapters()
         self.active = ActiveSet(model, layout, tied)
-        self.graphs = StageGraphs(model, graph)
         self.swaps = KernelSwaps(model, layout, kernels)
         self.norms: GradientNorms | None = None
         if schedule is not None and decides_by_gradients(schedule):
@@ -91,6 +90,7 @@ class Freezer:
         self._schedule = schedule
         self._structure = Structure(model, layout)
         self._boundary = Boundary(model, layout, frozen_mode)
+        self.graphs = StageGraphs(model, layout, graph, self._boundary.graph_blocks)
         self._checkpointing = Checkpointing(model, layout)
         self.packer = Packer(model, layout, packing, self._boundary.pack_blocks)
         self._wrapper: Wrapper | None = None

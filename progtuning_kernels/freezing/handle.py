@@ -102,7 +102,9 @@ class PatchHandle:
         self._listeners: list[Callable[[PatchHandle], object]] = []
         self._missed = MissedSteps(model, layout, schedule)
         options: dict[str, Any] = {"frozen_mode": frozen_mode, "tied": tied, "kernels": kernels}
-        self.freezer = Freezer(model, layout, schedule, **options, packing=packing, graph=graph, step=step)
+        self.freezer = Freezer(
+            model, layout, schedule, **options, packing=packing, graph=graph, step=step
+        )
         plan = schedule.plan(step, layout.num_blocks)
         self.freezer.check_known_plans()
         if cache is not None:

@@ -3,5 +3,6 @@
 from .replayed_call import Feed
 from .report import GraphReport
 from .stage_graphs import Graph, StageGraphs
+from .stage_graphs import members as graph_members
 
-__all__ = ["Feed", "Graph", "GraphReport", "StageGraphs"]
+__all__ = ["Feed", "Graph", "GraphReport", "StageGraphs", "graph_members"]

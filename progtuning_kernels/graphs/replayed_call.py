@@ -17,7 +17,11 @@ from .pools import Pool
 
 
 class NotCapturable(RuntimeError):
-    """A call cannot be recorded; the message says why."""
+    """A call cannot be captured or replayed, now or, if `lasting`, ever; the message says why."""
+
+    def __init__(self, reason: str, *, lasting: bool = False) -> None:
+        super().__init__(reason)
+        self.lasting = lasting
 
 
 class Feed(Protocol):
@@ -114,9 +118,7 @@ class ReplayedCall:
     Args:
         run: takes the call's arguments.
         wanted: of the differentiable outputs, those that backward starts from.
-
-    Attributes:
-        written: buffers that the forward writes to.
+        buffers: of the module.
 
     Raises:
         NotCapturable: the call cannot be repeated.
@@ -132,8 +134,12 @@ class ReplayedCall:
         feeds: Sequence[Feed],
         gradients: Gradients,
         wanted: tuple[bool, ...],
+        buffers: Sequence[Tensor],
     ) -> None:
-        self._inputs = [t.detach().clone() for t in tensors_of(leaves, feeds)]
+        given = tensors_of(leaves, feeds)
+        self._inputs = [t.detach().clone().requires_grad_(t.requires_grad) for t in given]
+        self._demanded = [t for t in self._inputs if t.requires_grad]
+        versions = [t._version for t in (*self._inputs, *buffers)]
         own = iter(self._inputs)
         own_leaves = [next(own) if isinstance(leaf, Tensor) else leaf for leaf in leaves]
         args, kwargs = pytree.tree_unflatten(own_leaves, spec)
@@ -149,6 +155,11 @@ class ReplayedCall:
         for leaf in self._rest:
             if not (leaf is None or type(leaf) is Tensor or isinstance(leaf, int | float | str)):
                 raise NotCapturable(f"its output holds a {type(leaf).__name__}")
+        now = [t._version for t in (*self._inputs, *buffers)]
+        if now[: len(given)] != versions[: len(given)]:
+            raise NotCapturable("its forward writes into an argument")
+        changes = [a != b for a, b in zip(now, versions, strict=True)][len(given) :]
+        self._written = [t for t, changed in zip(buffers, changes, strict=True) if changed]
         outputs = [leaf for leaf in self._rest if isinstance(leaf, Tensor)]
         self._places = [i for i, leaf in enumerate(self._rest) if isinstance(leaf, Tensor)]
         self._differentiable = [t.requires_grad for t in outputs]
@@ -157,22 +168,34 @@ class ReplayedCall:
         starts = [t for t in outputs if t.requires_grad]
         starts = [t for t, is_wanted in zip(starts, wanted, strict=True) if is_wanted]
         self._starts = [torch.empty_like(t, requires_grad=False) for t in starts]
-        with pool.recording() as self._backward:
-            found = torch.autograd.grad(
-                starts, gradients.parameters, self._starts, allow_unused=True
-            )
-            there = [i for i, g in enumerate(found) if g is not None]
-            torch._foreach_copy_([gradients.tensors[i] for i in there], [found[i] for i in there])
+        self._has_gradient = [False] * len(gradients.parameters)
+        self._input_gradients: list[Tensor | None] = [None] * len(self._demanded)
+        if starts:
+            with pool.recording() as self._backward:
+                wants = [*self._demanded, *gradients.parameters]
+                found = torch.autograd.grad(starts, wants, self._starts, allow_unused=True)
+                own = found[len(self._demanded) :]
+                there = [i for i, g in enumerate(own) if g is not None]
+                if there:
+                    torch._foreach_copy_(
+                        [gradients.tensors[i] for i in there], [own[i] for i in there]
+                    )
+            self._input_gradients = [*found[: len(self._demanded)]]
+            self._has_gradient = [g is not None for g in own]
         gradients.count_holders()
-        self._has_gradient = [g is not None for g in found]
         self._outputs = [t.detach() for t in outputs]
         self._rest = [None if isinstance(leaf, Tensor) else leaf for leaf in self._rest]
 
     def replay(self, tensors: Sequence[Tensor], turn: Turn) -> Any:
         """The output for other tensors, in the order of `tensors_of`."""
-        torch._foreach_copy_(self._inputs, tensors)
-        self._forward.replay()
-        outputs = _Replayed.apply(self, turn, *self._gradients.parameters)
+        with torch.no_grad():
+            if self._inputs:
+                torch._foreach_copy_(self._inputs, tensors)
+            self._forward.replay()
+            if self._written:
+                torch.autograd.graph.increment_version(self._written)
+        demanding = [t for t in tensors if t.requires_grad]
+        outputs = _Replayed.apply(self, turn, *demanding, *self._gradients.parameters)
         found = list(self._rest)
         for place, output in zip(self._places, outputs, strict=True):
             found[place] = output
@@ -186,7 +209,7 @@ class ReplayedCall:
         ]
 
     def replay_backward(self, grads: Sequence[Tensor | None]) -> list[Tensor | None]:
-        """Gradients of the parameters, of those of the outputs."""
+        """Gradients of arguments and parameters, of those of the outputs."""
         pairs = zip(grads, self._differentiable, strict=True)
         starts = [g for g, differentiable in pairs if differentiable]
         if tuple(g is not None for g in starts) != self._wanted:
@@ -198,7 +221,14 @@ class ReplayedCall:
         torch._foreach_copy_(self._starts, [g for g in starts if g is not None])
         self._backward.replay()
         found = zip(self._gradients.tensors, self._has_gradient, strict=True)
-        return [own.detach() if there else None for own, there in found]
+        return [
+            *(None if g is None else g.clone() for g in self._input_gradients),
+            *(own.detach() if there else None for own, there in found),
+        ]
+
+    @property
+    def parameters(self) -> int:
+        return len(self._gradients.parameters)
 
     @property
     def nbytes(self) -> int:
@@ -214,10 +244,10 @@ def tensors_of(leaves: Sequence[Any], feeds: Sequence[Feed]) -> list[Tensor]:
 
 class _Replayed(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, call: ReplayedCall, turn: Turn, *parameters: Tensor) -> Any:
+    def forward(ctx: Any, call: ReplayedCall, turn: Turn, *leaves: Tensor) -> Any:
         ctx.call, ctx.turn = call, turn
-        # so that autograd looks whether one was written to before its backward
-        ctx.save_for_backward(*parameters)
+        # so that autograd looks whether a parameter was written to before its backward
+        ctx.save_for_backward(*leaves[len(leaves) - call.parameters :])
         ctx.set_materialize_grads(False)
         outputs, constant = call.copies()
         ctx.mark_non_differentiable(*constant)

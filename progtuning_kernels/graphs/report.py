@@ -15,7 +15,8 @@ class GraphReport:
     Attributes:
         state: whether training forwards are captured, or why none is.
         captured: kinds of calls (shapes, dtypes) that the stage at hand has captured.
-        replays: forwards that were replayed since the model was patched.
+        replays: forwards that were replayed whole since the model was patched.
+        block_replays: forwards of blocks that were replayed, in others.
         nbytes: what graphs, gradients and copies of arguments of the stage keep.
         eager: training forwards that ran eagerly, by reason.
     """
@@ -23,6 +24,7 @@ class GraphReport:
     state: str
     captured: int
     replays: int
+    block_replays: int
     nbytes: int
     eager: Mapping[str, int]
 
@@ -34,11 +36,13 @@ class GraphReport:
 
     def _parts(self) -> list[str | Table]:
         parts: list[str | Table] = [f"graphs: {self.state}"]
-        if self.replays:
+        if self.captured:
             kinds = "1 kind of call" if self.captured == 1 else f"{self.captured} kinds of calls"
             parts.append(
                 f"{kinds} captured in this stage, which keep {self.nbytes / 2**20:,.1f} MiB; "
-                f"{self.replays:,} forwards were replayed"
+                f"{self.replays:,} forwards were replayed whole"
+                + f", {self.block_replays:,} of blocks"
+                * bool(self.block_replays)
             )
         if self.eager:
             rows = [("forwards", "ran eagerly because")]

@@ -26,6 +26,7 @@ from unittest import mock
 
 import torch
 from torch import Tensor
+from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -35,6 +36,9 @@ READS = frozenset(
     "_local_scalar_dense equal nonzero masked_select _unique _unique2 unique_dim "
     "unique_consecutive unique_dim_consecutive bincount is_nonzero".split()
 )
+
+
+_FROM_DATA = {torch.tensor, torch.as_tensor, torch.asarray, torch.from_numpy, Tensor.new_tensor}
 
 
 class CaptureError(RuntimeError):
@@ -73,8 +77,6 @@ class Recording(TorchDispatchMode):
         name = func.overloadpacket.__name__
         if name in READS:
             raise CaptureError(f"the host reads a value of the device: {func}")
-        if name == "lift_fresh":
-            raise CaptureError(f"a tensor is made from the host's data: {func}")
         if any(isinstance(leaf, torch.Generator) for leaf in pytree.tree_leaves((args, kwargs))):
             raise CaptureError(f"random numbers of a generator of the program's own: {func}")
         given = {_key(t): t for t in _tensors((args, kwargs))}
@@ -162,6 +164,15 @@ def _repeat(operation: Operation) -> None:
             old.copy_(new)
 
 
+class _NoData(TorchFunctionMode):
+    """Refuses tensors of the host's data, which come to a GPU by a copy of pageable memory."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func in _FROM_DATA and not isinstance(args[-1], Tensor):
+            raise CaptureError(f"a tensor is made from the host's data: {func.__name__}")
+        return func(*args, **(kwargs or {}))
+
+
 class _Refusing:
     """The native extension, whose launches are refused."""
 
@@ -200,7 +211,7 @@ class RecorderPool:
             mock.patch.object(backend, "native_extension", lambda: refusing),
         ):
             try:
-                with recording:
+                with _NoData(), recording:
                     yield recording
             finally:
                 torch.set_rng_state(random_state)
