@@ -17,10 +17,11 @@ from .gradient_paths import GradientPaths
 from .missed_steps import MissedSteps
 from .unit_use import UnitUse, measure_forward
 
-
-# Numbers of tokens of a shape (B, T) under captured graphs: a 16th of the places is computed in vain
+# Numbers of tokens that a shape (B, T) may have under captured graphs: a 16th of the places is
+# computed in vain
 _PACKED_SIZES = 8
 _WATCHES = "its backward looks whether the loss reads padding"
+_WRAPPED = "DistributedDataParallel hooks gradients on streams of its own"
 _PROVES = "the first forward of a stage proves that freezing cuts nothing off"
 
 
@@ -79,7 +80,10 @@ class Forwards:
         args, kwargs = freezer.packer.begin(args, kwargs, self._host)
         if trains:
             against = _WATCHES if freezer.packer.watches else None
-            against = against if freezer.proved else _PROVES
+            if not freezer.proved:
+                against = _PROVES
+            elif freezer.wrapped:
+                against = _WRAPPED
             freezer.graphs.allow([*fed, *freezer.packer.fed()], against=against)
         return args, kwargs
 

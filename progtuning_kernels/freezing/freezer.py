@@ -110,6 +110,10 @@ class Freezer:
         return self._wrapper is not None and self._wrapper.sharded
 
     @property
+    def wrapped(self) -> bool:
+        return self._wrapper is not None
+
+    @property
     def share(self) -> Callable[[bytes], bytes] | None:
         """Gives every rank what the first one has; None where there is one process."""
         shares = self._wrapper is not None and self._wrapper.on_several_ranks

@@ -64,15 +64,15 @@ class CapturedModule:
         self._kinds: dict[Hashable, _WarmUp | ReplayedCall | str] = {}
         self._gradients: Gradients | None = None
         self._turns = Turns()
-        self._pool: Pool | None = None
-        self.refusal = self._refusal()
-        if self.refusal is None:
-            self._device = self._slots[0][2].device
-            pool = pool_on(self._device)
-            if isinstance(pool, str):
-                self.refusal = pool
-            else:
-                self._pool = pool
+        self._device = self._slots[0][2].device if self._slots else torch.device("cpu")
+        pool = pool_on(self._device)
+        self._pool: Pool | None = None if isinstance(pool, str) else pool
+        self.refusal = pool if isinstance(pool, str) else self._refusal()
+
+    @property
+    def on_device(self) -> bool:
+        """Whether its device can capture at all."""
+        return self._pool is not None
 
     @property
     def captured(self) -> int:
@@ -91,6 +91,13 @@ class CapturedModule:
             held.get(name) is not t or t.data_ptr() != at or t.requires_grad is not flag
             for held, name, t, at, flag in self._slots
         )
+
+    def run_eagerly(
+        self, forward: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> Any:
+        """The output of a call, which is neither captured nor replayed."""
+        with self._pool.warm_up() if self._pool is not None else nullcontext():
+            return forward(*args, **kwargs)
 
     def run(
         self,
@@ -117,8 +124,8 @@ class CapturedModule:
         if isinstance(kind, str):
             raise NotCapturable(kind, lasting=True)
         if isinstance(kind, _WarmUp) and (against is not None or kind.wanted is None):
-            with self._pool.warm_up():
-                return _observed(forward(*args, **kwargs), kind), against or WARM_UP
+            output = self.run_eagerly(forward, args, kwargs)
+            return _observed(output, kind), against or WARM_UP
         if against is not None:
             raise NotCapturable(against)
         if self._turns.awaited:
@@ -234,7 +241,7 @@ def _autocast_dtype(device: torch.device) -> torch.dtype | None:
 
 
 def _recordable_autocast(device: torch.device) -> AbstractContextManager[Any]:
-    """The autocast at hand, which keeps no weight that it casts: that lies in the graph's memory."""
+    """The autocast at hand; a weight that it has cast lies in the graph's memory: it keeps none."""
     dtype = _autocast_dtype(device)
     if dtype is None:
         return nullcontext()

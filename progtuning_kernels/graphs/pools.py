@@ -1,13 +1,14 @@
-"""The seam to captured graphs: what records the operations of a stretch of code, and replays them.
+"""The seam to captured graphs: what records operations, and replays them.
 
-Everything else in this folder is written against `Pool` and `Recording`; `CudaPool` is torch's. What
-they promise is that of CUDA graphs: while it records, nothing is computed; a replay runs the same
+Everything else in this folder is written against `Pool` and `Recording`; `CudaPool` is torch's.
+They promise what CUDA graphs do: while it records, nothing is computed; a replay runs the same
 operations on the same addresses with the same numbers, and draws new random numbers; recordings of
 one pool share memory, so that what one of them has computed is good until another is replayed.
 """
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager
 from typing import Protocol
@@ -38,13 +39,23 @@ class Pool(Protocol):
     def nbytes(self) -> int: ...
 
 
+@functools.cache
+def _stream(device: torch.device) -> torch.cuda.Stream:
+    """The stream of all captures on a device.
+
+    Autograd's node that adds up a parameter's gradient remembers the stream that it was made on,
+    and lives as long as any loss of the parameter's: one of another stream would break a capture.
+    """
+    return torch.cuda.Stream(device)
+
+
 class CudaPool:
-    """CUDA graphs of one device, on a stream of their own."""
+    """CUDA graphs of one device."""
 
     def __init__(self, device: torch.device) -> None:
         self._device = device
         self._id = torch.cuda.graph_pool_handle()
-        self._stream = torch.cuda.Stream(device)
+        self._stream = _stream(device)
 
     @contextmanager
     def warm_up(self) -> Iterator[None]:

@@ -61,8 +61,11 @@ class StageGraphs:
             model.__dict__[_GRAPHS] = self
             model.__class__ = derive(type(model), "graphed", members(type(model), "run"))
 
+    def __reduce__(self) -> tuple:
+        return (type(None), ())  # a copy of the model is an ordinary model
+
     def drop(self) -> None:
-        """Forget all that was captured: another stage begins, or what it was captured of is gone."""
+        """Forget all that was captured, as where another stage begins."""
         self._whole = None
         if self._blocks:
             self._place(())
@@ -146,9 +149,9 @@ class StageGraphs:
             output, reason = self._whole.run(forward, args, kwargs, feeds, against)
         except NotCapturable as refused:
             reason = str(refused)
-            if refused.lasting and against is None:
+            if refused.lasting and against is None and self._whole.on_device:
                 self._begin_by_blocks()
-            output = forward(*args, **kwargs)
+            output = self._whole.run_eagerly(forward, args, kwargs)
         if reason is None:
             self._replays += 1
         else:

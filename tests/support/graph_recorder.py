@@ -5,11 +5,11 @@ It stands in for `torch.cuda.CUDAGraph` behind the seam of `graphs/pools.py`, an
 - What happens while it records leaves no trace: memory from outside that was written to, and the
   random state, are put back, and what was computed is NaN until the first replay.
 - It refuses what a capture refuses: reads of values by the host, tensors made from the host's data,
-  numbers of a generator that is not torch's own, and memory of another pool.
+  numbers of a generator that is not torch's own.
 - Recordings of one pool share memory. What nothing held when a recording began may lie under it: it
-  is NaN after every replay of that recording.
-- Sizes, addresses and numbers are baked in. A replay of an address that is gone reads NaN as long as
-  the memory is the pool's; `numbers` is for comparing two recordings.
+  is NaN from every replay of that recording on.
+- Sizes, addresses and numbers are baked in. Memory from outside that nothing holds any more is NaN
+  in a replay; `numbers` is for comparing two recordings.
 - A replay writes without new versions, as a GPU does behind autograd's back.
 
 Operations are those of torch's dispatcher. Native launches of ours, which get addresses, are
@@ -41,6 +41,14 @@ READS = frozenset(
 _FROM_DATA = {torch.tensor, torch.as_tensor, torch.asarray, torch.from_numpy, Tensor.new_tensor}
 
 
+_BY_INDEX = {"index", "index_put", "index_put_", "_index_put_impl_"}
+
+
+def _has_mask(indices: Any) -> bool:
+    """Whether the number of places depends on values."""
+    return any(t.dtype in (torch.bool, torch.uint8) for t in _tensors(indices))
+
+
 class CaptureError(RuntimeError):
     """What a capture of a GPU refuses."""
 
@@ -69,13 +77,14 @@ class Recording(TorchDispatchMode):
         self.replays = 0
         self.made: dict[int, Tensor] = {}  # memory of this recording, by storage
         self.outside: dict[int, Tensor] = {}  # memory that it only uses
+        self._constants: set[int] = set()
         self._below: list[Tensor] = []  # the pool's, which a replay may overwrite
         self._before: dict[int, tuple[Tensor, Tensor]] = {}  # memory from outside, and its values
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         name = func.overloadpacket.__name__
-        if name in READS:
+        if name in READS or (name in _BY_INDEX and _has_mask(args[1])):
             raise CaptureError(f"the host reads a value of the device: {func}")
         if any(isinstance(leaf, torch.Generator) for leaf in pytree.tree_leaves((args, kwargs))):
             raise CaptureError(f"random numbers of a generator of the program's own: {func}")
@@ -86,7 +95,9 @@ class Recording(TorchDispatchMode):
         kept = _aliases((args, kwargs))
         found = func(*args, **kwargs)
         for key, t in given.items():
-            if key not in self.made:
+            if name == "lift_fresh":  # of a number that is written to a place: a constant
+                self._constants.add(key)
+            if key not in self.made and key not in self._constants:
                 self.outside.setdefault(key, _whole(t))
         for t in _tensors(found):
             if _key(t) not in given:
@@ -149,6 +160,8 @@ def _aliases(values: Any) -> Any:
 def _written(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Tensor]:
     """Arguments that an operation writes to."""
     written = []
+    if func.overloadpacket.__name__ == "native_batch_norm" and args[5]:
+        written += _tensors(args[3:5])  # running statistics, of which the schema says nothing
     for i, argument in enumerate(func._schema.arguments):
         if argument.alias_info is not None and argument.alias_info.is_write:
             written += _tensors(kwargs.get(argument.name, args[i] if i < len(args) else None))
