@@ -197,10 +197,16 @@ class CapturedModule:
         if self._gradients is None:
             self._gradients = Gradients([p for p in self._module.parameters() if p.requires_grad])
         buffers = [*self._module.buffers()]
+        autocast = _recordable_autocast(self._device)
+
+        def run(*args: Any, **kwargs: Any) -> Any:  # its backward comes when autocast is over
+            with autocast:
+                return forward(*args, **kwargs)
+
         try:
-            with _recordable_autocast(self._device):
+            with torch.autocast(self._device.type, enabled=False):
                 return ReplayedCall(
-                    *(self._pool, forward, leaves, spec, feeds, self._gradients, wanted, buffers)
+                    *(self._pool, run, leaves, spec, feeds, self._gradients, wanted, buffers)
                 )
         except Exception as error:  # whatever it is, the call may run eagerly
             reason = f"it cannot be captured: {self._named(error)}"

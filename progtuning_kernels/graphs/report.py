@@ -36,7 +36,7 @@ class GraphReport:
 
     def _parts(self) -> list[str | Table]:
         parts: list[str | Table] = [f"graphs: {self.state}"]
-        if self.captured:
+        if self.captured or self.replays or self.block_replays:
             kinds = "1 kind of call" if self.captured == 1 else f"{self.captured} kinds of calls"
             parts.append(
                 f"{kinds} captured in this stage, which keep {self.nbytes / 2**20:,.1f} MiB; "

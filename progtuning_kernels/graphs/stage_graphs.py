@@ -6,9 +6,12 @@ it always does.
 
 from __future__ import annotations
 
+import functools
+import inspect
 from collections import Counter
 from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager
+from types import MethodType
 from typing import Any, Literal
 
 import torch
@@ -24,6 +27,7 @@ from .report import GraphReport
 Graph = Literal["off", "auto", "on"]
 
 _GRAPHS = "_progtuning_graphs"
+_OWN_FORWARD = "_progtuning_own_forward"
 _NEVER_RAN = (
     'off: graph="auto" captures where a stored result from a GPU says that it pays; there is none '
     'yet: "on" captures'
@@ -76,6 +80,9 @@ class StageGraphs:
     def remove(self) -> None:
         """Take it out of the model."""
         self.drop()
+        own = self._model.__dict__.pop(_OWN_FORWARD, None)
+        if own is not None and _is_ours(self._model.__dict__.get("forward")):
+            self._model.__dict__["forward"] = own
         if self._model.__dict__.pop(_GRAPHS, None) is not None:
             self._model.__class__ = base_of(type(self._model))
 
@@ -94,6 +101,10 @@ class StageGraphs:
             self.drop()
         if self._whole is None:
             self._whole = CapturedModule(self._model)
+        own = self._model.__dict__.get("forward")
+        if inspect.ismethod(own) and not _is_ours(own):
+            self._model.__dict__[_OWN_FORWARD] = own
+            self._model.__dict__["forward"] = MethodType(_around(own), self._model)
 
     def allow(self, feeds: Sequence[Feed] = (), *, against: str | None = None) -> None:
         """Let the forward that comes be captured or replayed.
@@ -186,6 +197,25 @@ class StageGraphs:
                 block.__dict__[_GRAPHS] = self
             self._place([*self._blocks])
         self._by_blocks = True
+
+
+def _around(own: MethodType) -> Callable[..., Any]:
+    """A forward of the instance that asks its graphs to run the one that it had.
+
+    Accelerate gives a model one, for autocast, that calls the class's own as it was before.
+    """
+
+    @functools.wraps(own.__func__)
+    def forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        graphs, inner = self.__dict__.get(_GRAPHS), self.__dict__[_OWN_FORWARD]
+        return inner(*args, **kwargs) if graphs is None else graphs.run(self, inner, args, kwargs)
+
+    setattr(forward, _GRAPHS, True)
+    return forward
+
+
+def _is_ours(forward: Any) -> bool:
+    return getattr(forward, _GRAPHS, False)
 
 
 def members(base: type, run: str, forward: Callable[..., Any] | None = None) -> dict[str, Any]:
