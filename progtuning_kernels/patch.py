@@ -68,6 +68,12 @@ def patch_model(
             wants "off", and is warned of in its first backward. In training `past_key_values` is
             None; evaluation of a decoder packs with `use_cache=False`. `handle.packing_report()`
             says what came of it.
+        graph: "on" captures forward and backward of a stage's steps as CUDA graphs, and replays
+            them: one launch for each instead of one for every kernel. Outputs are copies; hooks and
+            other Python code inside the model run at the capture alone; in training `use_cache` is
+            False unless it is given. "auto" captures where a stored result from a GPU says that it
+            pays: there is none yet, so it means "off". `handle.graph_report()` says what was
+            captured, and why not more.
         cache: keeps what the frozen prefix computes for a sample and reads it in later epochs;
             "auto" takes a quarter of the CPU memory that is free. It switches itself off where it
             does not pay; `handle.cache_report()` says so.

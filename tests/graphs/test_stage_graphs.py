@@ -16,7 +16,13 @@ from hypothesis import strategies as st
 from tiny_models import tiny_inputs, tiny_model
 from torch import nn
 
-from progtuning_kernels import MaskedAdamW, PrefixCache, ProgressiveSchedule, patch_model
+from progtuning_kernels import (
+    MaskedAdamW,
+    PrefixCache,
+    ProgressiveSchedule,
+    patch_model,
+    plan_training,
+)
 from progtuning_kernels.graphs import StageGraphs, captured_module
 from progtuning_kernels.graphs.captured_module import CapturedModule
 
@@ -694,3 +700,23 @@ def test_a_copy_of_the_model_is_an_ordinary_model(pair):
     with contextlib.suppress(AttributeError):
         assert twin.__dict__["_progtuning_graphs"] is None
     assert torch.equal(twin.eval()(**_batch()).logits, pair.models[1].eval()(**_batch()).logits)
+
+
+def test_what_a_stage_keeps_is_what_was_planned(pools):
+    model = tiny_model("bert-sequence").train()
+    schedule = ProgressiveSchedule(STAGES, STEPS)
+    batch = _batch()
+    plan = plan_training(model, schedule, batch_size=3, seq_len=11)
+    handle = _patched(model, "on", schedule=schedule)
+    compared = set()
+    for _ in range(STEPS):
+        model(**batch).loss.backward()
+        model.zero_grad()
+        stage, whole = plan.stages[handle.stage], handle.freezer.graphs._whole
+        if whole.captured:
+            assert whole._gradients.nbytes == stage.gradient_bytes
+            # the recorder gives no memory back within a recording: temporaries count, too
+            assert handle.graph_report().nbytes > stage.graph_bytes
+            compared.add(handle.stage)
+        handle.advance()
+    assert len(compared) == STAGES
