@@ -25,7 +25,7 @@ from kernel_operations import (
     floor_flop,
 )
 from kernel_peers import Call
-from optimizer import copy_gb_per_s, wait
+from optimizer import copy_gb_per_s, reason, wait
 from torch import Tensor
 
 from progtuning_kernels import backend
@@ -401,10 +401,6 @@ def measure(case: Case, machine: Machine, rounds: int = ROUNDS) -> dict[str, Any
                 entry["not_captured"] = timer.not_captured
             entry |= _rates(result, entry["kernel_us"], machine)
     return result
-
-
-def reason(error: Exception) -> str:
-    return f"{type(error).__name__}: {backend.one_line(error)}"
 
 
 def _restorer(case: Case, sets: list[Given]) -> Callable[[], None]:

@@ -52,9 +52,9 @@ sys.path.insert(0, str(FOLDER))
 
 from kernel_operations import cases  # noqa: E402
 from kernel_peers import PACKAGES, installed  # noqa: E402
-from kernel_timing import ROUNDS, Machine, measure, reason  # noqa: E402
+from kernel_timing import ROUNDS, Machine, measure  # noqa: E402
 from kernel_verdicts import show, table, verdicts  # noqa: E402
-from optimizer import wait  # noqa: E402
+from optimizer import reason, wait  # noqa: E402
 
 from progtuning_kernels import backend  # noqa: E402
 from progtuning_kernels.cli.provenance import provenance  # noqa: E402
