@@ -38,6 +38,7 @@ ROUNDS, CALLS = 30, 20
 WARM_UP_S = 0.5  # of every case, not recorded: clocks rise
 BATCH_S = 0.025  # of the calls of one round; fewer calls than 20 if they are long
 GATE_ROWS = 512
+MATMUL = 8192  # all three dimensions
 # of ours, on a GPU: a silent fall back to plain torch would be measured as ours
 IMPLEMENTATION = "triton"
 
@@ -195,8 +196,8 @@ class Machine:
 
 
 def _matmul_tflop_per_s(device: torch.device) -> float:
-    """Best of 15, bfloat16, 8,192 in all three dimensions."""
-    size = 8192
+    """Best of 15, bfloat16."""
+    size = MATMUL
     a, b = (torch.randn(size, size, device=device, dtype=torch.bfloat16) for _ in range(2))
     best = math.inf
     for _ in range(15):

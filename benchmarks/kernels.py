@@ -39,6 +39,17 @@ from typing import Any
 
 import torch
 
+sys.path.insert(0, str(Path(__file__).resolve().parent))
+
+from kernel_operations import cases
+from kernel_peers import PACKAGES, installed
+from kernel_timing import ROUNDS, Machine, measure
+from kernel_verdicts import show, table, verdicts
+from optimizer import reason, wait
+
+from progtuning_kernels import backend
+from progtuning_kernels.cli.provenance import provenance
+
 try:
     from rich.progress import track
 except ImportError:  # a machine that has torch and nothing else
@@ -48,17 +59,6 @@ except ImportError:  # a machine that has torch and nothing else
 
 
 FOLDER = Path(__file__).resolve().parent
-sys.path.insert(0, str(FOLDER))
-
-from kernel_operations import cases  # noqa: E402
-from kernel_peers import PACKAGES, installed  # noqa: E402
-from kernel_timing import ROUNDS, Machine, measure  # noqa: E402
-from kernel_verdicts import show, table, verdicts  # noqa: E402
-from optimizer import reason, wait  # noqa: E402
-
-from progtuning_kernels import backend  # noqa: E402
-from progtuning_kernels.cli.provenance import provenance  # noqa: E402
-
 # a script's folder is on the path: transformers, which a peer imports later, would take this file
 # for a package that it knows
 sys.path[:] = [entry for entry in sys.path if Path(entry or ".").resolve() != FOLDER]

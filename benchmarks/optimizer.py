@@ -39,6 +39,7 @@ from progtuning_kernels.cli.provenance import installed_version, provenance
 
 ROUNDS, WARM_UP, GRAPH_STEPS = 30, 5, 20
 PARITY_STEPS, PARITY_ELEMENTS = 3, 20_000_000
+COPIED = {"cuda": 2**28, "cpu": 2**25}  # float32: 1 GiB, 128 MiB
 HYPER = dict(lr=1e-3, weight_decay=0.1)
 CLIP = 1e-2  # below the gradients' norm: it does clip
 
@@ -326,8 +327,8 @@ def kernel_ms(run: Run, device: torch.device) -> float | None:
 
 
 def copy_gb_per_s(device: torch.device) -> float:
-    """Bytes read and written per second by `copy_` of 1 GiB (128 MiB on CPU)."""
-    count = 2**28 if device.type == "cuda" else 2**25
+    """Bytes read and written per second by `copy_`."""
+    count = COPIED[device.type]
     source, target = torch.randn(count, device=device), torch.empty(count, device=device)
     best = float("inf")
     for _ in range(15):
@@ -401,7 +402,7 @@ def show(result: dict[str, Any]) -> None:
     print(f"\n{result['workload']} ({size}), {result['case']}")
     for name, entry in result["providers"].items():
         if "reason" in entry:
-            print(f"  {name:30} no times: {entry['reason']}")
+            print(f"  {name:40} no times: {entry['reason']}")
             continue
         kernels = f"  kernels {entry['kernel_ms']:7.3f} ms" if "kernel_ms" in entry else ""
         target = ""
@@ -409,7 +410,7 @@ def show(result: dict[str, Any]) -> None:
             verdict = "met" if entry["speedup"] >= entry["target_speedup"] else "NOT met"
             target = f"  target {entry['target_speedup']:.2f}: {verdict}"
         print(
-            f"  {name:30} {entry['step_ms']:8.3f} ms{kernels}  {entry['gb_per_s']:7.1f} GB/s "
+            f"  {name:40} {entry['step_ms']:8.3f} ms{kernels}  {entry['gb_per_s']:7.1f} GB/s "
             f"({entry['share_of_copy']:.2f} of copy)  x {entry['speedup']:.2f}{target}"
         )
 

@@ -243,6 +243,7 @@ def table(content: dict[str, Any]) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--workload", action="append", help="of that name; all without it")
     parser.add_argument("--rounds", type=int, default=ROUNDS)
     parser.add_argument("--output", type=Path, help="write prefix_cache.json into this folder")
     parser.add_argument("--table", type=Path, help="print a stored result, measure nothing")
@@ -253,6 +254,8 @@ def main() -> None:
     device = torch.device(arguments.device)
     content: dict[str, Any] = {"meta": provenance(device), "workloads": {}, "rows": []}
     for workload in WORKLOADS[device.type]:
+        if workload.name not in (arguments.workload or [workload.name]):
+            continue
         content["workloads"][workload.name] = {
             name: getattr(workload, name) for name in ("rows", "tokens", "frozen", "blocks")
         } | {"dtype": str(workload.dtype), "rounds": arguments.rounds}
