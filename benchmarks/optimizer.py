@@ -194,11 +194,10 @@ def cases(device: torch.device) -> list[Case]:
     }
     low = dict(stochastic_rounding=True, **ignore)
     low_8_bit = dict(state_dtype="8bit", **low)
-    # what bf16 parameters lose in three steps of 1e-3 is large; direction is checked in fp32 above
     low_moments = {
-        "fp32": Provider(masked(**low), 22, 2, 1.0),
-        "bf16": Provider(masked(state_dtype=torch.bfloat16, **low), 14, 2, 1.0),
-        "8-bit": Provider(masked(**low_8_bit), 10.1, 2, 1.0),
+        "fp32": Provider(masked(**low), 22, 2, 0.3),
+        "bf16": Provider(masked(state_dtype=torch.bfloat16, **low), 14, 2, 0.3),
+        "8-bit": Provider(masked(**low_8_bit), 10.1, 2, 0.3),
     }
     if gpu:
         clipping["MaskedAdamW, Triton"] = Provider(masked_in_triton(), 28, 4)
@@ -207,10 +206,10 @@ def cases(device: torch.device) -> list[Case]:
         moments["8-bit, Triton"] = Provider(masked_in_triton(**eight_bit), 16.1, 4, 0.3)
         # a scale of 16 bits for 32 elements of each moment is read and written
         moments["FlashOptim 8-bit"] = Provider(flash(master_weight_bits=None), 16.25, 12, 0.3)
-        low_moments["8-bit, Triton"] = Provider(masked_in_triton(**low_8_bit), 10.1, 2, 1.0)
+        low_moments["8-bit, Triton"] = Provider(masked_in_triton(**low_8_bit), 10.1, 2, 0.3)
         nearest, more_bits = flash(master_weight_bits=None), flash(master_weight_bits=24)
-        low_moments["FlashOptim 8-bit, rounded to nearest"] = Provider(nearest, 10.25, 6, 1.0)
-        low_moments["FlashOptim 8-bit, 24-bit parameters"] = Provider(more_bits, 12.25, 6, 1.0)
+        low_moments["FlashOptim 8-bit, rounded to nearest"] = Provider(nearest, 10.25, 6, 0.3)
+        low_moments["FlashOptim 8-bit, 24-bit parameters"] = Provider(more_bits, 12.25, 6, 0.3)
     return [
         Case("with clipping", CLIP, clipping, targets={"MaskedAdamW": 1.15}),
         Case("without clipping", None, plain, targets={"MaskedAdamW": 1.0}),

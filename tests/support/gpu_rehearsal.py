@@ -42,9 +42,9 @@ def _module(name: str) -> ModuleType:
 def _compilers() -> Iterator[Change]:
     signature = inspect.signature(torch.compile)
 
-    def compiled(function: Any, **options: Any) -> Any:
+    def compiled(function: Any = None, **options: Any) -> Any:
         signature.bind(function, **options)
-        return function
+        return function or (lambda decorated: decorated)
 
     yield torch, "compile", compiled
     yield torch.nn.Module, "compile", lambda module, **options: None
