@@ -60,7 +60,8 @@ class StageGraphs:
         self._replays = self._block_replays = 0
         self._eager: Counter[str] = Counter()
         self._whole: CapturedModule | None = None  # of the stage, once a forward has begun it
-        self._blocks: dict[nn.Module, CapturedModule] = {}
+        self._in_place: list[nn.Module] = []  # its blocks
+        self._blocks: dict[nn.Module, CapturedModule] = {}  # those that are captured one by one
         if mode == "on":
             model.__dict__[_GRAPHS] = self
             model.__class__ = derive(type(model), "graphed", members(type(model), "run"))
@@ -101,6 +102,8 @@ class StageGraphs:
             self.drop()
         if self._whole is None:
             self._whole = CapturedModule(self._model)
+            paths = self._layout.block_paths  # a cache puts stand-ins in their places later
+            self._in_place = [*map(self._model.get_submodule, paths)]
         own = self._model.__dict__.get("forward")
         if inspect.ismethod(own) and not _is_ours(own):
             self._model.__dict__[_OWN_FORWARD] = own
@@ -189,10 +192,7 @@ class StageGraphs:
 
     def _begin_by_blocks(self) -> None:
         if not self._blocks:
-            paths = self._layout.block_paths
-            self._blocks = {
-                block: CapturedModule(block) for block in map(self._model.get_submodule, paths)
-            }
+            self._blocks = {block: CapturedModule(block) for block in self._in_place}
             for block in self._blocks:
                 block.__dict__[_GRAPHS] = self
             self._place([*self._blocks])

@@ -18,6 +18,7 @@ from torch import nn
 
 from progtuning_kernels import (
     MaskedAdamW,
+    MilestoneSchedule,
     PrefixCache,
     ProgressiveSchedule,
     patch_model,
@@ -583,6 +584,26 @@ def test_blocks_are_captured_where_a_forward_cannot_be(name, pools):
     assert len(warned) == 2
     pair.handles[0].unpatch()
     assert all("_progtuning_graphs" not in m.__dict__ for m in model.modules())
+
+
+def test_blocks_are_captured_above_cached_rows(pools):
+    model = tiny_model("bert-sequence")
+    model.classifier = Reads(model.classifier)
+    cache = PrefixCache(max_bytes=1 << 22)
+    pair = Pair(model=model, schedule=MilestoneSchedule({0: 2}))
+    pair.both(lambda m, o, h: h.unpatch())
+    pair.handles = [
+        _patched(m, graph, schedule=MilestoneSchedule({0: 2}), cache=c)
+        for m, graph, c in zip(
+            pair.models, ("on", "off"), (cache, PrefixCache(max_bytes=1 << 22)), strict=True
+        )
+    ]
+    with pytest.warns(UserWarning, match="a BertForSequenceClassification runs eagerly") as warned:
+        for _ in range(6):
+            pair.step()
+    pair.check()
+    assert len(warned) == 1 and pair.handles[0].cache_report().served_steps
+    assert pair.report.block_replays and pair.report.captured == 2
 
 
 def test_a_block_that_cannot_be_captured_runs_as_it_is(pools):
