@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import pytest
 import torch
+import torch.distributed as dist
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
 from tiny_models import tiny_inputs, tiny_model
+from torch.nn.parallel import DistributedDataParallel
 from trainers import trainer_of
 
 from progtuning_kernels import (
@@ -73,3 +75,18 @@ def test_accelerate(precision, prepared_first, pools):
             assert handle.graph_report().replays >= 12
         handle.unpatch()
     assert all(map(torch.equal, *weights))
+
+
+def test_what_ddp_runs_is_eager(pools):
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    try:
+        model = tiny_model("bert-sequence").train()
+        handle = patch_model(model, ProgressiveSchedule(1, 9), kernels="off", graph="on")
+        wrapped = DistributedDataParallel(model)
+        for seed in range(3):
+            wrapped(**tiny_inputs("bert-sequence", seed=seed)).loss.backward()
+    finally:
+        dist.destroy_process_group()
+    report = handle.graph_report()
+    assert not report.replays and sum(report.eager.values()) == 3
+    assert any(reason.startswith("DistributedDataParallel") for reason in report.eager)
