@@ -160,7 +160,8 @@ def linear_cross_entropy(
             the label as well.
         max_logits_bytes: of the logits that exist at a time; at least 512 rows do. None: 512 MiB,
             and where the Triton kernels run and the weight needs a gradient, as many as that
-            gradient's sum in accum_dtype, if this is more.
+            gradient's sum in accum_dtype, if this is more; all rows at once where no sum is then
+            needed and that takes no more memory.
         implementation: "triton" or "reference"; None chooses.
 
     Returns:

@@ -152,7 +152,7 @@ def form(
     budget = options.max_logits_bytes
     if budget is None:
         budget = LEAST_LOGITS_BYTES
-        # the reference takes up to seven times the logits for itself
+        # the reference takes up to twelve times the bytes of the logits for itself
         if need_weight and chosen is not backend.OPS["linear_cross_entropy"].reference:
             budget = logits_budget(n, *weight.shape, dtype, accum_dtype)
     chunk_rows = rows_per_chunk(n, classes, dtype.itemsize, budget)
