@@ -35,12 +35,13 @@ class CrossEntropyOutput(NamedTuple):
     """What `linear_cross_entropy` returns where more than the loss is asked for.
 
     Attributes:
-        loss: as without.
-        z_loss: the part of loss that is z-loss, reduced as loss is; no gradient. None if not
-            asked for.
-        token_accuracy: share of the rows that count whose label has the largest logit, the first
-            one where several are equal; with the reduction "none" 1 or 0 of each row, of the shape
-            of labels, 0 where it does not count; no gradient. None if not asked for.
+        loss: what the op returns if only the loss is asked for.
+        z_loss: the part of loss that is z-loss, reduced as loss is. It has no gradient. None if it
+            was not asked for.
+        token_accuracy: of the rows that count, the share whose label has the largest logit; of
+            equal logits the first is the largest. With the reduction "none" it has the shape of
+            labels: 1 or 0 for each row, 0 where a row does not count. It has no gradient. None if
+            it was not asked for.
     """
 
     loss: Tensor
@@ -155,13 +156,12 @@ def linear_cross_entropy(
         accum_dtype: in which the gradients of weight and bias add up over chunks of rows; None is
             float32 (float64 for float64). torch.bfloat16, for a hidden of that dtype, takes half
             the memory, and every sum is rounded.
-        return_z_loss: return the part of the loss that is z-loss as well.
-        return_token_accuracy: return the share of rows that count whose largest logit is that of
-            the label as well.
-        max_logits_bytes: of the logits that exist at a time; at least 512 rows do. None: 512 MiB,
-            and where the Triton kernels run and the weight needs a gradient, as many as that
-            gradient's sum in accum_dtype, if this is more; all rows at once where no sum is then
-            needed and that takes no more memory.
+        return_z_loss: also return the part of the loss that is z-loss.
+        return_token_accuracy: also return the share of rows whose label has the largest logit.
+        max_logits_bytes: of the logits that exist at a time; at least 512 rows do. None is 512 MiB.
+            Where the Triton kernels run and the weight needs a gradient, None is as many bytes as
+            the sum of this gradient takes in accum_dtype, if this is more, and all rows run at
+            once where this takes no more memory than chunks and their sum.
         implementation: "triton" or "reference"; None chooses.
 
     Returns:
