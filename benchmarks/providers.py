@@ -210,7 +210,7 @@ def _schedule(work: Work) -> ProgressiveSchedule:
 
 
 def _ours(work: Work, *, cached: bool = False, compiled: bool = False, **options: Any) -> Session:
-    """options: of `patch_model` (frozen_mode, kernels, packing, graph), the others of `MaskedAdamW`."""
+    """options: of `patch_model` (frozen_mode, kernels, packing, graph), others of `MaskedAdamW`."""
     model = work.model()
     names = ("frozen_mode", "kernels", "packing", "graph")
     patching = {name: options.pop(name) for name in names if name in options}

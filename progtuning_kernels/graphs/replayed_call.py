@@ -167,7 +167,7 @@ class ReplayedCall:
             raise NotCapturable("its output is another one than in the forward before")
         starts = [t for t in outputs if t.requires_grad]
         starts = [t for t, is_wanted in zip(starts, wanted, strict=True) if is_wanted]
-        self._starts = [torch.empty_like(t, requires_grad=False) for t in starts]
+        self._starts = [torch.ones_like(t, requires_grad=False) for t in starts]
         self._has_gradient = [False] * len(gradients.parameters)
         self._input_gradients: list[Tensor | None] = [None] * len(self._demanded)
         if starts:

@@ -10,7 +10,7 @@ from tiny_models import tiny_inputs, tiny_model
 
 from progtuning_kernels import MaskedAdamW, PrefixCache, ProgressiveSchedule, patch_model
 
-pytestmark = pytest.mark.gpu
+pytestmark = [pytest.mark.gpu, pytest.mark.captures]
 STAGES, STEPS = 3, 18
 
 
