@@ -15,7 +15,7 @@ import re
 import pytest
 import torch
 from accuracy import assert_at_least_as_accurate
-from own_process import interpreted as own_process  # noqa: F401
+from own_process import interpreted as own_process  # noqa: F401  (runs check_*)
 from torch import Tensor
 from torch.nn import functional as F
 from torch.profiler import ProfilerActivity, profile
