@@ -51,30 +51,14 @@ def _benchmark(name: str) -> ModuleType:
     return module
 
 
-def test_optimizer_table_is_that_of_the_stored_results():
-    optimizer = _benchmark("optimizer")
-    tables = [
-        optimizer.table(json.loads(path.read_text()))
-        for path in sorted(RESULTS.glob("*/optimizer.json"))
-    ]
-    assert tables and all(table in _between("optimizer") for table in tables)
-
-
-def test_cache_table_is_that_of_the_stored_results():
-    prefix_cache = _benchmark("prefix_cache")
-    tables = [
-        prefix_cache.table(json.loads(path.read_text()))
-        for path in sorted(RESULTS.glob("*/prefix_cache.json"))
-    ]
-    assert tables and all(table in _between("cache") for table in tables)
-
-
-def test_dropout_table_is_that_of_the_stored_results():
-    dropout = _benchmark("dropout")
-    tables = [
-        dropout.table(json.loads(path.read_text())) for path in RESULTS.glob("*/dropout.json")
-    ]
-    assert tables and all(table in _between("dropout") for table in tables)
+@pytest.mark.parametrize(
+    ("script", "marker"),
+    [("optimizer", "optimizer"), ("prefix_cache", "cache"), ("dropout", "dropout")],
+)
+def test_table_of_a_benchmark_is_that_of_the_stored_results(script, marker):
+    benchmark = _benchmark(script)
+    stored = [json.loads(path.read_text()) for path in RESULTS.glob(f"*/{script}.json")]
+    assert stored and all(benchmark.table(contents) in _between(marker) for contents in stored)
 
 
 def test_training_table_is_that_of_the_stored_results():
