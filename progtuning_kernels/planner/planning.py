@@ -145,6 +145,8 @@ def plan_training(
         raise ValueError(f"batch_size={batch_size} and seq_len={seq_len} must be positive")
     if not 0 < real_tokens <= 1:
         raise ValueError(f"real_tokens={real_tokens} must be above 0 and at most 1")
+    if real_tokens < 1 and not padding:
+        raise ValueError(f"real_tokens={real_tokens} leaves padding out, and there is none")
     if device is None:
         here = next(model.parameters()).device
         device = ("cuda" if torch.cuda.is_available() else "cpu") if here.type == "meta" else here
@@ -292,13 +294,13 @@ def _remedies(meter: StageMeter, plan: FreezePlan, stage: StagePlan, rows: int) 
     if rows > 1:
         half = on_meta(meter.inputs, rows, rows // 2)
         peaks[f"a micro-batch of {rows // 2}"] = meter.peak_bytes(plan, inputs=half)
-    if _switch_checkpointing_on(meter.model):  # last, as it stays on in the copy
+    if switch_checkpointing_on(meter.model):  # last, as it stays on in the copy
         peaks["gradient checkpointing"] = meter.peak_bytes(plan)
     found = (Remedy(*item) for item in peaks.items() if item[1] < stage.peak_bytes)
     return sorted(found, key=lambda remedy: remedy.peak_bytes)
 
 
-def _switch_checkpointing_on(model: Any) -> bool:
+def switch_checkpointing_on(model: Any) -> bool:
     """Switch it on; False where it is on, or the model has none."""
     if not getattr(model, "supports_gradient_checkpointing", False) or any(
         getattr(module, "gradient_checkpointing", False) for module in model.modules()
