@@ -171,7 +171,7 @@ def plan_training(
         )
     everything = FreezePlan((True,) * layout.num_blocks, embeddings=True)
     freezer = Freezer(copied, layout, tied=tied, frozen_mode=frozen_mode)
-    with _no_data(model):
+    with without_data(model):
         if inputs is None:
             batch = example_batch(copied, batch_size, seq_len, padding=padding, device=target)
         else:
@@ -221,7 +221,7 @@ def plan_training(
         for m, start, end in zip(measured, starts, [*starts[1:], total_steps], strict=True)
     ]
     peak = max(range(len(stages)), key=lambda i: stages[i].peak_bytes)
-    with _no_data(model):
+    with without_data(model):
         remedies = _remedies(meter, plans[peak], stages[peak], batch_size)
     return TrainingPlan(
         title=(
@@ -241,13 +241,12 @@ def plan_training(
 
 
 @contextmanager
-def _no_data(model: nn.Module) -> Iterator[None]:
-    """Raise `ValueError` where a model asks for values, which are not there on the meta device."""
+def without_data(model: nn.Module, what: str = "planned without data") -> Iterator[None]:
+    """Raise `ValueError` where a model cannot run on what it is given instead of data."""
     try:
         yield
     except (NotImplementedError, RuntimeError) as error:
-        name = type(model).__name__
-        raise ValueError(f"{name} cannot be planned without data: {one_line(error)}") from error
+        raise ValueError(f"{type(model).__name__} cannot be {what}: {one_line(error)}") from error
 
 
 def _attention_note(device: torch.device, full: MeasuredStage, *, padding: bool) -> str:
