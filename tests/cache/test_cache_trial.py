@@ -355,25 +355,10 @@ def test_random_numbers_of_python_and_numpy_are_watched(draw):
 
 
 def test_masks_that_wav2vec2_draws_are_new_in_every_step():
-    config = transformers.Wav2Vec2Config(
-        hidden_size=32,
-        num_hidden_layers=BLOCKS,
-        num_attention_heads=4,
-        intermediate_size=48,
-        conv_dim=(16, 16),
-        conv_stride=(4, 4),
-        conv_kernel=(8, 4),
-        num_conv_pos_embeddings=4,
-        num_conv_pos_embedding_groups=2,
-        mask_time_prob=0.3,
-        mask_time_length=2,
-        layerdrop=0.0,
-        **dict.fromkeys(("hidden_dropout", "attention_dropout", "activation_dropout"), 0.0),
-        **dict.fromkeys(("feat_proj_dropout", "final_dropout"), 0.0),
-    )
-    model = transformers.Wav2Vec2ForSequenceClassification(config)
+    model = tiny_model("wav2vec2-audio")
+    model.config.update({"apply_spec_augment": True, "mask_time_prob": 0.3, "mask_time_length": 2})
     handle, untouched = cached_and_untouched(model)
-    values = torch.randn(3, 800)
+    values = tiny_inputs("wav2vec2-audio")["input_values"]
     for step in range(3):
         results = []
         for one in (handle.model, untouched):
