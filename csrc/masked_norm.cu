@@ -266,7 +266,8 @@ int masked_norm_cuda(const void* const* tensors, const int64_t* sizes, int64_t n
 
 int bucket_norm_partials_cuda(const UpdateBucket& bucket, DType dtype, float* partials,
                               void* stream) {
-  if (bucket.num_tensors > kUpdateTensors || bucket.num_chunks > INT_MAX) {
+  if (bucket.num_tensors > kUpdateTensors || bucket.num_chunks > INT_MAX ||
+      bucket.chunk_elements != kNormChunk) {
     return cudaErrorInvalidValue;
   }
   if (bucket.num_chunks == 0) return cudaSuccess;

@@ -169,8 +169,21 @@ __global__ void __launch_bounds__(kThreads)
   finish<typename Param::Stored>(launch, work);
 }
 
-using Launcher = cudaError_t (*)(const UpdateBucket&, const UpdateHyper*, int64_t,
-                                 const UpdateStep&, cudaStream_t);
+template <typename Param, typename Moment, bool kMaster, int kTensors>
+constexpr auto kernel_of() {
+  if constexpr (std::is_same_v<Param, Float32> && std::is_same_v<Moment, Float32>) {
+    return update_float32_kernel<kTensors>;
+  } else {
+    return masked_update_kernel<Param, Moment, kMaster, kTensors>;
+  }
+}
+
+// A variant of the kernel, and how it is launched.
+struct Variant {
+  const void* kernel;
+  cudaError_t (*launch)(const UpdateBucket&, const UpdateHyper*, int64_t, const UpdateStep&,
+                        cudaStream_t);
+};
 
 template <typename Param, typename Moment, bool kMaster, int kTensors>
 cudaError_t launch(const UpdateBucket& bucket, const UpdateHyper* groups, int64_t num_groups,
@@ -182,6 +195,7 @@ cudaError_t launch(const UpdateBucket& bucket, const UpdateHyper* groups, int64_
                           step.found_inf,
                           step.seed,
                           static_cast<unsigned int>(bucket.num_chunks),
+                          static_cast<unsigned int>(bucket.chunk_elements),
                           static_cast<int>(bucket.num_tensors),
                           step.zero_grads,
                           {},
@@ -191,30 +205,35 @@ cudaError_t launch(const UpdateBucket& bucket, const UpdateHyper* groups, int64_
   }
   std::copy_n(bucket.grads, bucket.num_tensors, launch.grads);
   const dim3 grid(std::max(1u, launch.num_chunks));
-  if constexpr (std::is_same_v<Param, Float32> && std::is_same_v<Moment, Float32>) {
-    update_float32_kernel<<<grid, kThreads, 0, stream>>>(launch);
-  } else {
-    masked_update_kernel<Param, Moment, kMaster><<<grid, kThreads, 0, stream>>>(launch);
-  }
+  const auto kernel = kernel_of<Param, Moment, kMaster, kTensors>();
+  kernel<<<grid, kThreads, 0, stream>>>(launch);
   return cudaGetLastError();
 }
 
+template <typename Param, typename Moment, bool kMaster, int kTensors>
+Variant variant_of() {
+  const auto kernel = kernel_of<Param, Moment, kMaster, kTensors>();
+  return {reinterpret_cast<const void*>(kernel), launch<Param, Moment, kMaster, kTensors>};
+}
+
 template <typename Param, typename Moment, bool kMaster>
-Launcher sized(bool few) {
-  return few ? launch<Param, Moment, kMaster, kFewUpdateTensors>
-             : launch<Param, Moment, kMaster, kUpdateTensors>;
+Variant sized(bool few) {
+  return few ? variant_of<Param, Moment, kMaster, kFewUpdateTensors>()
+             : variant_of<Param, Moment, kMaster, kUpdateTensors>();
 }
 
 template <typename Param, bool kMaster>
-Launcher with_moments(DType moments, bool few) {
+Variant with_moments(DType moments, bool few) {
   return moments == DType::kFloat32    ? sized<Param, Float32, kMaster>(few)
          : moments == DType::kBFloat16 ? sized<Param, StochasticBFloat16, kMaster>(few)
          : moments == DType::kInt8     ? sized<Param, EightBit, kMaster>(few)
-                                       : nullptr;
+                                       : Variant{};
 }
 
-Launcher find_launcher(const UpdateVariant& variant, bool few) {
+// Without a kernel where there is none.
+Variant find(const UpdateVariant& variant, int64_t num_tensors) {
   const DType moments = variant.moments;
+  const bool few = num_tensors <= kFewUpdateTensors;
   if (variant.param == DType::kFloat32 && !variant.master) {
     return with_moments<Float32, false>(moments, few);
   }
@@ -224,19 +243,33 @@ Launcher find_launcher(const UpdateVariant& variant, bool few) {
                                          : with_moments<BFloat16, false>(moments, few);
   }
   const bool half = variant.param == DType::kFloat16 && variant.master;
-  return half ? with_moments<Float16, true>(moments, few) : nullptr;
+  return half ? with_moments<Float16, true>(moments, few) : Variant{};
 }
 
 }  // namespace
 
 int masked_update_cuda(const UpdateBucket& bucket, const UpdateHyper* groups, int64_t num_groups,
                        const UpdateVariant& variant, const UpdateStep& step, void* stream) {
-  const Launcher launcher = find_launcher(variant, bucket.num_tensors <= kFewUpdateTensors);
-  if (launcher == nullptr || bucket.num_tensors > kUpdateTensors || num_groups > kUpdateGroups ||
-      bucket.num_chunks > INT_MAX) {
+  const Variant found = find(variant, bucket.num_tensors);
+  if (found.kernel == nullptr || bucket.num_tensors > kUpdateTensors ||
+      num_groups > kUpdateGroups || bucket.num_chunks > INT_MAX ||
+      bucket.chunk_elements % kChunkUnit != 0 || bucket.chunk_elements > INT_MAX) {
     return cudaErrorInvalidValue;
   }
-  return launcher(bucket, groups, num_groups, step, static_cast<cudaStream_t>(stream));
+  return found.launch(bucket, groups, num_groups, step, static_cast<cudaStream_t>(stream));
+}
+
+int masked_update_slots_cuda(const UpdateVariant& variant, int64_t num_tensors, int* slots) {
+  const Variant found = find(variant, num_tensors);
+  if (found.kernel == nullptr) return cudaErrorInvalidValue;
+  int device = 0, multiprocessors = 0, blocks = 0;
+  cudaError_t status = cudaGetDevice(&device);
+  if (status != cudaSuccess) return status;
+  status = cudaDeviceGetAttribute(&multiprocessors, cudaDevAttrMultiProcessorCount, device);
+  if (status != cudaSuccess) return status;
+  status = cudaOccupancyMaxActiveBlocksPerMultiprocessor(&blocks, found.kernel, kThreads, 0);
+  *slots = multiprocessors * blocks;
+  return status;
 }
 
 }  // namespace progtuning

@@ -91,7 +91,7 @@ def update(bucket: Bucket, gradients: Gradients, hypers: Sequence[Hyper], step: 
     """As masked_update's own on cuda."""
     arguments = native.launch_arguments(bucket, hypers, step)
     backend.native_extension().masked_update_cuda(
-        bucket.tables.on_cuda(), gradients.addresses, *arguments, GPU.stream()
+        bucket.tables.for_update(), gradients.addresses, *arguments, GPU.stream()
     )
     assert bucket.tables.ticket == 0
 

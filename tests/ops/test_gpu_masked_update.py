@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from progtuning_kernels import MaskedAdamW, backend
 from progtuning_kernels.ops import masked_norm
-from progtuning_kernels.ops.masked_update.bucket import Bucket, Hyper, Moments
+from progtuning_kernels.ops.masked_update.bucket import Bucket, Hyper, Moments, chunk_table
 from progtuning_kernels.ops.masked_update.low_precision import encode_exp_avg, encode_exp_avg_sq
 from progtuning_kernels.ops.masked_update.native import tables_of
 
@@ -181,6 +181,19 @@ def test_every_precision_and_size_equals_the_cpu(precision, n):
     assert_same(cpu, gpu)
 
 
+@pytest.mark.parametrize("precision", [FLOAT32, EIGHT_BIT], ids=str)
+def test_the_size_of_a_chunk_does_not_change_the_bits(precision):
+    before = State.random(precision, [9001, 16_385])
+    expected = updated(before.mapped(Tensor.clone), updates=1)
+    for elements in (1024, 3072, 16_384):
+        gpu = before.on_gpu()
+        bucket = gpu.bucket()
+        chunks = chunk_table(bucket, elements)
+        bucket.tables = tables_of(bucket)._replace(chunks=chunks, chunk_elements=elements)
+        bucket.update(gpu.grads, HYPERS, seed=SEED)
+        assert_same(expected, gpu)
+
+
 @every_precision
 def test_every_pointer_may_lie_askew(precision):
     """One at a time; nothing in front of or behind the tensor is written."""
@@ -295,7 +308,7 @@ class Decision:
 
     def __init__(self, bucket: Bucket) -> None:
         self.bucket = bucket
-        self.partials = torch.full((len(tables_of(bucket).chunks),), math.nan, device=GPU.name)
+        self.partials = torch.full((len(tables_of(bucket).norm_chunks),), math.nan, device=GPU.name)
         self.control = torch.zeros(4, device=GPU.name)
 
     def sums(self, grads: Sequence[Tensor | None]) -> Tensor:
@@ -303,7 +316,7 @@ class Decision:
         addresses = [0 if g is None else g.data_ptr() or 16 for g in grads]
         dtype = backend.dtype_code(bucket.dtype)
         backend.native_extension().bucket_norm_partials_cuda(
-            *(tables_of(bucket).on_cuda(), addresses, dtype),
+            *(tables_of(bucket).for_norm(), addresses, dtype),
             *(self.partials.data_ptr(), GPU.stream()),
         )
         return self.partials
@@ -330,7 +343,7 @@ def test_a_buckets_norm_is_masked_norm(precision):
     norm = decision.decide(max_norm=0.0)[0]
     assert torch.equal(norm, GPU.norm(gpu.grads))
     some = decision.sums([*gpu.grads[:2], None, *gpu.grads[3:]])
-    tensors = tables_of(decision.bucket).chunks[:, 0]
+    tensors = tables_of(decision.bucket).norm_chunks[:, 0]
     assert torch.equal(some, torch.where(tensors == 2, 0.0, every))
 
 
