@@ -99,7 +99,7 @@ struct UpdateBucket {
   const UpdateChunk* chunks;  // all of the bucket's
   int64_t num_chunks;
   int64_t chunk_elements;  // a multiple of kChunkUnit; kNormChunk for bucket_norm_partials_cuda
-  unsigned int* ticket;  // 0, and 0 again after a launch; bucket_norm_partials_cuda needs none
+  unsigned int* ticket;    // 0, and 0 again after a launch; bucket_norm_partials_cuda needs none
   void* const* grads;
   int64_t num_tensors;  // at most kUpdateTensors
 };

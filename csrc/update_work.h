@@ -30,7 +30,7 @@ struct Launch {
   unsigned int* ticket;
   const float* grad_factor;
   const float* found_inf;
-  uint64_t seed;
+  PhiloxKeys keys;
   unsigned int num_chunks;
   unsigned int chunk_elements;
   int num_tensors;

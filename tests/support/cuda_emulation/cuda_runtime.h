@@ -127,6 +127,16 @@ inline int __float_as_int(float x) {
   return bits;
 }
 
+inline unsigned int __byte_perm(unsigned int x, unsigned int y, unsigned int selector) {
+  const uint64_t bytes = static_cast<uint64_t>(y) << 32 | x;
+  unsigned int result = 0;
+  for (int i = 0; i < 4; ++i) {
+    const unsigned int place = selector >> 4 * i & 7;
+    result |= static_cast<unsigned int>(bytes >> 8 * place & 0xff) << 8 * i;
+  }
+  return result;
+}
+
 template <typename T>
 T __shfl_down_sync(unsigned int, T x, unsigned int offset) {
   uint64_t value = 0;
