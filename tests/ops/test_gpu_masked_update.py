@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from progtuning_kernels import MaskedAdamW, backend
 from progtuning_kernels.ops import masked_norm
-from progtuning_kernels.ops.masked_update.bucket import Bucket, Hyper, Moments, chunk_table
+from progtuning_kernels.ops.masked_update.bucket import Bucket, Hyper, Moments
 from progtuning_kernels.ops.masked_update.low_precision import encode_exp_avg, encode_exp_avg_sq
 from progtuning_kernels.ops.masked_update.native import tables_of
 
@@ -179,19 +179,6 @@ def test_every_precision_and_size_equals_the_cpu(precision, n):
         updated(state, updates=2, zero_grads=True)
         assert not state.grads[0].any()
     assert_same(cpu, gpu)
-
-
-@pytest.mark.parametrize("precision", [FLOAT32, EIGHT_BIT], ids=str)
-def test_the_size_of_a_chunk_does_not_change_the_bits(precision):
-    before = State.random(precision, [9001, 16_385])
-    expected = updated(before.mapped(Tensor.clone), updates=1)
-    for elements in (1024, 3072, 16_384):
-        gpu = before.on_gpu()
-        bucket = gpu.bucket()
-        chunks = chunk_table(bucket, elements)
-        bucket.tables = tables_of(bucket)._replace(chunks=chunks, chunk_elements=elements)
-        bucket.update(gpu.grads, HYPERS, seed=SEED)
-        assert_same(expected, gpu)
 
 
 @every_precision
