@@ -20,7 +20,7 @@ from .bucket import Bucket, Gradients, Hyper, Step, chunk_table, record_table, w
 # csrc/launchers.h), the largest one for the update, and what the latency before its first element
 # costs: 1.5 us for four reads that wait for each other and for the powers of beta, beside 216
 # elements of float32 in a microsecond on an H200 (4.8 TB/s, 28 bytes, 792 blocks at once).
-NORM_CHUNK, MOST, HEAD = 8192, 16384, 512
+NORM_CHUNK, LARGEST_CHUNK, LATENCY_ELEMENTS = 8192, 16384, 512
 _MOMENTS = (torch.float32, torch.bfloat16, torch.int8)
 
 
@@ -65,9 +65,9 @@ def chunk_elements(sizes: Sequence[int], slots: int, unit: int) -> int:
 
     def time(elements: int) -> int:
         blocks = sum(-(-size // elements) * count for size, count in counts)
-        return -(-blocks // slots) * (elements + HEAD)
+        return -(-blocks // slots) * (elements + LATENCY_ELEMENTS)
 
-    return min(range(unit, MOST + 1, unit), key=time)
+    return min(range(unit, LARGEST_CHUNK + 1, unit), key=time)
 
 
 def tables_on_cuda(bucket: Bucket) -> Tables:
