@@ -274,15 +274,14 @@ def check_elements_beyond_32_bits():
     halves = torch.stack((words & 0xFFFF, words >> 16), dim=2).flatten()[:n]
     expected = low_precision.stochastic_bfloat16(expected, halves)
 
-    tables = bucket.tables = mut.Tables(bucket)
+    tables = mut.tables_of(bucket)
     record = record_table(bucket)[0].tolist()
     record[:3] = record[0] - 2 * first, record[1] - 4 * first, record[2] - 4 * first
     record[7] += first
     tables.records = torch.tensor([record])
     tables.chunks += torch.tensor([0, first // mut.BLOCK], dtype=torch.int32)
-    address = grad.data_ptr() - 2 * first
-    words, first_address = mut._step_words(bucket, tables, [address], HYPERS[:1], SEED)
-    mut.launch(bucket, tables, words, first_address, Step())
+    address = torch.tensor([grad.data_ptr() - 2 * first])
+    mut.launch(bucket, address, mut._step_words(bucket, HYPERS[:1], SEED), Step())
     assert torch.equal(p, expected)
 
 
