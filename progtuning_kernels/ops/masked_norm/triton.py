@@ -18,9 +18,9 @@ _MOST_BLOCKS = 16
 # 4 times what the 132 multiprocessors of an H200 hold of programs of masked_update. A program takes
 # more than one block where there are so many all the same.
 _PROGRAMS = 4 * 132 * 5
-PARTIALS_OPTIONS = {"num_warps": 4}
+PARTIALS_OPTIONS = {"num_warps": 4, "enable_fp_fusion": True}
 SUMMED = 8192  # partial sums that are on their way to the last program at a time
-SUM_OPTIONS = {"num_warps": 16}
+SUM_OPTIONS = {"num_warps": 16, "enable_fp_fusion": True}
 
 TYPES = {
     torch.float32: tl.float32,

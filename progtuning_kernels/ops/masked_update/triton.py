@@ -462,7 +462,7 @@ def decision_kernel(
     clip = tl.div_rn(max_norm, norm + 1e-6)
     # so that a NaN stays one
     clip = tl.where((max_norm <= 0.0) | (clip > 1.0), 1.0, clip)
-    skip = ((norm - norm) != 0.0) & SKIP_NONFINITE  # of a NaN, too
+    skip = ((norm != norm) | (norm == float("inf"))) & SKIP_NONFINITE
     if found_inf is not None:
         skip = skip | (tl.load(found_inf) != 0.0)
     skipped = tl.where(skip, 1.0, 0.0)
