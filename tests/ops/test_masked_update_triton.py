@@ -424,6 +424,9 @@ def test_compiles_without_spills(architecture, tmp_path, monkeypatch, capfd):
     ):
         compiled.append(compiled_for(kernel, constants, options))
         most.append(64)
+        reads_gradients = "TYPE" in kernel.arg_names
+        in_16 = re.findall(r"ld\.global\S*\.v4\.b32", compiled[-1].asm["ptx"])
+        assert len(in_16) == reads_gradients
     for kernel, registers in zip(compiled, most, strict=True):
         used = resources(kernel, tmp_path)
         assert used.get("STACK", 0) == used.get("LOCAL", 0) == 0
