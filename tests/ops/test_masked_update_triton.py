@@ -406,7 +406,7 @@ def test_compiles_without_spills(architecture, tmp_path, monkeypatch, capfd):
     for param, moment, stochastic, in_16, in_8 in variants:
         constants = dict(PARAM_TYPE=param, MOMENT_TYPE=moment, STOCHASTIC=stochastic)
         constants |= dict(MASTER=False, ZERO_GRADS=True, BLOCK=mut.BLOCK)
-        options = mut.options(param, moment, False)
+        options = mut.options(param, moment, False, stochastic)
         kernel = compiled_for(mut.masked_update_kernel, constants, options)
         ptx = kernel.asm["ptx"]
         assert len(re.findall(r"ld\.global\S*\.v4\.b32", ptx)) == in_16

@@ -543,7 +543,7 @@ def _step_words(bucket: Bucket, hypers: Sequence[Hyper], seed: int) -> Tensor:
     return words
 
 
-def options(param: tl.dtype, moments: tl.dtype, master: bool) -> dict[str, Any]:
+def options(param: tl.dtype, moments: tl.dtype, master: bool, stochastic: bool) -> dict[str, Any]:
     """Of masked_update_kernel.
 
     maxnreg lets 8, 6 or 5 programs share a multiprocessor of 65,536 registers, and is the least of
@@ -551,8 +551,8 @@ def options(param: tl.dtype, moments: tl.dtype, master: bool) -> dict[str, Any]:
     """
     chosen: dict[str, Any] = {"num_warps": 4, "enable_fp_fusion": False}
     if torch.version.hip is None:  # the compiler for AMD has no such option, and spills nothing
-        most = 96 if param == tl.bfloat16 and not master else 80
-        chosen["maxnreg"] = 64 if param == moments == tl.float32 else most
+        more = param == tl.bfloat16 and not master and (moments == tl.int8 or not stochastic)
+        chosen["maxnreg"] = 64 if param == moments == tl.float32 else 96 if more else 80
     return chosen
 
 
@@ -566,11 +566,11 @@ def launch(bucket: Bucket, addresses: Tensor, words: Tensor, step: Step) -> None
     )
     if len(tables.chunks):
         param, moments = TYPES[bucket.dtype], TYPES[bucket.moment_dtype]
-        masters = bucket.masters is not None
+        rounding = bucket.masters is not None, bucket.stochastic_rounding
         masked_update_kernel[len(tables.chunks),](
             *(tables.records, addresses, words, tables.numbers, tables.chunks, tables.blocks),
-            *(param, moments, masters, bucket.stochastic_rounding, step.zero_grads, BLOCK),
-            **options(param, moments, masters),
+            *(param, moments, *rounding, step.zero_grads, BLOCK),
+            **options(param, moments, *rounding),
         )
 
 
