@@ -359,6 +359,7 @@ def test_cuda_runs_on_the_current_stream(implementation):
 
 
 @pytest.mark.gpu
+@pytest.mark.captures
 def test_cuda_graph_captures_no_list_with_triton():
     tensors = random_list([100, 8193], device="cuda")
     masked_norm(tensors, implementation="triton")
@@ -370,6 +371,7 @@ def test_cuda_graph_captures_no_list_with_triton():
 
 
 @pytest.mark.gpu
+@pytest.mark.captures
 def test_cuda_graph_replays_with_new_values():
     tensors = random_list([100, 8193, 70_000], device="cuda")
     masked_norm(tensors, implementation="native")
