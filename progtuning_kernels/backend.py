@@ -296,6 +296,20 @@ def cuda_stream(device: torch.device) -> int:
     return torch._C._cuda_getCurrentRawStream(device.index)
 
 
+def sent(values: Tensor, device: torch.device, kept: list[Tensor] | None = None) -> Tensor:
+    """A tensor of the host on `device`, by a copy that the host does not wait for.
+
+    Args:
+        kept: takes what a graph that is being captured will copy from at every replay.
+    """
+    if device.type != "cuda":
+        return values.to(device)
+    pinned = values.pin_memory()
+    if kept is not None and torch.cuda.is_current_stream_capturing():
+        kept.append(pinned)
+    return pinned.to(device, non_blocking=True)
+
+
 def device_guard(device: torch.device) -> contextlib.AbstractContextManager[None]:
     """Make `device` the current one: a raw launch goes to the calling thread's current device."""
     return torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext()

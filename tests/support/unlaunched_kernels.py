@@ -175,6 +175,8 @@ def _device_of(tensors: Any) -> str:
 
 def _select(pretend: PretendCuda, kernels: Kernels) -> Callable[..., backend.Implementation]:
     chosen_by = backend.select
+    # a choice stays the same object, as its own is
+    watched: dict[tuple[str, str], backend.Implementation] = {}
 
     def select(
         op: backend.Op, tensors: Any, implementation: str | None = None
@@ -186,10 +188,12 @@ def _select(pretend: PretendCuda, kernels: Kernels) -> Callable[..., backend.Imp
         by_autograd = op.name in ("layer_norm", "rms_norm")
         if device == "cpu" or chosen is op.reference or by_autograd:
             return chosen
+        if (op.name, chosen.name) in watched:
+            return watched[op.name, chosen.name]
         changed: dict[str, Any] = {"function": op.reference.function}
         changed |= {name: getattr(op.reference, name) for name in ("backward", "scale")}
         changed["decide"] = _decide
-        return dataclasses.replace(
+        watched[op.name, chosen.name] = dataclasses.replace(
             chosen,
             **{
                 name: _both(pretend, own, computes)
@@ -197,6 +201,7 @@ def _select(pretend: PretendCuda, kernels: Kernels) -> Callable[..., backend.Imp
                 if (own := getattr(chosen, name)) is not None
             },
         )
+        return watched[op.name, chosen.name]
 
     return select
 
@@ -222,7 +227,7 @@ def _decide(
     found_inf: Tensor | None,
     control: Tensor,
 ) -> None:
-    """What the native kernels of a decision write to `control`."""
+    """What the kernels of a decision write to `control`."""
     norm = norms.norm([grad for some in gradients for grad in some.given if grad is not None])
     norm = norm if grad_scale is None else norm / grad_scale
     bad = torch.zeros_like(norm) if found_inf is None else found_inf.view(()) != 0
