@@ -23,6 +23,7 @@ from triton.backends.compiler import GPUTarget
 from triton.runtime import JITFunction, driver
 
 from progtuning_kernels import backend
+from progtuning_kernels.ops import kept_launches
 from progtuning_kernels.ops.masked_norm import reference as norms
 from progtuning_kernels.ops.norm import reference as norm_reference
 
@@ -76,6 +77,7 @@ def unlaunched(pretend: PretendCuda, *, native: bool) -> Iterator[Kernels]:
 
 
 def _forget_compiled() -> None:
+    kept_launches.forget()
     for name, module in list(sys.modules.items()):
         if name.startswith("progtuning_kernels."):
             for value in vars(module).values():
@@ -240,7 +242,7 @@ def _norm_results(
             computed = _COMPUTED[name](*args, **kwargs)
             for target, value in zip(found, computed, strict=True):
                 if target is not None:
-                    target.copy_(value)
+                    target.view_as(value).copy_(value)
         return found
 
     return call
@@ -273,13 +275,14 @@ def _backward(
     d_bias = dy.flatten(0, -2).sum(0)
     if h is None:
         return None, None, None, d_bias
-    normalised = h.float() if mean is None else h.float() - mean[..., None]
-    normalised = normalised * rstd[..., None]
+    of_rows = (*h.shape[:-1], 1)
+    rstd = rstd.view(of_rows)
+    normalised = (h.float() if mean is None else h.float() - mean.view(of_rows)) * rstd
     d_weight = (dy * normalised).flatten(0, -2).sum(0)
     g = dy if weight is None else dy * (weight.float() + norm.offset)
     dh = g - normalised * (g * normalised).mean(-1, keepdim=True)
     dh = dh - g.mean(-1, keepdim=True) if norm.center else dh
-    dh = dh * rstd[..., None]
+    dh = dh * rstd
     dh = dh if dsum is None else dh + dsum
     return dh, dh, d_weight, d_bias
 
