@@ -92,18 +92,15 @@ def _number_kind(number: int | float | None) -> Hashable:
     return number == 1, number % 16 == 0, -(2**31) <= number < 2**31, number < 2**63
 
 
-def _tensor_kinds(tensors: Sequence[Tensor | None]) -> Hashable:
+def _kinds(tensors: Sequence[Tensor | None]) -> Hashable:
     """What Triton compiles for of tensors, or more."""
     return tuple([t if t is None else (t.dtype, t.data_ptr() % 16) for t in tensors])
 
 
-if torch.version.hip is not None:
+def _kinds_on_amd(tensors: Sequence[Tensor | None]) -> Hashable:
+    """And whether 32 bits address the memory, for which AMD's GPUs have instructions."""
+    sizes = [0 if t is None else t.untyped_storage().nbytes() >> 31 for t in tensors]
+    return _kinds(tensors), tuple(sizes)
 
-    def _tensor_kinds(tensors: Sequence[Tensor | None]) -> Hashable:
-        """As above, and whether 32 bits address the memory, for which AMD has instructions."""
-        return tuple(
-            [
-                t if t is None else (t.dtype, t.data_ptr() % 16, t.untyped_storage().nbytes() >> 31)
-                for t in tensors
-            ]
-        )
+
+_tensor_kinds = _kinds if torch.version.hip is None else _kinds_on_amd
