@@ -7,11 +7,13 @@ a wrapper.
 
 from __future__ import annotations
 
+import json
 import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from datetime import timedelta
 from itertools import zip_longest
+from typing import Any
 
 from torch import nn
 
@@ -203,6 +205,15 @@ class Freezer:
             if self.norms is not None:
                 self.norms.install_norm_hooks()
         wrapper.follow(step=self.step, boundary=self.boundary)
+        if self.share is not None and self.swaps.weighs_calls:
+            # every rank has measured for itself; all choose by what the first one has measured
+            measured = json.dumps(self.swaps.state_dict()).encode()
+            self.load_call_costs(json.loads(self.share(measured)))
+
+    def load_call_costs(self, costs: dict[str, Any]) -> None:
+        """Choose the sizes from which on ops run by what another run, or rank, has measured."""
+        if self.swaps.load_state_dict(costs):
+            self._reinstall_swaps()
 
     def check_plan(self, step: int, plan: FreezePlan) -> None:
         """Raise `ValueError` if nothing would train, or if AdaLoRA would miss gradients."""

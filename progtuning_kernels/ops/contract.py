@@ -26,7 +26,7 @@ def present(tensors: Iterable[Tensor | None]) -> list[Tensor]:
 
 
 def once_differentiable(backward: Callable[..., Any]) -> Callable[..., Any]:
-    """torch's, which costs 2 us, where autograd records what a backward computes, and only there."""
+    """torch's, which takes 2 us, but only where autograd records what a backward computes."""
     refusing = torch.autograd.function.once_differentiable(backward)
 
     @functools.wraps(backward)

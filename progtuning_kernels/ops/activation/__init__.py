@@ -7,9 +7,9 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from ... import backend
+from ..contract import once_differentiable
 from . import reference
 from .reference import Approximate, Inputs, Kind
 
@@ -134,7 +134,7 @@ def _run(op: backend.Op, inputs: Inputs, kind: Kind, implementation: str | None)
     chosen = backend.select(op, inputs, implementation)
     if torch.compiler.is_compiling():
         return chosen.function(inputs, kind)
-    if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in inputs):
+    if torch.is_grad_enabled() and any([t is not None and t.requires_grad for t in inputs]):
         return _Activation.apply(*inputs, kind, chosen)
     return chosen.function(inputs, kind)
 
