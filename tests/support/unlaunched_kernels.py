@@ -52,10 +52,14 @@ def unlaunched(pretend: PretendCuda, *, native: bool) -> Iterator[Kernels]:
     """Inside `pretend`. native: `_C` seems to be built with CUDA, else without."""
     kernels = Kernels()
     extension = _Extension(backend.native_extension(), kernels)
+
+    def launcher(source: Any, metadata: Any) -> _Launcher:
+        return _Launcher(kernels, _name(source.fn))
+
     against = None if native else "the extension was built without CUDA: this test says so"
     patches = [
         # since Triton 3.6 at the latest `active` is a property
-        (driver, "_active" if "_active" in vars(driver) else "active", _Driver(kernels)),
+        (driver, "_active" if "_active" in vars(driver) else "active", StandInDriver(launcher)),
         (backend, "_load_native", lambda: (extension, None)),
         (backend, "_native_cuda_reason", lambda index: against),
         (backend, "select", _select(pretend, kernels)),
@@ -85,12 +89,14 @@ def _forget_compiled() -> None:
                     value.device_caches.clear()
 
 
-class _Driver:
-    """Of one H200, as far as Triton asks."""
+class StandInDriver:
+    """Triton's, of one H200, as far as Triton asks.
 
-    def __init__(self, kernels: Kernels) -> None:
-        self.utils = _Utilities()
-        self.launcher_cls = lambda source, metadata: _Launcher(kernels, _name(source.fn))
+    launcher_cls: makes of a source and its metadata what is called at each launch.
+    """
+
+    def __init__(self, launcher_cls: Callable[[Any, Any], Callable[..., None]]) -> None:
+        self.utils, self.launcher_cls = _Utilities(), launcher_cls
 
     def get_current_device(self) -> int:
         return 0
