@@ -87,7 +87,7 @@ def test_another_run_decides_by_what_was_measured():
 
 def _patched(model: nn.Module, machine: Machine, **options: Any) -> PatchHandle:
     with mock.patch.object(model_swaps, "CallCosts", machine.costs):
-        return patch_model(model, MilestoneSchedule({0: 1}), **options)
+        return patch_model(model, MilestoneSchedule({0: 1}), packing="off", **options)
 
 
 @contextlib.contextmanager
@@ -128,7 +128,7 @@ def test_a_run_on_a_gpu_says_the_numbers_and_resumes_with_them():
 
 def test_all_ranks_choose_by_what_the_first_one_has_measured(monkeypatch):
     class Rank:
-        """A rank that is not the first."""
+        """Of a rank that is not the first: what surrounds its model."""
 
         sharded, on_several_ranks, ddp = False, True, None
 
@@ -155,10 +155,15 @@ def test_all_ranks_choose_by_what_the_first_one_has_measured(monkeypatch):
         first_rank = json.dumps(first.state_dict()["call_costs"]).encode()
         assert other.kernel_report() != first.kernel_report()
         other.attach(models[1])
-        assert other.kernel_report() == first.kernel_report()
+        batch = pretend.put(tiny_inputs("llama-causal-lm"))
+        for _ in range(2):
+            models[1](**batch).loss.backward()
+            assert other.kernel_report() == first.kernel_report()
+        assert len(other.freezer._wrapper.sent) == 1
     on_cpu = tiny_model("llama-causal-lm")
     handle = _patched(on_cpu, Machine(60, 25))
     handle.attach(on_cpu)
+    on_cpu(**tiny_inputs("llama-causal-lm")).loss.backward()
     assert not handle.freezer._wrapper.sent
 
 
