@@ -70,8 +70,9 @@ def difference(
 
 def kernel_calls(module: nn.Module, swap: Swap, device: torch.device, dtype: torch.dtype) -> int:
     """Kernels that the original launches in a forward."""
+    subject, inputs = _subject(module, swap).train(), _inputs(swap, device, dtype)
     with apart(device), torch.no_grad(), _CountKernels() as counter:
-        type(module).forward(_subject(module, swap), *_inputs(swap, device, dtype))
+        type(module).forward(subject, *inputs)
     return counter.count
 
 
