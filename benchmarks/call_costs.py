@@ -40,7 +40,7 @@ from progtuning_kernels.ops import (  # noqa: E402
 )
 from progtuning_kernels.text_table import Table, as_text  # noqa: E402
 
-REPEATS, CALLS = 300, 10
+REPEATS, CALLS = 1000, 10
 EPS, WIDTH, CLASSES = 1e-6, 64, 128
 
 

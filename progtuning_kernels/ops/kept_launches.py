@@ -34,7 +34,7 @@ def launch(
     device: torch.device,
     grid: tuple[int, int, int],
     tensors: Sequence[Tensor | None],
-    numbers: Sequence[int | float | None],
+    numbers: tuple[int | float | None, ...],
     constants: tuple[Hashable, ...],
     options: Mapping[str, Hashable],
 ) -> None:
@@ -58,7 +58,7 @@ def launch(
         return
     key = (
         *(id(kernel), index, constants, tuple(options.items())),
-        *(tuple(map(_number_kind, numbers)), _tensor_kinds(tensors)),
+        *(_number_kinds(numbers, tuple(map(type, numbers))), _tensor_kinds(tensors)),
     )
     by_triton = (
         # a setting, or a hook that is set and not added, is an entry of the instance
@@ -84,12 +84,15 @@ def forget() -> None:
     _kept.clear()
 
 
-@functools.lru_cache(maxsize=4096, typed=True)
-def _number_kind(number: int | float | None) -> Hashable:
-    """What Triton compiles for of a number, or more."""
-    if type(number) is not int:
-        return type(number)
-    return number == 1, number % 16 == 0, -(2**31) <= number < 2**31, number < 2**63
+@functools.lru_cache(maxsize=4096)
+def _number_kinds(numbers: tuple[int | float | None, ...], types: tuple[type, ...]) -> Hashable:
+    """What Triton compiles for of numbers, or more. types: 1, 1.0 and True are equal keys."""
+    return tuple(
+        (number == 1, number % 16 == 0, -(2**31) <= number < 2**31, number < 2**63)
+        if kind is int
+        else kind
+        for number, kind in zip(numbers, types, strict=True)
+    )
 
 
 def _kinds(tensors: Sequence[Tensor | None]) -> Hashable:

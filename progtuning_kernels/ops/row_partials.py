@@ -21,7 +21,7 @@ ROUND_BY_BITS = tl.constexpr(bool(triton.knobs.runtime.interpret))
 
 
 def count_partials(rows: int) -> int:
-    return max(1, min(triton.cdiv(rows, ROWS_PER_PARTIAL), MAX_PARTIALS))
+    return max(1, min(-(-rows // ROWS_PER_PARTIAL), MAX_PARTIALS))
 
 
 @triton.jit

@@ -151,7 +151,7 @@ def test_the_kernel_is_the_one_that_triton_chooses():
         tensors = (MEMORY[torch.float32], None)
         for equal in itertools.permutations([1, 1.0, True]):
             kept_launches.forget()
-            kept_launches._number_kind.cache_clear()
+            kept_launches._number_kinds.cache_clear()
             for number in equal:
                 by_triton, ours = _both(gpus, tensors, (number, 3, number), (16, True))
                 assert ours == by_triton

@@ -15,6 +15,7 @@ from .reference import Cast, Inputs, Norm, Result
 
 # A program holds a row in registers; of wider ones, backward would spill.
 MAX_TRITON_COLUMNS = 8192
+_CASTS = get_args(Cast)
 _FLOAT32, _PLAIN = {torch.float32}, (Tensor, torch.nn.Parameter)
 
 
@@ -146,8 +147,8 @@ def rms_norm(
     """
     inputs = Inputs(x, residual, weight, None)
     reference.check("rms_norm", inputs, return_sum)
-    if cast not in get_args(Cast):
-        raise ValueError(f"rms_norm: cast must be one of {get_args(Cast)}, got {cast!r}")
+    if cast not in _CASTS:
+        raise ValueError(f"rms_norm: cast must be one of {_CASTS}, got {cast!r}")
     cast_first = cast == "before_weight"
     if offset and cast_first:
         raise ValueError('rms_norm: an offset needs cast="after_weight"')
