@@ -47,8 +47,9 @@ def launch(
         device: of the tensors.
         constants: of the kernel's parameters that are `tl.constexpr`, which come last.
     """
-    if type(kernel) is not JITFunction:  # the interpreter's
-        kernel[grid](*tensors, *numbers, *constants, **options)
+    if not _KNOWN_TRITON or type(kernel) is not JITFunction:  # or the interpreter has made it
+        with backend.device_guard(device):
+            kernel[grid](*tensors, *numbers, *constants, **options)
         return
     active = driver.active
     index = active.get_current_device()
@@ -71,7 +72,7 @@ def launch(
     kept = None if by_triton else _kept.get(key)
     if kept is None:
         compiled = kernel[grid](*tensors, *numbers, *constants, **options)
-        if _KNOWN_TRITON and not by_triton and isinstance(compiled, CompiledKernel):
+        if not by_triton and isinstance(compiled, CompiledKernel):
             _kept[key] = compiled.run, compiled.function, compiled.packed_metadata, compiled
         return
     run, function, metadata, _ = kept

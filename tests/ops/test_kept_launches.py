@@ -85,7 +85,7 @@ class Gpus:
 
     @contextlib.contextmanager
     def guard(self, device: torch.device) -> Iterator[None]:
-        before, self.device = self.device, device.index
+        before, self.device = self.device, device.index or 0  # a tensor of the CPU's has none
         yield
         self.device = before
 
