@@ -30,6 +30,7 @@ if EMULATED in os.environ:  # before progtuning_kernels looks for its `_C`
     sys.modules[spec.name] = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(sys.modules[spec.name])
 
+# E402: they import `_C`
 import test_gpu_masked_update  # noqa: E402
 import test_masked_norm  # noqa: E402
 

@@ -18,7 +18,7 @@ import sys
 import pytest
 import torch
 from accuracy import assert_at_least_as_accurate, in_fp64
-from own_process import interpreted as own_process  # noqa: F401
+from own_process import interpreted as own_process  # noqa: F401  (runs check_*)
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 from triton_builds import compile_for, resources
