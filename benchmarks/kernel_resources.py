@@ -119,6 +119,8 @@ def recording(variant: str, width: int | None) -> Iterator[list[Launch]]:
     """Triton's implementations run on the CPU, and their launches are put into the list."""
     from triton.runtime.jit import JITFunction
 
+    from progtuning_kernels.ops import kept_launches
+
     launches: list[Launch] = []
 
     def record(kernel: Any, *arguments: Any, grid: Any, warmup: bool, **keywords: Any) -> None:
@@ -129,6 +131,7 @@ def recording(variant: str, width: int | None) -> Iterator[list[Launch]]:
 
     with (
         mock.patch.object(JITFunction, "run", record),
+        mock.patch.object(kept_launches, "_KNOWN_TRITON", False),
         mock.patch.object(backend, "triton_reason", return_value=None),
     ):
         yield launches
