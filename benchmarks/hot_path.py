@@ -112,9 +112,8 @@ def hot_path(listing: list[Instruction], through: str = "") -> list[Part]:
     """The parts in order. through: one of these instructions lies on the way, by its name."""
     blocks, follows = _blocks(listing)
     back, order = _depth_first(follows)
-    path = _widest(
-        blocks, {b: [o for o in follows[b] if (b, o) not in back] for b in order}, through
-    )
+    forward = {b: [o for o in follows[b] if (b, o) not in back] for b in order}
+    path = _widest(blocks, forward, through)
     loop_of = _loops(path, back, follows, blocks)
     warp = _Warp()
     return [

@@ -864,7 +864,7 @@ def _rates(result: dict[str, Any], kernel_us: float, machine: Machine) -> dict[s
     return rates
 
 
-def title(result: dict[str, Any]) -> str:
+def _title(result: dict[str, Any]) -> str:
     shape = " x ".join(f"{size:,}" for size in result["shape"])
     return f"{result['operation']}, {result['demand']}, {shape} {result['dtype']}"
 
@@ -877,7 +877,7 @@ def _ratio(result: dict[str, Any], other: str, key: str = "kernel_us") -> float 
 
 def show(result: dict[str, Any], absent: Collection[str] = ()) -> None:
     """absent: of whom a reason has been printed."""
-    print(f"\n{title(result)}  (floor {result['floor_bytes'] / 1e6:,.1f} MB)")
+    print(f"\n{_title(result)}  (floor {result['floor_bytes'] / 1e6:,.1f} MB)")
     for name, entry in result["providers"].items():
         if "reason" in entry:
             if name not in absent:
@@ -927,12 +927,12 @@ def verdicts(results: list[dict[str, Any]]) -> list[Verdict]:
     eager, compiled, memory, below = {}, {}, {}, {}
     for result in results:
         if (share := result["providers"].get("ours", {}).get("share_of_ceiling")) is not None:
-            below[title(result)] = 1 / share
+            below[_title(result)] = 1 / share
         is_loss = result["operation"] == "linear_cross_entropy"
         for name in result["providers"]:
             if name == "ours" or (ratio := _ratio(result, name)) is None:
                 continue
-            against[f"{title(result)}, {name}"] = ratio
+            against[f"{_title(result)}, {name}"] = ratio
             undemanded = result["providers"][name].get("undemanded", [])
             if name == "liger" and not is_loss and {"weight", "bias"} & set(undemanded):
                 wasted.append(ratio)
@@ -943,7 +943,7 @@ def verdicts(results: list[dict[str, Any]]) -> list[Verdict]:
                 (memory, _ratio(result, "eager", "extra_bytes")),
             ):
                 if value is not None:
-                    found[title(result)] = value
+                    found[_title(result)] = value
     target = "1.2 x liger-kernel, geometric mean, where weights are frozen and it computes for them"
     mean = statistics.geometric_mean(wasted) if wasted else None
     found = "no kernel times of both" if mean is None else f"{mean:.3f} over {len(wasted)} cases"
@@ -980,7 +980,7 @@ def table(content: dict[str, Any]) -> str:
             ours = result["providers"]["ours"]
             for name, digits in (("gb_per_s", 0), ("share_of_ceiling", 2), ("call_us", 1)):
                 cells.append(f"{ours[name]:.{digits}f}" if name in ours else "")
-        lines.append(f"| {title(result)} | {' | '.join(cells)} |")
+        lines.append(f"| {_title(result)} | {' | '.join(cells)} |")
     return "\n".join(lines)
 
 

@@ -59,6 +59,7 @@ sys.path[:0] = [str(ROOT / "benchmarks"), str(ROOT / "tests" / "support")]
 import kernel_resources  # noqa: E402 - a script's folder, above
 import kernels  # noqa: E402 - as above
 import optimizer  # noqa: E402 - as above
+from ceilings import DTYPE_CODES, launches_kernel  # noqa: E402 - as above
 from hot_path import Part, hot_path, listings  # noqa: E402 - as above
 from triton_builds import compile_for, find_cuobjdump, resources  # noqa: E402 - as above
 
@@ -310,15 +311,6 @@ class _TorchOperations(TorchDispatchMode):
         return results
 
 
-def launches_kernel(func: Any) -> bool:
-    """Whether an operation of ATen computes something: no view, no memory without values."""
-    name = func.overloadpacket.__name__
-    makes_memory = name.startswith(
-        ("empty", "new_empty", "detach", "lift", "alias", "promote_types")
-    )
-    return func.namespace == "aten" and not (func.is_view or makes_memory or "_unsafe_view" in name)
-
-
 def _bytes(values: Any) -> int:
     return sum(t.numel() * t.element_size() for t in _tensors(values))
 
@@ -366,8 +358,7 @@ LOGITS_BYTES = 512 * 2**20  # the default of linear_cross_entropy
 class _Extension:
     """`_C`, whose functions for CUDA are noted in place of running."""
 
-    cuda_built, cuda_archs = True, "sm_80"
-    dtype_codes = {"float32": 0, "bfloat16": 1, "float16": 2, "int8": 4}  # csrc/launchers.h
+    cuda_built, cuda_archs, dtype_codes = True, "sm_80", DTYPE_CODES
 
     def __init__(self, device: Device, compiled: Compiled) -> None:
         self.device, self.compiled = device, compiled
@@ -504,8 +495,8 @@ def calls() -> list[kernels.Case]:
 
 
 def updates() -> list[Update]:
-    clipped, plain, moments, low = optimizer.cases(torch.device("cuda"))
-    block, bert = list(WORKLOADS)[0], next(name for name in WORKLOADS if "199" in name)
+    clipped, _, moments, low = optimizer.cases(torch.device("cuda"))
+    block, bert = next(iter(WORKLOADS)), next(name for name in WORKLOADS if "199" in name)
     found = [Update(w, clipped, "MaskedAdamW") for w in (block, bert)]
     for case in (moments, low):
         found += [Update(w, case, provider) for w in (block, bert) for provider in case.providers]
@@ -547,13 +538,16 @@ def table(content: dict[str, Any]) -> str:
         "| Kernel | in | blocks | per SM | waves | us | bound by |",
         "|---|---|---:|---:|---:|---:|---|",
     ]
+    shown = set()
     for title, entry in content["results"].items():
         for kernel in entry["H200"]["kernels"]:
-            if "slots" in kernel and kernel["us"] > 1.5 * LAUNCH_US:
-                lines.append(
-                    f"| `{kernel['kernel']}` | {title} | {kernel['blocks']:,} | {kernel['slots']} | "
-                    f"{kernel['waves']:.2f} | {kernel['us']:,.1f} | {kernel['bound_by']} |"
-                )
+            key = kernel["kernel"], kernel["bytes"], kernel["bound_by"]
+            if "slots" not in kernel or key in shown or kernel["blocks"] < 3:
+                continue
+            shown.add(key)
+            cells = (f"{kernel['blocks']:,}", kernel["slots"], f"{kernel['waves']:.2f}")
+            cells += (f"{kernel['us']:,.1f}", kernel["bound_by"])
+            lines.append(f"| `{kernel['kernel']}` | {title} | {' | '.join(map(str, cells))} |")
     commit = (content["meta"]["commit"] or "no commit")[:9]
     changed = " with changes" if content["meta"]["dirty"] else ""
     return "\n".join([*lines, "", f"Commit {commit}{changed}, nvcc {content['meta']['nvcc']}."])
@@ -570,7 +564,9 @@ def compare(folder: Path, compiled: Compiled) -> str:
         for result in content["results"]:
             us = result["providers"].get("ours", {}).get("kernel_us")
             if us is not None:
-                measured.append((cases[kernels.title(result)], us))
+                shape = kernels.Shape(*result["shape"])
+                title = f"{result['operation']}, {result['demand']}, {shape} {result['dtype']}"
+                measured.append((cases[title], us))
     if (path := folder / "optimizer.json").exists():
         content = json.loads(path.read_text())
         names.add(content["meta"]["device"])
@@ -578,7 +574,7 @@ def compare(folder: Path, compiled: Compiled) -> str:
         for result in content["results"]:
             case = cases[result["case"]]
             for provider, entry in result["providers"].items():
-                ours = not provider.startswith("torch")
+                ours = not provider.startswith(("torch", "FlashOptim"))
                 if ours and "kernel_ms" in entry:
                     update = Update(result["workload"], case, provider)
                     measured.append((update, 1e3 * entry["kernel_ms"]))
