@@ -176,10 +176,12 @@ def verdicts(folder: Path) -> Iterator[dict[str, Any]]:
     for path in sorted(folder.glob("training/*.json")):
         yield from _load(path)["verdicts"]
     for result in _load(folder / "optimizer.json").get("results", ()):
+        most = next(iter(result["providers"].values())).get("bytes_per_parameter")
         for name, entry in result["providers"].items():
             if (target := entry.get("target_speedup")) is not None:
+                what = f"{result['workload']}, {result['case']}: {name}, {target:g} x"
                 yield {
-                    "target": f"{result['workload']}, {result['case']}: {name}, {target:g} x",
+                    "target": f"{what} (ceiling {most / entry['bytes_per_parameter']:.2f} x by bytes)",
                     "met": entry["speedup"] >= target,
                     "found": f"{entry['speedup']:.3f}, {entry['speedup'] / target - 1:+.1%}",
                 }
