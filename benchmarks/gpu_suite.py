@@ -171,17 +171,23 @@ def _load(path: Path) -> dict[str, Any]:
     return json.loads(path.read_text()) if path.exists() else {}
 
 
+def _ceiling(result: dict[str, Any], name: str) -> str:
+    """Of an update's speedup, in brackets: by the bytes that the baseline moves and that it does."""
+    entries = (next(iter(result["providers"].values())), result["providers"][name])
+    most, own = (entry.get("bytes_per_parameter") for entry in entries)
+    return f" (ceiling {most / own:.2f} x by bytes)" if most and own else ""
+
+
 def verdicts(folder: Path) -> Iterator[dict[str, Any]]:
     """Of all results there are: {"target", "met" (None: not measured), "found"}."""
     for path in sorted(folder.glob("training/*.json")):
         yield from _load(path)["verdicts"]
     for result in _load(folder / "optimizer.json").get("results", ()):
-        most = next(iter(result["providers"].values())).get("bytes_per_parameter")
         for name, entry in result["providers"].items():
             if (target := entry.get("target_speedup")) is not None:
                 what = f"{result['workload']}, {result['case']}: {name}, {target:g} x"
                 yield {
-                    "target": f"{what} (ceiling {most / entry['bytes_per_parameter']:.2f} x by bytes)",
+                    "target": f"{what}{_ceiling(result, name)}",
                     "met": entry["speedup"] >= target,
                     "found": f"{entry['speedup']:.3f}, {entry['speedup'] / target - 1:+.1%}",
                 }

@@ -60,6 +60,16 @@ def test_optimizer_table_is_that_of_the_stored_results():
     assert tables and all(table in _between("optimizer") for table in tables)
 
 
+@pytest.mark.parametrize(
+    ("name", "script"), [("predicted", "predicted_times"), ("ceilings", "ceilings")]
+)
+def test_what_is_counted_without_a_gpu_is_stored(name, script, monkeypatch):
+    monkeypatch.setattr(sys, "path", list(sys.path))  # the script's folder goes in front
+    pytest.importorskip("triton")
+    stored = json.loads((RESULTS / "compiled" / f"{script}.json").read_text())
+    assert _between(name) == _benchmark(script).table(stored)
+
+
 def test_cache_table_is_that_of_the_stored_results():
     prefix_cache = _benchmark("prefix_cache")
     tables = [
