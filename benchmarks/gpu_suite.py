@@ -172,7 +172,7 @@ def _load(path: Path) -> dict[str, Any]:
 
 
 def _ceiling(result: dict[str, Any], name: str) -> str:
-    """Of an update's speedup, in brackets: by the bytes that the baseline moves and that it does."""
+    """Of an update's speedup, in brackets: the bytes that the baseline moves, over its own."""
     entries = (next(iter(result["providers"].values())), result["providers"][name])
     most, own = (entry.get("bytes_per_parameter") for entry in entries)
     return f" (ceiling {most / own:.2f} x by bytes)" if most and own else ""

@@ -1,6 +1,6 @@
 """What every kernel should take on five GPUs, from its instructions and bytes; no GPU is needed.
 
-    python benchmarks/predicted_times.py             # compile, predict, store, print: 3 minutes
+    python benchmarks/predicted_times.py             # compile, predict, store, print: 2 minutes
     python benchmarks/predicted_times.py --table     # the table of docs/tables/kernels.md
     python benchmarks/predicted_times.py --compare benchmarks/results/NAME-OF-THE-GPU
 
@@ -209,6 +209,7 @@ class Compiled:
         if tool is None:
             raise SystemExit("cuobjdump is neither in PATH nor in triton's package")
         self.folder, self.tool = folder, tool
+        self.steps: dict[tuple[str, int, int], Steps] = {}
         self._triton: dict[tuple[str, int], Code] = {}
         self._native: dict[tuple[str, str], Code] | None = None
 
@@ -506,8 +507,11 @@ def updates() -> list[Update]:
 
 def predict(what: kernels.Case | Update, device: Device, compiled: Compiled) -> dict[str, Any]:
     """Microseconds, and the share of bandwidth, or of bfloat16's FLOP for a loss."""
-    make = of_update if isinstance(what, Update) else of_call
-    steps = make(what, device, compiled)
+    key = str(what), device.architecture, device.multiprocessors  # all that they depend on
+    if key not in compiled.steps:
+        make = of_update if isinstance(what, Update) else of_call
+        compiled.steps[key] = make(what, device, compiled)
+    steps = compiled.steps[key]
     found = [step.predict(device) for step in steps]
     us, moved = sum(f["us"] for f in found), sum(f["bytes"] for f in found)
     share = moved / us / 1e3 / device.gb_per_s

@@ -33,7 +33,7 @@ def predicted():
     sys.path[:] = before
 
 
-# A way for odd addresses, a loop of 16-byte loads, a loop for the tail, and a division that is rare.
+# A loop of 16-byte loads, a loop for the tail, and a way for odd addresses with a rare division.
 LISTING = """
         code for sm_90
                 Function : kernel
