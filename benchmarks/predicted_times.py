@@ -36,6 +36,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import functools
 import json
 import math
 import os
@@ -65,9 +66,7 @@ from triton_builds import compile_for, find_cuobjdump, resources  # noqa: E402 -
 
 from progtuning_kernels import backend  # noqa: E402 - as above
 from progtuning_kernels.cli.provenance import provenance  # noqa: E402 - as above
-from progtuning_kernels.ops.linear_cross_entropy import OP as LOSS  # noqa: E402 - as above
 from progtuning_kernels.ops.linear_cross_entropy import chunks  # noqa: E402 - as above
-from progtuning_kernels.ops.linear_cross_entropy.reference import Options  # noqa: E402 - as above
 
 RESULT = ROOT / "benchmarks" / "results" / "compiled" / "predicted_times.json"
 REACHED = 0.9  # of bandwidth and issue slots: copies reach 0.88 to 0.93 of these bandwidths
@@ -211,7 +210,6 @@ class Compiled:
         self.folder, self.tool = folder, tool
         self.steps: dict[tuple[str, int, int], Steps] = {}
         self._triton: dict[tuple[str, int], Code] = {}
-        self._native: dict[tuple[str, str], Code] | None = None
 
     def triton(self, launch: kernel_resources.Launch, architecture: int, through: str) -> Code:
         key = launch.same_code() + through, architecture
@@ -227,23 +225,26 @@ class Compiled:
             self._triton[key] = Code(threads, used["REG"], compiled.metadata.shared, parts)
         return self._triton[key]
 
-    def native(self, name: str, architecture: int, threads: int = 256) -> Code:
-        """name: a kernel, or its instantiation: "update_float32_kernel<448>"."""
-        if self._native is None:
-            self._native, read = {}, {}
-            for found in kernel_resources.cuda_kernels(self.folder):
-                if found.binary not in read:
-                    read[found.binary] = listings(found.binary, self.tool)
-                variant = f"<{found.variant}>" if found.variant else ""
-                # of the loops of an update with 8-bit moments that of the codes, which finds the
-                # largest of a warp
-                through = "REDUX|CREDUX" if "EightBit" in variant else ""
-                used, listing = found.used, read[found.binary][found.key]
-                wide = 1024 if "decision" in found.kernel or "final" in found.kernel else threads
-                parts = tuple(hot_path(listing, through))
-                code = Code(wide, used["registers"], used["shared_bytes"], parts)
-                self._native[found.kernel + variant, found.target] = code
-        return self._native[name, f"sm_{architecture}"]
+    @functools.cached_property
+    def natives(self) -> dict[tuple[str, str], Code]:
+        """By kernel or instantiation, "update_float32_kernel<448>", and target."""
+        found, read = {}, {}
+        for kernel in kernel_resources.cuda_kernels(self.folder):
+            if kernel.binary not in read:
+                read[kernel.binary] = listings(kernel.binary, self.tool)
+            name = kernel.kernel + (f"<{kernel.variant}>" if kernel.variant else "")
+            # of the loops of an update with 8-bit moments that of the codes, which finds the
+            # largest of a warp
+            through = "REDUX|CREDUX" if "EightBit" in name else ""
+            parts = tuple(hot_path(read[kernel.binary][kernel.key], through))
+            threads = 1024 if kernel.kernel.startswith(("norm_decision", "norm_final")) else 256
+            used = kernel.used
+            code = Code(threads, used["registers"], used["shared_bytes"], parts)
+            found[name, kernel.target] = code
+        return found
+
+    def native(self, name: str, device: Device) -> Code:
+        return self.natives[name, f"sm_{device.native}"]
 
 
 # What a program of a Triton kernel with loops loads in them: rounds as they are written, of which
@@ -336,24 +337,25 @@ def of_call(case: kernels.Case, device: Device, compiled: Compiled) -> Steps:
     recording = kernel_resources.recording(str(case), None)
     with FakeTensorMode(), _chosen("triton"), recording as launches:
         if case.operation.is_loss:
-            # on a GPU the products of float32 sums differ, and a fake one has no autograd here
+            # the sums of float32 are made otherwise on a GPU, and a tensor that is a GPU's to
+            # autograd does not exist here: the forward, which forms the gradients, runs without it
             shape, dtype = case.shape, case.dtype
             hidden = torch.empty(shape.rows, shape.width, dtype=dtype)
             weight = torch.empty(shape.vocabulary, shape.width, dtype=dtype)
             labels = torch.empty(shape.rows, dtype=torch.int64)
             demand = [name in case.demanded for name in ("hidden", "weight", "bias")]
-            options = Options(-100, 0.0, None, 0.0, "mean", LOGITS_BYTES, None)
-            chosen = backend.find(LOSS, "triton", [hidden])[0]
-            with mock.patch.object(FakeTensor, "is_cuda", True, create=True), torchs:
-                chunks.form(chosen, hidden, weight, None, labels, None, None, demand, options)
+
+            def form(*args: Any, own: Any = chunks.form) -> Any:
+                return own(*(demand if isinstance(arg, list) else arg for arg in args))
+
+            forming = mock.patch.object(chunks, "form", form)
+            with forming, mock.patch.object(FakeTensor, "is_cuda", True, create=True), torchs:
+                case.operation.ours("triton")(hidden=hidden, weight=weight, labels=labels)
         else:
             given = kernels.Given.drawn(case, torch.device("cpu"), seed=0)
             kernels.run(case.operation.ours("triton"), given)
     ours = [_triton_kernel(launch, device, compiled) for launch in launches]
     return [*ours, *torchs.found]
-
-
-LOGITS_BYTES = 512 * 2**20  # the default of linear_cross_entropy
 
 
 class _Extension:
@@ -372,7 +374,7 @@ class _Extension:
 
     def masked_update_slots_cuda(self, variant: Any, tensors: int) -> int:
         """Blocks that the device holds at once."""
-        code = self.compiled.native(instantiation(variant, tensors), self.device.native)
+        code = self.compiled.native(instantiation(variant, tensors), self.device)
         return code.slots(self.device) * self.device.multiprocessors
 
 
@@ -411,6 +413,8 @@ def of_update(update: Update, device: Device, compiled: Compiled) -> Steps:
     provider = update.case.providers[update.provider]
     shapes = WORKLOADS[update.workload]
     elements = sum(map(math.prod, shapes))
+    if update.implementation == "native":
+        assert compiled.natives  # read now: below `_C` is a stand-in
     extension = _Extension(device, compiled)
     against = None if update.implementation == "native" else "this prediction is of Triton"
     recording = kernel_resources.recording(str(update), None)
@@ -460,18 +464,18 @@ def _native_kernel(
 ) -> Kernel:
     if name == "norm_decision_cuda":
         _, count, *_ = arguments
-        code = compiled.native("norm_decision_kernel", device.native)
+        code = compiled.native("norm_decision_kernel", device)
         return Kernel("norm_decision_kernel", code, 1, 4 * count, 4 * count)
     (_, _, blocks, *_), addresses, *others = arguments
     if name == "bucket_norm_partials_cuda":
         kind, few = _GRADIENTS[others[0]], 448 if len(addresses) <= 448 else 4032
-        code = compiled.native(f"bucket_partials_kernel<{kind}, {few}>", device.native)
+        code = compiled.native(f"bucket_partials_kernel<{kind}, {few}>", device)
         moved = elements * (4 if kind == "float" else 2)
         return Kernel("bucket_partials_kernel", code, blocks, moved)
     if name != "masked_update_cuda":
         raise ValueError(f"{name} has no prediction")
     kernel = instantiation(others[1], len(addresses))
-    code = compiled.native(kernel, device.native)
+    code = compiled.native(kernel, device)
     return _update_kernel(kernel, code, blocks, elements, update)
 
 

@@ -117,7 +117,7 @@ def test_measured_times_beside_predictions(predicted, tmp_path):
     # the update: nothing is compiled by nvcc here
     part = _load("hot_path").Part(True, {"issue": 152}, 1150, 64)
     code = predicted.Code(256, 40, 120, (part,))
-    compiled.native = lambda name, architecture: code
+    compiled.natives, compiled.native = {"any": code}, lambda name, device: code
     entries = {"MaskedAdamW": {"kernel_ms": 0.2}, "torch fused": {"kernel_ms": 0.3}}
     update = {"workload": "MiniLM, 101 tensors", "case": "with clipping", "providers": entries}
     (tmp_path / "optimizer.json").write_text(json.dumps({"meta": meta, "results": [update]}))
