@@ -50,7 +50,7 @@ accuracy: .venv/.demo ## every method and schedule on GLUE tasks, in pieces: mak
 
 # not in .venv: the GPU's machine has a torch of its own, and may have no network
 gpu-suite: OUT = runs/gpu-suite
-gpu-suite: ## everything that needs a GPU, in 8 minutes: make gpu-suite OUT=FOLDER PYTHON=python3
+gpu-suite: ## everything that needs a GPU, in 8 minutes, with ARGS=--short in 5: make gpu-suite OUT=FOLDER PYTHON=python3
 	$(PYTHON) benchmarks/gpu_suite.py --output $(OUT) $(ARGS)
 
 clean: ## forget the environment and everything built

@@ -1,12 +1,13 @@
-"""MaskedAdamW against torch's AdamW: interleaved in one process, parity before any time.
+"""MaskedAdamW against torch's AdamW and FlashOptim: interleaved in one process, parity first.
 
     python benchmarks/optimizer.py [--output FOLDER]                 # CPU, MiniLM's tensors
-    python benchmarks/optimizer.py --device cuda [--output FOLDER]   # BERT-base, 100 M, 1 G
+    python benchmarks/optimizer.py --device cuda [--output FOLDER]   # BERT-base, 100 M, 1 G too
     python benchmarks/optimizer.py --table FOLDER                    # the table of the docs
 
 A step is what a training loop pays for: clipping, update and `zero_grad`. `step_ms` is the time of
 the call, the device waited for; on CUDA `kernel_ms` is the time of one of 20 steps replayed from a
-graph, without the CPU. Bandwidth is shown beside that of a copy in the same process.
+graph, without the CPU. Bandwidth is shown beside that of a copy in the same process. Who moves
+parameters elsewhere than the baseline, or cannot run here, gets a reason instead of times.
 
 Prediction, bytes per parameter. fp32: an update reads p, g, m, v and writes p, m, v: 28. torch's
 clipping adds 12 (the norm reads g, the scaling reads and writes it), ours 4: at most 40 / 32 =
@@ -20,21 +21,25 @@ from __future__ import annotations
 import argparse
 import json
 import math
+import os
 import statistics
 import time
+import warnings
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import torch
 from torch import nn
 
-from progtuning_kernels import MaskedAdamW
-from progtuning_kernels.cli.provenance import provenance
+from progtuning_kernels import MaskedAdamW, backend
+from progtuning_kernels.cli.provenance import installed_version, provenance
 
 ROUNDS, WARM_UP, GRAPH_STEPS = 30, 5, 20
 PARITY_STEPS, PARITY_ELEMENTS = 3, 20_000_000
+COPIED = {"cuda": 2**28, "cpu": 2**25}  # float32: 1 GiB, 128 MiB
 HYPER = dict(lr=1e-3, weight_decay=0.1)
 CLIP = 1e-2  # below the gradients' norm: it does clip
 
@@ -117,6 +122,44 @@ def masked(**options: Any) -> Callable[..., Callable[[], None]]:
     return build
 
 
+def masked_in_triton(**options: Any) -> Callable[..., Callable[[], None]]:
+    """As where the extension has no CUDA kernels; raises if something else runs."""
+
+    def build(parameters: list[nn.Parameter], clip: float | None) -> Callable[[], None]:
+        step = masked(**options)(parameters, clip)
+
+        def step_in_triton() -> None:
+            with mock.patch.dict(os.environ, {backend.ENVIRONMENT_VARIABLE: "triton"}):
+                step()
+            if (why := backend.passed_over.get("masked_update")) is not None:
+                raise RuntimeError(f"Triton did not run: {why}")
+
+        return step_in_triton
+
+    return build
+
+
+def flash(**options: Any) -> Callable[..., Callable[[], None]]:
+    """FlashOptim's, moments of 8 bits in groups of 32; it launches a kernel per tensor."""
+
+    def build(parameters: list[nn.Parameter], clip: float | None) -> Callable[[], None]:
+        from flashoptim import FlashAdamW
+
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # that parameters without more bits are fragile
+            optimizer = FlashAdamW(parameters, **HYPER, **options)
+
+        def step() -> None:
+            if clip is not None:
+                nn.utils.clip_grad_norm_(parameters, clip, foreach=True)
+            optimizer.step()
+            optimizer.zero_grad()
+
+        return step
+
+    return build
+
+
 @dataclass(frozen=True)
 class Case:
     """Providers that are measured against each other, the first one the baseline."""
@@ -129,6 +172,7 @@ class Case:
 
 
 def cases(device: torch.device) -> list[Case]:
+    gpu = device.type == "cuda"
     fused = Provider(torchs(fused=True), 28, 12)
     ignore = dict(nonfinite="ignore")
     ours = Provider(masked(**ignore), 28, 4)
@@ -142,21 +186,30 @@ def cases(device: torch.device) -> list[Case]:
         "MaskedAdamW": ours,
         "MaskedAdamW, skips non-finite": Provider(masked(), 32, 0),
     }
-    if device.type == "cuda":
-        clipping["torch foreach"] = Provider(torchs(foreach=True), 52, 12, most_parameters=5e8)
+    eight_bit = dict(state_dtype="8bit", **ignore)
     moments = {
         "fp32": ours,
         "bf16": Provider(masked(state_dtype=torch.bfloat16, **ignore), 20, 4, 0.05),
-        "8-bit": Provider(masked(state_dtype="8bit", **ignore), 16.1, 4, 0.3),
+        "8-bit": Provider(masked(**eight_bit), 16.1, 4, 0.3),
     }
     low = dict(stochastic_rounding=True, **ignore)
-    # what bf16 parameters lose in three steps of 1e-3 is large; direction is checked in fp32 above
+    low_8_bit = dict(state_dtype="8bit", **low)
     low_moments = {
-        "fp32": Provider(masked(**low), 22, 2, 1.0),
-        "bf16": Provider(masked(state_dtype=torch.bfloat16, **low), 14, 2, 1.0),
-        "8-bit": Provider(masked(state_dtype="8bit", **low), 10.1, 2, 1.0),
+        "fp32": Provider(masked(**low), 22, 2, 0.3),
+        "bf16": Provider(masked(state_dtype=torch.bfloat16, **low), 14, 2, 0.3),
+        "8-bit": Provider(masked(**low_8_bit), 10.1, 2, 0.3),
     }
-    gpu = device.type == "cuda"
+    if gpu:
+        clipping["MaskedAdamW, Triton"] = Provider(masked_in_triton(), 28, 4)
+        clipping["torch foreach"] = Provider(torchs(foreach=True), 52, 12, most_parameters=5e8)
+        plain["MaskedAdamW, Triton"] = Provider(masked_in_triton(**ignore), 28, 4)
+        moments["8-bit, Triton"] = Provider(masked_in_triton(**eight_bit), 16.1, 4, 0.3)
+        # a scale of 16 bits for 32 elements of each moment is read and written
+        moments["FlashOptim 8-bit"] = Provider(flash(master_weight_bits=None), 16.25, 12, 0.3)
+        low_moments["8-bit, Triton"] = Provider(masked_in_triton(**low_8_bit), 10.1, 2, 0.3)
+        nearest, more_bits = flash(master_weight_bits=None), flash(master_weight_bits=24)
+        low_moments["FlashOptim 8-bit, rounded to nearest"] = Provider(nearest, 10.25, 6, 0.3)
+        low_moments["FlashOptim 8-bit, 24-bit parameters"] = Provider(more_bits, 12.25, 6, 0.3)
     return [
         Case("with clipping", CLIP, clipping, targets={"MaskedAdamW": 1.15}),
         Case("without clipping", None, plain, targets={"MaskedAdamW": 1.0}),
@@ -207,18 +260,47 @@ def wait(device: torch.device) -> None:
         torch.cuda.synchronize(device)
 
 
-def check_parity(runs: dict[str, Run], baseline: str) -> None:
-    """Three steps of everybody; exits where a provider moves elsewhere than the baseline."""
-    before = runs[baseline].sample()
-    moved: dict[str, torch.Tensor] = {}
-    for name, run in runs.items():
-        for _ in range(PARITY_STEPS):
-            run.give_gradients()
-            run.step()
-        moved[name] = run.sample() - before
-        error = (moved[name] - moved[baseline]).norm() / moved[baseline].norm()
-        if not error <= run.provider.tolerance:
-            raise SystemExit(f"parity is red: {name} moves {error:.1e} off {baseline}, no times")
+def reason(error: Exception) -> str:
+    if isinstance(error, ModuleNotFoundError):
+        return f"{error.name} is not installed"
+    return f"{type(error).__name__}: {backend.one_line(error)}"
+
+
+def movement(run: Run) -> torch.Tensor:
+    """Of the sample, in three steps."""
+    before = run.sample()
+    for _ in range(PARITY_STEPS):
+        run.give_gradients()
+        run.step()
+    return run.sample() - before
+
+
+def checked_runs(
+    case: Case, gradients: list[torch.Tensor]
+) -> tuple[dict[str, Run], dict[str, str]]:
+    """Runs that have moved parameters where the baseline has; of the others the reasons."""
+    runs, reasons, expected = {}, {}, None
+    count = sum(g.numel() for g in gradients)
+    for name, provider in case.providers.items():
+        if count > provider.most_parameters:
+            reasons[name] = "does not fit beside the others"
+            continue
+        try:
+            run = Run(provider, case, gradients)
+            moved = movement(run)
+        except Exception as error:
+            if expected is None:
+                raise
+            reasons[name] = reason(error)
+            wait(gradients[0].device)  # raises if the device is lost
+            continue
+        expected = moved if expected is None else expected
+        error = (moved - expected).norm() / expected.norm()
+        if error <= provider.tolerance:
+            runs[name] = run
+        else:
+            reasons[name] = f"parity is red: moves {error:.1e} off {next(iter(case.providers))}"
+    return runs, reasons
 
 
 def kernel_ms(run: Run, device: torch.device) -> float | None:
@@ -244,8 +326,8 @@ def kernel_ms(run: Run, device: torch.device) -> float | None:
 
 
 def copy_gb_per_s(device: torch.device) -> float:
-    """Bytes read and written per second by `copy_` of 1 GiB (128 MiB on CPU)."""
-    count = 2**28 if device.type == "cuda" else 2**25
+    """Bytes read and written per second by `copy_`."""
+    count = COPIED[device.type]
     source, target = torch.randn(count, device=device), torch.empty(count, device=device)
     best = float("inf")
     for _ in range(15):
@@ -265,13 +347,8 @@ def measure(case: Case, workload: str, device: torch.device, copy: float) -> dic
         torch.empty(s, device=device, dtype=case.dtype).normal_(0, 1e-3, generator=generator)
         for s in shapes
     ]
-    runs = {
-        name: Run(provider, case, gradients)
-        for name, provider in case.providers.items()
-        if count <= provider.most_parameters
-    }
+    runs, reasons = checked_runs(case, gradients)
     baseline = next(iter(runs))
-    check_parity(runs, baseline)
     for i in range(WARM_UP + ROUNDS):
         for run in runs.values():
             run.give_gradients()
@@ -289,7 +366,12 @@ def measure(case: Case, workload: str, device: torch.device, copy: float) -> dic
         "max_grad_norm": case.clip,
         "providers": {},
     }
-    for name, run in runs.items():
+    for name in case.providers:
+        target = {"target_speedup": case.targets[name]} if name in case.targets else {}
+        if name in reasons:
+            result["providers"][name] = {"reason": reasons[name]} | target
+            continue
+        run = runs[name]
         low, *_, high = statistics.quantiles(run.times_ms, n=5)
         provider = run.provider
         per_parameter = provider.bytes_per_parameter
@@ -300,15 +382,17 @@ def measure(case: Case, workload: str, device: torch.device, copy: float) -> dic
             "step_ms_p80": high,
             "bytes_per_parameter": per_parameter,
         }
-        if (kernels := kernel_ms(run, device)) is not None:
-            entry["kernel_ms"] = kernels
+        try:
+            if (kernels := kernel_ms(run, device)) is not None:
+                entry["kernel_ms"] = kernels
+        except Exception as error:
+            entry["not_captured"] = backend.one_line(error)
+            wait(device)
         fastest = entry.get("kernel_ms", entry["step_ms"])
         entry["gb_per_s"] = per_parameter * count / fastest / 1e6
         entry["share_of_copy"] = entry["gb_per_s"] / copy
         entry["speedup"] = result["providers"].get(baseline, entry)["step_ms"] / entry["step_ms"]
-        if name in case.targets:
-            entry["target_speedup"] = case.targets[name]
-        result["providers"][name] = entry
+        result["providers"][name] = entry | target
     return result
 
 
@@ -316,13 +400,16 @@ def show(result: dict[str, Any]) -> None:
     size = f"{result['parameters'] / 1e6:.1f} M {result['dtype']}"
     print(f"\n{result['workload']} ({size}), {result['case']}")
     for name, entry in result["providers"].items():
+        if "reason" in entry:
+            print(f"  {name:40} no times: {entry['reason']}")
+            continue
         kernels = f"  kernels {entry['kernel_ms']:7.3f} ms" if "kernel_ms" in entry else ""
         target = ""
         if "target_speedup" in entry:
             verdict = "met" if entry["speedup"] >= entry["target_speedup"] else "NOT met"
             target = f"  target {entry['target_speedup']:.2f}: {verdict}"
         print(
-            f"  {name:30} {entry['step_ms']:8.3f} ms{kernels}  {entry['gb_per_s']:7.1f} GB/s "
+            f"  {name:40} {entry['step_ms']:8.3f} ms{kernels}  {entry['gb_per_s']:7.1f} GB/s "
             f"({entry['share_of_copy']:.2f} of copy)  x {entry['speedup']:.2f}{target}"
         )
 
@@ -334,6 +421,9 @@ def table(content: dict[str, Any]) -> str:
         size = f"{result['parameters'] / 1e6:.1f} M {result['dtype']}"
         lines.append(f"| **{result['workload']}, {size}, {result['case']}** | | | | |")
         for name, entry in result["providers"].items():
+            if "reason" in entry:
+                lines.append(f"| {name}: {entry['reason']} | | | | |")
+                continue
             cells = (
                 f"{entry['step_ms']:.2f}",
                 f"{entry['bytes_per_parameter']:.4g}",
@@ -344,31 +434,58 @@ def table(content: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
+def workloads_of(device: torch.device) -> list[str]:
+    """In order of importance, for runs on a budget; on a CPU one."""
+    smallest, *others = WORKLOADS
+    return [*others, smallest] if device.type == "cuda" else [smallest]
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--device", default="cpu", help="cpu or cuda")
     parser.add_argument("--workload", action="append", choices=list(WORKLOADS))
+    parser.add_argument("--budget-s", type=float, default=math.inf, help="start no case after it")
     parser.add_argument("--output", type=Path, help="write optimizer.json into this folder")
     parser.add_argument("--table", type=Path, help="print the table of this folder's results")
     arguments = parser.parse_args()
     if arguments.table is not None:
         print(table(json.loads((arguments.table / "optimizer.json").read_text())))
         return
-    device = torch.device(arguments.device)
-    workloads = arguments.workload or list(WORKLOADS)[: 1 if device.type == "cpu" else None]
+    began, device = time.monotonic(), torch.device(arguments.device)
+    chosen = [
+        (workload, case)
+        for workload in arguments.workload or workloads_of(device)
+        for case in cases(device)
+    ]
     copy = copy_gb_per_s(device)
     print(f"copy: {copy:.1f} GB/s")
-    content: dict[str, Any] = {"meta": provenance(device), "copy_gb_per_s": copy, "results": []}
-    for workload in workloads:
-        for case in cases(device):
+    meta = provenance(device)
+    if device.type == "cuda":
+        meta["versions"]["flashoptim"] = installed_version("flashoptim")
+    content: dict[str, Any] = {"meta": meta, "copy_gb_per_s": copy, "results": []}
+    content |= {"failed": {}, "not_reached": []}
+    for workload, case in chosen:
+        title = f"{workload}, {case.title}"
+        if time.monotonic() - began > arguments.budget_s:
+            content["not_reached"].append(title)
+            continue
+        try:
             content["results"].append(measure(case, workload, device, copy))
             show(content["results"][-1])
-            if arguments.output is not None:  # as it goes: a run cut short leaves what it has
-                arguments.output.mkdir(parents=True, exist_ok=True)
-                path = arguments.output / "optimizer.json"
-                path.write_text(json.dumps(content, indent=1) + "\n")
-            if device.type == "cuda":
-                torch.cuda.empty_cache()
+        except Exception as error:  # of the tensors, or of the baseline
+            content["failed"][title] = reason(error)
+            print(f"\n{title}: {content['failed'][title]}")
+            wait(device)  # raises if the device is lost
+        if arguments.output is not None:  # as it goes: a run cut short leaves what it has
+            arguments.output.mkdir(parents=True, exist_ok=True)
+            path = arguments.output / "optimizer.json"
+            path.write_text(json.dumps(content, indent=1) + "\n")
+        if device.type == "cuda":
+            torch.cuda.empty_cache()
+    if content["not_reached"]:
+        print(f"\nout of budget: {len(content['not_reached'])} of {len(chosen)} cases not reached")
+    if content["failed"]:
+        raise SystemExit(f"{len(content['failed'])} of {len(chosen)} cases have no times")
 
 
 if __name__ == "__main__":

@@ -58,7 +58,8 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT / "benchmarks"), str(ROOT / "tests" / "support")]
 
 import kernel_resources  # noqa: E402 - a script's folder, above
-import kernels  # noqa: E402 - as above
+import kernel_operations as kernels  # noqa: E402 - as above
+import kernel_timing  # noqa: E402 - as above
 import optimizer  # noqa: E402 - as above
 from ceilings import DTYPE_CODES, launches_kernel  # noqa: E402 - as above
 from hot_path import Part, hot_path, listings  # noqa: E402 - as above
@@ -352,8 +353,8 @@ def of_call(case: kernels.Case, device: Device, compiled: Compiled) -> Steps:
             with forming, mock.patch.object(FakeTensor, "is_cuda", True, create=True), torchs:
                 case.operation.ours("triton")(hidden=hidden, weight=weight, labels=labels)
         else:
-            given = kernels.Given.drawn(case, torch.device("cpu"), seed=0)
-            kernels.run(case.operation.ours("triton"), given)
+            given = kernel_timing.Given.drawn(case, torch.device("cpu"), seed=0)
+            kernel_timing.run(case.operation.ours("triton"), given)
     ours = [_triton_kernel(launch, device, compiled) for launch in launches]
     return [*ours, *torchs.found]
 
@@ -504,8 +505,9 @@ def updates() -> list[Update]:
     block, bert = next(iter(WORKLOADS)), next(name for name in WORKLOADS if "199" in name)
     found = [Update(w, clipped, "MaskedAdamW") for w in (block, bert)]
     for case in (moments, low):
-        found += [Update(w, case, provider) for w in (block, bert) for provider in case.providers]
-        found += [Update(bert, case, provider, "triton") for provider in case.providers]
+        ours = [p for p in case.providers if not p.startswith("FlashOptim") and "Triton" not in p]
+        found += [Update(w, case, provider) for w in (block, bert) for provider in ours]
+        found += [Update(bert, case, provider, "triton") for provider in ours]
     return found
 
 
@@ -584,7 +586,9 @@ def compare(folder: Path, compiled: Compiled) -> str:
             for provider, entry in result["providers"].items():
                 ours = not provider.startswith(("torch", "FlashOptim"))
                 if ours and "kernel_ms" in entry:
-                    update = Update(result["workload"], case, provider)
+                    name = provider.removesuffix(", Triton")
+                    implementation = "native" if name == provider else "triton"
+                    update = Update(result["workload"], case, name, implementation)
                     measured.append((update, 1e3 * entry["kernel_ms"]))
     if not measured:
         raise SystemExit(f"no kernel times of a GPU in {folder}")

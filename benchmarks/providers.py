@@ -195,6 +195,13 @@ def _bitsandbytes(work: Work) -> Session:
     return plain_session(work, model, bnb.optim.AdamW8bit(_groups(model), lr=work.lr))
 
 
+def _flashoptim(work: Work) -> Session:
+    flash, model = _package("flashoptim"), work.model()
+    bits = 24 if next(model.parameters()).dtype.itemsize == 2 else None  # float32 has its 32
+    optimizer = flash.FlashAdamW(_groups(model), lr=work.lr, master_weight_bits=bits)
+    return plain_session(work, model, optimizer)
+
+
 # ---- this library
 
 
@@ -284,6 +291,7 @@ PROVIDERS: dict[str, Provider] = {
     "bitsandbytes 8-bit": Provider(
         _bitsandbytes, movement_tolerance=0.3, packages=("bitsandbytes",)
     ),
+    "FlashOptim 8-bit": Provider(_flashoptim, movement_tolerance=0.3, packages=("flashoptim",)),
     "ours": _planned(_with()),
     "ours, cache": _planned(_with(cached=True), caches=True),
     "ours, compiled": _planned(_with(compiled=True), compiles=True),

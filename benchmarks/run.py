@@ -212,6 +212,9 @@ class Bench:
 
     def _run_apart(self, name: str) -> None:
         """One run in a process of its own; its record is added to those of earlier ones."""
+        for package in PROVIDERS[name].packages:
+            if installed_version(package) is None:  # a process would take seconds to say so
+                return self._no_number(name, f"{package} is not installed")
         with tempfile.TemporaryDirectory() as folder:
             result = Path(folder, "record.json")
             command = [sys.executable, str(FOLDER / "run.py"), str(self.path), "--only", name]

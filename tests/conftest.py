@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import os
 
 import hypothesis
 import own_process
@@ -26,12 +27,14 @@ def pytest_configure(config: pytest.Config) -> None:
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    if torch.cuda.is_available():
-        return
-    skip = pytest.mark.skip(reason="no CUDA device")
+    why = {}
+    if not torch.cuda.is_available():
+        why["gpu"] = "no CUDA device"
+    if os.environ.get("CUDA_LAUNCH_BLOCKING") == "1":
+        why["captures"] = "launches that block cannot be captured"
     for item in items:
-        if "gpu" in item.keywords:
-            item.add_marker(skip)
+        for marker in why.keys() & item.keywords:
+            item.add_marker(pytest.mark.skip(reason=why[marker]))
 
 
 def pytest_collection_finish() -> None:

@@ -68,6 +68,7 @@ def test_step_never_waits_for_the_device_and_skips_there():
         assert optimizer.state[p]["step"] == 1
 
 
+@pytest.mark.captures
 def test_triton_is_tried_once_and_never_in_a_capture(monkeypatch):
     pytest.importorskip("triton")
     monkeypatch.setattr(backend, "triton_trials", {})

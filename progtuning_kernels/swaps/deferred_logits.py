@@ -236,7 +236,7 @@ def _cross_entropy(
     if (
         deferred._logits is not None
         or (size_average, reduce) != (None, None)
-        or reduction not in ("mean", "sum")
+        or reduction not in ("mean", "sum", "none")
         or head.hidden.dim() != 2
         or target.dtype not in (torch.int64, torch.int32)
         or target.shape != head.hidden.shape[:1]

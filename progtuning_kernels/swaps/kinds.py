@@ -201,8 +201,17 @@ _GATED: tuple[tuple[str, str | None, str], ...] = (
 )
 
 
+# numbers that the gate and the result are multiplied by, as in Falcon-H1
+_MULTIPLIERS = ("gate_multiplier", "down_multiplier")
+
+
+def _multipliers(module: nn.Module) -> tuple[float, float]:
+    of_gate, of_down = (getattr(module, name, 1.0) for name in _MULTIPLIERS)
+    return of_gate, of_down
+
+
 def _gated_mlp(module: nn.Module) -> Swap | None:
-    """The swap for down(dropout(act(gate(x)) * up(x)))."""
+    """The swap for down(dropout(act(gate(x)) * up(x))), with or without multipliers."""
     children = dict(module.named_children())
     for names in _GATED:
         layers = [name for name in names if name is not None]
@@ -220,19 +229,25 @@ def _gated_mlp(module: nn.Module) -> Swap | None:
     if kind is None:
         raise CannotSwap(f"no op for its activation {type(children[act]).__name__}")
     gate_name, up_name, down_name = names
+    multipliers = _multipliers(module)
+    if not all(isinstance(number, int | float) for number in multipliers):
+        raise CannotSwap(f"its {' or '.join(_MULTIPLIERS)} is no number")
+    if multipliers[0] != 1 and kind != "silu":
+        raise CannotSwap("no op for a gate_multiplier with GELU")
     width, inside = (getattr(children[n], "in_features", None) for n in (gate_name, down_name))
     if width is None or inside is None:
         raise CannotSwap(f"its {gate_name} or {down_name} is no linear layer")
 
     def forward(self: nn.Module, x: Tensor) -> Tensor:
         children = self._modules
+        of_gate, of_down = _multipliers(self)
         gate = children[gate_name](x)
         if up_name is None:
             gate, up = gate.chunk(2, dim=-1)
         else:
             up = children[up_name](x)
         if kind == "silu":
-            hidden = swiglu(gate, up)
+            hidden = swiglu(gate, up, gate_multiplier=of_gate)
         else:
             hidden = geglu(gate, up, approximate=kind)
         if dropout is not None:
@@ -241,11 +256,12 @@ def _gated_mlp(module: nn.Module) -> Swap | None:
         dtype = getattr(getattr(down, "weight", None), "dtype", hidden.dtype)
         if dtype.is_floating_point and not torch.is_autocast_enabled(x.device.type):
             hidden = hidden.to(dtype)  # T5 keeps its last layer in float32
-        return down(hidden)
+        hidden = down(hidden)
+        return hidden if of_down == 1 else hidden * of_down
 
     return Swap(
         GATED_MLP,
-        (names, act, dropout, kind),
+        (names, act, dropout, kind, multipliers),
         forward,
         backend.OPS["swiglu" if kind == "silu" else "geglu"],
         width,

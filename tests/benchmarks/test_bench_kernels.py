@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import importlib.util
+import inspect
 import json
 import math
 import subprocess
@@ -11,32 +12,48 @@ import sys
 import time
 from contextlib import nullcontext
 from pathlib import Path
+from types import SimpleNamespace
 from unittest.mock import MagicMock
 
 import pytest
 import torch
 import torch.nn.functional as F
 
+from progtuning_kernels import ops
+
 SCRIPT = Path(__file__).parents[2] / "benchmarks" / "kernels.py"
 
 
-@pytest.fixture(scope="module")
-def kernels():
-    spec = importlib.util.spec_from_file_location("kernels", SCRIPT)
-    module = importlib.util.module_from_spec(spec)
-    sys.modules["kernels"] = module  # its dataclasses look themselves up
-    spec.loader.exec_module(module)
-    return module
+sys.path.insert(0, str(SCRIPT.parent))
+spec = importlib.util.spec_from_file_location("kernels_script", SCRIPT)
+kernels = importlib.util.module_from_spec(spec)
+spec.loader.exec_module(kernels)  # and takes its folder from the path again
+
+import kernel_operations  # noqa: E402
+import kernel_peers  # noqa: E402
+import kernel_timing  # noqa: E402
+from kernel_operations import DROPOUT, EPS  # noqa: E402
+from kernel_peers import Peer  # noqa: E402
+
+CPU = torch.device("cpu")
 
 
-def _case(kernels, title: str):
-    (case,) = [c for c in kernels.cases(torch.device("cpu")) if str(c).startswith(title)]
+def _case(title: str):
+    (case,) = [c for c in kernels.cases(CPU) if str(c).startswith(title)]
     return case
 
 
-def _measured(kernels, case, **changes):
-    case = dataclasses.replace(case, operation=dataclasses.replace(case.operation, **changes))
-    return kernels.measure(case, kernels.Machine(torch.device("cpu"), 1.0), rounds=1)
+def _with(case, **changes):
+    return dataclasses.replace(case, operation=dataclasses.replace(case.operation, **changes))
+
+
+def _measured(case, **changes):
+    machine = kernel_timing.Machine(CPU, 1.0)
+    return kernels.measure(_with(case, **changes), machine, rounds=1)
+
+
+def _peer(call, **options) -> Peer:
+    return Peer(lambda: call, lambda function, **tensors: function(**tensors), **options)
 
 
 def test_the_cpu_form_as_a_command(tmp_path):
@@ -55,7 +72,7 @@ def test_the_cpu_form_as_a_command(tmp_path):
     assert content["not_reached"] == [] and content["failed"] == {}
     assert [result["demand"] for result in content["results"]] == ["dx only", "all"]
     for result in content["results"]:
-        assert set(result["providers"]) == {"eager", "compile", "liger", "ours"}
+        assert set(result["providers"]) == {"eager", "compile", "liger", "quack", "ours"}
         for name in ("eager", "ours"):
             entry = result["providers"][name]
             assert 0 < entry["call_us_p20"] <= entry["call_us"] <= entry["call_us_p80"]
@@ -69,10 +86,55 @@ def test_the_cpu_form_as_a_command(tmp_path):
     assert len(shown.stdout.splitlines()) == 2 + len(content["results"]), shown.stderr
 
 
-def test_a_budget_leaves_what_it_did_not_reach(kernels, tmp_path, monkeypatch, capsys):
+def test_a_run_that_is_cut_off_has_seen_every_operation():
+    every = [operation.name for operation in kernel_operations.operations()]
+    for device in ("cpu", "cuda"):
+        chosen = kernels.cases(torch.device(device))
+        first = chosen[: len(every)]
+        assert [case.operation.name for case in first] == every
+        assert {case.demand for case in first} == {"all", "dx only"}
+        assert len(set(map(str, chosen))) == len(chosen)
+    # widths, rows and types of the activations and norms, and two heads
+    demands = {o.name: len(o.demands) for o in kernel_operations.operations()}
+    norms = sum(count for name, count in demands.items() if "norm" in name)
+    rest = sum(demands.values()) - norms - demands["linear_cross_entropy"]
+    assert len(chosen) == 2 * demands["linear_cross_entropy"] + 8 * rest + 16 * norms
+
+
+def _binding(function):
+    """In its place: arguments are bound to its signature, and nothing runs."""
+    signature = inspect.signature(function)
+    return lambda *args, **kwargs: signature.bind(*args, **kwargs)
+
+
+@pytest.mark.parametrize("name", kernel_peers.PACKAGES)
+def test_peers_have_the_arguments_that_they_are_called_with(name):
+    peers = [
+        (operation, operation.peers[name])
+        for operation in kernel_operations.operations()
+        if name in operation.peers
+    ]
+    assert peers
+    for operation, peer in peers:
+        try:
+            found = peer.find()
+        except ImportError as error:
+            pytest.skip(f"{kernel_peers.PACKAGES[name]}: {error}")
+        if inspect.ismodule(found):
+            functions = vars(found).items()
+            bound = SimpleNamespace(**{k: _binding(f) for k, f in functions if callable(f)})
+        else:
+            bound = _binding(found)
+        sizes = (kernel_operations.Shape(8, 64, vocabulary) for vocabulary in (256, 30))
+        for shape in sizes if operation.is_loss else [kernel_operations.Shape(8, 64)]:
+            generator = torch.Generator().manual_seed(0)
+            peer.arrange(bound, **operation.draw(shape, torch.bfloat16, generator))
+
+
+def test_a_budget_leaves_what_it_did_not_reach(tmp_path, monkeypatch, capsys):
     arguments = ["--device", "cpu", "--only", "gelu", "--budget-s", "0", "--output", str(tmp_path)]
     monkeypatch.setattr(sys, "argv", ["kernels.py", *arguments])
-    monkeypatch.setattr(kernels, "copy_gb_per_s", lambda device: 1.0)
+    monkeypatch.setattr(kernel_timing, "copy_gb_per_s", lambda device: 1.0)
     kernels.main()
     content = json.loads((tmp_path / "kernels.json").read_text())
     assert not content["results"] and len(content["not_reached"]) > 9
@@ -122,9 +184,11 @@ def _raising(x, weight):
         (_raising, "NotImplementedError: not for this width"),
     ],
 )
-def test_a_wrong_provider_gets_no_number(kernels, wrong, message, monkeypatch, capsys):
-    monkeypatch.setattr(kernels, "GATE_ROWS", 4)  # of 8, so that others have no upstream gradient
-    result = _measured(kernels, _case(kernels, "rms_norm, all"), ours=lambda implementation: wrong)
+def test_a_wrong_provider_gets_no_number(wrong, message, monkeypatch, capsys):
+    monkeypatch.setattr(
+        kernel_timing, "GATE_ROWS", 4
+    )  # of 8, so that others have no upstream gradient
+    result = _measured(_case("rms_norm, all"), ours=lambda implementation: wrong)
     assert result["providers"]["ours"].keys() == {"reason"}
     assert message in result["providers"]["ours"]["reason"]
     assert result["providers"]["eager"]["call_us"] > 0  # the others go on
@@ -133,38 +197,38 @@ def test_a_wrong_provider_gets_no_number(kernels, wrong, message, monkeypatch, c
     assert f"no numbers: {result['providers']['ours']['reason']}" in line
 
 
-def test_peers_may_round_more_but_ours_may_not(kernels):
+def test_peers_may_round_more_but_ours_may_not():
     def coarse(x, weight):
         y = F.rms_norm(x, weight.shape, weight, 1e-6)
         return y + (y * 2**-7).detach()  # two roundings of bfloat16
 
-    case, peer = _case(kernels, "rms_norm, dx only"), kernels.Peer(lambda: coarse)
-    result = _measured(kernels, case, ours=lambda implementation: coarse, peers={"liger": peer})
+    case, peers = _case("rms_norm, dx only"), {"liger": _peer(coarse)}
+    result = _measured(case, ours=lambda implementation: coarse, peers=peers)
     assert "gate is red: y" in result["providers"]["ours"]["reason"]
     assert result["providers"]["liger"]["call_us"] > 0
 
 
 @pytest.mark.parametrize("wrong", ["", "mask", "rate"])
-def test_the_gate_follows_the_mask_of_a_dropout(kernels, wrong):
+def test_the_gate_follows_the_mask_of_a_dropout(wrong):
     def dropped(x, residual, weight, bias, return_sum=False):
-        kept = torch.rand_like(x) >= (0.5 if wrong == "rate" else kernels.DROPOUT)
-        other = torch.rand_like(x) >= kernels.DROPOUT if wrong == "mask" else kept
-        scale = 1 / (1 - kernels.DROPOUT)
+        kept = torch.rand_like(x) >= (0.5 if wrong == "rate" else DROPOUT)
+        other = torch.rand_like(x) >= DROPOUT if wrong == "mask" else kept
+        scale = 1 / (1 - DROPOUT)
         forward, backward = x * kept * scale, x * other * scale
         h = (forward - backward).detach() + backward + residual
-        y = F.layer_norm(h, weight.shape, weight, bias, kernels.EPS)
+        y = F.layer_norm(h, weight.shape, weight, bias, EPS)
         return (y, h) if return_sum else y
 
-    case = _case(kernels, "layer_norm, dropout and residual, all")
-    entry = _measured(kernels, case, ours=lambda implementation: dropped)["providers"]["ours"]
+    case = _case("layer_norm, dropout and residual, all")
+    entry = _measured(case, ours=lambda implementation: dropped)["providers"]["ours"]
     red = {"mask": "gate is red: dx", "rate": "gate is red: dropout keeps"}
     assert "call_us" in entry if not wrong else red[wrong] in entry["reason"]
 
 
-def test_floors(kernels):
+def test_floors():
     """In activations: what any implementation has to move."""
-    by_name = {operation.name: operation for operation in kernels.operations()}
-    shape = kernels.Shape(8, 64)
+    by_name = {operation.name: operation for operation in kernel_operations.operations()}
+    shape = kernel_operations.Shape(8, 64)
 
     def units(name: str, *demanded: str) -> float:
         return by_name[name].units(demanded, shape)
@@ -180,8 +244,8 @@ def test_floors(kernels):
     )
     assert [units("swiglu"), units("swiglu", "gate", "up"), units("swiglu", "up")] == [3, 8, 6]
     assert units("swiglu", "gate") == 3 + 4 and units("bias_gelu, erf", "bias") == 2 + 2
-    loss = kernels.Shape(8, 64, 16)
-    assert kernels.floor_flop(("hidden",), loss) == 2 * 2 * 8 * 64 * 16
+    loss = kernel_operations.Shape(8, 64, 16)
+    assert kernel_operations.floor_flop(("hidden",), loss) == 2 * 2 * 8 * 64 * 16
     assert by_name["linear_cross_entropy"].units(("weight",), loss) == 1 + 2 + 2
 
 
@@ -200,7 +264,7 @@ class _Event:
 
 
 @pytest.fixture
-def gpu(kernels, monkeypatch):
+def gpu(monkeypatch):
     """A machine whose kernels run on the CPU; what it is asked for is in its mock."""
     cuda = MagicMock()
     cuda.Event = _Event
@@ -213,16 +277,16 @@ def gpu(kernels, monkeypatch):
     for name in ("reset_peak_memory_stats", "max_memory_allocated"):
         monkeypatch.setattr(torch.cuda, name, getattr(cuda, name))
     monkeypatch.setattr(torch, "compile", lambda function, **options: function)
-    monkeypatch.setattr(kernels, "IMPLEMENTATION", "reference")
-    monkeypatch.setattr(kernels, "WARM_UP_S", 0.0)
-    return kernels.Machine(torch.device("cpu"), 10.0, 1.0, 2048, torch.ones(8)), cuda
+    monkeypatch.setattr(kernel_timing, "IMPLEMENTATION", "reference")
+    monkeypatch.setattr(kernel_timing, "WARM_UP_S", 0.0)
+    return kernel_timing.Machine(torch.device("cpu"), 10.0, 1.0, 2048, torch.ones(8)), cuda
 
 
-def test_the_gpu_form_on_stand_ins(kernels, gpu, capsys):
+def test_the_gpu_form_on_stand_ins(gpu, capsys):
     machine, cuda = gpu
-    result = kernels.measure(_case(kernels, "rms_norm, dx only"), machine, rounds=3)
+    result = kernels.measure(_case("rms_norm, dx only"), machine, rounds=3)
     # x and its upstream gradient are 8 * 64 * 2 bytes each, four times L2 is 8 KiB
-    assert (result["sets"], result["calls"]) == (4, kernels.CALLS)
+    assert (result["sets"], result["calls"]) == (4, kernel_timing.CALLS)
     for name in ("eager", "compile", "ours"):
         entry = result["providers"][name]
         assert entry["timed_by"] == "graph" and "not_captured" not in entry
@@ -233,7 +297,7 @@ def test_the_gpu_form_on_stand_ins(kernels, gpu, capsys):
     replays = [call for call in cuda.mock_calls if call[0] == "CUDAGraph().replay"]
     assert len(replays) == 3 * 2 * 3  # providers, graphs, rounds
 
-    result = kernels.measure(_case(kernels, "linear_cross_entropy, all"), machine, rounds=3)
+    result = kernels.measure(_case("linear_cross_entropy, all"), machine, rounds=3)
     entry = result["providers"]["ours"]
     assert entry["extra_bytes"] == 1000 and "hot_us" not in entry and result["sets"] == 1
     assert math.isclose(entry["tflop_per_s"], result["floor_flop"] / entry["kernel_us"] / 1e6)
@@ -244,19 +308,18 @@ def test_the_gpu_form_on_stand_ins(kernels, gpu, capsys):
     assert row.startswith("| linear_cross_entropy, all, 8 x 64 x 256 bfloat16 | ")
 
 
-def test_what_waits_for_the_device_is_timed_by_events(kernels, gpu):
+def test_what_waits_for_the_device_is_timed_by_events(gpu):
     machine, cuda = gpu
 
     def waiting(x, weight):
         modes = [call.args[0] for call in cuda.set_sync_debug_mode.call_args_list]
         if modes and modes[-1] == "error":
             raise RuntimeError("called a synchronizing CUDA operation")
-        return F.rms_norm(x, weight.shape, weight, kernels.EPS)
+        return F.rms_norm(x, weight.shape, weight, EPS)
 
-    case = _case(kernels, "rms_norm, dx only")
-    peers = {"liger": kernels.Peer(lambda: waiting, computes=("x", "weight"))}
-    case = dataclasses.replace(case, operation=dataclasses.replace(case.operation, peers=peers))
-    result = kernels.measure(case, machine, rounds=1)
+    case = _case("rms_norm, dx only")
+    peers = {"liger": _peer(waiting, computes=("x", "weight"))}
+    result = kernels.measure(_with(case, peers=peers), machine, rounds=1)
     entry = result["providers"]["liger"]
     assert entry["timed_by"] == "events" and entry["kernel_us"] > 0
     assert "synchronizing" in entry["not_captured"] and entry["undemanded"] == ["weight"]
@@ -282,20 +345,18 @@ class _Spoils(torch.autograd.Function):
         return dx, None
 
 
-def test_what_a_backward_overwrites_is_put_back(kernels, gpu):
+def test_what_a_backward_overwrites_is_put_back(gpu):
     machine, _ = gpu
     seen = set()
 
     def watching(x, weight):
         seen.add(x.detach().abs().sum().item())
-        return kernels.ops.rms_norm(x, weight, kernels.EPS)
+        return ops.rms_norm(x, weight, EPS)
 
-    case = _case(kernels, "rms_norm, dx only")
-    spoiling = kernels.Peer(lambda: lambda x, weight: _Spoils.apply(x, weight), overwrites=True)
-    operation = dataclasses.replace(
-        case.operation, peers={"liger": spoiling}, ours=lambda implementation: watching
-    )
-    result = kernels.measure(dataclasses.replace(case, operation=operation), machine, rounds=2)
+    case = _case("rms_norm, dx only")
+    peers = {"liger": _peer(lambda x, weight: _Spoils.apply(x, weight), overwrites=True)}
+    case = _with(case, peers=peers, ours=lambda implementation: watching)
+    result = kernels.measure(case, machine, rounds=2)
     assert result["providers"]["liger"]["call_us"] > 0
     assert "errors" in result["providers"]["ours"]
     assert len(seen) == result["sets"] and 0 not in seen
@@ -307,11 +368,11 @@ def _result(times: dict[str, float], demand: str = "dx only", **more) -> dict:
     return result | {"providers": entries} | more
 
 
-def test_verdicts(kernels):
+def test_verdicts():
     good = _result({"eager": 20.0, "liger": 15.0, "ours": 10.0})
     good["providers"]["liger"]["undemanded"] = ["weight"]
     first, liger, *loss = kernels.verdicts([good])
-    assert first.met and liger.met and "1.500 over 1 cases, +25.0%" in liger.found
+    assert first.met and liger.met and "1.500 over 1 cases, +36.4%" in liger.found
     assert all(verdict.met is None for verdict in loss)
     slow = _result({"eager": 9.0, "ours": 10.0}, demand="all")
     first = kernels.verdicts([good, slow])[0]

@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import importlib.util
 import json
-import subprocess
 import sys
 from pathlib import Path
 from types import ModuleType
@@ -409,75 +408,3 @@ def test_a_wrong_experiment_is_one_line(run, tmp_path):
         path.write_text(wrong)
         with pytest.raises(SystemExit, match=message):
             run.read_experiment(path)
-
-
-def _suite_module() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("gpu_suite", BENCHMARKS / "gpu_suite.py")
-    module = importlib.util.module_from_spec(spec)
-    sys.modules["gpu_suite"] = module  # its dataclasses look themselves up
-    spec.loader.exec_module(module)
-    return module
-
-
-def _suite(*arguments: str) -> subprocess.CompletedProcess:
-    command = [sys.executable, str(BENCHMARKS / "gpu_suite.py"), *arguments]
-    return subprocess.run(command, capture_output=True, text=True)
-
-
-@pytest.mark.skipif(torch.cuda.is_available(), reason="it would measure")
-def test_the_suite_without_a_gpu(tmp_path):
-    done = _suite("--output", str(tmp_path / "out"))
-    assert done.returncode == 2 and done.stdout.startswith("no GPU here")
-    assert len(done.stdout.splitlines()) == 1 and not (tmp_path / "out").exists()
-
-
-def test_the_suite_rehearses(tmp_path, monkeypatch):
-    monkeypatch.setenv("OMP_NUM_THREADS", "1")
-    done = _suite("--output", str(tmp_path), "--rehearse")
-    suite = json.loads((tmp_path / "suite.json").read_text())
-    assert done.returncode == 0, (tmp_path / "suite.log").read_text()
-    assert {part["outcome"] for part in suite["parts"]} == {"done"}
-    files = sorted(p.relative_to(tmp_path).as_posix() for p in tmp_path.rglob("*") if p.is_file())
-    assert files == ["kernels.json", "suite.json", "suite.log", "training/rehearsal.json"]
-    assert done.stdout.count("rehearsal: ours, cache against full") == 1
-    assert any("kernels at most 5 %" in verdict["target"] for verdict in suite["verdicts"])
-    again = _suite("--output", str(tmp_path), "--rehearse")
-    assert again.returncode == 1 and again.stderr.strip().endswith("would be mixed")
-
-
-def test_a_part_that_fails_or_takes_too_long(tmp_path, monkeypatch, capsys):
-    suite = _suite_module()
-    running = suite.Suite(tmp_path, suite.BUDGET_S)
-    sleeps = ("-c", "print('begun', flush=True); import time; time.sleep(60)")
-    running.run(suite.Part("fails", ("-c", "1 / 0"), 20, output=False))
-    running.run(suite.Part("sleeps", sleeps, 3, output=False))
-    running.budget_s = 0
-    running.run(suite.Part("late", sleeps, 3, output=False))
-    outcomes = [part["outcome"] for part in running.parts]
-    assert outcomes == ["failed with 1", "cut off", "out of time"]
-    assert running.parts[1]["wall_s"] < 30  # it would have slept for 60
-    log = (tmp_path / "suite.log").read_text()
-    assert "ZeroDivisionError" in log and "begun" in log
-    assert json.loads((tmp_path / "suite.json").read_text())["parts"] == running.parts
-
-
-def test_the_exit_status_says_that_a_part_failed(tmp_path, monkeypatch):
-    suite = _suite_module()
-    for code, status in (("1 / 0", 1), ("0", 0)):
-        part = suite.Part("one", ("-c", code), 20, output=False)
-        monkeypatch.setattr(suite, "rehearsal_parts", lambda part=part: [part])
-        words = ["gpu_suite.py", "--rehearse", "--output", str(tmp_path / str(status))]
-        monkeypatch.setattr(sys, "argv", words)
-        with pytest.raises(SystemExit) as ended:
-            suite.main()
-        assert ended.value.code == status
-
-
-def test_the_gpu_form_fits_its_budget_and_its_files():
-    suite = _suite_module()
-    parts = suite.gpu_parts()
-    assert sum(part.output for part in parts) + 2 <= 8  # a JSON each, suite.json and suite.log
-    for part in parts:
-        paths = [word for word in part.command if "/" in word]
-        assert all((BENCHMARKS.parent / path).exists() for path in paths)
-    assert len({part.name for part in parts}) == len(parts)

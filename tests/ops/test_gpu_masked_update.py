@@ -377,6 +377,7 @@ def test_a_list_of_norms_stays_what_it_was(nonfinite):
     torch.testing.assert_close(torch.stack(norms).cpu(), expected)
 
 
+@pytest.mark.captures
 @pytest.mark.parametrize("tensors", [3, 449])
 @pytest.mark.parametrize("precision", [FLOAT32, PRECISIONS[7], EIGHT_BIT], ids=str)
 def test_graph_replays_with_new_values(precision, tensors):

@@ -6,7 +6,9 @@ check_* run in one process of their own.
 
 from __future__ import annotations
 
+import dataclasses
 import functools
+import importlib
 import itertools
 import math
 import os
@@ -14,22 +16,28 @@ import re
 
 import pytest
 import torch
-from accuracy import assert_at_least_as_accurate
+from accuracy import assert_at_least_as_accurate, relative_error
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 from own_process import interpreted as own_process  # noqa: F401
 from torch import Tensor
 from torch.nn import functional as F
 from torch.profiler import ProfilerActivity, profile
 from triton_builds import compile_for, resources
 
+from progtuning_kernels import backend
 from progtuning_kernels.ops.linear_cross_entropy import (
     OP,
+    CrossEntropyOutput,
     chunks,
     linear_cross_entropy,
     linear_cross_entropy_op,
     reference,
 )
-from progtuning_kernels.ops.linear_cross_entropy.chunks import rows_per_chunk
+from progtuning_kernels.ops.linear_cross_entropy.chunks import logits_budget, rows_per_chunk
 
+# the package: `from ... import` gives the function of the same name
+linear_cross_entropy_module = importlib.import_module("progtuning_kernels.ops.linear_cross_entropy")
 N, H, V = 37, 19, 113
 NAMES = ("hidden", "weight", "bias")
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -56,6 +64,10 @@ VARIANTS = {
     },
 }
 VARIANTS["everything-none"] = {**VARIANTS["everything"], "reduction": "none"}
+METRICS = ("z_loss", "token_accuracy")
+RETURNED = {f"return_{name}": True for name in METRICS}
+VARIANTS["everything-returned"] = {**VARIANTS["everything"], **RETURNED}
+VARIANTS["everything-none-returned"] = {**VARIANTS["everything-none"], **RETURNED}
 IMPLEMENTATION = "triton" if os.environ.get("TRITON_INTERPRET") == "1" else "reference"
 PRODUCTS = ("aten::mm", "aten::addmm")
 CHUNK_ROWS = (N, 8)  # one chunk; four and one of 5 rows
@@ -80,16 +92,19 @@ def _inputs(dtype: torch.dtype, *, without_bias: bool = False, n: int = N) -> di
 def _case(variant: str, dtype: torch.dtype, n: int = N) -> tuple[dict[str, Tensor], dict]:
     options = dict(VARIANTS[variant])
     inputs = _inputs(dtype, without_bias=options.pop("without_bias", False), n=n)
-    if variant in ("ignore", "everything", "everything-none"):
+    if variant.startswith(("ignore", "everything")):
         inputs["labels"][[i for i in IGNORING if i < n]] = options.get("ignore_index", -100)
     return inputs, options
 
 
 def _plain(
     hidden, weight, labels, bias=None, *, softcap=None, z_loss=0.0, num_items=None, **options
-) -> Tensor:
+) -> Tensor | CrossEntropyOutput:
     """What transformers computes: logits in the dtype of hidden, the loss in float32."""
+    returned = [options.pop(name, False) for name in RETURNED]
+    counted = labels != options.get("ignore_index", -100)
     logits = F.linear(hidden, weight, bias)
+    correct = ((logits.argmax(1) == labels) & counted).to(torch.float32)
     logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
     if softcap is not None:
         logits = softcap * torch.tanh(logits / softcap)
@@ -98,18 +113,18 @@ def _plain(
     if num_items is not None:
         options["reduction"] = "sum"
     loss = F.cross_entropy(logits, labels, **options)
-    if z_loss:
-        counted = labels != options.get("ignore_index", -100)
-        penalty = z_loss * logits.logsumexp(1).square().masked_fill(~counted, 0)
-        reduction = options.get("reduction", "mean")
-        penalty = penalty if reduction == "none" else penalty.sum()
-        if reduction == "mean":
-            weights = options.get("weight")
-            penalty = penalty / (
-                counted.sum() if weights is None else weights[labels[counted]].sum()
-            )
-        loss = loss + penalty
-    return loss if num_items is None else loss / num_items
+    penalty = z_loss * logits.logsumexp(1).square().masked_fill(~counted, 0)
+    reduction = options.get("reduction", "mean")
+    if reduction != "none":
+        penalty, correct = penalty.sum(), correct.sum() / counted.sum()
+    if reduction == "mean":
+        weights = options.get("weight")
+        penalty = penalty / (counted.sum() if weights is None else weights[labels[counted]].sum())
+    loss = (loss + penalty if z_loss else loss) / (1 if num_items is None else num_items)
+    penalty = penalty / (1 if num_items is None else num_items)
+    if not any(returned):
+        return loss
+    return CrossEntropyOutput(loss, penalty.detach(), correct)
 
 
 def _results(function, inputs, options, demand=(True, True, True), dtype=None, upstream=UPSTREAM):
@@ -119,13 +134,17 @@ def _results(function, inputs, options, demand=(True, True, True), dtype=None, u
         if name in inputs:
             inputs[name] = inputs[name].detach().to(dtype or inputs[name].dtype, copy=True)
             inputs[name].requires_grad_(demanded)
-    loss = function(**inputs, **options)
+    loss, metrics = function(**inputs, **options), {}
+    if isinstance(loss, CrossEntropyOutput):
+        metrics = {name: getattr(loss, name) for name in METRICS}
+        loss = loss.loss
+        assert not any(t is not None and t.requires_grad for t in metrics.values())
     if loss.requires_grad:
         if loss.ndim:  # each row has its own, some of them 0
             upstream = upstream * torch.arange(-2, loss.numel() - 2).view_as(loss).remainder(5)
         (loss * upstream).sum().backward()
     gradients = {name: inputs[name].grad for name in NAMES if name in inputs}
-    return {"loss": loss.detach(), **gradients}
+    return {"loss": loss.detach(), **metrics, **gradients}
 
 
 def _force_chunks(monkeypatch, rows: int) -> dict[str, int]:
@@ -138,7 +157,7 @@ def _assert_accurate(
 ) -> None:
     if value.dtype == torch.float32:
         # over seeds both err alike, 1e-7 to 3e-7, but either may be lucky by what cancels in sums
-        roundings = 4.0
+        roundings = 8.0 if name == "z_loss" else 4.0  # it is a square
     elif value.dtype == torch.bfloat16 and IMPLEMENTATION == "triton":
         roundings = 2.0  # the interpreter truncates to bfloat16 where the GPU rounds
     else:
@@ -165,6 +184,9 @@ def _compare(monkeypatch, variant, dtype, implementation, chunks, demands, n=N):
                 continue
             assert value is not None, f"{name} was demanded"
             assert value.dtype == baseline[name].dtype
+            if name == "token_accuracy":  # the largest logit may be another in float64
+                assert torch.equal(value, baseline[name])
+                continue
             label = f"{rows} rows per chunk, demand {demand}"
             _assert_accurate(name, value, baseline, truth, label)
 
@@ -175,11 +197,12 @@ def test_as_accurate_as_plain_torch(dtype, variant, monkeypatch):
     _compare(monkeypatch, variant, dtype, "reference", CHUNK_ROWS, DEMANDS)
 
 
-@pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize("variant", [v for v in VARIANTS if v != "everything-none-returned"])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def check_as_accurate_as_plain_torch(dtype, variant, monkeypatch, small_blocks):
     demands = DEMANDS if variant == "plain" else DEMANDS[:1]
-    chunks = (4,) if variant in ("plain", "none", "everything-none") else (11, 4)
+    once = variant in ("plain", "none", "everything-none", "everything-returned")
+    chunks = (4,) if once else (11, 4)
     _compare(monkeypatch, variant, dtype, "triton", chunks, demands, n=11)
 
 
@@ -308,6 +331,109 @@ def test_large_gradients_of_rows_fit_float16():
     torch.testing.assert_close(found[0].double(), found[1], rtol=5e-3, atol=0.5)
 
 
+_SIZES = {"rows": (0, 9), "classes": (1, 40), "width": (1, 3), "chunk_rows": (1, 9)}
+
+
+@_both
+# the fixtures of ops' tests set the same for all examples
+@settings(max_examples=25, deadline=None, suppress_health_check=list(HealthCheck))
+@given(
+    sizes=st.fixed_dictionaries({name: st.integers(*limits) for name, limits in _SIZES.items()}),
+    dtype=st.sampled_from(DTYPES),
+    reduction=st.sampled_from(("mean", "sum", "none")),
+    options=st.fixed_dictionaries(
+        {"z_loss": st.sampled_from((0.0, 0.01))},
+        optional={
+            "label_smoothing": st.just(0.1),
+            "softcap": st.just(4.0),
+            "num_items": st.just(3),
+            "ignore_index": st.just(0),
+        },
+    ),
+    present=st.lists(st.booleans(), min_size=2, max_size=2),
+    demand=st.sampled_from(DEMANDS),
+    seed=st.integers(0, 99),
+)
+def test_what_is_returned_changes_nothing(sizes, dtype, reduction, options, present, demand, seed):
+    """Whole numbers, many of them equal: the logits are exact, and the first of equals counts."""
+    rows, classes = sizes["rows"], sizes["classes"]
+    generator = torch.Generator().manual_seed(seed)
+
+    def draw(*shape: int) -> Tensor:
+        return torch.randint(-2, 3, shape, generator=generator).to(dtype)
+
+    inputs = {"hidden": draw(rows, sizes["width"]), "weight": draw(classes, sizes["width"])}
+    if present[0]:
+        inputs["bias"] = draw(classes)
+    if present[1]:
+        options = {**options, "class_weight": torch.linspace(0.5, 1, classes)}
+    inputs["labels"] = torch.randint(0, classes, (rows,), generator=generator)
+    ignored = torch.rand(rows, generator=generator) < 0.3
+    inputs["labels"][ignored] = options.get("ignore_index", -100)
+    if reduction == "none":
+        options.pop("num_items", None)
+    options = {**options, "reduction": reduction, "implementation": IMPLEMENTATION}
+    with pytest.MonkeyPatch.context() as patch:
+        options |= _force_chunks(patch, sizes["chunk_rows"])
+        alone = _results(linear_cross_entropy, inputs, options, demand)
+        mine = _results(linear_cross_entropy, inputs, options | RETURNED, demand)
+    for name, value in alone.items():
+        assert mine[name] is value is None or torch.equal(mine[name], value) or value.isnan().all()
+    for name in ("implementation", "max_logits_bytes"):
+        del options[name]
+    truth = _results(_plain, inputs, options | RETURNED, dtype=torch.float64)
+    torch.testing.assert_close(
+        mine["z_loss"].double(), truth["z_loss"], rtol=1e-5, atol=0, equal_nan=True
+    )
+    torch.testing.assert_close(
+        mine["token_accuracy"], truth["token_accuracy"], rtol=0, atol=0, equal_nan=True
+    )
+    assert mine["z_loss"].dtype == mine["token_accuracy"].dtype == torch.float32
+
+
+@_both
+def test_one_of_two_is_returned():
+    inputs, _ = _case("plain", torch.float32, n=3)
+    for asked, other in (METRICS, METRICS[::-1]):
+        options = {f"return_{asked}": True, "z_loss": 0.1, "implementation": IMPLEMENTATION}
+        found = linear_cross_entropy(**inputs, **options)
+        assert isinstance(found, CrossEntropyOutput)
+        assert getattr(found, asked).ndim == 0 and getattr(found, other) is None
+
+
+def check_nan_logits_are_never_right():
+    inputs, _ = _case("plain", torch.float32, n=2)
+    inputs["labels"] = torch.tensor([5, 0])
+    inputs["hidden"][:] = math.nan
+    found = linear_cross_entropy(**inputs, return_token_accuracy=True, implementation="triton")
+    assert found.loss.isnan() and found.token_accuracy == 0
+
+
+@_both
+def test_sums_over_chunks_in_bfloat16(monkeypatch):
+    """As accurate as plain torch that accumulates the gradients of the chunks in bfloat16."""
+    rows = 4 if IMPLEMENTATION == "triton" else 8
+    inputs, options = _case("everything", torch.bfloat16, n=4 * rows)
+    truth = _results(_plain, inputs, options, dtype=torch.float64)
+    budget = _force_chunks(monkeypatch, rows) | {"implementation": IMPLEMENTATION}
+    wide = _results(linear_cross_entropy, inputs, options | budget)
+    same = _results(linear_cross_entropy, inputs, options | budget | {"accum_dtype": torch.float32})
+    assert all(torch.equal(same[name], value) for name, value in wide.items())
+    low = _results(linear_cross_entropy, inputs, options | budget | {"accum_dtype": torch.bfloat16})
+    leaves = {name: inputs[name].clone().requires_grad_() for name in NAMES}
+    items = CLASS_WEIGHT[inputs["labels"][inputs["labels"] != -100]].sum()
+    for start in range(0, 4 * rows, rows):
+        span = slice(start, start + rows)
+        part = {**leaves, "hidden": leaves["hidden"][span], "labels": inputs["labels"][span]}
+        (_plain(**part, **options, num_items=items) * UPSTREAM).backward()
+    for name in ("weight", "bias"):
+        assert low[name].dtype == torch.bfloat16 and not torch.equal(low[name], wide[name])
+        _assert_accurate(name, low[name], {name: leaves[name].grad}, truth)
+        assert relative_error(low[name], truth[name]) > relative_error(wide[name], truth[name])
+    for name in ("loss", "hidden"):
+        assert torch.equal(low[name], wide[name])
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 def test_the_sum_over_many_chunks_is_not_rounded_in_between(dtype, monkeypatch):
     inputs = _inputs(dtype, n=512)
@@ -411,7 +537,8 @@ def _workspace_bytes(hidden: Tensor, weight: Tensor) -> int:
 
 
 def _step(*tensors: Tensor, **options) -> None:
-    loss = linear_cross_entropy(*tensors, implementation=IMPLEMENTATION, **options)
+    asked = {**RETURNED, "z_loss": 1e-4}  # which a few bytes for each row pay
+    loss = linear_cross_entropy(*tensors, implementation=IMPLEMENTATION, **asked, **options).loss
     if loss.requires_grad:
         loss.sum().backward()
 
@@ -420,6 +547,14 @@ def _step(*tensors: Tensor, **options) -> None:
 @pytest.mark.parametrize("reduction", ["mean", "none"])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_peak_memory_is_what_the_docstring_says(dtype, reduction, monkeypatch):
+    _compare_peak(monkeypatch, dtype, None, reduction)
+
+
+def test_peak_memory_of_sums_in_bfloat16(monkeypatch):
+    _compare_peak(monkeypatch, torch.bfloat16, torch.bfloat16, "mean")
+
+
+def _compare_peak(monkeypatch, dtype, accum_dtype, reduction):
     # 97 rows: oneDNN packs a weight of 24 columns for AMX into as many bytes as 84 rows of logits
     n, width, classes, rows = 97, 24, 1000, 16
     element, wide = dtype.itemsize, 4
@@ -436,7 +571,7 @@ def test_peak_memory_is_what_the_docstring_says(dtype, reduction, monkeypatch):
             tensor.grad = None
             tensor.requires_grad_(demanded)
         several = chunk_rows < n
-        options = {"reduction": reduction, **budget}
+        options = {"reduction": reduction, "accum_dtype": accum_dtype, **budget}
         step = functools.partial(_step, hidden, weight, labels, bias, **options)
         # what is imported or cached on the first call; the first profile misses what is freed
         _peak_bytes(step)
@@ -444,7 +579,8 @@ def test_peak_memory_is_what_the_docstring_says(dtype, reduction, monkeypatch):
             tensor.grad = None
         peak, largest = _peak_bytes(step)
         need_hidden, need_weight, need_bias = demand
-        of_weight = wide if several or dtype == torch.float16 else element
+        accum = wide if accum_dtype is None else accum_dtype.itemsize
+        of_weight = accum if several or dtype == torch.float16 else element
         logits = chunk_rows * reference.padded(classes) * element
         kept = need_hidden * n * width * element + need_bias * 2 * classes * wide
         kept += 64 * n + 4096
@@ -469,13 +605,14 @@ def test_nothing_is_computed_that_is_not_demanded(monkeypatch):
         for name, demanded in zip(NAMES, demand, strict=True):
             tensors[name] = inputs[name].clone().requires_grad_(demanded)
         with profile(activities=[ProfilerActivity.CPU]) as profiled:
-            linear_cross_entropy(**tensors, **budget, implementation="reference")
+            asked = RETURNED if any(demand) else {}
+            linear_cross_entropy(**tensors, **budget, **asked, implementation="reference")
         counts = {event.key: event.count for event in profiled.key_averages()}
         products = counts.get("aten::mm", 0) + counts.get("aten::addmm", 0)
         assert products == 1 + demand[0] + demand[1]
         assert ("aten::scatter_add_" in counts) == any(demand)
         with profile(activities=[ProfilerActivity.CPU]) as profiled:
-            rows = linear_cross_entropy(**tensors, **budget, reduction="none")
+            rows = linear_cross_entropy(**tensors, **budget, **RETURNED, reduction="none").loss
             if rows.requires_grad:
                 rows.sum().backward()
         counts = {event.key: event.count for event in profiled.key_averages()}
@@ -499,6 +636,75 @@ def test_nothing_is_computed_that_is_not_demanded(monkeypatch):
 )
 def test_rows_per_chunk(rows, classes, expected):
     assert rows_per_chunk(rows, classes, 2, 512 * 2**20) == expected
+
+
+@pytest.mark.parametrize(
+    ("rows", "classes", "width", "dtype", "accum_dtype", "expected"),
+    [
+        # Llama-1B: half of the rows, whose logits are as large as the sum of d(weight)
+        (8192, 128256, 2048, torch.bfloat16, torch.float32, 4096),
+        (6144, 128256, 2048, torch.bfloat16, torch.float32, 6144),  # no sum saves what they take
+        (6145, 128256, 2048, torch.bfloat16, torch.float32, 3200),
+        (8192, 128256, 4096, torch.bfloat16, torch.float32, 8192),  # Llama-8B
+        (8192, 128256, 2048, torch.bfloat16, torch.bfloat16, 2048),  # the default: no more fit
+        (8192, 128256, 2048, torch.float16, torch.float32, 4096),
+        (8192, 128256, 2048, torch.float32, torch.float32, 2048),
+        (65536, 50257, 768, torch.bfloat16, torch.float32, 5120),  # the default
+    ],
+)
+def test_rows_per_chunk_of_a_trained_weight(rows, classes, width, dtype, accum_dtype, expected):
+    budget = logits_budget(rows, classes, width, dtype, accum_dtype)
+    assert rows_per_chunk(rows, classes, dtype.itemsize, budget) == expected
+
+
+@given(
+    rows=st.integers(1, 2**20),
+    classes=st.integers(1, 2**18),
+    width=st.integers(1, 2**14),
+    dtypes=st.sampled_from([(d, torch.float32) for d in DTYPES] + [(torch.bfloat16,) * 2]),
+)
+def test_what_the_budget_of_a_trained_weight_may_take(rows, classes, width, dtypes):
+    """Twice the sum of d(weight), or 512 MiB and the sum, unless 512 rows take more."""
+    dtype, accum_dtype = dtypes
+    budget = logits_budget(rows, classes, width, *dtypes)
+    chunk_rows = rows_per_chunk(rows, classes, dtype.itemsize, budget)
+    kept = accum_dtype if chunk_rows < rows else chunks.stored_dtypes(*dtypes)[1]
+    summed = classes * width * accum_dtype.itemsize
+    taken = chunk_rows * classes * dtype.itemsize + classes * width * kept.itemsize
+    most = max(512 * 2**20, summed, 512 * classes * dtype.itemsize) + summed
+    assert taken <= most
+
+
+@_both
+def test_the_budget_is_for_the_kernels_and_a_trained_weight(monkeypatch):
+    """The reference takes several times the logits beside them, and keeps to 512 MiB."""
+    monkeypatch.setattr(chunks, "LEAST_ROWS", 1)
+    monkeypatch.setattr(chunks, "ROW_MULTIPLE", 1)
+    monkeypatch.setattr(chunks, "LEAST_LOGITS_BYTES", 4 * V * 2)  # two rows
+    inputs, _ = _case("no-bias", torch.float32, n=40)
+    made = []
+    real = {op.name: op for op in OP.implementations}[IMPLEMENTATION].function
+
+    def counted(logits, *arguments, **keywords):
+        made.append(len(logits))
+        return real(logits, *arguments, **keywords)
+
+    implementations = tuple(
+        dataclasses.replace(op, function=counted) if op.name == IMPLEMENTATION else op
+        for op in OP.implementations
+    )
+    op = dataclasses.replace(OP, implementations=implementations)
+    monkeypatch.setitem(backend.OPS, "linear_cross_entropy", op)
+    monkeypatch.setattr(linear_cross_entropy_module, "OP", op)
+    for trained, options, expected in (
+        (True, {}, 14 if IMPLEMENTATION == "triton" else 2),  # 19 rows are as large as the sum
+        (False, {}, 2),
+        (True, {"max_logits_bytes": 4 * V * 8}, 8),
+    ):
+        made.clear()
+        options["implementation"] = IMPLEMENTATION
+        _results(linear_cross_entropy, inputs, options, (True, trained, False))
+        assert made[0] == expected and sum(made) == 40
 
 
 def test_autocast_casts_as_a_linear_layer():
@@ -538,6 +744,7 @@ BAD = {
     "z_loss -1.0 is negative": {"z_loss": -1.0},
     "num_items has 2 elements": {"num_items": torch.ones(2)},
     "max_logits_bytes 0 is not positive": {"max_logits_bytes": 0},
+    "accum_dtype must be torch.float32, got torch.bfloat16": {"accum_dtype": torch.bfloat16},
     "weight has no rows": {"weight": torch.zeros(0, H), "bias": None},
 }
 
@@ -546,6 +753,12 @@ BAD = {
 def test_bad_input_gives_one_error(message):
     with pytest.raises(ValueError, match=f"linear_cross_entropy: .*{message}"):
         linear_cross_entropy(**{**_inputs(torch.float32), **BAD[message]})
+
+
+def test_float16_sums_would_overflow():
+    inputs = _inputs(torch.float16)
+    with pytest.raises(ValueError, match="hidden is torch.float16: accum_dtype must be torch.floa"):
+        linear_cross_entropy(**inputs, accum_dtype=torch.float16)
 
 
 def test_something_that_is_no_tensor():
@@ -577,13 +790,16 @@ def test_opcheck(dtype, reduction, monkeypatch):
                 2.0,
                 0.001,
                 reduction,
+                None if dtype == torch.float16 else torch.float32,
+                True,
+                dtype == torch.float32,
                 1,
                 "reference",
             ),
         )
 
 
-@pytest.mark.parametrize("variant", ["everything", "everything-none"])
+@pytest.mark.parametrize("variant", ["everything-returned", "everything-none-returned"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
 def test_compiled(dtype, variant, monkeypatch):
     inputs, options = _case(variant, dtype)
@@ -596,7 +812,7 @@ def test_compiled(dtype, variant, monkeypatch):
         products = sum(
             event.count for event in profiled.key_averages() if event.key.startswith(PRODUCTS)
         )
-        again = any(demand) and variant == "everything-none"
+        again = any(demand) and variant == "everything-none-returned"
         assert products == math.ceil(N / 8) * (1 + again + demand[0] + demand[1])
         expected = _results(linear_cross_entropy, inputs, options, demand)
         for name, value in expected.items():
@@ -622,7 +838,7 @@ def test_compiles_without_spills(architecture, tmp_path, monkeypatch, capfd):
         "losses": "*fp32",
     }
     common |= {"factor": "*fp32", "ignore_index": "i32", **dict.fromkeys(floats, "fp32")}
-    weights = {"class_weight": "*fp32", "class_weight_sum": "*fp32"}
+    weights = dict.fromkeys(("class_weight", "class_weight_sum", "z_losses", "correct"), "*fp32")
     compiled = []
     for dtype, everything in (("bf16", False), ("bf16", True), ("fp32", True)):
         flags = dict.fromkeys(("SMOOTHING", "SOFTCAP", "Z_LOSS"), everything)

@@ -311,6 +311,7 @@ def test_cuda_runs_on_the_current_stream():
 
 
 @pytest.mark.gpu
+@pytest.mark.captures
 def test_cuda_graph_replays_with_new_values():
     tensors = random_list([100, 8193, 70_000], device="cuda")
     masked_norm(tensors, implementation="native")

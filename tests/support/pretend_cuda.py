@@ -45,6 +45,7 @@ import progtuning_kernels
 
 GPU, CPU = torch.device("cuda", 0), torch.device("cpu")
 H200 = {"major": 9, "minor": 0, "multi_processor_count": 132, "total_memory": 140 << 30}
+L2_BYTES = 60 << 20
 STREAM = 7  # a raw handle
 
 # "read": the host waits for a value. "pageable": a copy of memory that is not pinned, for which the
@@ -469,9 +470,35 @@ class _Stream:
         self._pretend.note("read", "Stream.synchronize")
 
 
+class _Generator(torch.Generator):
+    """Draws on the CPU, whatever device it is of."""
+
+    _device = CPU
+
+    def __new__(cls, device: Any = CPU) -> _Generator:
+        made = super().__new__(cls, CPU)
+        made._device = GPU if _is_gpu(device) else CPU
+        return made
+
+    @property
+    def device(self) -> torch.device:
+        return self._device
+
+
+class _Graph:
+    """What runs under its capture runs once; a replay does nothing."""
+
+    def replay(self) -> None:
+        pass
+
+    reset = replay
+
+
 def _stand_ins(pretend: PretendCuda) -> list[tuple[Any, str, Any]]:
     """What torch.cuda would say of one H200."""
-    properties = SimpleNamespace(name="pretended H200", warp_size=32, **H200)
+    properties = SimpleNamespace(
+        name="pretended H200", warp_size=32, L2_cache_size=L2_BYTES, **H200
+    )
     free = (100 << 30, H200["total_memory"])
     answers: dict[str, Callable[..., Any]] = {
         "is_available": lambda: True,
@@ -493,7 +520,12 @@ def _stand_ins(pretend: PretendCuda) -> list[tuple[Any, str, Any]]:
         "get_device_name": lambda device=None: properties.name,
         "mem_get_info": lambda device=None: free,
         "memory_allocated": lambda device=None: 0,
-        "max_memory_allocated": lambda device=None: 0,
+        "max_memory_allocated": lambda device=None: 1,
+        "max_memory_reserved": lambda device=None: 1,
+        "CUDAGraph": _Graph,
+        "graph": lambda graph, pool=None, stream=None: contextlib.nullcontext(),
+        "graph_pool_handle": lambda: (0, 0),
+        "set_sync_debug_mode": lambda mode: None,
         "reset_peak_memory_stats": lambda device=None: None,
         "empty_cache": lambda: None,
         "get_rng_state": lambda device=None: torch.get_rng_state(),
@@ -509,6 +541,7 @@ def _stand_ins(pretend: PretendCuda) -> list[tuple[Any, str, Any]]:
 
     return [
         *((torch.cuda, name, answer) for name, answer in answers.items()),
+        (torch, "Generator", _Generator),
         (torch._C, "_cuda_getCurrentRawStream", lambda index: STREAM),
         (Tensor, "_make_wrapper_subclass", staticmethod(make_wrapper_subclass)),
     ]

@@ -105,6 +105,10 @@ class _Driver:
     def get_active_torch_device(self) -> torch.device:
         return GPU
 
+    def get_benchmarker(self) -> Callable[..., list[float]]:
+        """For Triton's autotuner, of which other people's kernels make use: all are alike."""
+        return lambda call, quantiles: [1.0 for _ in quantiles if call() is None]
+
 
 def _name(kernel: JITFunction) -> str:
     module = kernel.fn.__module__.removesuffix(".triton").rpartition(".")[2]

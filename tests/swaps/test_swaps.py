@@ -25,9 +25,9 @@ from torch import Tensor, nn
 
 from progtuning_kernels import MaskedAdamW, MilestoneSchedule, patch_model
 from progtuning_kernels.model.derived_classes import root_of
-from progtuning_kernels.swaps import model_swaps
+from progtuning_kernels.swaps import deferred_logits, model_swaps
 from progtuning_kernels.swaps.deferred_logits import DeferredLogits, defer, materialise
-from progtuning_kernels.swaps.kinds import recognise
+from progtuning_kernels.swaps.kinds import CannotSwap, recognise
 
 pytestmark = pytest.mark.usefixtures("padded")  # a trial of packing is slow in the interpreter
 
@@ -139,6 +139,45 @@ def check_t5_keeps_its_last_layer_in_float32():
     expected, found = mlp(x), recognise(mlp).forward(mlp, x)
     assert found.dtype == expected.dtype == torch.float32
     torch.testing.assert_close(found, expected, rtol=3e-2, atol=3e-2)
+
+
+def _falcon_h1(**options: Any) -> nn.Module:
+    config = hf.FalconH1Config(
+        hidden_size=32, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2,
+        intermediate_size=48, vocab_size=97, pad_token_id=0, head_dim=8, mamba_d_ssm=32,
+        mamba_n_heads=4, mamba_d_head=8, mamba_n_groups=1, mamba_d_state=4, mamba_chunk_size=4,
+        **options,
+    )  # fmt: skip
+    torch.manual_seed(0)
+    return hf.FalconH1ForCausalLM(config)
+
+
+@pytest.mark.parametrize("bias", [False, True])
+def check_falcon_h1_multiplies_gate_and_result(bias):
+    tokens = torch.arange(3, 9)[None]
+    model = _falcon_h1(mlp_multipliers=[0.7, 1.3], mlp_bias=bias)
+    found = []
+    for kernels in ("off", "on"):
+        model.zero_grad()
+        with patch_model(model, MilestoneSchedule({0: 1}), kernels=kernels) as handle:
+            loss = model(input_ids=tokens, labels=tokens).loss
+            loss.backward()
+            swapped = {row.kind: row.count for row in handle.kernel_report().rows if row.swapped}
+        assert swapped.get("gated MLP", 0) == (2 if kernels == "on" else 0)
+        gradients = [p.grad for p in model.parameters() if p.grad is not None]
+        found.append([loss.detach(), *gradients])
+    assert len(found[0]) > 8
+    for plain, mine in zip(*found, strict=True):
+        torch.testing.assert_close(mine, plain, rtol=1e-5, atol=1e-5 * plain.abs().max().item())
+
+
+def check_multipliers_that_no_op_has():
+    mlp = _falcon_h1(mlp_multipliers=[0.7, 1.3], hidden_act="gelu").model.layers[0].feed_forward
+    with pytest.raises(CannotSwap, match="no op for a gate_multiplier with GELU"):
+        recognise(mlp)
+    mlp.gate_multiplier = torch.tensor(0.7)
+    with pytest.raises(CannotSwap, match="gate_multiplier or down_multiplier is no number"):
+        recognise(mlp)
 
 
 def check_every_module_is_itself_again():
@@ -425,17 +464,24 @@ def _two_slices(logits: Tensor, labels: Tensor) -> Tensor:
     return F.cross_entropy(logits[:, 1], labels[:, 1] % VOCABULARY)
 
 
-LOSSES = (_transformers_loss, _by_hand, _capped, _rows_by_mask, _two_slices)
+def _per_token(logits: Tensor, labels: Tensor) -> Tensor:
+    rows = F.cross_entropy(logits.view(-1, VOCABULARY), labels.view(-1), reduction="none")
+    return (rows * torch.linspace(0.2, 1, len(rows)).to(rows.dtype)).sum()
+
+
+LOSSES = (_transformers_loss, _by_hand, _capped, _rows_by_mask, _two_slices, _per_token)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("loss", LOSSES)
-def test_losses_never_see_logits(loss, dtype):
+def test_losses_never_see_logits(loss, dtype, monkeypatch):
+    def refuse(deferred: DeferredLogits) -> None:
+        raise AssertionError("they are computed")
+
+    monkeypatch.setattr(deferred_logits, "materialise", refuse)
     with _head(dtype) as (hidden, weight, bias, labels):
         expected = loss(F.linear(hidden, weight, bias), labels)
-        logits = defer(hidden, weight, bias)
-        found = loss(logits, labels)
-        assert logits._logits is None
+        found = loss(defer(hidden, weight, bias), labels)
         assert type(found) is Tensor and found.dtype == expected.dtype
         tolerance = 1e-5 if dtype == torch.float32 else 2e-2
         assert found.item() == pytest.approx(expected.item(), rel=tolerance)

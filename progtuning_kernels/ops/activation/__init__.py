@@ -85,12 +85,15 @@ def bias_gelu(
     return _run(BIAS_GELU, Inputs(x, bias), approximate, implementation)
 
 
-def swiglu(gate: Tensor, up: Tensor, *, implementation: str | None = None) -> Tensor:
-    """`F.silu(gate) * up` (Shazeer, arXiv 2002.05202).
+def swiglu(
+    gate: Tensor, up: Tensor, *, gate_multiplier: float = 1.0, implementation: str | None = None
+) -> Tensor:
+    """`F.silu(gate * gate_multiplier) * up` (Shazeer, arXiv 2002.05202).
 
     Args:
         gate: any shape; dtypes as in `gelu`. May be half of a tensor, up the other half.
         up: of the shape, dtype and device of gate.
+        gate_multiplier: a number, as in Falcon-H1; no gradient.
         implementation: as in `gelu`.
 
     Returns:
@@ -101,7 +104,7 @@ def swiglu(gate: Tensor, up: Tensor, *, implementation: str | None = None) -> Te
         RuntimeError: the implementation that is asked for cannot run, with its reason.
     """
     reference.check("swiglu", Inputs(gate, up=up), "none")
-    return _run(SWIGLU, Inputs(gate, up=up), "silu", implementation)
+    return _run(SWIGLU, Inputs(gate, up=up), "silu", implementation, float(gate_multiplier))
 
 
 def geglu(
@@ -130,26 +133,33 @@ def geglu(
     return _run(GEGLU, Inputs(gate, up=up), approximate, implementation)
 
 
-def _run(op: backend.Op, inputs: Inputs, kind: Kind, implementation: str | None) -> Tensor:
+def _run(
+    op: backend.Op,
+    inputs: Inputs,
+    kind: Kind,
+    implementation: str | None,
+    multiplier: float = 1.0,
+) -> Tensor:
     chosen = backend.select(op, inputs, implementation)
     if torch.compiler.is_compiling():
-        return chosen.function(inputs, kind)
+        return chosen.function(inputs, kind, multiplier)
     if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in inputs):
-        return _Activation.apply(*inputs, kind, chosen)
-    return chosen.function(inputs, kind)
+        return _Activation.apply(*inputs, kind, multiplier, chosen)
+    return chosen.function(inputs, kind, multiplier)
 
 
 class _Activation(torch.autograd.Function):
     """An implementation with its backward; a custom op would cost 20 us more in eager mode."""
 
     @staticmethod
-    def forward(ctx, x, bias, up, kind, chosen):
+    def forward(ctx, x, bias, up, kind, multiplier, chosen):
         ctx.save_for_backward(x, bias, up if ctx.needs_input_grad[0] else None)
-        ctx.kind, ctx.chosen = kind, chosen
-        return chosen.function(Inputs(x, bias, up), kind)
+        ctx.kind, ctx.multiplier, ctx.chosen = kind, multiplier, chosen
+        return chosen.function(Inputs(x, bias, up), kind, multiplier)
 
     @staticmethod
     @once_differentiable
     def backward(ctx, grad):
         inputs, demanded = Inputs(*ctx.saved_tensors), ctx.needs_input_grad[:3]
-        return *ctx.chosen.backward(grad, inputs, ctx.kind, demanded), None, None
+        gradients = ctx.chosen.backward(grad, inputs, ctx.kind, demanded, ctx.multiplier)
+        return *gradients, None, None, None

@@ -1,4 +1,4 @@
-"""A(x + bias) * up for four activations: contract and plain torch; see README.md."""
+"""A(multiplier (x + bias)) * up for four activations: contract and plain torch; see README.md."""
 
 from __future__ import annotations
 
@@ -48,17 +48,24 @@ def _activated(z: Tensor, kind: Kind) -> Tensor:
     return F.silu(z) if kind == "silu" else F.gelu(z, approximate=kind)
 
 
-def forward(inputs: Inputs, kind: Kind) -> Tensor:
-    """A(x + bias) * up, as a model writes it."""
+def _argument(x: Tensor, bias: Tensor | None, multiplier: float) -> Tensor:
+    z = x if bias is None else x + bias
+    return z if multiplier == 1 else z * multiplier
+
+
+def forward(inputs: Inputs, kind: Kind, multiplier: float = 1.0) -> Tensor:
+    """A(multiplier (x + bias)) * up, as a model writes it."""
     x, bias, up = inputs
-    out = _activated(x if bias is None else x + bias, kind)
+    out = _activated(_argument(x, bias, multiplier), kind)
     return (out if up is None else out * up).contiguous()
 
 
-def backward(grad: Tensor, inputs: Inputs, kind: Kind, demanded: Sequence[bool]) -> Gradients:
+def backward(
+    grad: Tensor, inputs: Inputs, kind: Kind, demanded: Sequence[bool], multiplier: float = 1.0
+) -> Gradients:
     """What autograd computes of `forward`; up may be None if only its own gradient is demanded."""
     x, bias, up = inputs
-    z = x if bias is None else x + bias
+    z = _argument(x, bias, multiplier)
     dx, dbias, dup = None, None, None
     if demanded[2]:
         dup = (grad * _activated(z, kind)).contiguous()
@@ -68,6 +75,7 @@ def backward(grad: Tensor, inputs: Inputs, kind: Kind, demanded: Sequence[bool])
             dz = _ATEN.silu_backward(grad, z)
         else:
             dz = _ATEN.gelu_backward(grad, z, approximate=kind)
+        dz = dz if multiplier == 1 else dz * multiplier
         dbias = dz.sum_to_size(bias.shape).contiguous() if demanded[1] else None
         dx = dz.contiguous() if demanded[0] else None
     return dx, dbias, dup

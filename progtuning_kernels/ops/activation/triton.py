@@ -1,4 +1,4 @@
-"""A(x + bias) * up in Triton, in float32 and rounded once; see README.md."""
+"""A(multiplier (x + bias)) * up in Triton, in float32 and rounded once; see README.md."""
 
 from __future__ import annotations
 
@@ -66,6 +66,7 @@ def forward_kernel(
     x,
     bias,
     up,
+    multiplier,
     cols,
     blocks,
     x_stride,
@@ -74,7 +75,10 @@ def forward_kernel(
     ALIGNED: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """One of `blocks` blocks of a row. bias, up: or None. ALIGNED: cols is a multiple of 16."""
+    """One of `blocks` blocks of a row.
+
+    bias, up, multiplier: or None. ALIGNED: cols is a multiple of 16.
+    """
     if ALIGNED:
         cols = cols // 16 * 16
     row = (tl.program_id(0) // blocks).to(tl.int64)
@@ -83,6 +87,8 @@ def forward_kernel(
     z = _load(x + row * x_stride, columns, inside)
     if bias is not None:
         z += _load(bias, columns, inside)
+    if multiplier is not None:
+        z *= multiplier
     y, _ = _value_and_slope(z, KIND)
     if up is not None:
         y *= _load(up + row * up_stride, columns, inside)
@@ -98,6 +104,7 @@ def backward_kernel(
     x,
     bias,
     up,
+    multiplier,
     rows,
     cols,
     blocks,
@@ -109,7 +116,10 @@ def backward_kernel(
     ALIGNED: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """One of `blocks` blocks of a piece of rows. dx, dup, partials (pieces, cols): or None."""
+    """One of `blocks` blocks of a piece of rows.
+
+    dx, dup, partials (pieces, cols), bias, multiplier: or None.
+    """
     if ALIGNED:
         cols = cols // 16 * 16
     piece = (tl.program_id(0) // blocks).to(tl.int64)
@@ -126,7 +136,11 @@ def backward_kernel(
         g = _load(grad + row * grad_stride, columns, inside)
         if bias is not None:
             z += b
+        if multiplier is not None:
+            z *= multiplier
         y, slope = _value_and_slope(z, KIND)
+        if multiplier is not None:
+            slope *= multiplier
         if dup is not None:
             _store(dup + row * cols, columns, g * y, inside)
         if up is not None:
@@ -167,7 +181,7 @@ def _aligned(x: Tensor) -> bool:
     return x.dim() > 0 and x.shape[-1] % 16 == 0
 
 
-def forward(inputs: Inputs, kind: Kind) -> Tensor:
+def forward(inputs: Inputs, kind: Kind, multiplier: float = 1.0) -> Tensor:
     """`reference.forward`; of tensors on the CPU under Triton's interpreter."""
     x, bias, up = inputs
     out = torch.empty_like(x, memory_format=torch.contiguous_format)
@@ -179,14 +193,17 @@ def forward(inputs: Inputs, kind: Kind) -> Tensor:
     blocks = triton.cdiv(cols, BLOCK)
     with backend.device_guard(x.device):
         forward_kernel[rows * blocks,](
-            *(out, x_rows, bias, up_rows, cols, blocks, _stride(x_rows), _stride(up_rows)),
+            *(out, x_rows, bias, up_rows, None if multiplier == 1 else multiplier),
+            *(cols, blocks, _stride(x_rows), _stride(up_rows)),
             *(kind, _aligned(x), BLOCK),
             **OPTIONS,
         )
     return out
 
 
-def backward(grad: Tensor, inputs: Inputs, kind: Kind, demanded: Sequence[bool]) -> Gradients:
+def backward(
+    grad: Tensor, inputs: Inputs, kind: Kind, demanded: Sequence[bool], multiplier: float = 1.0
+) -> Gradients:
     """`reference.backward`; of tensors on the CPU under Triton's interpreter."""
     x, bias, up = inputs
     dx, dup = (
@@ -210,6 +227,7 @@ def backward(grad: Tensor, inputs: Inputs, kind: Kind, demanded: Sequence[bool])
     with backend.device_guard(x.device):
         backward_kernel[pieces * blocks,](
             *(dx, dup, partials, grad_rows, x_rows, bias, up_rows),
+            None if multiplier == 1 else multiplier,
             *(rows, cols, blocks, rows_of_piece),
             *(_stride(grad_rows), _stride(x_rows), _stride(up_rows)),
             *(kind, _aligned(x), BLOCK),

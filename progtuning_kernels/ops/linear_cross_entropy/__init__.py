@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -31,6 +31,31 @@ OP = backend.register(
 )
 
 
+class CrossEntropyOutput(NamedTuple):
+    """What `linear_cross_entropy` returns where more than the loss is asked for.
+
+    Attributes:
+        loss: what the op returns if only the loss is asked for.
+        z_loss: the part of loss that is z-loss, reduced as loss is. It has no gradient. None if it
+            was not asked for.
+        token_accuracy: of the rows that count, the share whose label has the largest logit; of
+            equal logits the first is the largest. With the reduction "none" it has the shape of
+            labels: 1 or 0 for each row, 0 where a row does not count. It has no gradient. None if
+            it was not asked for.
+    """
+
+    loss: Tensor
+    z_loss: Tensor | None
+    token_accuracy: Tensor | None
+
+
+def _outputs(ctx: Any, formed: chunks.Formed) -> tuple[Tensor | None, ...]:
+    metrics = formed.z_loss, formed.token_accuracy
+    ctx.mark_non_differentiable(*(t for t in metrics if t is not None))
+    ctx.set_materialize_grads(False)  # for them: nothing reads it
+    return formed.loss, *metrics
+
+
 class _LinearCrossEntropy(torch.autograd.Function):
     @staticmethod
     def forward(ctx, chosen, hidden, weight, bias, labels, class_weight, num_items, options):
@@ -39,11 +64,11 @@ class _LinearCrossEntropy(torch.autograd.Function):
         formed = chunks.form(chosen, *tensors, demand, options)
         ctx.save_for_backward(*formed.gradients, formed.unscale)
         ctx.dtype, ctx.chosen, ctx.handed_over = hidden.dtype, chosen, False
-        return formed.loss
+        return _outputs(ctx, formed)
 
     @staticmethod
     @once_differentiable
-    def backward(ctx, upstream):
+    def backward(ctx, upstream, *of_metrics):
         if ctx.handed_over:
             raise RuntimeError(
                 "linear_cross_entropy: a second backward of the same loss: its gradients were "
@@ -67,11 +92,12 @@ class _RowsOfLinearCrossEntropy(torch.autograd.Function):
         tensors = (hidden, weight, bias, labels, class_weight)
         ctx.save_for_backward(*tensors)
         ctx.chosen, ctx.options = chosen, options
-        return chunks.form(chosen, *tensors, None, (False, False, False), options).loss
+        formed = chunks.form(chosen, *tensors, None, (False, False, False), options)
+        return _outputs(ctx, formed)
 
     @staticmethod
     @once_differentiable
-    def backward(ctx, upstream):
+    def backward(ctx, upstream, *of_metrics):
         tensors, demand = ctx.saved_tensors, ctx.needs_input_grad[1:4]
         formed = chunks.form(ctx.chosen, *tensors, None, demand, ctx.options, upstream)
         dtype = tensors[0].dtype
@@ -95,9 +121,12 @@ def linear_cross_entropy(
     class_weight: Tensor | None = None,
     reduction: Reduction = "mean",
     num_items: Tensor | int | None = None,
-    max_logits_bytes: int = 512 * 2**20,
+    accum_dtype: torch.dtype | None = None,
+    return_z_loss: bool = False,
+    return_token_accuracy: bool = False,
+    max_logits_bytes: int | None = None,
     implementation: str | None = None,
-) -> Tensor:
+) -> Tensor | CrossEntropyOutput:
     """Cross-entropy of `hidden @ weight.T + bias`, without the logits of all rows at once.
 
         x_i = softcapped(weight @ hidden_i + bias)
@@ -118,16 +147,26 @@ def linear_cross_entropy(
         ignore_index: label of the rows that do not count.
         label_smoothing: in [0, 1].
         softcap: above 0: logits become softcap * tanh(logits / softcap), as in Gemma 2.
-        z_loss: times the squared log-sum-exp of each row that counts is added.
+        z_loss: times the squared log-sum-exp of each row that counts is added (PaLM, Chowdhery et
+            al., arXiv 2204.02311, with 1e-4).
         class_weight: (V,), on the device of hidden; no gradient.
         reduction: "mean", "sum", or "none" for the loss of each row, 0 where it does not count.
         num_items: divides the sum of the rows instead, with "mean" and "sum": what the Trainer
             hands to a loss as num_items_in_batch.
-        max_logits_bytes: of the logits that exist at a time; at least 512 rows do.
+        accum_dtype: in which the gradients of weight and bias add up over chunks of rows; None is
+            float32 (float64 for float64). torch.bfloat16, for a hidden of that dtype, takes half
+            the memory, and every sum is rounded.
+        return_z_loss: also return the part of the loss that is z-loss.
+        return_token_accuracy: also return the share of rows whose label has the largest logit.
+        max_logits_bytes: of the logits that exist at a time; at least 512 rows do. None is 512 MiB.
+            Where the Triton kernels run and the weight needs a gradient, None is as many bytes as
+            the sum of this gradient takes in accum_dtype, if this is more, and all rows run at
+            once where this takes no more memory than chunks and their sum.
         implementation: "triton" or "reference"; None chooses.
 
     Returns:
-        The loss, a 0-dim float32 (float64 for float64); of the shape of labels with "none".
+        The loss, a 0-dim float32 (float64 for float64); of the shape of labels with "none". With
+        return_z_loss or return_token_accuracy a `CrossEntropyOutput`.
 
     Raises:
         TypeError: an argument that is no tensor where one belongs.
@@ -155,9 +194,10 @@ def linear_cross_entropy(
     reference.check(hidden, weight, labels, bias, class_weight)
     options = Options(
         *(ignore_index, float(label_smoothing), None if softcap is None else float(softcap)),
-        *(float(z_loss), reduction, max_logits_bytes, implementation),
+        *(float(z_loss), reduction, accum_dtype, return_z_loss, return_token_accuracy),
+        *(max_logits_bytes, implementation),
     )
-    options.check()
+    options.check(hidden.dtype)
     if num_items is not None:
         if reduction == "none":
             raise ValueError("linear_cross_entropy: num_items divides a sum, and there is none")
@@ -174,13 +214,24 @@ def linear_cross_entropy(
     tensors = (hidden, weight, bias, labels, class_weight, num_items)
     if torch.compiler.is_compiling():
         formed = demand if reduction != "none" else [False] * 3
-        return linear_cross_entropy_op(*tensors, None, formed, *options)[0].view(shape)
-    chosen = backend.select(OP, [hidden], implementation)
-    if not any(demand):
-        return chunks.form(chosen, *tensors, demand, options).loss.view(shape)
-    if reduction == "none":
-        return _RowsOfLinearCrossEntropy.apply(chosen, *tensors[:5], options).view(shape)
-    return _LinearCrossEntropy.apply(chosen, *tensors, options)
+        found = linear_cross_entropy_op(*tensors, None, formed, *options)
+    else:
+        chosen = backend.select(OP, [hidden], implementation)
+        if not any(demand):
+            found = chunks.form(chosen, *tensors, demand, options)
+        elif reduction == "none":
+            found = _RowsOfLinearCrossEntropy.apply(chosen, *tensors[:5], options)
+        else:
+            found = _LinearCrossEntropy.apply(chosen, *tensors, options)
+    loss, of_z, accuracy = found[:3]
+    loss = loss.view(shape)
+    if not (return_z_loss or return_token_accuracy):
+        return loss
+    return CrossEntropyOutput(
+        loss,
+        of_z.view(shape) if return_z_loss else None,
+        accuracy.view(shape) if return_token_accuracy else None,
+    )
 
 
 @torch.library.custom_op("progtuning::linear_cross_entropy", mutates_args=())
@@ -198,53 +249,60 @@ def linear_cross_entropy_op(
     softcap: float | None,
     z_loss: float,
     reduction: str,
-    max_logits_bytes: int,
+    accum_dtype: torch.dtype | None,
+    return_z_loss: bool,
+    return_token_accuracy: bool,
+    max_logits_bytes: int | None,
     implementation: str | None,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Loss, the three gradients (empty where not demanded) and `unscale`; see `chunks.Formed`.
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """What `chunks.Formed` has, empty where not asked for: loss, z-loss, accuracy, the gradients
+    of hidden, weight and bias, and `unscale`.
 
     `upstream`, (N,): of the rows' losses, in the backward of the reduction "none".
     """
     options = Options(
-        *(ignore_index, label_smoothing, softcap, z_loss),
-        *(reduction, max_logits_bytes, implementation),
+        *(ignore_index, label_smoothing, softcap, z_loss, reduction, accum_dtype),
+        *(return_z_loss, return_token_accuracy, max_logits_bytes, implementation),
     )
     tensors = (hidden, weight, bias, labels, class_weight, num_items)
     chosen = backend.select(OP, [hidden], implementation)
     formed = chunks.form(chosen, *tensors, demand, options, upstream)
-    dtypes = chunks.stored_dtypes(hidden.dtype)
-    d_hidden, d_weight, d_bias = (
-        hidden.new_empty(0, dtype=dtype) if gradient is None else gradient
-        for gradient, dtype in zip(formed.gradients, dtypes, strict=True)
+    dtypes = [reference.wide(hidden.dtype)] * 2
+    dtypes += chunks.stored_dtypes(hidden.dtype, accum_dtype)
+    z_losses, accuracy, d_hidden, d_weight, d_bias = (
+        hidden.new_empty(0, dtype=dtype) if tensor is None else tensor
+        for tensor, dtype in zip((*formed[1:3], *formed.gradients), dtypes, strict=True)
     )
-    return formed.loss, d_hidden, d_weight, d_bias, formed.unscale
+    return formed.loss, z_losses, accuracy, d_hidden, d_weight, d_bias, formed.unscale
 
 
 @linear_cross_entropy_op.register_fake
 def _(hidden, weight, bias, labels, class_weight, num_items, upstream, demand, *options):
+    options = Options(*options)
     shapes = (hidden.shape, weight.shape, weight.shape[:1])
+    dtypes = chunks.stored_dtypes(hidden.dtype, options.accum_dtype)
     gradients = [
         hidden.new_empty(shape if demanded else (0,), dtype=dtype)
-        for shape, demanded, dtype in zip(
-            shapes, demand, chunks.stored_dtypes(hidden.dtype), strict=True
-        )
+        for shape, demanded, dtype in zip(shapes, demand, dtypes, strict=True)
     ]
-    scalar = hidden.new_empty((), dtype=chunks.wide(hidden.dtype))
-    of_rows = Options(*options).reduction == "none"
-    loss = scalar.new_empty(labels.shape) if of_rows else scalar
-    return (loss, *gradients, torch.empty_like(scalar))
+    unscale = hidden.new_empty((), dtype=reference.wide(hidden.dtype))
+    of_loss = labels.shape if options.reduction == "none" else ()
+    asked = (options.return_z_loss, options.return_token_accuracy)
+    metrics = [unscale.new_empty(of_loss if a and upstream is None else (0,)) for a in asked]
+    return (unscale.new_empty(of_loss), *metrics, *gradients, unscale)
 
 
 def _save_gradients(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
     ctx.demand, ctx.dtype, ctx.options = inputs[7], inputs[0].dtype, Options(*inputs[8:])
-    ctx.save_for_backward(*(inputs[:5] if ctx.options.reduction == "none" else output[1:]))
+    ctx.save_for_backward(*(inputs[:5] if ctx.options.reduction == "none" else output[3:]))
+    ctx.mark_non_differentiable(*output[1:])
 
 
 def _hand_over(ctx: Any, upstream: Tensor, *unused: Tensor) -> tuple[Tensor | None, ...]:
     if ctx.options.reduction == "none":
         demand = list(ctx.needs_input_grad[:3])
         formed = linear_cross_entropy_op(*ctx.saved_tensors, None, upstream, demand, *ctx.options)
-        _, *gradients, factor = formed
+        *gradients, factor = formed[3:]
     else:
         demand = ctx.demand
         *gradients, unscale = ctx.saved_tensors
@@ -253,7 +311,7 @@ def _hand_over(ctx: Any, upstream: Tensor, *unused: Tensor) -> tuple[Tensor | No
         (gradient.to(factor.dtype) * factor).to(ctx.dtype) if demanded else None
         for gradient, demanded in zip(gradients, demand, strict=True)
     )
-    return (*given, *[None] * 12)
+    return (*given, *[None] * 15)
 
 
 linear_cross_entropy_op.register_autograd(_hand_over, setup_context=_save_gradients)

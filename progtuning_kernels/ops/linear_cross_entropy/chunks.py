@@ -11,8 +11,9 @@ import torch
 from torch import Tensor
 
 from ... import backend
-from .reference import Options, RowLoss, padded
+from .reference import Options, RowLoss, padded, wide
 
+LEAST_LOGITS_BYTES = 512 * 2**20  # of the logits that exist at a time, unless the caller says
 LEAST_ROWS = 512  # below it a matmul is bound by reading the weight, not by arithmetic
 ROW_MULTIPLE = 128  # a tile of the matmul
 
@@ -22,34 +23,50 @@ class Formed(NamedTuple):
 
     Attributes:
         loss: 0-dim; (N,) for the reduction "none".
+        z_loss, token_accuracy: of the shape of loss; None where not asked for.
         gradients: of hidden, weight, bias, in `stored_dtypes`.
         unscale: 0-dim; a power of two, 1 except in float16.
     """
 
     loss: Tensor
+    z_loss: Tensor | None
+    token_accuracy: Tensor | None
     gradients: tuple[Tensor | None, Tensor | None, Tensor | None]
     unscale: Tensor
 
 
-def wide(dtype: torch.dtype) -> torch.dtype:
-    """The dtype of all arithmetic but the matmuls."""
-    return torch.promote_types(dtype, torch.float32)
-
-
-def stored_dtypes(dtype: torch.dtype) -> tuple[torch.dtype, torch.dtype, torch.dtype]:
+def stored_dtypes(
+    dtype: torch.dtype, accum_dtype: torch.dtype | None
+) -> tuple[torch.dtype, torch.dtype, torch.dtype]:
     """Dtypes of the gradients of hidden, weight, bias between forward and backward.
 
     Sums over rows could leave float16's range before the loss scale is known.
     """
-    return dtype, torch.float32 if dtype == torch.float16 else dtype, wide(dtype)
+    return dtype, torch.float32 if dtype == torch.float16 else dtype, accum_dtype or wide(dtype)
+
+
+def logits_budget(
+    rows: int, classes: int, width: int, dtype: torch.dtype, accum_dtype: torch.dtype
+) -> int:
+    """Bytes of logits at a time, of a call that makes d(weight), from sizes alone: see README.md.
+
+    As many as the sum of d(weight) takes, or those of all rows, where no sum is then needed and
+    that saves as many bytes as the further rows take.
+    """
+    weights = classes * width
+    summed_bytes = weights * accum_dtype.itemsize
+    saved_bytes = summed_bytes - weights * stored_dtypes(dtype, accum_dtype)[1].itemsize
+    budget = max(LEAST_LOGITS_BYTES, summed_bytes)
+    whole_bytes = rows * classes * dtype.itemsize
+    return whole_bytes if whole_bytes <= budget + saved_bytes else budget
 
 
 def rows_per_chunk(rows: int, classes: int, element_bytes: int, max_logits_bytes: int) -> int:
     """How many rows of logits are computed at a time: R of README.md."""
-    fitting = max_logits_bytes // max(1, classes * element_bytes) // ROW_MULTIPLE * ROW_MULTIPLE
-    most = max(LEAST_ROWS, fitting)
-    if rows <= most:
+    fitting = max_logits_bytes // max(1, classes * element_bytes)
+    if rows <= max(LEAST_ROWS, fitting):
         return max(1, rows)
+    most = max(LEAST_ROWS, fitting // ROW_MULTIPLE * ROW_MULTIPLE)
     even = math.ceil(rows / math.ceil(rows / most))
     return min(most, max(LEAST_ROWS, math.ceil(even / ROW_MULTIPLE) * ROW_MULTIPLE))
 
@@ -118,6 +135,7 @@ def form(
     """
     need_hidden, need_weight, need_bias = demand
     n, classes, dtype, device = len(hidden), len(weight), hidden.dtype, hidden.device
+    accum_dtype = options.accum_dtype or wide(dtype)
     if class_weight is not None:
         class_weight = class_weight.to(wide(dtype)).contiguous()
     denominator = _denominator(labels, class_weight, num_items, options)
@@ -131,9 +149,20 @@ def form(
         class_weight_sum=None if class_weight is None else class_weight.sum(),
         factor=factor,
     )
-    chunk_rows = rows_per_chunk(n, classes, dtype.itemsize, options.max_logits_bytes)
-    weight_dtype = wide(dtype) if chunk_rows < n or dtype == torch.float16 else dtype
+    budget = options.max_logits_bytes
+    if budget is None:
+        budget = LEAST_LOGITS_BYTES
+        # the reference takes up to twelve times the bytes of the logits for itself
+        if need_weight and chosen is not backend.OPS["linear_cross_entropy"].reference:
+            budget = logits_budget(n, *weight.shape, dtype, accum_dtype)
+    chunk_rows = rows_per_chunk(n, classes, dtype.itemsize, budget)
+    weight_dtype = accum_dtype if chunk_rows < n else stored_dtypes(dtype, accum_dtype)[1]
     losses = torch.empty(n, dtype=wide(dtype), device=device)
+    z_losses = correct = None
+    if upstream is None and options.return_z_loss:
+        z_losses = torch.empty_like(losses) if options.z_loss else torch.zeros_like(losses)
+    if upstream is None and options.return_token_accuracy:
+        correct = torch.empty_like(losses)
     logits_buffer = torch.empty((chunk_rows, padded(classes)), dtype=dtype, device=device)
     # no product may depend on the padding, but those in bfloat16 on CPUs with AMX multiply it by 0
     logits_buffer[:, classes:] = 0
@@ -149,17 +178,27 @@ def form(
             else:
                 torch.addmm(bias, part, weight.t(), out=logits)
             of_rows = replace(row_loss, factor=factor[span]) if factor.ndim else row_loss
-            chosen.function(logits, labels[span], losses[span], of_rows, gradient=any(demand))
+            chosen.function(
+                *(logits, labels[span], losses[span], of_rows),
+                gradient=any(demand),
+                z_losses=z_losses[span] if z_losses is not None and options.z_loss else None,
+                correct=None if correct is None else correct[span],
+            )
             if need_hidden:
                 torch.mm(logits, weight, out=d_hidden[span])
             if need_weight:
                 d_weight = _add_product(d_weight, logits.t(), part, weight_dtype)
             if need_bias:
                 sums = logits.sum(dim=0, dtype=wide(dtype))
-                d_bias = sums if d_bias is None else d_bias.add_(sums)
+                d_bias = sums.to(accum_dtype) if d_bias is None else d_bias.add_(sums)
         del logits, logits_buffer
         if need_weight:
-            d_weight = d_weight.to(stored_dtypes(dtype)[1])
+            d_weight = d_weight.to(stored_dtypes(dtype, accum_dtype)[1])
         if options.reduction != "none":
-            losses = (losses.sum(dtype=torch.float64) / denominator).to(wide(dtype))
-    return Formed(losses, (d_hidden, d_weight, d_bias), unscale)
+            losses, z_losses = (
+                None if t is None else (t.sum(dtype=torch.float64) / denominator).to(wide(dtype))
+                for t in (losses, z_losses)
+            )
+            if correct is not None:
+                correct = correct.sum() / (labels != options.ignore_index).sum()
+    return Formed(losses, z_losses, correct, (d_hidden, d_weight, d_bias), unscale)

@@ -24,10 +24,14 @@ class Options(NamedTuple):
     softcap: float | None
     z_loss: float
     reduction: str
-    max_logits_bytes: int
+    accum_dtype: torch.dtype | None
+    return_z_loss: bool
+    return_token_accuracy: bool
+    max_logits_bytes: int | None
     implementation: str | None
 
-    def check(self) -> None:
+    def check(self, dtype: torch.dtype) -> None:
+        """Raise ValueError for what is out of range, or cannot be with a hidden of `dtype`."""
         op, choices = "linear_cross_entropy", get_args(Reduction)
         if self.reduction not in choices:
             raise ValueError(f"{op}: reduction must be one of {choices}, got {self.reduction!r}")
@@ -37,8 +41,21 @@ class Options(NamedTuple):
             raise ValueError(f"{op}: softcap {self.softcap} is not positive")
         if not self.z_loss >= 0:
             raise ValueError(f"{op}: z_loss {self.z_loss} is negative")
-        if self.max_logits_bytes <= 0:
+        if self.max_logits_bytes is not None and self.max_logits_bytes <= 0:
             raise ValueError(f"{op}: max_logits_bytes {self.max_logits_bytes} is not positive")
+        if self.accum_dtype is not None:
+            # sums over rows could leave float16's range before the loss scale is known
+            dtypes = {wide(dtype), dtype} - {torch.float16}
+            if self.accum_dtype not in dtypes:
+                names = " or ".join(sorted(str(dtype) for dtype in dtypes))
+                raise ValueError(
+                    f"{op}: hidden is {dtype}: accum_dtype must be {names}, got {self.accum_dtype}"
+                )
+
+
+def wide(dtype: torch.dtype) -> torch.dtype:
+    """The dtype of all arithmetic but the matmuls."""
+    return torch.promote_types(dtype, torch.float32)
 
 
 @dataclass(frozen=True)
@@ -96,22 +113,33 @@ def padded(classes: int) -> int:
 
 
 def rows(
-    logits: Tensor, labels: Tensor, losses: Tensor, row_loss: RowLoss, *, gradient: bool
+    logits: Tensor,
+    labels: Tensor,
+    losses: Tensor,
+    row_loss: RowLoss,
+    *,
+    gradient: bool,
+    z_losses: Tensor | None = None,
+    correct: Tensor | None = None,
 ) -> None:
     """Write the loss of each row to `losses`, and d(logits) over the logits if `gradient`.
 
     Args:
         logits: (R, V), as the matmul gives them: before the softcap.
         labels: (R,). losses: (R,) in float32 (float64).
+        z_losses: (R,) as losses: the part of the loss that is z-loss; None where there is none.
+        correct: (R,) as losses: 1 where the label is the first of the largest logits, else 0.
     """
     smoothing, cap = row_loss.label_smoothing, row_loss.softcap
     classes = logits.shape[1]
     x = logits.to(losses.dtype)
+    ignored = labels == row_loss.ignore_index
+    if correct is not None:
+        correct.copy_((x.argmax(dim=1) == labels) & ~ignored)
     if cap is not None:
         tanh = torch.tanh(x / cap)
         x = tanh * cap
     log_p = torch.log_softmax(x, dim=1)
-    ignored = labels == row_loss.ignore_index
     index = labels.masked_fill(ignored, 0).long()[:, None]
     weight_of_label, smoothed = losses.new_ones(()), log_p
     weights_sum: Tensor | float = classes
@@ -127,8 +155,11 @@ def rows(
     of_softmax = of_label + smoothing / classes * weights_sum
     if row_loss.z_loss:
         lse = torch.logsumexp(x, dim=1)
-        loss = loss + row_loss.z_loss * lse.square()
+        z_loss = row_loss.z_loss * lse.square()
+        loss = loss + z_loss
         of_softmax = of_softmax + 2 * row_loss.z_loss * lse
+        if z_losses is not None:
+            z_losses.copy_(z_loss.masked_fill(ignored, 0))
     losses.copy_(loss.masked_fill(ignored, 0))
     if not gradient:
         return

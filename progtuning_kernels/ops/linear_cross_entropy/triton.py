@@ -51,6 +51,8 @@ def rows_kernel(
     classes,
     labels,
     losses,
+    z_losses,
+    correct,
     class_weight,
     class_weight_sum,
     factor,
@@ -72,6 +74,7 @@ def rows_kernel(
         logits: (programs, classes), `stride` elements from row to row, of which the first `width`
             may be read and written: a multiple of 16 lets accesses be vectors.
         labels, losses: one per program. factor: of d(logits), one, or one per program if FACTORS.
+        z_losses, correct: one per program, or None.
         class_weight, class_weight_sum: float32, or both None.
     """
     row = tl.program_id(0).to(tl.int64)
@@ -79,6 +82,10 @@ def rows_kernel(
     label = tl.load(labels + row).to(tl.int64)
     if label == ignore_index:
         tl.store(losses + row, 0.0)
+        if z_losses is not None:
+            tl.store(z_losses + row, 0.0)
+        if correct is not None:
+            tl.store(correct + row, 0.0)
         if GRADIENT:
             for start in range(0, classes, BLOCK):
                 column = start + tl.arange(0, BLOCK)
@@ -88,16 +95,22 @@ def rows_kernel(
         valid = (label >= 0) & (label < classes)
         # before the first reduction, whose barrier keeps the second pass's writes behind it
         x_label = tl.load(start_of_row + label, mask=valid, other=0.0).to(tl.float32)
+        logit_label = x_label
         if SOFTCAP:
             x_label = softcap * _tanh(x_label * inverse_softcap)
 
         largest = float("-inf")
         total = 0.0
         weighted = 0.0
+        ahead = 0
         for start in range(0, classes, BLOCK):
             column = start + tl.arange(0, BLOCK)
             inside = column < classes
             x = tl.load(start_of_row + column, mask=column < width, other=0.0).to(tl.float32)
+            if correct is not None:
+                # as argmax, which takes the first of equals, and NaN for the largest
+                behind = tl.where(column < label, x < logit_label, x <= logit_label)
+                ahead += tl.sum((inside & (behind == 0)).to(tl.int32), axis=0)
             if SOFTCAP:
                 x = softcap * _tanh(x * inverse_softcap)
             x = tl.where(inside, x, float("-inf"))
@@ -128,9 +141,14 @@ def rows_kernel(
             loss += uniform * ((weights * largest - weighted) + weights * log_total)
         if Z_LOSS:
             lse = largest + log_total
-            loss += z_loss * lse * lse
+            of_lse = z_loss * lse * lse
+            loss += of_lse
             of_softmax += 2.0 * z_loss * lse
+            if z_losses is not None:
+                tl.store(z_losses + row, of_lse)
         tl.store(losses + row, tl.where(valid, loss, float("nan")))
+        if correct is not None:
+            tl.store(correct + row, tl.where(valid & (ahead == 0), 1.0, 0.0))
 
         if GRADIENT:
             scale = tl.load(factor + row) if FACTORS else tl.load(factor)
@@ -172,7 +190,14 @@ def scale_kernel(values, factor, n, BLOCK: tl.constexpr):
 
 
 def rows(
-    logits: Tensor, labels: Tensor, losses: Tensor, row_loss: RowLoss, *, gradient: bool
+    logits: Tensor,
+    labels: Tensor,
+    losses: Tensor,
+    row_loss: RowLoss,
+    *,
+    gradient: bool,
+    z_losses: Tensor | None = None,
+    correct: Tensor | None = None,
 ) -> None:
     """`reference.rows`; of tensors on the CPU under Triton's interpreter.
 
@@ -184,7 +209,7 @@ def rows(
     width = padded(classes) if stride >= padded(classes) else classes
     with backend.device_guard(logits.device):
         rows_kernel[len(logits),](
-            *(logits, stride, width, classes, labels.contiguous(), losses),
+            *(logits, stride, width, classes, labels.contiguous(), losses, z_losses, correct),
             *(row_loss.class_weight, row_loss.class_weight_sum, row_loss.factor),
             *(row_loss.ignore_index, row_loss.label_smoothing),
             *((1.0, 1.0) if cap is None else (cap, 1 / cap)),
