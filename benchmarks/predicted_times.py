@@ -57,8 +57,8 @@ from torch.utils._pytree import tree_leaves
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT / "benchmarks"), str(ROOT / "tests" / "support")]
 
-import kernel_resources  # noqa: E402 - a script's folder, above
-import kernel_operations as kernels  # noqa: E402 - as above
+import kernel_operations as kernels  # noqa: E402 - a script's folder, above
+import kernel_resources  # noqa: E402 - as above
 import kernel_timing  # noqa: E402 - as above
 import optimizer  # noqa: E402 - as above
 from ceilings import DTYPE_CODES, launches_kernel  # noqa: E402 - as above
