@@ -6,9 +6,8 @@ python .ci/try_extension.py [ARCHITECTURES]: fails unless it holds kernels for t
 import importlib.util
 import sys
 
-(folder,) = importlib.util.find_spec("progtuning_kernels").submodule_search_locations
-sys.path.insert(0, folder)
-import _C  # noqa: E402
+sys.path.insert(0, *importlib.util.find_spec("progtuning_kernels").submodule_search_locations)
+import _C
 
 found = _C.cuda_archs if _C.cuda_built else ""
 print(f"{_C.__file__}: {_C.compiler}, OpenMP {_C.openmp}, kernels for {found or 'the CPU only'}")

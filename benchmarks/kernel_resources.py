@@ -32,15 +32,15 @@ import torch
 from rich.progress import track
 from torch import Tensor
 
+sys.path.insert(0, str(Path(__file__).parent.parent / "tests" / "support"))
+
+from triton_builds import WAVES, compile_for, resources, rocm_resources, usage
+
+from progtuning_kernels import backend, ops
+from progtuning_kernels.cli.cuda_toolkit import Unavailable, find_toolkit
+from progtuning_kernels.cli.provenance import provenance
+
 ROOT = Path(__file__).parent.parent
-sys.path.insert(0, str(ROOT / "tests" / "support"))
-
-from triton_builds import WAVES, compile_for, resources, rocm_resources, usage  # noqa: E402
-
-from progtuning_kernels import backend, ops  # noqa: E402
-from progtuning_kernels.cli.cuda_toolkit import Unavailable, find_toolkit  # noqa: E402
-from progtuning_kernels.cli.provenance import provenance  # noqa: E402
-
 RESULT = ROOT / "benchmarks" / "results" / "compiled" / "kernel_resources.json"
 ARCHITECTURES = (80, 90, 100, 120)
 WIDTHS = (768, 2048, 4096, 8192)  # of norms, whose rows lie in registers

@@ -350,7 +350,10 @@ def main() -> None:
     parser.add_argument("--verdict", type=Path, metavar="FOLDER", help="of stored results")
     arguments = parser.parse_args()
     if arguments.verdict is not None:
-        for path in sorted(arguments.verdict.glob("packing/*.json")):
+        stored = sorted(arguments.verdict.glob("packing/*.json"))
+        if not stored:
+            raise SystemExit(f"{arguments.verdict}: no packing/*.json here, so no result")
+        for path in stored:
             show(json.loads(path.read_text()))
         return
     warnings.filterwarnings("ignore", category=FutureWarning)  # of other packages, on every build

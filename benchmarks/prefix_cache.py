@@ -28,12 +28,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
+from training import PRECISIONS, SHAPES, Work
 
 from progtuning_kernels import MaskedAdamW, MilestoneSchedule, PrefixCache, patch_model
+from progtuning_kernels.bench import Batch
 from progtuning_kernels.cli.provenance import provenance
 
-Batch = dict[str, Tensor]
 Step = Callable[[Batch], float]
 ROUNDS, BATCHES = 24, 4
 GIB = 2**30
@@ -41,69 +42,29 @@ GIB = 2**30
 
 @dataclass(frozen=True)
 class Workload:
-    """A model's shape and its batches.
-
-    Attributes:
-        frozen: blocks below the boundary.
-        dtype: of the weights; activations under autocast where it is bfloat16.
-    """
+    """A model of `training.SHAPES`, its batches, and how many blocks below the boundary freeze."""
 
     name: str
-    kind: str
-    width: int
-    blocks: int
-    heads: int
-    inside: int
-    vocabulary: int
+    precision: str
     rows: int
     tokens: int
     frozen: int
-    dtype: torch.dtype = torch.float32
 
-    def model(self, device: torch.device) -> nn.Module:
-        """The same weights every time, in training mode."""
-        import transformers as hf
+    @property
+    def blocks(self) -> int:
+        return SHAPES[self.name].blocks
 
-        sizes = dict(
-            hidden_size=self.width,
-            num_hidden_layers=self.blocks,
-            num_attention_heads=self.heads,
-            intermediate_size=self.inside,
-            vocab_size=self.vocabulary,
-            max_position_embeddings=max(512, self.tokens),
-        )
-        if self.kind == "llama":
-            config = hf.LlamaConfig(**sizes, num_key_value_heads=8, use_cache=False)
-            make = hf.LlamaForCausalLM
-        else:
-            config, make = hf.BertConfig(**sizes), hf.BertForSequenceClassification
-        torch.manual_seed(0)
-        with device:  # a CPU takes a minute for 1 B random numbers in six models
-            return make(config).to(self.dtype).train()
-
-    def batches(self, device: torch.device) -> list[Batch]:
-        """Right padding to between half and all of the tokens."""
-        generator = torch.Generator().manual_seed(1)
-        shape = (self.rows, self.tokens)
-        made = []
-        for _ in range(BATCHES):
-            ids = torch.randint(5, self.vocabulary, shape, generator=generator)
-            lengths = torch.randint(self.tokens // 2, self.tokens + 1, (self.rows,))
-            lengths[0] = self.tokens
-            mask = (torch.arange(self.tokens) < lengths[:, None]).long()
-            labels = torch.arange(self.rows) % 2
-            if self.kind == "llama":
-                labels = ids.masked_fill(mask == 0, -100)
-            batch = {"input_ids": ids * mask, "attention_mask": mask, "labels": labels}
-            made.append({name: tensor.to(device) for name, tensor in batch.items()})
-        return made
+    def on(self, device: torch.device) -> Work:
+        sizes = {"shape": self.name, "rows": self.rows, "tokens": self.tokens}
+        plan = {"stages": 1, "batches": BATCHES, "epochs": 2}
+        return Work(precision=self.precision, device=device, **sizes, **plan)
 
 
 WORKLOADS = {
-    "cpu": [Workload("MiniLM", "bert", 384, 6, 12, 1536, 30522, 32, 64, 4)],
+    "cpu": [Workload("MiniLM", "fp32", 32, 64, 4)],
     "cuda": [
-        Workload("BERT-base", "bert", 768, 12, 12, 3072, 30522, 32, 128, 8, torch.bfloat16),
-        Workload("Llama 1 B", "llama", 2048, 16, 32, 8192, 128256, 4, 2048, 11, torch.bfloat16),
+        Workload("BERT-base", "bf16", 32, 128, 8),
+        Workload("Llama 1 B", "bf16", 4, 2048, 11),
     ],
 }
 
@@ -120,7 +81,7 @@ def _caches(device_type: str, folder: str) -> dict[str, PrefixCache]:
 
 
 def _full(workload: Workload, device: torch.device) -> Step:
-    model = workload.model(device)
+    model = workload.on(device).model()
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-5, fused=True)
 
     def step(batch: Batch) -> float:
@@ -135,7 +96,7 @@ def _full(workload: Workload, device: torch.device) -> Step:
 
 
 def _frozen(workload: Workload, device: torch.device, cache: PrefixCache | None) -> Step:
-    model = workload.model(device)
+    model = workload.on(device).model()
     handle = patch_model(model, MilestoneSchedule({0: workload.frozen}), cache=cache)
     optimizer = MaskedAdamW(handle.param_groups(lr=1e-5), max_grad_norm=1.0)
 
@@ -163,7 +124,7 @@ def _steps(workload: Workload, device: torch.device) -> Iterator[dict[str, Step]
 
 
 def measure(workload: Workload, device: torch.device, rounds: int) -> list[dict[str, Any]]:
-    batches = workload.batches(device)
+    batches = workload.on(device).epoch(0)
     with _steps(workload, device) as steps:
         # without dropout above the boundary a second run of it would differ in nothing but this
         losses: dict[str, list[float]] = {name: [] for name in steps}
@@ -258,7 +219,7 @@ def main() -> None:
             continue
         content["workloads"][workload.name] = {
             name: getattr(workload, name) for name in ("rows", "tokens", "frozen", "blocks")
-        } | {"dtype": str(workload.dtype), "rounds": arguments.rounds}
+        } | {"dtype": str(PRECISIONS[workload.precision]), "rounds": arguments.rounds}
         content["rows"] += measure(workload, device, arguments.rounds)
         if arguments.output is not None:
             arguments.output.mkdir(parents=True, exist_ok=True)

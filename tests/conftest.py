@@ -58,6 +58,20 @@ def padded(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(progtuning_kernels.patch_model.__kwdefaults__, "packing", "off")
 
 
+@pytest.fixture
+def no_accelerator_of_another_test():
+    """Accelerate has one for the process; so has a test after this one."""
+    from accelerate.state import AcceleratorState, GradientState
+
+    def reset() -> None:
+        AcceleratorState._reset_state(reset_partial_state=True)
+        GradientState._reset_state()
+
+    reset()
+    yield
+    reset()
+
+
 @pytest.fixture(scope="session")
 def word_tokenizer():
     import tiny_folders

@@ -17,7 +17,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from accelerate import Accelerator
-from ranks import forks, run_ranks
+from ranks import forks, process_group, run_ranks
 from tiny_models import tiny_inputs, tiny_model
 from torch import nn
 from torch.nn.parallel import DataParallel, DistributedDataParallel
@@ -565,20 +565,10 @@ CHECKS = {
 
 
 def run(rank: int, name: str, folder: str) -> None:
-    torch.set_num_threads(1)
-    # as torchrun sets them, for the Trainer
-    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(WORLD)}
-    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29400"}
+    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29400"}  # for the Trainer
     os.chdir(folder)
-    file = dist.FileStore("store", WORLD)
-    dist.init_process_group(
-        "gloo", store=file, rank=rank, world_size=WORLD, timeout=timedelta(seconds=60)
-    )
-    try:
+    with process_group(rank, "store"):
         CHECKS[name](rank)
-        dist.barrier()  # nobody leaves while another still talks to it
-    finally:
-        dist.destroy_process_group()
 
 
 @pytest.mark.skipif(not dist.is_available(), reason="torch without distributed")

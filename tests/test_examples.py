@@ -12,7 +12,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from accelerate.state import AcceleratorState, GradientState
 from torch.nn.modules.module import register_module_forward_hook
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 from transformers.models.bert.modeling_bert import BertLayer
@@ -66,12 +65,6 @@ def _differentiated_blocks() -> Iterator[list[bool]]:
         hook.remove()
 
 
-@pytest.fixture
-def _no_accelerator_of_another_test():
-    AcceleratorState._reset_state(reset_partial_state=True)
-    GradientState._reset_state()
-
-
 SCRIPTS = {  # name: (model folder, what loads the result, micro-batches per step)
     "trainer_classification": ("bert", AutoModelForSequenceClassification, 1),
     "trainer_causal_lm": ("gpt2", AutoModelForCausalLM, 2),
@@ -81,7 +74,7 @@ SCRIPTS = {  # name: (model folder, what loads the result, micro-batches per ste
 
 @pytest.mark.parametrize("marked", [True, False])
 @pytest.mark.parametrize("name", SCRIPTS)
-@pytest.mark.usefixtures("_no_accelerator_of_another_test", "padded")  # forwards are counted
+@pytest.mark.usefixtures("no_accelerator_of_another_test", "padded")  # forwards are counted
 def test_a_working_script_and_three_lines(
     name, marked, model_folders, text_files, tmp_path, monkeypatch
 ):

@@ -9,7 +9,7 @@ import os
 
 import pytest
 import torch
-from own_process import interpreted as own_process  # noqa: F401
+from own_process import interpreted as own_process  # noqa: F401  (runs check_*)
 
 from progtuning_kernels import MaskedAdamW, backend, ops
 

@@ -10,8 +10,8 @@ from __future__ import annotations
 import copy
 import json
 import statistics
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,7 +20,6 @@ from rich.console import Console
 from rich.progress import track
 from torch import nn
 
-from ..backend import one_line
 from ..bench import (
     TOLERANCES,
     Batch,
@@ -36,6 +35,7 @@ from ..cache import PrefixCache
 from ..model.layout import find_layout
 from ..patch import patch_model
 from ..planner.example_batch import example_batch, on_device
+from ..planner.planning import without_data
 from ..schedules import ProgressiveSchedule
 from ..text_table import text_table
 from .errors import UserError, as_user_error
@@ -58,16 +58,6 @@ class _Rule:
         if self.dtype is None:
             return nullcontext()
         return torch.autocast(self.device.type, dtype=self.dtype)
-
-
-@contextmanager
-def _no_data(model: nn.Module) -> Iterator[None]:
-    """Turn the error of a model that cannot run on random rows into a `UserError`."""
-    try:
-        yield
-    except (NotImplementedError, RuntimeError) as error:
-        name = type(model).__name__
-        raise UserError(f"{name} cannot be tried on random rows: {one_line(error)}") from error
 
 
 def _gate(
@@ -126,7 +116,7 @@ def run(options: Mapping[str, Any]) -> None:
     stages, steps_of_stage = o["stages"], _BATCHES * (1 + o["epochs"])
     vocabulary = getattr(meta.config, "vocab_size", None)
     torch.manual_seed(0)
-    with as_user_error(), _no_data(meta):
+    with as_user_error(), without_data(meta, "tried on random rows"):
         shapes = example_batch(meta, o["batch_size"], o["seq_len"], padding=True, device=device)
         batches = [on_device(shapes, device, vocabulary) for _ in range(_BATCHES)]
         base = type(meta)(meta.config).to(device).train()
@@ -158,7 +148,7 @@ def run(options: Mapping[str, Any]) -> None:
             "progressive, cache": lambda: ours(cache=PrefixCache(cache_bytes)),
         }
 
-    with as_user_error(), _no_data(meta):
+    with as_user_error(), without_data(meta, "tried on random rows"):
         largest = _gate(ways(1), batches, active, rule)
         sessions = {name: make() for name, make in ways(steps_of_stage).items()}
     rows = []

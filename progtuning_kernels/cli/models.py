@@ -176,7 +176,7 @@ def _some(names: Sequence[str]) -> str:
 
 def check_peft() -> None:
     try:
-        import peft  # noqa: F401
+        import peft  # noqa: F401  (is it there?)
     except ImportError:
         raise UserError("LoRA needs peft: pip install peft accelerate") from None
 

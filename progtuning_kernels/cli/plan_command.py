@@ -12,6 +12,7 @@ from torch import nn
 
 from ..backend import one_line
 from ..planner import plan_training
+from ..planner.planning import switch_checkpointing_on
 from ..schedules import ProgressiveSchedule
 from .errors import UserError, as_user_error
 from .models import auto_class, check_length, choose_device, minilm_folder, quiet_transformers
@@ -60,11 +61,8 @@ def run(options: Mapping[str, Any]) -> None:
         raise UserError("--calibrate on cuda needs a GPU")
     model = model_without_weights(o["model"], o["task"])
     check_length(model, o["seq_len"], "--seq-len")
-    if o["gradient_checkpointing"]:
-        if not model.supports_gradient_checkpointing:
-            raise UserError(f"{type(model).__name__} has no gradient checkpointing")
-        model.config.use_cache = False
-        model.gradient_checkpointing_enable({"use_reentrant": False})
+    if o["gradient_checkpointing"] and not switch_checkpointing_on(model):
+        raise UserError(f"{type(model).__name__} has no gradient checkpointing")
     with as_user_error():
         plan = plan_training(
             model,

@@ -145,6 +145,8 @@ def plan_training(
         raise ValueError(f"batch_size={batch_size} and seq_len={seq_len} must be positive")
     if not 0 < real_tokens <= 1:
         raise ValueError(f"real_tokens={real_tokens} must be above 0 and at most 1")
+    if real_tokens < 1 and not padding:
+        raise ValueError(f"real_tokens={real_tokens} leaves padding out, and there is none")
     if device is None:
         here = next(model.parameters()).device
         device = ("cuda" if torch.cuda.is_available() else "cpu") if here.type == "meta" else here
@@ -169,7 +171,7 @@ def plan_training(
         )
     everything = FreezePlan((True,) * layout.num_blocks, embeddings=True)
     freezer = Freezer(copied, layout, tied=tied, frozen_mode=frozen_mode)
-    with _no_data(model):
+    with without_data(model):
         if inputs is None:
             batch = example_batch(copied, batch_size, seq_len, padding=padding, device=target)
         else:
@@ -219,7 +221,7 @@ def plan_training(
         for m, start, end in zip(measured, starts, [*starts[1:], total_steps], strict=True)
     ]
     peak = max(range(len(stages)), key=lambda i: stages[i].peak_bytes)
-    with _no_data(model):
+    with without_data(model):
         remedies = _remedies(meter, plans[peak], stages[peak], batch_size)
     return TrainingPlan(
         title=(
@@ -239,13 +241,12 @@ def plan_training(
 
 
 @contextmanager
-def _no_data(model: nn.Module) -> Iterator[None]:
-    """Raise `ValueError` where a model asks for values, which are not there on the meta device."""
+def without_data(model: nn.Module, what: str = "planned without data") -> Iterator[None]:
+    """Raise `ValueError` where a model cannot run on what it is given instead of data."""
     try:
         yield
     except (NotImplementedError, RuntimeError) as error:
-        name = type(model).__name__
-        raise ValueError(f"{name} cannot be planned without data: {one_line(error)}") from error
+        raise ValueError(f"{type(model).__name__} cannot be {what}: {one_line(error)}") from error
 
 
 def _attention_note(device: torch.device, full: MeasuredStage, *, padding: bool) -> str:
@@ -292,13 +293,13 @@ def _remedies(meter: StageMeter, plan: FreezePlan, stage: StagePlan, rows: int) 
     if rows > 1:
         half = on_meta(meter.inputs, rows, rows // 2)
         peaks[f"a micro-batch of {rows // 2}"] = meter.peak_bytes(plan, inputs=half)
-    if _switch_checkpointing_on(meter.model):  # last, as it stays on in the copy
+    if switch_checkpointing_on(meter.model):  # last, as it stays on in the copy
         peaks["gradient checkpointing"] = meter.peak_bytes(plan)
     found = (Remedy(*item) for item in peaks.items() if item[1] < stage.peak_bytes)
     return sorted(found, key=lambda remedy: remedy.peak_bytes)
 
 
-def _switch_checkpointing_on(model: Any) -> bool:
+def switch_checkpointing_on(model: Any) -> bool:
     """Switch it on; False where it is on, or the model has none."""
     if not getattr(model, "supports_gradient_checkpointing", False) or any(
         getattr(module, "gradient_checkpointing", False) for module in model.modules()

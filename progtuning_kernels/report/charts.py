@@ -144,7 +144,10 @@ def _curve_chart(found: Sequence[_Curves], x: str, label: str, *, is_loss: bool)
     place = "step %{x}" if is_by_step else "%{x:.1f} s"
     traces, starts = [], {}
     for curves in found:
-        row, name = curves.rows[0], _text(" = ".join(row.label for row in curves.rows))
+        row, labels = curves.rows[0], [row.label for row in curves.rows]
+        if labels[3:]:  # a legend does not break its lines
+            labels[2:] = [f"{len(labels) - 2} more"]
+        name = _text(" = ".join(labels))
         stages = max(map(stages_of, curves.rows), key=len)
         starts |= {s["first_step"] - 0.5: f"stage {i}" for i, s in enumerate(stages[1:], 2)}
         for at, (xs, ys) in enumerate(curves.lines + ([] if is_loss else curves.singles)):

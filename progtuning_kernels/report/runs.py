@@ -10,9 +10,9 @@ import json
 import math
 import re
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, get_origin, get_type_hints
 
 MISSING = "–"
 _FORMAT = 1
@@ -105,10 +105,25 @@ def load_run(path: str | Path) -> Run:
     found = stored.get("format") if isinstance(stored, dict) else None
     if found != _FORMAT:
         raise ValueError(f"{file}: not a run of format {_FORMAT} (format: {found!r})")
-    names = [field.name for field in fields(Run)][1:]
-    if missing := [name for name in names if name not in stored]:
-        raise ValueError(f"{file}: {missing[0]!r} is missing")
-    return Run(file.parent, *(stored[name] for name in names))
+    kinds = get_type_hints(Run)
+    del kinds["path"]
+    for name, kind in kinds.items():
+        if name not in stored:
+            raise ValueError(f"{file}: {name!r} is missing")
+        value = stored[name]
+        entries = value if isinstance(value, list) else ()
+        if type(value) is not (get_origin(kind) or kind) or any(
+            type(e) is not dict for e in entries
+        ):
+            raise ValueError(f"{file}: {name!r} is not what a run stores there")
+    if type(stored["meta"].get("versions") or {}) is not dict:
+        raise ValueError(f"{file}: the versions in 'meta' are not by package")
+    for stage in stored["stages"]:
+        flags = stage.get("trainable")
+        says_what = number(stage, "boundary") is not None if flags is None else type(flags) is list
+        if not says_what or number(stage, "first_step") is None:
+            raise ValueError(f"{file}: a stage does not say what it trains, or from which step on")
+    return Run(file.parent, *(stored[name] for name in kinds))
 
 
 def _of_trainer(file: Path, state: Mapping[str, Any]) -> Run:
@@ -129,7 +144,7 @@ def _of_trainer(file: Path, state: Mapping[str, Any]) -> Run:
     evaluations = [{"step": log["step"], "metric": log[metric]} for log in logs if metric in log]
     steps = [log for log in logs if "loss" in log]
     stages: list[dict[str, Any]] = []
-    for log in (log for log in steps if "boundary" in log):
+    for log in (log for log in steps if {"stage", "boundary"} <= log.keys()):
         stage = {"stage": log["stage"] - 1, "boundary": log["boundary"]}
         if not stages or stages[-1]["stage"] != stage["stage"]:
             stages.append(stage | {"first_step": stages[-1]["last_step"] + 1 if stages else 1})

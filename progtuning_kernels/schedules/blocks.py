@@ -14,6 +14,11 @@ UnitPolicy = Literal["always", "never"]
 BlockOrder = Literal["ascending", "descending", "random"]
 
 
+def _stage(schedule: RandomBlockSchedule | CyclicBlockSchedule, step: int) -> int:
+    check_step(step)
+    return step // schedule.period
+
+
 @dataclass(eq=False)
 class RandomBlockSchedule:
     """LISA (arXiv 2403.17919, algorithm 1): a few random blocks, drawn anew every `period` steps.
@@ -47,10 +52,7 @@ class RandomBlockSchedule:
         _check_settings(self)
 
     bind = bind_length
-
-    def stage(self, step: int) -> int:
-        check_step(step)
-        return step // self.period
+    stage = _stage
 
     def plan(self, step: int, num_blocks: int) -> FreezePlan:
         _check_fits(self.blocks, num_blocks)
@@ -95,10 +97,7 @@ class CyclicBlockSchedule:
         check_choice("order", self.order, BlockOrder)
 
     bind = bind_length
-
-    def stage(self, step: int) -> int:
-        check_step(step)
-        return step // self.period
+    stage = _stage
 
     def plan(self, step: int, num_blocks: int) -> FreezePlan:
         _check_fits(self.blocks, num_blocks)

@@ -264,6 +264,9 @@ def test_from_end_to_end(packing, settings, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(sys, "argv", ["packing.py", "--verdict", str(tmp_path)])
     packing.main()
     assert capsys.readouterr().out.strip() in out
+    monkeypatch.setattr(sys, "argv", ["packing.py", "--verdict", str(tmp_path / "nowhere")])
+    with pytest.raises(SystemExit, match="so no result"):
+        packing.main()
     plot = _load("plot")
     (stored,) = plot.load_packing(tmp_path)
     heads, _, line = plot.packing_table([stored]).splitlines()

@@ -17,7 +17,6 @@ from torch import nn
 
 from progtuning_kernels import FreezePlan, MaskedAdamW, MilestoneSchedule, PrefixCache, patch_model
 from progtuning_kernels.cache import trial
-from progtuning_kernels.cache.break_even import BreakEven
 from progtuning_kernels.freezing.handle import PatchHandle
 
 BLOCKS, VOCABULARY = 4, 97
@@ -31,12 +30,6 @@ FAMILIES = [
 ]
 # the lowest boundary that a cache serves: T5's block 1 gets the relative bias of block 0
 LOWEST = {"t5-seq2seq-lm": 2}
-
-
-@pytest.fixture(autouse=True)
-def _always_on(monkeypatch):
-    """Tiny blocks cost less than any cache."""
-    monkeypatch.setattr(BreakEven, "verdict", lambda self, rows: None)
 
 
 def _cache(**options: Any) -> PrefixCache:

@@ -12,7 +12,6 @@ from proofs import gradients
 from tiny_models import VOCABULARY, tiny_model
 
 from progtuning_kernels import FreezePlan, PatchHandle, PrefixCache, patch_model
-from progtuning_kernels.cache.break_even import BreakEven
 
 BLOCKS, SAMPLES = 4, 7
 _SETTINGS = settings(
@@ -21,11 +20,6 @@ _SETTINGS = settings(
     derandomize=True,
     suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow],
 )
-
-
-@pytest.fixture(autouse=True)
-def _always_on(monkeypatch):
-    monkeypatch.setattr(BreakEven, "verdict", lambda self, rows: None)
 
 
 class _Boundaries:

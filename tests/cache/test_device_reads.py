@@ -12,7 +12,6 @@ from tiny_models import tiny_inputs, tiny_model
 from torch import Tensor
 
 from progtuning_kernels import MilestoneSchedule, PrefixCache, patch_model
-from progtuning_kernels.cache.break_even import BreakEven
 from progtuning_kernels.cache.content_keys import digest_rows, read_content
 from progtuning_kernels.model.call import Call
 from progtuning_kernels.model.host_copies import HostCopies
@@ -22,11 +21,6 @@ DTYPES = (
     *(torch.float8_e4m3fn, torch.bfloat16, torch.float16, torch.float32, torch.float64),
     torch.complex64,
 )
-
-
-@pytest.fixture(autouse=True)
-def _always_on(monkeypatch):
-    monkeypatch.setattr(BreakEven, "verdict", lambda self, rows: None)
 
 
 def _numbers(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:

@@ -9,7 +9,6 @@ from pathlib import Path
 import pytest
 import torch
 from accelerate import Accelerator
-from accelerate.state import AcceleratorState, GradientState
 from accelerate.utils import TorchDynamoPlugin
 from tiny_models import tiny_inputs, tiny_model
 from torch import nn
@@ -28,21 +27,11 @@ from progtuning_kernels import (
 )
 from progtuning_kernels.optim import release_frozen_state, state_bytes
 
+pytestmark = pytest.mark.usefixtures("no_accelerator_of_another_test")
 NAME = "bert-sequence"
 STEPS, WINDOW, CLIP = 8, 2, 0.05
 BOUNDARIES = [0, 0, 1, 1, 2, 2, 3, 3]
 _ACCELERATES_OWN = {"_is_accelerate_prepared", "forward"}  # left on a model that it has unwrapped
-
-
-@pytest.fixture(autouse=True)
-def _no_state_of_another_test():
-    def reset() -> None:
-        AcceleratorState._reset_state(reset_partial_state=True)
-        GradientState._reset_state()
-
-    reset()
-    yield
-    reset()
 
 
 def _decay(step: int) -> float:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import peft
 import pytest
-from tiny_models import tiny_model
+from trainers import sft_trainer
 from transformers import TrainerCallback
 
 from progtuning_kernels import ProgressiveSchedule
@@ -12,8 +12,8 @@ from progtuning_kernels.integrations.hf_trainer import ProgtuningCallback
 from progtuning_kernels.optim import state_bytes
 from progtuning_kernels.patch import handle_of
 
-trl = pytest.importorskip("trl")
-datasets = pytest.importorskip("datasets")
+pytest.importorskip("trl")
+pytest.importorskip("datasets")
 
 STEPS = 8
 
@@ -33,30 +33,17 @@ class _Recorder(TrainerCallback):
 
 @pytest.mark.parametrize("adapted", [False, True])
 def test_supervised_fine_tuning(tmp_path, word_tokenizer, adapted):
-    rows = [{"text": " ".join(f"w{(7 * i + j) % 90}" for j in range(4 + i % 9))} for i in range(24)]
     recorder = _Recorder()
-    trainer = trl.SFTTrainer(
-        model=tiny_model("llama-causal-lm"),
-        args=trl.SFTConfig(
-            output_dir=str(tmp_path),
-            max_steps=STEPS,
-            max_length=24,
-            per_device_train_batch_size=2,
-            gradient_accumulation_steps=2,
-            learning_rate=1e-2,
-            logging_steps=1,
-            save_strategy="no",
-            report_to="none",
-            disable_tqdm=True,
-            use_cpu=True,
-            bf16=False,
-        ),
-        train_dataset=datasets.Dataset.from_list(rows),
-        processing_class=word_tokenizer,
-        peft_config=peft.LoraConfig(task_type="CAUSAL_LM", target_modules="all-linear")
-        if adapted
-        else None,
+    lora = peft.LoraConfig(task_type="CAUSAL_LM", target_modules="all-linear")
+    trainer = sft_trainer(
+        tmp_path,
+        word_tokenizer,
         callbacks=[ProgtuningCallback(ProgressiveSchedule(4)), recorder],
+        peft_config=lora if adapted else None,
+        max_steps=STEPS,
+        max_length=24,
+        per_device_train_batch_size=2,
+        gradient_accumulation_steps=2,
     )
     trainable = {n for n, p in trainer.model.named_parameters() if p.requires_grad}
     assert all("lora" in name for name in trainable) == adapted

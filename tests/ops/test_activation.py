@@ -17,7 +17,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from accuracy import assert_at_least_as_accurate, in_fp64
-from own_process import interpreted as own_process  # noqa: F401
+from own_process import interpreted as own_process  # noqa: F401  (runs check_*)
 from torch import Tensor
 from triton_builds import compile_for, resources
 

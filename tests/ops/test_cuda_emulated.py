@@ -30,6 +30,7 @@ if EMULATED in os.environ:  # before progtuning_kernels looks for its `_C`
     sys.modules[spec.name] = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(sys.modules[spec.name])
 
+# E402: they import `_C`
 import test_gpu_masked_update  # noqa: E402
 import test_masked_norm  # noqa: E402
 
@@ -40,6 +41,7 @@ from progtuning_kernels.ops.masked_update.bucket import (  # noqa: E402
     Gradients,
     Hyper,
     Step,
+    chunk_table,
 )
 from progtuning_kernels.optim import MaskedOptimizer  # noqa: E402
 
@@ -91,7 +93,7 @@ def update(bucket: Bucket, gradients: Gradients, hypers: Sequence[Hyper], step: 
     """As masked_update's own on cuda."""
     arguments = native.launch_arguments(bucket, hypers, step)
     backend.native_extension().masked_update_cuda(
-        bucket.tables.on_cuda(), gradients.addresses, *arguments, GPU.stream()
+        bucket.tables.for_update(), gradients.addresses, *arguments, GPU.stream()
     )
     assert bucket.tables.ticket == 0
 
@@ -146,6 +148,21 @@ def check_norm(dtype):
 @pytest.mark.parametrize("count", [1, 447, 448, 449, 897])
 def check_norm_of_lists_longer_than_one_launch(count):
     test_masked_norm.test_cuda_lists_longer_than_one_launch(count)
+
+
+@pytest.mark.parametrize("moments", [torch.float32, torch.int8], ids=str)
+def check_the_size_of_a_chunk_does_not_change_the_bits(moments):
+    state, hypers = test_gpu_masked_update.State, test_gpu_masked_update.HYPERS
+    before = state.random((torch.float32, moments, ""), [9001, 16_385])
+    expected = before.on_gpu()
+    expected.bucket().update(expected.grads, hypers)
+    for elements in (1024, 3072, 16_384):
+        found = before.on_gpu()
+        bucket = found.bucket()
+        chunks = chunk_table(bucket, elements)
+        bucket.tables = bucket.tables._replace(chunks=chunks, chunk_elements=elements)
+        bucket.update(found.grads, hypers)
+        test_gpu_masked_update.assert_same(expected, found)
 
 
 def source_for_the_cpu(path: Path) -> str:

@@ -295,7 +295,7 @@ class Decision:
 
     def __init__(self, bucket: Bucket) -> None:
         self.bucket = bucket
-        self.partials = torch.full((len(tables_of(bucket).chunks),), math.nan, device=GPU.name)
+        self.partials = torch.full((len(tables_of(bucket).norm_chunks),), math.nan, device=GPU.name)
         self.control = torch.zeros(4, device=GPU.name)
 
     def sums(self, grads: Sequence[Tensor | None]) -> Tensor:
@@ -303,7 +303,7 @@ class Decision:
         addresses = [0 if g is None else g.data_ptr() or 16 for g in grads]
         dtype = backend.dtype_code(bucket.dtype)
         backend.native_extension().bucket_norm_partials_cuda(
-            *(tables_of(bucket).on_cuda(), addresses, dtype),
+            *(tables_of(bucket).for_norm(), addresses, dtype),
             *(self.partials.data_ptr(), GPU.stream()),
         )
         return self.partials
@@ -330,7 +330,7 @@ def test_a_buckets_norm_is_masked_norm(precision):
     norm = decision.decide(max_norm=0.0)[0]
     assert torch.equal(norm, GPU.norm(gpu.grads))
     some = decision.sums([*gpu.grads[:2], None, *gpu.grads[3:]])
-    tensors = tables_of(decision.bucket).chunks[:, 0]
+    tensors = tables_of(decision.bucket).norm_chunks[:, 0]
     assert torch.equal(some, torch.where(tensors == 2, 0.0, every))
 
 

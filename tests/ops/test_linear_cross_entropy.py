@@ -19,7 +19,7 @@ import torch
 from accuracy import assert_at_least_as_accurate, relative_error
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from own_process import interpreted as own_process  # noqa: F401
+from own_process import interpreted as own_process  # noqa: F401  (runs check_*)
 from torch import Tensor
 from torch.nn import functional as F
 from torch.profiler import ProfilerActivity, profile

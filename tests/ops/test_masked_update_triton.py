@@ -12,7 +12,7 @@ import re
 
 import pytest
 import torch
-from own_process import interpreted as own_process  # noqa: F401
+from own_process import interpreted as own_process  # noqa: F401  (runs check_*)
 from torch import Tensor
 from triton_builds import compile_for, resources
 
@@ -22,7 +22,7 @@ from progtuning_kernels.ops.masked_update.reference import one_minus_power, upda
 
 triton = pytest.importorskip("triton")
 
-from progtuning_kernels.ops.masked_update import triton as mut  # noqa: E402
+from progtuning_kernels.ops.masked_update import triton as mut  # noqa: E402  (needs triton)
 
 # lr and decay of 0.1, eps of 1e-3: at the defaults, other orders of the formula differ by 1e-7
 HYPERS = [Hyper(0.1, 0.1, 1e-3, 0.8, 0.95), Hyper(0.03, 0.2, 1e-2, 0.9, 0.99)]

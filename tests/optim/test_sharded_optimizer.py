@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-from datetime import timedelta
-
 import pytest
 import torch
-from ranks import run_ranks
+from ranks import process_group, run_ranks
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
@@ -115,16 +113,8 @@ CHECKS = {"fsdp2": check_fsdp2, "norm": check_norm, "ddp": check_ddp}
 
 
 def run(rank: int, name: str, store: str) -> None:
-    torch.set_num_threads(1)
-    file = torch.distributed.FileStore(store, WORLD)
-    torch.distributed.init_process_group(
-        "gloo", store=file, rank=rank, world_size=WORLD, timeout=timedelta(seconds=60)
-    )
-    try:
+    with process_group(rank, store):
         CHECKS[name](rank)
-        torch.distributed.barrier()  # nobody leaves while another still talks to it
-    finally:
-        torch.distributed.destroy_process_group()
 
 
 @pytest.mark.skipif(not torch.distributed.is_available(), reason="torch without distributed")

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from own_process import interpreted as own_process  # noqa: F401
+from own_process import interpreted as own_process  # noqa: F401  (runs check_*)
 from tiny_models import tiny_inputs, tiny_model
 from torch import Tensor, nn
 

@@ -11,7 +11,7 @@ import pytest
 import torch
 import transformers as hf
 from packed_models import MIXED, batch_of, packed_forwards, patched, run
-from tiny_models import VOCABULARY, tiny_inputs, tiny_model
+from tiny_models import T5, tiny_inputs, tiny_model
 from torch import nn
 
 from progtuning_kernels import MilestoneSchedule, PatchHandle, patch_model
@@ -288,20 +288,12 @@ def test_layerdrop_may_leave_out_the_block_that_unpacks():
 
 def test_experts_that_take_no_more_tokens_than_their_capacity():
     config = hf.SwitchTransformersConfig(
-        vocab_size=VOCABULARY,
-        d_model=32,
-        d_kv=8,
-        d_ff=48,
-        num_layers=2,
-        num_decoder_layers=2,
-        num_heads=4,
+        **T5,
         num_experts=2,
         expert_capacity=24,
         router_jitter_noise=0.0,
-        dropout_rate=0.0,
         num_sparse_encoder_layers=1,
         num_sparse_decoder_layers=1,
-        decoder_start_token_id=0,
     )
     torch.manual_seed(0)
     model = hf.SwitchTransformersForConditionalGeneration(config).train()

@@ -13,7 +13,7 @@ import torch
 import torch.distributed as dist
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from own_process import interpreted as own_process  # noqa: F401
+from own_process import interpreted as own_process  # noqa: F401  (runs check_*)
 from proofs import FixedPlan
 from tiny_models import VOCABULARY, tiny_model
 from torch import Tensor, nn

@@ -10,45 +10,14 @@ import pytest
 import torch
 import transformers as hf
 from packed_models import LEFT, MIXED, RIGHT, Run, batch_of, packed_forwards, patched, real_outputs
+from tiny_models import EXPERTS, IDS, SIZES, T5, TWO_SIDES, VOCABULARY
 
 from progtuning_kernels.model.outputs import difference
 
-_SIZES = dict(
-    hidden_size=32,
-    num_hidden_layers=2,
-    num_attention_heads=4,
-    intermediate_size=48,
-    vocab_size=97,
-    max_position_embeddings=64,
-)
+_SIZES = {**SIZES, "num_hidden_layers": 2, "max_position_embeddings": 64}
 _TEXT = dict(**_SIZES, num_labels=3)
-_IDS = dict(pad_token_id=0, bos_token_id=2, eos_token_id=2)
-_GROUPED = dict(**_SIZES, **_IDS, num_key_value_heads=2)
-_OLD = dict(vocab_size=97, n_layer=2, n_head=4, **_IDS)
-_EXPERTS = dict(moe_intermediate_size=16, num_experts=4, num_experts_per_tok=2)
-_T5 = dict(
-    d_model=32,
-    d_kv=8,
-    d_ff=48,
-    num_layers=2,
-    num_decoder_layers=2,
-    num_heads=4,
-    vocab_size=97,
-    decoder_start_token_id=0,
-    dropout_rate=0.0,
-)
-_TWO_SIDES = dict(
-    d_model=32,
-    encoder_layers=2,
-    decoder_layers=2,
-    encoder_attention_heads=4,
-    decoder_attention_heads=4,
-    encoder_ffn_dim=48,
-    decoder_ffn_dim=48,
-    vocab_size=97,
-    decoder_start_token_id=2,
-    **_IDS,
-)
+_GROUPED = dict(**_SIZES, **IDS, num_key_value_heads=2)
+_OLD = dict(vocab_size=VOCABULARY, n_layer=2, n_head=4, **IDS)
 PACKS = "packs"
 # Queries at padding before the first token see no key and attend to padding; something reads them.
 RIGHT_ONLY = "packs padding on the right"
@@ -60,7 +29,7 @@ FAMILIES = {
     ("LayoutLMForSequenceClassification", PACKS): _TEXT,
     ("ErnieForSequenceClassification", PACKS): _TEXT,
     ("Data2VecTextForSequenceClassification", PACKS): _TEXT,
-    ("CLIPTextModelWithProjection", PACKS): dict(**_SIZES, projection_dim=32, **_IDS),
+    ("CLIPTextModelWithProjection", PACKS): dict(**_SIZES, projection_dim=32, **IDS),
     ("RoFormerForSequenceClassification", PACKS): _TEXT,
     ("MegatronBertForSequenceClassification", PACKS): _TEXT,
     ("RemBertForSequenceClassification", PACKS): _TEXT,
@@ -74,14 +43,14 @@ FAMILIES = {
     ("Olmo2ForCausalLM", PACKS): _GROUPED,
     ("StableLmForCausalLM", PACKS): _GROUPED,
     ("Starcoder2ForCausalLM", PACKS): _GROUPED,
-    ("PersimmonForCausalLM", PACKS): dict(**_SIZES, **_IDS),
-    ("BioGptForCausalLM", PACKS): dict(**_SIZES, **_IDS),
+    ("PersimmonForCausalLM", PACKS): dict(**_SIZES, **IDS),
+    ("BioGptForCausalLM", PACKS): dict(**_SIZES, **IDS),
     ("OlmoeForCausalLM", PACKS): dict(**_GROUPED, num_experts=4, num_experts_per_tok=2),
-    ("FalconForCausalLM", PACKS): dict(**{**_SIZES, "intermediate_size": None}, **_IDS),
+    ("FalconForCausalLM", PACKS): dict(**{**_SIZES, "intermediate_size": None}, **IDS),
     ("BloomForCausalLM", RIGHT_ONLY): dict(hidden_size=32, **_OLD),
     ("GPTJForCausalLM", RIGHT_ONLY): dict(n_embd=32, n_positions=64, rotary_dim=4, **_OLD),
     ("XGLMForCausalLM", RIGHT_ONLY): dict(
-        d_model=32, num_layers=2, attention_heads=4, ffn_dim=48, vocab_size=97, **_IDS
+        d_model=32, num_layers=2, attention_heads=4, ffn_dim=48, vocab_size=VOCABULARY, **IDS
     ),
     # hybrids: a part of their blocks runs padded
     ("Lfm2ForCausalLM", PACKS): dict(**_GROUPED, layer_types=["conv", "full_attention"]),
@@ -97,7 +66,7 @@ FAMILIES = {
     ),
     ("Qwen3NextForCausalLM", PACKS): dict(
         **_GROUPED,
-        **_EXPERTS,
+        **EXPERTS,
         head_dim=8,
         layer_types=["linear_attention", "full_attention"],
         linear_num_value_heads=4,
@@ -117,31 +86,31 @@ FAMILIES = {
         mamba_chunk_size=4,
     ),
     # two stacks
-    ("MT5ForConditionalGeneration", PACKS): _T5,
-    ("BartForConditionalGeneration", PACKS): _TWO_SIDES,
+    ("MT5ForConditionalGeneration", PACKS): T5,
+    ("BartForConditionalGeneration", PACKS): TWO_SIDES,
     ("WhisperForConditionalGeneration", PACKS): dict(
-        **_TWO_SIDES, num_mel_bins=8, max_source_positions=8, max_target_positions=32
+        **TWO_SIDES, num_mel_bins=8, max_source_positions=8, max_target_positions=32
     ),
     # its experts get noise on every token, which the reason says, not how the first way failed
     ("SwitchTransformersForConditionalGeneration", "blocks draw random numbers"): dict(
-        **_T5,
+        **T5,
         num_experts=2,
         num_sparse_encoder_layers=1,
         num_sparse_decoder_layers=1,
         expert_capacity=0,  # no token is left out for its place: another reason
     ),
     ("SwitchTransformersForConditionalGeneration", "leaves tokens out"): dict(
-        **_T5, num_experts=2, num_sparse_encoder_layers=1, num_sparse_decoder_layers=1
+        **T5, num_experts=2, num_sparse_encoder_layers=1, num_sparse_decoder_layers=1
     ),
     # what mixes neighbours, or keeps no place for a token
     ("MambaForCausalLM", "nearly all its parameters"): dict(
-        hidden_size=32, num_hidden_layers=2, vocab_size=97, state_size=4, pad_token_id=0
+        hidden_size=32, num_hidden_layers=2, vocab_size=VOCABULARY, state_size=4, pad_token_id=0
     ),
     ("RwkvForCausalLM", "an output differs"): dict(
-        hidden_size=32, num_hidden_layers=2, vocab_size=97, attention_hidden_size=32, **_IDS
+        hidden_size=32, num_hidden_layers=2, vocab_size=VOCABULARY, attention_hidden_size=32, **IDS
     ),
     ("XLNetForSequenceClassification", "no mask of the batch has the shape"): dict(
-        d_model=32, n_layer=2, n_head=4, d_inner=48, vocab_size=97, num_labels=3
+        d_model=32, n_layer=2, n_head=4, d_inner=48, vocab_size=VOCABULARY, num_labels=3
     ),
     ("ConvBertForSequenceClassification", "an output differs"): _TEXT,
     ("FNetForSequenceClassification", "an output differs"): dict(

@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import gc
-import os
 import warnings
-from datetime import timedelta
 from typing import Any
 from unittest import mock
 
@@ -13,7 +11,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from proofs import enable_checkpointing
-from ranks import run_ranks
+from ranks import process_group, run_ranks
 from tiny_models import tiny_inputs, tiny_model
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
@@ -22,7 +20,6 @@ from progtuning_kernels import MaskedAdamW, MilestoneSchedule, PatchHandle, patc
 from progtuning_kernels.distributed import Wrapper
 
 WORLD, STEPS, BERT, LLAMA = 2, 6, "bert-sequence", "llama-causal-lm"
-TIMEOUT = timedelta(seconds=40)
 SCHEDULE = MilestoneSchedule({0: 2, 2: 0, 4: 3})  # thaws: what was tried has to be tried again
 
 
@@ -194,17 +191,10 @@ CHECKS = {  # to start two processes takes longer than any of them
 
 
 def run(rank: int, name: str, store: str) -> None:
-    torch.set_num_threads(1)
-    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(WORLD)}
-    file = dist.FileStore(store, WORLD)
-    dist.init_process_group("gloo", store=file, rank=rank, world_size=WORLD, timeout=TIMEOUT)
-    try:
+    with process_group(rank, store):
         for check in CHECKS[name]:
             check(rank)
             gc.collect()  # wrappers go before the process group does
-        dist.barrier()  # nobody leaves while another still talks to it
-    finally:
-        dist.destroy_process_group()
 
 
 @pytest.mark.skipif(not dist.is_available(), reason="torch without distributed")

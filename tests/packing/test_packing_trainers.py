@@ -9,10 +9,9 @@ from typing import Any
 import pytest
 import torch
 from accelerate import Accelerator, dispatch_model
-from accelerate.state import AcceleratorState, GradientState
 from tiny_models import BATCH, tiny_inputs, tiny_model
 from torch import nn
-from trainers import trainer_of, weights_of
+from trainers import sft_trainer, trainer_of, weights_of
 from transformers import DataCollatorWithFlattening, TrainerCallback
 
 from progtuning_kernels import MaskedAdamW, MilestoneSchedule, ProgressiveSchedule, patch_model
@@ -74,18 +73,7 @@ def test_the_trainer(tmp_path, arguments):
     assert not report.padded
 
 
-@pytest.fixture
-def no_state_of_another_test():
-    def reset() -> None:
-        AcceleratorState._reset_state(reset_partial_state=True)
-        GradientState._reset_state()
-
-    reset()
-    yield
-    reset()
-
-
-@pytest.mark.usefixtures("no_state_of_another_test")
+@pytest.mark.usefixtures("no_accelerator_of_another_test")
 @pytest.mark.parametrize("order", ["patch, prepare", "prepare, patch"])
 def test_accelerate(order):
     def train(packing: str) -> Any:
@@ -202,33 +190,19 @@ def test_modules_with_forwards_of_their_own(patched_first):
 
 @pytest.mark.parametrize("padding_free", [False, True])
 def test_supervised_fine_tuning(tmp_path, word_tokenizer, padding_free):
-    trl, datasets = pytest.importorskip("trl"), pytest.importorskip("datasets")
-    rows = [{"text": " ".join(f"w{(7 * i + j) % 90}" for j in range(4 + i % 9))} for i in range(24)]
+    pytest.importorskip("trl"), pytest.importorskip("datasets")
 
     def train(packing: str) -> Any:
-        trainer = trl.SFTTrainer(
-            model=tiny_model(LLAMA),
-            args=trl.SFTConfig(
-                output_dir=str(tmp_path),
-                max_steps=4,
-                max_length=None,
-                padding_free=padding_free,
-                per_device_train_batch_size=3,
-                adam_epsilon=1e-3,
-                learning_rate=1e-2,
-                logging_steps=1,
-                save_strategy="no",
-                report_to="none",
-                disable_tqdm=True,
-                use_cpu=True,
-                bf16=False,
-            ),
-            train_dataset=datasets.Dataset.from_list(rows),
-            processing_class=word_tokenizer,
-            callbacks=[
-                ProgtuningCallback(ProgressiveSchedule(2), packing=packing),
-                reports := Reports(),
-            ],
+        reports = Reports()
+        trainer = sft_trainer(
+            tmp_path,
+            word_tokenizer,
+            callbacks=[ProgtuningCallback(ProgressiveSchedule(2), packing=packing), reports],
+            max_steps=4,
+            max_length=None,
+            padding_free=padding_free,
+            per_device_train_batch_size=3,
+            adam_epsilon=1e-3,
         )
         trainer.train()
         losses = [log["loss"] for log in trainer.state.log_history if "loss" in log]

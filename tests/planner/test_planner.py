@@ -438,6 +438,11 @@ def test_refusals():
         (TypeError, "not its class", lambda: _plan(model, ProgressiveSchedule)),
         (ValueError, "real_tokens=0 must", lambda: _plan(model, schedule, real_tokens=0)),
         (ValueError, "real_tokens=1.1 must", lambda: _plan(model, schedule, real_tokens=1.1)),
+        (
+            ValueError,
+            "real_tokens=0.5 leaves padding out, and there is none",
+            lambda: _plan(model, schedule, real_tokens=0.5, padding=False),
+        ),
         (ValueError, "without data", lambda: _plan(_Asking(), ProgressiveSchedule(2, 4))),
     ):
         with pytest.raises(error, match=match):

@@ -175,6 +175,9 @@ def without(field: str) -> dict[str, Any]:
         ('{"accuracy": 0.9}', r"not a run of format 1 \(format: None\)"),
         (json.dumps(make_metrics() | {"format": 2}), r"not a run of format 1 \(format: 2\)"),
         (json.dumps(without("summary")), "'summary' is missing"),
+        (json.dumps(make_metrics() | {"summary": []}), "'summary' is not what a run stores there"),
+        (json.dumps(make_metrics() | {"steps": [1]}), "'steps' is not what a run stores there"),
+        (json.dumps(make_metrics() | {"stages": [{}]}), "a stage does not say what it trains"),
         ('{"log_history": 7}', "'log_history' is no list of the Trainer's logs"),
         ('{"log_history": [3]}', "'log_history' is no list of the Trainer's logs"),
         ('{"log_history": [{"loss": 1.0}]}', "'log_history' is no list of the Trainer's logs"),
@@ -483,6 +486,10 @@ def test_methods_with_the_same_losses_share_a_line(
     shown = charts_of(write_report(runs, tmp_path / "out"))
     names = [trace["name"] for trace in shown["loss"]["data"]]
     assert names == ["full", "progressive = progressive-cache"]
+    others = [store(cached | {"method": f"other-{i}", "name": f"other-{i}"}) for i in range(5)]
+    shown = charts_of(write_report([*runs, *others], tmp_path / "out"))
+    names = [trace["name"] for trace in shown["loss"]["data"]]
+    assert names == ["full", "progressive = progressive-cache = 5 more"]
 
 
 def test_missing_figure_is_a_gap_in_a_chart_not_a_zero(

@@ -78,9 +78,14 @@ def _kernels(module: ModuleType) -> Iterator[Change]:
 
 
 def _prefix_cache(module: ModuleType) -> Iterator[Change]:
-    small = dict(width=32, blocks=3, heads=8, inside=64, vocabulary=300, rows=2, tokens=16)
-    shapes = [dataclasses.replace(w, **small, frozen=2) for w in module.WORKLOADS["cuda"]]
+    small = dict(rows=2, tokens=16, frozen=2)
+    shapes = [dataclasses.replace(w, **small) for w in module.WORKLOADS["cuda"]]
     yield module, "WORKLOADS", {"cuda": shapes}
+    sizes = dict(module.SHAPES)
+    for w in shapes:
+        sizes[w.name] = sizes["tiny Llama" if "Llama" in w.name else "tiny BERT"]
+    for user in (module, _module("training")):
+        yield user, "SHAPES", sizes
     yield module, "BATCHES", 2
 
 

@@ -98,7 +98,7 @@ def _holder(t: Tensor) -> Any:
     with torch._C.DisableTorchFunction():
         try:
             return t.untyped_storage()
-        except (NotImplementedError, RuntimeError):
+        except (NotImplementedError, RuntimeError):  # of a sparse tensor, of a wrapper subclass
             return t
 
 

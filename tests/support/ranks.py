@@ -8,7 +8,9 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from datetime import timedelta
 from multiprocessing import forkserver
 from multiprocessing.context import BaseContext
 from typing import Any
@@ -41,3 +43,22 @@ def run_ranks(function: Callable[..., None], *arguments: Any, count: int = 2) ->
     torch.multiprocessing.start_processes(
         function, arguments, nprocs=count, start_method="forkserver"
     )
+
+
+@contextmanager
+def process_group(rank: int, store: str, *, count: int = 2) -> Iterator[None]:
+    """The group of a rank, and the environment that torchrun would give it, in one thread."""
+    torch.set_num_threads(1)
+    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(count)}
+    torch.distributed.init_process_group(
+        "gloo",
+        store=torch.distributed.FileStore(store, count),
+        rank=rank,
+        world_size=count,
+        timeout=timedelta(seconds=60),
+    )
+    try:
+        yield
+        torch.distributed.barrier()  # nobody leaves while another still talks to it
+    finally:
+        torch.distributed.destroy_process_group()

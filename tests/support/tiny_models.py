@@ -12,7 +12,7 @@ from torch import nn
 
 BATCH, TOKENS, VOCABULARY, IMAGE = 3, 11, 97, 16
 
-_SIZES = dict(
+SIZES = dict(
     hidden_size=32,
     num_hidden_layers=4,
     num_attention_heads=4,
@@ -20,26 +20,24 @@ _SIZES = dict(
     vocab_size=VOCABULARY,
     max_position_embeddings=32,
 )
-_BERT = hf.BertConfig(**_SIZES, num_labels=3)
-_ROBERTA = hf.RobertaConfig(**_SIZES, num_labels=3, pad_token_id=1)
+IDS = dict(pad_token_id=0, bos_token_id=2, eos_token_id=2)
+GROUPED = dict(**SIZES, **IDS, num_key_value_heads=2)
+_BERT = hf.BertConfig(**SIZES, num_labels=3)
+_ROBERTA = hf.RobertaConfig(**SIZES, num_labels=3, pad_token_id=1)
 _DISTILBERT = hf.DistilBertConfig(
     dim=32, n_layers=4, n_heads=4, hidden_dim=48, vocab_size=VOCABULARY, num_labels=3
 )
-_ELECTRA = hf.ElectraConfig(**_SIZES, embedding_size=16, num_labels=3)
+_ELECTRA = hf.ElectraConfig(**SIZES, embedding_size=16, num_labels=3)
 _GPT2 = hf.GPT2Config(
     n_embd=32,
     n_layer=4,
     n_head=4,
     vocab_size=VOCABULARY,
     n_positions=32,
-    bos_token_id=2,
-    eos_token_id=2,
-    pad_token_id=0,
     num_labels=3,
+    **IDS,
 )
-_LLAMA = hf.LlamaConfig(
-    **_SIZES, num_key_value_heads=2, bos_token_id=2, eos_token_id=2, pad_token_id=0, num_labels=3
-)
+_LLAMA = hf.LlamaConfig(**GROUPED, num_labels=3)
 
 
 def _changed(config: hf.PreTrainedConfig, **settings: Any) -> hf.PreTrainedConfig:
@@ -58,12 +56,10 @@ def _build(cls: type[nn.Module], config: hf.PreTrainedConfig) -> Callable[[], nn
     return lambda: cls(copy.deepcopy(config))
 
 
-_COMMON = dict(pad_token_id=0, bos_token_id=2, eos_token_id=2)
-_GROUPED = dict(**_SIZES, **_COMMON, num_key_value_heads=2)
-_XLM_ROBERTA = hf.XLMRobertaConfig(**_SIZES, num_labels=3, pad_token_id=1)
-_MODERNBERT = hf.ModernBertConfig(**_SIZES, **_COMMON, num_labels=3, cls_token_id=2, sep_token_id=2)
+_XLM_ROBERTA = hf.XLMRobertaConfig(**SIZES, num_labels=3, pad_token_id=1)
+_MODERNBERT = hf.ModernBertConfig(**SIZES, **IDS, num_labels=3, cls_token_id=2, sep_token_id=2)
 _DEBERTA = hf.DebertaV2Config(
-    **_SIZES,
+    **SIZES,
     num_labels=3,
     relative_attention=True,
     position_buckets=8,
@@ -82,7 +78,7 @@ _OPT = hf.OPTConfig(
     dropout=0.0,
     pad_token_id=0,
 )
-_MOE = dict(moe_intermediate_size=16, num_experts=4, num_experts_per_tok=2)
+EXPERTS = dict(moe_intermediate_size=16, num_experts=4, num_experts_per_tok=2)
 _VISION = dict(
     hidden_size=32,
     num_hidden_layers=4,
@@ -91,10 +87,7 @@ _VISION = dict(
     image_size=IMAGE,
     patch_size=4,
 )
-_T5 = hf.T5Config(
-    # under checkpointing T5 makes its bias require grad, and torch's attention then takes another
-    # kernel, which rounds in another way: no bit could be compared
-    attn_implementation="eager",
+T5 = dict(
     d_model=32,
     d_kv=8,
     d_ff=48,
@@ -102,14 +95,20 @@ _T5 = hf.T5Config(
     num_decoder_layers=2,
     num_heads=4,
     vocab_size=VOCABULARY,
-    relative_attention_num_buckets=8,
-    num_labels=3,
     dropout_rate=0.0,
-    pad_token_id=0,
-    eos_token_id=2,
     decoder_start_token_id=0,
 )
-_TWO_SIDES = dict(
+_T5 = hf.T5Config(
+    **T5,
+    # under checkpointing T5 makes its bias require grad, and torch's attention then takes another
+    # kernel, which rounds in another way: no bit could be compared
+    attn_implementation="eager",
+    relative_attention_num_buckets=8,
+    num_labels=3,
+    pad_token_id=0,
+    eos_token_id=2,
+)
+TWO_SIDES = dict(
     d_model=32,
     encoder_layers=2,
     decoder_layers=2,
@@ -119,14 +118,12 @@ _TWO_SIDES = dict(
     decoder_ffn_dim=48,
     vocab_size=VOCABULARY,
     dropout=0.0,
-    pad_token_id=0,
-    bos_token_id=2,
-    eos_token_id=2,
     decoder_start_token_id=2,
+    **IDS,
 )
-_BART = hf.BartConfig(**_TWO_SIDES, max_position_embeddings=32, num_labels=3)
+_BART = hf.BartConfig(**TWO_SIDES, max_position_embeddings=32, num_labels=3)
 _FSMT = hf.FSMTConfig(
-    **_TWO_SIDES,
+    **TWO_SIDES,
     langs=["en", "de"],
     src_vocab_size=VOCABULARY,
     tgt_vocab_size=VOCABULARY,
@@ -145,11 +142,11 @@ _XLM = hf.XLMConfig(
     attention_dropout=0.0,
 )
 _SIGLIP = hf.SiglipConfig(
-    text_config={**_SIZES, "num_hidden_layers": 2, "projection_size": 32},
+    text_config={**SIZES, "num_hidden_layers": 2, "projection_size": 32},
     vision_config={**_VISION, "num_hidden_layers": 2},
 )
 _SPEECH = dict(
-    **{**_SIZES, "vocab_size": 32},
+    **{**SIZES, "vocab_size": 32},
     conv_dim=(8, 8),
     conv_kernel=(8, 4),
     conv_stride=(4, 2),
@@ -168,7 +165,7 @@ _SPEECH = dict(
 )
 _STABLE = dict(**_SPEECH, do_stable_layer_norm=True, feat_extract_norm="layer")
 _WHISPER = hf.WhisperConfig(
-    **_TWO_SIDES, num_mel_bins=8, max_source_positions=8, max_target_positions=32
+    **TWO_SIDES, num_mel_bins=8, max_source_positions=8, max_target_positions=32
 )
 
 
@@ -188,38 +185,38 @@ MODELS: dict[str, Callable[[], nn.Module]] = {
     "xlm-roberta-sequence": _build(hf.XLMRobertaForSequenceClassification, _XLM_ROBERTA),
     "modernbert-sequence": _build(hf.ModernBertForSequenceClassification, _MODERNBERT),
     "mpnet-sequence": _build(
-        hf.MPNetForSequenceClassification, hf.MPNetConfig(**_SIZES, num_labels=3)
+        hf.MPNetForSequenceClassification, hf.MPNetConfig(**SIZES, num_labels=3)
     ),
     "deberta-sequence": _build(
         hf.DebertaForSequenceClassification,
         hf.DebertaConfig(
-            **_SIZES, num_labels=3, relative_attention=True, pos_att_type=["p2c", "c2p"]
+            **SIZES, num_labels=3, relative_attention=True, pos_att_type=["p2c", "c2p"]
         ),
     ),
     "deberta-v2-sequence": _build(hf.DebertaV2ForSequenceClassification, _DEBERTA),
     "deberta-v2-conv-sequence": _build(
         hf.DebertaV2ForSequenceClassification, _changed(_DEBERTA, conv_kernel_size=3)
     ),
-    "gpt-neox-causal-lm": _build(hf.GPTNeoXForCausalLM, hf.GPTNeoXConfig(**_SIZES, **_COMMON)),
+    "gpt-neox-causal-lm": _build(hf.GPTNeoXForCausalLM, hf.GPTNeoXConfig(**SIZES, **IDS)),
     "opt-causal-lm": _build(hf.OPTForCausalLM, _OPT),
     "mistral-causal-lm": _build(
-        hf.MistralForCausalLM, hf.MistralConfig(**_GROUPED, sliding_window=8)
+        hf.MistralForCausalLM, hf.MistralConfig(**GROUPED, sliding_window=8)
     ),
-    "qwen2-causal-lm": _build(hf.Qwen2ForCausalLM, hf.Qwen2Config(**_GROUPED)),
-    "qwen3-causal-lm": _build(hf.Qwen3ForCausalLM, hf.Qwen3Config(**_GROUPED, head_dim=8)),
-    "gemma2-causal-lm": _build(hf.Gemma2ForCausalLM, hf.Gemma2Config(**_GROUPED, head_dim=8)),
-    "gemma3-causal-lm": _build(hf.Gemma3ForCausalLM, hf.Gemma3TextConfig(**_GROUPED, head_dim=8)),
-    "phi-causal-lm": _build(hf.PhiForCausalLM, hf.PhiConfig(**_SIZES, **_COMMON)),
-    "phi3-causal-lm": _build(hf.Phi3ForCausalLM, hf.Phi3Config(**_SIZES, **_COMMON)),
+    "qwen2-causal-lm": _build(hf.Qwen2ForCausalLM, hf.Qwen2Config(**GROUPED)),
+    "qwen3-causal-lm": _build(hf.Qwen3ForCausalLM, hf.Qwen3Config(**GROUPED, head_dim=8)),
+    "gemma2-causal-lm": _build(hf.Gemma2ForCausalLM, hf.Gemma2Config(**GROUPED, head_dim=8)),
+    "gemma3-causal-lm": _build(hf.Gemma3ForCausalLM, hf.Gemma3TextConfig(**GROUPED, head_dim=8)),
+    "phi-causal-lm": _build(hf.PhiForCausalLM, hf.PhiConfig(**SIZES, **IDS)),
+    "phi3-causal-lm": _build(hf.Phi3ForCausalLM, hf.Phi3Config(**SIZES, **IDS)),
     "mixtral-causal-lm": _build(
-        hf.MixtralForCausalLM, hf.MixtralConfig(**_GROUPED, num_local_experts=4)
+        hf.MixtralForCausalLM, hf.MixtralConfig(**GROUPED, num_local_experts=4)
     ),
     "qwen2-moe-causal-lm": _build(
         hf.Qwen2MoeForCausalLM,
-        hf.Qwen2MoeConfig(**_GROUPED, **_MOE, shared_expert_intermediate_size=16),
+        hf.Qwen2MoeConfig(**GROUPED, **EXPERTS, shared_expert_intermediate_size=16),
     ),
     "qwen3-moe-causal-lm": _build(
-        hf.Qwen3MoeForCausalLM, hf.Qwen3MoeConfig(**_GROUPED, **_MOE, head_dim=8)
+        hf.Qwen3MoeForCausalLM, hf.Qwen3MoeConfig(**GROUPED, **EXPERTS, head_dim=8)
     ),
     "t5-seq2seq-lm": _build(hf.T5ForConditionalGeneration, _T5),
     "t5-sequence": _build(hf.T5ForSequenceClassification, _T5),
@@ -232,7 +229,7 @@ MODELS: dict[str, Callable[[], nn.Module]] = {
     "vit-image": _build(hf.ViTForImageClassification, hf.ViTConfig(**_VISION, num_labels=3)),
     "clip-image": _build(
         hf.CLIPForImageClassification,
-        hf.CLIPConfig(vision_config=_VISION, text_config=_SIZES, num_labels=3),
+        hf.CLIPConfig(vision_config=_VISION, text_config=SIZES, num_labels=3),
     ),
     "wav2vec2-audio": _build(hf.Wav2Vec2ForSequenceClassification, hf.Wav2Vec2Config(**_SPEECH)),
     "wav2vec2-stable-audio": _build(
@@ -242,7 +239,7 @@ MODELS: dict[str, Callable[[], nn.Module]] = {
     "gemma3n-causal-lm": _build(
         hf.Gemma3nForCausalLM,
         hf.Gemma3nTextConfig(
-            **{**_GROUPED, "intermediate_size": [48] * 4},
+            **{**GROUPED, "intermediate_size": [48] * 4},
             head_dim=8,
             vocab_size_per_layer_input=VOCABULARY,
             hidden_size_per_layer_input=8,

@@ -149,6 +149,9 @@ class _Extension:
     def __init__(self, own: Any, kernels: Kernels) -> None:
         self._own, self._kernels = own, kernels
 
+    def masked_update_slots_cuda(self, variant: tuple, num_tensors: int) -> int:
+        return 6 * 132  # of an H200
+
     def __getattr__(self, name: str) -> Any:
         found = getattr(self._own, name, None)
         if name.endswith("_cuda"):

@@ -18,7 +18,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 import transformers as hf
-from own_process import interpreted as own_process  # noqa: F401
+from own_process import interpreted as own_process  # noqa: F401  (runs check_*)
 from proofs import enable_checkpointing
 from tiny_models import MODELS, tiny_inputs, tiny_model
 from torch import Tensor, nn

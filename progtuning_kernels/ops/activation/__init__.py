@@ -78,8 +78,8 @@ def bias_gelu(
         Contiguous, of the shape and dtype of x.
 
     Raises:
-        ValueError: the arguments do not fit together, or `implementation` has no such name.
-        RuntimeError: the implementation that is asked for cannot run, with its reason.
+        ValueError: as `gelu`.
+        RuntimeError: as `gelu`.
     """
     reference.check("bias_gelu", Inputs(x, bias), approximate)
     return _run(BIAS_GELU, Inputs(x, bias), approximate, implementation)
@@ -100,8 +100,8 @@ def swiglu(
         Contiguous, of the shape and dtype of gate.
 
     Raises:
-        ValueError: the arguments do not fit together, or `implementation` has no such name.
-        RuntimeError: the implementation that is asked for cannot run, with its reason.
+        ValueError: as `gelu`.
+        RuntimeError: as `gelu`.
     """
     reference.check("swiglu", Inputs(gate, up=up), "none")
     return _run(SWIGLU, Inputs(gate, up=up), "silu", implementation, float(gate_multiplier))
@@ -126,8 +126,8 @@ def geglu(
         Contiguous, of the shape and dtype of gate.
 
     Raises:
-        ValueError: the arguments do not fit together, or `implementation` has no such name.
-        RuntimeError: the implementation that is asked for cannot run, with its reason.
+        ValueError: as `gelu`.
+        RuntimeError: as `gelu`.
     """
     reference.check("geglu", Inputs(gate, up=up), approximate)
     return _run(GEGLU, Inputs(gate, up=up), approximate, implementation)

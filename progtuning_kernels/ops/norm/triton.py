@@ -12,7 +12,7 @@ from torch import Tensor
 
 from ... import backend
 from ..contract import present
-from ..row_partials import count_partials, rounded, sum_partials
+from ..row_partials import rounded, sum_partials
 from .reference import Inputs, Norm, Result
 
 
@@ -31,6 +31,7 @@ class Dropout(NamedTuple):
 
 
 NO_DROPOUT = Dropout()
+WARPS = 2048  # of a backward that sums over rows: 16 on each of 128 multiprocessors
 
 
 def draw_dropout(p: float, device: torch.device) -> Dropout:
@@ -47,8 +48,19 @@ def block_of(columns: int) -> int:
 
 def options(block: int) -> dict[str, int | bool]:
     """Options of a launch with `block` columns: more than 512 a warp would spill in backward."""
-    warps = max(1, min(4, block // 128), block // 512)
+    warps = max(1, min(4, block // 256), block // 512)
     return {"num_warps": warps, "enable_fp_fusion": True}
+
+
+def groups_of(n_rows: int, block: int) -> tuple[int, int]:
+    """Rows that a program of backward has at once where it sums over rows, and the programs.
+
+    16 elements per thread, or 8 rows, are what fits into 128 registers. All programs together have
+    at most `WARPS` warps, which an H200's multiprocessors hold at once; README.md has the times.
+    """
+    warps = options(block)["num_warps"]
+    rows = max(1, min(8, 512 * warps // block))
+    return rows, max(1, min(triton.cdiv(n_rows, rows), WARPS // warps))
 
 
 @triton.jit
@@ -63,18 +75,21 @@ def _store(pointers, x, inside):
 
 @triton.jit
 def _mean(x, C: tl.constexpr):
-    return tl.div_rn(tl.sum(x, axis=0), tl.full([], C, tl.float32))
+    """Of a row (BLOCK,); of rows (ROWS, BLOCK): (ROWS, 1)."""
+    total = tl.sum(x, axis=-1, keep_dims=len(x.shape) > 1)
+    return tl.div_rn(total, tl.full(total.shape, C, tl.float32))
 
 
 @triton.jit
 def _dropped_out(x, seed, last_dropped, scale, row, BLOCK: tl.constexpr):
-    """float32 (BLOCK,) of a row whose number is below 2**31, as there is a program for each."""
-    fours = tl.arange(0, BLOCK // 4)  # counters of 64 bits would choose another generator
-    zero = fours * 0
-    rows = zero + row.to(tl.int32)
+    """Of rows whose numbers are below 2**31; row: a number for (BLOCK,), (ROWS, 1) of them."""
+    # counters of 64 bits would choose another generator
+    rows = row.to(tl.int32) + tl.arange(0, BLOCK // 4) * 0
+    zero = rows * 0
+    fours = zero + tl.arange(0, BLOCK // 4)
     w0, w1, w2, w3 = tl.philox(tl.load(seed), fours, rows, zero, zero, n_rounds=7)
     # column i of the four: word i; join adds the innermost dimension
-    words = tl.reshape(tl.join(tl.join(w0, w2), tl.join(w1, w3)), [BLOCK])
+    words = tl.reshape(tl.join(tl.join(w0, w2), tl.join(w1, w3)), x.shape)
     return tl.where(words.to(tl.int32, bitcast=True) > last_dropped, x * scale, 0.0)
 
 
@@ -171,9 +186,10 @@ def backward_kernel(
     offset,
     CENTER: tl.constexpr,
     C: tl.constexpr,
+    ROWS: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """Every P-th of the rows, P being the number of programs.
+    """ROWS rows at a time, every P-th such group, P being the number of programs.
 
     Args:
         dsum: gradient of h from elsewhere, to be added; or None.
@@ -183,26 +199,29 @@ def backward_kernel(
         seed, last_dropped, scale: see `Dropout`; None without dx.
     """
     program = tl.program_id(0).to(tl.int64)
-    columns = tl.arange(0, BLOCK)
+    columns = tl.arange(0, BLOCK)[None, :]
     inside = columns < C
     if dweight is not None:
         weight_sum = tl.zeros([BLOCK], tl.float32)
     if dbias is not None:
         bias_sum = tl.zeros([BLOCK], tl.float32)
     programs = tl.num_programs(0)
-    for i in range((n_rows - tl.program_id(0) + programs - 1) // programs):
-        row = program + i * programs
-        gradient = _load(dy + row * dy_stride + columns, inside)
+    groups = (n_rows + ROWS - 1) // ROWS
+    for i in range((groups - tl.program_id(0) + programs - 1) // programs):
+        row = (program + i * programs) * ROWS + tl.arange(0, ROWS)[:, None]
+        there = row < n_rows
+        at = there & inside
+        gradient = _load(dy + row * dy_stride + columns, at)
         if dbias is not None:
-            bias_sum += gradient
+            bias_sum += tl.sum(gradient, axis=0)
         if h is not None:
-            row_rstd = tl.load(rstd + row)
-            normalised = _load(h + row * h_stride + columns, inside)
+            row_rstd = tl.load(rstd + row, mask=there, other=0.0)
+            normalised = _load(h + row * h_stride + columns, at)
             if CENTER:
-                normalised = normalised - tl.load(mean + row)
-            normalised = normalised * row_rstd  # outside the row anything finite; gradient is 0
+                normalised = normalised - tl.load(mean + row, mask=there, other=0.0)
+            normalised = normalised * row_rstd  # outside the rows anything finite; gradient is 0
             if dweight is not None:
-                weight_sum += gradient * normalised
+                weight_sum += tl.sum(gradient * normalised, axis=0)
             if dx is not None or dh is not None:
                 if weight is not None:
                     gradient = gradient * (_load(weight + columns, inside) + offset)
@@ -211,12 +230,13 @@ def backward_kernel(
                     result = result - _mean(gradient, C)
                 result = result * row_rstd
                 if dsum is not None:
-                    result = result + _load(dsum + row * dsum_stride + columns, inside)
+                    result = result + _load(dsum + row * dsum_stride + columns, at)
                 if dh is not None:
-                    _store(dh + row * C + columns, result, inside)
+                    _store(dh + row * C + columns, result, at)
                 if dx is not None:
                     result = _dropped_out(result, seed, last_dropped, scale, row, BLOCK)
-                    _store(dx + row * C + columns, result, inside)
+                    _store(dx + row * C + columns, result, at)
+    columns, inside = tl.arange(0, BLOCK), tl.arange(0, BLOCK) < C
     if dweight is not None:
         tl.store(dweight + program * C + columns, weight_sum, mask=inside)
     if dbias is not None:
@@ -290,13 +310,13 @@ def backward(
     dh = torch.empty(h.shape, dtype=h.dtype, device=device) if wants_h else None
     sums: list[Tensor | None] = [None, None]
     if any(wants_parameters):
-        programs = count_partials(n_rows)
+        rows_at_once, programs = groups_of(n_rows, block)
         shape = (sum(wants_parameters), programs, columns)
         partials = torch.empty(shape, dtype=torch.float32, device=device)
         unused = iter(partials)
         sums = [next(unused) if wanted else None for wanted in wants_parameters]
     else:
-        programs = n_rows
+        rows_at_once, programs = 1, n_rows
     if programs == 0:
         return dx, dh, None, None
     h_rows = None if h is None else _rows(h)
@@ -311,7 +331,7 @@ def backward(
             *(dy_rows, dsum, h_rows, weight, mean, rstd, dx, dh, *sums),
             *(*(dropout if wants_x else NO_DROPOUT), n_rows, dy_rows.stride(0)),
             *(0 if rows is None else rows.stride(0) for rows in (dsum, h_rows)),
-            *(norm.offset, norm.center, columns, block),
+            *(norm.offset, norm.center, columns, rows_at_once, block),
             **options(block),
         )
     if any(wants_parameters):
