@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import os
 import re
 import runpy
@@ -22,9 +23,9 @@ import sys
 import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 from unittest import mock
 
 import torch
@@ -66,6 +67,7 @@ class Launch:
 
     Args:
         variant, width: what ran it. width: of a norm; else None.
+        programs: of the grid. arguments: with their values, by name.
     """
 
     kernel: Any
@@ -75,6 +77,8 @@ class Launch:
     constants: dict[str, Any]
     divisible: tuple[str, ...]
     options: dict[str, Any]
+    programs: int = 1
+    arguments: dict[str, Any] = field(default_factory=dict)
 
     @property
     def name(self) -> str:
@@ -127,7 +131,9 @@ def recording(variant: str, width: int | None) -> Iterator[list[Launch]]:
         options = {k: v for k, v in keywords.items() if k not in kernel.arg_names}
         of_kernel = {k: v for k, v in keywords.items() if k in kernel.arg_names}
         bound = kernel.signature.bind(*arguments, **of_kernel).arguments
-        launches.append(Launch(kernel, variant, width, *specialised(kernel, bound), options))
+        programs = math.prod(grid) if isinstance(grid, (tuple, list)) else grid
+        made = specialised(kernel, bound)
+        launches.append(Launch(kernel, variant, width, *made, options, programs, bound))
 
     with (
         mock.patch.object(JITFunction, "run", record),
@@ -373,8 +379,22 @@ def _cuda_binaries(folder: Path) -> Iterator[Path]:
         yield target
 
 
-def cuda_rows(folder: Path) -> list[dict[str, Any]]:
-    rows: dict[str, dict[str, Any]] = {}
+class CudaKernel(NamedTuple):
+    """An instantiation for one architecture.
+
+    Attributes:
+        key: in `binary`, as `triton_builds.usage` has it.
+    """
+
+    binary: Path
+    key: str
+    kernel: str
+    variant: str
+    target: str
+    used: dict[str, int]
+
+
+def cuda_kernels(folder: Path) -> Iterator[CudaKernel]:
     for binary in _cuda_binaries(folder):
         used = usage(binary)
         plain = _demangled([key.rpartition("@")[0] for key in used])
@@ -382,12 +402,20 @@ def cuda_rows(folder: Path) -> list[dict[str, Any]]:
             # of "void space::kernel<A, 448>(...)" the kernel, and what it is instantiated for
             short = re.sub(r"\(anonymous namespace\)::|progtuning::|^void ", "", name)
             kernel, _, rest = short.partition("(")[0].partition("<")
-            row = {"kernel": kernel, "variant": rest.removesuffix(">"), "targets": {}}
             target, shared = key.rpartition("@")[2], counts["SHARED"]
             if int(target.removeprefix("sm_")) >= 90:
                 shared = max(0, shared - RESERVED)
-            rows.setdefault(short, row)["targets"][target] = _named(counts, shared)
-    return sorted(rows.values(), key=lambda row: (row["kernel"], row["variant"]))
+            variant = rest.removesuffix(">")
+            yield CudaKernel(binary, key, kernel, variant, target, _named(counts, shared))
+
+
+def cuda_rows(folder: Path) -> list[dict[str, Any]]:
+    rows: dict[tuple[str, str], dict[str, Any]] = {}
+    for found in cuda_kernels(folder):
+        row = {"kernel": found.kernel, "variant": found.variant, "targets": {}}
+        of_kernel = rows.setdefault((found.kernel, found.variant), row)
+        of_kernel["targets"][found.target] = found.used
+    return [rows[key] for key in sorted(rows)]
 
 
 def nvcc_version() -> str | None:
