@@ -223,6 +223,13 @@ def _load(path: Path) -> dict[str, Any]:
     return json.loads(path.read_text()) if path.exists() else {}
 
 
+def _ceiling(result: dict[str, Any], name: str) -> str:
+    """Of an update's speedup, in brackets: the bytes that the baseline moves, over its own."""
+    entries = (next(iter(result["providers"].values())), result["providers"][name])
+    most, own = (entry.get("bytes_per_parameter") for entry in entries)
+    return f" (ceiling {most / own:.2f} x by bytes)" if most and own else ""
+
+
 def verdicts(folder: Path) -> Iterator[dict[str, Any]]:
     """Of all results there are: {"target", "met" (None: not measured), "found"}."""
     for path in sorted(folder.glob("training/*.json")):
@@ -234,7 +241,8 @@ def verdicts(folder: Path) -> Iterator[dict[str, Any]]:
             speedup = entry.get("speedup")
             found = entry.get("reason")
             yield {
-                "target": f"{result['workload']}, {result['case']}: {name}, {target:g} x",
+                "target": f"{result['workload']}, {result['case']}: {name}, {target:g} x"
+                + _ceiling(result, name),
                 "met": None if speedup is None else speedup >= target,
                 "found": found or f"{speedup:.3f}, {speedup / target - 1:+.1%}",
             }

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import os
 import re
 import runpy
@@ -22,9 +23,9 @@ import sys
 import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 from unittest import mock
 
 import torch
@@ -38,6 +39,7 @@ from triton_builds import WAVES, compile_for, resources, rocm_resources, usage
 from progtuning_kernels import backend, ops
 from progtuning_kernels.cli.cuda_toolkit import Unavailable, find_toolkit
 from progtuning_kernels.cli.provenance import provenance
+from progtuning_kernels.ops.masked_update.bucket import Bucket, Moments
 
 ROOT = Path(__file__).parent.parent
 RESULT = ROOT / "benchmarks" / "results" / "compiled" / "kernel_resources.json"
@@ -65,6 +67,7 @@ class Launch:
 
     Args:
         variant, width: what ran it. width: of a norm; else None.
+        programs: of the grid. arguments: with their values, by name.
     """
 
     kernel: Any
@@ -74,6 +77,8 @@ class Launch:
     constants: dict[str, Any]
     divisible: tuple[str, ...]
     options: dict[str, Any]
+    programs: int = 1
+    arguments: dict[str, Any] = field(default_factory=dict)
 
     @property
     def name(self) -> str:
@@ -118,16 +123,21 @@ def recording(variant: str, width: int | None) -> Iterator[list[Launch]]:
     """Triton's implementations run on the CPU, and their launches are put into the list."""
     from triton.runtime.jit import JITFunction
 
+    from progtuning_kernels.ops import kept_launches
+
     launches: list[Launch] = []
 
     def record(kernel: Any, *arguments: Any, grid: Any, warmup: bool, **keywords: Any) -> None:
         options = {k: v for k, v in keywords.items() if k not in kernel.arg_names}
         of_kernel = {k: v for k, v in keywords.items() if k in kernel.arg_names}
         bound = kernel.signature.bind(*arguments, **of_kernel).arguments
-        launches.append(Launch(kernel, variant, width, *specialised(kernel, bound), options))
+        programs = math.prod(grid) if isinstance(grid, (tuple, list)) else grid
+        made = specialised(kernel, bound)
+        launches.append(Launch(kernel, variant, width, *made, options, programs, bound))
 
     with (
         mock.patch.object(JITFunction, "run", record),
+        mock.patch.object(kept_launches, "_KNOWN_TRITON", False),
         mock.patch.object(backend, "triton_reason", return_value=None),
     ):
         yield launches
@@ -274,10 +284,31 @@ def _updates() -> Iterator[tuple[str, None, Callable[[], None]]]:
         yield variant, None, update
 
 
+def _gradient_norms() -> Iterator[tuple[str, None, Callable[[], None]]]:
+    for dtype in (torch.float32, torch.bfloat16):
+        name = str(dtype).removeprefix("torch.")
+
+        def norm(dtype=dtype):
+            ops.masked_norm([torch.zeros(512, dtype=dtype)], implementation="triton")
+
+        def decision(dtype=dtype):
+            p, grad = torch.zeros(512, dtype=dtype), torch.zeros(512, dtype=dtype)
+            moments = Moments(torch.zeros(512), torch.zeros(512))
+            bucket = Bucket([p], [moments], [torch.zeros(())], implementation="triton")
+            bucket.implementation.decide(
+                *([bucket], [bucket.gather([grad])]),
+                **dict(max_grad_norm=1.0, skip_nonfinite=True, grad_scale=torch.ones(())),
+                **dict(found_inf=torch.zeros(()), control=torch.zeros(4)),
+            )
+
+        yield f"a list of {name} tensors", None, norm
+        yield f"clipping of {name} gradients, with GradScaler", None, decision
+
+
 def launches() -> list[Launch]:
     """All that differ in code, under the first variant that makes them."""
     found: dict[str, Launch] = {}
-    for cases in (_norms(), _activations(), _losses(), _updates()):
+    for cases in (_norms(), _activations(), _losses(), _updates(), _gradient_norms()):
         for variant, width, run in cases:
             with recording(variant, width) as made:
                 run()
@@ -348,8 +379,22 @@ def _cuda_binaries(folder: Path) -> Iterator[Path]:
         yield target
 
 
-def cuda_rows(folder: Path) -> list[dict[str, Any]]:
-    rows: dict[str, dict[str, Any]] = {}
+class CudaKernel(NamedTuple):
+    """An instantiation for one architecture.
+
+    Attributes:
+        key: in `binary`, as `triton_builds.usage` has it.
+    """
+
+    binary: Path
+    key: str
+    kernel: str
+    variant: str
+    target: str
+    used: dict[str, int]
+
+
+def cuda_kernels(folder: Path) -> Iterator[CudaKernel]:
     for binary in _cuda_binaries(folder):
         used = usage(binary)
         plain = _demangled([key.rpartition("@")[0] for key in used])
@@ -357,12 +402,20 @@ def cuda_rows(folder: Path) -> list[dict[str, Any]]:
             # of "void space::kernel<A, 448>(...)" the kernel, and what it is instantiated for
             short = re.sub(r"\(anonymous namespace\)::|progtuning::|^void ", "", name)
             kernel, _, rest = short.partition("(")[0].partition("<")
-            row = {"kernel": kernel, "variant": rest.removesuffix(">"), "targets": {}}
             target, shared = key.rpartition("@")[2], counts["SHARED"]
             if int(target.removeprefix("sm_")) >= 90:
                 shared = max(0, shared - RESERVED)
-            rows.setdefault(short, row)["targets"][target] = _named(counts, shared)
-    return sorted(rows.values(), key=lambda row: (row["kernel"], row["variant"]))
+            variant = rest.removesuffix(">")
+            yield CudaKernel(binary, key, kernel, variant, target, _named(counts, shared))
+
+
+def cuda_rows(folder: Path) -> list[dict[str, Any]]:
+    rows: dict[tuple[str, str], dict[str, Any]] = {}
+    for found in cuda_kernels(folder):
+        row = {"kernel": found.kernel, "variant": found.variant, "targets": {}}
+        of_kernel = rows.setdefault((found.kernel, found.variant), row)
+        of_kernel["targets"][found.target] = found.used
+    return [rows[key] for key in sorted(rows)]
 
 
 def nvcc_version() -> str | None:

@@ -33,6 +33,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from ceilings import ceilings, in_words
 from gate import Gate
 from providers import PROVIDERS
 from runs import Record, summarise, train
@@ -57,7 +58,6 @@ class Target:
         metric: "run_s" of a whole run (a speedup, at least), "peak_allocated_bytes" (a share, at
             most).
         epochs_per_stage: of the whole run.
-        stage: "now", or "later" for what is aimed at.
     """
 
     of: tuple[str, ...]
@@ -65,7 +65,6 @@ class Target:
     limit: float
     metric: str = "run_s"
     epochs_per_stage: int = 1
-    stage: str = "now"
 
 
 @dataclass(frozen=True)
@@ -319,7 +318,8 @@ def verdicts(content: Mapping[str, Any]) -> list[Verdict]:
             if is_time
             else f"at most {target.limit:g} of its peak memory"
         )
-        what += "" if target.stage == "now" else f" ({target.stage})"
+        if allowed := in_words(ceilings(experiment["name"], dataclasses.asdict(target))):
+            what += f" ({allowed})"
         base = figure(providers.get(target.over, {}), target.metric, target.epochs_per_stage)
         ratios = {}
         for name in target.of:

@@ -14,7 +14,7 @@ namespace progtuning {
 enum class DType : int { kFloat32 = 0, kBFloat16 = 1, kFloat16 = 2, kFloat64 = 3, kInt8 = 4 };
 
 // Elements that are summed before the partial sums are added: the unit of work on both devices. 7 M
-// elements (one BERT block) are 865 units for an H200's 132 SMs.
+// elements (one BERT block) are 874 units; an H200 works on 1,056 at once.
 constexpr int64_t kNormChunk = 8192;
 
 // Number of chunks of a list of tensors: the floats that masked_norm_cuda needs as scratch.
@@ -76,7 +76,8 @@ bool masked_update_cpu(const UpdateRecord* table, int64_t num_tensors, void* con
                        const UpdateHyper* groups, const UpdateVariant& variant,
                        const UpdateStep& step, int num_threads);
 
-// A thread block's share of a bucket on CUDA: elements 8192 * chunk and following of a tensor.
+// A thread block's share of a bucket on CUDA: the chunk of a tensor that has this number. How many
+// elements a chunk has, `UpdateBucket` says.
 struct alignas(8) UpdateChunk {
   int32_t tensor;
   int32_t chunk;
@@ -88,13 +89,17 @@ constexpr int kFewUpdateTensors = 448;
 constexpr int kUpdateTensors = 4032;
 constexpr int kUpdateGroups = 8;
 
+// What every size of a chunk is a multiple of: 4 elements for each of a block's 256 threads.
+constexpr int64_t kChunkUnit = 1024;
+
 // A bucket on the current CUDA device, where table, chunks and ticket lie; grads is read at the
 // call.
 struct UpdateBucket {
   const UpdateRecord* table;
   const UpdateChunk* chunks;  // all of the bucket's
   int64_t num_chunks;
-  unsigned int* ticket;  // 0, and 0 again after a launch; bucket_norm_partials_cuda needs none
+  int64_t chunk_elements;  // a multiple of kChunkUnit; kNormChunk for bucket_norm_partials_cuda
+  unsigned int* ticket;    // 0, and 0 again after a launch; bucket_norm_partials_cuda needs none
   void* const* grads;
   int64_t num_tensors;  // at most kUpdateTensors
 };
@@ -103,6 +108,9 @@ struct UpdateBucket {
 // kUpdateGroups groups, read here and now. float32, bfloat16, float16 (with master).
 int masked_update_cuda(const UpdateBucket& bucket, const UpdateHyper* groups, int64_t num_groups,
                        const UpdateVariant& variant, const UpdateStep& step, void* stream);
+
+// *slots = thread blocks of masked_update_cuda that the current CUDA device runs at once.
+int masked_update_slots_cuda(const UpdateVariant& variant, int64_t num_tensors, int* slots);
 
 // partials[i] = sum of squares of the gradients in chunk i of a bucket, 0 where there is no
 // gradient, with the bits of masked_norm_cuda. float32, bfloat16 or float16; several buckets write

@@ -60,16 +60,19 @@ template <bool kAligned, typename T>
 __device__ __forceinline__ void add_share(const T* x, int n, float (&lanes)[Vector<T>::kSize]) {
   constexpr int kSize = Vector<T>::kSize;
   constexpr int kRounds = static_cast<int>(kNormChunk) / (kThreads * kSize);
+  // Two or four 16-byte loads are under way before the first use: with more, the kernels need over
+  // 32 registers, and an SM runs 6 blocks instead of 8.
+  constexpr int kUnroll = kAligned ? 16 / kSize : 1;
   static_assert(kNormChunk % (kThreads * kSize) == 0, "a full chunk is a whole number of rounds");
   const int thread = static_cast<int>(threadIdx.x);
   if (n == kNormChunk) {
-    // A constant number of rounds puts five 16-byte loads in flight before the first use (sm_90).
-#pragma unroll
+#pragma unroll kUnroll
     for (int round = 0; round < kRounds; ++round) {
       add_vector<kAligned>(x, round * kThreads + thread, lanes);
     }
   } else {
     const int vectors = n / kSize;
+#pragma unroll kUnroll
     for (int v = thread; v < vectors; v += kThreads) add_vector<kAligned>(x, v, lanes);
     const int rest = vectors * kSize + thread;
     if (rest < n) lanes[0] = fmaf(widen(x[rest]), widen(x[rest]), lanes[0]);
@@ -266,7 +269,8 @@ int masked_norm_cuda(const void* const* tensors, const int64_t* sizes, int64_t n
 
 int bucket_norm_partials_cuda(const UpdateBucket& bucket, DType dtype, float* partials,
                               void* stream) {
-  if (bucket.num_tensors > kUpdateTensors || bucket.num_chunks > INT_MAX) {
+  if (bucket.num_tensors > kUpdateTensors || bucket.num_chunks > INT_MAX ||
+      bucket.chunk_elements != kNormChunk) {
     return cudaErrorInvalidValue;
   }
   if (bucket.num_chunks == 0) return cudaSuccess;

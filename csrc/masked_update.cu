@@ -51,7 +51,7 @@ __global__ void __launch_bounds__(kThreads, 6)
 // Moments in a format of their own each element.
 template <typename Param, typename Moment, bool kMaster>
 __device__ __forceinline__ void update_plain(const Work& work, unsigned char* staging,
-                                             uint64_t seed) {
+                                             const PhiloxKeys& keys) {
   using Stored = typename Moment::Stored;
   constexpr int kSmallest = static_cast<int>(sizeof(Stored) < sizeof(typename Param::Stored)
                                                  ? sizeof(Stored)
@@ -59,7 +59,7 @@ __device__ __forceinline__ void update_plain(const Work& work, unsigned char* st
   constexpr int kCount = 16 / kSmallest;
 #pragma unroll 1
   for (unsigned int first = warp() * kWarp * kCount; first < work.n; first += kThreads * kCount) {
-    const Run<kCount> run(work, staging, first);
+    const Run<kCount> run(work, staging, first, Run<kCount>::of_vectors(work, first));
     Params<Param, kMaster, kCount> params(work, run);
     Packed<Stored, kCount> m, v, m_new, v_new;
     run.load(work.exp_avg, m);
@@ -71,9 +71,9 @@ __device__ __forceinline__ void update_plain(const Work& work, unsigned char* st
       exp_avg_sq[i] = Moment::widen(v.get(i));
       params.template update<false>(i, work.at, exp_avg[i], exp_avg_sq[i]);
     }
-    params.store(work, run, seed);
+    params.store(work, run, keys);
     if constexpr (std::is_same_v<Moment, StochasticBFloat16>) {
-      const Random random(work, run, seed, RandomStream::kMoments);
+      const Random random(work, run, keys, RandomStream::kMoments);
 #pragma unroll
       for (int i = 0; i < kCount; ++i) {
         m_new.set(i, Moment::narrow(exp_avg[i], random.get(i)));
@@ -95,55 +95,73 @@ __device__ __forceinline__ void update_plain(const Work& work, unsigned char* st
 __device__ __forceinline__ uint32_t magnitude(float x) { return bits_of(x) & 0x7fffffffu; }
 
 template <typename Param, bool kMaster>
-__device__ __forceinline__ void update_eight_bit(const Work& work, unsigned char* staging,
-                                                 uint64_t seed) {
+__device__ __forceinline__ void update_codes(const Work& work, const Run<8>& run,
+                                             const PhiloxKeys& keys) {
   constexpr int kCount = 8;
-  static_assert(kCount * kWarp == kQuantBlock, "a warp owns a block of codes");
+  Params<Param, kMaster, kCount> params(work, run);
+  Packed<int8_t, kCount> m, m_new;
+  Packed<uint8_t, kCount> v, v_new;
+  run.load(work.exp_avg, m);
+  run.load(work.exp_avg_sq, v);
+  const float m_scale = global<float>(work.exp_avg_scale)[run.first / kQuantBlock];
+  const float v_scale = global<float>(work.exp_avg_sq_scale)[run.first / kQuantBlock];
+  float exp_avg[kCount], exp_avg_sq[kCount];
+#pragma unroll
+  for (int i = 0; i < kCount; ++i) {
+    exp_avg[i] = decode_exp_avg(static_cast<float>(m.get(i)), m_scale);
+    exp_avg_sq[i] = decode_exp_avg_sq(static_cast<float>(byte_of(v, i)), v_scale);
+    params.template update<true>(i, work.at, exp_avg[i], exp_avg_sq[i]);
+  }
+  params.store(work, run, keys);
+  if (!run.vectors) {
+#pragma unroll
+    for (int i = 0; i < kCount; ++i) {
+      if (run.mine() + i >= work.n) exp_avg[i] = exp_avg_sq[i] = 0;
+    }
+  }
+  // v is not negative, a NaN's sign goes at the end
+  uint32_t largest_m = 0, largest_v = 0;
+#pragma unroll
+  for (int i = 0; i < kCount; ++i) {
+    largest_m = max(largest_m, magnitude(exp_avg[i]));
+    largest_v = max(largest_v, bits_of(exp_avg_sq[i]));
+  }
+  const float m_after = float_of(__reduce_max_sync(0xffffffffu, largest_m));
+  const float v_after = float_of(__reduce_max_sync(0xffffffffu, largest_v) & 0x7fffffffu);
+  const float m_inverse = inverse_of_largest(m_after), v_inverse = inverse_of_largest(v_after);
+  const Random random(work, run, keys, RandomStream::kMoments);
+  int m_code[kCount], v_code[kCount];
+#pragma unroll
+  for (int i = 0; i < kCount; ++i) {
+    m_code[i] = encode_exp_avg(exp_avg[i], m_inverse);
+    v_code[i] = encode_exp_avg_sq(exp_avg_sq[i], v_inverse, random.get(i));
+  }
+#pragma unroll
+  for (int i = 0; i < kCount; i += 4) {
+    m_new.words[i / 4] = bytes_of<0>(m_code[i], m_code[i + 1], m_code[i + 2], m_code[i + 3]);
+    v_new.words[i / 4] = bytes_of<2>(v_code[i], v_code[i + 1], v_code[i + 2], v_code[i + 3]);
+  }
+  run.store(m_new, work.exp_avg);
+  run.store(v_new, work.exp_avg_sq);
+  if (lane() == 0) {
+    global<float>(work.exp_avg_scale)[run.first / kQuantBlock] = m_after;
+    global<float>(work.exp_avg_sq_scale)[run.first / kQuantBlock] = v_after;
+  }
+}
+
+// The two kinds of runs have code of their own: in one, a branch at every access would cost a tenth
+// of all instructions.
+template <typename Param, bool kMaster>
+__device__ __forceinline__ void update_eight_bit(const Work& work, unsigned char* staging,
+                                                 const PhiloxKeys& keys) {
+  using Codes = Run<8>;
+  static_assert(Codes::kElements == kQuantBlock, "a warp owns a block of codes");
 #pragma unroll 1
-  for (unsigned int first = warp() * kQuantBlock; first < work.n; first += kThreads * kCount) {
-    const Run<kCount> run(work, staging, first);
-    Params<Param, kMaster, kCount> params(work, run);
-    Packed<int8_t, kCount> m, m_new;
-    Packed<uint8_t, kCount> v, v_new;
-    run.load(work.exp_avg, m);
-    run.load(work.exp_avg_sq, v);
-    const float m_scale = global<float>(work.exp_avg_scale)[first / kQuantBlock];
-    const float v_scale = global<float>(work.exp_avg_sq_scale)[first / kQuantBlock];
-    float exp_avg[kCount], exp_avg_sq[kCount];
-#pragma unroll
-    for (int i = 0; i < kCount; ++i) {
-      exp_avg[i] = decode_exp_avg(m.get(i), m_scale);
-      exp_avg_sq[i] = decode_exp_avg_sq(v.get(i), v_scale);
-      params.template update<true>(i, work.at, exp_avg[i], exp_avg_sq[i]);
-    }
-    params.store(work, run, seed);
-    if (!run.vectors) {
-#pragma unroll
-      for (int i = 0; i < kCount; ++i) {
-        if (run.mine() + i >= work.n) exp_avg[i] = exp_avg_sq[i] = 0;
-      }
-    }
-    uint32_t largest_m = 0, largest_v = 0;
-#pragma unroll
-    for (int i = 0; i < kCount; ++i) {
-      largest_m = max(largest_m, magnitude(exp_avg[i]));
-      largest_v = max(largest_v, magnitude(exp_avg_sq[i]));
-    }
-    const float m_after = float_of(__reduce_max_sync(0xffffffffu, largest_m));
-    const float v_after = float_of(__reduce_max_sync(0xffffffffu, largest_v));
-    const float m_inverse = inverse_of_largest(m_after), v_inverse = inverse_of_largest(v_after);
-    const Random random(work, run, seed, RandomStream::kMoments);
-#pragma unroll
-    for (int i = 0; i < kCount; ++i) {
-      m_new.set(i, static_cast<int8_t>(encode_exp_avg(exp_avg[i], m_inverse)));
-      const int v_code = encode_exp_avg_sq(exp_avg_sq[i], v_inverse, random.get(i));
-      v_new.set(i, static_cast<uint8_t>(v_code));
-    }
-    run.store(m_new, work.exp_avg);
-    run.store(v_new, work.exp_avg_sq);
-    if (lane() == 0) {
-      global<float>(work.exp_avg_scale)[first / kQuantBlock] = m_after;
-      global<float>(work.exp_avg_sq_scale)[first / kQuantBlock] = v_after;
+  for (unsigned int first = warp() * kQuantBlock; first < work.n; first += kThreads * 8) {
+    if (Codes::of_vectors(work, first)) {
+      update_codes<Param, kMaster>(work, Codes(work, staging, first, true), keys);
+    } else {
+      update_codes<Param, kMaster>(work, Codes(work, staging, first, false), keys);
     }
   }
 }
@@ -159,18 +177,31 @@ __global__ void __launch_bounds__(kThreads)
     take_ticket(launch, work);
     unsigned char* mine = staging[warp()];
     if constexpr (!std::is_same_v<Moment, EightBit>) {
-      update_plain<Param, Moment, kMaster>(work, mine, launch.seed);
+      update_plain<Param, Moment, kMaster>(work, mine, launch.keys);
     } else if (work.exp_avg_scale == nullptr) {
-      update_plain<Param, Float32, kMaster>(work, mine, launch.seed);
+      update_plain<Param, Float32, kMaster>(work, mine, launch.keys);
     } else {
-      update_eight_bit<Param, kMaster>(work, mine, launch.seed);
+      update_eight_bit<Param, kMaster>(work, mine, launch.keys);
     }
   }
   finish<typename Param::Stored>(launch, work);
 }
 
-using Launcher = cudaError_t (*)(const UpdateBucket&, const UpdateHyper*, int64_t,
-                                 const UpdateStep&, cudaStream_t);
+template <typename Param, typename Moment, bool kMaster, int kTensors>
+constexpr auto kernel_of() {
+  if constexpr (std::is_same_v<Param, Float32> && std::is_same_v<Moment, Float32>) {
+    return update_float32_kernel<kTensors>;
+  } else {
+    return masked_update_kernel<Param, Moment, kMaster, kTensors>;
+  }
+}
+
+// A variant of the kernel, and how it is launched.
+struct Variant {
+  const void* kernel;
+  cudaError_t (*launch)(const UpdateBucket&, const UpdateHyper*, int64_t, const UpdateStep&,
+                        cudaStream_t);
+};
 
 template <typename Param, typename Moment, bool kMaster, int kTensors>
 cudaError_t launch(const UpdateBucket& bucket, const UpdateHyper* groups, int64_t num_groups,
@@ -180,8 +211,9 @@ cudaError_t launch(const UpdateBucket& bucket, const UpdateHyper* groups, int64_
                           bucket.ticket,
                           step.grad_factor,
                           step.found_inf,
-                          step.seed,
+                          philox_keys(step.seed),
                           static_cast<unsigned int>(bucket.num_chunks),
+                          static_cast<unsigned int>(bucket.chunk_elements),
                           static_cast<int>(bucket.num_tensors),
                           step.zero_grads,
                           {},
@@ -191,30 +223,35 @@ cudaError_t launch(const UpdateBucket& bucket, const UpdateHyper* groups, int64_
   }
   std::copy_n(bucket.grads, bucket.num_tensors, launch.grads);
   const dim3 grid(std::max(1u, launch.num_chunks));
-  if constexpr (std::is_same_v<Param, Float32> && std::is_same_v<Moment, Float32>) {
-    update_float32_kernel<<<grid, kThreads, 0, stream>>>(launch);
-  } else {
-    masked_update_kernel<Param, Moment, kMaster><<<grid, kThreads, 0, stream>>>(launch);
-  }
+  const auto kernel = kernel_of<Param, Moment, kMaster, kTensors>();
+  kernel<<<grid, kThreads, 0, stream>>>(launch);
   return cudaGetLastError();
 }
 
+template <typename Param, typename Moment, bool kMaster, int kTensors>
+Variant variant_of() {
+  const auto kernel = kernel_of<Param, Moment, kMaster, kTensors>();
+  return {reinterpret_cast<const void*>(kernel), launch<Param, Moment, kMaster, kTensors>};
+}
+
 template <typename Param, typename Moment, bool kMaster>
-Launcher sized(bool few) {
-  return few ? launch<Param, Moment, kMaster, kFewUpdateTensors>
-             : launch<Param, Moment, kMaster, kUpdateTensors>;
+Variant sized(bool few) {
+  return few ? variant_of<Param, Moment, kMaster, kFewUpdateTensors>()
+             : variant_of<Param, Moment, kMaster, kUpdateTensors>();
 }
 
 template <typename Param, bool kMaster>
-Launcher with_moments(DType moments, bool few) {
+Variant with_moments(DType moments, bool few) {
   return moments == DType::kFloat32    ? sized<Param, Float32, kMaster>(few)
          : moments == DType::kBFloat16 ? sized<Param, StochasticBFloat16, kMaster>(few)
          : moments == DType::kInt8     ? sized<Param, EightBit, kMaster>(few)
-                                       : nullptr;
+                                       : Variant{};
 }
 
-Launcher find_launcher(const UpdateVariant& variant, bool few) {
+// Without a kernel where there is none.
+Variant find(const UpdateVariant& variant, int64_t num_tensors) {
   const DType moments = variant.moments;
+  const bool few = num_tensors <= kFewUpdateTensors;
   if (variant.param == DType::kFloat32 && !variant.master) {
     return with_moments<Float32, false>(moments, few);
   }
@@ -224,19 +261,33 @@ Launcher find_launcher(const UpdateVariant& variant, bool few) {
                                          : with_moments<BFloat16, false>(moments, few);
   }
   const bool half = variant.param == DType::kFloat16 && variant.master;
-  return half ? with_moments<Float16, true>(moments, few) : nullptr;
+  return half ? with_moments<Float16, true>(moments, few) : Variant{};
 }
 
 }  // namespace
 
 int masked_update_cuda(const UpdateBucket& bucket, const UpdateHyper* groups, int64_t num_groups,
                        const UpdateVariant& variant, const UpdateStep& step, void* stream) {
-  const Launcher launcher = find_launcher(variant, bucket.num_tensors <= kFewUpdateTensors);
-  if (launcher == nullptr || bucket.num_tensors > kUpdateTensors || num_groups > kUpdateGroups ||
-      bucket.num_chunks > INT_MAX) {
+  const Variant found = find(variant, bucket.num_tensors);
+  if (found.kernel == nullptr || bucket.num_tensors > kUpdateTensors ||
+      num_groups > kUpdateGroups || bucket.num_chunks > INT_MAX ||
+      bucket.chunk_elements % kChunkUnit != 0 || bucket.chunk_elements > INT_MAX) {
     return cudaErrorInvalidValue;
   }
-  return launcher(bucket, groups, num_groups, step, static_cast<cudaStream_t>(stream));
+  return found.launch(bucket, groups, num_groups, step, static_cast<cudaStream_t>(stream));
+}
+
+int masked_update_slots_cuda(const UpdateVariant& variant, int64_t num_tensors, int* slots) {
+  const Variant found = find(variant, num_tensors);
+  if (found.kernel == nullptr) return cudaErrorInvalidValue;
+  int device = 0, multiprocessors = 0, blocks = 0;
+  cudaError_t status = cudaGetDevice(&device);
+  if (status != cudaSuccess) return status;
+  status = cudaDeviceGetAttribute(&multiprocessors, cudaDevAttrMultiProcessorCount, device);
+  if (status != cudaSuccess) return status;
+  status = cudaOccupancyMaxActiveBlocksPerMultiprocessor(&blocks, found.kernel, kThreads, 0);
+  *slots = multiprocessors * blocks;
+  return status;
 }
 
 }  // namespace progtuning

@@ -165,8 +165,8 @@ PROGTUNING_RULE void eight_bit_run(const Chunk& chunk, int64_t first, int n) {
   float m[kRun], v[kRun];
   uint32_t largest_m = 0, largest_v = 0;  // as bits: magnitudes order alike, and NaN stays on top
   for (int i = 0; i < n; ++i) {
-    m[i] = decode_exp_avg(m_code[i], m_before);
-    v[i] = decode_exp_avg_sq(v_code[i], v_before);
+    m[i] = decode_exp_avg(static_cast<float>(m_code[i]), m_before);
+    v[i] = decode_exp_avg_sq(static_cast<float>(v_code[i]), v_before);
     adamw<float>(at, g[i], p[i], m[i], v[i]);
     largest_m = larger(largest_m, bits_of(m[i]) & 0x7fffffffu);
     largest_v = larger(largest_v, bits_of(v[i]));  // with its sign a NaN is larger still
@@ -179,7 +179,7 @@ PROGTUNING_RULE void eight_bit_run(const Chunk& chunk, int64_t first, int n) {
   draw(chunk, first, RandomStream::kMoments, random);
   for (int i = 0; i < n; ++i) m_code[i] = static_cast<int8_t>(encode_exp_avg(m[i], m_inverse));
   for (int i = 0; i < n; ++i) {
-    v_code[i] = static_cast<uint8_t>(encode_exp_avg_sq(v[i], v_inverse, random[i]));
+    v_code[i] = static_cast<uint8_t>(encode_exp_avg_sq(v[i], v_inverse, random[i]) >> 16);
   }
 }
 

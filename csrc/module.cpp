@@ -154,7 +154,7 @@ void norm_cuda(const Tensors& tensors, const Sizes& sizes, DType dtype, At<float
 
 // What every launch over a bucket is given: its tables, and the gradients' addresses.
 using BucketTables =
-    std::tuple<At<const UpdateRecord>, At<const UpdateChunk>, int64_t, At<unsigned int>>;
+    std::tuple<At<const UpdateRecord>, At<const UpdateChunk>, int64_t, int64_t, At<unsigned int>>;
 
 void check_count(int64_t count, int64_t most, const char* what) {
   if (count <= most) return;
@@ -163,12 +163,14 @@ void check_count(int64_t count, int64_t most, const char* what) {
 }
 
 UpdateBucket checked_bucket(const BucketTables& tables, const Grads& grads) {
-  const auto& [table, chunks, num_chunks, ticket] = tables;
+  const auto& [table, chunks, num_chunks, chunk_elements, ticket] = tables;
   check_count(grads.size(), kUpdateTensors, " tensors");
   require(num_chunks == 0 || (num_chunks > 0 && chunks != nullptr && !grads.empty()),
           "a bucket with a negative number of chunks, or chunks of nothing");
   require(ticket != nullptr && (grads.empty() || table != nullptr), "a bucket without its tables");
-  return {table, chunks, num_chunks, ticket, raw(grads), static_cast<int64_t>(grads.size())};
+  require(chunk_elements > 0 && chunk_elements % kChunkUnit == 0, "chunks of such a size");
+  const int64_t num_tensors = grads.size();
+  return {table, chunks, num_chunks, chunk_elements, ticket, raw(grads), num_tensors};
 }
 
 void update_cuda(const BucketTables& tables, const Grads& grads, const std::vector<Hyper>& groups,
@@ -177,6 +179,13 @@ void update_cuda(const BucketTables& tables, const Grads& grads, const std::vect
   check_cuda("masked_update",
              masked_update_cuda(checked_bucket(tables, grads), made(groups).data(), groups.size(),
                                 made<UpdateVariant>(variant), made<UpdateStep>(step), stream));
+}
+
+int update_slots(const Variant& variant, int64_t num_tensors) {
+  int slots = 0;
+  check_cuda("masked_update_slots",
+             masked_update_slots_cuda(made<UpdateVariant>(variant), num_tensors, &slots));
+  return slots;
 }
 
 void bucket_norm(const BucketTables& tables, const Grads& grads, DType dtype, At<float> partials,
@@ -252,6 +261,7 @@ PYBIND11_MODULE(_C, m) {
   def("masked_norm_chunks", &norm_chunks);
   def("masked_norm_cuda", &norm_cuda);
   def("masked_update_cuda", &update_cuda);
+  def("masked_update_slots_cuda", &update_slots);
   def("bucket_norm_partials_cuda", &bucket_norm);
   def("norm_decision_cuda", &norm_decision);
 #endif

@@ -16,7 +16,6 @@ namespace progtuning {
 namespace {
 
 constexpr int kRun = 256;
-constexpr int kRounds = 7;
 
 // What a run's counters have in common; the run begins at element 8 * eighth, a multiple of kRun.
 struct RandomRun {
@@ -28,8 +27,9 @@ struct RandomRun {
 };
 
 inline void draw_run_plain(const RandomRun& run, uint16_t* random) {
+  const PhiloxKeys keys = philox_keys(run.seed);
   for (int i = 0; i < kRun / 8; ++i) {
-    const RandomWords drawn = philox(run.seed, run.eighth + i, run.stream, run.tensor, run.step);
+    const RandomWords drawn = philox(keys, run.eighth + i, run.stream, run.tensor, run.step);
     for (int word = 0; word < 4; ++word) {
       random[8 * i + 2 * word] = static_cast<uint16_t>(drawn.word[word]);
       random[8 * i + 2 * word + 1] = static_cast<uint16_t>(drawn.word[word] >> 16);
@@ -41,8 +41,8 @@ inline void draw_run_plain(const RandomRun& run, uint16_t* random) {
 
 __attribute__((target("avx2"))) inline void draw_run_avx2(const RandomRun& run, uint16_t* random) {
   const __m256i m0 = _mm256_set1_epi64x(0xD2511F53), m1 = _mm256_set1_epi64x(0xCD9E8D57);
-  __m256i k0[kRounds], k1[kRounds];
-  for (int round = 0; round < kRounds; ++round) {
+  __m256i k0[kPhiloxRounds], k1[kPhiloxRounds];
+  for (int round = 0; round < kPhiloxRounds; ++round) {
     k0[round] = _mm256_set1_epi64x(static_cast<uint32_t>(run.seed) + round * 0x9E3779B9u);
     k1[round] = _mm256_set1_epi64x(static_cast<uint32_t>(run.seed >> 32) + round * 0xBB67AE85u);
   }
@@ -54,7 +54,7 @@ __attribute__((target("avx2"))) inline void draw_run_avx2(const RandomRun& run, 
     __m256i c1 = _mm256_set1_epi64x(c1_bits);
     __m256i c2 = _mm256_set1_epi64x(run.tensor), c3 = _mm256_set1_epi64x(run.step);
 #pragma GCC unroll 7
-    for (int round = 0; round < kRounds; ++round) {
+    for (int round = 0; round < kPhiloxRounds; ++round) {
       const __m256i a = _mm256_mul_epu32(c0, m0), b = _mm256_mul_epu32(c2, m1);
       c0 = _mm256_xor_si256(_mm256_xor_si256(_mm256_srli_epi64(b, 32), c1), k0[round]);
       c2 = _mm256_xor_si256(_mm256_xor_si256(_mm256_srli_epi64(a, 32), c3), k1[round]);
@@ -72,8 +72,8 @@ __attribute__((target("avx2"))) inline void draw_run_avx2(const RandomRun& run, 
 __attribute__((target("avx512f"))) inline void draw_run_avx512(const RandomRun& run,
                                                                uint16_t* random) {
   const __m512i m0 = _mm512_set1_epi64(0xD2511F53), m1 = _mm512_set1_epi64(0xCD9E8D57);
-  __m512i k0[kRounds], k1[kRounds];
-  for (int round = 0; round < kRounds; ++round) {
+  __m512i k0[kPhiloxRounds], k1[kPhiloxRounds];
+  for (int round = 0; round < kPhiloxRounds; ++round) {
     k0[round] = _mm512_set1_epi64(static_cast<uint32_t>(run.seed) + round * 0x9E3779B9u);
     k1[round] = _mm512_set1_epi64(static_cast<uint32_t>(run.seed >> 32) + round * 0xBB67AE85u);
   }
@@ -85,7 +85,7 @@ __attribute__((target("avx512f"))) inline void draw_run_avx512(const RandomRun& 
     __m512i c1 = _mm512_set1_epi64(c1_bits);
     __m512i c2 = _mm512_set1_epi64(run.tensor), c3 = _mm512_set1_epi64(run.step);
 #pragma GCC unroll 7
-    for (int round = 0; round < kRounds; ++round) {
+    for (int round = 0; round < kPhiloxRounds; ++round) {
       const __m512i a = _mm512_mul_epu32(c0, m0), b = _mm512_mul_epu32(c2, m1);
       c0 = _mm512_ternarylogic_epi64(_mm512_srli_epi64(b, 32), c1, k0[round], kXor);
       c2 = _mm512_ternarylogic_epi64(_mm512_srli_epi64(a, 32), c3, k1[round], kXor);

@@ -135,10 +135,12 @@ PROGTUNING_RULE void adamw_of_codes(const AdamW<float>& at, float grad, float& p
   const float g = grad * at.grad_factor;
   m = at.beta1 * m + at.one_minus_beta1 * g;
   v = at.beta2 * v + at.one_minus_beta2 * (g * g);
-  float quick_root;
+  float quick_root, quotient;
   asm("sqrt.approx.ftz.f32 %0, %1;" : "=f"(quick_root) : "f"(v));
   const float denominator = quick_root * at.inverse_root_bias2 + at.eps;
-  p = p - (at.decay * p + at.step_size * __fdividef(m, denominator));
+  // __fdividef without its 5 instructions for results below 1.2e-38
+  asm("div.approx.ftz.f32 %0, %1, %2;" : "=f"(quotient) : "f"(m), "f"(denominator));
+  p = p - (at.decay * p + at.step_size * quotient);
 #else
   adamw<float>(at, grad, p, m, v);
 #endif
@@ -226,26 +228,39 @@ struct RandomWords {
   uint32_t word[4];
 };
 
-PROGTUNING_RULE RandomWords philox(uint64_t seed, uint64_t eighth, RandomStream stream,
+constexpr int kPhiloxRounds = 7;
+
+// Of every round; the host computes them once for a launch.
+struct PhiloxKeys {
+  uint32_t first[kPhiloxRounds], second[kPhiloxRounds];
+};
+
+PROGTUNING_RULE PhiloxKeys philox_keys(uint64_t seed) {
+  PhiloxKeys keys;
+  for (uint32_t round = 0; round < kPhiloxRounds; ++round) {
+    keys.first[round] = static_cast<uint32_t>(seed) + round * 0x9E3779B9u;
+    keys.second[round] = static_cast<uint32_t>(seed >> 32) + round * 0xBB67AE85u;
+  }
+  return keys;
+}
+
+PROGTUNING_RULE RandomWords philox(const PhiloxKeys& keys, uint64_t eighth, RandomStream stream,
                                    uint32_t tensor, uint32_t step) {
   uint32_t c0 = static_cast<uint32_t>(eighth);
   uint32_t c1 = static_cast<uint32_t>(eighth >> 32) | (static_cast<uint32_t>(stream) << 24);
   uint32_t c2 = tensor, c3 = step;
-  uint32_t k0 = static_cast<uint32_t>(seed), k1 = static_cast<uint32_t>(seed >> 32);
 #ifdef __CUDACC__
 #pragma unroll
 #else
 #pragma GCC unroll 7
 #endif
-  for (int round = 0; round < 7; ++round) {
+  for (int round = 0; round < kPhiloxRounds; ++round) {
     const uint64_t a = wide_product(c0, 0xD2511F53u);
     const uint64_t b = wide_product(c2, 0xCD9E8D57u);
-    c0 = static_cast<uint32_t>(b >> 32) ^ c1 ^ k0;
-    c2 = static_cast<uint32_t>(a >> 32) ^ c3 ^ k1;
+    c0 = static_cast<uint32_t>(b >> 32) ^ c1 ^ keys.first[round];
+    c2 = static_cast<uint32_t>(a >> 32) ^ c3 ^ keys.second[round];
     c1 = static_cast<uint32_t>(b);
     c3 = static_cast<uint32_t>(a);
-    k0 += 0x9E3779B9u;
-    k1 += 0xBB67AE85u;
   }
   return {{c0, c1, c2, c3}};
 }
@@ -271,35 +286,44 @@ PROGTUNING_RULE uint32_t power_of_ratio(uint32_t bits, uint32_t unit) {
   return (bits << kShift) + (kOneBits - (unit << kShift));
 }
 
-// The inverse: what has the ratio `root of x` to what has `unit`. x above 1, and NaN, count as 1.
+// x of 0 and more; above 1, and NaN, it counts as 1. Compilers find the vectors of the CPU in the
+// bits, and in the function one instruction of the GPU.
+PROGTUNING_RULE float at_most_one(float x) {
+#ifdef __CUDA_ARCH__
+  return fminf(x, 1.0f);
+#else
+  return float_of(bits_of(x) < kOneBits ? bits_of(x) : kOneBits);
+#endif
+}
+
+// The inverse: what has the ratio `root of x` to what has `unit`.
 // kOneBits is a multiple of 2^kShift, so the difference may be taken after the shift.
 template <int kShift>
 PROGTUNING_RULE float root_times(float x, uint32_t unit) {
-  const uint32_t bits = bits_of(x) < kOneBits ? bits_of(x) : kOneBits;
-  return float_of((bits >> kShift) + (unit - (kOneBits >> kShift)));
+  return float_of((bits_of(at_most_one(x)) >> kShift) + (unit - (kOneBits >> kShift)));
 }
 
-PROGTUNING_RULE float decode_exp_avg(int code, float largest) {
-  const uint32_t bits = bits_of(static_cast<float>(code));  // the shift drops the sign
+PROGTUNING_RULE float decode_exp_avg(float code, float largest) {
+  const uint32_t bits = bits_of(code);  // the shift drops the sign
   const uint32_t power = code == 0 ? 0u : power_of_ratio<2>(bits, kBits127);
   return float_of(power | (bits & 0x80000000u)) * largest;
 }
 
-PROGTUNING_RULE float decode_exp_avg_sq(int code, float largest) {
-  return float_of(power_of_ratio<3>(bits_of(static_cast<float>(code)), kBits255)) * largest;
+PROGTUNING_RULE float decode_exp_avg_sq(float code, float largest) {
+  return float_of(power_of_ratio<3>(bits_of(code), kBits255)) * largest;
 }
 
 PROGTUNING_RULE int encode_exp_avg(float m, float inverse) {
   const float magnitude = float_of(bits_of(m) & 0x7fffffffu) * inverse;
-  const int code = static_cast<int>(root_times<2>(magnitude, kBits127) + 0.5f);
-  return (bits_of(m) & 0x80000000u) != 0 ? -code : code;
+  const float code = root_times<2>(magnitude, kBits127) + 0.5f;
+  return static_cast<int>(float_of(bits_of(code) | (bits_of(m) & 0x80000000u)));
 }
 
-// random: 16 random bits, which carry into the code where the 16 bits behind its point do.
+// The code and 16 bits behind its point, into which random, 16 random bits, was added.
 PROGTUNING_RULE int encode_exp_avg_sq(float v, float inverse, uint32_t random) {
   const int fixed = static_cast<int>(root_times<3>(v * inverse, kBits255 + kTimes65536));
-  const int code = (fixed + static_cast<int>(random)) >> 16;
-  return code < 1 ? 1 : code;
+  const int sum = fixed + static_cast<int>(random);
+  return sum < 1 << 16 ? 1 << 16 : sum;
 }
 
 }  // namespace progtuning

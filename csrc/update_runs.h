@@ -84,11 +84,13 @@ struct Run {
   bool vectors;
   unsigned char* staging;  // 4 * kElements bytes
 
-  __device__ __forceinline__ Run(const Work& work, unsigned char* staging, unsigned int first)
-      : first(first),
-        count(work.n - first),
-        vectors(first + kElements <= work.vectors),
-        staging(staging) {}
+  __device__ __forceinline__ Run(const Work& work, unsigned char* staging, unsigned int first,
+                                 bool vectors)
+      : first(first), count(work.n - first), vectors(vectors), staging(staging) {}
+
+  static __device__ __forceinline__ bool of_vectors(const Work& work, unsigned int first) {
+    return first + kElements <= work.vectors;
+  }
 
   __device__ __forceinline__ unsigned int mine() const { return first + lane() * kCount; }
 
@@ -135,13 +137,26 @@ struct Run {
   }
 };
 
+// Byte i alone: shift and mask in one instruction.
+template <int kCount>
+__device__ __forceinline__ uint32_t byte_of(const Packed<uint8_t, kCount>& bytes, int i) {
+  return __byte_perm(bytes.words[i / 4], 0, 0x4440u | static_cast<uint32_t>(i % 4));
+}
+
+// The four bytes that four integers have at this place.
+template <int kPlace>
+__device__ __forceinline__ uint32_t bytes_of(int a, int b, int c, int d) {
+  constexpr uint32_t kTwo = kPlace | (4 + kPlace) << 4;
+  return __byte_perm(__byte_perm(a, b, kTwo), __byte_perm(c, d, kTwo), 0x5410u);
+}
+
 // 16 random bits for each of a lane's 8 elements.
 struct Random {
   RandomWords words;
 
-  __device__ __forceinline__ Random(const Work& work, const Run<8>& run, uint64_t seed,
+  __device__ __forceinline__ Random(const Work& work, const Run<8>& run, const PhiloxKeys& keys,
                                     RandomStream stream)
-      : words(philox(seed, work.eighth + run.mine() / 8, stream, work.index, work.step)) {}
+      : words(philox(keys, work.eighth + run.mine() / 8, stream, work.index, work.step)) {}
 
   __device__ __forceinline__ uint32_t get(int i) const {
     return (words.word[i / 2] >> (i % 2 * 16)) & 0xffffu;
@@ -178,10 +193,11 @@ struct Params {
     }
   }
 
-  __device__ __forceinline__ void store(const Work& work, const Run<kCount>& run, uint64_t seed) {
+  __device__ __forceinline__ void store(const Work& work, const Run<kCount>& run,
+                                        const PhiloxKeys& keys) {
     Packed<Stored, kCount> result;
     if constexpr (std::is_same_v<Param, StochasticBFloat16>) {
-      const Random random(work, run, seed, RandomStream::kParam);
+      const Random random(work, run, keys, RandomStream::kParam);
 #pragma unroll
       for (int i = 0; i < kCount; ++i) result.set(i, Param::narrow(after[i], random.get(i)));
     } else {

@@ -14,9 +14,8 @@ namespace {
 
 constexpr int kThreads = 256;
 constexpr int kWarp = 32;
-constexpr int kCudaChunk = 8192;
-static_assert(kCudaChunk == 8192, "UPDATE_CHUNK in progtuning_kernels/ops/masked_update/native.py");
-static_assert(kCudaChunk % kQuantBlock == 0, "a chunk shares no block of codes with another");
+static_assert(kChunkUnit % (kThreads * 4) == 0, "a chunk is a whole number of the block's rounds");
+static_assert(kChunkUnit % kQuantBlock == 0, "a chunk shares no block of codes with another");
 
 struct Group {
   AdamWHyper<float> hyper;
@@ -31,8 +30,9 @@ struct Launch {
   unsigned int* ticket;
   const float* grad_factor;
   const float* found_inf;
-  uint64_t seed;
+  PhiloxKeys keys;
   unsigned int num_chunks;
+  unsigned int chunk_elements;
   int num_tensors;
   bool zero_grads;
   Group groups[kUpdateGroups];
@@ -86,8 +86,9 @@ __device__ __forceinline__ void prepare(const Launch<kTensors>& launch, Work& wo
   if (grad == nullptr) return;
 
   const UpdateRecord& tensor = launch.table[place.tensor];
-  const int64_t start = static_cast<int64_t>(place.chunk) * kCudaChunk;
-  work.n = static_cast<unsigned int>(min(static_cast<int64_t>(kCudaChunk), tensor.size - start));
+  const int64_t elements = launch.chunk_elements;
+  const int64_t start = place.chunk * elements;
+  work.n = static_cast<unsigned int>(min(elements, tensor.size - start));
   work.eighth = static_cast<uint64_t>(start) / 8;
   work.index = tensor.index;
 

@@ -50,6 +50,15 @@ def _benchmark(name: str) -> ModuleType:
 
 
 @pytest.mark.parametrize(
+    ("script", "marker"), [("predicted_times", "predicted"), ("ceilings", "ceilings")]
+)
+def test_what_is_counted_without_a_gpu_is_stored(script, marker):
+    pytest.importorskip("triton")
+    stored = json.loads((RESULTS / "compiled" / f"{script}.json").read_text())
+    assert _between(marker) == _benchmark(script).table(stored)
+
+
+@pytest.mark.parametrize(
     ("script", "marker"),
     [("optimizer", "optimizer"), ("prefix_cache", "cache"), ("dropout", "dropout")],
 )

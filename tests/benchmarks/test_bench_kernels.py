@@ -372,7 +372,7 @@ def test_verdicts():
     good = _result({"eager": 20.0, "liger": 15.0, "ours": 10.0})
     good["providers"]["liger"]["undemanded"] = ["weight"]
     first, liger, *loss = kernels.verdicts([good])
-    assert first.met and liger.met and "1.500 over 1 cases, +25.0%" in liger.found
+    assert first.met and liger.met and "1.500 over 1 cases, +36.4%" in liger.found
     assert all(verdict.met is None for verdict in loss)
     slow = _result({"eager": 9.0, "ours": 10.0}, demand="all")
     first = kernels.verdicts([good, slow])[0]

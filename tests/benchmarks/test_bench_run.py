@@ -63,7 +63,6 @@ limit = 0.01
 of = "ours"
 over = "naive freezing"
 limit = 1000.0
-stage = "later"
 
 [[targets]]
 of = "ours"
@@ -362,7 +361,12 @@ def _content(run, **peaks):
         }
         for name, s in seconds.items()
     }
-    experiment = {"title": "t", "stages": 3, "targets": [dataclasses.asdict(t) for t in targets]}
+    experiment = {
+        "name": "t",
+        "title": "t",
+        "stages": 3,
+        "targets": [dataclasses.asdict(t) for t in targets],
+    }
     return {"experiment": experiment, "providers": providers}
 
 

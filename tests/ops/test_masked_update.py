@@ -27,7 +27,7 @@ from progtuning_kernels.ops.masked_update.low_precision import (
     random_halves,
     stochastic_bfloat16,
 )
-from progtuning_kernels.ops.masked_update.native import tables_of
+from progtuning_kernels.ops.masked_update.native import chunk_elements, tables_of
 from progtuning_kernels.ops.masked_update.reference import one_minus_power
 
 CPU = torch.device("cpu")
@@ -428,6 +428,21 @@ def test_views_with_gaps_and_transposed_gradients(implementation):
     assert not grad.any()  # not the copy that the kernel read
     transposed = [torch.randn(4, 300).abs().t() for _ in range(3)]
     check(transposed[0], torch.randn(300, 4), transposed[1], transposed[2])
+
+
+def test_chunks_on_cuda_fill_the_waves_of_thread_blocks():
+    projections = [768 * 768] * 4 + [768 * 3072] * 2
+    bert = projections + [768] * 9 + [3072]
+    # H200, A100 and B200 run 6 blocks of float32 on each multiprocessor, H200 4 with 8-bit moments
+    for slots, unit in ((6 * 132, 1024), (6 * 108, 1024), (6 * 148, 1024), (4 * 132, 2048)):
+        chunk = chunk_elements(bert, slots, unit)
+        assert sum(-(-size // chunk) for size in bert) <= slots  # one wave
+        assert chunk <= 1.1 * sum(bert) / slots
+    assert chunk_elements([8 * 768] * 48, 792, 1024) == 1024  # of a LoRA: as many blocks as can be
+    assert chunk_elements([], 792, 2048) == 2048
+    llama = chunk_elements([2048 * 8192] * 48, 792, 1024)
+    blocks = 48 * -(-2048 * 8192 // llama)
+    assert -(-blocks // 792) * llama <= 1.03 * 48 * 2048 * 8192 / 792
 
 
 def test_a_view_with_gaps_is_not_for_native():

@@ -272,9 +272,11 @@ def check_no_rows(op):
 
 def check_partial_sums_are_bounded_and_repeatable(monkeypatch):
     from progtuning_kernels.ops import row_partials
+    from progtuning_kernels.ops.norm import triton as norm_triton
 
-    monkeypatch.setattr(row_partials, "ROWS_PER_PARTIAL", 4)
-    monkeypatch.setattr(row_partials, "MAX_PARTIALS", 3)
+    assert norm_triton.groups_of(33, 64) == (8, 5)
+    monkeypatch.setattr(norm_triton, "WARPS", 3)
+    assert norm_triton.groups_of(33, 64) == (8, 3)
     monkeypatch.setattr(row_partials, "SUM_ROWS", 2)
     tensors = _inputs("layer_norm", "none", 33, 63, FLOAT32)
     first = _compare("layer_norm", "none", tensors, INPUTS)
@@ -698,8 +700,8 @@ def _variants(columns: int) -> dict[str, tuple]:
     both = {"dx": "*bf16", **dropout}
     only_dx = {name: kind for name, kind in only_dh.items() if name not in ("dh", "dsum")} | both
     of_x = {"x": "*bf16", "y": "*bf16", "x_stride": "i32", **dropout}
-    of_backward = constants | dict(CENTER=True)
-    of_dh = of_backward | dict(dweight=None, dbias=None)
+    of_backward = constants | dict(CENTER=True, ROWS=nt.groups_of(4096, block)[0])
+    of_dh = of_backward | dict(ROWS=1, dweight=None, dbias=None)
     options = nt.options(block)
     return {
         "forward": (nt.forward_kernel, kinds, of_forward, options),

@@ -49,18 +49,22 @@ def compile_for(
     return triton.compile(source, target=target, options=options)
 
 
+def find_cuobjdump() -> str | None:
+    """In PATH, or else the one that Triton brings."""
+    import triton
+
+    bundled = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
+    return shutil.which("cuobjdump") or (str(bundled) if bundled.exists() else None)
+
+
 def usage(path: Path) -> dict[str, dict[str, int]]:
     """By mangled function and architecture ("f@sm_90"), what a cubin, object or library has.
 
     Registers ("REG"), stack, static shared and local memory; empty without cuobjdump.
     """
-    import triton
-
-    tool = shutil.which("cuobjdump")
-    bundled = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
-    if tool is None and not bundled.exists():
+    if (tool := find_cuobjdump()) is None:
         return {}
-    command = [tool or str(bundled), "-res-usage", str(path)]
+    command = [tool, "-res-usage", str(path)]
     printed = subprocess.run(command, capture_output=True, text=True, check=True).stdout
     found, architecture = {}, ""
     for line in printed.splitlines():

@@ -73,6 +73,21 @@ inline cudaError_t cudaDriverGetVersion(int* version) {
   *version = 0;
   return cudaSuccess;
 }
+inline cudaError_t cudaGetDevice(int* device) {
+  *device = 0;
+  return cudaSuccess;
+}
+// An H200's multiprocessors, with 6 blocks of every kernel on each.
+enum cudaDeviceAttr { cudaDevAttrMultiProcessorCount };
+inline cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr, int) {
+  *value = 132;
+  return cudaSuccess;
+}
+inline cudaError_t cudaOccupancyMaxActiveBlocksPerMultiprocessor(int* blocks, const void*, int,
+                                                                 size_t) {
+  *blocks = 6;
+  return cudaSuccess;
+}
 
 namespace emulation {
 
@@ -110,6 +125,16 @@ inline int __float_as_int(float x) {
   int bits;
   std::memcpy(&bits, &x, sizeof bits);
   return bits;
+}
+
+inline unsigned int __byte_perm(unsigned int x, unsigned int y, unsigned int selector) {
+  const uint64_t bytes = static_cast<uint64_t>(y) << 32 | x;
+  unsigned int result = 0;
+  for (int i = 0; i < 4; ++i) {
+    const unsigned int place = selector >> 4 * i & 7;
+    result |= static_cast<unsigned int>(bytes >> 8 * place & 0xff) << 8 * i;
+  }
+  return result;
 }
 
 template <typename T>
