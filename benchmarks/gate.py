@@ -77,7 +77,7 @@ class Gate:
             if not provider.same_rule:
                 return errors | self._check_learning(session)
             return errors | compare(
-                trace(session, self.batches, passes=2 if provider.caches else 1),
+                trace(session, self.batches, passes=provider.passes),
                 self._truth(provider.follows_plan, clip),
                 loss_tolerance=self.loss_tolerance,
                 gradient_tolerance=self.gradient_tolerance if provider.keeps_gradients else None,

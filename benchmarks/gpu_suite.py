@@ -106,21 +106,23 @@ def gpu_parts(*, short: bool) -> list[Part]:
     if short:
         return [
             Part("build", build, 45, output=False),
-            *_tests(70, 15),
-            _experiment("gpu-bert", 45),
-            _experiment("gpu-llama-1b", 60),
+            *_tests(65, 15),
+            _experiment("gpu-bert", 40),
+            _experiment("gpu-graph", 30, *("--only", "ours"), *("--only", "ours, graph")),
+            _experiment("gpu-llama-1b", 45),
             _benchmark("optimizer", 20, "--workload", "BERT-base, 199 tensors"),
-            _benchmark("kernels", 40, "--rounds", "10"),
+            _benchmark("kernels", 35, "--rounds", "10"),
         ]
     return [
         Part("build", build, 60, output=False),
         *_tests(90, 20),
         _experiment("gpu-bert", 60),
-        _experiment("gpu-llama-1b", 80),
-        _benchmark("optimizer", 40),
-        _benchmark("prefix cache", 35, "--rounds", "8", budgeted=False),
-        _experiment("gpu-bert-others", 40),
-        _benchmark("kernels", 50, "--rounds", "10"),
+        _experiment("gpu-graph", 45),
+        _experiment("gpu-llama-1b", 70),
+        _benchmark("optimizer", 35),
+        _benchmark("prefix cache", 25, "--rounds", "8", budgeted=False),
+        _experiment("gpu-bert-others", 30),
+        _benchmark("kernels", 40, "--rounds", "10"),
     ]
 
 

@@ -210,9 +210,9 @@ def _schedule(work: Work) -> ProgressiveSchedule:
 
 
 def _ours(work: Work, *, cached: bool = False, compiled: bool = False, **options: Any) -> Session:
-    """options: of `patch_model` (frozen_mode, kernels, packing), the others of `MaskedAdamW`."""
+    """options: of `patch_model` (frozen_mode, kernels, packing, graph), others of `MaskedAdamW`."""
     model = work.model()
-    names = ("frozen_mode", "kernels", "packing")
+    names = ("frozen_mode", "kernels", "packing", "graph")
     patching = {name: options.pop(name) for name in names if name in options}
     if work.forced_kernels and "kernels" not in patching:
         patching["kernels"] = "on"
@@ -294,6 +294,8 @@ PROVIDERS: dict[str, Provider] = {
     "FlashOptim 8-bit": Provider(_flashoptim, movement_tolerance=0.3, packages=("flashoptim",)),
     "ours": _planned(_with()),
     "ours, cache": _planned(_with(cached=True), caches=True),
+    "ours, graph": _planned(_with(graph="on"), captures=True),
+    "ours, cache, graph": _planned(_with(cached=True, graph="on"), caches=True, captures=True),
     "ours, compiled": _planned(_with(compiled=True), compiles=True),
     "ours, 8-bit state": _planned(_with(state_dtype="8bit"), movement_tolerance=0.3),
     "ours, in backward": _planned(

@@ -203,6 +203,7 @@ class Provider:
         keeps_gradients: they are there after backward.
         clips_otherwise: by another norm than that of this step's gradients; compared unclipped.
         caches: later epochs of a stage are cheaper than the first.
+        captures: it replays graphs, from the third forward of a stage on.
         compiles: it uses torch.compile.
         patches_globally: it changes transformers for everybody, and wants a process of its own.
         packages: whose versions go into the result.
@@ -216,10 +217,16 @@ class Provider:
     keeps_gradients: bool = True
     clips_otherwise: bool = False
     caches: bool = False
+    captures: bool = False
     compiles: bool = False
     patches_globally: bool = False
     packages: tuple[str, ...] = ()
     lr: float | None = None
+
+    @property
+    def passes(self) -> int:
+        """Forwards of a stage until one runs as most do."""
+        return 1 + self.caches + 2 * self.captures
 
     def session(self, work: Work) -> Session:
         torch.manual_seed(0)

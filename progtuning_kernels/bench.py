@@ -165,7 +165,7 @@ def trace(
 
     Args:
         passes: forwards and backwards per step, of which the last counts; 2 for a cache, which
-            serves the second.
+            serves the second, 3 for captured graphs, which replay the third.
         counts: whether the gradient of a parameter is kept in a stage; dropping the others makes a
             session that freezes nothing the truth for one that does.
     """

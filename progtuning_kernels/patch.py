@@ -14,6 +14,7 @@ from .distributed import refuse_flat_parameters, unwrap
 from .freezing.active_set import TiedPolicy
 from .freezing.boundary import FrozenMode
 from .freezing.handle import PatchHandle, handle_of, live_handles
+from .graphs import Graph
 from .model.families import UnsupportedModelError
 from .model.layout import find_layout
 from .packing import Packing
@@ -32,6 +33,7 @@ def patch_model(
     tied: TiedPolicy = "frozen",
     kernels: Kernels = "auto",
     packing: Packing = "auto",
+    graph: Graph = "off",
     cache: PrefixCache | Literal["auto"] | None = None,
     blocks: str | Sequence[str] | None = None,
     step: int = 0,
@@ -66,6 +68,12 @@ def patch_model(
             wants "off", and is warned of in its first backward. In training `past_key_values` is
             None; evaluation of a decoder packs with `use_cache=False`. `handle.packing_report()`
             says what came of it.
+        graph: "on" captures forward and backward of a stage's steps as CUDA graphs, and replays
+            them: one launch for each instead of one for every kernel. Outputs are copies; hooks and
+            other Python code inside the model run at the capture alone; in training `use_cache` is
+            False unless it is given. "auto" captures where a stored result from a GPU says that it
+            pays: there is none yet, so it means "off". `handle.graph_report()` says what was
+            captured, and why not more.
         cache: keeps what the frozen prefix computes for a sample and reads it in later epochs;
             "auto" takes a quarter of the CPU memory that is free. It switches itself off where it
             does not pay; `handle.cache_report()` says so.
@@ -103,7 +111,14 @@ def patch_model(
         raise TypeError(f"patch_model takes a model, an nn.Module, and a schedule, got {model!r}")
     check_schedule(schedule, "patch_model")
     _check_values(
-        dict(frozen_mode=frozen_mode, tied=tied, kernels=kernels, packing=packing, cache=cache)
+        dict(
+            frozen_mode=frozen_mode,
+            tied=tied,
+            kernels=kernels,
+            packing=packing,
+            graph=graph,
+            cache=cache,
+        )
     )
     step = whole_number("step", step, 0)
     if isinstance(model, torch.jit.ScriptModule):
@@ -127,6 +142,7 @@ def patch_model(
         tied=tied,
         kernels=kernels,
         packing=packing,
+        graph=graph,
         cache=automatic_cache() if cache == "auto" else cache,
         step=step,
     )
@@ -157,6 +173,7 @@ def _check_values(options: Mapping[str, Any]) -> None:
         "tied": TiedPolicy,
         "kernels": Kernels,
         "packing": Packing,
+        "graph": Graph,
     }
     for name in choices.keys() & options:
         check_choice(name, options[name], choices[name])

@@ -13,7 +13,7 @@ LAYERS = [
     {"backend", "freeze_events", "random_state", "sharding", "text_table", "triton_trial"},
     {"schedules", "ops", "model"},
     {"packing"},
-    {"optim", "swaps", "cache", "distributed"},
+    {"optim", "swaps", "cache", "distributed", "graphs"},
     {"freezing"},
     {"patch", "planner"},
     {"integrations", "report", "contribution", "checkpoints", "bench"},

@@ -154,6 +154,10 @@ class Level:
         self._fed = hidden
         return self._feeding
 
+    def fed(self) -> Fed | None:
+        """What a forward has been fed and has not fetched yet."""
+        return None if self._fed is None else Fed(self, (self._fed,))
+
     def take(self, receive: Callable[[torch.Tensor], None]) -> AbstractContextManager[None]:
         """A context in which one forward hands its boundary activations to `receive`."""
         module, block = map(self._model.get_submodule, (self._last, self._block))
@@ -212,6 +216,28 @@ class Level:
             return _zeros(shape, dtype, entered.device)
 
         return run
+
+
+@dataclass(frozen=True)
+class Fed:
+    """Boundary activations that one forward gets past its arguments; a `Feed` of captured graphs.
+
+    Attributes:
+        key: the level.
+        tensors: (B, T, C), alone.
+    """
+
+    key: Level
+    tensors: tuple[torch.Tensor]
+
+    @contextmanager
+    def using(self, tensors: Sequence[torch.Tensor]) -> Iterator[None]:
+        """Feed the forward inside another tensor; what was fed before is fed again afterwards."""
+        self.key.feed(*tensors)
+        try:
+            yield
+        finally:
+            self.key.feed(*self.tensors).install_stand_ins()
 
 
 def _zeros(shape: Sequence[int], dtype: torch.dtype, device: torch.device) -> torch.Tensor:

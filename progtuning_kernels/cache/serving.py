@@ -28,6 +28,7 @@ from .keyed_rows import KeyedRows
 from .prefix_cache import CacheReport, PrefixCache
 from .prefix_weights import PrefixWeights
 from .reasons import call_reason, stage_reason
+from .recorded_levels import Fed
 from .row_check import RowCheck, Sample
 from .side_forwards import SideForwards
 from .stand_ins import Swaps, UnservableError
@@ -144,6 +145,12 @@ class PrefixServer:
             if reason is not None:
                 self._bypasses[reason] += 1
         return kwargs
+
+    def fed(self) -> list[Fed]:
+        """What the forward that comes is fed in its prefix's place; nothing where that runs."""
+        levels = {path.levels.get(self.level) for path in self._paths.values()} - {None}
+        fed = [level.fed() for level in levels if self._stand_ins is not None]
+        return [one for one in fed if one is not None]
 
     def install_stand_ins(self) -> None:
         """Put the stand-ins of the forward that comes in their places, until `after_forward`."""

@@ -14,6 +14,7 @@ from typing import Any, Literal
 import torch
 from torch import nn
 
+from ..graphs import graph_members
 from ..model.derived_classes import derive, derived_classes, without_derived_ancestors
 from ..model.layout import EMBEDDINGS, Layout
 from ..packing import blocks as packed_blocks
@@ -37,7 +38,13 @@ def _unfrozen_class(module: nn.Module) -> type:
 
 
 def frozen_class(
-    base: type, *, no_grad: bool, hold_eval: bool, own_forward: bool, packs: bool = False
+    base: type,
+    *,
+    no_grad: bool,
+    hold_eval: bool,
+    own_forward: bool,
+    packs: bool = False,
+    graphed: bool = False,
 ) -> type:
     """One fixed subclass of `base` per combination of flags; `base` itself without a flag.
 
@@ -47,6 +54,7 @@ def frozen_class(
         own_forward: the instance has a `forward` of its own, as accelerate gives to the modules of
             a model spread over devices; `no_grad` then surrounds the whole call.
         packs: the block runs packed wherever the forward under way does.
+        graphed: the block asks whether a captured graph runs it.
     """
 
     def forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
@@ -63,7 +71,7 @@ def frozen_class(
         _hold_eval(self, base, mode)
         return self
 
-    if not (no_grad or hold_eval or packs):
+    if not (no_grad or hold_eval or packs or graphed):
         return base
     members: dict[str, Any] = {}
     if no_grad:
@@ -74,7 +82,9 @@ def frozen_class(
         members["train"] = train
     if packs:
         members |= packed_blocks.members(base, members.get("forward", base.forward))
-    made = derive(base, ("frozen", no_grad, hold_eval, own_forward, packs), members)
+    if graphed and not own_forward:
+        members |= graph_members(base, "run_block", members.get("forward"))
+    made = derive(base, ("frozen", no_grad, hold_eval, own_forward, packs, graphed), members)
     if packs and not no_grad and made not in _unfrozen:
         packed_blocks.checkpointed(made)
     _unfrozen[made] = base
@@ -138,6 +148,7 @@ class Boundary:
         self._encoders = [m for m in holders if "use_nested_tensor" in m.__dict__]
         self._modes: dict[nn.Module, list[tuple[nn.Module, bool]]] = {}
         self._packed: frozenset[nn.Module] = frozenset()  # blocks that can run packed
+        self._graphed: frozenset[nn.Module] = frozenset()  # blocks that ask their graphs
 
     def place_modules(self, frozen: Collection[int], boundary: int) -> None:
         """Put every module on its side: `frozen` are the units that hold no active tensor, those
@@ -161,7 +172,15 @@ class Boundary:
     def pack_blocks(self, blocks: Collection[nn.Module]) -> None:
         """Put these blocks, and no others, into the class that can run packed."""
         before, self._packed = self._packed, frozenset(blocks)
-        for module in before ^ self._packed:
+        self._switch_again(before ^ self._packed)
+
+    def graph_blocks(self, blocks: Collection[nn.Module]) -> None:
+        """Put these blocks, and no others, into the class whose forward a graph may run."""
+        before, self._graphed = self._graphed, frozenset(blocks)
+        self._switch_again(before ^ self._graphed)
+
+    def _switch_again(self, modules: Iterable[nn.Module]) -> None:
+        for module in modules:
             no_grad, hold_eval = self._placed.get(module, (False, False))
             self._switch(module, no_grad=no_grad, hold_eval=hold_eval)
 
@@ -189,7 +208,9 @@ class Boundary:
         _drop_own_forward(module)
         own_forward = no_grad and "forward" in module.__dict__
         flags = dict(no_grad=no_grad, hold_eval=hold_eval, own_forward=own_forward)
-        target = frozen_class(base, **flags, packs=module in self._packed)
+        target = frozen_class(
+            base, **flags, packs=module in self._packed, graphed=module in self._graphed
+        )
         if type(module) is not target:
             module.__class__ = target
         if not hold_eval and module in self._modes:

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 
+from ..graphs import Feed
 from ..model.call import with_own_containers
 from ..model.host_copies import HostCopies
 from ..model.layout import EMBEDDINGS
@@ -15,6 +16,13 @@ from .freezer import Freezer
 from .gradient_paths import GradientPaths
 from .missed_steps import MissedSteps
 from .unit_use import UnitUse, measure_forward
+
+# Numbers of tokens that a shape (B, T) may have under captured graphs: a 16th of the places is
+# computed in vain
+_PACKED_SIZES = 8
+_WATCHES = "its backward looks whether the loss reads padding"
+_WRAPPED = "DistributedDataParallel hooks gradients on streams of its own"
+_PROVES = "the first forward of a stage proves that freezing cuts nothing off"
 
 
 @dataclass(frozen=True)
@@ -43,6 +51,7 @@ class Forwards:
     ) -> tuple[tuple[Any, ...], dict[str, Any]]:
         """The arguments to call the model with."""
         freezer, trains = self._freezer, torch.is_grad_enabled()
+        freezer.graphs.forbid()
         if freezer.packer.busy:
             return args, kwargs
         if trains:
@@ -62,9 +71,21 @@ class Forwards:
             if not freezer.proved:
                 self._paths = self._watch_paths(inputs=(args, kwargs))
             self.last = _inputs_of(args, kwargs, freezer.active.device.type)
+            freezer.graphs.look()
+        fed: list[Feed] = []
         if freezer.cache is not None:
+            fed += freezer.cache.fed()
             freezer.cache.install_stand_ins()
-        return freezer.packer.begin(args, kwargs, self._host)
+        freezer.packer.sizes = _PACKED_SIZES if freezer.graphs.captures else None
+        args, kwargs = freezer.packer.begin(args, kwargs, self._host)
+        if trains:
+            against = _WATCHES if freezer.packer.watches else None
+            if not freezer.proved:
+                against = _PROVES
+            elif freezer.wrapped:
+                against = _WRAPPED
+            freezer.graphs.allow([*fed, *freezer.packer.fed()], against=against)
+        return args, kwargs
 
     def after_forward(self, output: Any) -> None:
         """Called after a forward that raised too: `output` is None then."""
@@ -72,6 +93,7 @@ class Forwards:
         if self._freezer.packer.busy:
             return
         self._freezer.packer.end()
+        self._freezer.graphs.forbid()
         if cache is not None:
             if cache.busy:
                 return
@@ -98,7 +120,7 @@ class Forwards:
         paused = nullcontext() if freezer.cache is None else freezer.cache.paused()
         # some models write into the tensors that they are called with
         clones = with_own_containers((last.args, last.kwargs), clone=True)
-        with last.autocast, paused:
+        with last.autocast, paused, freezer.graphs.paused():
             paths = self._watch_paths(compiled=True)
             try:
                 return measure_forward(freezer.model, freezer.layout, *clones)

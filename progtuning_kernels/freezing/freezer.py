@@ -20,6 +20,7 @@ from torch import nn
 from .. import freeze_events
 from ..cache import PrefixServer
 from ..distributed import Wrapper, refuse_flat_parameters, surrounding
+from ..graphs import Graph, StageGraphs
 from ..model.adapters import adapter_configs, check_adapters, rank_allocation_end
 from ..model.derived_classes import without_derived_ancestors
 from ..model.families import UnsupportedModelError
@@ -48,11 +49,12 @@ class Freezer:
 
     Args:
         schedule: where the plans come from, to look ahead in it; None to plan without training.
-        frozen_mode, tied, kernels, packing: as for `patch_model`.
+        frozen_mode, tied, kernels, packing, graph: as for `patch_model`.
 
     Attributes:
         norms: gradient norms, for a schedule that decides by them.
         packer: leaves padding out of forwards.
+        graphs: captures training forwards, and replays them.
         cache: serves forwards without their prefix.
         plan: the plan in force; there is none before the first `freeze`.
         step: the optimizer step that it is in force for.
@@ -70,6 +72,7 @@ class Freezer:
         tied: TiedPolicy,
         kernels: Kernels = "off",
         packing: Packing = "off",
+        graph: Graph = "off",
         step: int = 0,
     ) -> None:
         self.model = model
@@ -89,6 +92,7 @@ class Freezer:
         self._schedule = schedule
         self._structure = Structure(model, layout)
         self._boundary = Boundary(model, layout, frozen_mode)
+        self.graphs = StageGraphs(model, layout, graph, self._boundary.graph_blocks)
         self._checkpointing = Checkpointing(model, layout)
         self.packer = Packer(model, layout, packing, self._boundary.pack_blocks)
         self._wrapper: Wrapper | None = None
@@ -107,6 +111,10 @@ class Freezer:
     @property
     def sharded(self) -> bool:
         return self._wrapper is not None and self._wrapper.sharded
+
+    @property
+    def wrapped(self) -> bool:
+        return self._wrapper is not None
 
     @property
     def share(self) -> Callable[[bytes], bytes] | None:
@@ -142,6 +150,7 @@ class Freezer:
             self._reinstall_swaps()
         if self._wrapper is not None:
             self._wrapper.reshard()
+        self.graphs.drop()
         self.active.set_flags(plan)
         self._follow_flags()
         self.proved = False
@@ -257,6 +266,7 @@ class Freezer:
         self.packer.close()
         self._boundary.restore_modules()
         self.swaps.remove_swaps()
+        self.graphs.remove()
         self.active.restore_flags()
         self._checkpointing.restore_checkpointing()
         if self.norms is not None:
@@ -287,6 +297,7 @@ class Freezer:
 
     def _reinstall_swaps(self) -> None:
         """Swap modules anew; the boundary's classes are derived from those of the swaps."""
+        self.graphs.drop()
         self._boundary.restore_modules()
         self.swaps.remove_swaps()
         if self.sharded:  # `fully_shard` has made classes out of those that it found

@@ -17,6 +17,7 @@ from torch import nn
 
 from ..cache import CacheReport, PrefixCache, PrefixServer
 from ..distributed import shards_of
+from ..graphs import Graph, GraphReport
 from ..model.layout import Layout, parameter_slots
 from ..packing import Packing, PackingReport
 from ..schedules import FreezePlan, Schedule, units_by_stage, whole_number
@@ -90,6 +91,7 @@ class PatchHandle:
         tied: TiedPolicy,
         kernels: Kernels,
         packing: Packing,
+        graph: Graph,
         cache: PrefixCache | None,
         step: int,
     ) -> None:
@@ -100,7 +102,9 @@ class PatchHandle:
         self._listeners: list[Callable[[PatchHandle], object]] = []
         self._missed = MissedSteps(model, layout, schedule)
         options: dict[str, Any] = {"frozen_mode": frozen_mode, "tied": tied, "kernels": kernels}
-        self.freezer = Freezer(model, layout, schedule, **options, packing=packing, step=step)
+        self.freezer = Freezer(
+            model, layout, schedule, **options, packing=packing, graph=graph, step=step
+        )
         plan = schedule.plan(step, layout.num_blocks)
         self.freezer.check_known_plans()
         if cache is not None:
@@ -375,6 +379,10 @@ class PatchHandle:
     def packing_report(self) -> PackingReport:
         """The share of padding that forwards since patching have left out, and why not more."""
         return self.freezer.packer.report()
+
+    def graph_report(self) -> GraphReport:
+        """What was captured of the training forwards, and why not more."""
+        return self.freezer.graphs.report()
 
     def state_dict(self) -> dict[str, Any]:
         """Everything a resumed run needs: the plan is a function of the step, and of the decisions

@@ -72,7 +72,7 @@ class ProgtuningCallback(TrainerCallback):
 
     Args:
         schedule: copied; one without `total_steps` is bound to the Trainer's number of steps.
-        **patch_options: `frozen_mode`, `tied`, `kernels`, `packing`, `cache`, `blocks` of
+        **patch_options: `frozen_mode`, `tied`, `kernels`, `packing`, `graph`, `cache`, `blocks` of
             `patch_model`.
 
     Attributes:

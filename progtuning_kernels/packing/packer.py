@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections import Counter
-from collections.abc import Callable, Collection, Iterator, Mapping, MutableMapping
+from collections.abc import Callable, Collection, Iterator, Mapping, MutableMapping, Sequence
 from contextlib import contextmanager
 from functools import partial
 from typing import Any, Literal
@@ -29,7 +29,17 @@ from .known_mask import known_mask
 from .ranks import Share, as_first, shared_calls
 from .recipes import Installed
 from .report import PackingReport
-from .tokens import GROUPS, cost_of_group, kept_of, on_host, pack_places, padding_follows
+from .tokens import (
+    GROUPS,
+    FedTokens,
+    PackedTokens,
+    cost_of_group,
+    kept_of,
+    on_host,
+    pack_places,
+    padding_follows,
+    rounded_up,
+)
 from .trial import Outcome, Trial, labels_like
 from .trial_batch import masks_of, trial_calls
 
@@ -59,6 +69,9 @@ class Packer:
     Attributes:
         groups: of rows of like length, which attend together.
         sharded: parameters are shards.
+        sizes: None, or how many numbers of tokens a shape (B, T) may have, for captured graphs:
+            some padding is computed on then, and rows do not attend in groups.
+        watches: the forward under way looks, in its backward, for what the loop reads at padding.
     """
 
     def __init__(
@@ -85,6 +98,11 @@ class Packer:
         self._paused = False
         self.groups = GROUPS
         self.sharded = False
+        self.sizes: int | None = None
+        self.watches = False
+        self._packed: dict[
+            str, tuple[PackedTokens, bool]
+        ] = {}  # of the forward under way, by stack
         self.busy = False  # a trial is under way; other hooks of the model leave it alone
         self._batches = self._places = self._tokens = 0
         self._padded: Counter[str] = Counter()
@@ -189,6 +207,7 @@ class Packer:
                 output nothing is used.
         """
         calls: dict[int, PackedCall] = {}
+        self._packed, self.watches = {}, False
         read: dict[str, np.ndarray] = {}
         if self._mode != "off" and not self._paused and not inside_padded():
             try:
@@ -205,6 +224,34 @@ class Packer:
         if calls and self._outcome.makes_cache:
             kwargs = {**kwargs, "use_cache": False}
         return args, kwargs
+
+    def fed(self) -> list[FedTokens]:
+        """The tokens of the forward that was begun; nothing where it runs padded."""
+        if not self._packed:
+            return []
+        key, tensors = [], []
+        for path, (tokens, above) in self._packed.items():
+            key.append((path, above, tokens.padded_shape, tokens.count))
+            tensors += [tokens.index, tokens.slot]
+        return [FedTokens(tuple(key), tuple(tensors), partial(self._using, dict(self._packed)))]
+
+    @contextmanager
+    def _using(
+        self, packed: Mapping[str, tuple[PackedTokens, bool]], tensors: Sequence[Tensor]
+    ) -> Iterator[None]:
+        """Have the forward inside run on tokens that stand where `tensors` say."""
+        calls: dict[int, PackedCall] = {}
+        pairs = zip(tensors[::2], tensors[1::2], strict=True)
+        made = [PackedTokens(index, slot) for index, slot in pairs]
+        for (path, (_, above)), tokens in zip(packed.items(), made, strict=True):
+            calls.update(self._installed.calls(path, tokens, above=above))
+        begin_forward(made, calls)
+        try:
+            yield
+        finally:
+            end_forward(made)
+            for tokens in made:
+                tokens.forget()
 
     def end(self) -> None:
         """End the forward that `begin` began."""
@@ -329,14 +376,19 @@ class Packer:
             elif self._outcome.right_only and not padding_follows(kept):
                 problem = "padding stands before the tokens"
             else:
-                grouped = recipe.grouped and self.groups > 1
+                grouped = recipe.grouped and self.groups > 1 and self.sizes is None
                 groups = self.groups if grouped else 1
+                if self.sizes is not None:
+                    kept = rounded_up(kept, self.sizes)
+                    real = int(kept.sum())
                 cost = cost_of_group(mask.device, recipe.heads)
                 tokens = pack_places(kept, mask.device, groups=groups, cost=cost)
                 if self._watched < (1 if waits_for(mask.device) else _WATCHED):
                     tokens.watch = partial(self._look_at_gradient, path)
+                    self.watches = True
                 above = real <= heads.MOST_REAL * size
                 calls.update(self._installed.calls(path, tokens, above=above))
+                self._packed[path] = tokens, above
                 if not aside:
                     self._places += size
                     self._tokens += real

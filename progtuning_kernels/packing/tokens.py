@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -182,6 +183,21 @@ class PackedTokens:
         self.origins.clear()
 
 
+@dataclass(frozen=True)
+class FedTokens:
+    """Where the tokens of one forward stand; a `Feed` of captured graphs.
+
+    Attributes:
+        key: (B, T) and N of each stack, and what of it runs packed.
+        tensors: index and slot of each.
+        using: has the forward inside take others.
+    """
+
+    key: tuple[Any, ...]
+    tensors: tuple[Tensor, ...]
+    using: Callable[[Sequence[Tensor]], AbstractContextManager[None]]
+
+
 def pad_heads(packed: Tensor, slot: Tensor, index: Tensor, rows: int) -> Tensor:
     """(1, heads, N, width) to (rows, heads, columns, width), in the layout that it is in."""
     tokens_first = packed[0].transpose(0, 1)  # (N, heads, width)
@@ -234,6 +250,17 @@ def kept_of(
     kept[:, list(columns)] = True
     kept[~on.any(1)] = True
     return kept
+
+
+def rounded_up(kept: np.ndarray, sizes: int) -> np.ndarray:
+    """(B, T), bool: some padding beside the tokens that are kept, first places first, so that the
+    number of tokens is one of so many.
+    """
+    step = -(-kept.size // sizes)
+    more = -kept.sum() % step
+    flat = kept.flatten()
+    flat[np.flatnonzero(~flat)[:more]] = True
+    return flat.reshape(kept.shape)
 
 
 def padding_follows(kept: np.ndarray) -> bool:

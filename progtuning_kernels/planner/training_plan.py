@@ -53,6 +53,13 @@ class StagePlan:
     cached_step_ratio: float | None = None
 
     @property
+    def graph_bytes(self) -> int:
+        """What captured graphs of one kind of batch keep between steps (`patch_model(graph="on")`):
+        activations, and gradients twice, as backward makes them and as it hands them out.
+        """
+        return self.activation_bytes + 2 * self.gradient_bytes
+
+    @property
     def flops(self) -> int:
         """Operations of forward and backward together."""
         return self.forward_flops + self.backward_flops

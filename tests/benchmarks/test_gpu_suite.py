@@ -52,7 +52,7 @@ def test_limits_sum_to_what_there_is(short):
 
 
 def test_parts_and_their_files(parts):
-    assert sum(part.output for part in parts) + 2 <= 8  # a JSON each, suite.json and suite.log
+    assert sum(part.output for part in parts) + 2 <= 9  # a JSON each, suite.json and suite.log
     assert len({part.name for part in parts}) == len(parts)
     for part in parts:
         paths = [word for word in part.command if word.endswith((".py", ".toml"))]
@@ -67,6 +67,7 @@ def test_every_gpu_test_runs_once_and_what_captures_never_under_blocking_launche
     for item in of_gpu:
         source = inspect.getsource(item.function)
         captures = ".captured(" in source or "cuda.graph(" in source
+        captures = captures or item.path.name == "test_gpu_graphs.py"
         assert captures == ("captures" in item.keywords), item.nodeid
     tests = [part for part in parts if "pytest" in part.command]
     assert all({*files} <= {*part.command} for part in tests)
@@ -239,14 +240,15 @@ def test_the_prefix_caches_gpu_form(rehearsed):
     assert sys.modules["prefix_cache"].table(content).count("\n") == 8
 
 
+def test_captured_runs_gpu_form(rehearsed):
+    content = rehearsed("gpu-graph", "--only", "ours, cache, graph")
+    entry = content["providers"]["ours, cache, graph"]
+    assert entry["gate"] and entry["whole_runs"], entry
+
+
 def test_a_training_runs_gpu_form(rehearsed):
     content = rehearsed("gpu-bert", "--only", "ours, cache")
     for entry in content["providers"].values():
         assert entry["stages"][0]["peak_allocated_bytes"] == 1
         assert entry["whole_runs"]
-    assert [verdict["met"] is not None for verdict in content["verdicts"]] == [
-        True,
-        True,
-        False,
-        False,
-    ]
+    assert [verdict["met"] is not None for verdict in content["verdicts"]] == [True, False]

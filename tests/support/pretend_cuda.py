@@ -523,7 +523,10 @@ def _stand_ins(pretend: PretendCuda) -> list[tuple[Any, str, Any]]:
         "max_memory_allocated": lambda device=None: 1,
         "max_memory_reserved": lambda device=None: 1,
         "CUDAGraph": _Graph,
-        "graph": lambda graph, pool=None, stream=None: contextlib.nullcontext(),
+        "graph": lambda graph, pool=None, stream=None, capture_error_mode="global": (
+            contextlib.nullcontext()
+        ),
+        "memory_snapshot": list,
         "graph_pool_handle": lambda: (0, 0),
         "set_sync_debug_mode": lambda mode: None,
         "reset_peak_memory_stats": lambda device=None: None,
