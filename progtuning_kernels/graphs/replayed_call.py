@@ -13,15 +13,8 @@ import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
+from .legality import Legality, NotCapturable
 from .pools import Pool
-
-
-class NotCapturable(RuntimeError):
-    """A call cannot be captured or replayed, now or, if `lasting`, ever; the message says why."""
-
-    def __init__(self, reason: str, *, lasting: bool = False) -> None:
-        super().__init__(reason)
-        self.lasting = lasting
 
 
 class Feed(Protocol):
@@ -97,15 +90,11 @@ class Gradients:
             if p.grad is not None and p.grad.data_ptr() == own.data_ptr():
                 p.grad = p.grad.clone()
 
-    def held_elsewhere(self) -> bool:
-        """Whether anything but a `.grad` keeps a gradient that lies here."""
-        for p, own, storage, alone in zip(
-            self.parameters, self.tensors, self._storages, self._alone, strict=True
-        ):
-            there = p.grad is not None and p.grad.data_ptr() == own.data_ptr()
-            if torch._C._storage_Use_Count(storage._cdata) > alone + there:
-                return True
-        return False
+    def copies_if_held(self) -> list[Tensor]:
+        """Copies of all, if anything but a `.grad` keeps one that lies here; else none."""
+        counts = (torch._C._storage_Use_Count(storage._cdata) for storage in self._storages)
+        held = any(count > alone for count, alone in zip(counts, self._alone, strict=True))
+        return [own.clone() for own in self.tensors] if held else []
 
     @property
     def nbytes(self) -> int:
@@ -119,6 +108,7 @@ class ReplayedCall:
         run: takes the call's arguments.
         wanted: of the differentiable outputs, those that backward starts from.
         buffers: of the module.
+        known: all tensors of the module.
 
     Raises:
         NotCapturable: the call cannot be repeated.
@@ -135,6 +125,7 @@ class ReplayedCall:
         gradients: Gradients,
         wanted: tuple[bool, ...],
         buffers: Sequence[Tensor],
+        known: Sequence[Tensor],
     ) -> None:
         given = tensors_of(leaves, feeds)
         self._inputs = [t.detach().clone().requires_grad_(t.requires_grad) for t in given]
@@ -145,7 +136,8 @@ class ReplayedCall:
         args, kwargs = pytree.tree_unflatten(own_leaves, spec)
         self._gradients, self._wanted = gradients, wanted
         drawn = random.getstate(), numpy.random.get_state()[2]
-        with ExitStack() as fed, pool.recording() as self._forward:
+        legality = Legality(known=(*self._inputs, *known))
+        with ExitStack() as fed, pool.recording() as self._forward, legality:
             for feed in feeds:
                 fed.enter_context(feed.using([next(own) for _ in feed.tensors]))
             output = run(*args, **kwargs)
@@ -173,7 +165,10 @@ class ReplayedCall:
         if starts:
             with pool.recording() as self._backward:
                 wants = [*self._demanded, *gradients.parameters]
-                found = torch.autograd.grad(starts, wants, self._starts, allow_unused=True)
+                # retained: else its own memory lies over what it reads, and a second one reads that
+                found = torch.autograd.grad(
+                    starts, wants, self._starts, allow_unused=True, retain_graph=True
+                )
                 own = found[len(self._demanded) :]
                 there = [i for i, g in enumerate(own) if g is not None]
                 if there:
@@ -218,12 +213,16 @@ class ReplayedCall:
                 'patch_model(..., graph="off")'
             )
         self._gradients.make_room()
+        kept = self._gradients.copies_if_held()
         torch._foreach_copy_(self._starts, [g for g in starts if g is not None])
         self._backward.replay()
-        found = zip(self._gradients.tensors, self._has_gradient, strict=True)
+        found = [own.detach() for own in self._gradients.tensors]
+        if kept:
+            found = [own.clone() for own in found]
+            torch._foreach_copy_(self._gradients.tensors, kept)
         return [
             *(None if g is None else g.clone() for g in self._input_gradients),
-            *(own.detach() if there else None for own, there in found),
+            *(g if there else None for g, there in zip(found, self._has_gradient, strict=True)),
         ]
 
     @property
