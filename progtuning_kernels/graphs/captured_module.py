@@ -286,8 +286,6 @@ def _surroundings() -> str | None:
         return "a hook on saved tensors"
     if torch.is_anomaly_enabled():
         return "anomaly detection"
-    if torch._C._functorch.peek_interpreter_stack() is not None:
-        return "a transform of torch.func"
     if torch.nn.modules.module._has_any_global_hook():
         return "a hook on all modules"
     return None

@@ -78,12 +78,15 @@ class Gradients:
         self.parameters = parameters
         self.tensors = [torch.empty_like(p, requires_grad=False) for p in parameters]
         self._storages = [t.untyped_storage() for t in self.tensors]
-        self._alone = [0] * len(self._storages)
+        self._alone = self.holders()
 
-    def count_holders(self) -> None:
-        """Take whatever keeps them now for theirs: graphs, that is."""
-        self.make_room()
-        self._alone = [torch._C._storage_Use_Count(s._cdata) for s in self._storages]
+    def holders(self) -> list[int]:
+        return [torch._C._storage_Use_Count(s._cdata) for s in self._storages]
+
+    def note_recording(self, before: Sequence[int]) -> None:
+        """Take what keeps them since then for graphs."""
+        made = zip(self._alone, self.holders(), before, strict=True)
+        self._alone = [alone + now - then for alone, now, then in made]
 
     def make_room(self) -> None:
         for p, own in zip(self.parameters, self.tensors, strict=True):
@@ -92,8 +95,7 @@ class Gradients:
 
     def copies_if_held(self) -> list[Tensor]:
         """Copies of all, if anything but a `.grad` keeps one that lies here; else none."""
-        counts = (torch._C._storage_Use_Count(storage._cdata) for storage in self._storages)
-        held = any(count > alone for count, alone in zip(counts, self._alone, strict=True))
+        held = any(now > alone for now, alone in zip(self.holders(), self._alone, strict=True))
         return [own.clone() for own in self.tensors] if held else []
 
     @property
@@ -162,6 +164,8 @@ class ReplayedCall:
         self._starts = [torch.ones_like(t, requires_grad=False) for t in starts]
         self._has_gradient = [False] * len(gradients.parameters)
         self._input_gradients: list[Tensor | None] = [None] * len(self._demanded)
+        gradients.make_room()
+        before = gradients.holders()
         if starts:
             with pool.recording() as self._backward:
                 wants = [*self._demanded, *gradients.parameters]
@@ -177,7 +181,7 @@ class ReplayedCall:
                     )
             self._input_gradients = [*found[: len(self._demanded)]]
             self._has_gradient = [g is not None for g in own]
-        gradients.count_holders()
+        gradients.note_recording(before)
         self._outputs = [t.detach() for t in outputs]
         self._rest = [None if isinstance(leaf, Tensor) else leaf for leaf in self._rest]
 

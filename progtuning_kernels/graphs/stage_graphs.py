@@ -97,7 +97,7 @@ class StageGraphs:
     def look(self) -> None:
         """Look at the stage, if it begins, before modules are taken out of their places."""
         self._allowed = None
-        if self._mode != "on" or self._paused:
+        if self._mode != "on" or self._paused or _transformed():
             return
         if any(module.changed for module in (self._whole, *self._blocks.values()) if module):
             self._eager[_CHANGED] += 1
@@ -120,7 +120,7 @@ class StageGraphs:
             feeds: what it gets past its arguments.
             against: why it has to run eagerly this time.
         """
-        if self._whole is not None and not self._paused:
+        if self._whole is not None and not self._paused and not _transformed():
             self._allowed = feeds, against
 
     def forbid(self) -> None:
@@ -204,6 +204,11 @@ class StageGraphs:
                 block.__dict__[_GRAPHS] = self
             self._place([*self._blocks])
         self._by_blocks = True
+
+
+def _transformed() -> bool:
+    """Whether torch.func runs the model, with tensors that have no memory."""
+    return torch._C._functorch.peek_interpreter_stack() is not None
 
 
 def _around(own: MethodType) -> Callable[..., Any]:

@@ -7,7 +7,8 @@ It stands in for `torch.cuda.CUDAGraph` behind the seam of `graphs/pools.py`, an
 - It refuses what a capture refuses: reads of values by the host, tensors made from the host's data,
   numbers of a generator that is not torch's own.
 - Recordings of one pool share memory. What nothing held when a recording began may lie under it: it
-  is NaN from every replay of that recording on.
+  is NaN from every replay of that recording on. What is let go of while it records may be taken
+  again by the same recording: it is NaN after its replays.
 - Sizes, addresses and numbers are baked in. Memory from outside that nothing holds any more is NaN
   in a replay; `numbers` is for comparing two recordings.
 - A replay writes without new versions, as a GPU does behind autograd's back.
@@ -79,6 +80,7 @@ class Recording(TorchDispatchMode):
         self.outside: dict[int, Tensor] = {}  # memory that it only uses
         self._constants: set[int] = set()
         self._below: list[Tensor] = []  # the pool's, which a replay may overwrite
+        self._freed: list[Tensor] = []  # the same, by the end of a replay
         self._before: dict[int, tuple[Tensor, Tensor]] = {}  # memory from outside, and its values
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -115,6 +117,9 @@ class Recording(TorchDispatchMode):
         for whole in self.made.values():
             _spoil(whole)
 
+    def settle(self) -> None:
+        self._freed = self._pool.released()
+
     def replay(self) -> None:
         """Run it again, on the same memory."""
         for whole in (*self._below, *self._pool.gone(self.outside), *self.made.values()):
@@ -127,6 +132,8 @@ class Recording(TorchDispatchMode):
         with torch.no_grad(), torch.autograd._unsafe_preserve_version_counter(tuple(written)):
             for operation in self.operations:
                 _repeat(operation)
+        for whole in self._freed:
+            _spoil(whole)
         self.replays += 1
 
     def numbers(self) -> list[tuple[str, list[int | float | bool]]]:
@@ -230,6 +237,7 @@ class RecorderPool:
                 torch.set_rng_state(random_state)
                 recording.end()
         self.recordings.append(recording)
+        recording.settle()
 
     @property
     def nbytes(self) -> int:
