@@ -39,6 +39,7 @@ from triton_builds import WAVES, compile_for, resources, rocm_resources, usage
 from progtuning_kernels import backend, ops
 from progtuning_kernels.cli.cuda_toolkit import Unavailable, find_toolkit
 from progtuning_kernels.cli.provenance import provenance
+from progtuning_kernels.ops.masked_update.bucket import Bucket, Moments
 
 ROOT = Path(__file__).parent.parent
 RESULT = ROOT / "benchmarks" / "results" / "compiled" / "kernel_resources.json"
@@ -122,6 +123,8 @@ def recording(variant: str, width: int | None) -> Iterator[list[Launch]]:
     """Triton's implementations run on the CPU, and their launches are put into the list."""
     from triton.runtime.jit import JITFunction
 
+    from progtuning_kernels.ops import kept_launches
+
     launches: list[Launch] = []
 
     def record(kernel: Any, *arguments: Any, grid: Any, warmup: bool, **keywords: Any) -> None:
@@ -134,6 +137,7 @@ def recording(variant: str, width: int | None) -> Iterator[list[Launch]]:
 
     with (
         mock.patch.object(JITFunction, "run", record),
+        mock.patch.object(kept_launches, "_KNOWN_TRITON", False),
         mock.patch.object(backend, "triton_reason", return_value=None),
     ):
         yield launches
@@ -280,10 +284,31 @@ def _updates() -> Iterator[tuple[str, None, Callable[[], None]]]:
         yield variant, None, update
 
 
+def _gradient_norms() -> Iterator[tuple[str, None, Callable[[], None]]]:
+    for dtype in (torch.float32, torch.bfloat16):
+        name = str(dtype).removeprefix("torch.")
+
+        def norm(dtype=dtype):
+            ops.masked_norm([torch.zeros(512, dtype=dtype)], implementation="triton")
+
+        def decision(dtype=dtype):
+            p, grad = torch.zeros(512, dtype=dtype), torch.zeros(512, dtype=dtype)
+            moments = Moments(torch.zeros(512), torch.zeros(512))
+            bucket = Bucket([p], [moments], [torch.zeros(())], implementation="triton")
+            bucket.implementation.decide(
+                *([bucket], [bucket.gather([grad])]),
+                **dict(max_grad_norm=1.0, skip_nonfinite=True, grad_scale=torch.ones(())),
+                **dict(found_inf=torch.zeros(()), control=torch.zeros(4)),
+            )
+
+        yield f"a list of {name} tensors", None, norm
+        yield f"clipping of {name} gradients, with GradScaler", None, decision
+
+
 def launches() -> list[Launch]:
     """All that differ in code, under the first variant that makes them."""
     found: dict[str, Launch] = {}
-    for cases in (_norms(), _activations(), _losses(), _updates()):
+    for cases in (_norms(), _activations(), _losses(), _updates(), _gradient_norms()):
         for variant, width, run in cases:
             with recording(variant, width) as made:
                 run()

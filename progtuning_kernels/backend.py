@@ -122,12 +122,11 @@ def select(op: Op, tensors: Any, implementation: str | None = None) -> Implement
         if forced not in (None, "reference"):
             raise RuntimeError(f"{op.name}: implementation={forced} cannot run in compiled code")
         return op.reference
-    preferred = os.environ.get(ENVIRONMENT_VARIABLE) if forced is None else None
-    preferred = None if preferred in (None, "", "auto") else preferred
-    for name, who in ((forced, "implementation"), (preferred, ENVIRONMENT_VARIABLE)):
-        if name is not None and name not in PREFERENCE:
-            raise ValueError(f"{who}={name}: choose one of auto, {', '.join(PREFERENCE)}")
-    if (wanted := forced or preferred) is not None:
+    wanted = (os.environ.get(ENVIRONMENT_VARIABLE) or "auto") if forced is None else forced
+    if wanted != "auto":
+        if wanted not in PREFERENCE:
+            who = ENVIRONMENT_VARIABLE if forced is None else "implementation"
+            raise ValueError(f"{who}={wanted}: choose one of auto, {', '.join(PREFERENCE)}")
         candidate, reason = find(op, wanted, tensors)
         if reason is None:
             return candidate
@@ -269,8 +268,12 @@ def _triton_import_reason() -> str | None:
 def triton_function(package: str, name: str) -> Callable[..., Any]:
     """A function of an op's triton.py, imported when it is called: triton need not be there."""
 
+    @functools.cache
+    def found() -> Callable[..., Any]:
+        return getattr(importlib.import_module(f"{package}.triton"), name)
+
     def call(*arguments: Any, **keywords: Any) -> Any:
-        return getattr(importlib.import_module(f"{package}.triton"), name)(*arguments, **keywords)
+        return found()(*arguments, **keywords)
 
     return call
 
@@ -294,6 +297,20 @@ def cuda_stream(device: torch.device) -> int:
     hook it is autograd's. 0.1 us, where `torch.cuda.current_stream()` takes about 1 us.
     """
     return torch._C._cuda_getCurrentRawStream(device.index)
+
+
+def sent(values: Tensor, device: torch.device, kept: list[Tensor] | None = None) -> Tensor:
+    """A tensor of the host on `device`, by a copy that the host does not wait for.
+
+    Args:
+        kept: takes what a graph that is being captured will copy from at every replay.
+    """
+    if device.type != "cuda":
+        return values.to(device)
+    pinned = values.pin_memory()
+    if kept is not None and torch.cuda.is_current_stream_capturing():
+        kept.append(pinned)
+    return pinned.to(device, non_blocking=True)
 
 
 def device_guard(device: torch.device) -> contextlib.AbstractContextManager[None]:

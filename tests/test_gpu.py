@@ -164,9 +164,37 @@ def test_a_model_patched_on_the_cpu_is_swapped_when_it_has_moved():
 
 def test_small_models_keep_their_own_layer_norms():
     model = tiny_model("bert-sequence").cuda()
-    rows = patch_model(model, MilestoneSchedule({0: 0})).kernel_report().rows
-    because = {row.kind: row.because for row in rows}
+    handle = patch_model(model, MilestoneSchedule({0: 0}))
+    because = {row.kind: row.because for row in handle.kernel_report().rows}
     assert "MB of its input on" in because["LayerNorm"]
+    assert handle.state_dict()["call_costs"]["bytes_per_us"] > 0
+
+
+def test_a_kept_launch_computes_what_tritons_own_does():
+    pytest.importorskip("triton")
+    from progtuning_kernels.ops import kept_launches, rms_norm
+
+    memory = torch.randn(2, 40, 200, device="cuda", dtype=torch.bfloat16)
+    weight = torch.rand(64, device="cuda", dtype=torch.bfloat16)
+    inputs = [memory[0, :rows, start : start + 64] for rows in (1, 3, 40) for start in (0, 8, 9)]
+    upstream = [torch.randn_like(x) for x in inputs]
+
+    def run(x, dy):
+        leaves = x.detach().requires_grad_(), weight.detach().requires_grad_()
+        y = rms_norm(*leaves, 1e-6, implementation="triton")
+        return [y, *torch.autograd.grad(y, leaves, dy)]
+
+    expected = []
+    for x, dy in zip(inputs, upstream, strict=True):
+        kept_launches.forget()
+        expected.append(run(x, dy))
+    for stream in (torch.cuda.current_stream(), torch.cuda.Stream()):
+        torch.cuda.synchronize()
+        with torch.cuda.stream(stream):
+            found = [run(x, dy) for x, dy in zip(inputs, upstream, strict=True)]
+        stream.synchronize()
+        for theirs, ours in zip(expected, found, strict=True):
+            assert all(map(torch.equal, theirs, ours))
 
 
 def test_a_deferred_loss_takes_a_part_of_the_memory():

@@ -14,7 +14,7 @@ from own_process import interpreted as own_process  # noqa: F401  (runs check_*)
 from progtuning_kernels import MaskedAdamW, backend, ops
 
 VALUES = ("", "auto", *backend.PREFERENCE)
-WITHOUT_TRITON = {"dropout", "masked_norm"}
+WITHOUT_TRITON = {"dropout"}
 
 
 def _leaves(*shapes):
@@ -127,10 +127,8 @@ def check_triton_runs_where_an_op_has_it(op, prefer):
 def check_triton_takes_steps(options, prefer):
     dtype = torch.float64 if options == "float64" else torch.float32
     _compare(prefer, "triton", lambda: _train(OPTIMIZERS[options], dtype))
-    passed_over = {"masked_norm": "masked_norm has no triton implementation"}
-    if options == "no decision":
-        passed_over = {}
-    if options == "float64":  # what runs instead may have a norm of its own
-        passed_over = {"masked_update": "no Triton kernel for torch.float64"}
-        backend.passed_over.pop("masked_norm", None)
+    reason = "no Triton kernel for torch.float64"
+    passed_over = {"masked_update": reason} if options == "float64" else {}
+    if options == "float64":  # what updates instead may have a norm of its own
+        assert backend.passed_over.pop("masked_norm", reason) == reason
     assert backend.passed_over == passed_over

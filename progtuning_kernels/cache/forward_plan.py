@@ -12,8 +12,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from ..backend import sent
 from ..model.call import Call
-from ..model.host_copies import sent
 from .break_even import BreakEven, Stopwatch
 from .content_keys import Rows, sample_shapes
 from .keyed_rows import KeyedRows

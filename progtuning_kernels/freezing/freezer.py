@@ -7,11 +7,13 @@ a wrapper.
 
 from __future__ import annotations
 
+import json
 import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from datetime import timedelta
 from itertools import zip_longest
+from typing import Any
 
 from torch import nn
 
@@ -91,6 +93,7 @@ class Freezer:
         self.packer = Packer(model, layout, packing, self._boundary.pack_blocks)
         self._wrapper: Wrapper | None = None
         self._device_type = ""  # that the swaps were chosen for
+        self._costs_are_own = True  # measured by this rank, maybe
 
     @property
     def boundary(self) -> int:
@@ -174,9 +177,15 @@ class Freezer:
                 self.attach(found)
 
     def follow_surroundings(self) -> None:
-        """In a training forward: follow its device and gradient checkpointing."""
+        """In a training forward: follow its device and gradient checkpointing; and have all ranks
+        choose sizes by what the first one has measured.
+        """
         if self.active.device.type != self._device_type:
             self._reinstall_swaps()
+        if self._costs_are_own and self.swaps.weighs_calls and self.share is not None:
+            measured = json.dumps(self.swaps.state_dict()).encode()
+            self.load_call_costs(json.loads(self.share(measured)))
+            self._costs_are_own = False
         self.truncate_checkpointing()
         self.trained = True
 
@@ -203,6 +212,11 @@ class Freezer:
             if self.norms is not None:
                 self.norms.install_norm_hooks()
         wrapper.follow(step=self.step, boundary=self.boundary)
+
+    def load_call_costs(self, costs: dict[str, Any]) -> None:
+        """Choose the sizes from which on ops run by what another run, or rank, has measured."""
+        if self.swaps.load_state_dict(costs):
+            self._reinstall_swaps()
 
     def check_plan(self, step: int, plan: FreezePlan) -> None:
         """Raise `ValueError` if nothing would train, or if AdaLoRA would miss gradients."""
@@ -281,6 +295,7 @@ class Freezer:
                 if cls is not type(module):
                     module.__class__ = cls
         self._device_type = self.active.device.type
+        self._costs_are_own = True
         self.swaps.install_swaps(self.active.device)
         self._boundary.place_modules(self.frozen, self.boundary)
 

@@ -388,6 +388,8 @@ class PatchHandle:
         }
         if padded := self.freezer.packer.state_dict():
             state["padded"] = padded
+        if costs := self.freezer.swaps.state_dict():
+            state["call_costs"] = costs
         if (norms := self.freezer.norms) is not None:
             state["decisions"] = norms.schedule.state_dict()
             state["gradient_norms"] = norms.state_dict()
@@ -415,6 +417,7 @@ class PatchHandle:
         if (norms := self.freezer.norms) is not None:
             norms.schedule.load_state_dict(state["decisions"])
         self.freezer.packer.load_state_dict(state.get("padded", {}))
+        self.freezer.load_call_costs(state.get("call_costs", {}))
         self.seek(state["step"])
         if norms is not None:
             norms.load_state_dict(state["gradient_norms"])

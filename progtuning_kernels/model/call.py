@@ -12,7 +12,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from .host_copies import HostCopies, sent
+from ..backend import sent
+from .host_copies import HostCopies
 
 # Arguments whose first dimension is the batch, most telling first.
 INPUTS = ("input_ids", "pixel_values", "input_features", "input_values")

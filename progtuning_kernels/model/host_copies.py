@@ -14,13 +14,6 @@ def waits_for(device: torch.device) -> bool:
     return device.type != "cpu"
 
 
-def sent(values: Tensor, device: torch.device) -> Tensor:
-    """A tensor of the host on `device`, by a copy that the host does not wait for."""
-    if device.type == "cuda":
-        return values.pin_memory().to(device, non_blocking=True)
-    return values.to(device)
-
-
 class HostCopies:
     """Copies on the host of tensors that one forward is called with, by tensor.
 

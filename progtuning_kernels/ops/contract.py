@@ -1,8 +1,10 @@
-"""What several ops check of their arguments."""
+"""What several ops check of their arguments, and that none has a second derivative."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import functools
+from collections.abc import Callable, Iterable
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -21,3 +23,14 @@ def check_dtype(op: str, dtype: torch.dtype, name: str = "") -> None:
 def present(tensors: Iterable[Tensor | None]) -> list[Tensor]:
     """The tensors that are not None."""
     return [tensor for tensor in tensors if tensor is not None]
+
+
+def once_differentiable(backward: Callable[..., Any]) -> Callable[..., Any]:
+    """torch's, which takes 2 us, but only where autograd records what a backward computes."""
+    refusing = torch.autograd.function.once_differentiable(backward)
+
+    @functools.wraps(backward)
+    def call(ctx: Any, *gradients: Tensor | None) -> Any:
+        return (refusing if torch.is_grad_enabled() else backward)(ctx, *gradients)
+
+    return call

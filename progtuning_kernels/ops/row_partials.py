@@ -10,7 +10,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .. import backend
+from .kept_launches import launch
 
 ROWS_PER_PARTIAL, MAX_PARTIALS = 16, 512
 # Of partial sums, that a program of the second kernel adds at a time: 32 columns are 128 bytes, and
@@ -22,7 +22,7 @@ ROUND_BY_BITS = tl.constexpr(bool(triton.knobs.runtime.interpret))
 
 
 def count_partials(rows: int) -> int:
-    return max(1, min(triton.cdiv(rows, ROWS_PER_PARTIAL), MAX_PARTIALS))
+    return max(1, min(-(-rows // ROWS_PER_PARTIAL), MAX_PARTIALS))
 
 
 @triton.jit
@@ -73,7 +73,7 @@ def sum_partials_kernel(
 def sum_partials(partials: Tensor, *sums: Tensor) -> None:
     """Write one or two (C,) sums of partials, (1 or 2, P, C)."""
     n_partials, width = partials.shape[1:]
-    with backend.device_guard(partials.device):
-        sum_partials_kernel[triton.cdiv(width, SUM_COLUMNS), len(sums)](
-            *(partials, *(*sums, None)[:2], n_partials, width, SUM_ROWS, SUM_COLUMNS), **OPTIONS
-        )
+    launch(
+        *(sum_partials_kernel, partials.device, (-(-width // SUM_COLUMNS), len(sums), 1)),
+        *((partials, *sums, None)[:3], (n_partials,), (width, SUM_ROWS, SUM_COLUMNS), OPTIONS),
+    )

@@ -137,15 +137,14 @@ class MaskedOptimizer(Optimizer):
         return int(self._skipped) + (0 if self._control is None else int(self._control[3]))
 
     def _control_on(self, device: torch.device) -> Tensor | None:
-        """What the native kernels of a GPU decide in: kept, so that no step has to clear it."""
+        """What the kernels of a GPU decide in: kept, so that no step has to clear it."""
         if device.type != "cuda":
             return None
         if self._control is None or self._control.device != device:
             skipped = self.skipped_steps
             self._skipped = 0
-            self._control = torch.tensor(
-                [0.0, 1.0, 0.0, skipped], dtype=torch.float32, device=device
-            )
+            self._control = torch.zeros(4, dtype=torch.float32, device=device)
+            self._control[3].fill_(skipped)
         return self._control
 
     @contextmanager

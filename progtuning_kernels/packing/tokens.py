@@ -13,7 +13,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..model.host_copies import sent, waits_for
+from ..backend import sent
+from ..model.host_copies import waits_for
 
 GROUPS = 4  # README.md: 2, 4, 8 of them leave 0.37, 0.24, 0.20 of the area of attention (RTE)
 # What one more group costs, in scores of attention (places times places times heads). CPU: 0.7 ms

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -68,17 +69,40 @@ def difference(
 
 
 def kernel_calls(module: nn.Module, swap: Swap, device: torch.device, dtype: torch.dtype) -> int:
-    """Kernels that the original launches in a forward where the swapped module launches one."""
-    inputs = _inputs(swap, device, dtype)
-    if swap.kind == GATED_MLP:
-        module = module._modules[swap.inner[0]]
-        product = 1
-    else:
-        module, product = _subject(module, swap).train(), 0
-    with torch.random.fork_rng([device] if device.type == "cuda" else []):
-        with torch.no_grad(), _CountKernels() as counter:
-            type(module).forward(module, *inputs)
-    return counter.count + product
+    """Kernels that the original launches in a forward."""
+    subject, inputs = _subject(module, swap).train(), _inputs(swap, device, dtype)
+    with apart(device), torch.no_grad(), _CountKernels() as counter:
+        type(module).forward(subject, *inputs)
+    return counter.count
+
+
+def calls(
+    module: nn.Module, swap: Swap, device: torch.device, dtype: torch.dtype
+) -> tuple[Callable[[], None], Callable[[], None]]:
+    """Forward and backward of the op, and of the original, in training, to be called `apart`."""
+    subject, inputs = _subject(module, swap), _inputs(swap, device, dtype)
+    leaves = list(inputs)
+    if swap.kind != GATED_MLP:  # whose weights may be gigabytes, and are of no op's gradients
+        subject.train()
+        leaves += [p for p in subject.parameters() if p.requires_grad]
+    upstream = None
+
+    def call(forward: Callable[..., Tensor]) -> None:
+        nonlocal upstream
+        output = forward(subject, *inputs)
+        upstream = torch.ones_like(output) if upstream is None else upstream
+        torch.autograd.grad(output, leaves, upstream)
+
+    return lambda: call(swap.forward), lambda: call(type(module).forward)
+
+
+@contextmanager
+def apart(device: torch.device) -> Iterator[None]:
+    """With autograd, without autocast, and with random numbers that nobody else misses."""
+    devices = [device] if device.type == "cuda" else []
+    with torch.random.fork_rng(devices), torch.enable_grad():
+        with torch.autocast(device.type, enabled=False):
+            yield
 
 
 def _subject(module: nn.Module, swap: Swap) -> nn.Module:

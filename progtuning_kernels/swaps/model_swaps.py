@@ -17,16 +17,11 @@ from ..model.derived_classes import base_of, derive
 from ..model.layout import Layout
 from ..text_table import Table, as_html, as_text
 from . import checks, cpu_dropout
+from .call_costs import CallCosts
 from .kinds import GELU, HEAD, CannotSwap, Swap, bypassed, language_model_head, recognise
 
 Kernels = Literal["auto", "on", "off"]
 
-# What decides in eager mode is CPU time. Forward and backward of one op of ours take about 40 us of
-# it (autograd.Function 9 + 17, the launcher the rest), each kernel of the original about 5. The
-# difference has to be earned back by traffic: 35 us are 170 MB on a GPU of 4.3 TB/s, three passes
-# over 50 MB. Predicted, not measured on a GPU.
-_OUR_CALL_US, _KERNEL_CALL_US = 40, 5
-_BYTES_PER_US = 50e6 / 35
 # Of logits. Deferring them saves memory, not time, and a short loss is not worth the machinery.
 _LEAST_LOGITS_BYTES = 64 * 2**20
 
@@ -119,12 +114,20 @@ class KernelSwaps:
         model: the model that `layout` describes.
         kernels: "auto" swaps where it pays, which each call decides by the bytes at hand; "on"
             swaps for any size, which captured graphs want; "off" never.
+        costs: what the modules' calls cost; empty at first.
     """
 
-    def __init__(self, model: nn.Module, layout: Layout, kernels: Kernels) -> None:
+    def __init__(
+        self,
+        model: nn.Module,
+        layout: Layout,
+        kernels: Kernels,
+        costs: CallCosts | None = None,
+    ) -> None:
         self._model = model
         self._layout = layout
         self._kernels = kernels
+        self._costs = costs or CallCosts()
         self._device: torch.device | None = None
         self._verdicts: dict[Hashable, _Verdict] = {}
         self._swapped: list[nn.Module] = []
@@ -143,6 +146,24 @@ class KernelSwaps:
             self.report = self._swap_dropout()
         else:
             self.report = self._swap_all(device)
+
+    @property
+    def weighs_calls(self) -> bool:
+        """Whether what calls cost decides from which size on ops run."""
+        return self._kernels == "auto" and self._device is not None and self._device.type != "cpu"
+
+    def state_dict(self) -> dict[str, Any]:
+        """What was measured to choose sizes: numbers by name; empty where nothing was."""
+        return self._costs.state_dict()
+
+    def load_state_dict(self, state: dict[str, Any]) -> bool:
+        """Choose by what another run, or rank, has measured; whether swaps are to be made anew."""
+        before = self._costs.state_dict()
+        self._costs.load_state_dict(state)
+        if self._costs.state_dict() == before:
+            return False
+        self._verdicts.clear()
+        return self._device is not None
 
     def remove_swaps(self) -> None:
         """Give every swapped module its own class back."""
@@ -233,28 +254,38 @@ class KernelSwaps:
         differs = checks.difference(module, swap, device, dtype)
         if differs is not None:
             return _Verdict(None, differs)
-        calls = 0 if swap.kind == HEAD else checks.kernel_calls(module, swap, device, dtype)
-        if swap.kind == GELU and calls == 1:
+        if swap.kind == GELU and checks.kernel_calls(module, swap, device, dtype) == 1:
             return _Verdict(None, "torch's own is one kernel, too, that moves the same bytes")
-        from_bytes = self._from_bytes(swap, calls, device)
-        because = "at any size"
-        if from_bytes:
-            megabytes = f"{from_bytes / 1e6:.0f} MB of its input"
-            because = f"from {megabytes} on: below that a launch costs more than it saves"
+        try:
+            from_bytes, because = self._from_bytes(module, swap, device, dtype)
+        except Exception as error:
+            return _Verdict(None, f"its calls were not timed: {backend.one_line(error)}")
         key = (swap.kind, swap.settings, from_bytes)
         return _Verdict(
             derive(type(module), key, _members(type(module), swap, from_bytes)), because
         )
 
-    def _from_bytes(self, swap: Swap, calls: int, device: torch.device) -> int:
-        """Bytes of the module's input from which on it runs the op, which saves `calls` kernels."""
+    def _from_bytes(
+        self, module: nn.Module, swap: Swap, device: torch.device, dtype: torch.dtype
+    ) -> tuple[int, str]:
+        """Bytes of the module's input from which on it runs the op, and why from there on."""
         # the interpreter is there to run the kernels; on a CPU it has no launch to weigh
-        if self._kernels == "on" or device.type == "cpu":
-            return 0
+        if not self.weighs_calls:
+            return 0, "at any size"
         if swap.kind == HEAD:
-            return int(_LEAST_LOGITS_BYTES / swap.growth)
-        lost_us = max(_OUR_CALL_US - _KERNEL_CALL_US * calls, 0)
-        return int(lost_us * _BYTES_PER_US / swap.growth)
+            from_bytes = int(_LEAST_LOGITS_BYTES / swap.growth)
+            why = f"below that its logits are less than {_LEAST_LOGITS_BYTES >> 20} MiB"
+        else:
+            name = f"{swap.kind}, {type(module).__name__}, {swap.width}, {dtype}"
+            with checks.apart(device):
+                cost = self._costs.cost(name, *checks.calls(module, swap, device, dtype))
+            from_bytes = int(self._costs.from_bytes(cost, device) / swap.growth)
+            why = (
+                f"forward and backward take {cost.op_us:.0f} us of CPU time, its own code takes "
+                f"{cost.own_us:.0f} us"
+            )
+        start = f"from {from_bytes / 1e6:.1f} MB of its input on" if from_bytes else "at any size"
+        return from_bytes, f"{start}: {why}"
 
 
 def _reason_for_nothing(kernels: Kernels, device: torch.device) -> str | None:

@@ -183,9 +183,9 @@ def check_halves_of_one_tensor_are_read_where_they_are():
     from progtuning_kernels.ops.activation.triton import _as_rows
 
     gate, up = torch.randn(3, 5, 74).chunk(2, -1)
-    for half, rows in zip((gate, up), _as_rows([gate, up], one_row=True), strict=True):
-        assert rows.data_ptr() == half.data_ptr()
-        assert (rows.shape, rows.stride()) == ((15, 37), (74, 1))
+    rows, columns, views, strides = _as_rows([gate, up], one_row=True)
+    assert (rows, columns, strides) == (15, 37, [74, 74])
+    assert [view.data_ptr() for view in views] == [gate.data_ptr(), up.data_ptr()]
     for name, kind in OPS[4:]:
         _halves_and_copies(name, kind)
 

@@ -6,10 +6,14 @@ address leaves the process without a usable device.
 
 from __future__ import annotations
 
+import importlib
 import math
+import sys
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
+from types import ModuleType
+from typing import Literal
 
 import pytest
 import torch
@@ -17,9 +21,9 @@ from torch import Tensor, nn
 
 from progtuning_kernels import MaskedAdamW, backend
 from progtuning_kernels.ops import masked_norm
+from progtuning_kernels.ops.masked_update import native
 from progtuning_kernels.ops.masked_update.bucket import Bucket, Hyper, Moments
 from progtuning_kernels.ops.masked_update.low_precision import encode_exp_avg, encode_exp_avg_sq
-from progtuning_kernels.ops.masked_update.native import tables_of
 
 pytestmark = pytest.mark.gpu
 
@@ -44,16 +48,37 @@ every_precision = pytest.mark.parametrize(
 FLOAT32, EIGHT_BIT = PRECISIONS[0], PRECISIONS[5]
 
 
+def module_of(implementation: Literal["native", "triton"]) -> ModuleType:
+    return importlib.import_module(f"progtuning_kernels.ops.masked_update.{implementation}")
+
+
 class Gpu:
-    """What these tests ask of the GPU; test_cuda_emulated.py has another."""
+    """What these tests ask of a GPU and its kernels; test_cuda_emulated.py has another, and
+    test_masked_update_triton.py a third.
+    """
 
     name = "cuda"
 
+    def __init__(self, implementation: Literal["native", "triton"]) -> None:
+        self.implementation = implementation
+
     def bucket(self, *args, **options) -> Bucket:
-        return Bucket(*args, implementation="native", **options)
+        return Bucket(*args, implementation=self.implementation, **options)
 
     def norm(self, tensors: Sequence[Tensor]) -> Tensor:
-        return masked_norm(tensors, implementation="native")
+        return masked_norm(tensors, implementation=self.implementation)
+
+    def chunks(self, bucket: Bucket) -> Tensor:
+        """The table of the norm's chunks, on the GPU from now on."""
+        tables = module_of(self.implementation).tables_of(bucket)
+        return tables.norm_chunks if self.implementation == "native" else tables.chunks
+
+    def sums(self, bucket: Bucket, grads: Sequence[Tensor | None], partials: Tensor) -> None:
+        """Sums of squares of the gradients' chunks."""
+        sums(self.implementation, self.stream(), bucket, grads, partials)
+
+    def decided(self, *args) -> None:
+        decided(self.implementation, self.stream(), *args)
 
     def stream(self) -> int:
         return backend.cuda_stream(torch.device(self.name, torch.cuda.current_device()))
@@ -67,7 +92,51 @@ class Gpu:
         return graph.replay
 
 
-GPU = Gpu()
+def sums(
+    implementation: str, stream: int, bucket: Bucket, grads: Sequence[Tensor | None], out: Tensor
+) -> None:
+    gradients = bucket.gather(grads)
+    if implementation == "triton":
+        triton = module_of("triton")
+        triton.launch_partials(bucket, triton.addresses_on_device(bucket, gradients), out)
+        return
+    dtype = backend.dtype_code(bucket.dtype)
+    backend.native_extension().bucket_norm_partials_cuda(
+        *(native.tables_of(bucket).for_norm(), gradients.addresses, dtype, out.data_ptr(), stream)
+    )
+
+
+def decided(
+    implementation: str,
+    stream: int,
+    partials: Tensor,
+    control: Tensor,
+    max_norm: float,
+    grad_scale: Tensor | None,
+    found_inf: Tensor | None,
+    skip_nonfinite: bool,
+) -> None:
+    if implementation == "triton":
+        given = (max_norm, skip_nonfinite, grad_scale, found_inf)
+        module_of("triton").launch_decision(partials, control, *given)
+        return
+    optional = (0 if t is None else t.data_ptr() for t in (grad_scale, found_inf))
+    backend.native_extension().norm_decision_cuda(
+        *(partials.data_ptr(), len(partials), *optional, max_norm, skip_nonfinite),
+        *(control.data_ptr(), stream),
+    )
+
+
+GPU = Gpu("native")
+
+
+@pytest.fixture(autouse=True, params=["native", "triton"])
+def on_a_gpu(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every test runs with both kinds of kernels."""
+    if request.param == "native" and (reason := backend.native_reason(torch.device("cuda", 0))):
+        pytest.skip(reason)
+    monkeypatch.setattr(sys.modules[__name__], "GPU", Gpu(request.param))
+    monkeypatch.setenv("PROGTUNING_BACKEND", request.param)
 
 
 @dataclass
@@ -147,8 +216,11 @@ class State:
 
 
 def assert_same(one: State, other: State) -> None:
-    """Every bit; of p and its master a last place where a GPU takes approximate roots for codes."""
+    """Every bit; of p and its master a last place where a GPU's native kernels take approximate
+    roots for codes.
+    """
     approximate = one.gpu != other.gpu and any(m.exp_avg_scale is not None for m in one.moments)
+    approximate = approximate and GPU.implementation == "native"
     for (name, a), (_, b) in zip(one.named(), other.named(), strict=True):
         if approximate and name.startswith(("param", "master")):
             eps = torch.finfo(a.dtype).eps
@@ -220,11 +292,22 @@ def test_tensors_of_one_launch(count):
 
 
 def test_more_than_a_launch_takes_is_refused():
+    if GPU.implementation != "native":
+        pytest.skip("no limit: addresses and groups lie in memory")
     with pytest.raises(ValueError, match="4033 tensors, a launch takes 4032"):
         updated(State.random(FLOAT32, [1] * 4033).on_gpu())
     state = State.random(FLOAT32, [3]).on_gpu()
     with pytest.raises(ValueError, match="9 groups, a launch takes 8"):
         state.bucket().update(state.grads, HYPERS[:1] * 9)
+
+
+@pytest.mark.parametrize("precision", [FLOAT32, EIGHT_BIT], ids=str)
+def test_programs_of_several_blocks(precision):
+    """Of 24 M elements a program of Triton takes 8 blocks, of the first tensor's end fewer."""
+    cpu = State.random(precision, [12_001_000, 12_000_007, 3])
+    gpu = cpu.on_gpu()
+    assert_same(updated(cpu, updates=1), updated(gpu, updates=1))
+    torch.testing.assert_close(GPU.norm(gpu.grads).cpu(), masked_norm(cpu.grads))
 
 
 def test_eight_bit_and_float32_moments_in_one_bucket():
@@ -278,7 +361,9 @@ def test_runs_on_the_current_stream():
     gradient = gpu.grads[0].clone()
     gpu.grads[0].zero_()
     bucket = gpu.bucket()
-    tables_of(bucket)
+    GPU.chunks(bucket)
+    if GPU.implementation == "triton":  # loads the kernels, which may wait for the device
+        updated(gpu.on_gpu(), updates=1)
     stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):
@@ -295,30 +380,16 @@ class Decision:
 
     def __init__(self, bucket: Bucket) -> None:
         self.bucket = bucket
-        self.partials = torch.full((len(tables_of(bucket).norm_chunks),), math.nan, device=GPU.name)
+        self.partials = torch.full((len(GPU.chunks(bucket)),), math.nan, device=GPU.name)
         self.control = torch.zeros(4, device=GPU.name)
 
     def sums(self, grads: Sequence[Tensor | None]) -> Tensor:
-        bucket = self.bucket
-        addresses = [0 if g is None else g.data_ptr() or 16 for g in grads]
-        dtype = backend.dtype_code(bucket.dtype)
-        backend.native_extension().bucket_norm_partials_cuda(
-            *(tables_of(bucket).for_norm(), addresses, dtype),
-            *(self.partials.data_ptr(), GPU.stream()),
-        )
+        GPU.sums(self.bucket, grads, self.partials)
         return self.partials
 
     def decide(self, max_norm: float, grad_scale=None, found_inf=None, skip=True) -> Tensor:
-        return decided(self.partials, self.control, max_norm, grad_scale, found_inf, skip)
-
-
-def decided(partials, control, max_norm, grad_scale, found_inf, skip) -> Tensor:
-    optional = (0 if t is None else t.data_ptr() for t in (grad_scale, found_inf))
-    where = (control.data_ptr(), GPU.stream())
-    backend.native_extension().norm_decision_cuda(
-        partials.data_ptr(), len(partials), *optional, max_norm, skip, *where
-    )
-    return control
+        GPU.decided(self.partials, self.control, max_norm, grad_scale, found_inf, skip)
+        return self.control
 
 
 @pytest.mark.parametrize("precision", [PRECISIONS[0], PRECISIONS[3], PRECISIONS[12]], ids=str)
@@ -330,7 +401,7 @@ def test_a_buckets_norm_is_masked_norm(precision):
     norm = decision.decide(max_norm=0.0)[0]
     assert torch.equal(norm, GPU.norm(gpu.grads))
     some = decision.sums([*gpu.grads[:2], None, *gpu.grads[3:]])
-    tensors = tables_of(decision.bucket).norm_chunks[:, 0]
+    tensors = GPU.chunks(decision.bucket)[:, 0]
     assert torch.equal(some, torch.where(tensors == 2, 0.0, every))
 
 
@@ -348,7 +419,7 @@ def test_the_decision_is_that_of_torch(largest, found_inf, grad_scale, max_norm,
     expected = torch.stack([norm, clip / (grad_scale or 1.0), torch.tensor(float(skip))])
     control = torch.tensor([math.nan, math.nan, math.nan, 5.0], device=GPU.name)
     given = (None if x is None else number(x) for x in (grad_scale, found_inf))
-    decided(partials.to(GPU.name), control, max_norm, *given, skip_nonfinite)
+    GPU.decided(partials.to(GPU.name), control, max_norm, *given, skip_nonfinite)
     torch.testing.assert_close(control[:3].cpu(), expected, rtol=0, atol=0, equal_nan=True)
     assert control[3] == 5 + skip
 
@@ -357,7 +428,7 @@ def test_tiny_gradients_are_clipped_by_torchs_formula():
     """The norm is 2e-6, and 1e-6 is added to it."""
     partials = torch.full((4,), 1e-12, device=GPU.name)
     control = torch.zeros(4, device=GPU.name)
-    decided(partials, control, 1e-6, None, None, True)
+    GPU.decided(partials, control, 1e-6, None, None, True)
     torch.testing.assert_close(control[1].item(), 1 / 3, rtol=1e-6, atol=0)
 
 
@@ -372,7 +443,7 @@ def test_a_list_of_norms_stays_what_it_was(nonfinite):
             p.grad = torch.full_like(p, step + 1.0)
         optimizer.step()
         norms.append(optimizer.grad_norm)
-    assert optimizer._control is not None  # it is the native decision that ran
+    assert optimizer._control is not None  # a kernel has decided
     expected = math.sqrt(303) * torch.tensor([1.0, 2.0, 3.0])
     torch.testing.assert_close(torch.stack(norms).cpu(), expected)
 

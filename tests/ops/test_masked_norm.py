@@ -6,6 +6,7 @@ import pytest
 import torch
 from accuracy import assert_at_least_as_accurate, in_fp64, relative_error
 from csrc_builds import one_per_instruction_set
+from own_process import interpreted as own_process  # noqa: F401
 from torch import Tensor
 
 from progtuning_kernels import backend
@@ -267,47 +268,106 @@ def test_compiled_code_keeps_one_graph():
     assert doubled(tensors) == masked_norm(tensors) * 2
 
 
-CUDA_DTYPES = [torch.float32, torch.bfloat16, torch.float16]
+KERNEL_DTYPES = [torch.float32, torch.bfloat16, torch.float16]
+kernels = pytest.mark.parametrize("implementation", ["native", "triton"])
 
 
-@pytest.mark.gpu
-@pytest.mark.parametrize("dtype", CUDA_DTYPES, ids=str)
-def test_cuda_accuracy(dtype):
-    for n in SIZES:
-        check(f"{n} elements", random_list([n], dtype, "cuda"), "native")
-    for name, sizes in LISTS.items():
-        check(name, random_list(sizes, dtype, "cuda"), "native")
+def _accurate(implementation: str, dtype: torch.dtype, device: str, most: float = math.inf) -> None:
+    """Lists of at most so many tensors and elements."""
+    for sizes in (*([n] for n in SIZES), *LISTS.values()):
+        if max(sizes) <= most and len(sizes) <= most:
+            check(f"{sizes[:3]}...", random_list(sizes, dtype, device), implementation)
 
 
-@pytest.mark.gpu
-@pytest.mark.parametrize("count", [1, 447, 448, 449, 897, 4033])
-def test_cuda_lists_longer_than_one_launch(count):
-    check("norm", random_list([i % 300 for i in range(count)], device="cuda"), "native")
+def _of_many_tensors(implementation: str, count: int, device: str) -> None:
+    check("norm", random_list([i % 300 for i in range(count)], device=device), implementation)
 
 
-@pytest.mark.gpu
-@pytest.mark.parametrize("dtype", CUDA_DTYPES, ids=str)
-def test_cuda_alignment_does_not_change_the_bits(dtype):
+def _same_bits_at_every_alignment(implementation: str, dtype: torch.dtype, device: str) -> None:
     for n in (5, 257, 8193, 20000):
-        buffer = random_list([n + 9], dtype, "cuda")[0]
+        buffer = random_list([n + 9], dtype, device)[0]
         for offset in range(1, 9):
             odd = buffer[offset : offset + n]
-            norms = [masked_norm([x], implementation="native") for x in (odd, odd.clone())]
+            norms = [masked_norm([x], implementation=implementation) for x in (odd, odd.clone())]
             assert torch.equal(*norms), f"{n} elements, offset {offset}"
 
 
 @pytest.mark.gpu
-def test_cuda_runs_on_the_current_stream():
+@kernels
+@pytest.mark.parametrize("dtype", KERNEL_DTYPES, ids=str)
+def test_cuda_accuracy(implementation, dtype):
+    _accurate(implementation, dtype, "cuda")
+
+
+@pytest.mark.gpu
+@kernels
+@pytest.mark.parametrize("count", [1, 447, 448, 449, 897, 4033])
+def test_cuda_lists_longer_than_one_launch(implementation, count):
+    _of_many_tensors(implementation, count, "cuda")
+
+
+@pytest.mark.gpu
+@kernels
+@pytest.mark.parametrize("dtype", KERNEL_DTYPES, ids=str)
+def test_cuda_alignment_does_not_change_the_bits(implementation, dtype):
+    _same_bits_at_every_alignment(implementation, dtype, "cuda")
+
+
+@pytest.mark.parametrize("dtype", KERNEL_DTYPES, ids=str)
+def check_triton(dtype):
+    _accurate("triton", dtype, "cpu", most=5000)
+
+
+@pytest.mark.parametrize("count", [2, 31, 32, 33])
+def check_triton_of_many_tensors(count):
+    _of_many_tensors("triton", count, "cpu")
+
+
+@pytest.mark.filterwarnings("ignore::RuntimeWarning")  # numpy's, on NaN
+@pytest.mark.parametrize("programs", [1, 2640])  # a program of all blocks, and of one
+def check_triton_at_every_alignment_and_with_nan(programs, monkeypatch):
+    from progtuning_kernels.ops.masked_norm import triton
+
+    monkeypatch.setattr(triton, "_PROGRAMS", programs)
+    assert triton.blocks_per_program(20) == (16 if programs == 1 else 1)
+    buffer = random_list([4100], torch.bfloat16)[0]
+    for offset in (1, 2, 8):
+        odd = buffer[offset : offset + 4000]
+        assert masked_norm([odd], implementation="triton") == masked_norm(
+            [odd.clone()], implementation="triton"
+        )
+    for bad in (math.nan, math.inf, -math.inf):
+        test_a_non_finite_value_anywhere_comes_through("triton", bad)
+    test_nan_wins_over_inf("triton")
+    check("norm", random_list(LISTS["chunks"]), "triton")
+
+
+@pytest.mark.gpu
+@kernels
+def test_cuda_runs_on_the_current_stream(implementation):
     x = torch.zeros(50_000_000, device="cuda")
+    masked_norm([x], implementation=implementation)  # loads the kernels
     stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):
         # About 100 ms of work in front: a norm on any other stream would still see zeros.
         torch.cuda._sleep(200_000_000)
         x.fill_(1.0)
-        norm = masked_norm([x], implementation="native")
+        norm = masked_norm([x], implementation=implementation)
     stream.synchronize()
     assert norm.item() == pytest.approx(math.sqrt(50_000_000), rel=1e-6)
+
+
+@pytest.mark.gpu
+@pytest.mark.captures
+def test_cuda_graph_captures_no_list_with_triton():
+    tensors = random_list([100, 8193], device="cuda")
+    masked_norm(tensors, implementation="triton")
+    with torch.cuda.graph(torch.cuda.CUDAGraph()):
+        norm = masked_norm(tensors, implementation="reference")
+        with pytest.raises(RuntimeError, match="captured CUDA graph"):
+            masked_norm(tensors, implementation="triton")
+    assert norm.shape == ()
 
 
 @pytest.mark.gpu
@@ -328,7 +388,8 @@ def test_cuda_graph_replays_with_new_values():
 
 
 @pytest.mark.gpu
+@kernels
 @pytest.mark.skipif(torch.cuda.device_count() < 2, reason="fewer than two CUDA devices")
-def test_cuda_second_device():
-    check("norm", random_list([100, 8193], device="cuda:1"), "native")
+def test_cuda_second_device(implementation):
+    check("norm", random_list([100, 8193], device="cuda:1"), implementation)
     assert torch.cuda.current_device() == 0

@@ -9,19 +9,25 @@ from __future__ import annotations
 import math
 import os
 import re
+from collections.abc import Callable
+from types import FunctionType
 
 import pytest
+import test_gpu_masked_update as on_a_gpu
 import torch
 from own_process import interpreted as own_process  # noqa: F401  (runs check_*)
 from torch import Tensor
 from triton_builds import compile_for, resources
 
-from progtuning_kernels.ops.masked_update import low_precision
+from progtuning_kernels import MaskedAdamW, backend
+from progtuning_kernels.ops import masked_norm
+from progtuning_kernels.ops.masked_update import grad_decision, low_precision
 from progtuning_kernels.ops.masked_update.bucket import Bucket, Hyper, Moments, Step, record_table
 from progtuning_kernels.ops.masked_update.reference import one_minus_power, update_plain
 
 triton = pytest.importorskip("triton")
 
+from progtuning_kernels.ops.masked_norm import triton as masked_norm_triton  # noqa: E402  (needs triton)
 from progtuning_kernels.ops.masked_update import triton as mut  # noqa: E402  (needs triton)
 
 # lr and decay of 0.1, eps of 1e-3: at the defaults, other orders of the formula differ by 1e-7
@@ -153,6 +159,62 @@ def _compare_where_a_step_is_skipped(found: float, zero_grads: bool, device: str
         torch.testing.assert_close(copy, expected, rtol=0, atol=0, equal_nan=True)
 
 
+class InterpretedGpu:
+    """For the tests of test_gpu_masked_update.py: tensors stay on the CPU."""
+
+    name, implementation = "cpu", "triton"
+
+    def bucket(self, *args, **options) -> Bucket:
+        bucket = Bucket(*args, implementation="reference", **options)
+        bucket.implementation = backend.Implementation("triton", mut.update, decide=mut.decide)
+        return bucket
+
+    def norm(self, tensors: list[Tensor]) -> Tensor:
+        return masked_norm(tensors, implementation="triton")
+
+    def chunks(self, bucket: Bucket) -> Tensor:
+        return mut.tables_of(bucket).chunks
+
+    def sums(self, *args) -> None:
+        on_a_gpu.sums("triton", 0, *args)
+
+    def decided(self, *args) -> None:
+        on_a_gpu.decided("triton", 0, *args)
+
+
+@pytest.fixture
+def interpreted_gpu(monkeypatch):
+    """In the place of the GPU, as far as the optimizer asks, too."""
+
+    def control_on(optimizer: MaskedAdamW, device: torch.device) -> Tensor:
+        if optimizer._control is None:
+            optimizer._control = torch.full((4,), math.nan)
+            optimizer._control[3] = 0
+        return optimizer._control
+
+    monkeypatch.setattr(on_a_gpu, "GPU", InterpretedGpu())
+    monkeypatch.setattr(grad_decision, "_decided_on_device", lambda buckets: True)
+    monkeypatch.setattr(MaskedAdamW, "_control_on", control_on)
+    monkeypatch.setenv("PROGTUNING_BACKEND", "triton")
+
+
+def _check(name: str) -> Callable[..., None]:
+    """A test of test_gpu_masked_update.py in the interpreter, with its own parameters."""
+    test = getattr(on_a_gpu, f"test_{name}")
+    # a function of its own, so that the mark is not on the other as well
+    copy = FunctionType(test.__code__, test.__globals__, test.__name__, test.__defaults__)
+    copy.pytestmark = list(getattr(test, "pytestmark", []))
+    return pytest.mark.usefixtures("interpreted_gpu")(copy)
+
+
+check_a_buckets_norm_is_masked_norm = _check("a_buckets_norm_is_masked_norm")
+check_the_decision_is_that_of_torch = _check("the_decision_is_that_of_torch")
+check_tiny_gradients_are_clipped_by_torchs_formula = _check(
+    "tiny_gradients_are_clipped_by_torchs_formula"
+)
+check_a_list_of_norms_stays_what_it_was = _check("a_list_of_norms_stays_what_it_was")
+
+
 @pytest.mark.parametrize("moments", MOMENTS)
 @pytest.mark.parametrize("params", PARAMS)
 def check_bits_of_the_reference(params, moments):
@@ -163,6 +225,18 @@ def check_bits_of_the_reference(params, moments):
 @pytest.mark.parametrize("params", ["float32", "bfloat16-stochastic", "float16-master"])
 def check_bits_of_the_reference_at_other_alignments(params, moments):
     _compare_with(params, moments, UNALIGNED_SIZES, 1)
+
+
+@pytest.mark.parametrize("shift", [0, 1])
+@pytest.mark.parametrize(
+    ("params", "moments"),
+    [("float32", "float32"), ("bfloat16-stochastic", "8bit"), ("float16-master", "bfloat16")],
+)
+def check_bits_of_the_reference_in_programs_of_several_blocks(params, moments, shift, monkeypatch):
+    monkeypatch.setattr(masked_norm_triton, "_PROGRAMS", 2)
+    assert mut.blocks_per_program(11) == 4
+    _compare_with(params, moments, (5001, 0, 4500, 300), shift)
+    _compare_where_a_step_is_skipped(1.0, True)
 
 
 def check_a_tensor_without_gradient_is_left_out():
@@ -274,15 +348,14 @@ def check_elements_beyond_32_bits():
     halves = torch.stack((words & 0xFFFF, words >> 16), dim=2).flatten()[:n]
     expected = low_precision.stochastic_bfloat16(expected, halves)
 
-    tables = bucket.tables = mut.Tables(bucket)
+    tables = mut.tables_of(bucket)
     record = record_table(bucket)[0].tolist()
     record[:3] = record[0] - 2 * first, record[1] - 4 * first, record[2] - 4 * first
     record[7] += first
     tables.records = torch.tensor([record])
     tables.chunks += torch.tensor([0, first // mut.BLOCK], dtype=torch.int32)
-    address = grad.data_ptr() - 2 * first
-    words, first_address = mut._step_words(bucket, tables, [address], HYPERS[:1], SEED)
-    mut.launch(bucket, tables, words, first_address, Step())
+    address = torch.tensor([grad.data_ptr() - 2 * first])
+    mut.launch(bucket, address, mut._step_words(bucket, HYPERS[:1], SEED), Step())
     assert torch.equal(p, expected)
 
 
@@ -312,32 +385,50 @@ def test_found_inf_changes_nothing_on_a_gpu(found, zero_grads):
 def test_compiles_without_spills(architecture, tmp_path, monkeypatch, capfd):
     monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path / "cache"))
     tl = triton.language
-    words = {"table": "*i64", "words": "*i64", "numbers": "*fp32", "first_address": "i32"}
+    names = {"table": "*i64", "addresses": "*i64", "words": "*i64", "numbers": "*fp32"}
+    names |= {"chunks": "*i32", "partials": "*fp32", "control": "*fp32", "out": "*fp32"}
+    names |= {"grad_factor": "*fp32", "grad_scale": "*fp32", "found_inf": "*fp32"}
+    names |= {"max_norm": "fp32"}
+    integers = ("num_tensors", "first_partial", "blocks", "count", "halvings")
+
+    def compiled_for(kernel, constants, options):
+        kinds = {n: names.get(n, "i32" if n in integers else None) for n in kernel.arg_names}
+        kinds = {name: kind for name, kind in kinds.items() if kind is not None}
+        return compile_for(kernel, kinds, constants, architecture, options)
+
     # a thread's 8 elements: two accesses of 16 bytes in float32, one in bfloat16, one of 8 in codes
     variants = [  # parameter, moments, stochastic, 16-byte loads, 8-byte loads
         (tl.float32, tl.float32, False, 8, 0),
         (tl.bfloat16, tl.bfloat16, True, 4, 0),
         (tl.bfloat16, tl.int8, False, 2 + 2 + 4, 2),  # with codes, with float32 moments
     ]
-    compiled = []
+    compiled, most = [], []
     for param, moment, stochastic, in_16, in_8 in variants:
         constants = dict(PARAM_TYPE=param, MOMENT_TYPE=moment, STOCHASTIC=stochastic)
         constants |= dict(MASTER=False, ZERO_GRADS=True, BLOCK=mut.BLOCK)
-        signature = {**words, "chunks": "*i32"}
-        kernel = compile_for(
-            mut.masked_update_kernel, signature, constants, architecture, mut.OPTIONS
-        )
+        options = mut.options(param, moment, False, stochastic)
+        kernel = compiled_for(mut.masked_update_kernel, constants, options)
         ptx = kernel.asm["ptx"]
         assert len(re.findall(r"ld\.global\S*\.v4\.b32", ptx)) == in_16
         assert len(re.findall(r"ld\.global\S*\.v2\.b32", ptx)) == in_8
         assert not re.search(r"\bfma\.|approx|div\.full", ptx)
         compiled.append(kernel)
-    signature = {**words, "num_tensors": "i32", "grad_factor": "*fp32", "found_inf": "*fp32"}
-    constants = {"TENSORS": mut.TENSORS}
-    options = mut.PREPARE_OPTIONS
-    compiled.append(compile_for(mut.prepare_kernel, signature, constants, architecture, options))
-    for kernel in compiled:
+        most.append(options["maxnreg"])
+    of_sums = dict(TYPE=tl.bfloat16, BLOCK=mut.BLOCK, SUMMED=mut.SUMMED, SKIP_NONFINITE=True)
+    for kernel, constants, options in (
+        (mut.prepare_kernel, {"TENSORS": mut.TENSORS}, mut.PREPARE_OPTIONS),
+        (mut.gradient_partials_kernel, of_sums, mut.PARTIALS_OPTIONS),
+        (masked_norm_triton.partials_kernel, of_sums, mut.PARTIALS_OPTIONS),
+        (mut.decision_kernel, of_sums, mut.SUM_OPTIONS),
+        (masked_norm_triton.sum_kernel, of_sums, mut.SUM_OPTIONS),
+    ):
+        compiled.append(compiled_for(kernel, constants, options))
+        most.append(64)
+        reads_gradients = "TYPE" in kernel.arg_names
+        in_16 = re.findall(r"ld\.global\S*\.v4\.b32", compiled[-1].asm["ptx"])
+        assert len(in_16) == reads_gradients
+    for kernel, registers in zip(compiled, most, strict=True):
         used = resources(kernel, tmp_path)
         assert used.get("STACK", 0) == used.get("LOCAL", 0) == 0
-        assert used.get("REG", 0) <= 128
+        assert used.get("REG", 0) <= registers
     assert capfd.readouterr() == ("", "")

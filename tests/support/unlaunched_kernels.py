@@ -23,6 +23,7 @@ from triton.backends.compiler import GPUTarget
 from triton.runtime import JITFunction, driver
 
 from progtuning_kernels import backend
+from progtuning_kernels.ops import kept_launches
 from progtuning_kernels.ops.masked_norm import reference as norms
 from progtuning_kernels.ops.norm import reference as norm_reference
 
@@ -51,10 +52,14 @@ def unlaunched(pretend: PretendCuda, *, native: bool) -> Iterator[Kernels]:
     """Inside `pretend`. native: `_C` seems to be built with CUDA, else without."""
     kernels = Kernels()
     extension = _Extension(backend.native_extension(), kernels)
+
+    def launcher(source: Any, metadata: Any) -> _Launcher:
+        return _Launcher(kernels, _name(source.fn))
+
     against = None if native else "the extension was built without CUDA: this test says so"
     patches = [
         # since Triton 3.6 at the latest `active` is a property
-        (driver, "_active" if "_active" in vars(driver) else "active", _Driver(kernels)),
+        (driver, "_active" if "_active" in vars(driver) else "active", StandInDriver(launcher)),
         (backend, "_load_native", lambda: (extension, None)),
         (backend, "_native_cuda_reason", lambda index: against),
         (backend, "select", _select(pretend, kernels)),
@@ -76,6 +81,7 @@ def unlaunched(pretend: PretendCuda, *, native: bool) -> Iterator[Kernels]:
 
 
 def _forget_compiled() -> None:
+    kept_launches.forget()
     for name, module in list(sys.modules.items()):
         if name.startswith("progtuning_kernels."):
             for value in vars(module).values():
@@ -83,12 +89,14 @@ def _forget_compiled() -> None:
                     value.device_caches.clear()
 
 
-class _Driver:
-    """Of one H200, as far as Triton asks."""
+class StandInDriver:
+    """Triton's, of one H200, as far as Triton asks.
 
-    def __init__(self, kernels: Kernels) -> None:
-        self.utils = _Utilities()
-        self.launcher_cls = lambda source, metadata: _Launcher(kernels, _name(source.fn))
+    launcher_cls: makes of a source and its metadata what is called at each launch.
+    """
+
+    def __init__(self, launcher_cls: Callable[[Any, Any], Callable[..., None]]) -> None:
+        self.utils, self.launcher_cls = _Utilities(), launcher_cls
 
     def get_current_device(self) -> int:
         return 0
@@ -175,6 +183,8 @@ def _device_of(tensors: Any) -> str:
 
 def _select(pretend: PretendCuda, kernels: Kernels) -> Callable[..., backend.Implementation]:
     chosen_by = backend.select
+    # a choice stays the same object, as its own is
+    watched: dict[tuple[str, str], backend.Implementation] = {}
 
     def select(
         op: backend.Op, tensors: Any, implementation: str | None = None
@@ -186,10 +196,12 @@ def _select(pretend: PretendCuda, kernels: Kernels) -> Callable[..., backend.Imp
         by_autograd = op.name in ("layer_norm", "rms_norm")
         if device == "cpu" or chosen is op.reference or by_autograd:
             return chosen
+        if (op.name, chosen.name) in watched:
+            return watched[op.name, chosen.name]
         changed: dict[str, Any] = {"function": op.reference.function}
         changed |= {name: getattr(op.reference, name) for name in ("backward", "scale")}
         changed["decide"] = _decide
-        return dataclasses.replace(
+        watched[op.name, chosen.name] = dataclasses.replace(
             chosen,
             **{
                 name: _both(pretend, own, computes)
@@ -197,6 +209,7 @@ def _select(pretend: PretendCuda, kernels: Kernels) -> Callable[..., backend.Imp
                 if (own := getattr(chosen, name)) is not None
             },
         )
+        return watched[op.name, chosen.name]
 
     return select
 
@@ -222,7 +235,7 @@ def _decide(
     found_inf: Tensor | None,
     control: Tensor,
 ) -> None:
-    """What the native kernels of a decision write to `control`."""
+    """What the kernels of a decision write to `control`."""
     norm = norms.norm([grad for some in gradients for grad in some.given if grad is not None])
     norm = norm if grad_scale is None else norm / grad_scale
     bad = torch.zeros_like(norm) if found_inf is None else found_inf.view(()) != 0
@@ -247,7 +260,7 @@ def _norm_results(
             computed = _COMPUTED[name](*args, **kwargs)
             for target, value in zip(found, computed, strict=True):
                 if target is not None:
-                    target.copy_(value)
+                    target.view_as(value).copy_(value)
         return found
 
     return call
@@ -280,13 +293,14 @@ def _backward(
     d_bias = dy.flatten(0, -2).sum(0)
     if h is None:
         return None, None, None, d_bias
-    normalised = h.float() if mean is None else h.float() - mean[..., None]
-    normalised = normalised * rstd[..., None]
+    of_rows = (*h.shape[:-1], 1)
+    rstd = rstd.view(of_rows)
+    normalised = (h.float() if mean is None else h.float() - mean.view(of_rows)) * rstd
     d_weight = (dy * normalised).flatten(0, -2).sum(0)
     g = dy if weight is None else dy * (weight.float() + norm.offset)
     dh = g - normalised * (g * normalised).mean(-1, keepdim=True)
     dh = dh - g.mean(-1, keepdim=True) if norm.center else dh
-    dh = dh * rstd[..., None]
+    dh = dh * rstd
     dh = dh if dsum is None else dh + dsum
     return dh, dh, d_weight, d_bias
 

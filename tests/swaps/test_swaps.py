@@ -411,18 +411,6 @@ def test_small_inputs_keep_the_original():
     assert calls == ["original", "op", "original"]
 
 
-@pytest.mark.parametrize(
-    ("calls", "megabytes"), [(1, 50), (2, 42.9), (8, 0)], ids="{} kernels".format
-)
-def test_the_size_from_which_a_launch_pays(calls, megabytes):
-    model = tiny_model("bert-sequence")
-    swaps = patch_model(model, MilestoneSchedule({0: 0})).freezer.swaps
-    swap = model_swaps.Swap("any", None, None, None, 4)
-    size = swaps._from_bytes(swap, calls, torch.device("cuda"))
-    assert size == pytest.approx(megabytes * 1e6, rel=1e-2)
-    assert swaps._from_bytes(swap, calls, torch.device("cpu")) == 0
-
-
 VOCABULARY, WIDTH = 23, 8
 
 

@@ -7,9 +7,9 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from ... import backend
+from ..contract import once_differentiable
 from . import reference
 from .reference import Approximate, Inputs, Kind
 
@@ -143,7 +143,7 @@ def _run(
     chosen = backend.select(op, inputs, implementation)
     if torch.compiler.is_compiling():
         return chosen.function(inputs, kind, multiplier)
-    if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in inputs):
+    if torch.is_grad_enabled() and any([t is not None and t.requires_grad for t in inputs]):
         return _Activation.apply(*inputs, kind, multiplier, chosen)
     return chosen.function(inputs, kind, multiplier)
 

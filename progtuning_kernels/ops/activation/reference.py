@@ -14,6 +14,7 @@ from ..contract import check_dtype
 Approximate = Literal["none", "tanh"]
 Kind = Literal["none", "tanh", "silu"]  # of A: an Approximate, or silu
 Gradients = tuple[Tensor | None, Tensor | None, Tensor | None]  # of x, bias and up
+_CHOICES = get_args(Approximate)
 _ATEN = torch.ops.aten
 
 
@@ -28,9 +29,8 @@ class Inputs(NamedTuple):
 def check(op: str, inputs: Inputs, approximate: str) -> None:
     """Raise ValueError where the inputs do not fit together."""
     x, bias, up = inputs
-    if approximate not in get_args(Approximate):
-        choices = get_args(Approximate)
-        raise ValueError(f"{op}: approximate must be one of {choices}, got {approximate!r}")
+    if approximate not in _CHOICES:
+        raise ValueError(f"{op}: approximate must be one of {_CHOICES}, got {approximate!r}")
     check_dtype(op, x.dtype, "x" if up is None else "gate")
     if bias is not None and (not x.dim() or bias.shape != x.shape[-1:]):
         raise ValueError(f"{op}: x {tuple(x.shape)} and bias {tuple(bias.shape)} do not fit")

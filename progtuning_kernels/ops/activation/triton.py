@@ -9,7 +9,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ... import backend
+from ..kept_launches import launch
 from ..row_partials import count_partials, sum_partials
 from .reference import Gradients, Inputs, Kind
 
@@ -153,28 +153,30 @@ def backward_kernel(
         _store(partials + piece * cols, columns, total, inside)
 
 
-def _as_rows(tensors: Sequence[Tensor | None], *, one_row: bool) -> list[Tensor | None]:
-    """The tensors as (rows, columns), not copied where they are rows with a stride.
+def _as_rows(
+    tensors: Sequence[Tensor | None], *, one_row: bool
+) -> tuple[int, int, list[Tensor | None], list[int]]:
+    """Rows, columns, the tensors as rows, not copied if those have a stride, and their strides.
 
-    one_row: as (1, elements), if none has gaps.
+    one_row: all elements are one row, if none has gaps. The stride of one row is 0: its length
+    changes from batch to batch, and strides are specialised.
     """
     first = tensors[0]
     columns = first.shape[-1] if first.dim() else 1
-    if one_row and all(t is None or t.is_contiguous() for t in tensors):
-        columns = first.numel()
-    views = []
-    for tensor in tensors:
-        if tensor is not None:
+    dense = [t is None or t.is_contiguous() for t in tensors]
+    if one_row and all(dense):
+        return 1, first.numel(), list(tensors), [0] * len(tensors)
+    rows = first.numel() // columns
+    views, strides = [], []
+    for tensor, is_dense in zip(tensors, dense, strict=True):
+        stride = columns
+        if tensor is not None and not is_dense:
             tensor = tensor.reshape(-1, columns)
-            if tensor.stride(1) != 1:
-                tensor = tensor.contiguous()
+            tensor = tensor if tensor.stride(1) == 1 else tensor.contiguous()
+            stride = tensor.stride(0)
         views.append(tensor)
-    return views
-
-
-def _stride(rows: Tensor | None) -> int:
-    # of one row, 0: its length changes from batch to batch, and strides are specialised
-    return 0 if rows is None or len(rows) == 1 else rows.stride(0)
+        strides.append(0 if tensor is None or rows == 1 else stride)
+    return rows, columns, views, strides
 
 
 def _aligned(x: Tensor) -> bool:
@@ -187,17 +189,15 @@ def forward(inputs: Inputs, kind: Kind, multiplier: float = 1.0) -> Tensor:
     out = torch.empty_like(x, memory_format=torch.contiguous_format)
     if not x.numel():
         return out
-    x_rows, up_rows = _as_rows([x, up], one_row=bias is None)
+    rows, cols, (x_rows, up_rows), strides = _as_rows((x, up), one_row=bias is None)
     bias = None if bias is None else bias.contiguous()
-    rows, cols = x_rows.shape
-    blocks = triton.cdiv(cols, BLOCK)
-    with backend.device_guard(x.device):
-        forward_kernel[rows * blocks,](
-            *(out, x_rows, bias, up_rows, None if multiplier == 1 else multiplier),
-            *(cols, blocks, _stride(x_rows), _stride(up_rows)),
-            *(kind, _aligned(x), BLOCK),
-            **OPTIONS,
-        )
+    blocks = -(-cols // BLOCK)
+    launch(
+        *(forward_kernel, x.device, (rows * blocks, 1, 1)),
+        (out, x_rows, bias, up_rows),
+        (None if multiplier == 1 else multiplier, cols, blocks, *strides),
+        *((kind, _aligned(x), BLOCK), OPTIONS),
+    )
     return out
 
 
@@ -206,33 +206,29 @@ def backward(
 ) -> Gradients:
     """`reference.backward`; of tensors on the CPU under Triton's interpreter."""
     x, bias, up = inputs
-    dx, dup = (
-        torch.empty_like(x, memory_format=torch.contiguous_format) if wanted else None
-        for wanted in (demanded[0], demanded[2])
-    )
-    wants_bias = demanded[1]
+    wants_x, wants_bias, wants_up = demanded
+    dx = torch.empty_like(x, memory_format=torch.contiguous_format) if wants_x else None
+    dup = torch.empty_like(x, memory_format=torch.contiguous_format) if wants_up else None
     if not x.numel():
         return dx, torch.zeros_like(bias) if wants_bias else None, dup
-    grad_rows, x_rows, up_rows = _as_rows([grad, x, up], one_row=bias is None)
+    rows, cols, (grad_rows, x_rows, up_rows), strides = _as_rows(
+        (grad, x, up), one_row=bias is None
+    )
     bias = None if bias is None else bias.contiguous()
-    rows, cols = x_rows.shape
-    blocks = triton.cdiv(cols, BLOCK)
+    blocks = -(-cols // BLOCK)
     partials = dbias = None
     pieces, rows_of_piece = rows, 1
     if wants_bias:
         pieces = count_partials(rows)
-        rows_of_piece = triton.cdiv(rows, pieces)
+        rows_of_piece = -(-rows // pieces)
         partials = torch.empty((pieces, cols), dtype=torch.float32, device=x.device)
         dbias = torch.empty_like(bias)
-    with backend.device_guard(x.device):
-        backward_kernel[pieces * blocks,](
-            *(dx, dup, partials, grad_rows, x_rows, bias, up_rows),
-            None if multiplier == 1 else multiplier,
-            *(rows, cols, blocks, rows_of_piece),
-            *(_stride(grad_rows), _stride(x_rows), _stride(up_rows)),
-            *(kind, _aligned(x), BLOCK),
-            **OPTIONS,
-        )
+    launch(
+        *(backward_kernel, x.device, (pieces * blocks, 1, 1)),
+        (dx, dup, partials, grad_rows, x_rows, bias, up_rows),
+        (None if multiplier == 1 else multiplier, rows, cols, blocks, rows_of_piece, *strides),
+        *((kind, _aligned(x), BLOCK), OPTIONS),
+    )
     if wants_bias:
         sum_partials(partials[None], dbias)
     return dx, dbias, dup

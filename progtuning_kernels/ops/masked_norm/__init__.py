@@ -10,11 +10,23 @@ from torch import Tensor
 from ... import backend
 from . import native, reference
 
+
+def _reason_against_triton(tensors: Sequence[Tensor]) -> str | None:
+    device = tensors[0].device
+    if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
+        # at a replay it would copy the addresses from memory of the host that is gone
+        return "the addresses of a list of tensors cannot be part of a captured CUDA graph"
+    return backend.triton_reason(device, tensors[0].dtype)
+
+
 OP = backend.register(
     backend.Op(
         "masked_norm",
         (
             backend.Implementation("native", native.norm, native.reason_against),
+            backend.Implementation(
+                *("triton", backend.triton_function(__name__, "norm"), _reason_against_triton)
+            ),
             backend.Implementation("reference", reference.norm),
         ),
     )
@@ -28,7 +40,7 @@ def masked_norm(tensors: Sequence[Tensor], *, implementation: str | None = None)
     Args:
         tensors: dense tensors of any shape on one device, float32, bfloat16, float16 or float64.
             Non-contiguous ones are copied first.
-        implementation: "native" or "reference"; None chooses.
+        implementation: "native", "triton" or "reference"; None chooses.
 
     Returns:
         0-dim float32 on their device; of no tensors 0, on the CPU. NaN and inf come through.

@@ -11,7 +11,8 @@ from ...sharding import is_sharded
 from ..contract import check_dtype
 
 # torch's float32 norm on the CPU is a few running sums: 22 M elements in one piece come out wrong
-# by 1.2e-3, in pieces of this size by 1.3e-6, in 1.2 times the time (bfloat16: in half of it).
+# by 1.2e-3, in pieces of this size by 1.3e-6, in 1.2 times the time (bfloat16: in half of it). On a
+# GPU torch has chunks of its own, and pieces would be 4,730 views of the gradients of Llama-1B.
 _PIECE = 2**18
 
 
@@ -44,7 +45,8 @@ def norm(tensors: Sequence[Tensor]) -> Tensor:
     wide = torch.promote_types(tensors[0].dtype, torch.float32)
     pieces: list[Tensor] = []
     for tensor in tensors:
-        pieces += tensor.flatten().split(_PIECE) if tensor.numel() > _PIECE else [tensor]
+        in_pieces = tensor.numel() > _PIECE and not tensor.is_cuda
+        pieces += tensor.flatten().split(_PIECE) if in_pieces else [tensor]
     return norm_of_norms(torch._foreach_norm(pieces, 2, dtype=wide))
 
 

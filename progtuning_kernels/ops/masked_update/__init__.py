@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -24,7 +25,7 @@ def _probe(device: torch.device) -> Bucket:
     return Bucket([p], [moments], [step], implementation="reference")
 
 
-_TRITON = backend.triton_function(__name__, "update")
+_triton = partial(backend.triton_function, __name__)
 OP = backend.register(
     backend.Op(
         "masked_update",
@@ -34,7 +35,9 @@ OP = backend.register(
                 gradient_norm=native.gradient_norm,
                 decide=native.decide,
             ),
-            backend.Implementation("triton", _TRITON, _reason_against_triton),
+            backend.Implementation(
+                *("triton", _triton("update"), _reason_against_triton), decide=_triton("decide")
+            ),
             backend.Implementation("reference", reference.update),
         ),
         _probe,

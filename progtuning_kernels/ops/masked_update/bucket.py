@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
@@ -35,18 +36,21 @@ class Step(NamedTuple):
     zero_grads: bool = False
 
 
-class Gradients(NamedTuple):
+@dataclass
+class Gradients:
     """The gradients of a step for one bucket.
 
     Attributes:
         given: by the caller; None where there is none.
         ordered: the same, or copies, in their parameter's dtype and order of memory.
         addresses: where `ordered` lie; 0 where there is none.
+        on_device: the addresses, for kernels that read them there.
     """
 
     given: Sequence[Tensor | None]
     ordered: Sequence[Tensor | None]
     addresses: list[int]
+    on_device: Tensor | None = None
 
 
 class Moments(NamedTuple):
@@ -255,7 +259,7 @@ def record_table(bucket: Bucket) -> Tensor:
         state = (p, moments.exp_avg, moments.exp_avg_sq, master, *moments[2:], bucket.steps[i])
         addresses = [0 if t is None else t.data_ptr() for t in state]
         records.append([*addresses, p.numel(), bucket.indices[i] | bucket.groups[i] << 32])
-    return torch.tensor(records, dtype=torch.int64, device=bucket.device)
+    return backend.sent(torch.tensor(records, dtype=torch.int64, device="cpu"), bucket.device)
 
 
 def chunk_table(bucket: Bucket, elements: int) -> Tensor:
@@ -263,7 +267,7 @@ def chunk_table(bucket: Bucket, elements: int) -> Tensor:
     counts = [-(-p.numel() // elements) for p in bucket.params]
     tensors = torch.repeat_interleave(torch.tensor(counts, dtype=torch.int64, device="cpu"))
     chunks = torch.cat([torch.arange(count, device="cpu") for count in counts])
-    return torch.stack((tensors, chunks), dim=1).to(torch.int32).to(bucket.device)
+    return backend.sent(torch.stack((tensors, chunks), dim=1).to(torch.int32), bucket.device)
 
 
 def alike(grad: Tensor, p: Tensor) -> Tensor:

@@ -50,7 +50,7 @@ def decide(
         grad_scale, found_inf: GradScaler's, 0-dim; None: 1 and nothing found.
         known_norm: 0-dim, the norm of the gradients as they are (scaled), if it is known.
         previous_norm: 0-dim; clip by it instead of by the norm of these gradients, if it is finite.
-        control: (4,) float32 for the native kernel to write norm, grad_factor and found_inf into
+        control: (4,) float32 for a kernel to write norm, grad_factor and found_inf into
             and to count skipped steps in; None: a fresh one.
     """
     device = buckets[0].device
@@ -112,9 +112,11 @@ def _norm(
 
 
 def _decided_on_device(buckets: Sequence[Bucket]) -> bool:
-    device = buckets[0].device
-    return device.type == "cuda" and all(
-        bucket.device == device and bucket.implementation.decide is not None for bucket in buckets
+    device, first = buckets[0].device, buckets[0].implementation
+    return (
+        device.type == "cuda"
+        and first.decide is not None
+        and all(bucket.device == device and bucket.implementation == first for bucket in buckets)
     )
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import struct
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 import triton
@@ -12,17 +13,22 @@ import triton.language as tl
 from torch import Tensor
 
 from ... import backend
+from ..masked_norm.triton import (
+    BLOCK,
+    PARTIALS_OPTIONS,
+    SUM_OPTIONS,
+    SUMMED,
+    TYPES,
+    blocks_of,
+    blocks_per_program,
+    load,
+    norm_of_partials,
+    pointers,
+    sum_of_squares,
+)
 from .bucket import Bucket, Gradients, Hyper, Step, chunk_table, record_table, written
 from .low_precision import QUANT_BLOCK
 
-# 8 elements per thread: what one call of Philox serves, 16 bytes of bfloat16, and a warp holds one
-# block of 8-bit codes. 7 M parameters (a BERT block) are 3,418 programs for an H200's 132 SMs.
-BLOCK = 2048
-# Without maxnreg ptxas aims at 64 or 80 registers and spills 8 to 16 bytes in 6 of 52 pairs of
-# variant and architecture; with it none spills, at 61 to 100 registers.
-OPTIONS = {"num_warps": 8, "enable_fp_fusion": False}
-if torch.version.hip is None:  # the compiler for AMD has no such option, and spills nothing
-    OPTIONS["maxnreg"] = 128
 PIECE = tl.constexpr(256)  # of a chunk that is not full or not aligned
 TENSORS = 128  # of a program of prepare_kernel, one per thread
 PREPARE_OPTIONS = {"num_warps": TENSORS // 32, "enable_fp_fusion": False}
@@ -30,8 +36,7 @@ PREPARE_OPTIONS = {"num_warps": TENSORS // 32, "enable_fp_fusion": False}
 RECORD_WORDS = tl.constexpr(9)  # UpdateRecord in csrc/launchers.h
 # A row of `Tables.numbers`: the members of AdamW in update_rules.h, the number of the update
 NUMBERS = tl.constexpr(10)
-# words in front of the gradients' addresses: 2 (the seed, and 0), and 6 per group (9 floats, and 3
-# zeros): multiples of 16 bytes
+# words of a step: 2 (the seed, and 0), and 6 per group (9 floats, and 3 zeros)
 SEED_WORDS = tl.constexpr(2)
 HYPER_FLOATS = tl.constexpr(12)
 
@@ -68,22 +73,22 @@ def _one_minus_power(log_beta, step):
     return tl.where(done, 1.0, y)
 
 
-@triton.jit(do_not_specialize=["grad_factor", "found_inf", "num_tensors", "first_address"])
+@triton.jit(do_not_specialize=["grad_factor", "found_inf", "num_tensors"])
 def prepare_kernel(
     table,
+    addresses,
     words,
     grad_factor,
     found_inf,
     numbers,
     num_tensors,
-    first_address,
     TENSORS: tl.constexpr,
 ):
     """Write the numbers of every tensor's update (`Tables.numbers`), and count its step."""
     i = tl.program_id(0) * TENSORS + tl.arange(0, TENSORS)
     inside = i < num_tensors
     record = table + i.to(tl.int64) * RECORD_WORDS
-    updated = inside & (tl.load(words + first_address + i, mask=inside, other=0) != 0)
+    updated = inside & (tl.load(addresses + i, mask=inside, other=0) != 0)
     if found_inf is not None:
         # as a vector, because the interpreter cannot spread a truth value; NaN is found, too
         updated = updated & (tl.broadcast_to(tl.load(found_inf), [TENSORS]) == 0.0)
@@ -145,30 +150,6 @@ def _nearest_bfloat16(x):
 @triton.jit
 def _stochastic_bfloat16(x, random):
     return _drop_low_half(x.to(tl.uint32, bitcast=True), random)
-
-
-@triton.jit
-def _pointers(address, start, TYPE: tl.constexpr, FULL: tl.constexpr, BLOCK: tl.constexpr):
-    """Pointers to BLOCK elements from `start`. FULL: the address is a multiple of 16."""
-    if TYPE == tl.bfloat16:
-        pointer = address.to(tl.pointer_type(tl.uint16))
-    else:
-        pointer = address.to(tl.pointer_type(TYPE))
-    if FULL:
-        pointer = tl.multiple_of(pointer, 16)
-    return pointer + start + tl.arange(0, BLOCK)
-
-
-@triton.jit
-def _load(pointers, inside, TYPE: tl.constexpr, FULL: tl.constexpr):
-    """float32 of stored elements. FULL: without a mask, which alone lets accesses be vectors."""
-    if FULL:
-        x = tl.load(pointers)
-    else:
-        x = tl.load(pointers, mask=inside, other=0)
-    if TYPE == tl.bfloat16:
-        return (x.to(tl.uint32) << 16).to(tl.float32, bitcast=True)
-    return x.to(tl.float32)
 
 
 @triton.jit
@@ -243,12 +224,27 @@ def _encode_exp_avg_sq(v, inverse, random):
 
 @triton.jit
 def _update(
-    record,
-    row,
-    seed,
+    param,
     grad,
+    exp_avg,
+    exp_avg_sq,
+    master,
+    scales_of_avg,
+    scales_of_avg_sq,
+    beta1,
+    one_minus_beta1,
+    beta2,
+    one_minus_beta2,
+    eps,
+    decay,
+    step_size,
+    inverse_root_bias2,
+    grad_factor,
+    seed,
+    index,
+    step,
     start,
-    n,
+    end,
     PARAM_TYPE: tl.constexpr,
     MOMENT_TYPE: tl.constexpr,
     MASTER: tl.constexpr,
@@ -259,40 +255,38 @@ def _update(
 ):
     """Elements `start` to `start + BLOCK` of one tensor. MOMENT_TYPE int8: 8-bit codes."""
     offsets = start + tl.arange(0, BLOCK)
-    inside = offsets < n
-    p_at = _pointers(tl.load(record), start, PARAM_TYPE, FULL, BLOCK)
-    g_at = _pointers(grad, start, PARAM_TYPE, FULL, BLOCK)
-    m_at = _pointers(tl.load(record + 1), start, MOMENT_TYPE, FULL, BLOCK)
+    inside = offsets < end
+    p_at = pointers(param, start, PARAM_TYPE, FULL, BLOCK)
+    g_at = pointers(grad, start, PARAM_TYPE, FULL, BLOCK)
+    m_at = pointers(exp_avg, start, MOMENT_TYPE, FULL, BLOCK)
     if MOMENT_TYPE == tl.int8:
-        v_at = _pointers(tl.load(record + 2), start, tl.uint8, FULL, BLOCK)
+        v_at = pointers(exp_avg_sq, start, tl.uint8, FULL, BLOCK)
     else:
-        v_at = _pointers(tl.load(record + 2), start, MOMENT_TYPE, FULL, BLOCK)
-    g = _load(g_at, inside, PARAM_TYPE, FULL)
-    m = _load(m_at, inside, MOMENT_TYPE, FULL)
-    v = _load(v_at, inside, MOMENT_TYPE, FULL)
+        v_at = pointers(exp_avg_sq, start, MOMENT_TYPE, FULL, BLOCK)
+    g = load(g_at, inside, PARAM_TYPE, FULL)
+    m = load(m_at, inside, MOMENT_TYPE, FULL)
+    v = load(v_at, inside, MOMENT_TYPE, FULL)
     if MASTER:
-        master_at = _pointers(tl.load(record + 3), start, tl.float32, FULL, BLOCK)
-        p = _load(master_at, inside, tl.float32, FULL)
+        master_at = pointers(master, start, tl.float32, FULL, BLOCK)
+        p = load(master_at, inside, tl.float32, FULL)
     else:
-        p = _load(p_at, inside, PARAM_TYPE, FULL)
+        p = load(p_at, inside, PARAM_TYPE, FULL)
     if MOMENT_TYPE == tl.int8:
         block = start // QUANT + tl.arange(0, BLOCK // QUANT)
-        has_block = block * QUANT < n
-        m_scale_at = tl.load(record + 4).to(tl.pointer_type(tl.float32)) + block
-        v_scale_at = tl.load(record + 5).to(tl.pointer_type(tl.float32)) + block
-        m_scale = _load(m_scale_at, has_block, tl.float32, FULL)
-        v_scale = _load(v_scale_at, has_block, tl.float32, FULL)
+        has_block = block * QUANT < end
+        m_scale_at = scales_of_avg.to(tl.pointer_type(tl.float32)) + block
+        v_scale_at = scales_of_avg_sq.to(tl.pointer_type(tl.float32)) + block
+        m_scale = load(m_scale_at, has_block, tl.float32, FULL)
+        v_scale = load(v_scale_at, has_block, tl.float32, FULL)
         m = _decode_exp_avg(m, _spread(m_scale, BLOCK))
         v = _decode_exp_avg_sq(v, _spread(v_scale, BLOCK))
 
-    g = g * tl.load(row + 8)
-    m = tl.load(row) * m + tl.load(row + 1) * g
-    v = tl.load(row + 2) * v + tl.load(row + 3) * (g * g)
-    denominator = tl.sqrt_rn(v) * tl.load(row + 7) + tl.load(row + 4)
-    p = p - (tl.load(row + 5) * p + tl.load(row + 6) * tl.div_rn(m, denominator))
+    g = g * grad_factor
+    m = beta1 * m + one_minus_beta1 * g
+    v = beta2 * v + one_minus_beta2 * (g * g)
+    denominator = tl.sqrt_rn(v) * inverse_root_bias2 + eps
+    p = p - (decay * p + step_size * tl.div_rn(m, denominator))
 
-    index = (tl.load(record + 8) & 0xFFFFFFFF).to(tl.uint32)
-    step = tl.load(row + 9).to(tl.uint32)
     if MASTER:
         _store(master_at, p, inside, FULL)
     if PARAM_TYPE == tl.bfloat16:
@@ -320,13 +314,13 @@ def _update(
 
 
 @triton.jit
-def _update_either(
+def _update_chunk(
     record,
     row,
     seed,
     grad,
     start,
-    n,
+    end,
     PARAM_TYPE: tl.constexpr,
     MOMENT_TYPE: tl.constexpr,
     MASTER: tl.constexpr,
@@ -334,31 +328,48 @@ def _update_either(
     ZERO_GRADS: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """`_update` in 16-byte accesses where the chunk is full and all addresses allow them."""
-    addresses = tl.load(record) | tl.load(record + 1) | tl.load(record + 2) | tl.load(record + 3)
-    if (((addresses | grad) & 15) == 0) & (start + BLOCK <= n):
+    """Blocks in 16-byte accesses where all addresses allow them; the rest in pieces.
+
+    What is read of the tables is kept in registers, because the compiler could not move a load past
+    the stores. Without disable_licm it would keep what it computes of a thread's number as well: 30
+    registers more.
+    """
+    param, exp_avg, exp_avg_sq = tl.load(record), tl.load(record + 1), tl.load(record + 2)
+    master, avg_scale, avg_sq_scale = tl.load(record + 3), tl.load(record + 4), tl.load(record + 5)
+    index = (tl.load(record + 8) & 0xFFFFFFFF).to(tl.uint32)
+    beta1, one_minus_beta1 = tl.load(row), tl.load(row + 1)
+    beta2, one_minus_beta2 = tl.load(row + 2), tl.load(row + 3)
+    eps, decay, step_size = tl.load(row + 4), tl.load(row + 5), tl.load(row + 6)
+    inverse_root_bias2, grad_factor = tl.load(row + 7), tl.load(row + 8)
+    step = tl.load(row + 9).to(tl.uint32)
+    aligned = ((param | grad | exp_avg | exp_avg_sq | master) & 15) == 0
+    size = (end - start).to(tl.int32)
+    in_blocks = tl.where(aligned, size // BLOCK * BLOCK, 0)
+    for offset in tl.range(0, in_blocks, BLOCK, disable_licm=True):
         _update(
-            *(record, row, seed, grad, start, n),
+            *(param, grad, exp_avg, exp_avg_sq, master, avg_scale, avg_sq_scale),
+            *(beta1, one_minus_beta1, beta2, one_minus_beta2, eps, decay, step_size),
+            *(inverse_root_bias2, grad_factor, seed, index, step, start + offset, end),
             *(PARAM_TYPE, MOMENT_TYPE, MASTER, STOCHASTIC, ZERO_GRADS, True, BLOCK),
         )
-    else:
-        # all of BLOCK at once would keep a 64-bit address per element: 122 to 156 registers
-        for piece in range(BLOCK // PIECE):
-            first = start + piece * PIECE
-            if first < n:
-                _update(
-                    *(record, row, seed, grad, first, n),
-                    *(PARAM_TYPE, MOMENT_TYPE, MASTER, STOCHASTIC, ZERO_GRADS, False, PIECE),
-                )
+    # all of BLOCK at once would keep a 64-bit address per element: 122 to 156 registers
+    for offset in tl.range(in_blocks, size, PIECE, disable_licm=True):
+        _update(
+            *(param, grad, exp_avg, exp_avg_sq, master, avg_scale, avg_sq_scale),
+            *(beta1, one_minus_beta1, beta2, one_minus_beta2, eps, decay, step_size),
+            *(inverse_root_bias2, grad_factor, seed, index, step, start + offset, end),
+            *(PARAM_TYPE, MOMENT_TYPE, MASTER, STOCHASTIC, ZERO_GRADS, False, PIECE),
+        )
 
 
-@triton.jit(do_not_specialize=["first_address"])
+@triton.jit(do_not_specialize=["blocks"])
 def masked_update_kernel(
     table,
+    addresses,
     words,
     numbers,
     chunks,
-    first_address,
+    blocks,
     PARAM_TYPE: tl.constexpr,
     MOMENT_TYPE: tl.constexpr,
     MASTER: tl.constexpr,
@@ -366,44 +377,99 @@ def masked_update_kernel(
     ZERO_GRADS: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """One chunk of BLOCK elements of one tensor.
+    """One chunk of `blocks` times BLOCK elements of one tensor.
 
     Args:
         table, numbers, chunks: see `Tables`. words: see `_step_words`.
-        first_address: word where the gradients' addresses begin; 0: no gradient.
+        addresses: of the gradients; 0: no gradient.
         PARAM_TYPE, MOMENT_TYPE: as stored; int8: 8-bit codes, float32 in tensors without scales.
         MASTER, STOCHASTIC: as in `Bucket`.
     """
     program = tl.program_id(0).to(tl.int64)
     tensor = tl.load(chunks + 2 * program).to(tl.int64)
-    start = tl.load(chunks + 2 * program + 1).to(tl.int64) * BLOCK
-    grad = tl.load(words + first_address + tensor)
+    start = tl.load(chunks + 2 * program + 1).to(tl.int64) * blocks * BLOCK
+    grad = tl.load(addresses + tensor)
     if grad != 0:
         record = table + tensor * RECORD_WORDS
         row = numbers + tensor * NUMBERS
         seed = tl.load(words)
-        n = tl.load(record + 7)
+        end = tl.minimum(start + blocks * BLOCK, tl.load(record + 7))
         if tl.load(row + 9) != 0.0:
             if MOMENT_TYPE == tl.int8:
                 if tl.load(record + 4) != 0:
-                    _update_either(
-                        *(record, row, seed, grad, start, n),
+                    _update_chunk(
+                        *(record, row, seed, grad, start, end),
                         *(PARAM_TYPE, tl.int8, MASTER, STOCHASTIC, ZERO_GRADS, BLOCK),
                     )
                 else:
-                    _update_either(
-                        *(record, row, seed, grad, start, n),
+                    _update_chunk(
+                        *(record, row, seed, grad, start, end),
                         *(PARAM_TYPE, tl.float32, MASTER, STOCHASTIC, ZERO_GRADS, BLOCK),
                     )
             else:
-                _update_either(
-                    *(record, row, seed, grad, start, n),
+                _update_chunk(
+                    *(record, row, seed, grad, start, end),
                     *(PARAM_TYPE, MOMENT_TYPE, MASTER, STOCHASTIC, ZERO_GRADS, BLOCK),
                 )
         elif ZERO_GRADS:
-            inside = start + tl.arange(0, BLOCK) < n
-            g_at = _pointers(grad, start, PARAM_TYPE, False, BLOCK)
-            tl.store(g_at, tl.zeros([BLOCK], g_at.dtype.element_ty), mask=inside)
+            for offset in range(0, (end - start).to(tl.int32), BLOCK):
+                inside = start + offset + tl.arange(0, BLOCK) < end
+                g_at = pointers(grad, start + offset, PARAM_TYPE, False, BLOCK)
+                tl.store(g_at, tl.zeros([BLOCK], g_at.dtype.element_ty), mask=inside)
+
+
+@triton.jit(do_not_specialize=["first_partial", "blocks"])
+def gradient_partials_kernel(
+    table,
+    addresses,
+    chunks,
+    partials,
+    first_partial,
+    blocks,
+    TYPE: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """The sum of squares of one chunk of the gradients, 0 where there is none."""
+    program = tl.program_id(0).to(tl.int64)
+    tensor = tl.load(chunks + 2 * program).to(tl.int64)
+    start = tl.load(chunks + 2 * program + 1).to(tl.int64) * blocks * BLOCK
+    grad = tl.load(addresses + tensor)
+    size = tl.load(table + tensor * RECORD_WORDS + 7)
+    end = tl.where(grad != 0, tl.minimum(start + blocks * BLOCK, size), start)
+    squares = sum_of_squares(grad, start, end, TYPE, BLOCK)
+    tl.store(partials + first_partial + program, squares)
+
+
+@triton.jit(do_not_specialize=["grad_scale", "found_inf", "count"])
+def decision_kernel(
+    partials,
+    grad_scale,
+    found_inf,
+    control,
+    count,
+    max_norm,
+    SKIP_NONFINITE: tl.constexpr,
+    SUMMED: tl.constexpr,
+):
+    """Write norm, grad_factor and found_inf to control, and count what is skipped; max_norm 0: no
+    clipping. As csrc/masked_norm.cu.
+    """
+    norm = norm_of_partials(partials, count, SUMMED)
+    scale = 1.0
+    if grad_scale is not None:
+        scale = tl.load(grad_scale)
+        norm = tl.div_rn(norm, scale)
+    clip = tl.div_rn(max_norm, norm + 1e-6)
+    # so that a NaN stays one
+    clip = tl.where((max_norm <= 0.0) | (clip > 1.0), 1.0, clip)
+    skip = ((norm != norm) | (norm == float("inf"))) & SKIP_NONFINITE
+    if found_inf is not None:
+        skip = skip | (tl.load(found_inf) != 0.0)
+    skipped = tl.where(skip, 1.0, 0.0)
+    tl.store(control, norm)
+    tl.store(control + 1, tl.div_rn(clip, scale))
+    tl.store(control + 2, skipped)
+    tl.store(control + 3, tl.load(control + 3) + skipped)
 
 
 class Tables:
@@ -411,7 +477,8 @@ class Tables:
 
     Attributes:
         records: (tensors, 9) int64: UpdateRecord in csrc/launchers.h.
-        chunks: (programs, 2) int32: tensor, chunk of BLOCK elements of it.
+        blocks: of BLOCK elements in a chunk.
+        chunks: (programs, 2) int32: tensor, chunk of it.
         numbers: (tensors, 10) float32, written anew in each call: beta1, 1 - beta1, beta2,
             1 - beta2, eps, lr * weight_decay, lr / (1 - beta1^t), 1 / sqrt(1 - beta2^t), the
             gradients' factor, and t, which is 0 where nothing is to be updated.
@@ -419,10 +486,27 @@ class Tables:
     """
 
     def __init__(self, bucket: Bucket) -> None:
-        self.records, self.chunks = record_table(bucket), chunk_table(bucket, BLOCK)
+        sizes = [p.numel() for p in bucket.params]
+        self.blocks = blocks_per_program(sum(blocks_of(sizes)))
+        self.records, self.chunks = record_table(bucket), chunk_table(bucket, self.blocks * BLOCK)
         shape = (len(bucket.params), NUMBERS.value)
         self.numbers = torch.empty(shape, dtype=torch.float32, device=bucket.device)
         self.captured: list[Tensor] = []
+
+
+def tables_of(bucket: Bucket) -> Tables:
+    """The bucket's tables, made at the first call."""
+    if bucket.tables is None:
+        bucket.tables = Tables(bucket)
+    return bucket.tables
+
+
+def addresses_on_device(bucket: Bucket, gradients: Gradients) -> Tensor:
+    """Of the gradients, on the bucket's device: one copy for the norm and the update."""
+    if gradients.on_device is None:
+        values = torch.tensor(gradients.addresses, dtype=torch.int64, device="cpu")
+        gradients.on_device = backend.sent(values, bucket.device, tables_of(bucket).captured)
+    return gradients.on_device
 
 
 def _stays_on_gpu(lr: float | Tensor, device: torch.device) -> bool:
@@ -440,63 +524,108 @@ def _hyper_words(hyper: Hyper, device: torch.device) -> tuple[int, ...]:
     return struct.unpack("6q", struct.pack("12f", *floats, 0.0, 0.0, 0.0))
 
 
-def _step_words(
-    bucket: Bucket, tables: Tables, addresses: Sequence[int], hypers: Sequence[Hyper], seed: int
-) -> tuple[Tensor, int]:
-    """What is new in this call, on the bucket's device, and the word of the first address.
+def _step_words(bucket: Bucket, hypers: Sequence[Hyper], seed: int) -> Tensor:
+    """What is new in a call beside the gradients, on the bucket's device.
 
     int64: the seed, 0; per group 12 float32: lr, weight_decay, eps, beta1, 1 - beta1, log(beta1),
-    the same three of beta2, and 0; the gradients' addresses.
+    the same three of beta2, and 0.
     """
-    words = [seed - (seed >> 63 << 64), 0]
+    values = [seed - (seed >> 63 << 64), 0]
     for hyper in hypers:
-        words += _hyper_words(hyper, bucket.device)
-    first_address = len(words)
-    words += addresses
-    if bucket.device.type != "cuda":
-        return torch.tensor(words, dtype=torch.int64, device="cpu"), first_address
-    # a new pinned tensor in each call: one that is kept would be overwritten before its copy ran
-    pinned = torch.tensor(words, dtype=torch.int64, device="cpu", pin_memory=True)
-    if torch.cuda.is_current_stream_capturing():
-        tables.captured.append(pinned)
-    on_device = pinned.to(bucket.device, non_blocking=True)
-    floats = on_device.view(torch.float32)
+        values += _hyper_words(hyper, bucket.device)
+    # a new tensor in each call: one that is kept would be overwritten before its copy ran
+    values = torch.tensor(values, dtype=torch.int64, device="cpu")
+    words = backend.sent(values, bucket.device, tables_of(bucket).captured)
     for group, hyper in enumerate(hypers):
         if _stays_on_gpu(hyper.lr, bucket.device):
+            floats = words.view(torch.float32)
             floats[2 * SEED_WORDS.value + group * HYPER_FLOATS.value].copy_(hyper.lr)
-    return on_device, first_address
+    return words
 
 
-_TYPES = {
-    torch.float32: tl.float32,
-    torch.bfloat16: tl.bfloat16,
-    torch.float16: tl.float16,
-    torch.int8: tl.int8,
-}
+def options(param: tl.dtype, moments: tl.dtype, master: bool, stochastic: bool) -> dict[str, Any]:
+    """Of masked_update_kernel.
+
+    maxnreg lets 8, 6 or 5 programs share a multiprocessor of 65,536 registers, and is the least of
+    these at which nothing spills. Without it ptxas takes up to 123 registers, and 4 share one.
+    """
+    chosen: dict[str, Any] = {"num_warps": 4, "enable_fp_fusion": False}
+    if torch.version.hip is None:  # the compiler for AMD has no such option, and spills nothing
+        more = param == tl.bfloat16 and not master and (moments == tl.int8 or not stochastic)
+        chosen["maxnreg"] = 64 if param == moments == tl.float32 else 96 if more else 80
+    return chosen
 
 
-def launch(bucket: Bucket, tables: Tables, words: Tensor, first_address: int, step: Step) -> None:
-    """Launch both kernels on the current device and stream."""
-    tensors = len(bucket.params)
+def launch(bucket: Bucket, addresses: Tensor, words: Tensor, step: Step) -> None:
+    """Launch both kernels of the update on the current device and stream."""
+    tensors, tables = len(bucket.params), tables_of(bucket)
     prepare_kernel[triton.cdiv(tensors, TENSORS),](
-        *(tables.records, words, step.grad_factor, step.found_inf, tables.numbers),
-        *(tensors, first_address, TENSORS),
+        *(tables.records, addresses, words, step.grad_factor, step.found_inf, tables.numbers),
+        *(tensors, TENSORS),
         **PREPARE_OPTIONS,
     )
     if len(tables.chunks):
+        param, moments = TYPES[bucket.dtype], TYPES[bucket.moment_dtype]
+        rounding = bucket.masters is not None, bucket.stochastic_rounding
         masked_update_kernel[len(tables.chunks),](
-            *(tables.records, words, tables.numbers, tables.chunks, first_address),
-            *(_TYPES[bucket.dtype], _TYPES[bucket.moment_dtype], bucket.masters is not None),
-            *(bucket.stochastic_rounding, step.zero_grads, BLOCK),
-            **OPTIONS,
+            *(tables.records, addresses, words, tables.numbers, tables.chunks, tables.blocks),
+            *(param, moments, *rounding, step.zero_grads, BLOCK),
+            **options(param, moments, *rounding),
         )
 
 
 def update(bucket: Bucket, gradients: Gradients, hypers: Sequence[Hyper], step: Step) -> None:
     """`Bucket.update`; of tensors on the CPU under Triton's interpreter."""
-    if bucket.tables is None:
-        bucket.tables = Tables(bucket)
     with backend.device_guard(bucket.device):
-        words, first = _step_words(bucket, bucket.tables, gradients.addresses, hypers, step.seed)
-        launch(bucket, bucket.tables, words, first, step)
+        words = _step_words(bucket, hypers, step.seed)
+        launch(bucket, addresses_on_device(bucket, gradients), words, step)
     written(bucket, gradients, zero_grads=step.zero_grads)
+
+
+def launch_partials(bucket: Bucket, addresses: Tensor, partials: Tensor, first: int = 0) -> None:
+    """Write the sums of squares of the gradients' chunks to `partials`, from `first` on."""
+    tables = tables_of(bucket)
+    if len(tables.chunks):
+        gradient_partials_kernel[len(tables.chunks),](
+            *(tables.records, addresses, tables.chunks, partials, first, tables.blocks),
+            *(TYPES[bucket.dtype], BLOCK),
+            **PARTIALS_OPTIONS,
+        )
+
+
+def launch_decision(
+    partials: Tensor,
+    control: Tensor,
+    max_grad_norm: float | None,
+    skip_nonfinite: bool,
+    grad_scale: Tensor | None,
+    found_inf: Tensor | None,
+) -> None:
+    """Write what the sums of squares mean for a step to `control`."""
+    decision_kernel[1,](
+        *(partials, grad_scale, found_inf, control, len(partials), float(max_grad_norm or 0.0)),
+        *(skip_nonfinite, SUMMED),
+        **SUM_OPTIONS,
+    )
+
+
+def decide(
+    buckets: Sequence[Bucket],
+    gradients: Sequence[Gradients],
+    *,
+    max_grad_norm: float | None,
+    skip_nonfinite: bool,
+    grad_scale: Tensor | None,
+    found_inf: Tensor | None,
+    control: Tensor,
+) -> None:
+    """As native.decide."""
+    device = buckets[0].device
+    counts = [len(tables_of(bucket).chunks) for bucket in buckets]
+    partials = torch.empty(sum(counts), dtype=torch.float32, device=device)
+    with backend.device_guard(device):
+        first = 0
+        for bucket, some, count in zip(buckets, gradients, counts, strict=True):
+            launch_partials(bucket, addresses_on_device(bucket, some), partials, first)
+            first += count
+        launch_decision(partials, control, max_grad_norm, skip_nonfinite, grad_scale, found_inf)

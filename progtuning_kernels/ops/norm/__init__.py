@@ -15,27 +15,37 @@ from .reference import Cast, Inputs, Norm, Result
 
 # A program holds a row in registers; of wider ones, backward would spill.
 MAX_TRITON_COLUMNS = 8192
+_CASTS = get_args(Cast)
+_FLOAT32, _PLAIN = {torch.float32}, (Tensor, torch.nn.Parameter)
 
 
-def _reason_against_triton(inputs: Sequence[Any]) -> str | None:
-    x, tensors = inputs[0], present(inputs)
-    reason = backend.triton_reason(x.device, *(tensor.dtype for tensor in tensors))
+def _dtypes(inputs: Sequence[Any]) -> set[torch.dtype]:
+    return {tensor.dtype for tensor in inputs if tensor is not None}
+
+
+def _reason_against_triton(inputs: Sequence[Any], dtypes: set[torch.dtype]) -> str | None:
+    x = inputs[0]
+    reason = backend.triton_reason(x.device, *dtypes)
     if reason is not None:
         return reason
     if x.shape[-1] > MAX_TRITON_COLUMNS:
         return f"rows of {x.shape[-1]} elements; Triton's are at most {MAX_TRITON_COLUMNS}"
-    for tensor in tensors:
-        if type(tensor) not in (Tensor, torch.nn.Parameter):
+    for tensor in inputs:
+        if type(tensor) not in _PLAIN and tensor is not None:
             return f"no Triton kernel for tensors of type {type(tensor).__name__}"
     return None
 
 
+def _reason_against_triton_rms_norm(inputs: Sequence[Any]) -> str | None:
+    return _reason_against_triton(inputs, _dtypes(inputs))
+
+
 def _reason_against_triton_layer_norm(inputs: Sequence[Any]) -> str | None:
     x, residual, *parameters = inputs
-    dtypes = {tensor.dtype for tensor in present(inputs)}
-    if dtypes != {torch.float32} and torch.is_autocast_enabled(x.device.type):
+    dtypes = _dtypes(inputs)
+    if dtypes != _FLOAT32 and torch.is_autocast_enabled(x.device.type):
         return "autocast chooses the dtype of layer_norm"
-    reason = _reason_against_triton(inputs)
+    reason = _reason_against_triton(inputs, dtypes)
     if reason is None and len(dtypes) > 1:
         # x and residual may differ; their sum has to have the dtype of weight and bias
         h = x.dtype if residual is None else torch.promote_types(x.dtype, residual.dtype)
@@ -59,7 +69,7 @@ def _register(name: str, reason_against_triton: backend.Reason) -> backend.Op:
 
 
 LAYER_NORM = _register("layer_norm", _reason_against_triton_layer_norm)
-RMS_NORM = _register("rms_norm", _reason_against_triton)
+RMS_NORM = _register("rms_norm", _reason_against_triton_rms_norm)
 
 
 def layer_norm(
@@ -137,8 +147,8 @@ def rms_norm(
     """
     inputs = Inputs(x, residual, weight, None)
     reference.check("rms_norm", inputs, return_sum)
-    if cast not in get_args(Cast):
-        raise ValueError(f"rms_norm: cast must be one of {get_args(Cast)}, got {cast!r}")
+    if cast not in _CASTS:
+        raise ValueError(f"rms_norm: cast must be one of {_CASTS}, got {cast!r}")
     cast_first = cast == "before_weight"
     if offset and cast_first:
         raise ValueError('rms_norm: an offset needs cast="after_weight"')

@@ -45,22 +45,28 @@ class Inputs(NamedTuple):
 
 def check(op: str, inputs: Inputs, return_sum: bool) -> None:
     """Raise ValueError where the inputs do not fit together."""
-    x = inputs.x
-    if x.dim() == 0 or x.shape[-1] == 0:
-        raise ValueError(f"{op}: expected rows of at least one element, got {tuple(x.shape)}")
-    if inputs.residual is None and return_sum:
+    x, residual, weight, bias = inputs
+    shape, device = x.shape, x.device
+    if not shape or not shape[-1]:
+        raise ValueError(f"{op}: expected rows of at least one element, got {tuple(shape)}")
+    if residual is None and return_sum:
         raise ValueError(f"{op}: return_sum needs a residual")
-    for name, tensor in inputs._asdict().items():
+    check_dtype(op, x.dtype, "x")
+    row = shape[-1:]
+    for name, tensor, expected in (
+        ("residual", residual, shape),
+        ("weight", weight, row),
+        ("bias", bias, row),
+    ):
         if tensor is None:
             continue
-        shape = x.shape if name in ("x", "residual") else x.shape[-1:]
-        if tensor.shape != shape:
+        if tensor.shape != expected:
             raise ValueError(
-                f"{op}: {name} has shape {tuple(tensor.shape)}, expected {tuple(shape)}"
+                f"{op}: {name} has shape {tuple(tensor.shape)}, expected {tuple(expected)}"
             )
         check_dtype(op, tensor.dtype, name)
-        if tensor.device != x.device:
-            raise ValueError(f"{op}: x is on {x.device}, {name} on {tensor.device}")
+        if tensor.device != device:
+            raise ValueError(f"{op}: x is on {device}, {name} on {tensor.device}")
 
 
 def normalise(h: Tensor, weight: Tensor | None, bias: Tensor | None, norm: Norm) -> Tensor:

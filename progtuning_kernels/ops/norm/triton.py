@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -10,8 +11,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ... import backend
-from ..contract import present
+from ..contract import once_differentiable, present
+from ..kept_launches import launch
 from ..row_partials import rounded, sum_partials
 from .reference import Inputs, Norm, Result
 
@@ -41,11 +42,13 @@ def draw_dropout(p: float, device: torch.device) -> Dropout:
     return Dropout(seed, dropped - 1 - 2**31, 1 / (1 - p) if p < 1 else 0.0)
 
 
+@functools.cache
 def block_of(columns: int) -> int:
     """Columns that a program holds; a multiple of four, which one call of Philox serves."""
     return max(4, triton.next_power_of_2(columns))
 
 
+@functools.cache
 def options(block: int) -> dict[str, int | bool]:
     """Options of a launch with `block` columns: more than 512 a warp would spill in backward."""
     warps = max(1, min(4, block // 256), block // 512)
@@ -60,7 +63,7 @@ def groups_of(n_rows: int, block: int) -> tuple[int, int]:
     """
     warps = options(block)["num_warps"]
     rows = max(1, min(8, 512 * warps // block))
-    return rows, max(1, min(triton.cdiv(n_rows, rows), WARPS // warps))
+    return rows, max(1, min(-(-n_rows // rows), WARPS // warps))
 
 
 @triton.jit
@@ -246,39 +249,52 @@ def backward_kernel(
 _TYPES = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
 
 
-def _rows(x: Tensor) -> Tensor:
-    """(rows, C), each row dense; a copy only where the strides do not allow a view."""
-    rows = x.reshape(-1, x.shape[-1])
-    return rows if rows.stride(1) == 1 else rows.contiguous()
+def _rows(x: Tensor) -> tuple[Tensor, int]:
+    """x as rows, each dense, and the elements from one to the next; no view where x has no gaps.
+
+    A copy where the strides do not allow a view.
+    """
+    columns = x.shape[-1]
+    if x.is_contiguous():
+        return x, columns
+    rows = x.reshape(-1, columns)
+    rows = rows if rows.stride(1) == 1 else rows.contiguous()
+    return rows, rows.stride(0)
+
+
+def _empty_like(x: Tensor, dtype: torch.dtype) -> Tensor:
+    return torch.empty_like(x, dtype=dtype, memory_format=torch.contiguous_format)
 
 
 def forward(
     inputs: Inputs, norm: Norm, *, statistics: bool, keep_sum: bool, dropout: Dropout
 ) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor | None]:
-    """y, h if `keep_sum`, and mean and rstd of the rows if `statistics`; without autograd."""
+    """y, h if `keep_sum`, and mean and rstd (rows,) if `statistics`; without autograd."""
     x, residual, weight, bias = inputs
     columns, device = x.shape[-1], x.device
     dtype = x.dtype if residual is None else torch.promote_types(x.dtype, residual.dtype)
-    y = torch.empty(x.shape, dtype=norm.output_dtype(dtype, weight), device=device)
-    h = torch.empty(x.shape, dtype=dtype, device=device) if keep_sum else None
+    n_rows = x.numel() // columns
+    y = _empty_like(x, norm.output_dtype(dtype, weight))
+    h = _empty_like(x, dtype) if keep_sum else None
     mean = rstd = None
     if statistics:
-        rstd = torch.empty(x.shape[:-1], dtype=torch.float32, device=device)
+        rstd = torch.empty(n_rows, dtype=torch.float32, device=device)
         mean = torch.empty_like(rstd) if norm.center else None
-    if x.numel() == 0:
+    if n_rows == 0:
         return y, h, mean, rstd
-    x = _rows(x)
-    residual = None if residual is None else _rows(residual)
+    x, x_stride = _rows(x)
+    residual, residual_stride = (None, 0) if residual is None else _rows(residual)
     weight = None if weight is None else weight.contiguous()
     bias = None if bias is None else bias.contiguous()
+    seed, last_dropped, scale = dropout
     block = block_of(columns)
-    with backend.device_guard(device):
-        forward_kernel[len(x),](
-            *(x, residual, weight, bias, y, h, mean, rstd, *dropout),
-            *(x.stride(0), 0 if residual is None else residual.stride(0), norm.eps, norm.offset),
-            *(norm.center, norm.cast_first, _TYPES[dtype], columns, block),
-            **options(block),
-        )
+    launch(
+        *(forward_kernel, device, (n_rows, 1, 1)),
+        (x, residual, weight, bias, y, h, mean, rstd, seed),
+        (last_dropped, scale, x_stride, residual_stride, norm.eps, norm.offset),
+        (norm.center, norm.cast_first, _TYPES[dtype], columns, block),
+        options(block),
+    )
     return y, h, mean, rstd
 
 
@@ -302,54 +318,54 @@ def backward(
         demanded: that of x only where it differs from that of h, by dropout.
         dtypes: of x, weight and bias.
     """
-    wants_x, wants_h, *wants_parameters = demanded
+    wants_x, wants_h, wants_weight, wants_bias = demanded
     columns, device = dy.shape[-1], dy.device
-    dy_rows = _rows(dy)
-    n_rows, block = len(dy_rows), block_of(columns)
-    dx = torch.empty(h.shape, dtype=dtypes[0], device=device) if wants_x else None
-    dh = torch.empty(h.shape, dtype=h.dtype, device=device) if wants_h else None
-    sums: list[Tensor | None] = [None, None]
-    if any(wants_parameters):
-        rows_at_once, programs = groups_of(n_rows, block)
-        shape = (sum(wants_parameters), programs, columns)
-        partials = torch.empty(shape, dtype=torch.float32, device=device)
-        unused = iter(partials)
-        sums = [next(unused) if wanted else None for wanted in wants_parameters]
-    else:
-        rows_at_once, programs = 1, n_rows
+    n_rows, block = dy.numel() // columns, block_of(columns)
+    dx = _empty_like(h, dtypes[0]) if wants_x else None
+    dh = _empty_like(h, h.dtype) if wants_h else None
+    wanted = wants_weight + wants_bias
+    rows_at_once, programs = groups_of(n_rows, block) if wanted else (1, n_rows)
     if programs == 0:
         return dx, dh, None, None
-    h_rows = None if h is None else _rows(h)
-    dsum = None if dsum is None else _rows(dsum)
+    partials = of_weight = of_bias = dweight = dbias = None
+    if wanted:
+        partials = torch.empty((wanted, programs, columns), dtype=torch.float32, device=device)
+        if wants_weight:
+            of_weight = partials  # the first of them
+            dweight = torch.empty(columns, dtype=dtypes[1], device=device)
+        if wants_bias:
+            of_bias = partials[1] if wants_weight else partials
+            dbias = torch.empty(columns, dtype=dtypes[2], device=device)
+    dy, dy_stride = _rows(dy)
+    dsum, dsum_stride = (None, 0) if dsum is None else _rows(dsum)
+    h, h_stride = (None, 0) if h is None else _rows(h)
     weight = None if weight is None else weight.contiguous()
-    gradients = [
-        torch.empty(columns, dtype=dtype, device=device) if wanted else None
-        for wanted, dtype in zip(wants_parameters, dtypes[1:], strict=True)
-    ]
-    with backend.device_guard(device):
-        backward_kernel[programs,](
-            *(dy_rows, dsum, h_rows, weight, mean, rstd, dx, dh, *sums),
-            *(*(dropout if wants_x else NO_DROPOUT), n_rows, dy_rows.stride(0)),
-            *(0 if rows is None else rows.stride(0) for rows in (dsum, h_rows)),
-            *(norm.offset, norm.center, columns, rows_at_once, block),
-            **options(block),
-        )
-    if any(wants_parameters):
-        sum_partials(partials, *present(gradients))
-    return dx, dh, *gradients
+    seed, last_dropped, scale = dropout if wants_x else NO_DROPOUT
+    launch(
+        *(backward_kernel, device, (programs, 1, 1)),
+        (dy, dsum, h, weight, mean, rstd, dx, dh, of_weight, of_bias, seed),
+        (last_dropped, scale, n_rows, dy_stride, dsum_stride, h_stride, norm.offset),
+        (norm.center, columns, rows_at_once, block),
+        options(block),
+    )
+    if wanted:
+        sum_partials(partials, *present((dweight, dbias)))
+    return dx, dh, dweight, dbias
 
 
 def dropped_out(x: Tensor, dropout: Dropout, dtype: torch.dtype) -> Tensor:
     """x without the elements that `dropout` drops, in that dtype."""
-    y = torch.empty(x.shape, dtype=dtype, device=x.device)
+    y = _empty_like(x, dtype)
     if x.numel() == 0:
         return y
-    rows = _rows(x)
-    columns, block = rows.shape[1], block_of(rows.shape[1])
-    with backend.device_guard(x.device):
-        dropout_kernel[len(rows),](
-            *(rows, y, *dropout, rows.stride(0), columns, block), **options(block)
-        )
+    rows, stride = _rows(x)
+    seed, *numbers = dropout
+    columns = x.shape[-1]
+    block = block_of(columns)
+    launch(
+        *(dropout_kernel, x.device, (x.numel() // columns, 1, 1)),
+        *((rows, y, seed), (*numbers, stride), (columns, block), options(block)),
+    )
     return y
 
 
@@ -378,12 +394,11 @@ class _Norm(torch.autograd.Function):
         return y, h
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
+    @once_differentiable
     def backward(ctx, dy, dsum=None):
         demands_x, demands_residual, *demands_parameters = ctx.needs_input_grad[:4]
         x_dtype, residual_dtype, *dtypes = ctx.dtypes
         drops = ctx.scale is not None
-        demanded = [drops, demands_residual or (demands_x and not drops), *demands_parameters]
         if dy is None:
             dx, dh, dweight, dbias = None, dsum, None, None
             if drops and dsum is not None:
@@ -391,21 +406,28 @@ class _Norm(torch.autograd.Function):
                 dx = dropped_out(dsum, dropout, x_dtype)
         else:
             h, weight, mean, rstd, seed = ctx.saved_tensors
-            dropout = Dropout(seed, ctx.last_dropped, ctx.scale)
+            dropout = Dropout(seed, ctx.last_dropped, ctx.scale) if drops else NO_DROPOUT
             dsum = dsum if demands_x or demands_residual else None
+            demands_h = demands_residual or (demands_x and not drops)
+            demanded = (drops, demands_h, *demands_parameters)
             dx, dh, dweight, dbias = backward(
-                *(dy, dsum, h, weight, mean, rstd, ctx.norm, demanded, [x_dtype, *dtypes], dropout)
+                *(dy, dsum, h, weight, mean, rstd, ctx.norm, demanded, (x_dtype, *dtypes), dropout)
             )
         if demands_x and not drops and dh is not None:
-            dx = dh.to(x_dtype)
-        dresidual = dh.to(residual_dtype) if demands_residual and dh is not None else None
+            dx = _cast(dh, x_dtype)
+        dresidual = _cast(dh, residual_dtype) if demands_residual and dh is not None else None
         return dx, dresidual, dweight, dbias, None, None, None
+
+
+def _cast(gradient: Tensor, dtype: torch.dtype) -> Tensor:
+    # `to` takes a microsecond to find that there is nothing to do
+    return gradient if gradient.dtype == dtype else gradient.to(dtype)
 
 
 def run(inputs: Inputs, norm: Norm, return_sum: bool, dropout: float = 0.0) -> Result:
     """y, or (y, dropout(x) + residual), with autograd where something requires a gradient."""
     drop = draw_dropout(dropout, inputs.x.device) if dropout else NO_DROPOUT
-    if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in inputs):
+    if torch.is_grad_enabled() and any([t is not None and t.requires_grad for t in inputs]):
         return _Norm.apply(*inputs, norm, return_sum, drop)
     y, h, *_ = forward(inputs, norm, statistics=False, keep_sum=return_sum, dropout=drop)
     return (y, h) if return_sum else y
