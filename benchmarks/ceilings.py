@@ -22,7 +22,6 @@ from __future__ import annotations
 import argparse
 import contextlib
 import json
-import os
 import sys
 from collections.abc import Iterator
 from dataclasses import replace
@@ -32,6 +31,7 @@ from unittest import mock
 
 import torch
 import torch.nn.functional as F
+from stored_results import store
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -316,9 +316,7 @@ def main() -> None:
         del meta["device"]  # none is asked
         paths = {name: ROOT / "benchmarks" / "experiments" / f"{name}.toml" for name in EXPERIMENTS}
         found = {name: counted(read_experiment(path)) for name, path in paths.items()}
-        partial = RESULT.with_suffix(".partial")
-        partial.write_text(json.dumps({"meta": meta, "experiments": found}, indent=1) + "\n")
-        os.replace(partial, RESULT)
+        store({"meta": meta, "experiments": found}, RESULT)
     print(table(json.loads(RESULT.read_text())))
 
 

@@ -7,7 +7,7 @@
 An experiment (TOML) names a model's shape, what everybody trains, and who. Everybody gets the same
 weights, the same rows in the same order, the same clipping and the same learning rate. First comes
 the gate (`gate.py`): losses, gradients and updates of a step in every stage against plain
-torch; who fails it, or cannot run here, gets no number but a reason. Then runs are made, step by
+torch. A provider that fails it, or cannot run here, has a reason in place of numbers. Then runs are made, step by
 step in turn or run by run in turn. A *step* is forward, backward, clipping, update and dropping the
 gradients, and at a change of stage what that costs. Losses are stored beside every time.
 
@@ -21,7 +21,6 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import json
-import os
 import subprocess
 import sys
 import tempfile
@@ -37,6 +36,7 @@ from ceilings import ceilings, in_words
 from gate import Gate
 from providers import PROVIDERS
 from runs import Record, summarise, train
+from stored_results import Verdict, store
 from training import Work, reason
 
 from progtuning_kernels.cli.provenance import installed_version, provenance
@@ -274,27 +274,11 @@ class Bench:
     def write(self) -> None:
         if self.arguments.output is None or self.arguments.worker is not None:
             return
-        folder = self.arguments.output / "training"
-        folder.mkdir(parents=True, exist_ok=True)
-        partial = folder / f"{self.experiment.name}.json.partial"
-        partial.write_text(json.dumps(self.content(), indent=1) + "\n")
-        os.replace(partial, folder / f"{self.experiment.name}.json")
+        path = self.arguments.output / "training" / f"{self.experiment.name}.json"
+        store(self.content(), path)
 
 
 # ---- what is shown
-
-
-@dataclass(frozen=True)
-class Verdict:
-    """met is None where nothing was measured that could say."""
-
-    target: str
-    met: bool | None
-    found: str
-
-    def __str__(self) -> str:
-        word = {True: "met", False: "NOT met", None: "not measured"}[self.met]
-        return f"{word}: {self.target}: {self.found}"
 
 
 def figure(entry: Mapping[str, Any], metric: str, epochs_per_stage: int) -> float | None:

@@ -145,9 +145,10 @@ class PrefixServer:
 
     def fed(self) -> list[Fed]:
         """What the forward that comes is fed in its prefix's place; nothing where that runs."""
+        if self._stand_ins is None:
+            return []
         levels = {path.levels.get(self.level) for path in self._paths.values()} - {None}
-        fed = [level.fed() for level in levels if self._stand_ins is not None]
-        return [one for one in fed if one is not None]
+        return [fed for level in levels if (fed := level.fed()) is not None]
 
     def install_stand_ins(self) -> None:
         """Put the stand-ins of the forward that comes in their places, until `after_forward`."""

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import ast
-import importlib.util
 import itertools
 import json
 import os
@@ -14,6 +13,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from benchmark_scripts import load_script
 from triton_builds import WAVES, compile_for, rocm_resources
 
 ROOT = Path(__file__).parents[2]
@@ -21,14 +21,6 @@ SCRIPT = ROOT / "benchmarks" / "kernel_resources.py"
 STORED = ROOT / "benchmarks" / "results" / "compiled" / "kernel_resources.json"
 CONTENT = json.loads(STORED.read_text())
 TARGETS = {"sm_80", "sm_90", "sm_100", "sm_120"}
-
-
-def _script():
-    spec = importlib.util.spec_from_file_location("kernel_resources", SCRIPT)
-    module = importlib.util.module_from_spec(spec)
-    sys.modules["kernel_resources"] = module  # its dataclasses look themselves up
-    spec.loader.exec_module(module)
-    return module
 
 
 def _triton_kernels() -> set[str]:
@@ -87,7 +79,7 @@ def test_the_table_of_the_docs_is_that_of_the_stored_results():
 def test_the_ops_launch_what_was_compiled():
     """Of what was stored nothing is missing and nothing is stale but the numbers themselves."""
     pytest.importorskip("triton")
-    launches = _script().launches()
+    launches = load_script("kernel_resources").launches()
     keys = [(launch.name, launch.variant, launch.width) for launch in launches]
     stored = [(row["kernel"], row["variant"], row["width"]) for row in CONTENT["triton"]]
     assert keys == stored, "run benchmarks/kernel_resources.py"
@@ -104,7 +96,7 @@ def test_the_ops_launch_what_was_compiled():
 @pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") == "1", reason="compiles nothing")
 def test_arguments_are_specialised_as_at_a_launch():
     triton = pytest.importorskip("triton")
-    script = _script()
+    script = load_script("kernel_resources")
 
     @triton.jit(do_not_specialize=["varies"])
     def kernel(x, y, n, one, far, varies, scale, BLOCK: triton.language.constexpr):

@@ -52,7 +52,7 @@ class CrossEntropyOutput(NamedTuple):
 def _outputs(ctx: Any, formed: chunks.Formed) -> tuple[Tensor | None, ...]:
     metrics = formed.z_loss, formed.token_accuracy
     ctx.mark_non_differentiable(*(t for t in metrics if t is not None))
-    ctx.set_materialize_grads(False)  # for them: nothing reads it
+    ctx.set_materialize_grads(False)  # nothing reads gradients of the metrics
     return formed.loss, *metrics
 
 
