@@ -502,9 +502,7 @@ def main() -> None:
     if arguments.table:
         print(table(json.loads(arguments.output.read_text())))
         return
-    meta = provenance(torch.device("cpu"))
-    del meta["device"]  # none is asked
-    content: dict[str, Any] = {"meta": meta | {"nvcc": nvcc_version()}}
+    content: dict[str, Any] = {"meta": provenance(None) | {"nvcc": nvcc_version()}}
     with tempfile.TemporaryDirectory() as folder:
         content["triton"] = triton_rows(launches(), Path(folder))
         content["cuda"] = cuda_rows(Path(folder))

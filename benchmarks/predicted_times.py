@@ -626,9 +626,7 @@ def main() -> None:
             for name in entry.keys() - {SHOWN}:
                 del entry[name]["kernels"]
             results[str(what)] = entry
-    meta = provenance(torch.device("cpu"))
-    del meta["device"]  # none is asked
-    meta |= {"nvcc": kernel_resources.nvcc_version()}
+    meta = provenance(None) | {"nvcc": kernel_resources.nvcc_version()}
     content = {"meta": meta, "devices": {d.name: vars(d) for d in DEVICES}, "results": results}
     store(content, arguments.output)
     print(table(content))

@@ -8,8 +8,9 @@ An experiment (TOML) names a model's shape, what everybody trains, and who. Ever
 weights, the same rows in the same order, the same clipping and the same learning rate. First comes
 the gate (`gate.py`): losses, gradients and updates of a step in every stage against plain
 torch. A provider that fails it, or cannot run here, has a reason in place of numbers. Then runs are
-made, step by step in turn or run by run in turn. A *step* is forward, backward, clipping, update and dropping the
-gradients, and at a change of stage what that costs. Losses are stored beside every time.
+made, step by step in turn or run by run in turn. A *step* is forward, backward, clipping, update
+and dropping the gradients, and at a change of stage what that costs. Losses are stored beside every
+time.
 
 `whole_runs` composes longer runs from the medians (see `runs.summarise`), with the first step
 of every stage as it was; `measured_run_s` is what the measured run took, all of its steps, and

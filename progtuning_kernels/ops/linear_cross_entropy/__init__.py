@@ -34,6 +34,8 @@ OP = backend.register(
 class CrossEntropyOutput(NamedTuple):
     """What `linear_cross_entropy` returns where more than the loss is asked for.
 
+    All are float32 (float64 for float64).
+
     Attributes:
         loss: what the op returns if only the loss is asked for.
         z_loss: the part of loss that is z-loss, reduced as loss is. It has no gradient. None if it
