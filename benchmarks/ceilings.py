@@ -251,7 +251,7 @@ def ceilings(
     """Of a target's metric, by resource: of several ways that of the best.
 
     Args:
-        experiment: its name. target: fields of `run.Target`.
+        experiment: its name. target: fields of `experiment.Target`.
         content: of a ceilings.json; None: the stored one.
 
     Returns:
@@ -308,7 +308,7 @@ def main() -> None:
     arguments = parser.parse_args()
     if not arguments.table:
         sys.path[:0] = [str(ROOT / "benchmarks"), str(ROOT / "tests" / "support")]
-        from run import read_experiment
+        from experiment import read_experiment
 
         from progtuning_kernels.cli.provenance import provenance
 

@@ -25,23 +25,20 @@ TARGETS = {"sm_80", "sm_90", "sm_100", "sm_120"}
 
 def _triton_kernels() -> set[str]:
     """The @triton.jit functions that no other one calls: those that are launched."""
-    kernels = set()
-    for path in (ROOT / "progtuning_kernels" / "ops").rglob("*.py"):
-        jitted = [
-            node
-            for node in ast.parse(path.read_text()).body
-            if isinstance(node, ast.FunctionDef)
-            and any("triton.jit" in ast.unparse(decorator) for decorator in node.decorator_list)
-        ]
-        called = {
-            call.func.id
-            for node in jitted
-            for call in ast.walk(node)
-            if isinstance(call, ast.Call) and isinstance(call.func, ast.Name)
-        }
-        folder = path.parent.name if path.stem == "triton" else path.stem
-        kernels |= {f"{folder}.{node.name}" for node in jitted if node.name not in called}
-    return kernels
+    jitted = [
+        (path.parent.name if path.stem == "triton" else path.stem, node)
+        for path in (ROOT / "progtuning_kernels" / "ops").rglob("*.py")
+        for node in ast.parse(path.read_text()).body
+        if isinstance(node, ast.FunctionDef)
+        and any("triton.jit" in ast.unparse(decorator) for decorator in node.decorator_list)
+    ]
+    called = {
+        call.func.id
+        for _, node in jitted
+        for call in ast.walk(node)
+        if isinstance(call, ast.Call) and isinstance(call.func, ast.Name)
+    }
+    return {f"{folder}.{node.name}" for folder, node in jitted if node.name not in called}
 
 
 def test_every_kernel_is_there_for_every_architecture():
