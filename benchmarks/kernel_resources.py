@@ -14,7 +14,6 @@ from __future__ import annotations
 import argparse
 import json
 import math
-import os
 import re
 import runpy
 import shutil
@@ -30,6 +29,7 @@ from unittest import mock
 
 import torch
 from rich.progress import track
+from stored_results import store
 from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "tests" / "support"))
@@ -46,9 +46,8 @@ RESULT = ROOT / "benchmarks" / "results" / "compiled" / "kernel_resources.json"
 ARCHITECTURES = (80, 90, 100, 120)
 WIDTHS = (768, 2048, 4096, 8192)  # of norms, whose rows lie in registers
 ROWS, CLASSES, EPS = 32, 128_256, 1e-6
-RESERVED = (
-    1024  # bytes of shared memory that are the system's from sm_90 on, and reported with ours
-)
+# bytes of shared memory that are the system's from sm_90 on, and reported with ours
+RESERVED = 1024
 KINDS = {
     torch.float32: "*fp32",
     torch.bfloat16: "*bf16",
@@ -221,6 +220,7 @@ def _activations() -> Iterator[tuple[str, None, Callable[[], None]]]:
         ("bias_gelu, all", activation("bias_gelu"), "x bias", {"x": shape, "bias": shape[1:]}),
         ("bias_gelu, dbias", activation("bias_gelu"), "bias", {"x": shape, "bias": shape[1:]}),
         ("swiglu, all", activation("swiglu"), "gate up", both),
+        ("swiglu of Falcon-H1, all", activation("swiglu", gate_multiplier=0.7), "gate up", both),
         ("swiglu, dgate", activation("swiglu"), "gate", both),
         ("swiglu, dup", activation("swiglu"), "up", both),
         ("geglu, tanh, all", activation("geglu", approximate="tanh"), "gate up", both),
@@ -233,18 +233,21 @@ def _activations() -> Iterator[tuple[str, None, Callable[[], None]]]:
 def _losses() -> Iterator[tuple[str, None, Callable[[], None]]]:
     everything = dict(label_smoothing=0.1, softcap=30.0, z_loss=1e-4)
     everything["class_weight"] = torch.ones(CLASSES)
+    returned = dict(z_loss=1e-4, return_z_loss=True, return_token_accuracy=True)
     cases = [
         ("loss alone", torch.bfloat16, "", {}),
         ("loss and gradients", torch.bfloat16, "hidden", {}),
         ("with smoothing, softcap, z-loss, class weights", torch.bfloat16, "hidden", everything),
         ("the same, float32", torch.float32, "hidden", everything),
+        ("z-loss and accuracy returned", torch.bfloat16, "hidden", returned),
     ]
     for variant, dtype, demanded, options in cases:
         tensors = _tensors(demanded, {"hidden": (2, 16), "weight": (CLASSES, 16)}, dtype)
         tensors["labels"] = torch.zeros(2, dtype=torch.int64)
 
         def loss(o=options, **tensors):
-            return ops.linear_cross_entropy(**tensors, **o, implementation="triton")
+            found = ops.linear_cross_entropy(**tensors, **o, implementation="triton")
+            return found if isinstance(found, Tensor) else found.loss
 
         yield variant, None, lambda f=loss, t=tensors: _run(f, **t)
 
@@ -499,16 +502,11 @@ def main() -> None:
     if arguments.table:
         print(table(json.loads(arguments.output.read_text())))
         return
-    meta = provenance(torch.device("cpu"))
-    del meta["device"]  # none is asked
-    content: dict[str, Any] = {"meta": meta | {"nvcc": nvcc_version()}}
+    content: dict[str, Any] = {"meta": provenance(None) | {"nvcc": nvcc_version()}}
     with tempfile.TemporaryDirectory() as folder:
         content["triton"] = triton_rows(launches(), Path(folder))
         content["cuda"] = cuda_rows(Path(folder))
-    arguments.output.parent.mkdir(parents=True, exist_ok=True)
-    partial = arguments.output.with_suffix(".partial")
-    partial.write_text(json.dumps(content, indent=1) + "\n")
-    os.replace(partial, arguments.output)
+    store(content, arguments.output)
     print(table(content))
 
 

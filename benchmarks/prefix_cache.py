@@ -28,6 +28,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from stored_results import store
 from torch import nn
 from training import PRECISIONS, SHAPES, Work
 
@@ -222,9 +223,7 @@ def main() -> None:
         } | {"dtype": str(PRECISIONS[workload.precision]), "rounds": arguments.rounds}
         content["rows"] += measure(workload, device, arguments.rounds)
         if arguments.output is not None:
-            arguments.output.mkdir(parents=True, exist_ok=True)
-            path = arguments.output / "prefix_cache.json"
-            path.write_text(json.dumps(content, indent=1) + "\n")
+            store(content, arguments.output / "prefix_cache.json")
     print(table(content))
 
 

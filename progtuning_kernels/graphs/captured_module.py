@@ -30,6 +30,7 @@ class _WarmUp:
     def __init__(self) -> None:
         self.wanted: tuple[bool, ...] | None = None
         self.differentiated = False  # its backward
+        self.repeated = False  # one forward had two backwards
 
 
 class _Observed(torch.autograd.Function):
@@ -37,7 +38,7 @@ class _Observed(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, warm_up: _WarmUp, *outputs: Tensor) -> Any:
-        ctx.warm_up = warm_up
+        ctx.warm_up, ctx.done = warm_up, False
         ctx.set_materialize_grads(False)
         return tuple(t.clone() for t in outputs)
 
@@ -45,6 +46,8 @@ class _Observed(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor | None) -> Any:
         ctx.warm_up.wanted = tuple(g is not None for g in grads)
         ctx.warm_up.differentiated |= torch.is_grad_enabled()
+        ctx.warm_up.repeated |= ctx.done
+        ctx.done = True
         return None, *grads
 
 
@@ -155,6 +158,8 @@ class CapturedModule:
             raise NotCapturable(against)
         if isinstance(kind, _WarmUp) and kind.differentiated:
             raise NotCapturable("its backward is differentiated (create_graph=True)")
+        if isinstance(kind, _WarmUp) and kind.repeated:
+            raise NotCapturable("a forward has two backwards (retain_graph=True)")
         if self._turns.awaited:
             raise NotCapturable("the backward of a forward before it may still come")
         if isinstance(kind, _WarmUp):

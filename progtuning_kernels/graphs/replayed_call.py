@@ -169,10 +169,7 @@ class ReplayedCall:
         if starts:
             with pool.recording() as self._backward:
                 wants = [*self._demanded, *gradients.parameters]
-                # retained: else its own memory lies over what it reads, and a second one reads that
-                found = torch.autograd.grad(
-                    starts, wants, self._starts, allow_unused=True, retain_graph=True
-                )
+                found = torch.autograd.grad(starts, wants, self._starts, allow_unused=True)
                 own = found[len(self._demanded) :]
                 there = [i for i, g in enumerate(own) if g is not None]
                 if there:
@@ -260,9 +257,11 @@ class _Replayed(torch.autograd.Function):
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, *grads: Tensor | None) -> Any:
         _ = ctx.saved_tensors
-        if ctx.turn.stale:
+        if ctx.turn.done or ctx.turn.stale:
+            before = "its backward" if ctx.turn.done else "another captured forward"
             raise RuntimeError(
-                "another captured forward has run since this one: what its backward needs is gone"
+                f"{before} has run since this captured forward, over what a backward needs: "
+                'patch_model(..., graph="off")'
             )
         found = ctx.call.replay_backward(grads)
         ctx.turn.done = True

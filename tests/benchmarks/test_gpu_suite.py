@@ -2,31 +2,18 @@
 
 from __future__ import annotations
 
-import importlib.util
 import inspect
 import json
 import os
 import subprocess
 import sys
 import time
-from pathlib import Path
-from types import ModuleType
 
 import pytest
 import torch
+from benchmark_scripts import BENCHMARKS, load_script
 
-BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
-
-
-def _loaded(name: str, path: Path) -> ModuleType:
-    spec = importlib.util.spec_from_file_location(name, path)
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[name] = module  # its dataclasses look themselves up
-    spec.loader.exec_module(module)
-    return module
-
-
-gpu_suite = _loaded("gpu_suite", BENCHMARKS / "gpu_suite.py")
+gpu_suite = load_script("gpu_suite")
 Part, Suite = gpu_suite.Part, gpu_suite.Suite
 
 
@@ -77,8 +64,8 @@ def test_every_gpu_test_runs_once_and_what_captures_never_under_blocking_launche
         assert part.after_failure_of == first.name and "--last-failed" in part.command
 
 
-def test_captures_are_skipped_where_launches_block(monkeypatch):
-    conftest = _loaded("conftest_of_tests", BENCHMARKS.parent / "tests" / "conftest.py")
+def test_captures_are_skipped_where_launches_block(monkeypatch, pytestconfig):
+    conftest = pytestconfig.pluginmanager.get_plugin(str(BENCHMARKS.parent / "tests/conftest.py"))
 
     class Item:
         def __init__(self, *keywords: str) -> None:
@@ -167,9 +154,10 @@ def test_how_results_are_kept(tmp_path):
     assert f"cp -r {tmp_path}/*.json {tmp_path}/training {kept}/" in said
     pages = "".join(path.read_text() for path in (BENCHMARKS.parent / "docs").rglob("*.md"))
     for line in said.splitlines():
-        if line.startswith("  python "):
+        if line.startswith("  python ") and "  # " in line:
             command, marker = line.split("  # ")
             assert marker in pages and (BENCHMARKS.parent / command.split()[1]).exists()
+    assert said.endswith(f"predicted_times.py --compare {tmp_path}")
     assert "cp -r" not in gpu_suite.how_to_keep(BENCHMARKS.parent / kept, "NVIDIA H200 (PCIe)")
 
 

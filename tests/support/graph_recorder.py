@@ -7,8 +7,7 @@ It stands in for `torch.cuda.CUDAGraph` behind the seam of `graphs/pools.py`, an
 - It refuses what a capture refuses: reads of values by the host, tensors made from the host's data,
   numbers of a generator that is not torch's own.
 - Recordings of one pool share memory. What nothing held when a recording began may lie under it: it
-  is NaN from every replay of that recording on. What is let go of while it records may be taken
-  again by the same recording: it is NaN after its replays.
+  is NaN from every replay of that recording on.
 - Sizes, addresses and numbers are baked in. Memory from outside that nothing holds any more is NaN
   in a replay; `numbers` is for comparing two recordings.
 - A replay writes without new versions, as a GPU does behind autograd's back.
@@ -80,7 +79,7 @@ class Recording(TorchDispatchMode):
         self.outside: dict[int, Tensor] = {}  # memory that it only uses
         self._constants: set[int] = set()
         self._below: list[Tensor] = []  # the pool's, which a replay may overwrite
-        self._freed: list[Tensor] = []  # the same, by the end of a replay
+        self.freed: list[Tensor] = []  # what nothing held any more when it ended
         self._before: dict[int, tuple[Tensor, Tensor]] = {}  # memory from outside, and its values
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -117,9 +116,6 @@ class Recording(TorchDispatchMode):
         for whole in self.made.values():
             _spoil(whole)
 
-    def settle(self) -> None:
-        self._freed = self._pool.released()
-
     def replay(self) -> None:
         """Run it again, on the same memory."""
         for whole in (*self._below, *self._pool.gone(self.outside), *self.made.values()):
@@ -129,10 +125,14 @@ class Recording(TorchDispatchMode):
             for op in self.operations
             for t in (*_written(op.func, op.args, op.kwargs), *_tensors(op.found))
         ]
-        with torch.no_grad(), torch.autograd._unsafe_preserve_version_counter(tuple(written)):
+        with (
+            torch.no_grad(),
+            torch.autocast("cpu", enabled=False),  # what it casts was recorded
+            torch.autograd._unsafe_preserve_version_counter(tuple(written)),
+        ):
             for operation in self.operations:
                 _repeat(operation)
-        for whole in self._freed:
+        for whole in self.freed:  # later operations of the same may lie there
             _spoil(whole)
         self.replays += 1
 
@@ -237,7 +237,7 @@ class RecorderPool:
                 torch.set_rng_state(random_state)
                 recording.end()
         self.recordings.append(recording)
-        recording.settle()
+        recording.freed = self.released()
 
     @property
     def nbytes(self) -> int:
