@@ -52,11 +52,14 @@ class Legality(TorchDispatchMode):
                     raise NotCapturable(
                         f"{func} takes a tensor that is no argument, parameter, buffer or attribute"
                     )
-        found = func(*args, **kwargs)
-        made = _tensors(found)
-        if len({t.device for t in (*given, *made) if t.dim()}) > 1:
+        # a tensor without dimensions is a number to most operations
+        devices = {t.device.type for t in given if t.dim() or name == "_to_copy"}
+        if given and kwargs.get("device") is not None:
+            devices.add(torch.device(kwargs["device"]).type)
+        if len(devices) > 1:
             raise NotCapturable(f"a copy between devices: {func}")
-        self._known.update(map(_storage, (*given, *made)))
+        found = func(*args, **kwargs)
+        self._known.update(map(_storage, (*given, *_tensors(found))))
         return found
 
 

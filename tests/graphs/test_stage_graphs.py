@@ -27,6 +27,7 @@ from progtuning_kernels import (
 )
 from progtuning_kernels.graphs import StageGraphs, captured_module
 from progtuning_kernels.graphs.captured_module import CapturedModule
+from progtuning_kernels.graphs.legality import Legality, NotCapturable
 
 STEPS, STAGES = 15, 3
 REPLAYS = STEPS - STAGES  # the first forward of a stage is eager
@@ -539,6 +540,21 @@ def test_outputs_and_gradients_that_are_kept_stay_as_they_are(pair):
     assert all(map(torch.equal, *kept))
     pair.check()
     assert pair.report.replays == 6
+
+
+@pytest.mark.parametrize(
+    "run",
+    [
+        lambda x: x.to("meta"),
+        lambda x: x.sum().to("meta"),
+        lambda x: x.copy_(torch.empty(3, device="meta")),
+        lambda x: x.sum().item(),
+        lambda x: x[x > 0],
+    ],
+)
+def test_what_a_capture_cannot_record_is_not_tried(run):
+    with Legality([x := torch.zeros(3)]), pytest.raises(NotCapturable):
+        run(x)
 
 
 class Normed(nn.Module):
