@@ -201,7 +201,7 @@ class CapturedModule:
             if isinstance(leaf, Tensor):
                 known.append((leaf.shape, leaf.dtype, leaf.requires_grad))
             elif isinstance(leaf, _CONSTANTS):
-                known.append((type(leaf), leaf))
+                known.append((type(leaf), str(leaf)))  # nan equals itself, 0.0 is not -0.0
             else:
                 raise NotCapturable(f"an argument holds a {type(leaf).__name__}", lasting=True)
         known += [(feed.key, *(t.shape for t in feed.tensors)) for feed in feeds]

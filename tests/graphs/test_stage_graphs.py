@@ -840,6 +840,23 @@ def test_what_watches_a_forward_sees_all_of_it(pair):
     pair.check()
 
 
+def test_a_gradient_that_is_differentiated_is_eager(pools):
+    pair = Pair(model=Normed())
+
+    def do(model, optimizer, handle):
+        x = torch.randn(5, 6, requires_grad=True)
+        loss = model(x)
+        (grad,) = torch.autograd.grad(loss, x, create_graph=True)
+        (loss + grad.square().sum()).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+
+    for _ in range(4):
+        pair.both(do)
+    pair.check()
+    assert not pair.report.replays
+
+
 def test_numbers_that_never_come_again_leave_room_for_kinds(pools, monkeypatch):
     monkeypatch.setattr(captured_module, "MOST_KINDS", 1)
     pair = Pair()
