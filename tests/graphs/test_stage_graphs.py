@@ -15,6 +15,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tiny_models import tiny_inputs, tiny_model
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
 from progtuning_kernels import (
@@ -811,6 +812,14 @@ def test_a_forward_with_a_memory_runs_eagerly(model, reason, pools):
     assert not pair.report.replays and pair.report.block_replays
 
 
+class Operations(TorchDispatchMode):
+    count = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.count += 1
+        return func(*args, **(kwargs or {}))
+
+
 def test_what_watches_a_forward_sees_all_of_it(pair):
     pair.steps()
 
@@ -834,6 +843,9 @@ def test_what_watches_a_forward_sees_all_of_it(pair):
     pair.both(checkpointed)
     own, other = pair.both(counted)
     assert own == other > 0
+    with Operations() as operations:
+        pair.models[0](**_batch())
+    assert operations.count > 100
     own, other = pair.both(differentiated)
     assert all(torch.equal(own[name], other[name]) for name in own)
     pair.steps()
