@@ -112,7 +112,9 @@ def _subject(module: nn.Module, swap: Swap) -> nn.Module:
     if swap.kind == HEAD:
         rows = min(module.out_features, _HEAD_ROWS)
         bias = module.bias is not None
-        twin = nn.Linear(module.in_features, rows, bias, module.weight.device, module.weight.dtype)
+        # nn.Linear itself would draw weights from the caller's random numbers
+        like = {"device": module.weight.device, "dtype": module.weight.dtype}
+        twin = nn.utils.skip_init(nn.Linear, module.in_features, rows, bias, **like)
     else:
         shallow = copy.copy(module)
         shallow._modules = {
