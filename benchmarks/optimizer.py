@@ -478,8 +478,10 @@ def main() -> None:
             wait(device)  # raises if the device is lost
         if arguments.output is not None:  # as it goes: a run cut short leaves what it has
             arguments.output.mkdir(parents=True, exist_ok=True)
-            path = arguments.output / "optimizer.json"
-            path.write_text(json.dumps(content, indent=1) + "\n")
+            # in one piece: a run that is killed leaves the last file whole
+            partial = arguments.output / "optimizer.json.partial"
+            partial.write_text(json.dumps(content, indent=1) + "\n")
+            os.replace(partial, arguments.output / "optimizer.json")
         if device.type == "cuda":
             torch.cuda.empty_cache()
     if content["not_reached"]:

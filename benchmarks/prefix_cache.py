@@ -18,6 +18,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import statistics
 import tempfile
 import time
@@ -223,8 +224,10 @@ def main() -> None:
         content["rows"] += measure(workload, device, arguments.rounds)
         if arguments.output is not None:
             arguments.output.mkdir(parents=True, exist_ok=True)
-            path = arguments.output / "prefix_cache.json"
-            path.write_text(json.dumps(content, indent=1) + "\n")
+            # in one piece: a run that is killed leaves the last file whole
+            partial = arguments.output / "prefix_cache.json.partial"
+            partial.write_text(json.dumps(content, indent=1) + "\n")
+            os.replace(partial, arguments.output / "prefix_cache.json")
     print(table(content))
 
 
