@@ -221,6 +221,7 @@ def _activations() -> Iterator[tuple[str, None, Callable[[], None]]]:
         ("bias_gelu, all", activation("bias_gelu"), "x bias", {"x": shape, "bias": shape[1:]}),
         ("bias_gelu, dbias", activation("bias_gelu"), "bias", {"x": shape, "bias": shape[1:]}),
         ("swiglu, all", activation("swiglu"), "gate up", both),
+        ("swiglu of Falcon-H1, all", activation("swiglu", gate_multiplier=0.7), "gate up", both),
         ("swiglu, dgate", activation("swiglu"), "gate", both),
         ("swiglu, dup", activation("swiglu"), "up", both),
         ("geglu, tanh, all", activation("geglu", approximate="tanh"), "gate up", both),
@@ -233,18 +234,21 @@ def _activations() -> Iterator[tuple[str, None, Callable[[], None]]]:
 def _losses() -> Iterator[tuple[str, None, Callable[[], None]]]:
     everything = dict(label_smoothing=0.1, softcap=30.0, z_loss=1e-4)
     everything["class_weight"] = torch.ones(CLASSES)
+    returned = dict(z_loss=1e-4, return_z_loss=True, return_token_accuracy=True)
     cases = [
         ("loss alone", torch.bfloat16, "", {}),
         ("loss and gradients", torch.bfloat16, "hidden", {}),
         ("with smoothing, softcap, z-loss, class weights", torch.bfloat16, "hidden", everything),
         ("the same, float32", torch.float32, "hidden", everything),
+        ("z-loss and accuracy returned", torch.bfloat16, "hidden", returned),
     ]
     for variant, dtype, demanded, options in cases:
         tensors = _tensors(demanded, {"hidden": (2, 16), "weight": (CLASSES, 16)}, dtype)
         tensors["labels"] = torch.zeros(2, dtype=torch.int64)
 
         def loss(o=options, **tensors):
-            return ops.linear_cross_entropy(**tensors, **o, implementation="triton")
+            found = ops.linear_cross_entropy(**tensors, **o, implementation="triton")
+            return found if isinstance(found, Tensor) else found.loss
 
         yield variant, None, lambda f=loss, t=tensors: _run(f, **t)
 

@@ -182,6 +182,22 @@ def test_a_step_waits_for_the_gpu_no_more_than_it_has_to(case, monkeypatch):
     assert by_reference == ({"masked_update"} if case.optimizer == "reference" else set())
 
 
+@pytest.mark.parametrize("name", ["bert-sequence", "llama-causal-lm"])
+@pytest.mark.parametrize("packing", ["off", "on"])
+def test_a_replayed_step_waits_no_more(name, packing, monkeypatch):
+    with _gpu(monkeypatch, "triton") as (pretend, _):
+        model = pretend.put(tiny_model(name))
+        handle = patch_model(model, _plan(model), packing=packing, kernels="off", graph="on")
+        optimizer = MaskedAdamW(handle.param_groups(lr=1e-3), max_grad_norm=1.0)
+        for seed in (1, 1, 1, 2):
+            replays = handle.graph_report().replays
+            pretend.events.clear()
+            _train(model, optimizer, "plain", [pretend.put(tiny_inputs(name, seed=seed))], None)
+        assert handle.graph_report().replays == replays + 1 >= 2
+        waits = [e for e in pretend.events if e.kind != "pinned"]
+    assert len(waits) <= READS * (packing == "on"), waits
+
+
 def test_every_two_values_come_together_in_a_case():
     values = [sorted({case[i] for case in CASES}) for i in range(len(Case._fields))]
     for (i, first), (j, second) in itertools.combinations(enumerate(values), 2):

@@ -27,6 +27,7 @@ class _WarmUp:
 
     def __init__(self) -> None:
         self.wanted: tuple[bool, ...] | None = None
+        self.repeated = False  # one forward had two backwards
 
 
 class _Observed(torch.autograd.Function):
@@ -34,13 +35,15 @@ class _Observed(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, warm_up: _WarmUp, *outputs: Tensor) -> Any:
-        ctx.warm_up = warm_up
+        ctx.warm_up, ctx.done = warm_up, False
         ctx.set_materialize_grads(False)
         return tuple(t.clone() for t in outputs)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor | None) -> Any:
         ctx.warm_up.wanted = tuple(g is not None for g in grads)
+        ctx.warm_up.repeated |= ctx.done
+        ctx.done = True
         return None, *grads
 
 
@@ -128,6 +131,8 @@ class CapturedModule:
             return _observed(output, kind), against or WARM_UP
         if against is not None:
             raise NotCapturable(against)
+        if isinstance(kind, _WarmUp) and kind.repeated:
+            raise NotCapturable("a forward has two backwards (retain_graph=True)")
         if self._turns.awaited:
             raise NotCapturable("the backward of a forward before it may still come")
         if self._gradients is not None and self._gradients.held_elsewhere():

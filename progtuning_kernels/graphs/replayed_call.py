@@ -257,9 +257,11 @@ class _Replayed(torch.autograd.Function):
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, *grads: Tensor | None) -> Any:
         _ = ctx.saved_tensors
-        if ctx.turn.stale:
+        if ctx.turn.done or ctx.turn.stale:
+            before = "its backward" if ctx.turn.done else "another captured forward"
             raise RuntimeError(
-                "another captured forward has run since this one: what its backward needs is gone"
+                f"{before} has run since this captured forward, over what a backward needs: "
+                'patch_model(..., graph="off")'
             )
         found = ctx.call.replay_backward(grads)
         ctx.turn.done = True

@@ -79,6 +79,7 @@ class Recording(TorchDispatchMode):
         self.outside: dict[int, Tensor] = {}  # memory that it only uses
         self._constants: set[int] = set()
         self._below: list[Tensor] = []  # the pool's, which a replay may overwrite
+        self.freed: list[Tensor] = []  # what nothing held any more when it ended
         self._before: dict[int, tuple[Tensor, Tensor]] = {}  # memory from outside, and its values
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -127,6 +128,8 @@ class Recording(TorchDispatchMode):
         with torch.no_grad(), torch.autograd._unsafe_preserve_version_counter(tuple(written)):
             for operation in self.operations:
                 _repeat(operation)
+        for whole in self.freed:  # later operations of the same may lie there
+            _spoil(whole)
         self.replays += 1
 
     def numbers(self) -> list[tuple[str, list[int | float | bool]]]:
@@ -230,6 +233,7 @@ class RecorderPool:
                 torch.set_rng_state(random_state)
                 recording.end()
         self.recordings.append(recording)
+        recording.freed = self.released()
 
     @property
     def nbytes(self) -> int:
