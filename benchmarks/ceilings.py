@@ -289,7 +289,7 @@ def table(content: dict[str, Any]) -> str:
     ]
     for stored in content["experiments"].values():
         real = f"{stored['real_tokens']:.2f} of the places are real tokens"
-        lines.append(f"| **{stored['title']}**, {real} | | | |")
+        lines.append(f"| **{stored['title']}, {real}** | | | |")
         for way in WAYS:
             for epochs in (1, 3) if way == "ours, cache" else (1,):
                 steps = stored["launches"][way]["later" if epochs > 1 else "first"]

@@ -278,6 +278,8 @@ def how_to_keep(folder: Path, device: str) -> str:
         ("training", "plot.py"),
     ):
         lines.append(f"  python benchmarks/{command} {kept}  # <!-- {marker}:begin -->")
+    lines.append("To compare kernels with their predicted times:")
+    lines.append(f"  python benchmarks/predicted_times.py --compare {shlex.quote(str(folder))}")
     return "\n".join(lines)
 
 

@@ -566,20 +566,25 @@ def table(content: dict[str, Any]) -> str:
 def compare(folder: Path, compiled: Compiled) -> str:
     """Markdown: what was measured there beside what is predicted for that GPU."""
     measured: list[tuple[kernels.Case | Update, float]] = []
-    names = set()
-    if (path := folder / "kernels.json").exists():
-        content = json.loads(path.read_text())
-        names.add(content["meta"]["device"])
+    paths = {name: folder / f"{name}.json" for name in ("kernels", "optimizer")}
+    contents = {name: json.loads(path.read_text()) for name, path in paths.items() if path.exists()}
+    if not contents:
+        raise SystemExit(f"no kernel times of a GPU in {folder}")
+    names = ", ".join({content["meta"]["device"] for content in contents.values()})
+    device = next((d for d in DEVICES if d.name in names), None)
+    if device is None:
+        known = ", ".join(d.name for d in DEVICES)
+        raise SystemExit(f"{folder} was measured on {names}; predicted are times of {known}")
+    if (content := contents.get("kernels")) is not None:
         cases = {str(case): case for case in kernels.cases(torch.device("cuda"))}
         for result in content["results"]:
             us = result["providers"].get("ours", {}).get("kernel_us")
             if us is not None:
                 shape = kernels.Shape(*result["shape"])
                 title = f"{result['operation']}, {result['demand']}, {shape} {result['dtype']}"
-                measured.append((cases[title], us))
-    if (path := folder / "optimizer.json").exists():
-        content = json.loads(path.read_text())
-        names.add(content["meta"]["device"])
+                if title in cases:  # a rehearsal has smaller ones
+                    measured.append((cases[title], us))
+    if (content := contents.get("optimizer")) is not None:
         cases = {case.title: case for case in optimizer.cases(torch.device("cuda"))}
         for result in content["results"]:
             case = cases[result["case"]]
@@ -592,9 +597,6 @@ def compare(folder: Path, compiled: Compiled) -> str:
                     measured.append((update, 1e3 * entry["kernel_ms"]))
     if not measured:
         raise SystemExit(f"no kernel times of a GPU in {folder}")
-    device = next((d for d in DEVICES if d.name in str(names)), None)
-    if device is None:
-        raise SystemExit(f"no prediction for {names}; there are {[d.name for d in DEVICES]}")
     lines = [f"| {device.name} | measured (us) | predicted | measured / predicted |"]
     lines.append("|---|---:|---:|---:|")
     for what, us in measured:

@@ -311,7 +311,8 @@ def verdicts(content: Mapping[str, Any]) -> list[Verdict]:
     experiment, providers, found = content["experiment"], content["providers"], []
     for target in (Target(**t) for t in experiment["targets"]):
         is_time = target.metric == "run_s"
-        what = f"{experiment['title']}: {' or '.join(target.of)} against {target.over}, "
+        of = target.of[0] if len(target.of) == 1 else "best of " + " | ".join(target.of)
+        what = f"{experiment['title']}: {of} against {target.over}, "
         what += (
             f"whole run of {experiment['stages']} x {target.epochs_per_stage} epochs, "
             f"{target.limit:g} x as fast"

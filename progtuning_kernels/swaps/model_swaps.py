@@ -99,12 +99,12 @@ class _Verdict(NamedTuple):
 _Groups = dict[tuple[str, str, bool, str], list[str]]
 
 
-def _report(groups: _Groups) -> KernelReport:
+def _report(groups: _Groups, nothing: str = "no module of a kind that an op runs") -> KernelReport:
     rows = [
         KernelRow(kind, name, len(paths), paths[0], swapped, because)
         for (kind, name, swapped, because), paths in groups.items()
     ]
-    return KernelReport(tuple(rows), None if rows else "no module of a kind that an op runs")
+    return KernelReport(tuple(rows), None if rows else nothing)
 
 
 class KernelSwaps:
@@ -190,7 +190,7 @@ class KernelSwaps:
                 members = cpu_dropout.members(base, from_bytes)
                 module.__class__ = derive(base, ("dropout", from_bytes), members)
                 self._swapped.append(module)
-        return _report(groups)
+        return _report(groups, "on a CPU dropout alone has an op of ours, and no module drops")
 
     def _swap_all(self, device: torch.device) -> KernelReport:
         groups: _Groups = defaultdict(list)

@@ -188,9 +188,10 @@ def test_how_results_are_kept(tmp_path):
     assert f"cp -r {tmp_path}/*.json {tmp_path}/training {kept}/" in said
     pages = "".join(path.read_text() for path in (BENCHMARKS.parent / "docs").rglob("*.md"))
     for line in said.splitlines():
-        if line.startswith("  python "):
+        if line.startswith("  python ") and "  # " in line:
             command, marker = line.split("  # ")
             assert marker in pages and (BENCHMARKS.parent / command.split()[1]).exists()
+    assert said.endswith(f"predicted_times.py --compare {tmp_path}")
     assert "cp -r" not in gpu_suite.how_to_keep(BENCHMARKS.parent / kept, "NVIDIA H200 (PCIe)")
 
 

@@ -131,5 +131,8 @@ def test_measured_times_beside_predictions(predicted, tmp_path):
     assert step.startswith("| MiniLM, 101 tensors, with clipping, MaskedAdamW | 200.0 | ")
     (tmp_path / "kernels.json").write_text(json.dumps({"meta": {"device": "T4"}, "results": []}))
     (tmp_path / "optimizer.json").unlink()
+    with pytest.raises(SystemExit, match="was measured on T4; .* of A100, H100"):
+        predicted.compare(tmp_path, compiled)
+    (tmp_path / "kernels.json").unlink()
     with pytest.raises(SystemExit, match="no kernel times"):
         predicted.compare(tmp_path, compiled)

@@ -309,7 +309,9 @@ def test_evaluation_in_between_is_eager(pair):
 
 
 @pytest.mark.parametrize("cache_enabled", [True, False])
-def test_autocast_is_part_of_the_kind(pair, cache_enabled):
+def test_autocast_is_part_of_the_kind(cache_enabled, pools):
+    pair = Pair(model=tiny_model("bert-sequence", dropout=True))
+
     def do(model, optimizer, handle):
         with torch.autocast("cpu", torch.bfloat16, cache_enabled=cache_enabled):
             loss = model(**_batch()).loss

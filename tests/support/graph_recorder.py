@@ -125,7 +125,11 @@ class Recording(TorchDispatchMode):
             for op in self.operations
             for t in (*_written(op.func, op.args, op.kwargs), *_tensors(op.found))
         ]
-        with torch.no_grad(), torch.autograd._unsafe_preserve_version_counter(tuple(written)):
+        with (
+            torch.no_grad(),
+            torch.autocast("cpu", enabled=False),  # what it casts was recorded
+            torch.autograd._unsafe_preserve_version_counter(tuple(written)),
+        ):
             for operation in self.operations:
                 _repeat(operation)
         for whole in self.freed:  # later operations of the same may lie there
