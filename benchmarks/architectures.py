@@ -31,6 +31,7 @@ os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
 import torch
 import transformers
 from rich.progress import track
+from stored_results import store
 from torch import nn
 from torch.utils import _pytree as pytree
 from transformers.models.auto import modeling_auto
@@ -413,8 +414,8 @@ def main() -> None:
     counts = Counter(row["status"] for row in rows.values())
     print(", ".join(f"{count} {status}" for status, count in counts.most_common()))
     if args.output:
-        content = {"meta": provenance(torch.device("cpu")), "architectures": rows}
-        args.output.write_text(json.dumps(content, indent=1) + "\n")
+        meta = provenance(torch.device("cpu"))
+        store({"meta": meta, "architectures": rows}, args.output)
 
 
 if __name__ == "__main__":

@@ -22,7 +22,6 @@ from __future__ import annotations
 import argparse
 import contextlib
 import json
-import os
 import sys
 from collections.abc import Iterator
 from dataclasses import replace
@@ -32,6 +31,7 @@ from unittest import mock
 
 import torch
 import torch.nn.functional as F
+from stored_results import store
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -251,7 +251,7 @@ def ceilings(
     """Of a target's metric, by resource: of several ways that of the best.
 
     Args:
-        experiment: its name. target: fields of `run.Target`.
+        experiment: its name. target: fields of `experiment.Target`.
         content: of a ceilings.json; None: the stored one.
 
     Returns:
@@ -308,17 +308,13 @@ def main() -> None:
     arguments = parser.parse_args()
     if not arguments.table:
         sys.path[:0] = [str(ROOT / "benchmarks"), str(ROOT / "tests" / "support")]
-        from run import read_experiment
+        from experiment import read_experiment
 
         from progtuning_kernels.cli.provenance import provenance
 
-        meta = provenance(torch.device("cpu"))
-        del meta["device"]  # none is asked
         paths = {name: ROOT / "benchmarks" / "experiments" / f"{name}.toml" for name in EXPERIMENTS}
         found = {name: counted(read_experiment(path)) for name, path in paths.items()}
-        partial = RESULT.with_suffix(".partial")
-        partial.write_text(json.dumps({"meta": meta, "experiments": found}, indent=1) + "\n")
-        os.replace(partial, RESULT)
+        store({"meta": provenance(None), "experiments": found}, RESULT)
     print(table(json.loads(RESULT.read_text())))
 
 

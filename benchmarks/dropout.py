@@ -23,6 +23,7 @@ from unittest import mock
 import torch
 import torch.nn.functional as F
 from rich.progress import track
+from stored_results import store
 from torch import Tensor
 
 from progtuning_kernels.cli.provenance import provenance
@@ -158,9 +159,7 @@ def main() -> None:
     content = {"meta": meta, "p": P, "rows": rows}
     print(table(content))
     if arguments.output is not None:
-        arguments.output.mkdir(parents=True, exist_ok=True)
-        path = arguments.output / "dropout.json"
-        path.write_text(json.dumps(content, indent=1) + "\n")
+        store(content, arguments.output / "dropout.json")
 
 
 if __name__ == "__main__":

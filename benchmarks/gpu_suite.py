@@ -12,8 +12,8 @@ tensors of one model, and builds only what has changed.
 
 Needs torch, triton, transformers, peft, pybind11, pytest, hypothesis and nvcc, and no network;
 other packages take part if they are installed. In FOLDER: `suite.json` (what became of every part,
-and all verdicts), `suite.log` (everything printed), and a JSON per benchmark. Ends with 1 if a part
-failed or was cut off, a missed target is no failure; 2 without a GPU.
+and all verdicts), `suite.log` (everything printed), and a JSON per benchmark. The exit status is 1
+if a part failed or was cut off (a missed target is no failure), and 2 without a GPU.
 """
 
 from __future__ import annotations
@@ -33,6 +33,8 @@ from dataclasses import dataclass, replace
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
+
+from stored_results import WORDS, store
 
 ROOT = Path(__file__).resolve().parent.parent
 BUDGET_S, SHORT_S = 480.0, 300.0
@@ -216,9 +218,7 @@ class Suite:
     def write(self) -> None:
         content = {"budget_s": self.budget_s, "parts": self.parts}
         content |= {"verdicts": [*verdicts(self.output)]}
-        partial = self.output / "suite.json.partial"
-        partial.write_text(json.dumps(content, indent=1) + "\n")
-        os.replace(partial, self.output / "suite.json")
+        store(content, self.output / "suite.json")
 
 
 def _load(path: Path) -> dict[str, Any]:
@@ -253,9 +253,8 @@ def verdicts(folder: Path) -> Iterator[dict[str, Any]]:
 
 def show(suite: Suite, *, rehearsed: bool) -> None:
     print("\nTargets" + (", which a rehearsal's times say nothing about" if rehearsed else ""))
-    words = {True: "met", False: "NOT met", None: "not measured"}
     for verdict in verdicts(suite.output):
-        print(f"  {words[verdict['met']]:12} {verdict['target']}: {verdict['found']}")
+        print(f"  {WORDS[verdict['met']]:12} {verdict['target']}: {verdict['found']}")
     print("Parts")
     for part in suite.parts:
         print(f"  {part['outcome']:12} {part['name']}, {part.get('wall_s', 0):.0f} s")

@@ -10,10 +10,11 @@ import importlib
 import re
 from collections.abc import Callable
 from dataclasses import dataclass
-from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
 from torch import Tensor
+
+from progtuning_kernels.cli.provenance import installed_version
 
 Call = Callable[..., Any]
 PACKAGES = {"liger": "liger-kernel", "cce": "cut-cross-entropy", "quack": "quack-kernels"}
@@ -42,13 +43,7 @@ class Peer:
 
 def installed() -> dict[str, str | None]:
     """Versions of the packages; None: not installed."""
-    found: dict[str, str | None] = {}
-    for package in PACKAGES.values():
-        try:
-            found[package] = version(package)
-        except PackageNotFoundError:
-            found[package] = None
-    return found
+    return {package: installed_version(package) for package in PACKAGES.values()}
 
 
 def _of(module: str, name: str | None = None) -> Callable[[], Any]:

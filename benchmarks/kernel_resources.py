@@ -14,7 +14,6 @@ from __future__ import annotations
 import argparse
 import json
 import math
-import os
 import re
 import runpy
 import shutil
@@ -30,6 +29,7 @@ from unittest import mock
 
 import torch
 from rich.progress import track
+from stored_results import store
 from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "tests" / "support"))
@@ -46,9 +46,8 @@ RESULT = ROOT / "benchmarks" / "results" / "compiled" / "kernel_resources.json"
 ARCHITECTURES = (80, 90, 100, 120)
 WIDTHS = (768, 2048, 4096, 8192)  # of norms, whose rows lie in registers
 ROWS, CLASSES, EPS = 32, 128_256, 1e-6
-RESERVED = (
-    1024  # bytes of shared memory that are the system's from sm_90 on, and reported with ours
-)
+# bytes of shared memory that are the system's from sm_90 on, and reported with ours
+RESERVED = 1024
 KINDS = {
     torch.float32: "*fp32",
     torch.bfloat16: "*bf16",
@@ -503,16 +502,11 @@ def main() -> None:
     if arguments.table:
         print(table(json.loads(arguments.output.read_text())))
         return
-    meta = provenance(torch.device("cpu"))
-    del meta["device"]  # none is asked
-    content: dict[str, Any] = {"meta": meta | {"nvcc": nvcc_version()}}
+    content: dict[str, Any] = {"meta": provenance(None) | {"nvcc": nvcc_version()}}
     with tempfile.TemporaryDirectory() as folder:
         content["triton"] = triton_rows(launches(), Path(folder))
         content["cuda"] = cuda_rows(Path(folder))
-    arguments.output.parent.mkdir(parents=True, exist_ok=True)
-    partial = arguments.output.with_suffix(".partial")
-    partial.write_text(json.dumps(content, indent=1) + "\n")
-    os.replace(partial, arguments.output)
+    store(content, arguments.output)
     print(table(content))
 
 

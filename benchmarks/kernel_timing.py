@@ -273,7 +273,7 @@ class Timer:
 
     def time_kernels(self, calls: int) -> Iterator[tuple[str, float]]:
         for name in self.graphs or ("kernel_us",):
-            # a launch is then enqueued before the device is done with reading, and L2 is nobody's
+            # a launch is then enqueued while the device still reads, and no call's data is in L2
             self.machine.filler.sum()
             start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
             start.record()

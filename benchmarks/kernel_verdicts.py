@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import statistics
 from collections.abc import Collection
-from dataclasses import dataclass
 from typing import Any
 
 from kernel_peers import PACKAGES
+from stored_results import Verdict
 
 
 def title(result: dict[str, Any]) -> str:
@@ -22,7 +22,7 @@ def _ratio(result: dict[str, Any], other: str, key: str = "kernel_us") -> float 
 
 
 def show(result: dict[str, Any], absent: Collection[str] = ()) -> None:
-    """absent: of whom a reason has been printed."""
+    """Print a case. absent: providers whose reason has been printed before."""
     print(f"\n{title(result)}  (floor {result['floor_bytes'] / 1e6:,.1f} MB)")
     for name, entry in result["providers"].items():
         if "reason" in entry:
@@ -43,19 +43,6 @@ def show(result: dict[str, Any], absent: Collection[str] = ()) -> None:
         if name != "ours" and (ratio := _ratio(result, name, key)) is not None:
             line += f"  ours {ratio:.2f} x as fast"
         print(line)
-
-
-@dataclass(frozen=True)
-class Verdict:
-    """met is None where nothing was measured that could say."""
-
-    target: str
-    met: bool | None
-    found: str
-
-    def __str__(self) -> str:
-        word = {True: "met", False: "NOT met", None: "not measured"}[self.met]
-        return f"{word}: {self.target}: {self.found}"
 
 
 def _worst(target: str, limit: float, ratios: dict[str, float]) -> Verdict:

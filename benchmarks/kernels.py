@@ -11,7 +11,7 @@ buffers of four times L2 in sum (`hot_us`: over one set of them); what waits for
 be captured, and is timed by events around the calls. `call_us` is what the call costs Python,
 unsynchronised. Before any time there is the gate: results and gradients of 512 rows of the full
 call against fp64. Ours may be no less accurate than plain torch in the same dtype, the others may
-round more but not be wrong, and who fails gets no number.
+round more, up to eight times as much. A provider that fails has a reason in place of times.
 
 On the CPU, and without Triton's interpreter, our ops run plain torch: the CPU form runs the gate
 and measures what the call costs Python on tiny tensors, and says nothing of kernels.
@@ -29,7 +29,6 @@ import argparse
 import gc
 import json
 import math
-import os
 import re
 import subprocess
 import sys
@@ -46,6 +45,7 @@ from kernel_peers import PACKAGES, installed
 from kernel_timing import ROUNDS, Machine, measure
 from kernel_verdicts import show, table, verdicts
 from optimizer import reason, wait
+from stored_results import store
 
 from progtuning_kernels import backend
 from progtuning_kernels.cli.provenance import provenance
@@ -75,16 +75,6 @@ def _device_state(device: torch.device) -> str | None:
     except (OSError, subprocess.TimeoutExpired) as error:
         return f"not known: {backend.one_line(error)}"
     return done.stdout.strip() or f"not known: {done.stderr.strip()}"
-
-
-def store(content: dict[str, Any], folder: Path | None) -> None:
-    """In one piece: a run that is killed leaves the last file whole."""
-    if folder is None:
-        return
-    folder.mkdir(parents=True, exist_ok=True)
-    partial = folder / "kernels.json.partial"
-    partial.write_text(json.dumps(content, indent=1) + "\n")
-    os.replace(partial, folder / "kernels.json")
 
 
 def main() -> None:
@@ -121,6 +111,11 @@ def main() -> None:
         "not_reached": [str(case) for case in chosen],
         "verdicts": [],
     }
+
+    def keep() -> None:
+        if arguments.output is not None:
+            store(content, arguments.output / "kernels.json")
+
     print(f"copy: {machine.copy_gb_per_s:.1f} GB/s")
     if device.type == "cuda":
         print(f"matmul: {machine.matmul_tflop_per_s:.0f} TFLOP/s, bfloat16")
@@ -140,15 +135,15 @@ def main() -> None:
         except Exception as error:  # before anybody's call: the tensors do not fit
             content["failed"][str(case)] = reason(error)
             print(f"\n{case}: {reason(error)}")
-            store(content, arguments.output)
+            keep()
             wait(device)
         content["verdicts"] = [vars(v) for v in verdicts(content["results"])]
-        store(content, arguments.output)
+        keep()
         if device.type == "cuda":
             gc.collect()  # graphs hold their pools
             torch.cuda.empty_cache()
     content["meta"]["device_state_at_the_end"] = _device_state(device)
-    store(content, arguments.output)
+    keep()
     if content["not_reached"]:
         print(f"\nout of budget: {len(content['not_reached'])} of {len(chosen)} cases not reached")
     print()

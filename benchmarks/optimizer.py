@@ -32,6 +32,7 @@ from typing import Any
 from unittest import mock
 
 import torch
+from stored_results import WORDS, store
 from torch import nn
 
 from progtuning_kernels import MaskedAdamW, backend
@@ -77,18 +78,25 @@ class Provider:
     most_parameters: float = math.inf
 
 
+def _clipping_step(
+    optimizer: torch.optim.Optimizer, parameters: list[nn.Parameter], clip: float | None
+) -> Callable[[], None]:
+    """Clipping by torch, then the update."""
+
+    def step() -> None:
+        if clip is not None:
+            nn.utils.clip_grad_norm_(parameters, clip, foreach=True)
+        optimizer.step()
+        optimizer.zero_grad()
+
+    return step
+
+
 def torchs(**options: Any) -> Callable[..., Callable[[], None]]:
     def build(parameters: list[nn.Parameter], clip: float | None) -> Callable[[], None]:
         capturable = parameters[0].is_cuda  # else it could not be captured in a graph
         optimizer = torch.optim.AdamW(parameters, **HYPER, **options, capturable=capturable)
-
-        def step() -> None:
-            if clip is not None:
-                nn.utils.clip_grad_norm_(parameters, clip, foreach=True)
-            optimizer.step()
-            optimizer.zero_grad()
-
-        return step
+        return _clipping_step(optimizer, parameters, clip)
 
     return build
 
@@ -148,14 +156,7 @@ def flash(**options: Any) -> Callable[..., Callable[[], None]]:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # that parameters without more bits are fragile
             optimizer = FlashAdamW(parameters, **HYPER, **options)
-
-        def step() -> None:
-            if clip is not None:
-                nn.utils.clip_grad_norm_(parameters, clip, foreach=True)
-            optimizer.step()
-            optimizer.zero_grad()
-
-        return step
+        return _clipping_step(optimizer, parameters, clip)
 
     return build
 
@@ -406,7 +407,7 @@ def show(result: dict[str, Any]) -> None:
         kernels = f"  kernels {entry['kernel_ms']:7.3f} ms" if "kernel_ms" in entry else ""
         target = ""
         if "target_speedup" in entry:
-            verdict = "met" if entry["speedup"] >= entry["target_speedup"] else "NOT met"
+            verdict = WORDS[entry["speedup"] >= entry["target_speedup"]]
             target = f"  target {entry['target_speedup']:.2f}: {verdict}"
         print(
             f"  {name:40} {entry['step_ms']:8.3f} ms{kernels}  {entry['gb_per_s']:7.1f} GB/s "
@@ -477,11 +478,7 @@ def main() -> None:
             print(f"\n{title}: {content['failed'][title]}")
             wait(device)  # raises if the device is lost
         if arguments.output is not None:  # as it goes: a run cut short leaves what it has
-            arguments.output.mkdir(parents=True, exist_ok=True)
-            # in one piece: a run that is killed leaves the last file whole
-            partial = arguments.output / "optimizer.json.partial"
-            partial.write_text(json.dumps(content, indent=1) + "\n")
-            os.replace(partial, arguments.output / "optimizer.json")
+            store(content, arguments.output / "optimizer.json")
         if device.type == "cuda":
             torch.cuda.empty_cache()
     if content["not_reached"]:

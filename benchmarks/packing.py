@@ -25,7 +25,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import statistics
 import time
 import warnings
@@ -47,7 +46,7 @@ from real_rows import (
     read,
     sample,
 )
-from run import Verdict
+from stored_results import Verdict, store
 from training import Work, free
 
 from progtuning_kernels import ProgressiveSchedule, plan_training
@@ -367,11 +366,7 @@ def main() -> None:
             continue
         show(content)
         if arguments.output is not None:
-            folder = arguments.output / "packing"
-            folder.mkdir(parents=True, exist_ok=True)
-            partial = folder / f"{task}.json.partial"
-            partial.write_text(json.dumps(content, indent=1) + "\n")
-            os.replace(partial, folder / f"{task}.json")
+            store(content, arguments.output / "packing" / f"{task}.json")
     if failed:
         raise SystemExit("\n".join(failed))
 

@@ -26,6 +26,7 @@ import torch
 import transformers
 from architectures import error_line, inputs_of, model_classes, shrink, time_limit, without_dropout
 from rich.progress import track
+from stored_results import store
 from torch import Tensor, nn
 
 from progtuning_kernels import MilestoneSchedule, UnsupportedModelError, patch_model
@@ -176,9 +177,7 @@ def main() -> None:
         if args.only or row["status"] in ("wrong", "raises"):
             print(model_type, json.dumps(row), flush=True)
         if args.output:
-            written = args.output.with_suffix(".part")
-            written.write_text(json.dumps(content, indent=1) + "\n")
-            written.replace(args.output)
+            store(content, args.output)
     print(summary(content))
 
 

@@ -15,7 +15,7 @@ threads allow. Of a wave of n blocks, k to a multiprocessor, the longest of thes
     latency       the clocks of one block's warp that has the multiprocessor to itself
 
 All waves are full but the last, and the last may be as long as a full one: the tail. A kernel costs
-LAUNCH_US on top, as one of a CUDA graph does, the CPU that launches it nothing.
+LAUNCH_US on top, as in a CUDA graph. The time of the CPU that launches it is not counted.
 
 Bytes are those of the tensors that a kernel gets, each once; the loss's logits three times, as a
 row of them is read again, after those of other rows, and written; of an update those per parameter
@@ -39,7 +39,6 @@ import contextlib
 import functools
 import json
 import math
-import os
 import sys
 import tempfile
 from collections.abc import Callable, Iterator
@@ -49,6 +48,7 @@ from typing import Any
 from unittest import mock
 
 import torch
+from rich.progress import track
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -63,6 +63,7 @@ import kernel_timing  # noqa: E402 - as above
 import optimizer  # noqa: E402 - as above
 from ceilings import DTYPE_CODES, launches_kernel  # noqa: E402 - as above
 from hot_path import Part, hot_path, listings  # noqa: E402 - as above
+from stored_results import store  # noqa: E402 - as above
 from triton_builds import compile_for, find_cuobjdump, resources  # noqa: E402 - as above
 
 from progtuning_kernels import backend  # noqa: E402 - as above
@@ -105,6 +106,9 @@ DEVICES = (
     Device("RTX 4090", 89, 128, 2.52, 1008, 165, threads=1536, blocks=24, shared_kib=100),
     Device("B200", 100, 148, 1.97, 8000, 2250),
 )
+
+
+SHOWN = "H200"  # of which the times of each kernel are stored
 
 
 @dataclass(frozen=True)
@@ -537,20 +541,19 @@ def table(content: dict[str, Any]) -> str:
         f"|---|---:|---:|{'---:|' * len(names)}",
     ]
     for title, entry in content["results"].items():
-        of_h200 = entry["H200"]
-        cells = [f"{of_h200['bytes'] / 1e6:,.1f}", f"{of_h200['launches']}"]
+        cells = [f"{entry[SHOWN]['bytes'] / 1e6:,.1f}", f"{entry[SHOWN]['launches']}"]
         cells += [f"{entry[name]['us']:,.1f} ({entry[name]['share']:.2f})" for name in names]
         lines.append(f"| {title} | {' | '.join(cells)} |")
     lines += [
         "",
-        "The kernels of these on an H200: what bounds a wave of blocks.",
+        f"The kernels of these on an {SHOWN}: what bounds a wave of blocks.",
         "",
         "| Kernel | in | blocks | per SM | waves | us | bound by |",
         "|---|---|---:|---:|---:|---:|---|",
     ]
     shown = set()
     for title, entry in content["results"].items():
-        for kernel in entry["H200"]["kernels"]:
+        for kernel in entry[SHOWN]["kernels"]:
             key = kernel["kernel"], kernel["bytes"], kernel["bound_by"]
             if "slots" not in kernel or key in shown or kernel["blocks"] < 3:
                 continue
@@ -619,18 +622,15 @@ def main() -> None:
         if arguments.compare is not None:
             print(compare(arguments.compare, compiled))
             return
-        results = {
-            str(what): {device.name: predict(what, device, compiled) for device in DEVICES}
-            for what in kernel_resources.track([*updates(), *calls()], description="predicting")
-        }
-    meta = provenance(torch.device("cpu"))
-    del meta["device"]  # none is asked
-    meta |= {"nvcc": kernel_resources.nvcc_version()}
+        results: dict[str, dict[str, Any]] = {}
+        for what in track([*updates(), *calls()], description="predicting"):
+            entry = {device.name: predict(what, device, compiled) for device in DEVICES}
+            for name in entry.keys() - {SHOWN}:
+                del entry[name]["kernels"]
+            results[str(what)] = entry
+    meta = provenance(None) | {"nvcc": kernel_resources.nvcc_version()}
     content = {"meta": meta, "devices": {d.name: vars(d) for d in DEVICES}, "results": results}
-    arguments.output.parent.mkdir(parents=True, exist_ok=True)
-    partial = arguments.output.with_suffix(".partial")
-    partial.write_text(json.dumps(content, indent=1) + "\n")
-    os.replace(partial, arguments.output)
+    store(content, arguments.output)
     print(table(content))
 
 

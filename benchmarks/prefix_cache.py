@@ -18,7 +18,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import statistics
 import tempfile
 import time
@@ -29,6 +28,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from stored_results import store
 from torch import nn
 from training import PRECISIONS, SHAPES, Work
 
@@ -223,11 +223,7 @@ def main() -> None:
         } | {"dtype": str(PRECISIONS[workload.precision]), "rounds": arguments.rounds}
         content["rows"] += measure(workload, device, arguments.rounds)
         if arguments.output is not None:
-            arguments.output.mkdir(parents=True, exist_ok=True)
-            # in one piece: a run that is killed leaves the last file whole
-            partial = arguments.output / "prefix_cache.json.partial"
-            partial.write_text(json.dumps(content, indent=1) + "\n")
-            os.replace(partial, arguments.output / "prefix_cache.json")
+            store(content, arguments.output / "prefix_cache.json")
     print(table(content))
 
 

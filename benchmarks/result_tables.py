@@ -9,6 +9,8 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from stored_results import WORDS
+
 MIB = 2**20
 EXPERIMENTS = Path(__file__).resolve().parent / "experiments"
 NAMES = {"rte": "RTE", "mrpc": "MRPC", "cola": "CoLA", "sst2": "SST-2", "stsb": "STS-B"}
@@ -133,7 +135,7 @@ def table(contents: Sequence[Mapping[str, Any]]) -> str:
 
 def verdict_lines(contents: Sequence[Mapping[str, Any]]) -> list[str]:
     """Every stored target, met or not, as a Markdown list."""
-    words = {True: "met", False: "**not met**", None: "not measured"}
+    words = WORDS | {False: "**not met**"}
     return [
         f"- {words[v['met']]}: {v['target']}: {v['found']}" for c in contents for v in c["verdicts"]
     ]

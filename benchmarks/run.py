@@ -7,9 +7,10 @@
 An experiment (TOML) names a model's shape, what everybody trains, and who. Everybody gets the same
 weights, the same rows in the same order, the same clipping and the same learning rate. First comes
 the gate (`gate.py`): losses, gradients and updates of a step in every stage against plain
-torch; who fails it, or cannot run here, gets no number but a reason. Then runs are made, step by
-step in turn or run by run in turn. A *step* is forward, backward, clipping, update and dropping the
-gradients, and at a change of stage what that costs. Losses are stored beside every time.
+torch. A provider that fails it, or cannot run here, has a reason in place of numbers. Then runs are
+made, step by step in turn or run by run in turn. A *step* is forward, backward, clipping, update
+and dropping the gradients, and at a change of stage what that costs. Losses are stored beside every
+time.
 
 `whole_runs` composes longer runs from the medians (see `runs.summarise`), with the first step
 of every stage as it was; `measured_run_s` is what the measured run took, all of its steps, and
@@ -21,23 +22,23 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import json
-import os
 import subprocess
 import sys
 import tempfile
 import time
 import warnings
 from collections.abc import Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from ceilings import ceilings, in_words
+from experiment import Experiment, Target, read_experiment
 from gate import Gate
 from providers import PROVIDERS
 from runs import Record, summarise, train
-from training import Work, reason
+from stored_results import Verdict, store
+from training import reason
 
 from progtuning_kernels.cli.provenance import installed_version, provenance
 
@@ -47,86 +48,6 @@ FOLDER = Path(__file__).resolve().parent
 sys.path[:] = [entry for entry in sys.path if Path(entry or ".").resolve() != FOLDER]
 
 BASELINE = "full"
-
-
-@dataclass(frozen=True)
-class Target:
-    """What a provider should reach against another.
-
-    Args:
-        of: one provider or several, of which the best counts.
-        metric: "run_s" of a whole run (a speedup, at least), "peak_allocated_bytes" (a share, at
-            most).
-        epochs_per_stage: of the whole run.
-    """
-
-    of: tuple[str, ...]
-    over: str
-    limit: float
-    metric: str = "run_s"
-    epochs_per_stage: int = 1
-
-
-@dataclass(frozen=True)
-class Experiment:
-    """A TOML file of `benchmarks/experiments/`; `Work` says what most of it means.
-
-    Args:
-        batches, epochs: measured, of an epoch and of a stage.
-        steps_per_epoch, epochs_per_stage: of the whole runs that are composed.
-        repeats: runs of everybody.
-        interleave: "steps": after each of A's steps comes one of B's, which times want on a noisy
-            machine; "runs": A's run, B's run, A's run, which peak memory wants.
-        gate_rows: of a batch in the gate; all of them without it.
-    """
-
-    name: str
-    title: str
-    device: str
-    shape: str
-    precision: str
-    rows: int
-    tokens: int
-    stages: int
-    batches: int
-    epochs: int
-    steps_per_epoch: int
-    epochs_per_stage: tuple[int, ...]
-    providers: tuple[str, ...]
-    repeats: int = 1
-    interleave: str = "steps"
-    steps_together: int = 1
-    gate_rows: int | None = None
-    targets: tuple[Target, ...] = ()
-
-    def work(self, device: torch.device) -> Work:
-        names = ("shape", "precision", "rows", "tokens", "stages", "batches", "epochs")
-        return Work(**{name: getattr(self, name) for name in names}, device=device)
-
-
-def read_experiment(path: Path) -> Experiment:
-    try:
-        import tomllib
-    except ImportError:  # Python 3.10
-        try:
-            import tomli as tomllib
-        except ImportError:
-            raise SystemExit("experiments are TOML: Python 3.11, or pip install tomli") from None
-    try:
-        content = tomllib.loads(path.read_text(encoding="utf-8"))
-        targets = tuple(
-            Target(**{**t, "of": (t["of"],) if isinstance(t["of"], str) else tuple(t["of"])})
-            for t in content.pop("targets", ())
-        )
-        lists = {k: tuple(v) for k, v in content.items() if isinstance(v, list)}
-        experiment = Experiment(path.stem, **(content | lists), targets=targets)
-    except (OSError, TypeError, KeyError, ValueError) as error:
-        raise SystemExit(f"{path}: {error}") from error
-    if unknown := [n for n in experiment.providers if n not in PROVIDERS]:
-        raise SystemExit(f"{path}: no provider {unknown[0]!r}; there are {', '.join(PROVIDERS)}")
-    if experiment.interleave not in ("steps", "runs"):
-        raise SystemExit(f"{path}: interleave is steps or runs, not {experiment.interleave!r}")
-    return experiment
 
 
 def _driver() -> str | None:
@@ -274,27 +195,11 @@ class Bench:
     def write(self) -> None:
         if self.arguments.output is None or self.arguments.worker is not None:
             return
-        folder = self.arguments.output / "training"
-        folder.mkdir(parents=True, exist_ok=True)
-        partial = folder / f"{self.experiment.name}.json.partial"
-        partial.write_text(json.dumps(self.content(), indent=1) + "\n")
-        os.replace(partial, folder / f"{self.experiment.name}.json")
+        path = self.arguments.output / "training" / f"{self.experiment.name}.json"
+        store(self.content(), path)
 
 
 # ---- what is shown
-
-
-@dataclass(frozen=True)
-class Verdict:
-    """met is None where nothing was measured that could say."""
-
-    target: str
-    met: bool | None
-    found: str
-
-    def __str__(self) -> str:
-        word = {True: "met", False: "NOT met", None: "not measured"}[self.met]
-        return f"{word}: {self.target}: {self.found}"
 
 
 def figure(entry: Mapping[str, Any], metric: str, epochs_per_stage: int) -> float | None:

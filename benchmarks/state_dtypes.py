@@ -19,6 +19,8 @@ import statistics
 from pathlib import Path
 from typing import Any
 
+from stored_results import store
+
 
 def summary(run: dict[str, Any], baseline: dict[str, Any]) -> dict[str, Any]:
     losses = [step["loss"] for step in run["steps"]]
@@ -56,8 +58,7 @@ def main() -> None:
     if arguments.output is not None:
         config = {k: runs[0]["config"][k] for k in ("model", "epochs", "batch_size", "lr")}
         content = {"meta": runs[0]["meta"], "data": runs[0]["data"], "config": config}
-        path = arguments.output / "state_dtypes.json"
-        path.write_text(json.dumps(content | {"runs": rows}, indent=1) + "\n")
+        store(content | {"runs": rows}, arguments.output / "state_dtypes.json")
 
 
 if __name__ == "__main__":

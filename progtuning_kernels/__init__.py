@@ -22,7 +22,6 @@ from .schedules import (
     RandomBlockSchedule,
     annealed_lr,
 )
-from .schedules import AnnealedSchedule as AnnealedSchedule
 from .schedules.files import schedule_from_file
 
 __version__ = "0.1.0"

@@ -303,7 +303,8 @@ def sent(values: Tensor, device: torch.device, kept: list[Tensor] | None = None)
     """A tensor of the host on `device`, by a copy that the host does not wait for.
 
     Args:
-        kept: takes what a graph that is being captured will copy from at every replay.
+        kept: while a graph is captured, the host's tensor is added here, because every replay
+            copies from it.
     """
     if device.type != "cuda":
         return values.to(device)

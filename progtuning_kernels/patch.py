@@ -110,16 +110,9 @@ def patch_model(
     if not isinstance(model, nn.Module):
         raise TypeError(f"patch_model takes a model, an nn.Module, and a schedule, got {model!r}")
     check_schedule(schedule, "patch_model")
-    _check_values(
-        dict(
-            frozen_mode=frozen_mode,
-            tied=tied,
-            kernels=kernels,
-            packing=packing,
-            graph=graph,
-            cache=cache,
-        )
-    )
+    options: dict[str, Any] = {"frozen_mode": frozen_mode, "tied": tied, "kernels": kernels}
+    options |= {"packing": packing, "graph": graph}
+    _check_values({**options, "cache": cache})
     step = whole_number("step", step, 0)
     if isinstance(model, torch.jit.ScriptModule):
         raise UnsupportedModelError(
@@ -134,18 +127,8 @@ def patch_model(
         )
     refuse_flat_parameters(inner)
     layout = find_layout(inner, blocks)
-    handle = PatchHandle(
-        inner,
-        schedule,
-        layout,
-        frozen_mode=frozen_mode,
-        tied=tied,
-        kernels=kernels,
-        packing=packing,
-        graph=graph,
-        cache=automatic_cache() if cache == "auto" else cache,
-        step=step,
-    )
+    cache = automatic_cache() if cache == "auto" else cache
+    handle = PatchHandle(inner, schedule, layout, **options, cache=cache, step=step)
     if inner is model:
         return handle
     try:

@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import importlib
 import json
 import re
-import sys
 from pathlib import Path
-from types import ModuleType
 
 import pytest
+from benchmark_scripts import load_script
 from family_table import family_table
 
 from progtuning_kernels import report
@@ -43,19 +41,13 @@ def test_table_of_families_is_that_of_the_tests():
     assert _between("families") == family_table()
 
 
-def _benchmark(name: str) -> ModuleType:
-    if (folder := str(ROOT / "benchmarks")) not in sys.path:
-        sys.path.append(folder)
-    return importlib.import_module(name)
-
-
 @pytest.mark.parametrize(
     ("script", "marker"), [("predicted_times", "predicted"), ("ceilings", "ceilings")]
 )
 def test_what_is_counted_without_a_gpu_is_stored(script, marker):
     pytest.importorskip("triton")
     stored = json.loads((RESULTS / "compiled" / f"{script}.json").read_text())
-    assert _between(marker) == _benchmark(script).table(stored)
+    assert _between(marker) == load_script(script).table(stored)
 
 
 @pytest.mark.parametrize(
@@ -63,26 +55,26 @@ def test_what_is_counted_without_a_gpu_is_stored(script, marker):
     [("optimizer", "optimizer"), ("prefix_cache", "cache"), ("dropout", "dropout")],
 )
 def test_table_of_a_benchmark_is_that_of_the_stored_results(script, marker):
-    benchmark = _benchmark(script)
+    benchmark = load_script(script)
     stored = [json.loads(path.read_text()) for path in RESULTS.glob(f"*/{script}.json")]
     assert stored and all(benchmark.table(contents) in _between(marker) for contents in stored)
 
 
 def test_training_table_is_that_of_the_stored_results():
-    stored = _benchmark("result_tables")
+    stored = load_script("result_tables")
     tables = [stored.table(stored.load(folder.parent)) for folder in RESULTS.glob("*/training")]
     assert tables and all(table in _between("training") for table in tables)
 
 
 def test_packing_table_is_that_of_the_stored_results():
-    tables = _benchmark("result_tables")
+    tables = load_script("result_tables")
     stored = [tables.load_packing(folder) for folder in RESULTS.iterdir() if folder.is_dir()]
     tables = [tables.packing_table(contents) for contents in stored if contents]
     assert tables and all(table in _between("packing") for table in tables)
 
 
 def test_study_tables_are_those_of_the_stored_results():
-    study = _benchmark("result_tables")
+    study = load_script("result_tables")
     folders = [folder.parent for folder in RESULTS.glob("*/accuracy")]
     assert folders and all(
         study.accuracy_table(folder) in _between("accuracy") for folder in folders
@@ -93,14 +85,14 @@ def test_study_tables_are_those_of_the_stored_results():
 
 
 def test_survey_of_architectures_is_the_stored_one():
-    architectures = _benchmark("architectures")
+    architectures = load_script("architectures")
     (stored,) = RESULTS.glob("*/architectures.json")
     stored = json.loads(stored.read_text())
     assert " ".join(_between("architectures").split()) == architectures.summary(stored)
 
 
 def test_survey_of_packing_is_the_stored_one():
-    survey = _benchmark("packing_architectures")
+    survey = load_script("packing_architectures")
     (stored,) = RESULTS.glob("*/packing_architectures.json")
     shown = " ".join(_between("packing-architectures").split())
     assert shown == survey.summary(json.loads(stored.read_text()))

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import warnings
 from collections.abc import Mapping
 from dataclasses import KW_ONLY, dataclass, field
 from typing import Literal, get_args
@@ -33,7 +32,6 @@ class PrefixCache:
         dtype: precision of stored rows: None keeps that of the activations (losses and weights are
             then those of a run without cache), or `torch.bfloat16`, half the bytes, 0.2 % error.
         path: folder on disk, whose rows a later run with the same prefix weights finds again.
-        id_column: deprecated: taken out of the model's arguments, and not looked at.
 
     Raises:
         ValueError: `max_bytes` is not a positive int, unknown device or dtype, "disk" without a
@@ -50,15 +48,9 @@ class PrefixCache:
     device: StoreDevice = "auto"
     dtype: torch.dtype | None = None
     path: str | os.PathLike[str] | None = None
-    id_column: str | None = None
     _in_use: bool = field(default=False, init=False, repr=False)
 
     def __post_init__(self) -> None:
-        if self.id_column is not None:
-            _warn("id_column goes with the next release: samples are recognised by their content")
-        if self.dtype == "8bit":
-            _warn('dtype="8bit" goes with the next release: rows are stored as torch.bfloat16')
-            self.dtype = torch.bfloat16
         max_bytes, device = self.max_bytes, self.device
         if not isinstance(max_bytes, int) or max_bytes < 1:
             raise ValueError(f"max_bytes must be a number of bytes, 1 or more, got {max_bytes!r}")
@@ -104,10 +96,6 @@ class PrefixCache:
         """
         store.close()
         self._in_use = False
-
-
-def _warn(text: str) -> None:
-    warnings.warn(f"PrefixCache: {text}", DeprecationWarning, stacklevel=4)
 
 
 def automatic_cache() -> PrefixCache:

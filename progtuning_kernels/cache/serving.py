@@ -10,7 +10,7 @@ from __future__ import annotations
 import time
 import warnings
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import partial
 from typing import Any
@@ -120,8 +120,8 @@ class PrefixServer:
 
     def before_forward(
         self, args: tuple[Any, ...], kwargs: dict[str, Any], host: HostCopies, *, proved: bool
-    ) -> dict[str, Any]:
-        """Look the rows of a forward up, compute those that are missing, and return its `kwargs`.
+    ) -> None:
+        """Look the rows of a forward up, and compute those that are missing.
 
         `install_stand_ins` then makes the forward take them, once the first training forward of the
         plan, which must run the prefix, has `proved` that nothing is cut off.
@@ -130,9 +130,7 @@ class PrefixServer:
             host: gets what is read of the arguments.
         """
         if self.busy:
-            return kwargs
-        if (column := self._cache.id_column) is not None:
-            kwargs = {name: value for name, value in kwargs.items() if name != column}
+            return
         self.remove_stand_ins()
         if self._reason is None and not self._paused:
             self._check.compare_settings()
@@ -144,13 +142,13 @@ class PrefixServer:
                 reason = str(error)
             if reason is not None:
                 self._bypasses[reason] += 1
-        return kwargs
 
     def fed(self) -> list[Fed]:
         """What the forward that comes is fed in its prefix's place; nothing where that runs."""
+        if self._stand_ins is None:
+            return []
         levels = {path.levels.get(self.level) for path in self._paths.values()} - {None}
-        fed = [level.fed() for level in levels if self._stand_ins is not None]
-        return [one for one in fed if one is not None]
+        return [fed for level in levels if (fed := level.fed()) is not None]
 
     def install_stand_ins(self) -> None:
         """Put the stand-ins of the forward that comes in their places, until `after_forward`."""
@@ -167,14 +165,6 @@ class PrefixServer:
         if self._reason is None and not self._paused:  # what a forward itself sets does not count
             self._check.note_settings()
         self.remove_stand_ins()
-
-    def prefetch(self, kwargs: Mapping[str, Any]) -> None:
-        """Deprecated: rows are read where they are needed."""
-        warnings.warn(
-            "handle.prefetch() does nothing any more, and will go: leave it out",
-            DeprecationWarning,
-            stacklevel=3,
-        )
 
     def _prepare(self, call: Call, *, proved: bool) -> str | None:
         """Plan the forward; why it runs as without a cache, if it does."""

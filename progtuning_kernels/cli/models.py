@@ -176,7 +176,7 @@ def _some(names: Sequence[str]) -> str:
 
 def check_peft() -> None:
     try:
-        import peft  # noqa: F401  (is it there?)
+        import peft  # noqa: F401 - imported to see whether it is installed
     except ImportError:
         raise UserError("LoRA needs peft: pip install peft accelerate") from None
 

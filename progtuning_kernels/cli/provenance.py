@@ -53,23 +53,29 @@ def cpu_in_words() -> str:
     return f"{cpu_name()}, {threads} thread{'s' * (threads != 1)}"
 
 
-def provenance(device: torch.device) -> dict[str, Any]:
+def provenance(device: torch.device | None) -> dict[str, Any]:
     """The `meta` record of a stored result.
 
     `commit` and `dirty` are None where the package does not run from a git checkout of itself.
+
+    Args:
+        device: where the result is from; None leaves it out, for what is only compiled or counted.
     """
     tracked = _git("ls-files", "--error-unmatch", Path(__file__).name) is not None
     commit = _git("rev-parse", "HEAD") if tracked else None
     changes = _git("status", "--porcelain", "--untracked-files=no") if commit else None
-    device_name, cuda = cpu_in_words(), {}
-    if device.type == "cuda":
-        device_name, cuda = torch.cuda.get_device_name(device), {"cuda": torch.version.cuda}
+    of_device, cuda = {}, {}
+    if device is not None:
+        of_device = {"device": cpu_in_words()}
+        if device.type == "cuda":
+            of_device = {"device": torch.cuda.get_device_name(device)}
+            cuda = {"cuda": torch.version.cuda}
     packages = ("progtuning_kernels", "transformers", "triton", "peft", "numpy")
     return {
         "commit": commit,
         "dirty": None if commit is None else bool(changes),
         "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
-        "device": device_name,
+        **of_device,
         "versions": {
             "python": platform.python_version(),
             "torch": torch.__version__,

@@ -64,7 +64,7 @@ class Forwards:
             if freezer.cache.busy:
                 return freezer.packer.begin(args, kwargs, self._host, aside=True)
             self._host.clear()  # torch calls no hook after a KeyboardInterrupt
-            kwargs = freezer.cache.before_forward(args, kwargs, self._host, proved=freezer.proved)
+            freezer.cache.before_forward(args, kwargs, self._host, proved=freezer.proved)
         self.end_proof()
         if trains:
             freezer.follow_surroundings()

@@ -97,7 +97,7 @@ class Freezer:
         self.packer = Packer(model, layout, packing, self._boundary.pack_blocks)
         self._wrapper: Wrapper | None = None
         self._device_type = ""  # that the swaps were chosen for
-        self._costs_are_own = True  # measured by this rank, maybe
+        self._costs_are_own = True  # until the first rank's are taken over
 
     @property
     def boundary(self) -> int:

@@ -6,11 +6,10 @@ read it.
 
 from __future__ import annotations
 
-import warnings
 import weakref
 from collections.abc import Callable
 from datetime import timedelta
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import nn
@@ -141,18 +140,6 @@ class PatchHandle:
     def __reduce__(self) -> tuple:
         # a copy of the model is an ordinary model: it carries None where the handle was
         return (type(None), ())
-
-    if not TYPE_CHECKING:  # to a type checker every misspelt name would be an attribute
-
-        def __getattr__(self, name: str) -> Any:
-            if name not in ("observe", "reassert", "accept_weights"):
-                raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")
-            warnings.warn(
-                f"PatchHandle.{name} goes with the next release: call settle() before a checkpoint",
-                DeprecationWarning,
-                stacklevel=2,
-            )
-            return self.settle
 
     def __enter__(self) -> PatchHandle:
         return self
@@ -352,15 +339,6 @@ class PatchHandle:
         """
         self.freezer.check_structure()
         return report_truncation(self.freezer, self.forwards.count_last())
-
-    def prefetch(self, **batch: Any) -> None:
-        """Deprecated: it does nothing, and goes with the next release.
-
-        Args:
-            **batch: arguments of the model.
-        """
-        if self.cache is not None:
-            self.cache.prefetch(batch)
 
     def cache_report(self) -> CacheReport:
         """What the prefix cache did in the stage at hand, and why it did not do more.

@@ -26,7 +26,7 @@ def present(tensors: Iterable[Tensor | None]) -> list[Tensor]:
 
 
 def once_differentiable(backward: Callable[..., Any]) -> Callable[..., Any]:
-    """torch's, which takes 2 us, but only where autograd records what a backward computes."""
+    """torch's own, but called only where autograd records the backward, as it takes 2 us."""
     refusing = torch.autograd.function.once_differentiable(backward)
 
     @functools.wraps(backward)

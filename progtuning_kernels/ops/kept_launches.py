@@ -40,8 +40,8 @@ def launch(
 ) -> None:
     """`kernel[grid](*tensors, *numbers, *constants, **options)` on the current stream of `device`.
 
-    Triton launches, as ever, in its interpreter, where somebody has added a hook to launches or
-    made a setting of Triton by hand, and the first time.
+    Triton itself launches the first time, in its interpreter, and while a hook for launches or a
+    setting of Triton is in force.
 
     Args:
         device: of the tensors.

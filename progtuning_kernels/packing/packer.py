@@ -100,9 +100,9 @@ class Packer:
         self.sharded = False
         self.sizes: int | None = None
         self.watches = False
-        self._packed: dict[
-            str, tuple[PackedTokens, bool]
-        ] = {}  # of the forward under way, by stack
+        # of the forward under way, by stack: its tokens, and whether modules above the blocks
+        # run on them, too
+        self._packed: dict[str, tuple[PackedTokens, bool]] = {}
         self.busy = False  # a trial is under way; other hooks of the model leave it alone
         self._batches = self._places = self._tokens = 0
         self._padded: Counter[str] = Counter()

@@ -253,8 +253,10 @@ def kept_of(
 
 
 def rounded_up(kept: np.ndarray, sizes: int) -> np.ndarray:
-    """(B, T), bool: some padding beside the tokens that are kept, first places first, so that the
-    number of tokens is one of so many.
+    """(B, T) bool: `kept`, and some padding, first places first.
+
+    The number of tokens becomes a multiple of B * T / sizes, so that there are at most `sizes`
+    different numbers.
     """
     step = -(-kept.size // sizes)
     more = -kept.sum() % step

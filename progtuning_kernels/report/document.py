@@ -60,8 +60,8 @@ def markdown_table(runs: Sequence[Run]) -> str:
 def check_packages() -> None:
     """Raise an ImportError that says what to install, where a report cannot be written."""
     try:
-        import jinja2  # noqa: F401  (is it there?)
-        import plotly.offline  # noqa: F401  (is it there?)
+        import jinja2  # noqa: F401 - to see whether it is installed
+        import plotly.offline  # noqa: F401 - to see whether it is installed
     except ImportError as error:
         raise ImportError(f"a report needs {error.name}: pip install plotly jinja2") from None
 

@@ -6,7 +6,6 @@ recorded, which travel with `PatchHandle.state_dict`. CONTRIBUTING.md says how t
 """
 
 from .adaptive import AdaptiveSchedule
-from .annealing import AnnealedSchedule as AnnealedSchedule
 from .annealing import annealed_lr
 from .blocks import BlockOrder, CyclicBlockSchedule, RandomBlockSchedule, UnitPolicy
 from .plan import (

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import warnings
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -95,39 +94,3 @@ def freezing_steps(schedule: Schedule, num_blocks: int) -> tuple[int, list[int]]
         ends = [min(e, total if on else step) for e, on in zip(ends, flags, strict=True)]
         before = flags
     return total, ends
-
-
-class AnnealedSchedule:
-    """Deprecated, goes with the next release: patch with `schedule`, and call `annealed_lr`."""
-
-    def __init__(self, schedule: Schedule, *, scaled: bool = False) -> None:
-        warnings.warn(
-            "AnnealedSchedule goes with the next release: patch with the schedule itself, and give "
-            "annealed_lr(schedule, optimizer.param_groups, num_blocks) to LambdaLR",
-            DeprecationWarning,
-            stacklevel=2,
-        )
-        check_schedule(schedule, "AnnealedSchedule")
-        if decides_by_gradients(schedule):
-            raise ValueError(f"{schedule!r} does not know its freezing steps in advance")
-        self.schedule, self.scaled = schedule, scaled
-        self.plan, self.stage = schedule.plan, schedule.stage
-
-    def __repr__(self) -> str:
-        return f"AnnealedSchedule({self.schedule!r}, scaled={self.scaled})"
-
-    @property
-    def total_steps(self) -> int | None:
-        return self.schedule.total_steps
-
-    def bind(self, total_steps: int) -> AnnealedSchedule:
-        self.schedule.bind(total_steps)
-        return self
-
-    def lr_factors(
-        self,
-        groups: Sequence[Mapping[str, Any]],
-        num_blocks: int,
-        base: Callable[[int], float] = lambda step: 1.0,
-    ) -> list[Callable[[int], float]]:
-        return annealed_lr(self.schedule, groups, num_blocks, base=base, scaled=self.scaled)

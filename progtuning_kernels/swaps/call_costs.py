@@ -1,7 +1,7 @@
-"""What a call of a module costs here: what decides from which size on an op takes its place.
+"""CPU time of a call, which decides from which size of its input on a module runs an op.
 
-In eager mode that is CPU time. What an op costs more than the module's own code has to be earned
-back by traffic: by three passes over the input, at the speed at which the GPU copies.
+In eager mode the CPU's time counts. If an op takes more of it than the module's own code, the op
+has to save as much on the GPU: by three passes over the input, at the speed of a copy.
 """
 
 from __future__ import annotations
@@ -12,9 +12,9 @@ from typing import Any, NamedTuple
 
 import torch
 
-_PASSES = 3  # over the input, that an op saves in forward and backward
-_REPEATS = 8  # of which the fastest counts: 1 or 2 ms for a norm
-_COPIED_BYTES = 128 * 2**20  # no cache holds them
+_PASSES = 3  # passes over the input that an op saves in forward and backward
+_REPEATS = 8  # the fastest of them counts; a norm takes 1 or 2 ms
+_COPIED_BYTES = 128 * 2**20  # more than a GPU's cache holds
 
 
 class CallCost(NamedTuple):
@@ -48,7 +48,11 @@ class CallCosts:
         self._bytes_per_us: float | None = None
 
     def cost(self, name: str, op: Callable[[], Any], own: Callable[[], Any]) -> CallCost:
-        """Of modules of that name; `op` and `own` run a forward and a backward."""
+        """The cost for modules of this name, measured at the first call.
+
+        Args:
+            op: runs forward and backward of the op. own: those of the module's own code.
+        """
         if name not in self._calls:
             self._calls[name] = CallCost(self._fastest_us(op), self._fastest_us(own))
         return self._calls[name]

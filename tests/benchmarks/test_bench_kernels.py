@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import importlib.util
 import inspect
 import json
 import math
@@ -11,23 +10,18 @@ import subprocess
 import sys
 import time
 from contextlib import nullcontext
-from pathlib import Path
 from types import SimpleNamespace
 from unittest.mock import MagicMock
 
 import pytest
 import torch
 import torch.nn.functional as F
+from benchmark_scripts import BENCHMARKS, load_script
 
 from progtuning_kernels import ops
 
-SCRIPT = Path(__file__).parents[2] / "benchmarks" / "kernels.py"
-
-
-sys.path.insert(0, str(SCRIPT.parent))
-spec = importlib.util.spec_from_file_location("kernels_script", SCRIPT)
-kernels = importlib.util.module_from_spec(spec)
-spec.loader.exec_module(kernels)  # and takes its folder from the path again
+# transformers would take a module of the script's own name for a package that it knows
+kernels = load_script("kernels", "kernels_script")
 
 import kernel_operations  # noqa: E402
 import kernel_peers  # noqa: E402
@@ -57,7 +51,8 @@ def _peer(call, **options) -> Peer:
 
 
 def test_the_cpu_form_as_a_command(tmp_path):
-    command = [sys.executable, SCRIPT, "--device", "cpu", "--only", "^rms_norm, (dx|all)"]
+    command = [sys.executable, BENCHMARKS / "kernels.py", "--device", "cpu"]
+    command += ["--only", "^rms_norm, (dx|all)"]
     command += ["--rounds", "2", "--output", tmp_path]
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr

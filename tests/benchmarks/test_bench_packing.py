@@ -2,33 +2,19 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import sys
-from pathlib import Path
 
 import pytest
 import torch
+from benchmark_scripts import load_script
 
-BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
 TASKS = {"cola", "sst2", "mrpc", "rte", "stsb"}
-
-
-def _load(name: str):
-    spec = importlib.util.spec_from_file_location(name, BENCHMARKS / f"{name}.py")
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[name] = module  # its dataclasses look themselves up
-    sys.path.insert(0, str(BENCHMARKS))
-    try:
-        spec.loader.exec_module(module)
-    finally:
-        sys.path[:] = [entry for entry in sys.path if entry != str(BENCHMARKS)]
-    return module
 
 
 @pytest.fixture(scope="module")
 def packing():
-    return _load("packing")
+    return load_script("packing")
 
 
 @pytest.fixture(scope="module")
@@ -267,7 +253,7 @@ def test_from_end_to_end(packing, settings, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(sys, "argv", ["packing.py", "--verdict", str(tmp_path / "nowhere")])
     with pytest.raises(SystemExit, match="so no result"):
         packing.main()
-    plot = _load("plot")
+    plot = load_script("plot")
     (stored,) = plot.load_packing(tmp_path)
     heads, _, line = plot.packing_table([stored]).splitlines()
     assert heads.split(" | ")[2:4] == ["HF + group_by_length", "ours without packing"]

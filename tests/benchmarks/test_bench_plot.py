@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import importlib.util
 import json
 import re
 import sys
@@ -12,6 +11,7 @@ from pathlib import Path
 from xml.etree import ElementTree
 
 import pytest
+from benchmark_scripts import load_script
 from matplotlib import rc_context
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.colors import to_hex
@@ -25,26 +25,14 @@ RESULTS = BENCHMARKS / "results"
 PAGES = [ROOT / "README.md", *(ROOT / "docs").rglob("*.md")]
 
 
-def _load(name: str):
-    spec = importlib.util.spec_from_file_location(name, BENCHMARKS / f"{name}.py")
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[name] = module
-    sys.path.insert(0, str(BENCHMARKS))
-    try:
-        spec.loader.exec_module(module)
-    finally:
-        sys.path.remove(str(BENCHMARKS))
-    return module
-
-
 @pytest.fixture(scope="module")
 def plot():
-    return _load("plot")
+    return load_script("plot")
 
 
 @pytest.fixture(scope="module")
 def diagrams():
-    return _load("diagrams")
+    return load_script("diagrams")
 
 
 def _entry(step_ms: list[float], run_s: float, *, state: list[int]) -> dict:

@@ -3,31 +3,23 @@
 from __future__ import annotations
 
 import dataclasses
-import importlib.util
 import json
 import sys
-from pathlib import Path
 from types import ModuleType
 
 import pytest
 import torch
+from benchmark_scripts import BENCHMARKS, load_script
 from torch import nn
 
 from progtuning_kernels import ProgressiveSchedule, patch_model
 
-BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
 CPU = torch.device("cpu")
 
 
 @pytest.fixture(scope="module")
 def run() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("run", BENCHMARKS / "run.py")
-    module = importlib.util.module_from_spec(spec)
-    sys.modules["run"] = module  # its dataclasses look themselves up
-    sys.path.insert(0, str(BENCHMARKS))  # as for a script; it takes that away itself
-    spec.loader.exec_module(module)
-    assert str(BENCHMARKS) not in sys.path
-    return module
+    return load_script("run")
 
 
 @pytest.fixture(scope="module")

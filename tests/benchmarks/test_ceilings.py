@@ -3,31 +3,17 @@
 from __future__ import annotations
 
 import dataclasses
-import importlib.util
 import json
 import sys
-from pathlib import Path
 
 import pytest
 import torch
-
-BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
-
-
-def _load(name: str):
-    spec = importlib.util.spec_from_file_location(name, BENCHMARKS / f"{name}.py")
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[name] = module  # its dataclasses look themselves up
-    spec.loader.exec_module(module)
-    return module
+from benchmark_scripts import BENCHMARKS, load_script
 
 
 @pytest.fixture(scope="module")
 def parts():
-    before = list(sys.path)
-    sys.path.insert(0, str(BENCHMARKS))
-    yield {name: _load(name) for name in ("training", "ceilings", "run", "optimizer")}
-    sys.path[:] = before
+    return {name: load_script(name) for name in ("training", "ceilings", "run", "optimizer")}
 
 
 def test_targets_of_whole_runs_lie_below_their_ceilings(parts):

@@ -2,31 +2,18 @@
 
 from __future__ import annotations
 
-import importlib.util
 import inspect
 import json
 import os
 import subprocess
 import sys
 import time
-from pathlib import Path
-from types import ModuleType
 
 import pytest
 import torch
+from benchmark_scripts import BENCHMARKS, load_script
 
-BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
-
-
-def _loaded(name: str, path: Path) -> ModuleType:
-    spec = importlib.util.spec_from_file_location(name, path)
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[name] = module  # its dataclasses look themselves up
-    spec.loader.exec_module(module)
-    return module
-
-
-gpu_suite = _loaded("gpu_suite", BENCHMARKS / "gpu_suite.py")
+gpu_suite = load_script("gpu_suite")
 Part, Suite = gpu_suite.Part, gpu_suite.Suite
 
 
@@ -77,8 +64,8 @@ def test_every_gpu_test_runs_once_and_what_captures_never_under_blocking_launche
         assert part.after_failure_of == first.name and "--last-failed" in part.command
 
 
-def test_captures_are_skipped_where_launches_block(monkeypatch):
-    conftest = _loaded("conftest_of_tests", BENCHMARKS.parent / "tests" / "conftest.py")
+def test_captures_are_skipped_where_launches_block(monkeypatch, pytestconfig):
+    conftest = pytestconfig.pluginmanager.get_plugin(str(BENCHMARKS.parent / "tests/conftest.py"))
 
     class Item:
         def __init__(self, *keywords: str) -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import ast
-import importlib.util
 import itertools
 import json
 import os
@@ -14,6 +13,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from benchmark_scripts import load_script
 from triton_builds import WAVES, compile_for, rocm_resources
 
 ROOT = Path(__file__).parents[2]
@@ -23,33 +23,22 @@ CONTENT = json.loads(STORED.read_text())
 TARGETS = {"sm_80", "sm_90", "sm_100", "sm_120"}
 
 
-def _script():
-    spec = importlib.util.spec_from_file_location("kernel_resources", SCRIPT)
-    module = importlib.util.module_from_spec(spec)
-    sys.modules["kernel_resources"] = module  # its dataclasses look themselves up
-    spec.loader.exec_module(module)
-    return module
-
-
 def _triton_kernels() -> set[str]:
     """The @triton.jit functions that no other one calls: those that are launched."""
-    kernels = set()
-    for path in (ROOT / "progtuning_kernels" / "ops").rglob("*.py"):
-        jitted = [
-            node
-            for node in ast.parse(path.read_text()).body
-            if isinstance(node, ast.FunctionDef)
-            and any("triton.jit" in ast.unparse(decorator) for decorator in node.decorator_list)
-        ]
-        called = {
-            call.func.id
-            for node in jitted
-            for call in ast.walk(node)
-            if isinstance(call, ast.Call) and isinstance(call.func, ast.Name)
-        }
-        folder = path.parent.name if path.stem == "triton" else path.stem
-        kernels |= {f"{folder}.{node.name}" for node in jitted if node.name not in called}
-    return kernels
+    jitted = [
+        (path.parent.name if path.stem == "triton" else path.stem, node)
+        for path in (ROOT / "progtuning_kernels" / "ops").rglob("*.py")
+        for node in ast.parse(path.read_text()).body
+        if isinstance(node, ast.FunctionDef)
+        and any("triton.jit" in ast.unparse(decorator) for decorator in node.decorator_list)
+    ]
+    called = {
+        call.func.id
+        for _, node in jitted
+        for call in ast.walk(node)
+        if isinstance(call, ast.Call) and isinstance(call.func, ast.Name)
+    }
+    return {f"{folder}.{node.name}" for folder, node in jitted if node.name not in called}
 
 
 def test_every_kernel_is_there_for_every_architecture():
@@ -87,7 +76,7 @@ def test_the_table_of_the_docs_is_that_of_the_stored_results():
 def test_the_ops_launch_what_was_compiled():
     """Of what was stored nothing is missing and nothing is stale but the numbers themselves."""
     pytest.importorskip("triton")
-    launches = _script().launches()
+    launches = load_script("kernel_resources").launches()
     keys = [(launch.name, launch.variant, launch.width) for launch in launches]
     stored = [(row["kernel"], row["variant"], row["width"]) for row in CONTENT["triton"]]
     assert keys == stored, "run benchmarks/kernel_resources.py"
@@ -104,7 +93,7 @@ def test_the_ops_launch_what_was_compiled():
 @pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") == "1", reason="compiles nothing")
 def test_arguments_are_specialised_as_at_a_launch():
     triton = pytest.importorskip("triton")
-    script = _script()
+    script = load_script("kernel_resources")
 
     @triton.jit(do_not_specialize=["varies"])
     def kernel(x, y, n, one, far, varies, scale, BLOCK: triton.language.constexpr):

@@ -2,35 +2,21 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import os
-import sys
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+from benchmark_scripts import BENCHMARKS, load_script
 
-BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
 STORED = json.loads((BENCHMARKS / "results" / "compiled" / "predicted_times.json").read_text())
-
-
-def _load(name: str):
-    if name in sys.modules:
-        return sys.modules[name]
-    spec = importlib.util.spec_from_file_location(name, BENCHMARKS / f"{name}.py")
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[name] = module  # its dataclasses look themselves up
-    spec.loader.exec_module(module)
-    return module
 
 
 @pytest.fixture(scope="module")
 def predicted():
     pytest.importorskip("triton")
-    before = list(sys.path)
-    yield _load("predicted_times")
-    sys.path[:] = before
+    return load_script("predicted_times")
 
 
 # A loop of 16-byte loads, a loop for the tail, and a way for odd addresses with a rare division.
@@ -56,7 +42,7 @@ LISTING = """
 
 
 def test_the_way_of_wide_loads_is_taken(monkeypatch):
-    hot_path = _load("hot_path")
+    hot_path = load_script("hot_path")
     printed = SimpleNamespace(stdout=LISTING)
     monkeypatch.setattr(hot_path.subprocess, "run", lambda *args, **options: printed)
     ((name, listing),) = hot_path.listings(Path("a.cubin"), "cuobjdump").items()
@@ -74,7 +60,7 @@ def test_the_way_of_wide_loads_is_taken(monkeypatch):
 
 
 def test_the_arithmetic_of_a_wave(predicted):
-    part = _load("hot_path").Part(True, {"issue": 128, "alu": 32}, 1000, 16)
+    part = load_script("hot_path").Part(True, {"issue": 128, "alu": 32}, 1000, 16)
     code = predicted.Code(threads=256, registers=64, shared_bytes=0, parts=(part,))
     device = predicted.Device("made", 90, multiprocessors=10, ghz=1.0, gb_per_s=1000, tflop_per_s=1)
     assert code.slots(device) == 4  # 65,536 registers
@@ -101,7 +87,8 @@ def test_stored_predictions_are_complete_and_possible(predicted):
         assert by_device.keys() == devices.keys()
         for name, found in by_device.items():
             assert 0 < found["share"] <= predicted.REACHED, (title, name)
-            assert found["launches"] == len(found["kernels"])
+            if name == predicted.SHOWN:
+                assert found["launches"] == len(found["kernels"])
             floor_us = found["bytes"] / devices[name].gb_per_s / 1e3
             assert "linear_cross_entropy" in title or found["us"] > floor_us
 
@@ -115,7 +102,7 @@ def test_measured_times_beside_predictions(predicted, tmp_path):
     (tmp_path / "cubins").mkdir()
     compiled = predicted.Compiled(tmp_path / "cubins")
     # the update: nothing is compiled by nvcc here
-    part = _load("hot_path").Part(True, {"issue": 152}, 1150, 64)
+    part = load_script("hot_path").Part(True, {"issue": 152}, 1150, 64)
     code = predicted.Code(256, 40, 120, (part,))
     compiled.natives, compiled.native = {"any": code}, lambda name, device: code
     entries = {"MaskedAdamW": {"kernel_ms": 0.2}, "torch fused": {"kernel_ms": 0.3}}

@@ -26,12 +26,6 @@ from progtuning_kernels.integrations.hf_trainer import ProgtuningCallback
 from progtuning_kernels.patch import handle_of
 
 
-def test_a_batch_announced_is_a_hint_that_is_no_longer_taken():
-    handle = patched_at(tiny_model("bert-sequence"), cache=cpu_cache())
-    with pytest.deprecated_call(match="leave it out"):
-        handle.prefetch(**tiny_inputs("bert-sequence"))
-
-
 def test_trainer(tmp_path):
     rows = []
     for seed in range(4):
@@ -172,18 +166,6 @@ def test_automatic_cache():
     for _ in range(2):
         gradients(handle.model, tiny_inputs("bert-sequence"))
     assert handle.cache_report().served_steps == 1
-
-
-def test_settings_that_go_work_for_one_release_more():
-    with pytest.warns(DeprecationWarning, match="bfloat16"):
-        assert PrefixCache(BUDGET, dtype="8bit").dtype is torch.bfloat16
-    with pytest.warns(DeprecationWarning, match="content"):
-        cache = cpu_cache(id_column="sample")
-    handle = patched_at(tiny_model("bert-sequence"), cache=cache)
-    inputs = tiny_inputs("bert-sequence")
-    for _ in range(3):
-        handle.model(**inputs, sample=torch.arange(BATCH)).loss.backward()
-    assert handle.cache_report().hits
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)

@@ -9,14 +9,14 @@ import sys
 import traceback
 import warnings
 from collections.abc import Callable
-from datetime import timedelta
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
 import numpy
 import pytest
 import torch
-from ranks import run_ranks
+from ranks import process_group, run_ranks
 from soak import differences
 from toy_runs import WIDTH, WORDS, Loop, Toy, masked_adamw, progressive
 
@@ -37,17 +37,8 @@ def on_ranks(check: Callable[[int, int, Path], None], size: int, folder: Path) -
             continue
         status = 1
         try:
-            if size:
-                torch.distributed.init_process_group(
-                    "gloo",
-                    store=torch.distributed.FileStore(store, size),
-                    rank=rank,
-                    world_size=size,
-                    timeout=timedelta(seconds=60),
-                )
-            check(rank, size, folder)
-            if size:
-                torch.distributed.barrier()  # nobody leaves while another still talks to it
+            with process_group(rank, store, count=size) if size else nullcontext():
+                check(rank, size, folder)
             status = 0
         except BaseException:
             traceback.print_exc()

@@ -144,14 +144,3 @@ def test_settling_hands_the_norms_of_a_step_over_once():
         assert len(schedule.decisions) == step + 1
     with pytest.raises(RuntimeError, match="no gradient of any block was seen"):
         handle.settle()
-
-
-@pytest.mark.parametrize("name", ["observe", "reassert", "accept_weights"])
-def test_names_of_before_settle_warn_and_do_it(name):
-    model = tiny_model("bert-sequence")
-    handle = patch_model(model, MilestoneSchedule({0: 2}))
-    weight = model.bert.embeddings.word_embeddings.weight.requires_grad_(True)
-    with pytest.warns(DeprecationWarning, match=f"PatchHandle.{name} .* settle"):
-        getattr(handle, name)()
-    assert not weight.requires_grad
-    assert not hasattr(handle, "settled")

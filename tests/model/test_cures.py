@@ -5,25 +5,19 @@ the refusal says that nothing helps.
 from __future__ import annotations
 
 import copy
-import importlib.util
-import sys
-from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
 import transformers as hf
+from benchmark_scripts import load_script
 from torch import nn
 
 from progtuning_kernels import UnsupportedModelError
 from progtuning_kernels.model.families import FAMILIES
 from progtuning_kernels.model.layout import find_layout
 
-_SOURCE = Path(__file__).parents[2] / "benchmarks" / "architectures.py"
-_SPEC = importlib.util.spec_from_file_location("architectures", _SOURCE)
-architectures = importlib.util.module_from_spec(_SPEC)
-sys.modules["architectures"] = architectures
-_SPEC.loader.exec_module(architectures)
+architectures = load_script("architectures")
 
 WIDTH = 4
 

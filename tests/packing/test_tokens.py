@@ -13,6 +13,7 @@ from progtuning_kernels.packing.tokens import (
     pack_places,
     pad_heads,
     padding_follows,
+    rounded_up,
     take_places,
 )
 
@@ -285,3 +286,12 @@ def test_what_all_blocks_get_is_packed_once():
         made = torch.full((2, 2), value)
         assert tokens.pack_once(made).tolist() == [[value] * 3]
         del made
+
+
+@given(mask=_masks(), sizes=st.integers(1, 9))
+def test_rounded_up_there_are_few_numbers_of_tokens(mask, sizes):
+    kept = mask.numpy().astype(bool)
+    more = rounded_up(kept, sizes)
+    step = -(-kept.size // sizes)
+    assert more[kept].all() and more.sum() - kept.sum() < step
+    assert more.sum() in (*range(0, kept.size, step), kept.size)

@@ -19,7 +19,6 @@ from hypothesis import strategies as st
 
 from progtuning_kernels import (
     AdaptiveSchedule,
-    AnnealedSchedule,
     CyclicBlockSchedule,
     FreezePlan,
     MilestoneSchedule,
@@ -580,17 +579,3 @@ def test_toml_without_a_parser_says_what_to_write(tmp_path, monkeypatch):
     (tmp_path / "a.toml").write_text("")
     with pytest.raises(ValueError, match="TOML needs Python 3.11: write it as JSON or YAML"):
         schedule_from_file(tmp_path / "a.toml")
-
-
-def test_the_schedule_that_wrapped_another_works_for_one_release_more():
-    inner = ProgressiveSchedule(3)
-    with pytest.warns(DeprecationWarning, match="annealed_lr"):
-        schedule = AnnealedSchedule(inner, scaled=True).bind(9)
-    assert isinstance(copy.deepcopy(schedule), Schedule) and inner.total_steps == 9
-    with pytest.warns(DeprecationWarning), pytest.raises(ValueError, match="in advance"):
-        AnnealedSchedule(AdaptiveSchedule(5))
-    groups = [{"unit": unit} for unit in range(-1, 5)]
-    old = schedule.lr_factors(groups, 4, lambda step: 0.5)
-    new = annealed_lr(inner, groups, 4, base=lambda step: 0.5, scaled=True)
-    assert [f(s) for f in old for s in range(9)] == [f(s) for f in new for s in range(9)]
-    assert [schedule.plan(s, 4) for s in range(9)] == [inner.plan(s, 4) for s in range(9)]

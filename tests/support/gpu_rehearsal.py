@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import importlib
 import inspect
 import sys
 from collections.abc import Callable, Iterator, Sequence
@@ -23,20 +22,14 @@ from unittest import mock
 import pretend_cuda
 import torch
 import transformers
+from benchmark_scripts import load_script
 from pretend_cuda import PretendCuda
 from unlaunched_kernels import unlaunched
 
-BENCHMARKS = Path(__file__).resolve().parents[2] / "benchmarks"
 Change = tuple[Any, str, Any]  # object, name, value
 
 # Modules are imported while torch.cuda.Stream is a class, as their annotations want it.
 MODELS = (transformers.BertForSequenceClassification, transformers.LlamaForCausalLM)
-
-
-def _module(name: str) -> ModuleType:
-    """Of benchmarks/, which is not left on the path: transformers would find kernels.py there."""
-    with mock.patch.object(sys, "path", [str(BENCHMARKS), *sys.path]):
-        return importlib.import_module(name)
 
 
 def _compilers() -> Iterator[Change]:
@@ -57,8 +50,8 @@ def _optimizer(module: ModuleType) -> Iterator[Change]:
 
 
 def _kernels(module: ModuleType) -> Iterator[Change]:
-    timing, operations = _module("kernel_timing"), _module("kernel_operations")
-    yield _module("optimizer"), "COPIED", {"cuda": 16}
+    timing, operations = load_script("kernel_timing"), load_script("kernel_operations")
+    yield load_script("optimizer"), "COPIED", {"cuda": 16}
     yield timing, "MATMUL", 8
     yield timing, "WARM_UP_S", 0.0
     yield timing, "GATE_ROWS", 4
@@ -84,7 +77,7 @@ def _prefix_cache(module: ModuleType) -> Iterator[Change]:
     sizes = dict(module.SHAPES)
     for w in shapes:
         sizes[w.name] = sizes["tiny Llama" if "Llama" in w.name else "tiny BERT"]
-    for user in (module, _module("training")):
+    for user in (module, load_script("training")):
         yield user, "SHAPES", sizes
     yield module, "BATCHES", 2
 
@@ -111,7 +104,7 @@ SIZES: dict[str, Callable[[ModuleType], Iterator[Change]]] = {
 
 def rehearse(script: str, arguments: Sequence[str]) -> None:
     """Run `main` of a file of benchmarks/."""
-    module = _module(Path(script).stem)
+    module = load_script(Path(script).stem)
     with contextlib.ExitStack() as stack:
         changes = [(sys, "argv", [script, *arguments]), *_compilers()]
         for target, name, value in (*changes, *SIZES[module.__name__](module)):

@@ -34,6 +34,8 @@ OP = backend.register(
 class CrossEntropyOutput(NamedTuple):
     """What `linear_cross_entropy` returns where more than the loss is asked for.
 
+    All are float32 (float64 for float64).
+
     Attributes:
         loss: what the op returns if only the loss is asked for.
         z_loss: the part of loss that is z-loss, reduced as loss is. It has no gradient. None if it
@@ -52,7 +54,7 @@ class CrossEntropyOutput(NamedTuple):
 def _outputs(ctx: Any, formed: chunks.Formed) -> tuple[Tensor | None, ...]:
     metrics = formed.z_loss, formed.token_accuracy
     ctx.mark_non_differentiable(*(t for t in metrics if t is not None))
-    ctx.set_materialize_grads(False)  # for them: nothing reads it
+    ctx.set_materialize_grads(False)  # nothing reads gradients of the metrics
     return formed.loss, *metrics
 
 

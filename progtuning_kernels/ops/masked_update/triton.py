@@ -27,7 +27,19 @@ from ..masked_norm.triton import (
     sum_of_squares,
 )
 from .bucket import Bucket, Gradients, Hyper, Step, chunk_table, record_table, written
-from .low_precision import QUANT_BLOCK
+from .low_precision_triton import (
+    QUANT,
+    decode_exp_avg,
+    decode_exp_avg_sq,
+    encode_exp_avg,
+    encode_exp_avg_sq,
+    inverse_of_largest,
+    largest_magnitude,
+    nearest_bfloat16,
+    random_bits,
+    spread,
+    stochastic_bfloat16,
+)
 
 PIECE = tl.constexpr(256)  # of a chunk that is not full or not aligned
 TENSORS = 128  # of a program of prepare_kernel, one per thread
@@ -41,11 +53,6 @@ SEED_WORDS = tl.constexpr(2)
 HYPER_FLOATS = tl.constexpr(12)
 
 PARAM_STREAM, MOMENTS_STREAM = tl.constexpr(0), tl.constexpr(1)  # of random numbers
-QUANT = tl.constexpr(QUANT_BLOCK)
-SMALLEST_LARGEST = tl.constexpr(2.0**-126)
-ONE_BITS = tl.constexpr(0x3F800000)
-BITS_127, BITS_255 = tl.constexpr(0x42FE0000), tl.constexpr(0x437F0000)  # of these floats
-TIMES_65536 = tl.constexpr(16 << 23)  # what a product with 2^16 adds to the bits
 
 
 @triton.jit
@@ -122,104 +129,11 @@ def prepare_kernel(
 
 
 @triton.jit
-def _random(seed, index, step, start, STREAM: tl.constexpr, BLOCK: tl.constexpr):
-    """(BLOCK,) uint32 below 2**16, for the elements from `start`, a multiple of 8."""
-    eighth = start // 8 + tl.arange(0, BLOCK // 8)
-    c0 = eighth.to(tl.uint32)
-    c1 = (eighth >> 32).to(tl.uint32) | (STREAM << 24)
-    zero = c0 * 0
-    w0, w1, w2, w3 = tl.philox(seed, c0, c1, zero + index, zero + step, n_rounds=7)
-    # element i of the eight: half i % 2 of word i // 2; join adds the innermost dimension
-    word = tl.join(tl.join(w0, w2), tl.join(w1, w3))
-    return tl.reshape(tl.join(word & 0xFFFF, word >> 16), [BLOCK])
-
-
-@triton.jit
-def _drop_low_half(bits, added):
-    special = (bits & 0x7F800000) == 0x7F800000  # adding to the bits of a NaN would give -0.0
-    quiet = tl.where((bits & 0x007FFFFF) != 0, 0x00400000, 0).to(tl.uint32)
-    return (tl.where(special, bits | quiet, bits + added) >> 16).to(tl.uint16)
-
-
-@triton.jit
-def _nearest_bfloat16(x):
-    bits = x.to(tl.uint32, bitcast=True)
-    return _drop_low_half(bits, ((bits >> 16) & 1) + 0x7FFF)
-
-
-@triton.jit
-def _stochastic_bfloat16(x, random):
-    return _drop_low_half(x.to(tl.uint32, bitcast=True), random)
-
-
-@triton.jit
 def _store(pointers, x, inside, FULL: tl.constexpr):
     if FULL:
         tl.store(pointers, x)
     else:
         tl.store(pointers, x, mask=inside)
-
-
-@triton.jit
-def _largest(x, inside, FULL: tl.constexpr, BLOCK: tl.constexpr):
-    """Largest magnitude in each block of 256, as bits: they order alike, and NaN stays on top."""
-    bits = x.to(tl.int32, bitcast=True) & 0x7FFFFFFF
-    if not FULL:
-        bits = tl.where(inside, bits, 0)
-    return tl.max(tl.reshape(bits, [BLOCK // QUANT, QUANT]), axis=1).to(tl.float32, bitcast=True)
-
-
-@triton.jit
-def _spread(per_block, BLOCK: tl.constexpr):
-    """(BLOCK,) from one value per block of 256."""
-    wide = tl.broadcast_to(tl.expand_dims(per_block, 1), [BLOCK // QUANT, QUANT])
-    return tl.reshape(wide, [BLOCK])
-
-
-@triton.jit
-def _inverse_of_largest(largest):
-    usable = largest >= SMALLEST_LARGEST  # its reciprocal is finite; False for NaN
-    return tl.where(usable, tl.div_rn(1.0, tl.where(usable, largest, 1.0)), 0.0)
-
-
-@triton.jit
-def _root_times(x, SHIFT: tl.constexpr, UNIT: tl.constexpr):
-    """What has the ratio x^(1 / 2^SHIFT) to the float with bits UNIT; x above 1, and NaN, is 1."""
-    bits = tl.minimum(x.to(tl.uint32, bitcast=True), ONE_BITS)
-    return ((bits >> SHIFT) + (UNIT - (ONE_BITS >> SHIFT))).to(tl.float32, bitcast=True)
-
-
-@triton.jit
-def _power_of_ratio(x, SHIFT: tl.constexpr, UNIT: tl.constexpr):
-    """(x / unit)^(2^SHIFT), with exponent + mantissa in log2's place; unit has bits UNIT."""
-    # 32 bits of a difference that lies above 32 bits; as a sum of such, nothing overflows
-    ones: tl.constexpr = (ONE_BITS - (UNIT << SHIFT)) & 0xFFFFFFFF
-    bits = tl.add(x.to(tl.uint32, bitcast=True) << SHIFT, ones, sanitize_overflow=False)
-    return bits.to(tl.float32, bitcast=True)
-
-
-@triton.jit
-def _decode_exp_avg(code, largest):
-    power = tl.where(code == 0.0, 0.0, _power_of_ratio(tl.abs(code), 2, BITS_127))
-    return tl.where(code < 0.0, -power, power) * largest
-
-
-@triton.jit
-def _decode_exp_avg_sq(code, largest):
-    return _power_of_ratio(code, 3, BITS_255) * largest
-
-
-@triton.jit
-def _encode_exp_avg(m, inverse):
-    code = (_root_times(tl.abs(m) * inverse, 2, BITS_127) + 0.5).to(tl.int32)
-    return tl.where(m.to(tl.int32, bitcast=True) < 0, -code, code).to(tl.int8)
-
-
-@triton.jit
-def _encode_exp_avg_sq(v, inverse, random):
-    fixed = _root_times(v * inverse, 3, BITS_255 + TIMES_65536).to(tl.uint32)
-    code = (fixed + random) >> 16
-    return tl.where(code < 1, 1, code).to(tl.uint8)
 
 
 @triton.jit
@@ -278,8 +192,8 @@ def _update(
         v_scale_at = scales_of_avg_sq.to(tl.pointer_type(tl.float32)) + block
         m_scale = load(m_scale_at, has_block, tl.float32, FULL)
         v_scale = load(v_scale_at, has_block, tl.float32, FULL)
-        m = _decode_exp_avg(m, _spread(m_scale, BLOCK))
-        v = _decode_exp_avg_sq(v, _spread(v_scale, BLOCK))
+        m = decode_exp_avg(m, spread(m_scale, BLOCK))
+        v = decode_exp_avg_sq(v, spread(v_scale, BLOCK))
 
     g = g * grad_factor
     m = beta1 * m + one_minus_beta1 * g
@@ -291,22 +205,22 @@ def _update(
         _store(master_at, p, inside, FULL)
     if PARAM_TYPE == tl.bfloat16:
         if STOCHASTIC:
-            p = _stochastic_bfloat16(p, _random(seed, index, step, start, PARAM_STREAM, BLOCK))
+            p = stochastic_bfloat16(p, random_bits(seed, index, step, start, PARAM_STREAM, BLOCK))
         else:
-            p = _nearest_bfloat16(p)
+            p = nearest_bfloat16(p)
     _store(p_at, p.to(p_at.dtype.element_ty), inside, FULL)
     if MOMENT_TYPE == tl.bfloat16:
-        random = _random(seed, index, step, start, MOMENTS_STREAM, BLOCK)
-        m = _stochastic_bfloat16(m, random)
-        v = _stochastic_bfloat16(v, ((random & 0xFF) << 8) | (random >> 8))
+        random = random_bits(seed, index, step, start, MOMENTS_STREAM, BLOCK)
+        m = stochastic_bfloat16(m, random)
+        v = stochastic_bfloat16(v, ((random & 0xFF) << 8) | (random >> 8))
     elif MOMENT_TYPE == tl.int8:
-        m_scale = _largest(m, inside, FULL, BLOCK)
-        v_scale = _largest(v, inside, FULL, BLOCK)
+        m_scale = largest_magnitude(m, inside, FULL, BLOCK)
+        v_scale = largest_magnitude(v, inside, FULL, BLOCK)
         _store(m_scale_at, m_scale, has_block, FULL)
         _store(v_scale_at, v_scale, has_block, FULL)
-        m = _encode_exp_avg(m, _spread(_inverse_of_largest(m_scale), BLOCK))
-        random = _random(seed, index, step, start, MOMENTS_STREAM, BLOCK)
-        v = _encode_exp_avg_sq(v, _spread(_inverse_of_largest(v_scale), BLOCK), random)
+        m = encode_exp_avg(m, spread(inverse_of_largest(m_scale), BLOCK))
+        random = random_bits(seed, index, step, start, MOMENTS_STREAM, BLOCK)
+        v = encode_exp_avg_sq(v, spread(inverse_of_largest(v_scale), BLOCK), random)
     _store(m_at, m, inside, FULL)
     _store(v_at, v, inside, FULL)
     if ZERO_GRADS:
