@@ -13,7 +13,7 @@ tensors of one model, and builds only what has changed.
 Needs torch, triton, transformers, peft, pybind11, pytest, hypothesis and nvcc, and no network;
 other packages take part if they are installed. In FOLDER: `suite.json` (what became of every part,
 and all verdicts), `suite.log` (everything printed), and a JSON per benchmark. The exit status is 1
-if a part failed (a missed target is no failure), and 2 without a GPU.
+if a part failed or was cut off (a missed target is no failure), and 2 without a GPU.
 """
 
 from __future__ import annotations
@@ -198,9 +198,11 @@ class Suite:
                 code = process.wait(timeout=limit_s)
                 record["outcome"] = "done" if code == 0 else f"failed with {code}"
             except subprocess.TimeoutExpired:
-                os.killpg(process.pid, signal.SIGKILL)
-                process.wait()
                 record["outcome"] = "cut off"
+            finally:
+                if process.returncode is None:  # also where this one is interrupted
+                    os.killpg(process.pid, signal.SIGKILL)
+                    process.wait()
         record["wall_s"] = round(time.monotonic() - began, 1)
         print(f"{part.name}: {record['outcome']} after {record['wall_s']:.0f} s", flush=True)
         self.write()
@@ -315,8 +317,9 @@ def main() -> None:
     show(suite, rehearsed=arguments.rehearse)
     if device is not None:
         print(how_to_keep(suite.output, device))
-    failed = [part for part in suite.parts if part["outcome"].startswith("failed")]
-    raise SystemExit(1 if failed else 0)
+    # a hang is a failure, too; a part that has no time left is none
+    outcomes = [part["outcome"] for part in suite.parts]
+    raise SystemExit(any(o.startswith("failed") or o == "cut off" for o in outcomes))
 
 
 if __name__ == "__main__":

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from .. import backend
-from .kinds import GATED_MLP, HEAD, Swap
+from .kinds import GATED_MLP, HEAD, Swap, without_hooks
 
 # Of the largest element of the original's result. Ours round once where the original rounds at
 # every step, up to eight times, so that the two may differ by a few units of the last place.
@@ -106,23 +106,19 @@ def apart(device: torch.device) -> Iterator[None]:
 
 
 def _subject(module: nn.Module, swap: Swap) -> nn.Module:
-    """A copy with random weights, or an MLP itself, because its weights may be gigabytes."""
+    """A copy with random weights, or of an MLP with its own, because they may be gigabytes."""
     if swap.kind == GATED_MLP:
-        return module
+        return without_hooks(module)
     if swap.kind == HEAD:
         rows = min(module.out_features, _HEAD_ROWS)
         bias = module.bias is not None
-        twin = nn.Linear(module.in_features, rows, bias, module.weight.device, module.weight.dtype)
+        # nn.Linear itself would draw weights from the caller's random numbers
+        like = {"device": module.weight.device, "dtype": module.weight.dtype}
+        twin = nn.utils.skip_init(nn.Linear, module.in_features, rows, bias, **like)
     else:
-        shallow = copy.copy(module)
-        shallow._modules = {
-            name: nn.Identity() if name in swap.stand_ins else child
-            for name, child in module._modules.items()
-        }
+        shallow = without_hooks(module)  # which are not copied either: a hook may hold a model
+        shallow._modules |= {name: nn.Identity() for name in swap.stand_ins}
         twin = copy.deepcopy(shallow)
-    for part in twin.modules():
-        part._forward_hooks.clear()
-        part._forward_pre_hooks.clear()
     generator = torch.Generator().manual_seed(1)
     with torch.no_grad():
         for parameter in twin.parameters():

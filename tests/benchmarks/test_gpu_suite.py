@@ -115,17 +115,38 @@ def test_a_second_look_follows_a_failure_and_the_last_part_has_what_is_left(tmp_
 
 
 def test_the_exit_status_says_that_a_part_failed(tmp_path, monkeypatch):
-    for code, status in (("1 / 0", 1), ("0", 0)):
-        part = Part("one", ("-c", code), 20, output=False)
-        monkeypatch.setattr(gpu_suite, "gpu_parts", lambda short, part=part: [part])
-        monkeypatch.setattr(gpu_suite, "rehearsed", lambda part: part)
-        words = ["gpu_suite.py", "--rehearse", "--output", str(tmp_path / str(status))]
+    ends = Part("ends", ("-c", "0"), 20, output=False)
+    fails, hangs = Part("fails", ("-c", "1 / 0"), 20, output=False), Part("hangs", _never_run(), 3)
+    monkeypatch.setattr(gpu_suite, "rehearsed", lambda part: part)
+    for first, status in ((fails, 1), (hangs, 1), (ends, 0)):
+        monkeypatch.setattr(gpu_suite, "gpu_parts", lambda short, first=first: [first, ends])
+        words = ["gpu_suite.py", "--rehearse", "--output", str(tmp_path / first.name)]
         monkeypatch.setattr(sys, "argv", words)
         with pytest.raises(SystemExit) as ended:
             gpu_suite.main()
-        assert ended.value.code == status
+        assert ended.value.code == status, first.name
     with pytest.raises(SystemExit, match="would be mixed"):
         gpu_suite.main()
+
+
+def test_a_suite_that_is_interrupted_leaves_no_process(tmp_path, monkeypatch):
+    started = []
+
+    class Interrupted(subprocess.Popen):
+        def wait(self, timeout=None) -> int:
+            if not started:
+                started.append(self)
+                raise KeyboardInterrupt
+            return super().wait(timeout)
+
+    monkeypatch.setattr(gpu_suite.subprocess, "Popen", Interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        Suite(tmp_path, 60).run(Part("sleeps", _never_run(), 30, output=False), 30)
+    (process,) = started
+    left = process.poll() is None
+    if left:
+        process.kill()
+    assert not left
 
 
 def test_built_is_what_has_cuda_and_is_newer_than_its_sources(tmp_path, monkeypatch):

@@ -243,6 +243,8 @@ def test_a_tensor_without_gradient_is_left_out(implementation):
     assert torch.equal(bucket.params[2], before[2]) and not torch.equal(bucket.params[3], before[3])
     assert [int(step) for step in bucket.steps] == [7, 7, 6, 7, 7, 6, 7]
     assert not any(grad.any() for grad in grads if grad is not None)
+    bucket.update([None] * len(grads), hypers(), zero_grads=True)  # other buckets may have some
+    assert [int(step) for step in bucket.steps] == [7, 7, 6, 7, 7, 6, 7]
 
 
 @both

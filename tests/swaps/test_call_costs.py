@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 import itertools
 import json
+import threading
 from collections.abc import Iterator
 from typing import Any
 from unittest import mock
@@ -124,6 +125,28 @@ def test_a_run_on_a_gpu_says_the_numbers_and_resumes_with_them():
         at_any_size = _patched(third, Machine(60, 25), kernels="on")
         assert _norms(at_any_size) == ["at any size"]
         assert "call_costs" not in at_any_size.state_dict()
+
+
+def test_what_is_tried_calls_no_hook_of_the_user():
+    class Hook:
+        def __init__(self) -> None:
+            self.calls, self.lock = 0, threading.Lock()  # which nobody can copy
+
+        def __call__(self, *arguments: Any) -> None:
+            self.calls += 1
+
+    hook = Hook()
+    with _gpu() as pretend:
+        model = pretend.put(tiny_model("llama-causal-lm"))
+        for name, module in model.named_modules():
+            if name.endswith(("gate_proj", "input_layernorm")):
+                module.register_forward_hook(hook)
+                module.register_full_backward_hook(hook)
+        handle = _patched(model, Machine(40, 66))
+        assert hook.calls == 0
+        assert all(row.swapped for row in handle.kernel_report().rows)
+        model(**pretend.put(tiny_inputs("llama-causal-lm"))).loss.backward()
+        assert hook.calls
 
 
 def test_all_ranks_choose_by_what_the_first_one_has_measured(monkeypatch):

@@ -180,6 +180,14 @@ def check_multipliers_that_no_op_has():
         recognise(mlp)
 
 
+def check_no_random_number_of_the_user_is_drawn():
+    model = tiny_model("llama-causal-lm")
+    before = torch.get_rng_state()
+    handle = patch_model(model, MilestoneSchedule({0: 1}))
+    assert any(row.kind == "language-model head and loss" for row in handle.kernel_report().rows)
+    assert torch.equal(torch.get_rng_state(), before)
+
+
 def check_every_module_is_itself_again():
     model = tiny_model("llama-causal-lm")
     classes = {path: type(m) for path, m in model.named_modules()}

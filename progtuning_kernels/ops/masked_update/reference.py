@@ -162,5 +162,5 @@ def update(bucket: Bucket, gradients: Gradients, hypers: Sequence[Hyper], step: 
         )
         if found_inf is not None:
             torch._foreach_sub_(steps, [found_inf] * len(steps))
-    if zero_grads:
-        torch._foreach_zero_([grad for grad in grads if grad is not None])
+    if zero_grads and (there := [grad for grad in grads if grad is not None]):
+        torch._foreach_zero_(there)
