@@ -14,11 +14,13 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from ..model.forward_hooks import foreign_hook
+from .legality import NotCapturable
+from .module_state import ModuleState
 from .pools import Pool, pool_on
-from .replayed_call import Feed, Gradients, NotCapturable, ReplayedCall, Turns, tensors_of
+from .replayed_call import Feed, Gradients, ReplayedCall, Turns, tensors_of
 
 MOST_KINDS = 64  # of calls in a stage: 8 lengths by 8 numbers of packed tokens
-WARM_UP = "the first of its kind in a stage"
+WARM_UP = "the first of its kind (shapes, and values of what is no tensor) in a stage"
 _CONSTANTS = int | float | str | bool | None
 
 
@@ -27,6 +29,7 @@ class _WarmUp:
 
     def __init__(self) -> None:
         self.wanted: tuple[bool, ...] | None = None
+        self.differentiated = False  # its backward
         self.repeated = False  # one forward had two backwards
 
 
@@ -42,6 +45,7 @@ class _Observed(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: Tensor | None) -> Any:
         ctx.warm_up.wanted = tuple(g is not None for g in grads)
+        ctx.warm_up.differentiated |= torch.is_grad_enabled()
         ctx.warm_up.repeated |= ctx.done
         ctx.done = True
         return None, *grads
@@ -58,12 +62,16 @@ class CapturedModule:
         self._module = module
         self._modules = [*module.modules()]
         self._slots = [
-            (held, name, t, t.data_ptr(), t.requires_grad)
+            (held, name, t, t.data_ptr(), t.dtype, t.requires_grad)
             for m in self._modules
             for held in (m._parameters, m._buffers)
             for name, t in held.items()
             if t is not None
         ]
+        self._children = [
+            (m._modules, (*m._modules.values(),)) for m in self._modules if m._modules
+        ]
+        self._state: ModuleState | None = None  # that the captured calls have read
         self._kinds: dict[Hashable, _WarmUp | ReplayedCall | str] = {}
         self._gradients: Gradients | None = None
         self._turns = Turns()
@@ -89,11 +97,26 @@ class CapturedModule:
 
     @property
     def changed(self) -> bool:
-        """Whether a parameter or buffer was replaced, moved or switched."""
-        return any(
-            held.get(name) is not t or t.data_ptr() != at or t.requires_grad is not flag
-            for held, name, t, at, flag in self._slots
+        """Whether what captured calls read is another thing now: a parameter or buffer that was
+        replaced, moved or switched, a module, an attribute, a hook.
+        """
+        return (
+            any(
+                held.get(name) is not t
+                or t.requires_grad is not flag
+                or t.data_ptr() != at
+                or t.dtype is not dtype
+                for held, name, t, at, dtype, flag in self._slots
+            )
+            or any((*held.values(),) != children for held, children in self._children)
+            or (bool(self.captured) and self._state is not None and self._state.changed)
         )
+
+    def look(self) -> None:
+        """Look at it before a forward begins, while nothing was captured."""
+        if not self.captured and self._pool is not None:
+            self._state = ModuleState(self._modules)
+            self.refusal = self._refusal()
 
     def run_eagerly(
         self, forward: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
@@ -121,6 +144,8 @@ class CapturedModule:
         """
         if self.refusal is not None:
             raise NotCapturable(self.refusal, lasting=True)
+        if (around := _surroundings()) is not None:
+            raise NotCapturable(f"{around} would miss what is replayed")
         leaves, spec = pytree.tree_flatten((args, kwargs))
         key = self._key(leaves, spec, feeds)
         kind = self._kinds.setdefault(key, _WarmUp())
@@ -131,20 +156,25 @@ class CapturedModule:
             return _observed(output, kind), against or WARM_UP
         if against is not None:
             raise NotCapturable(against)
+        if isinstance(kind, _WarmUp) and kind.differentiated:
+            raise NotCapturable("its backward is differentiated (create_graph=True)")
         if isinstance(kind, _WarmUp) and kind.repeated:
             raise NotCapturable("a forward has two backwards (retain_graph=True)")
         if self._turns.awaited:
             raise NotCapturable("the backward of a forward before it may still come")
-        if self._gradients is not None and self._gradients.held_elsewhere():
-            raise NotCapturable("something other than .grad keeps a gradient of an earlier step")
         if isinstance(kind, _WarmUp):
+            if sum(not isinstance(kind, _WarmUp) for kind in self._kinds.values()) >= MOST_KINDS:
+                raise NotCapturable(
+                    f"more than {MOST_KINDS} kinds of calls in a stage: have the collator pad to a "
+                    "multiple (pad_to_multiple_of)"
+                )
             kind = self._kinds[key] = self._capture(forward, leaves, spec, feeds, kind.wanted)
             if isinstance(kind, str):
                 raise NotCapturable(kind, lasting=True)
         return kind.replay(tensors_of(leaves, feeds), self._turns.begin()), None
 
     def _refusal(self) -> str | None:
-        devices = {t.device for _, _, t, _, _ in self._slots}
+        devices = {t.device for _, _, t, *_ in self._slots}
         if len(devices) != 1:
             return "its parameters and buffers are not all on one device"
         if (source := foreign_hook(self._module)) is not None:
@@ -171,7 +201,7 @@ class CapturedModule:
             if isinstance(leaf, Tensor):
                 known.append((leaf.shape, leaf.dtype, leaf.requires_grad))
             elif isinstance(leaf, _CONSTANTS):
-                known.append((type(leaf), leaf))
+                known.append((type(leaf), str(leaf)))  # nan equals itself, 0.0 is not -0.0
             else:
                 raise NotCapturable(f"an argument holds a {type(leaf).__name__}", lasting=True)
         known += [(feed.key, *(t.shape for t in feed.tensors)) for feed in feeds]
@@ -183,11 +213,10 @@ class CapturedModule:
             torch.get_float32_matmul_precision(),
             torch.are_deterministic_algorithms_enabled(),
         )
-        if key not in self._kinds and len(self._kinds) >= MOST_KINDS:
-            raise NotCapturable(
-                f"more than {MOST_KINDS} kinds of calls in a stage: have the collator pad to a "
-                "multiple (pad_to_multiple_of)"
-            )
+        if key not in self._kinds:
+            once = [other for other, kind in self._kinds.items() if isinstance(kind, _WarmUp)]
+            if len(once) >= 4 * MOST_KINDS:  # such as numbers that vary, which never come again
+                del self._kinds[once[0]]
         return key
 
     def _capture(
@@ -208,11 +237,20 @@ class CapturedModule:
             with autocast:
                 return forward(*args, **kwargs)
 
+        state = ModuleState(self._modules)
+        written: list[str] = []
         try:
-            with torch.autocast(self._device.type, enabled=False):
-                return ReplayedCall(
-                    *(self._pool, run, leaves, spec, feeds, self._gradients, wanted, buffers)
-                )
+            try:
+                with torch.autocast(self._device.type, enabled=False):
+                    call = ReplayedCall(
+                        *(self._pool, run, leaves, spec, feeds, self._gradients, wanted, buffers),
+                        known=[t for _, _, t, *_ in self._slots] + [*state.tensors()],
+                    )
+            finally:  # nothing was computed: what lies in an attribute now has no values
+                written += state.put_back()
+            if written:
+                raise NotCapturable(f"its forward sets {written[0]}")
+            return call
         except Exception as error:  # whatever it is, the call may run eagerly
             reason = f"it cannot be captured: {self._named(error)}"
             warnings.warn(f"a {type(self._module).__name__} runs eagerly: {reason}", stacklevel=8)
@@ -243,6 +281,19 @@ def _observed(output: Any, kind: _WarmUp) -> Any:
     for i, copy in zip(at, _Observed.apply(kind, *(leaves[i] for i in at)), strict=True):
         leaves[i] = copy
     return pytree.tree_unflatten(leaves, spec)
+
+
+def _surroundings() -> str | None:
+    """What watches single operations, or calls of modules, of the forward at hand."""
+    if torch._C._len_torch_dispatch_stack():
+        return "a TorchDispatchMode"
+    if torch._C._autograd._top_saved_tensors_default_hooks(False) is not None:
+        return "a hook on saved tensors"
+    if torch.is_anomaly_enabled():
+        return "anomaly detection"
+    if torch.nn.modules.module._has_any_global_hook():
+        return "a hook on all modules"
+    return None
 
 
 def _autocast_dtype(device: torch.device) -> torch.dtype | None:

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Iterator
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, contextmanager, suppress
 from typing import Protocol
 
 import torch
@@ -62,17 +62,33 @@ class CudaPool:
         # cuBLAS has a workspace per stream, and a kernel's first launch loads it: forbidden later
         current = torch.cuda.current_stream(self._device)
         self._stream.wait_stream(current)
-        with torch.cuda.stream(self._stream):
-            yield
-        current.wait_stream(self._stream)
+        try:
+            with torch.cuda.stream(self._stream):
+                yield
+        finally:
+            current.wait_stream(self._stream)
 
     @contextmanager
     def recording(self) -> Iterator[Recording]:
         graph = torch.cuda.CUDAGraph()
         # thread_local: a loader's thread may pin memory in the meantime
         options = {"pool": self._id, "stream": self._stream, "capture_error_mode": "thread_local"}
-        with torch.cuda.graph(graph, **options):
-            yield graph
+        current, cause = torch.cuda.current_stream(self._device), None
+        try:
+            with torch.cuda.graph(graph, **options):
+                try:
+                    yield graph
+                except BaseException as error:
+                    cause = error
+                    raise
+        except BaseException as error:
+            if cause is error:
+                raise
+            # it could not even be ended, which leaves the stream and the allocator in the capture
+            torch.cuda.set_stream(current)
+            with suppress(RuntimeError):
+                torch._C._cuda_endAllocateToPool(torch.cuda.current_device(), self._id)
+            raise cause or error from None
 
     @property
     def nbytes(self) -> int:

@@ -13,15 +13,8 @@ import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
+from .legality import Legality, NotCapturable
 from .pools import Pool
-
-
-class NotCapturable(RuntimeError):
-    """A call cannot be captured or replayed, now or, if `lasting`, ever; the message says why."""
-
-    def __init__(self, reason: str, *, lasting: bool = False) -> None:
-        super().__init__(reason)
-        self.lasting = lasting
 
 
 class Feed(Protocol):
@@ -85,27 +78,25 @@ class Gradients:
         self.parameters = parameters
         self.tensors = [torch.empty_like(p, requires_grad=False) for p in parameters]
         self._storages = [t.untyped_storage() for t in self.tensors]
-        self._alone = [0] * len(self._storages)
+        self._alone = self.holders()
 
-    def count_holders(self) -> None:
-        """Take whatever keeps them now for theirs: graphs, that is."""
-        self.make_room()
-        self._alone = [torch._C._storage_Use_Count(s._cdata) for s in self._storages]
+    def holders(self) -> list[int]:
+        return [torch._C._storage_Use_Count(s._cdata) for s in self._storages]
+
+    def note_recording(self, before: Sequence[int]) -> None:
+        """Take what keeps them since then for graphs."""
+        made = zip(self._alone, self.holders(), before, strict=True)
+        self._alone = [alone + now - then for alone, now, then in made]
 
     def make_room(self) -> None:
         for p, own in zip(self.parameters, self.tensors, strict=True):
             if p.grad is not None and p.grad.data_ptr() == own.data_ptr():
                 p.grad = p.grad.clone()
 
-    def held_elsewhere(self) -> bool:
-        """Whether anything but a `.grad` keeps a gradient that lies here."""
-        for p, own, storage, alone in zip(
-            self.parameters, self.tensors, self._storages, self._alone, strict=True
-        ):
-            there = p.grad is not None and p.grad.data_ptr() == own.data_ptr()
-            if torch._C._storage_Use_Count(storage._cdata) > alone + there:
-                return True
-        return False
+    def copies_if_held(self) -> list[Tensor]:
+        """Copies of all, if anything but a `.grad` keeps one that lies here; else none."""
+        held = any(now > alone for now, alone in zip(self.holders(), self._alone, strict=True))
+        return [own.clone() for own in self.tensors] if held else []
 
     @property
     def nbytes(self) -> int:
@@ -119,6 +110,7 @@ class ReplayedCall:
         run: takes the call's arguments.
         wanted: of the differentiable outputs, those that backward starts from.
         buffers: of the module.
+        known: all tensors of the module.
 
     Raises:
         NotCapturable: the call cannot be repeated.
@@ -135,6 +127,7 @@ class ReplayedCall:
         gradients: Gradients,
         wanted: tuple[bool, ...],
         buffers: Sequence[Tensor],
+        known: Sequence[Tensor],
     ) -> None:
         given = tensors_of(leaves, feeds)
         self._inputs = [t.detach().clone().requires_grad_(t.requires_grad) for t in given]
@@ -145,7 +138,8 @@ class ReplayedCall:
         args, kwargs = pytree.tree_unflatten(own_leaves, spec)
         self._gradients, self._wanted = gradients, wanted
         drawn = random.getstate(), numpy.random.get_state()[2]
-        with ExitStack() as fed, pool.recording() as self._forward:
+        legality = Legality(known=(*self._inputs, *known))
+        with ExitStack() as fed, pool.recording() as self._forward, legality:
             for feed in feeds:
                 fed.enter_context(feed.using([next(own) for _ in feed.tensors]))
             output = run(*args, **kwargs)
@@ -170,6 +164,8 @@ class ReplayedCall:
         self._starts = [torch.ones_like(t, requires_grad=False) for t in starts]
         self._has_gradient = [False] * len(gradients.parameters)
         self._input_gradients: list[Tensor | None] = [None] * len(self._demanded)
+        gradients.make_room()
+        before = gradients.holders()
         if starts:
             with pool.recording() as self._backward:
                 wants = [*self._demanded, *gradients.parameters]
@@ -182,7 +178,7 @@ class ReplayedCall:
                     )
             self._input_gradients = [*found[: len(self._demanded)]]
             self._has_gradient = [g is not None for g in own]
-        gradients.count_holders()
+        gradients.note_recording(before)
         self._outputs = [t.detach() for t in outputs]
         self._rest = [None if isinstance(leaf, Tensor) else leaf for leaf in self._rest]
 
@@ -218,12 +214,16 @@ class ReplayedCall:
                 'patch_model(..., graph="off")'
             )
         self._gradients.make_room()
+        kept = self._gradients.copies_if_held()
         torch._foreach_copy_(self._starts, [g for g in starts if g is not None])
         self._backward.replay()
-        found = zip(self._gradients.tensors, self._has_gradient, strict=True)
+        found = [own.detach() for own in self._gradients.tensors]
+        if kept:
+            found = [own.clone() for own in found]
+            torch._foreach_copy_(self._gradients.tensors, kept)
         return [
             *(None if g is None else g.clone() for g in self._input_gradients),
-            *(own.detach() if there else None for own, there in found),
+            *(g if there else None for g, there in zip(found, self._has_gradient, strict=True)),
         ]
 
     @property

@@ -21,13 +21,15 @@ from ..model.call import argument_names
 from ..model.derived_classes import base_of, derive
 from ..model.layout import Layout
 from .captured_module import CapturedModule
-from .replayed_call import Feed, NotCapturable
+from .legality import NotCapturable
+from .replayed_call import Feed
 from .report import GraphReport
 
 Graph = Literal["off", "auto", "on"]
 
 _GRAPHS = "_progtuning_graphs"
 _OWN_FORWARD = "_progtuning_own_forward"
+_CHANGED = "a parameter, buffer, module, attribute or hook was added, replaced, moved or switched"
 _NEVER_RAN = (
     'off: graph="auto" captures where a stored result from a GPU says that it pays; there is none '
     'yet: "on" captures'
@@ -95,15 +97,17 @@ class StageGraphs:
     def look(self) -> None:
         """Look at the stage, if it begins, before modules are taken out of their places."""
         self._allowed = None
-        if self._mode != "on" or self._paused:
+        if self._mode != "on" or self._paused or _transformed():
             return
         if any(module.changed for module in (self._whole, *self._blocks.values()) if module):
-            self._eager["a parameter or buffer was replaced, moved or switched"] += 1
+            self._eager[_CHANGED] += 1
             self.drop()
         if self._whole is None:
             self._whole = CapturedModule(self._model)
             paths = self._layout.block_paths  # a cache puts stand-ins in their places later
             self._in_place = [*map(self._model.get_submodule, paths)]
+        for module in (self._whole, *self._blocks.values()):
+            module.look()
         own = self._model.__dict__.get("forward")
         if inspect.ismethod(own) and not _is_ours(own):
             self._model.__dict__[_OWN_FORWARD] = own
@@ -116,7 +120,7 @@ class StageGraphs:
             feeds: what it gets past its arguments.
             against: why it has to run eagerly this time.
         """
-        if self._whole is not None and not self._paused:
+        if self._whole is not None and not self._paused and not _transformed():
             self._allowed = feeds, against
 
     def forbid(self) -> None:
@@ -154,9 +158,12 @@ class StageGraphs:
         kwargs: dict[str, Any],
     ) -> Any:
         """One forward of the model."""
-        if self._allowed is None or not torch.is_grad_enabled() or not module.training:
+        if self._allowed is None or not torch.is_grad_enabled() or module is not self._model:
             return forward(*args, **kwargs)
         (feeds, against), self._allowed = self._allowed, None
+        if not module.training:
+            self._eager["the model is in eval mode"] += 1
+            return forward(*args, **kwargs)
         if self._takes_use_cache and "use_cache" not in kwargs:
             kwargs = {**kwargs, "use_cache": False}
         try:
@@ -197,6 +204,11 @@ class StageGraphs:
                 block.__dict__[_GRAPHS] = self
             self._place([*self._blocks])
         self._by_blocks = True
+
+
+def _transformed() -> bool:
+    """Whether torch.func runs the model, with tensors that have no memory."""
+    return torch._C._functorch.peek_interpreter_stack() is not None
 
 
 def _around(own: MethodType) -> Callable[..., Any]:

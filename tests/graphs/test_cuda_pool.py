@@ -29,15 +29,21 @@ def calls(monkeypatch):
     @contextlib.contextmanager
     def on(stream):
         calls.append(f"on {stream.name}")
-        yield
-        calls.append(f"off {stream.name}")
+        try:
+            yield
+        finally:
+            calls.append(f"off {stream.name}")
 
     @contextlib.contextmanager
     def graph(recording, *, pool, stream, capture_error_mode):
         assert (pool, capture_error_mode) == ((0, 7), "thread_local")
         calls.append(f"capture {recording.name} on {stream.name}")
-        yield
-        calls.append(f"captured {recording.name}")
+        try:
+            yield
+        finally:
+            calls.append(f"captured {recording.name}")
+            if "a read" in calls:
+                raise RuntimeError("operation failed due to a previous error during capture")
 
     made = iter("ab")
     for name, value in {
@@ -45,6 +51,8 @@ def calls(monkeypatch):
         "Stream": lambda device: Stream("side", calls),
         "current_stream": lambda device: current,
         "stream": on,
+        "set_stream": lambda stream: calls.append(f"set {stream.name}"),
+        "current_device": lambda: 0,
         "graph": graph,
         "CUDAGraph": lambda: SimpleNamespace(name=next(made)),
         "memory_snapshot": lambda: [
@@ -70,6 +78,23 @@ def test_a_warm_up_runs_on_the_stream_of_the_captures(calls):
         *("side waits for current", "on side", "run", "off side", "current waits for side"),
         *("capture a on side", "record", "captured a"),
     ]
+
+
+def test_a_capture_that_cannot_be_ended_leaves_stream_and_allocator(calls, monkeypatch):
+    monkeypatch.setattr(
+        torch._C, "_cuda_endAllocateToPool", lambda *of: calls.append(of), raising=False
+    )
+    pool = pools.CudaPool(DEVICE)
+    with pytest.raises(ValueError, match="what went wrong at first"), pool.recording():
+        calls.append("a read")
+        raise ValueError("what went wrong at first")
+    assert calls[-2:] == ["set current", (0, (0, 7))]
+
+
+def test_a_warm_up_that_raises_is_waited_for(calls):
+    with pytest.raises(ValueError), pools.CudaPool(DEVICE).warm_up():
+        raise ValueError
+    assert calls[-1] == "current waits for side"
 
 
 def test_pools_of_a_device_share_their_stream_and_count_their_own_memory(calls):

@@ -133,6 +133,22 @@ def test_recordings_of_a_pool_write_over_what_nobody_held():
     assert temporary.isnan().all()
 
 
+@pytest.mark.parametrize("retained", [True, False])
+def test_a_backward_takes_the_memory_that_it_frees(retained):
+    x, w, pool = torch.randn(3, 4), torch.randn(5, 4, requires_grad=True), RecorderPool(CPU)
+    with pool.recording() as forward:
+        loss = (x @ w.t()).exp().exp().sum()
+    start = torch.ones(())
+    with pool.recording() as backward:
+        (found,) = torch.autograd.grad(loss, w, start, retain_graph=retained)
+    del loss
+    for recording in (forward, backward):
+        recording.replay()
+    assert not found.isnan().any()
+    backward.replay()
+    assert found.isnan().all() != retained
+
+
 def test_memory_that_is_gone_reads_as_nan():
     model = nn.Linear(3, 2)
     x = torch.randn(4, 3)
