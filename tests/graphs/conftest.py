@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from graph_pairs import Pair
 from graph_recorder import RecorderPool
 
 from progtuning_kernels.graphs import captured_module
@@ -19,3 +20,8 @@ def pools(monkeypatch: pytest.MonkeyPatch) -> list[RecorderPool]:
 
     monkeypatch.setattr(captured_module, "pool_on", pool_on)
     return made
+
+
+@pytest.fixture
+def pair(pools):
+    return Pair()

@@ -26,6 +26,8 @@ from benchmark_scripts import load_script
 from pretend_cuda import PretendCuda
 from unlaunched_kernels import unlaunched
 
+from progtuning_kernels.graphs import captured_module
+
 Change = tuple[Any, str, Any]  # object, name, value
 
 # Modules are imported while torch.cuda.Stream is a class, as their annotations want it.
@@ -92,6 +94,8 @@ def _run(module: ModuleType) -> Iterator[Change]:
         return dataclasses.replace(experiment, shape=shape, **small)
 
     yield module, "read_experiment", read_experiment
+    # the pretended GPU is a mode of torch's, which captured graphs leave alone
+    yield captured_module, "_surroundings", lambda: None
 
 
 SIZES: dict[str, Callable[[ModuleType], Iterator[Change]]] = {

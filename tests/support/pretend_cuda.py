@@ -500,11 +500,23 @@ def _stand_ins(pretend: PretendCuda) -> list[tuple[Any, str, Any]]:
         name="pretended H200", warp_size=32, L2_cache_size=L2_BYTES, **H200
     )
     free = (100 << 30, H200["total_memory"])
+    captures: list[Any] = []  # those that are under way
+
+    @contextlib.contextmanager
+    def graph(
+        graph: Any, pool: Any = None, stream: Any = None, capture_error_mode: str = "global"
+    ) -> Iterator[None]:
+        captures.append(graph)
+        try:
+            yield
+        finally:
+            captures.pop()
+
     answers: dict[str, Callable[..., Any]] = {
         "is_available": lambda: True,
         "is_initialized": lambda: True,
         "is_bf16_supported": lambda *args, **options: True,
-        "is_current_stream_capturing": lambda: False,
+        "is_current_stream_capturing": lambda: bool(captures),
         "device_count": lambda: 1,
         "current_device": lambda: 0,
         "set_device": lambda device: None,
@@ -523,9 +535,7 @@ def _stand_ins(pretend: PretendCuda) -> list[tuple[Any, str, Any]]:
         "max_memory_allocated": lambda device=None: 1,
         "max_memory_reserved": lambda device=None: 1,
         "CUDAGraph": _Graph,
-        "graph": lambda graph, pool=None, stream=None, capture_error_mode="global": (
-            contextlib.nullcontext()
-        ),
+        "graph": graph,
         "memory_snapshot": list,
         "graph_pool_handle": lambda: (0, 0),
         "set_sync_debug_mode": lambda mode: None,
