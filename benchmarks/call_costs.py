@@ -25,10 +25,10 @@ from triton.runtime import driver
 ROOT = Path(__file__).parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / "tests" / "support")]
 
-from unlaunched_kernels import StandInDriver  # noqa: E402
+from unlaunched_kernels import StandInDriver  # noqa: E402 - a script's folders, above
 
-from progtuning_kernels import backend  # noqa: E402
-from progtuning_kernels.ops import (  # noqa: E402
+from progtuning_kernels import backend  # noqa: E402 - a script's folders, above
+from progtuning_kernels.ops import (  # noqa: E402 - a script's folders, above
     bias_gelu,
     geglu,
     gelu,
@@ -38,7 +38,7 @@ from progtuning_kernels.ops import (  # noqa: E402
     rms_norm,
     swiglu,
 )
-from progtuning_kernels.text_table import Table, as_text  # noqa: E402
+from progtuning_kernels.text_table import Table, as_text  # noqa: E402 - a script's folders, above
 
 REPEATS, CALLS = 1000, 10
 EPS, WIDTH, CLASSES = 1e-6, 64, 128
