@@ -9,6 +9,7 @@ takes for granted stands in an invisible block, and what cannot run here says so
 from __future__ import annotations
 
 import os
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -56,18 +57,32 @@ ABORTED_AT_EXIT = "(SIGABRT)"  # as torchrun prints it
 
 def run_shell(example: Example) -> None:
     tools = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
-    for _ in range(3):
-        done = subprocess.run(
-            ["bash", "-euo", "pipefail", "-c", example.parsed],
-            env=os.environ | {"PATH": tools, "COLUMNS": "100"},
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-            timeout=300,
-        )
-        if ABORTED_AT_EXIT not in done.stdout:
-            break
+    folder = Path.cwd()
+    with tempfile.TemporaryDirectory() as kept:
+        shutil.copytree(folder, kept, symlinks=True, dirs_exist_ok=True)
+        for _ in range(3):
+            done = subprocess.run(
+                ["bash", "-euo", "pipefail", "-c", example.parsed],
+                env=os.environ | {"PATH": tools, "COLUMNS": "100"},
+                stdout=subprocess.PIPE,
+                stderr=subprocess.STDOUT,
+                text=True,
+                timeout=300,
+            )
+            if ABORTED_AT_EXIT not in done.stdout:
+                break
+            # what the aborted run left would meet the next one: checkpoints of later steps
+            empty_folder(folder)
+            shutil.copytree(kept, folder, symlinks=True, dirs_exist_ok=True)
     assert done.returncode == 0, f"exit status {done.returncode}\n{done.stdout}"
+
+
+def empty_folder(folder: Path) -> None:
+    for entry in folder.iterdir():
+        if entry.is_dir() and not entry.is_symlink():
+            shutil.rmtree(entry)
+        else:
+            entry.unlink()
 
 
 def run_both_sides(example: Example) -> None:
