@@ -27,7 +27,8 @@ class TrainOptions:
     predict_file: tuple[str, ...] = ()
     separator: str | None = None  # of CSV; None: found
     columns: dict[str, str] = field(default_factory=dict)  # role -> column name
-    problem_type: Literal["single_label", "multi_label", "regression"] = "single_label"
+    # None: classes; refused where the labels are numbers with a fraction
+    problem_type: Literal["single_label", "multi_label", "regression"] | None = None
     max_train_rows: int | None = None
     max_validation_rows: int | None = None
     max_length: int = 128
