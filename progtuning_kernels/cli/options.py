@@ -54,6 +54,8 @@ class TrainOptions:
     doc_stride: int = 128
     early_stopping_patience: int | None = None
     device: str = "auto"
+    push_to_hub: bool = False
+    evaluates_stages: bool = True
     resume: bool = False
     overwrite: bool = False
     trainer: dict[str, Any] = field(default_factory=dict)

@@ -13,7 +13,6 @@ from ..model.layout import Layout, find_layout
 from . import models
 from .config import training_arguments
 from .data import digest, load_splits
-from .docstrings import load_docstrings
 from .errors import UserError, as_user_error
 from .options import TrainOptions
 from .tasks import Task, task_class
@@ -77,42 +76,14 @@ class Prepared:
 
 def read_rows(options: TrainOptions, wanted: Sequence[str] = ("train", "validation")) -> Rows:
     """The rows that the options name; `UserError` if they cannot be used."""
-    if options.dataset == "docstrings":
-        return _docstrings(options)
     splits = load_splits(options, wanted)
     task = task_class(options.task)(options, splits)
     if options.dataset is not None:
-        description = f"hub data set {options.dataset}"
+        description = f"data set {options.dataset}"
     else:
         files = (*options.train_file, *options.validation_file)
         description = " and ".join(dict.fromkeys(name.rsplit("/", 1)[-1] for name in files))
     return Rows(splits, task, description, digest(splits))
-
-
-def _docstrings(options: TrainOptions) -> Rows:
-    """The same rows for every seed of a run, so that seeds differ in training alone."""
-    from datasets import Dataset
-
-    if options.columns:
-        raise UserError("--dataset docstrings has no columns to choose from")
-    if options.task != "text-classification":
-        raise UserError("--dataset docstrings is a text classification; use files for other tasks")
-    with as_user_error():
-        data = load_docstrings(
-            train_rows=options.max_train_rows or 2400,
-            validation_rows=options.max_validation_rows or 800,
-        )
-    splits = {
-        name: Dataset.from_dict(
-            {
-                "text": [text for text, _ in rows],
-                "label": [data.label_names[label] for _, label in rows],
-            }
-        )
-        for name, rows in (("train", data.train), ("validation", data.validation))
-    }
-    task = task_class(options.task)(options, splits)
-    return Rows(splits, task, data.description, digest(splits))
 
 
 def trainer_classes(task: Task) -> tuple[type, type]:
