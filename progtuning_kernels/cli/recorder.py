@@ -190,6 +190,7 @@ class Recorder(TrainerCallback):
         batch = prepared.batch(self._run.widest_rows())
         layout = prepared.layout
         model = self._run.trainer.model
+        model.train()  # an evaluation may have gone before
         plan = FreezePlan.from_boundary(0, layout.num_blocks, embeddings=True)
         plan = plan if handle is None else handle.plan
         cache = None if handle is None else handle.cache
