@@ -74,7 +74,7 @@ def load_model_and_tokenizer(
         tokenizer = AutoTokenizer.from_pretrained(path)
         own = [str(config.id2label[i]) for i in sorted(config.id2label)]
         kept = None
-        if task == "classification":
+        if task in ("classification", "text-classification"):
             kept = own if label_names is None else _same_classes(own, label_names)
             _set_classes(config, label_names and (kept or label_names))
         if weights:
@@ -230,7 +230,9 @@ def check_rows(
         known = model.get_input_embeddings().weight.shape[0]
     except (NotImplementedError, AttributeError):  # CANINE hashes code points
         known = math.inf
-    encoder_decoder = task == "classification" and model.config.is_encoder_decoder
+    encoder_decoder = (
+        task in ("classification", "text-classification") and model.config.is_encoder_decoder
+    )
     end = model.config.eos_token_id if encoder_decoder else None  # BART and T5 answer there
     ends = None
     others = (tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.pad_token_id)
