@@ -33,7 +33,7 @@ class Rows:
 
     def summary(self) -> str:
         """One line: what was read, and what the labels were taken for."""
-        counts = " and ".join(f"{len(rows):,}" for rows in self.splits.values())
+        counts = " and ".join(f"{len(r):,}" for s, r in self.splits.items() if s != "predict")
         about = self.task.summary()
         return f"{self.description}: {counts} rows" + (f"; {about}" if about else "")
 

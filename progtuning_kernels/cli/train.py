@@ -411,20 +411,17 @@ class Run:
 
 
 def quiet_bar(trainer: Trainer) -> None:
-    """Make the Trainer's bar show loss and speed; it would print every log as a line."""
+    """Make the Trainer's bar show the loss; it would print every log as a line."""
     from transformers import ProgressCallback
 
-    for bar in trainer.callback_handler.callbacks:
-        if isinstance(bar, ProgressCallback):
+    bars = [c for c in trainer.callback_handler.callbacks if isinstance(c, ProgressCallback)]
 
-            def show(
-                args: Any, state: TrainerState, control: Any, logs: Any = None, **_: Any
-            ) -> None:
-                if bar.training_bar is not None and logs and "loss" in logs:
-                    bar.training_bar.set_postfix(loss=f"{float(logs['loss']):.4f}")
+    def show(args: Any, state: Any, control: Any, logs: Any = None, **_: Any) -> None:
+        if bars[0].training_bar is not None and logs and "loss" in logs:
+            bars[0].training_bar.set_postfix(loss=f"{float(logs['loss']):.4f}")
 
-            bar.on_log = show
-            return
+    if bars:
+        bars[0].on_log = show
 
 
 @contextmanager
