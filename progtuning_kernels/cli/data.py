@@ -26,7 +26,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 from datasets import Dataset, concatenate_datasets
-from datasets.data_files import get_data_patterns
+from datasets.data_files import DataFilesDict, get_data_patterns
 from datasets.packaged_modules.imagefolder.imagefolder import ImageFolder
 
 from ..backend import one_line
@@ -122,13 +122,11 @@ def _read_folder(folder: Path, separator: str | None) -> dict[str, Dataset]:
         patterns = get_data_patterns(str(folder))
     except FileNotFoundError as error:
         raise UserError(f"no data files in {folder}") from error
-    return _read(
-        {
-            str(split): [str(folder / pattern) for pattern in of_split]
-            for split, of_split in patterns.items()
-        },
-        separator,
-    )
+    found = DataFilesDict.from_patterns(patterns, base_path=str(folder))
+    paths = {str(k): [path for path in map(Path, v) if _kind(path)] for k, v in found.items()}
+    if any(_kind(path) == "image" for path in chain.from_iterable(paths.values())):
+        return _read_images(data_dir=str(folder))
+    return {split: _read_files(of_split, split, separator) for split, of_split in paths.items()}
 
 
 def _read(files: Mapping[str, Sequence[str]], separator: str | None) -> dict[str, Dataset]:
@@ -136,14 +134,24 @@ def _read(files: Mapping[str, Sequence[str]], separator: str | None) -> dict[str
     paths = {split: [*chain.from_iterable(map(_expand, names))] for split, names in files.items()}
     images = {k: v for k, v in files.items() if any(_kind(p) == "image" for p in paths[k])}
     splits = {k: _read_files(v, k, separator) for k, v in paths.items() if k not in images}
-    return splits | (_read_images(images) if images else {})
+    if images:  # at once, so that a number means the same class in all splits
+        patterns = {split: [*map(_pattern, names)] for split, names in images.items()}
+        # rows to predict have no labels; None: found from the folders
+        splits |= _read_images(data_files=patterns, drop_labels="predict" in images or None)
+    return splits
+
+
+def _pattern(name: str) -> str:
+    path = Path(name).absolute()
+    if path.exists():
+        name = glob.escape(str(path))
+    return f"{name}/**" if path.is_dir() else name
 
 
 def _expand(name: str) -> list[Path]:
     if Path(name).is_file():
         return [Path(name)]
-    pattern = f"{glob.escape(name)}/**" if Path(name).is_dir() else name
-    paths = [Path(path) for path in sorted(glob.glob(pattern, recursive=True))]
+    paths = map(Path, sorted(glob.glob(_pattern(name), recursive=True)))
     found = [path for path in paths if path.is_file() and _kind(path)]
     if not found:
         raise UserError(f"no such file: {name}")
@@ -157,29 +165,16 @@ def _kind(path: Path) -> str | None:
     return suffix if suffix in _READERS else None
 
 
-def _read_images(files: Mapping[str, Sequence[str]]) -> dict[str, Dataset]:
-    """Splits are read at once, so that a number means the same class in all of them."""
-    patterns = {
-        split: [f"{glob.escape(n)}/**" if Path(n).is_dir() else n for n in map(_absolute, names)]
-        for split, names in files.items()
-    }
-    with tempfile.TemporaryDirectory() as cache:
+def _read_images(**arguments: Any) -> dict[str, Dataset]:
+    with tempfile.TemporaryDirectory() as cache:  # else a changed folder is served as it was
         try:
             return dict(
                 datasets.load_dataset(
-                    "imagefolder",
-                    data_files=patterns,
-                    drop_labels="predict" in files or None,  # None: found from the folders
-                    cache_dir=cache,
-                    keep_in_memory=True,
+                    "imagefolder", cache_dir=cache, keep_in_memory=True, **arguments
                 )
             )
         except Exception as error:  # the builder's errors have no common class
             raise UserError(f"cannot read the images: {one_line(error)}") from error
-
-
-def _absolute(name: str) -> str:
-    return str(Path(name).absolute())
 
 
 def _read_files(paths: Sequence[Path], split: str, separator: str | None) -> Dataset:
