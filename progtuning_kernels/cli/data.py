@@ -11,7 +11,6 @@ import csv
 import glob
 import gzip
 import hashlib
-import io
 import json
 import tempfile
 import zlib
@@ -19,7 +18,7 @@ from collections.abc import Callable, Collection, Mapping, Sequence
 from itertools import chain
 from pathlib import Path
 from reprlib import repr as short
-from typing import Any
+from typing import Any, TextIO
 
 import datasets
 import pyarrow as pa
@@ -188,22 +187,23 @@ def _read_files(paths: Sequence[Path], split: str, separator: str | None) -> Dat
     rows: list[Row] = []
     tables: list[Dataset] = []
     for path in paths:
+        open_ = gzip.open if path.suffix.lower() == ".gz" else open
         try:
-            content = path.read_bytes()
-            if path.suffix.lower() == ".gz":
-                content = gzip.decompress(content)
             if kind == ".parquet":
-                table = pq.read_table(pa.BufferReader(content))
+                with open_(path, "rb") as file:
+                    table = pq.read_table(pa.BufferReader(file.read()))
                 table.validate(full=True)
                 tables.append(Dataset(table))
                 found = table.num_rows
             else:
                 # UTF-8, with or without the mark that spreadsheets put in front
-                new = _READERS[kind](content.decode("utf-8-sig"), str(path), separator)
+                with open_(path, "rt", encoding="utf-8-sig", newline="") as file:
+                    new = _READERS[kind](file, str(path), separator)
                 rows += new
                 found = len(new)
         except UnicodeDecodeError as error:
-            raise UserError(f"{path} is not UTF-8 (byte {error.start})") from error
+            byte = error.object[error.start]
+            raise UserError(f"{path} is not UTF-8: it has the byte {byte:#x}") from error
         except (OSError, EOFError, zlib.error, pa.ArrowException) as error:
             raise UserError(f"{path} cannot be read: {one_line(error)}") from error
         if not found:
@@ -236,83 +236,80 @@ def _dataset(rows: Sequence[Row], split: str) -> Dataset:
     return Dataset(pa.table(columns))
 
 
-def _parse_jsonl(text: str, where: str, _: str | None) -> list[Row]:
+def _parse_jsonl(file: TextIO, where: str, _: str | None) -> list[Row]:
     rows = []
-    for number, line in enumerate(io.StringIO(text), 1):
+    for number, line in enumerate(file, 1):
         if line.strip():
-            rows.append(_object(_json(line, f"{where}, line {number}"), f"{where}, line {number}"))
-            if "\\u" in line:
-                _check_characters(rows[-1], f"{where}, line {number}")
+            rows.append(row := _json(line, where, number))
+            if type(row) is not dict or "\\ud" in line.lower():
+                _check_row(row, f"{where}, line {number}")
     return rows
 
 
-def _parse_json(text: str, where: str, _: str | None) -> list[Row]:
+def _parse_json(file: TextIO, where: str, separator: str | None) -> list[Row]:
+    text = file.read()
     try:
         rows = _json(text, where)
     except UserError as error:
-        if "Extra data" in str(error):  # rows by the line, under the suffix .json
-            return _parse_jsonl(text, where, None)
-        raise
+        if "Extra data" not in str(error):
+            raise
+        file.seek(0)  # a row to the line, under another suffix
+        return _parse_jsonl(file, where, separator)
     if isinstance(rows, dict):
         rows = rows.get("data")
     if not isinstance(rows, list):
         raise UserError(f"{where}: not a list of objects, nor one under the name data")
     for number, row in enumerate(rows, 1):
-        _check_characters(_object(row, f"{where}, row {number}"), f"{where}, row {number}")
+        _check_row(row, f"{where}, row {number}")
     return rows
 
 
-def _json(text: str, where: str) -> Any:
-    def unique(pairs: list[tuple[str, Any]]) -> Row:
-        if len(row := dict(pairs)) < len(pairs):
-            raise UserError(f"{where}: an object has one of its names twice")
-        return row
-
-    try:
-        return json.loads(text, object_pairs_hook=unique)
-    except json.JSONDecodeError as error:
-        at = f", line {error.lineno}" if "\n" in text.strip() else ""
-        raise UserError(f"{where}{at}: not JSON ({error.msg})") from error
-    except (ValueError, RecursionError) as error:  # a number of 5,000 digits, 1,000 brackets
-        raise UserError(f"{where}: {one_line(error)}") from error
-
-
-def _object(row: Any, where: str) -> Row:
-    if not isinstance(row, dict):
-        raise UserError(f"{where}: not an object")
+def _unique(pairs: list[tuple[str, Any]]) -> Row:
+    if len(row := dict(pairs)) < len(pairs):
+        raise ValueError("an object has one of its names twice")
     return row
 
 
-def _check_characters(row: Row, where: str) -> None:
-    for name, value in row.items():
-        try:
-            json.dumps([name, value], ensure_ascii=False).encode()
-        except UnicodeEncodeError:
-            raise UserError(
-                f"{where}, column {name!r} holds half a character: {short(value)}"
-            ) from None
+def _json(text: str, where: str, line: int | None = None) -> Any:
+    try:
+        return json.loads(text, object_pairs_hook=_unique)
+    except json.JSONDecodeError as error:
+        where, error_ = f"{where}, line {line or error.lineno}", f"not JSON ({error.msg})"
+    except (ValueError, RecursionError) as error:  # a number of 5,000 digits, 1,000 brackets
+        where, error_ = f"{where}, line {line}" if line else where, one_line(error)
+    raise UserError(f"{where}: {error_}")
 
 
-def _parse_csv(text: str, where: str, separator: str | None) -> list[Row]:
-    header = next((line for line in io.StringIO(text) if line.strip()), "")
+def _check_row(row: Any, where: str) -> None:
+    if not isinstance(row, dict):
+        raise UserError(f"{where}: not an object")
+    try:
+        json.dumps(row, ensure_ascii=False).encode()
+    except UnicodeEncodeError:
+        raise UserError(f"{where} holds half a character: {short(row)}") from None
+
+
+def _parse_csv(file: TextIO, where: str, separator: str | None) -> list[Row]:
+    header = next((line for line in file if line.strip()), "")
+    file.seek(0)
     # Excel separates by semicolons where the comma is the decimal sign
     found = separator or next((d for d in ",;\t|" if d in header), ",")
-    return _parse_table(text, where, found, strict=True)  # strict: an open quotation mark
+    return _parse_table(file, where, found, strict=True)  # strict: an open quotation mark
 
 
-def _parse_tsv(text: str, where: str, separator: str | None) -> list[Row]:
+def _parse_tsv(file: TextIO, where: str, separator: str | None) -> list[Row]:
     # unquoted, as GLUE's own files: a cell that opens with a quotation mark is only that
-    return _parse_table(text, where, separator or "\t", quoting=csv.QUOTE_NONE)
+    return _parse_table(file, where, separator or "\t", quoting=csv.QUOTE_NONE)
 
 
-def _parse_table(text: str, where: str, separator: str, **dialect: Any) -> list[Row]:
-    """Rows of texts, each cell as it stands; a cell that its line lacks is None."""
+def _parse_table(file: TextIO, where: str, separator: str, **dialect: Any) -> list[Row]:
+    """Rows of texts, each cell as it stands."""
     delimiter = separator.replace("\\t", "\t")  # as a shell passes '\t'
     if len(delimiter) != 1:
         raise UserError(f"--separator {separator!r} is not one character")
     rows: list[Row] = []
     limit = csv.field_size_limit(2**31 - 1)  # characters of a cell; 131,072 unless told
-    reader = csv.reader(io.StringIO(text, newline=""), delimiter=delimiter, **dialect)
+    reader = csv.reader(file, delimiter=delimiter, **dialect)
     try:
         lines = filter(None, reader)
         header = next(lines, [])
@@ -330,11 +327,11 @@ def _parse_table(text: str, where: str, separator: str, **dialect: Any) -> list[
     return rows
 
 
-def _parse_text(text: str, _: str, __: str | None) -> list[Row]:
-    return [{"text": line.rstrip("\n")} for line in io.StringIO(text, newline=None)]
+def _parse_text(file: TextIO, _: str, __: str | None) -> list[Row]:
+    return [{"text": line.rstrip("\r\n")} for line in file]
 
 
-_Parser = Callable[[str, str, "str | None"], list[Row]]
+_Parser = Callable[[TextIO, str, "str | None"], list[Row]]
 
 _READERS: dict[str, _Parser | None] = {
     ".jsonl": _parse_jsonl,
