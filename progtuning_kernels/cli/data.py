@@ -52,6 +52,8 @@ def load_splits(
     datasets.logging.set_verbosity_error()
     splits = _training_splits(options) if "train" in wanted else {}
     if "predict" in wanted:
+        if not options.predict_file:
+            raise UserError("no data: give --predict-file")
         splits |= _read({"predict": options.predict_file}, options.separator)
     most = {"train": options.max_train_rows, "validation": options.max_validation_rows}
     return {
@@ -224,10 +226,8 @@ def _dataset(rows: Sequence[Row], split: str) -> Dataset:
         try:
             columns[name] = pa.array(values)
         except (pa.ArrowException, OverflowError) as error:
-            for number, value in enumerate(values, 1):
-                if (
-                    isinstance(value, int) and abs(value) >= 2**63
-                ):  # JSON would give it back as text
+            for number, value in enumerate(values, 1):  # such a number would come back as text
+                if isinstance(value, int) and abs(value) >= 2**63:
                     raise UserError(
                         f"{split} row {number}: {name} {short(value)} is too large"
                     ) from error
@@ -270,9 +270,12 @@ def _unique(pairs: list[tuple[str, Any]]) -> Row:
     return row
 
 
+_DECODER = json.JSONDecoder(object_pairs_hook=_unique)  # json.loads makes one for each line
+
+
 def _json(text: str, where: str, line: int | None = None) -> Any:
     try:
-        return json.loads(text, object_pairs_hook=_unique)
+        return _DECODER.decode(text)
     except json.JSONDecodeError as error:
         where, error_ = f"{where}, line {line or error.lineno}", f"not JSON ({error.msg})"
     except (ValueError, RecursionError) as error:  # a number of 5,000 digits, 1,000 brackets
@@ -386,7 +389,7 @@ def check_texts(rows: Dataset, column: str, split: str, *, empty: str = "error")
     Raises:
         UserError: names the split and the row, counted from 1.
     """
-    values = rows.with_format("arrow")[:][column]
+    values = rows.select_columns([column]).with_format("arrow")[:][column]
     if pa.types.is_string(values.type) or pa.types.is_large_string(values.type):
         blank = pc.fill_null(pc.equal(pc.utf8_trim_whitespace(values), ""), True)
         at = pc.index(blank, True).as_py() if empty == "error" else -1
