@@ -206,16 +206,14 @@ def _read_files(paths: Sequence[Path], split: str, separator: str | None) -> Dat
         except UnicodeDecodeError as error:
             byte = error.object[error.start]
             raise UserError(f"{path} is not UTF-8: it has the byte {byte:#x}") from error
-        except (OSError, EOFError, zlib.error, pa.ArrowException) as error:
+        except (OSError, EOFError, zlib.error, RecursionError, pa.ArrowException) as error:
             raise UserError(f"{path} cannot be read: {one_line(error)}") from error
         if not found:
             raise UserError(f"{path} has no rows")
-    if not tables:
-        return _dataset(rows, split)
     try:
-        return concatenate_datasets(tables)
-    except (ValueError, pa.ArrowException) as error:
-        raise UserError(f"{split} files have other columns: {one_line(error)}") from error
+        return concatenate_datasets(tables) if tables else _dataset(rows, split)
+    except (ValueError, RecursionError, pa.ArrowException) as error:  # a type against another
+        raise UserError(f"the {split} rows make no table: {one_line(error)}") from error
 
 
 def _dataset(rows: Sequence[Row], split: str) -> Dataset:
@@ -225,6 +223,8 @@ def _dataset(rows: Sequence[Row], split: str) -> Dataset:
         values = [row.get(name) for row in rows]
         try:
             columns[name] = pa.array(values)
+            if pa.types.is_floating(columns[name].type) and bool in map(type, values):
+                raise pa.ArrowTypeError  # it has made true 1.0
         except (pa.ArrowException, OverflowError) as error:
             for number, value in enumerate(values, 1):  # such a number would come back as text
                 if isinstance(value, int) and abs(value) >= 2**63:
