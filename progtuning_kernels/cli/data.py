@@ -308,8 +308,8 @@ def _parse_tsv(file: TextIO, where: str, separator: str | None) -> list[Row]:
 def _parse_table(file: TextIO, where: str, separator: str, **dialect: Any) -> list[Row]:
     """Rows of texts, each cell as it stands."""
     delimiter = separator.replace("\\t", "\t")  # as a shell passes '\t'
-    if len(delimiter) != 1:
-        raise UserError(f"--separator {separator!r} is not one character")
+    if len(delimiter) != 1 or delimiter in '"\r\n':
+        raise UserError(f"--separator {separator!r} is not one character that can part cells")
     rows: list[Row] = []
     limit = csv.field_size_limit(2**31 - 1)  # characters of a cell; 131,072 unless told
     reader = csv.reader(file, delimiter=delimiter, **dialect)
