@@ -31,6 +31,7 @@ class TrainOptions:
     max_train_rows: int | None = None
     max_validation_rows: int | None = None
     max_length: int = 128
+    max_new_tokens: int = 128  # that seq2seq and causal-lm generate; of a seq2seq target
     metric: str | None = None
     method: Method = "progressive"
     schedule: str | dict[str, Any] = "progressive"
