@@ -27,7 +27,8 @@ class TrainOptions:
     predict_file: tuple[str, ...] = ()
     separator: str | None = None  # of CSV; None: found
     columns: dict[str, str] = field(default_factory=dict)  # role -> column name
-    problem_type: Literal["single_label", "multi_label", "regression"] = "single_label"
+    # None: classes; refused where the labels are numbers with a fraction
+    problem_type: Literal["single_label", "multi_label", "regression"] | None = None
     max_train_rows: int | None = None
     max_validation_rows: int | None = None
     max_length: int = 128
@@ -54,6 +55,8 @@ class TrainOptions:
     doc_stride: int = 128
     early_stopping_patience: int | None = None
     device: str = "auto"
+    push_to_hub: bool = False
+    evaluates_stages: bool = True
     resume: bool = False
     overwrite: bool = False
     trainer: dict[str, Any] = field(default_factory=dict)
