@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Sequence
+from functools import partial
 from itertools import takewhile
 from pathlib import Path
 from reprlib import repr as short
 from typing import TYPE_CHECKING, Any
 
 import torch
+from datasets import Dataset
+from torch.nn.utils.rnn import pad_sequence
 
 from ...backend import one_line
 from ..data import check_texts, find_columns
@@ -17,8 +20,6 @@ from ..errors import UserError, as_user_error
 from .plain_text import join_and_cut, perplexity, row_losses
 
 if TYPE_CHECKING:
-    from datasets import Dataset
-
     from ..options import TrainOptions
 
 _ROLES = {
@@ -42,7 +43,7 @@ class CausalLM:
         self.max_length = options.max_length
         self.max_new_tokens = options.max_new_tokens
         self.notes: list[str] = []  # on rows, for the user
-        self._sft = options.trainer  # holds the options of SFTConfig, by its names
+        self._trainer = options.trainer  # with the options of SFTConfig, by its names
         first, labelled = next(iter(splits.values())), "train" in splits
         self.kind = _kind(options.columns, first.column_names, labelled)
         names = ("prompt", "completion") if self.kind == "prompt" else (self.kind,)
@@ -98,7 +99,13 @@ class CausalLM:
         return kept.rename_columns({name: role for role, name in self.columns.items()})
 
     def encode(self, rows: Dataset, processor: Any, model: Any, split: str) -> Dataset:
-        """Tokens, and labels that are -100 where the loss is not of them; plain text has none."""
+        """Tokens, and labels that are -100 where the loss is not of them; plain text has none.
+
+        Of "predict", the tokens of a prompt alone.
+        """
+        if split == "predict":
+            encoded = processor(self._prompts(rows, processor), add_special_tokens=not self._chat)
+            return Dataset.from_dict({"input_ids": encoded["input_ids"]})
         rows = self._by_role(rows)
         if self.kind == "text":
             return join_and_cut(rows, processor, self.max_length)
@@ -137,13 +144,13 @@ class CausalLM:
 
     @property
     def _assistant_only(self) -> bool:
-        return bool(self._sft.get("assistant_only_loss"))
+        return bool(self._trainer.get("assistant_only_loss"))
 
     def _template(self, tokenizer: Any) -> str | None:
         """The chat template; it marks what an assistant says where the loss is of that alone."""
         if not self._chat:
             return None
-        if path := self._sft.get("chat_template_path"):
+        if path := self._trainer.get("chat_template_path"):
             try:
                 tokenizer.chat_template = Path(path).read_text(encoding="utf-8")
             except OSError as error:
@@ -183,7 +190,7 @@ class CausalLM:
             before = tokenizer(prompt)
         ids = encoded["input_ids"]
         marks = encoded["assistant_masks"] if self._assistant_only else [1] * len(ids)
-        if before and self._sft.get("completion_only_loss") is not False:
+        if before and self._trainer.get("completion_only_loss") is not False:
             # a token may reach over the end of the prompt: then it belongs to the completion
             pairs = zip(before["input_ids"], ids, strict=False)
             start = sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], pairs))
@@ -195,11 +202,7 @@ class CausalLM:
             # from a name like GPT2LMHeadModel transformers does not see that labels are shifted:
             # the Trainer divides the loss by T tokens of a row in place of T - 1
             model.loss_type = "ForCausalLM"
-        if self.kind == "text":
-            return _whole_rows
-        from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
-
-        return DataCollatorForLanguageModeling(processor.pad_token_id)
+        return partial(_padded, padding=processor.pad_token_id)
 
     def preprocess_logits(self, logits: Any, labels: Any) -> Any:
         """(B, 2): the loss of a row, summed over its predicted tokens, and their number."""
@@ -215,41 +218,46 @@ class CausalLM:
         """
         return {"perplexity": perplexity(predictions)}
 
-    def generate(self, model: Any, processor: Any, rows: Dataset, batch_size: int) -> list[str]:
-        """What the model says after each row, greedily; messages without an assistant's last."""
+    def _prompts(self, rows: Dataset, processor: Any) -> list[str]:
+        """What the model is to go on from: messages without an assistant's last."""
+        prompts = self._by_role(rows)
+        if not self._chat:
+            return prompts[self.kind][:]
+        template = self._template(processor)
+        return [
+            processor.apply_chat_template(
+                chat[:-1] if chat[-1]["role"] == "assistant" else chat,
+                tools=row.get("tools"),
+                chat_template=template,
+                add_generation_prompt=True,
+                tokenize=False,
+            )
+            for row in prompts
+            for chat in [row[self.kind]]
+        ]
+
+    def generate(self, model: Any, processor: Any, rows: Dataset) -> list[dict[str, Any]]:
+        """What the model says after each row, greedily: the answers to "predict"."""
         from transformers import pipeline
 
-        prompts = self._by_role(rows)[self.kind]
-        if self._chat:
-            template = self._template(processor)
-            prompts = [
-                processor.apply_chat_template(
-                    chat[:-1] if chat[-1]["role"] == "assistant" else chat,
-                    chat_template=template,
-                    add_generation_prompt=True,
-                    tokenize=False,
-                )
-                for chat in prompts
-            ]
         whole = model.get_base_model() if hasattr(model, "get_base_model") else model  # of PEFT
         with as_user_error():
-            # a copy: the pipeline pads on the left
-            own = copy.deepcopy(processor)
-            go_on = pipeline("text-generation", whole, tokenizer=own, device=model.device)
+            go_on = pipeline(
+                "text-generation",
+                whole,
+                tokenizer=copy.deepcopy(processor),  # it is made to pad on the left
+                device=model.device,
+            )
             said = go_on(
-                [*prompts],
-                batch_size=batch_size,
+                self._prompts(rows, processor),
+                batch_size=self._trainer.get("per_device_eval_batch_size", 8),
                 do_sample=False,
                 max_new_tokens=self.max_new_tokens,
                 add_special_tokens=not self._chat,  # a template has them
                 return_full_text=False,
                 handle_long_generation="hole",  # leaves out the beginning of a prompt
             )
-        return [first["generated_text"] for first, *_ in said]
-
-    def answers(self, predictions: list[str], rows: Dataset) -> list[dict[str, Any]]:
-        """predictions: of `generate`."""
-        return [{"output": text} for text in predictions]
+        return [{"output": first["generated_text"]} for first, *_ in said]
 
 
 def sft_trainer() -> type:
@@ -298,7 +306,10 @@ def _check_messages(rows: Sequence[Any], column: str, split: str) -> None:
                 raise UserError(f"{where}: message {place} of {column!r} has no content")
 
 
-def _whole_rows(rows: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
-    """Rows of one length: (B, T) tokens, which are the labels, too."""
-    ids = torch.tensor([row["input_ids"] for row in rows])
-    return {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": ids.clone()}
+def _padded(rows: list[dict[str, Any]], padding: int) -> dict[str, torch.Tensor]:
+    """(B, T) each, padded on the right; rows without labels have their tokens for them."""
+    ids = [torch.tensor(row["input_ids"]) for row in rows]
+    labels = [torch.tensor(row.get("labels", row["input_ids"])) for row in rows]
+    masks = [torch.ones_like(own) for own in ids]
+    columns = {"input_ids": (ids, padding), "attention_mask": (masks, 0), "labels": (labels, -100)}
+    return {name: pad_sequence(own, True, value) for name, (own, value) in columns.items()}
