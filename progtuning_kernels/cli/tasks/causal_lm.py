@@ -207,7 +207,7 @@ class CausalLM:
     def preprocess_logits(self, logits: Any, labels: Any) -> Any:
         """(B, 2): the loss of a row, summed over its predicted tokens, and their number."""
         logits = logits[0] if isinstance(logits, tuple) else logits
-        if logits.ndim == 2:  # as `sft_trainer` gives them
+        if logits.ndim == 2:  # as `sft_classes` gives them
             return logits
         return row_losses(logits[:, :-1], labels[:, 1:])
 
@@ -260,10 +260,10 @@ class CausalLM:
         return [{"output": first["generated_text"]} for first, *_ in said]
 
 
-def sft_trainer() -> type:
-    """`trl.SFTTrainer`, whose evaluation also gives what `CausalLM.figures` reads."""
+def sft_classes() -> tuple[type, type]:
+    """`SFTTrainer`, whose evaluation also gives what `CausalLM.figures` reads, and `SFTConfig`."""
     try:
-        from trl import SFTTrainer
+        from trl import SFTConfig, SFTTrainer
     except ImportError:
         raise UserError(
             "messages and completions need TRL, on Python 3.11 or later: pip install trl"
@@ -278,7 +278,7 @@ def sft_trainer() -> type:
             return loss, torch.stack([loss * tokens, tokens], -1), labels
 
     TokenWeighted.__name__ = SFTTrainer.__name__
-    return TokenWeighted
+    return TokenWeighted, SFTConfig
 
 
 def _kind(given: dict[str, str], present: Sequence[str], labelled: bool) -> str:

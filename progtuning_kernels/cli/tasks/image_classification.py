@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from io import BytesIO
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Any
 
 from ...backend import one_line
 from ..data import find_columns
@@ -30,8 +30,6 @@ class ImageClassification:
     lora_task = None  # PEFT has no class for images
     trainer = "Trainer"
     metrics = ("accuracy", "f1", "matthews")
-    # pixels are made of columns that the model does not know
-    trainer_options: ClassVar = {"remove_unused_columns": False}
 
     def __init__(self, options: TrainOptions, splits: dict[str, Dataset]) -> None:
         self.columns = find_columns(
