@@ -405,7 +405,7 @@ def training_arguments(options: TrainOptions, cls: type | None = None, **more: A
             metric = values.get("metric_for_best_model") or "loss"
             at_best = {"load_best_model_at_end": True, "metric_for_best_model": metric}
             if values.get("greater_is_better") is None:
-                at_best["greater_is_better"] = not metric.endswith("loss")
+                at_best["greater_is_better"] = not metric.endswith(("loss", "perplexity"))
     foreign = sorted(values.keys() - {field.name for field in dataclasses.fields(cls)})
     if foreign:
         raise UserError(f"{foreign[0]} is no option of {cls.__name__}, which trains {options.task}")

@@ -95,6 +95,9 @@ class TrainOptions:
     max_train_rows: int | None = option(None, _DATA, "Use the first rows only.", least=1)
     max_validation_rows: int | None = option(None, _DATA, "Use the first rows only.", least=1)
     max_length: int = option(128, _DATA, "Tokens of a row at most.", "seq-len", least=2)
+    max_new_tokens: int = option(
+        128, _DATA, "Tokens of a target or a generated text at most.", least=1
+    )
     mlm_probability: float = option(
         0.15, _DATA, "masked-lm: share of the tokens to guess.", least=0, most=1
     )

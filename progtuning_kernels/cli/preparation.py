@@ -13,9 +13,10 @@ from ..model.layout import Layout, find_layout
 from . import models
 from .config import training_arguments
 from .data import digest, load_splits
-from .errors import UserError, as_user_error
+from .errors import as_user_error
 from .options import TrainOptions
 from .tasks import Task, task_class
+from .tasks.causal_lm import sft_classes
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -89,11 +90,7 @@ def read_rows(options: TrainOptions, wanted: Sequence[str] = ("train", "validati
 def trainer_classes(task: Task) -> tuple[type, type]:
     """The Trainer of a task, and the class of its arguments."""
     if task.trainer == "SFTTrainer":
-        try:
-            import trl
-        except ImportError:
-            raise UserError("this kind of rows needs TRL: pip install trl") from None
-        return trl.SFTTrainer, trl.SFTConfig
+        return sft_classes()
     import transformers
 
     arguments = task.trainer.replace("Trainer", "TrainingArguments")
@@ -116,7 +113,12 @@ def prepare(
 
     task = rows.task
     arguments["dataloader_pin_memory"] = torch.cuda.is_available()
-    args = training_arguments(options, trainer_classes(task)[1], **arguments)
+    usual = {
+        name: v
+        for name, v in getattr(task, "trainer_options", {}).items()
+        if name not in options.trainer
+    }
+    args = training_arguments(options, trainer_classes(task)[1], **usual, **arguments)
     set_seed(args.seed)
     model, processor, notes = models.load_model(options, task, args.device, weights=weights)
     if task.processor == "AutoTokenizer":
@@ -124,6 +126,7 @@ def prepare(
     encoded = {
         split: task.encode(own, processor, model, split) for split, own in rows.splits.items()
     }
+    notes += getattr(task, "notes", [])
     with as_user_error():
         layout = find_layout(model, options.block_lists)
     if weights and not options.load_in_4bit:

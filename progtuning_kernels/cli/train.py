@@ -42,7 +42,7 @@ from .recorder import RECORD, Recorder
 from .step_loss import mean_over_step
 
 if TYPE_CHECKING:
-    from transformers import EvalPrediction, Trainer, TrainerState
+    from transformers import EvalPrediction, Trainer
 
 # What may differ between a checkpoint and the call that resumes it.
 _FREE = {"resume", "overwrite", "device", "metric", "cache", "graph", "predict_file"}
