@@ -9,11 +9,12 @@ from types import SimpleNamespace
 from typing import Any
 
 import torch
-from progtuning_kernels.cli.batches import encode_classification
-from progtuning_kernels.cli.datasets import Columns, build_data, read_rows
 from torch import Tensor
 
+from progtuning_kernels.cli.data import load_splits
 from progtuning_kernels.cli.models import minilm_folder
+from progtuning_kernels.cli.options import TrainOptions
+from progtuning_kernels.cli.tasks.text_classification import TextClassification
 
 Row = dict[str, Any]  # input_ids and, of a tokenizer, token_type_ids: lists; labels: 0 or 1
 
