@@ -1,4 +1,4 @@
-"""The methods that `--method` names: what trains, with which optimizer and schedule."""
+"""What `patch_model` and the optimizer are given for the options of a run."""
 
 from __future__ import annotations
 
@@ -13,8 +13,7 @@ from ..model.layout import Layout
 from ..optim import MaskedAdamW
 from ..optim.masked_adamw import STATE_DTYPES
 from ..patch import patch_model
-from ..schedules import ProgressiveSchedule, Schedule, annealed_lr
-from ..schedules.files import KINDS, make_schedule, schedule_from_file
+from ..schedules import Schedule, annealed_lr
 from .errors import UserError, as_user_error
 from .options import TrainOptions
 from .sizes import parse_bytes
@@ -22,76 +21,12 @@ from .sizes import parse_bytes
 if TYPE_CHECKING:
     from transformers import TrainingArguments
 
-# What a name alone stands for: LISA's 20 steps (its published scripts), the 50 of BAdam in
-# LLaMA-Factory, and AutoFreeze's percentile.
-_NAMED = {
-    "random": {"blocks": 2, "period": 20},
-    "cyclic": {"blocks": 1, "period": 50},
-    "adaptive": {"interval": 50, "percentile": 50},
-}
-
-
 _WITHOUT_STORES = {"cache": None, "graph": "off", "packing": "off"}
-
-
-def follows_plan(options: TrainOptions) -> bool:
-    return options.method.startswith("progressive")
-
-
-def build_schedule(options: TrainOptions, total_steps: int) -> Schedule:
-    """The schedule that `--schedule` asks for, bound to the length of the run.
-
-    Raises:
-        UserError: a bad setting, or a file that cannot be read.
-    """
-    name = options.schedule
-    with as_user_error():
-        if name == "progressive":
-            return ProgressiveSchedule(
-                options.stages, total_steps, embeddings=options.embeddings
-            )
-        if (options.stages, options.embeddings) != (TrainOptions.stages, TrainOptions.embeddings):
-            raise ValueError(
-                "--stages and --embeddings are for the progressive schedule; others have their "
-                "own settings, in a file"
-            )
-        if isinstance(name, dict):
-            schedule = make_schedule(name)
-        elif name in _NAMED:
-            schedule = make_schedule({"schedule": name, **_NAMED[name]})
-        elif name in KINDS or "." not in name:
-            names = ", ".join(("progressive", *_NAMED))
-            raise ValueError(f"--schedule is {names} or a file, got {name!r}")
-        else:
-            schedule = schedule_from_file(name)
-        if schedule.total_steps is None:
-            schedule.bind(total_steps)
-    return schedule
-
-
-def check_method(options: TrainOptions) -> None:
-    """Refuse options of the progressive methods where nothing of this library trains."""
-    if follows_plan(options):
-        if "optim" in options.trainer and (options.in_backward or options.state_dtype != "fp32"):
-            raise UserError("--in-backward and --state-dtype are MaskedAdamW's: leave out --optim")
-        return
-    for name, given in (
-        ("--anneal", options.anneal),
-        ("--in-backward", options.in_backward),
-        ("--state-dtype", options.state_dtype != "fp32"),
-        ("--packing on", options.packing == "on"),
-        ("--cache", options.cache is not None),
-        ("--graph", options.graph != "off"),
-    ):
-        if given:
-            raise UserError(
-                f"{name} is for the progressive methods, not for --method {options.method}"
-            )
 
 
 def patch_options(options: TrainOptions, layout: Layout) -> dict[str, Any]:
     """What `patch_model` is given, but for model and schedule."""
-    cache = options.cache or ("auto" if options.method == "progressive-cache" else None)
+    cache: Any = options.cache_size
     if cache not in (None, "auto"):
         cache = PrefixCache(parse_bytes(cache))
     return {
@@ -115,9 +50,13 @@ def optimizer_and_rates(
 
     None is left to the Trainer: the optimizer of the other methods and of `--optim`, and rates.
     """
-    if not follows_plan(options) or "optim" in options.trainer:
-        if options.anneal:
-            raise UserError("--anneal sets the rates of MaskedAdamW: leave out --optim")
+    if not options.is_scheduled:
+        return None, None
+    if "optim" in options.trainer:
+        if options.anneal or options.in_backward or options.state_dtype != "fp32":
+            raise UserError(
+                "--anneal, --in-backward and --state-dtype are MaskedAdamW's: leave out --optim"
+            )
         return None, None
     with as_user_error():
         # for its parameter groups alone: the callback patches when training begins
@@ -132,7 +71,8 @@ def optimizer_and_rates(
             max_grad_norm=args.max_grad_norm or None,
             state_dtype=STATE_DTYPES[options.state_dtype],
             # weights in bf16 lose most updates to rounding to nearest
-            stochastic_rounding=options.precision == "bf16-pure",
+            stochastic_rounding=options.precision == "bf16-pure" and not options.master_weights,
+            master_weights=options.master_weights,
             in_backward=options.in_backward,
             # "exact" would keep all gradients to the end
             clip_mode="previous_norm" if options.in_backward else "exact",

@@ -13,10 +13,10 @@ from ..model.layout import Layout, find_layout
 from . import models
 from .config import training_arguments
 from .data import digest, load_splits
-from .docstrings import load_docstrings
-from .errors import UserError, as_user_error
+from .errors import as_user_error
 from .options import TrainOptions
 from .tasks import Task, task_class
+from .tasks.causal_lm import sft_classes
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -34,7 +34,7 @@ class Rows:
 
     def summary(self) -> str:
         """One line: what was read, and what the labels were taken for."""
-        counts = " and ".join(f"{len(rows):,}" for rows in self.splits.values())
+        counts = " and ".join(f"{len(r):,}" for s, r in self.splits.items() if s != "predict")
         about = self.task.summary()
         return f"{self.description}: {counts} rows" + (f"; {about}" if about else "")
 
@@ -59,7 +59,7 @@ class Prepared:
 
     def adapt(self, rank: int) -> None:
         """Put LoRA on the model."""
-        self.model = models.wrap_lora(self.model, self.task.lora_task, rank)
+        self.model = models.wrap_lora(self.model, self.options.task, rank)
         paths = [f"base_model.model.{stack.path}" for stack in self.layout.stacks]
         self.layout = find_layout(self.model, paths)
 
@@ -77,62 +77,33 @@ class Prepared:
 
 def read_rows(options: TrainOptions, wanted: Sequence[str] = ("train", "validation")) -> Rows:
     """The rows that the options name; `UserError` if they cannot be used."""
-    if options.dataset == "docstrings":
-        return _docstrings(options)
     splits = load_splits(options, wanted)
     task = task_class(options.task)(options, splits)
     if options.dataset is not None:
-        description = f"hub data set {options.dataset}"
+        description = f"data set {options.dataset}"
     else:
         files = (*options.train_file, *options.validation_file)
         description = " and ".join(dict.fromkeys(name.rsplit("/", 1)[-1] for name in files))
     return Rows(splits, task, description, digest(splits))
 
 
-def _docstrings(options: TrainOptions) -> Rows:
-    """The same rows for every seed of a run, so that seeds differ in training alone."""
-    from datasets import Dataset
-
-    if options.columns:
-        raise UserError("--dataset docstrings has no columns to choose from")
-    if options.task != "text-classification":
-        raise UserError("--dataset docstrings is a text classification; use files for other tasks")
-    with as_user_error():
-        data = load_docstrings(
-            train_rows=options.max_train_rows or 2400,
-            validation_rows=options.max_validation_rows or 800,
-        )
-    splits = {
-        name: Dataset.from_dict(
-            {
-                "text": [text for text, _ in rows],
-                "label": [data.label_names[label] for _, label in rows],
-            }
-        )
-        for name, rows in (("train", data.train), ("validation", data.validation))
-    }
-    task = task_class(options.task)(options, splits)
-    return Rows(splits, task, data.description, digest(splits))
-
-
 def trainer_classes(task: Task) -> tuple[type, type]:
     """The Trainer of a task, and the class of its arguments."""
     if task.trainer == "SFTTrainer":
-        try:
-            import trl
-        except ImportError:
-            raise UserError("this kind of rows needs TRL: pip install trl") from None
-        return trl.SFTTrainer, trl.SFTConfig
+        return sft_classes()
     import transformers
 
     arguments = task.trainer.replace("Trainer", "TrainingArguments")
     return getattr(transformers, task.trainer), getattr(transformers, arguments)
 
 
-def prepare(options: TrainOptions, rows: Rows, **arguments: Any) -> Prepared:
+def prepare(
+    options: TrainOptions, rows: Rows, *, weights: bool = True, **arguments: Any
+) -> Prepared:
     """Load the model, encode the rows, and try a batch of them.
 
     Args:
+        weights: False makes the model on the meta device, and tries nothing.
         arguments: of the Trainer, over those of the options.
 
     Raises:
@@ -141,17 +112,24 @@ def prepare(options: TrainOptions, rows: Rows, **arguments: Any) -> Prepared:
     from transformers import set_seed
 
     task = rows.task
-    args = training_arguments(options, trainer_classes(task)[1], **arguments)
+    arguments["dataloader_pin_memory"] = torch.cuda.is_available()
+    usual = {
+        name: v
+        for name, v in getattr(task, "trainer_options", {}).items()
+        if name not in options.trainer
+    }
+    args = training_arguments(options, trainer_classes(task)[1], **usual, **arguments)
     set_seed(args.seed)
-    model, processor, notes = models.load_model(options, task, args.device)
+    model, processor, notes = models.load_model(options, task, args.device, weights=weights)
     if task.processor == "AutoTokenizer":
         models.check_length(model, options.max_length, "--max-length", processor)
     encoded = {
         split: task.encode(own, processor, model, split) for split, own in rows.splits.items()
     }
+    notes += getattr(task, "notes", [])
     with as_user_error():
-        layout = find_layout(model, None if options.blocks is None else options.blocks.split(","))
-    if not options.load_in_4bit:
+        layout = find_layout(model, options.block_lists)
+    if weights and not options.load_in_4bit:
         model.to(args.device)
     prepared = Prepared(
         options, rows, args, model, processor, layout, encoded, task.collator(processor, model),
@@ -159,6 +137,8 @@ def prepare(options: TrainOptions, rows: Rows, **arguments: Any) -> Prepared:
     )  # fmt: skip
     if all("input_ids" in own.column_names for own in encoded.values()):
         notes += models.check_rows(model, processor, encoded)
+    if not weights:
+        return prepared
     # the longest row, and one that has to be padded
     longest = max(encoded, key=lambda split: max(prepared.lengths(split)))
     order = sorted(range(len(encoded[longest])), key=prepared.lengths(longest).__getitem__)

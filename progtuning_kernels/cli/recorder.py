@@ -190,6 +190,7 @@ class Recorder(TrainerCallback):
         batch = prepared.batch(self._run.widest_rows())
         layout = prepared.layout
         model = self._run.trainer.model
+        model.train()  # an evaluation may have gone before
         plan = FreezePlan.from_boundary(0, layout.num_blocks, embeddings=True)
         plan = plan if handle is None else handle.plan
         cache = None if handle is None else handle.cache
@@ -233,9 +234,7 @@ class Recorder(TrainerCallback):
         report = handle.packing_report()
         places, tokens = (
             now - before
-            for now, before in zip(
-                (report.places, report.tokens), self._packed_before, strict=True
-            )
+            for now, before in zip((report.places, report.tokens), self._packed_before, strict=True)
         )
         # of the places of the stage's packed batches; 0 where none was packed
         stage["padding_skipped_share"] = 1 - tokens / places if places else 0.0

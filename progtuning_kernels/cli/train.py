@@ -11,6 +11,7 @@ import dataclasses
 import json
 import math
 import os
+import re
 import signal
 import sys
 import time
@@ -20,22 +21,28 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
 import numpy
+from huggingface_hub import HfApi
 from rich.console import Console
 from torch.utils.data import DataLoader
 
 from ..backend import one_line
 from ..integrations.hf_trainer import ProgtuningCallback
+from ..planner import TrainingPlan
 from . import methods
+from .config import build_schedule
 from .errors import UserError, as_user_error
-from .length_batches import LengthBatches
+from .length_batches import EpochOfBatches, LengthBatches
 from .options import TrainOptions
 from .output import RUN_FILES, check_run_folder, empty_folder
+from .plan_command import plan_run
+from .predict import predict_rows
 from .preparation import Rows, prepare, read_rows, trainer_classes
 from .provenance import provenance
 from .recorder import RECORD, Recorder
+from .step_loss import mean_over_step
 
 if TYPE_CHECKING:
-    from transformers import EvalPrediction, Trainer, TrainerState
+    from transformers import EvalPrediction, Trainer
 
 # What may differ between a checkpoint and the call that resumes it.
 _FREE = {"resume", "overwrite", "device", "metric", "cache", "graph", "predict_file"}
@@ -45,10 +52,22 @@ _NUMBERS = ("learning_rate", "lr_scheduler_type", "per_device_train_batch_size",
 _NUMBERS += ("gradient_accumulation_steps", "max_grad_norm", "warmup_steps", "weight_decay")
 
 
+# Of the Trainer's, by the names that metrics.json has for them.
+_SHORT = {
+    "epochs": "num_train_epochs",
+    "max_steps": "max_steps",
+    "batch_size": "per_device_train_batch_size",
+    "accumulate": "gradient_accumulation_steps",
+    "lr": "learning_rate",
+    "warmup": "warmup_steps",
+    "weight_decay": "weight_decay",
+    "seed": "seed",
+}
 _USUAL = {
     "remove_unused_columns": False,  # encoded rows have the columns of the forward alone
     "logging_nan_inf_filter": False,  # a loss that is not finite is to be seen
     "accelerator_config": {"even_batches": False},  # of batches that differ in rows
+    "push_to_hub": False,  # the finished model alone is pushed
     "disable_tqdm": not sys.stderr.isatty(),
 }
 
@@ -57,19 +76,24 @@ class Run:
     """One run, from rows to files; `name` is shown in tables and plots."""
 
     def __init__(
-        self, options: TrainOptions, rows: Rows, *, name: str, console: Console
+        self,
+        options: TrainOptions,
+        rows: Rows,
+        *,
+        name: str,
+        console: Console,
+        dry_run: bool = False,
     ) -> None:
-        methods.check_method(options)
         self.options, self.rows, self.name, self.console = options, rows, name, console
         self.metric_name = options.metric or (*rows.task.metrics, "loss")[0]
         if self.metric_name not in (known := (*rows.task.metrics, "loss")):
             raise UserError(f"metric {options.metric!r} does not fit; there is {', '.join(known)}")
-        self.prepared = prepare(options, rows, **_USUAL)
+        self.prepared = prepare(options, rows, weights=not dry_run, **_USUAL)
         self.args = args = self.prepared.args
         self.output = Path(args.output_dir)
         self.batches = LengthBatches(
             self.prepared.lengths("train"),
-            rows=args.per_device_train_batch_size,
+            rows=None if options.tokens_per_batch else args.per_device_train_batch_size,
             tokens=options.tokens_per_batch,
             accumulate=args.gradient_accumulation_steps,
             ranks=args.world_size,
@@ -80,27 +104,30 @@ class Run:
         if args.max_steps <= 0:
             steps_per_epoch = -(-len(self.batches) // self._per_step)
             self.total_steps = math.ceil(args.num_train_epochs * steps_per_epoch)
-        self.schedule = methods.build_schedule(options, self.total_steps)
+        self.schedule = build_schedule(options, self.total_steps)
         with as_user_error():
             self.schedule.plan(0, self.prepared.layout.num_blocks)
         self.num_params = sum(p.numel() for p in self.prepared.model.parameters())
-        self.evaluates_stages = options.evaluates_stages
+        self.evaluates_stages = options.of_trainer("eval_strategy") == "stage"
+        if dry_run:
+            return
         self.trainer = self._make_trainer()
         self.recorder = Recorder(self, self.callback)
         self.trainer.add_callback(self.recorder)
+        self.trainer.add_callback(EpochOfBatches(self.batches))
 
     def _make_trainer(self) -> Trainer:
         from transformers import EarlyStoppingCallback, PrinterCallback
 
         options, args, prepared = self.options, self.args, self.prepared
-        if "lora" in options.method:
+        if options.uses_lora:
             prepared.adapt(options.lora_rank)
         self.initial_active_params = sum(
             p.numel() for p in prepared.model.parameters() if p.requires_grad
         )
         callbacks = []
         self.callback: ProgtuningCallback | None = None
-        if methods.follows_plan(options):
+        if options.is_scheduled:
             patch = methods.patch_options(options, prepared.layout)
             self.callback = ProgtuningCallback(self.schedule, **patch)
             callbacks.append(self.callback)
@@ -134,6 +161,7 @@ class Run:
                 pin_memory=args.dataloader_pin_memory,
             )
         )
+        mean_over_step(trainer)
         trainer.remove_callback(PrinterCallback)  # the recorder prints, and less
         quiet_bar(trainer)
         return trainer
@@ -216,6 +244,24 @@ class Run:
             write_json(self.output / "metrics.json", result)
         return result
 
+    def plan(self) -> TrainingPlan:
+        """What the stages will cost: of the longest batch, with the real tokens of the rows."""
+        widest = self.prepared.batch(self.widest_rows())
+        lengths = self.prepared.lengths("train")
+        places = 0
+        for rows in self.batches:
+            places += len(rows) * max(map(lengths.__getitem__, rows))
+        shape = next(iter(widest.values())).shape
+        return plan_run(
+            self.options,
+            self.prepared.model,
+            steps=self.total_steps,
+            device=self.args.device.type,
+            batch_size=shape[0],
+            seq_len=shape[1],
+            real_tokens=sum(lengths) / places,
+        )
+
     def skipped_steps(self) -> int:
         """Steps left out because of non-finite gradients; plain torch leaves out none."""
         optimizer = self.trainer.optimizer
@@ -224,40 +270,37 @@ class Run:
     def failure(self) -> str | None:
         return self.recorder.failure(self.trainer.state, self.skipped_steps())
 
+    def config(self) -> dict[str, Any]:
+        """The options of the run, for its record; those of the Trainer by their short names."""
+        own = dataclasses.asdict(self.options)
+        given = {name: str(value) for name, value in own.pop("trainer").items()}
+        short = {name: getattr(self.args, of_trainer) for name, of_trainer in _SHORT.items()}
+        short["max_grad_norm"] = self.options.of_trainer("max_grad_norm")  # may have moved
+        return own | short | {"trainer": given}
+
+    def data(self) -> dict[str, Any]:
+        return {
+            "train_rows": len(self.rows.splits["train"]),
+            "validation_rows": len(self.rows.splits["validation"]),
+            "label_names": self.rows.task.names,
+            "description": self.rows.description,
+            "digest": self.rows.digest,
+        }
+
     def metrics(self, seconds: float) -> dict[str, Any]:
         """The content of metrics.json; `seconds` is the whole time of this call."""
         state, record, options, args = self.trainer.state, self.recorder, self.options, self.args
         handle = None if self.callback is None else self.callback.handle
         packing = None if handle is None else handle.packing_report()
         updates_full = self.num_params * state.global_step
-        own = dataclasses.asdict(options)
-        del own["trainer"]
         return {
             "format": 1,
             "name": self.name,
             "method": options.method,
             "seed": args.seed,
-            "config": own
-            | {
-                "epochs": args.num_train_epochs,
-                "max_steps": args.max_steps,
-                "batch_size": args.per_device_train_batch_size,
-                "accumulate": args.gradient_accumulation_steps,
-                "lr": args.learning_rate,
-                "warmup": args.warmup_steps,
-                "weight_decay": args.weight_decay,
-                "max_grad_norm": options.trainer.get("max_grad_norm", 1.0),
-                "seed": args.seed,
-                "trainer": {k: str(v) for k, v in options.trainer.items()},
-            },
+            "config": self.config(),
             "meta": provenance(args.device),
-            "data": {
-                "train_rows": len(self.rows.splits["train"]),
-                "validation_rows": len(self.rows.splits["validation"]),
-                "label_names": self.rows.task.names,
-                "description": self.rows.description,
-                "digest": self.rows.digest,
-            },
+            "data": self.data(),
             "model": {
                 "name": options.model,
                 "num_blocks": self.prepared.layout.num_blocks,
@@ -300,15 +343,10 @@ class Run:
     def identity(self) -> dict[str, Any]:
         """What decides the numbers of a run: a resumed run must have the same."""
         own = {k: v for k, v in dataclasses.asdict(self.options).items() if k not in _FREE}
-        numbers = {name: str(getattr(self.args, name)) for name in _NUMBERS}
-        # clipping moves into the masked optimizer
-        numbers["max_grad_norm"] = str(self.options.trainer.get("max_grad_norm", 1.0))
-        schedule = dataclasses.asdict(self.schedule) if dataclasses.is_dataclass(
-            self.schedule
-        ) else {"schedule": repr(self.schedule)}
-        return json.loads(
-            json.dumps(own | numbers | {"schedule": repr(schedule), "data": self.rows.digest})
-        )
+        numbers = {name: str(self.options.of_trainer(name)) for name in _NUMBERS}
+        schedule = re.sub(r"total_steps=\d+", "", repr(self.schedule))  # a run may be extended
+        more = {"schedule": schedule, "data": self.rows.digest}
+        return json.loads(json.dumps(own | numbers | more))
 
     def _checkpoint(self) -> str | None:
         """The newest whole checkpoint, of this run; None if there is none.
@@ -316,9 +354,7 @@ class Run:
         Raises:
             UserError: it is another run's, or the run is finished.
         """
-        folders = sorted(
-            self.output.glob("checkpoint-*"), key=lambda p: int(p.name.split("-")[-1])
-        )
+        folders = sorted(self.output.glob("checkpoint-*"), key=lambda p: int(p.name.split("-")[-1]))
         for folder in reversed(folders):
             try:  # the file that a checkpoint ends with
                 state = json.loads((folder / "trainer_state.json").read_text())
@@ -353,7 +389,7 @@ class Run:
         """Save a plain Hugging Face folder, LoRA merged into it and its adapter beside it."""
         output, trainer, options = self.output, self.trainer, self.options
         folder = output / "model"
-        if "lora" not in options.method:
+        if not options.uses_lora:
             trainer.save_model(str(folder))
         else:
             trainer.save_model(str(output / "adapter"))
@@ -363,30 +399,29 @@ class Run:
                 merged = trainer.accelerator.unwrap_model(trainer.model).merge_and_unload()
                 merged.save_pretrained(folder)
                 self.prepared.processor.save_pretrained(folder)
-        if options.push_to_hub and trainer.is_world_process_zero():
-            from huggingface_hub import HfApi
-
-            name = self.args.hub_model_id or output.name
-            url = HfApi(token=self.args.hub_token).create_repo(name, exist_ok=True)
-            HfApi(token=self.args.hub_token).upload_folder(repo_id=url.repo_id, folder_path=folder)
-            self.console.print(f"pushed: {url}", soft_wrap=True)
+        if options.of_trainer("push_to_hub") and trainer.is_world_process_zero():
+            hub = HfApi(token=self.args.hub_token)
+            made = hub.create_repo(
+                self.args.hub_model_id or output.name,
+                private=self.args.hub_private_repo,
+                exist_ok=True,
+            )
+            hub.upload_folder(repo_id=made.repo_id, folder_path=folder)
+            self.console.print(f"pushed: {made}", soft_wrap=True)
 
 
 def quiet_bar(trainer: Trainer) -> None:
-    """Make the Trainer's bar show loss and speed; it would print every log as a line."""
+    """Make the Trainer's bar show the loss; it would print every log as a line."""
     from transformers import ProgressCallback
 
-    for bar in trainer.callback_handler.callbacks:
-        if isinstance(bar, ProgressCallback):
+    bars = [c for c in trainer.callback_handler.callbacks if isinstance(c, ProgressCallback)]
 
-            def show(
-                args: Any, state: TrainerState, control: Any, logs: Any = None, **_: Any
-            ) -> None:
-                if bar.training_bar is not None and logs and "loss" in logs:
-                    bar.training_bar.set_postfix(loss=f"{float(logs['loss']):.4f}")
+    def show(args: Any, state: Any, control: Any, logs: Any = None, **_: Any) -> None:
+        if bars[0].training_bar is not None and logs and "loss" in logs:
+            bars[0].training_bar.set_postfix(loss=f"{float(logs['loss']):.4f}")
 
-            bar.on_log = show
-            return
+    if bars:
+        bars[0].on_log = show
 
 
 @contextmanager
@@ -409,16 +444,20 @@ def stopped_by_signals(recorder: Recorder) -> Iterator[None]:
 
 
 def run(options: TrainOptions, *, dry_run: bool) -> None:
-    main_process = int(os.environ.get("RANK", 0)) == 0
-    console = Console(quiet=not main_process)
-    output = Path(options.trainer["output_dir"])
-    if not dry_run and main_process:
+    first = int(os.environ.get("RANK", 0)) == 0
+    console = Console(quiet=not first)
+    output = options.output
+    if not dry_run and first:
         check_run_folder(output, resume=options.resume, overwrite=options.overwrite)
-    rows = read_rows(options)
+    predict = ("predict",) if options.predict_file else ()
+    rows = read_rows(options, ("train", "validation", *predict))
     console.print(rows.summary(), soft_wrap=True, markup=False)
-    trained = Run(options, rows, name=output.name, console=console)
+    trained = Run(options, rows, name=output.name, console=console, dry_run=dry_run)
     for note in trained.prepared.notes:
         console.print(note, soft_wrap=True, markup=False)
+    if dry_run:
+        console.print(str(trained.plan()), soft_wrap=True, markup=False, highlight=False)
+        return
     result = trained.train()
     summary = result["summary"]
     for line in (
@@ -437,6 +476,9 @@ def run(options: TrainOptions, *, dry_run: bool) -> None:
             console.print(line, highlight=False, markup=False, soft_wrap=True)
     if summary["failure"] is not None:
         fail_learning([f"{summary['failure']}; no model was saved"])
+    if options.predict_file:
+        predict_rows(trained.trainer.model, trained.prepared, output / "predictions.jsonl")
+        console.print(f"predictions: {output / 'predictions.jsonl'}", soft_wrap=True)
 
 
 def fail_learning(reasons: Sequence[str]) -> NoReturn:

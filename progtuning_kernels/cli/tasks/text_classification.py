@@ -125,7 +125,7 @@ class TextClassification:
         if len(found) < 2:
             shown = repr(found[0]) if found else "none at all"
             raise UserError(f"the training rows have one label only: {shown}")
-        self.names = found
+        self.names = self._found = found
         self._places = {name: i for i, name in enumerate(found)}
 
     def _lists(self, labels: list[Any], split: str) -> list[list[Any]]:
@@ -170,10 +170,10 @@ class TextClassification:
             self.names = None if self.problem_type == "regression" else own
             return
         if self.names is not None:
-            head = same_classes(own, self.names)
-            if head is not None and sorted(head) == sorted(self.names):
-                self._places = {name: i for i, name in enumerate(head)}
-            self.names = head or self.names
+            head = same_classes(own, self._found) or self._found
+            by_name = head if sorted(head) == sorted(self._found) else self._found
+            self._places = {name: i for i, name in enumerate(by_name)}
+            self.names = head
         kind = self.problem_type + ("" if self.names is None else "_classification")
         set_classes(config, self.names, kind)
 
