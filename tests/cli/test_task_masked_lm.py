@@ -8,11 +8,10 @@ from itertools import chain
 
 import pytest
 import torch
-import transformers
 from datasets import Dataset
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from task_runs import answers_of, make_model, task_of, trainer_of_task
+from task_runs import task_of, train_and_predict
 from tiny_folders import sentence_tokenizer
 
 from progtuning_kernels.cli.errors import UserError
@@ -112,31 +111,17 @@ def test_bad_options_and_texts_are_one_line():
         task.encode(split, tokenizer, None, "train")
 
 
-def test_it_learns_and_answers_with_the_plain_class(tmp_path):
-    tokenizer, train, validation = sentence_tokenizer(), _texts(300), _texts(40)
-    options = {"max_length": 15}
-    task = task_of("masked-lm", options, train=train, validation=validation)
-    model = make_model(task)
-    trainer = trainer_of_task(
-        task, model, tokenizer, tmp_path, steps=70, train=train, validation=validation
-    )
-    before = trainer.evaluate()["eval_perplexity"]
-    assert before == trainer.evaluate()["eval_perplexity"]
-    trainer.train()
-    figures = trainer.evaluate()
-    assert figures["eval_perplexity"] < 4 < 80 < before
-
-    trainer.save_model(tmp_path / "model")
-    saved = transformers.AutoModelForMaskedLM.from_pretrained(tmp_path / "model")
+def test_it_learns_and_answers(tmp_path):
     rows = [{"text": "w3 w3 [MASK] w3 w3"}, {"text": "[MASK] w5 w5 w5 w5 [MASK] w5"}]
-    fresh = task_of("masked-lm", options, predict=rows)
-    one, two = answers_of(fresh, saved, tokenizer, tmp_path, rows)
-    for row, expected in ((one, ["w3"]), (two, ["w5", "w5"])):
+    splits = {"train": _texts(256), "validation": _texts(40)}
+    options = ("--max-length", 15, "--epochs", 4)
+    run = train_and_predict("masked-lm", tmp_path, *options, predict=rows, **splits)
+    assert 1 < run.figures["perplexity"] < 6
+    for row, expected in zip(run.answers, (["w3"], ["w5", "w5"]), strict=True):
         assert [guesses[0]["token"] for guesses in row["masks"]] == expected
-    scores = [guess["score"] for guess in one["masks"][0]]
+    scores = [guess["score"] for guess in run.answers[0]["masks"][0]]
     assert len(scores) == 5 and scores == sorted(scores, reverse=True) and sum(scores) < 1
 
-    encoded = tokenizer(rows[0]["text"], return_tensors="pt")
     with torch.no_grad():
-        shares = saved(**encoded).logits[0, 3].softmax(-1)
-    assert scores == pytest.approx(shares.topk(5).values.tolist(), rel=1e-4)
+        logits = run.model(**sentence_tokenizer()(rows[0]["text"], return_tensors="pt")).logits
+    assert scores == pytest.approx(logits[0, 3].softmax(-1).topk(5).values.tolist(), rel=1e-4)
