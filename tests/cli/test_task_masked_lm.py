@@ -52,9 +52,9 @@ def test_losses_are_summed_by_row_and_perplexity_is_of_all_tokens():
 
 
 def _texts(count: int) -> list[dict]:
-    """Each has 14 times the same of ten words."""
+    """Each has 14 times the same of six words."""
     draw = random.Random(count)
-    return [{"text": " ".join([f"w{draw.randrange(10)}"] * 14)} for _ in range(count)]
+    return [{"text": " ".join([f"w{draw.randrange(6)}"] * 14)} for _ in range(count)]
 
 
 def test_masks_of_validation_rows_stay_and_those_of_training_rows_move():
@@ -114,7 +114,7 @@ def test_bad_options_and_texts_are_one_line():
 def test_it_learns_and_answers(tmp_path):
     rows = [{"text": "w3 w3 [MASK] w3 w3"}, {"text": "[MASK] w5 w5 w5 w5 [MASK] w5"}]
     splits = {"train": _texts(256), "validation": _texts(40)}
-    options = ("--max-length", 15, "--epochs", 4)
+    options = ("--max-length", 15, "--epochs", 4, "--mlm-probability", 0.3)
     run = train_and_predict("masked-lm", tmp_path, *options, predict=rows, **splits)
     assert 1 < run.figures["perplexity"] < 6
     for row, expected in zip(run.answers, (["w3"], ["w5", "w5"]), strict=True):
