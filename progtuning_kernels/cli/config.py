@@ -63,7 +63,9 @@ def _grouped_option(field: dataclasses.Field[Any], hint: Any, default: Any) -> c
     if field.name == "task":
         names_of_tasks = [*TASKS, *_TASK_NAMES, *({"auto"} & {default})]
         more |= {"type": click.Choice(names_of_tasks), "metavar": "TASK"}
-    elif choices := next((get_args(kind) for kind in (hint, *kinds) if get_origin(kind) is Literal), ()):
+    elif choices := next(
+        (get_args(kind) for kind in (hint, *kinds) if get_origin(kind) is Literal), ()
+    ):
         more |= {"type": click.Choice(choices), "metavar": f"[{'|'.join(choices)}]"}
     elif get_origin(hint) in (tuple, dict):
         more |= {"multiple": True, "default": default or ()}

@@ -11,7 +11,6 @@ import csv
 import glob
 import gzip
 import hashlib
-import io
 import json
 import tempfile
 import zlib
@@ -19,14 +18,14 @@ from collections.abc import Callable, Collection, Mapping, Sequence
 from itertools import chain
 from pathlib import Path
 from reprlib import repr as short
-from typing import Any
+from typing import Any, TextIO
 
 import datasets
 import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 from datasets import Dataset, concatenate_datasets
-from datasets.data_files import get_data_patterns
+from datasets.data_files import DataFilesDict, get_data_patterns
 from datasets.packaged_modules.imagefolder.imagefolder import ImageFolder
 
 from ..backend import one_line
@@ -53,6 +52,8 @@ def load_splits(
     datasets.logging.set_verbosity_error()
     splits = _training_splits(options) if "train" in wanted else {}
     if "predict" in wanted:
+        if not options.predict_file:
+            raise UserError("no data: give --predict-file")
         splits |= _read({"predict": options.predict_file}, options.separator)
     most = {"train": options.max_train_rows, "validation": options.max_validation_rows}
     return {
@@ -122,13 +123,11 @@ def _read_folder(folder: Path, separator: str | None) -> dict[str, Dataset]:
         patterns = get_data_patterns(str(folder))
     except FileNotFoundError as error:
         raise UserError(f"no data files in {folder}") from error
-    return _read(
-        {
-            str(split): [str(folder / pattern) for pattern in of_split]
-            for split, of_split in patterns.items()
-        },
-        separator,
-    )
+    found = DataFilesDict.from_patterns(patterns, base_path=str(folder))
+    paths = {str(k): [path for path in map(Path, v) if _kind(path)] for k, v in found.items()}
+    if any(_kind(path) == "image" for path in chain.from_iterable(paths.values())):
+        return _read_images(data_dir=str(folder))
+    return {split: _read_files(of_split, split, separator) for split, of_split in paths.items()}
 
 
 def _read(files: Mapping[str, Sequence[str]], separator: str | None) -> dict[str, Dataset]:
@@ -136,14 +135,24 @@ def _read(files: Mapping[str, Sequence[str]], separator: str | None) -> dict[str
     paths = {split: [*chain.from_iterable(map(_expand, names))] for split, names in files.items()}
     images = {k: v for k, v in files.items() if any(_kind(p) == "image" for p in paths[k])}
     splits = {k: _read_files(v, k, separator) for k, v in paths.items() if k not in images}
-    return splits | (_read_images(images) if images else {})
+    if images:  # at once, so that a number means the same class in all splits
+        patterns = {split: [*map(_pattern, names)] for split, names in images.items()}
+        # rows to predict have no labels; None: found from the folders
+        splits |= _read_images(data_files=patterns, drop_labels="predict" in images or None)
+    return splits
+
+
+def _pattern(name: str) -> str:
+    path = Path(name).absolute()
+    if path.exists():
+        name = glob.escape(str(path))
+    return f"{name}/**" if path.is_dir() else name
 
 
 def _expand(name: str) -> list[Path]:
     if Path(name).is_file():
         return [Path(name)]
-    pattern = f"{glob.escape(name)}/**" if Path(name).is_dir() else name
-    paths = [Path(path) for path in sorted(glob.glob(pattern, recursive=True))]
+    paths = map(Path, sorted(glob.glob(_pattern(name), recursive=True)))
     found = [path for path in paths if path.is_file() and _kind(path)]
     if not found:
         raise UserError(f"no such file: {name}")
@@ -157,29 +166,16 @@ def _kind(path: Path) -> str | None:
     return suffix if suffix in _READERS else None
 
 
-def _read_images(files: Mapping[str, Sequence[str]]) -> dict[str, Dataset]:
-    """Splits are read at once, so that a number means the same class in all of them."""
-    patterns = {
-        split: [f"{glob.escape(n)}/**" if Path(n).is_dir() else n for n in map(_absolute, names)]
-        for split, names in files.items()
-    }
-    with tempfile.TemporaryDirectory() as cache:
+def _read_images(**arguments: Any) -> dict[str, Dataset]:
+    with tempfile.TemporaryDirectory() as cache:  # else a changed folder is served as it was
         try:
             return dict(
                 datasets.load_dataset(
-                    "imagefolder",
-                    data_files=patterns,
-                    drop_labels="predict" in files or None,  # None: found from the folders
-                    cache_dir=cache,
-                    keep_in_memory=True,
+                    "imagefolder", cache_dir=cache, keep_in_memory=True, **arguments
                 )
             )
         except Exception as error:  # the builder's errors have no common class
             raise UserError(f"cannot read the images: {one_line(error)}") from error
-
-
-def _absolute(name: str) -> str:
-    return str(Path(name).absolute())
 
 
 def _read_files(paths: Sequence[Path], split: str, separator: str | None) -> Dataset:
@@ -193,32 +189,31 @@ def _read_files(paths: Sequence[Path], split: str, separator: str | None) -> Dat
     rows: list[Row] = []
     tables: list[Dataset] = []
     for path in paths:
+        open_ = gzip.open if path.suffix.lower() == ".gz" else open
         try:
-            content = path.read_bytes()
-            if path.suffix.lower() == ".gz":
-                content = gzip.decompress(content)
             if kind == ".parquet":
-                table = pq.read_table(pa.BufferReader(content))
+                with open_(path, "rb") as file:
+                    table = pq.read_table(pa.BufferReader(file.read()))
                 table.validate(full=True)
                 tables.append(Dataset(table))
                 found = table.num_rows
             else:
                 # UTF-8, with or without the mark that spreadsheets put in front
-                new = _READERS[kind](content.decode("utf-8-sig"), str(path), separator)
+                with open_(path, "rt", encoding="utf-8-sig", newline="") as file:
+                    new = _READERS[kind](file, str(path), separator)
                 rows += new
                 found = len(new)
         except UnicodeDecodeError as error:
-            raise UserError(f"{path} is not UTF-8 (byte {error.start})") from error
-        except (OSError, EOFError, zlib.error, pa.ArrowException) as error:
+            byte = error.object[error.start]
+            raise UserError(f"{path} is not UTF-8: it has the byte {byte:#x}") from error
+        except (OSError, EOFError, zlib.error, RecursionError, pa.ArrowException) as error:
             raise UserError(f"{path} cannot be read: {one_line(error)}") from error
         if not found:
             raise UserError(f"{path} has no rows")
-    if not tables:
-        return _dataset(rows, split)
     try:
-        return concatenate_datasets(tables)
-    except (ValueError, pa.ArrowException) as error:
-        raise UserError(f"{split} files have other columns: {one_line(error)}") from error
+        return concatenate_datasets(tables) if tables else _dataset(rows, split)
+    except (ValueError, RecursionError, pa.ArrowException) as error:  # a type against another
+        raise UserError(f"the {split} rows make no table: {one_line(error)}") from error
 
 
 def _dataset(rows: Sequence[Row], split: str) -> Dataset:
@@ -228,11 +223,11 @@ def _dataset(rows: Sequence[Row], split: str) -> Dataset:
         values = [row.get(name) for row in rows]
         try:
             columns[name] = pa.array(values)
+            if pa.types.is_floating(columns[name].type) and bool in map(type, values):
+                raise pa.ArrowTypeError  # it has made true 1.0
         except (pa.ArrowException, OverflowError) as error:
-            for number, value in enumerate(values, 1):
-                if (
-                    isinstance(value, int) and abs(value) >= 2**63
-                ):  # JSON would give it back as text
+            for number, value in enumerate(values, 1):  # such a number would come back as text
+                if isinstance(value, int) and abs(value) >= 2**63:
                     raise UserError(
                         f"{split} row {number}: {name} {short(value)} is too large"
                     ) from error
@@ -241,83 +236,83 @@ def _dataset(rows: Sequence[Row], split: str) -> Dataset:
     return Dataset(pa.table(columns))
 
 
-def _parse_jsonl(text: str, where: str, _: str | None) -> list[Row]:
+def _parse_jsonl(file: TextIO, where: str, _: str | None) -> list[Row]:
     rows = []
-    for number, line in enumerate(io.StringIO(text), 1):
+    for number, line in enumerate(file, 1):
         if line.strip():
-            rows.append(_object(_json(line, f"{where}, line {number}"), f"{where}, line {number}"))
-            if "\\u" in line:
-                _check_characters(rows[-1], f"{where}, line {number}")
+            rows.append(row := _json(line, where, number))
+            if type(row) is not dict or "\\ud" in line.lower():
+                _check_row(row, f"{where}, line {number}")
     return rows
 
 
-def _parse_json(text: str, where: str, _: str | None) -> list[Row]:
+def _parse_json(file: TextIO, where: str, separator: str | None) -> list[Row]:
+    text = file.read()
     try:
         rows = _json(text, where)
     except UserError as error:
-        if "Extra data" in str(error):  # rows by the line, under the suffix .json
-            return _parse_jsonl(text, where, None)
-        raise
+        if "Extra data" not in str(error):
+            raise
+        file.seek(0)  # a row to the line, under another suffix
+        return _parse_jsonl(file, where, separator)
     if isinstance(rows, dict):
         rows = rows.get("data")
     if not isinstance(rows, list):
         raise UserError(f"{where}: not a list of objects, nor one under the name data")
     for number, row in enumerate(rows, 1):
-        _check_characters(_object(row, f"{where}, row {number}"), f"{where}, row {number}")
+        _check_row(row, f"{where}, row {number}")
     return rows
 
 
-def _json(text: str, where: str) -> Any:
-    def unique(pairs: list[tuple[str, Any]]) -> Row:
-        if len(row := dict(pairs)) < len(pairs):
-            raise UserError(f"{where}: an object has one of its names twice")
-        return row
-
-    try:
-        return json.loads(text, object_pairs_hook=unique)
-    except json.JSONDecodeError as error:
-        at = f", line {error.lineno}" if "\n" in text.strip() else ""
-        raise UserError(f"{where}{at}: not JSON ({error.msg})") from error
-    except (ValueError, RecursionError) as error:  # a number of 5,000 digits, 1,000 brackets
-        raise UserError(f"{where}: {one_line(error)}") from error
-
-
-def _object(row: Any, where: str) -> Row:
-    if not isinstance(row, dict):
-        raise UserError(f"{where}: not an object")
+def _unique(pairs: list[tuple[str, Any]]) -> Row:
+    if len(row := dict(pairs)) < len(pairs):
+        raise ValueError("an object has one of its names twice")
     return row
 
 
-def _check_characters(row: Row, where: str) -> None:
-    for name, value in row.items():
-        try:
-            json.dumps([name, value], ensure_ascii=False).encode()
-        except UnicodeEncodeError:
-            raise UserError(
-                f"{where}, column {name!r} holds half a character: {short(value)}"
-            ) from None
+_DECODER = json.JSONDecoder(object_pairs_hook=_unique)  # json.loads makes one for each line
 
 
-def _parse_csv(text: str, where: str, separator: str | None) -> list[Row]:
-    header = next((line for line in io.StringIO(text) if line.strip()), "")
+def _json(text: str, where: str, line: int | None = None) -> Any:
+    try:
+        return _DECODER.decode(text)
+    except json.JSONDecodeError as error:
+        where, error_ = f"{where}, line {line or error.lineno}", f"not JSON ({error.msg})"
+    except (ValueError, RecursionError) as error:  # a number of 5,000 digits, 1,000 brackets
+        where, error_ = f"{where}, line {line}" if line else where, one_line(error)
+    raise UserError(f"{where}: {error_}")
+
+
+def _check_row(row: Any, where: str) -> None:
+    if not isinstance(row, dict):
+        raise UserError(f"{where}: not an object")
+    try:
+        json.dumps(row, ensure_ascii=False).encode()
+    except UnicodeEncodeError:
+        raise UserError(f"{where} holds half a character: {short(row)}") from None
+
+
+def _parse_csv(file: TextIO, where: str, separator: str | None) -> list[Row]:
+    header = next((line for line in file if line.strip()), "")
+    file.seek(0)
     # Excel separates by semicolons where the comma is the decimal sign
     found = separator or next((d for d in ",;\t|" if d in header), ",")
-    return _parse_table(text, where, found, strict=True)  # strict: an open quotation mark
+    return _parse_table(file, where, found, strict=True)  # strict: an open quotation mark
 
 
-def _parse_tsv(text: str, where: str, separator: str | None) -> list[Row]:
+def _parse_tsv(file: TextIO, where: str, separator: str | None) -> list[Row]:
     # unquoted, as GLUE's own files: a cell that opens with a quotation mark is only that
-    return _parse_table(text, where, separator or "\t", quoting=csv.QUOTE_NONE)
+    return _parse_table(file, where, separator or "\t", quoting=csv.QUOTE_NONE)
 
 
-def _parse_table(text: str, where: str, separator: str, **dialect: Any) -> list[Row]:
-    """Rows of texts, each cell as it stands; a cell that its line lacks is None."""
+def _parse_table(file: TextIO, where: str, separator: str, **dialect: Any) -> list[Row]:
+    """Rows of texts, each cell as it stands."""
     delimiter = separator.replace("\\t", "\t")  # as a shell passes '\t'
-    if len(delimiter) != 1:
-        raise UserError(f"--separator {separator!r} is not one character")
+    if len(delimiter) != 1 or delimiter in '"\r\n':
+        raise UserError(f"--separator {separator!r} is not one character that can part cells")
     rows: list[Row] = []
     limit = csv.field_size_limit(2**31 - 1)  # characters of a cell; 131,072 unless told
-    reader = csv.reader(io.StringIO(text, newline=""), delimiter=delimiter, **dialect)
+    reader = csv.reader(file, delimiter=delimiter, **dialect)
     try:
         lines = filter(None, reader)
         header = next(lines, [])
@@ -335,11 +330,11 @@ def _parse_table(text: str, where: str, separator: str, **dialect: Any) -> list[
     return rows
 
 
-def _parse_text(text: str, _: str, __: str | None) -> list[Row]:
-    return [{"text": line.rstrip("\n")} for line in io.StringIO(text, newline=None)]
+def _parse_text(file: TextIO, _: str, __: str | None) -> list[Row]:
+    return [{"text": line.rstrip("\r\n")} for line in file]
 
 
-_Parser = Callable[[str, str, "str | None"], list[Row]]
+_Parser = Callable[[TextIO, str, "str | None"], list[Row]]
 
 _READERS: dict[str, _Parser | None] = {
     ".jsonl": _parse_jsonl,
@@ -394,7 +389,7 @@ def check_texts(rows: Dataset, column: str, split: str, *, empty: str = "error")
     Raises:
         UserError: names the split and the row, counted from 1.
     """
-    values = rows.with_format("arrow")[:][column]
+    values = rows.select_columns([column]).with_format("arrow")[:][column]
     if pa.types.is_string(values.type) or pa.types.is_large_string(values.type):
         blank = pc.fill_null(pc.equal(pc.utf8_trim_whitespace(values), ""), True)
         at = pc.index(blank, True).as_py() if empty == "error" else -1

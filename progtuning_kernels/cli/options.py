@@ -358,7 +358,9 @@ class ShownOfTrainer:
     save_total_limit: int = option(
         2, _RUN, "Checkpoints that are kept, the newest.", "keep-checkpoints", least=1
     )
-    logging_steps: float = option(10, _RUN, "Steps between logs.", least=0)
+    logging_steps: float | None = option(
+        None, _RUN, "Steps between logs; a 200th of the run unless given.", least=0
+    )
     report_to: tuple[str, ...] = option(
         ("none",), _RUN, "Trackers: tensorboard, wandb, trackio, mlflow, ...; repeatable."
     )

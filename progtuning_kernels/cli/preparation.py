@@ -34,7 +34,7 @@ class Rows:
 
     def summary(self) -> str:
         """One line: what was read, and what the labels were taken for."""
-        counts = " and ".join(f"{len(rows):,}" for rows in self.splits.values())
+        counts = " and ".join(f"{len(r):,}" for s, r in self.splits.items() if s != "predict")
         about = self.task.summary()
         return f"{self.description}: {counts} rows" + (f"; {about}" if about else "")
 
@@ -97,10 +97,13 @@ def trainer_classes(task: Task) -> tuple[type, type]:
     return getattr(transformers, task.trainer), getattr(transformers, arguments)
 
 
-def prepare(options: TrainOptions, rows: Rows, **arguments: Any) -> Prepared:
+def prepare(
+    options: TrainOptions, rows: Rows, *, weights: bool = True, **arguments: Any
+) -> Prepared:
     """Load the model, encode the rows, and try a batch of them.
 
     Args:
+        weights: False makes the model on the meta device, and tries nothing.
         arguments: of the Trainer, over those of the options.
 
     Raises:
@@ -109,12 +112,12 @@ def prepare(options: TrainOptions, rows: Rows, **arguments: Any) -> Prepared:
     from transformers import set_seed
 
     task = rows.task
-    usual = {
-        k: v for k, v in getattr(task, "trainer_options", {}).items() if k not in options.trainer
-    }
-    args = training_arguments(options, trainer_classes(task)[1], **usual, **arguments)
+    wanted = getattr(task, "trainer_options", {})
+    arguments = {k: v for k, v in wanted.items() if k not in options.trainer} | arguments
+    arguments["dataloader_pin_memory"] = torch.cuda.is_available()
+    args = training_arguments(options, trainer_classes(task)[1], **arguments)
     set_seed(args.seed)
-    model, processor, notes = models.load_model(options, task, args.device)
+    model, processor, notes = models.load_model(options, task, args.device, weights=weights)
     if task.processor == "AutoTokenizer":
         models.check_length(model, options.max_length, "--max-length", processor)
     encoded = {
@@ -123,7 +126,7 @@ def prepare(options: TrainOptions, rows: Rows, **arguments: Any) -> Prepared:
     notes += getattr(task, "notes", [])
     with as_user_error():
         layout = find_layout(model, options.block_lists)
-    if not options.load_in_4bit:
+    if weights and not options.load_in_4bit:
         model.to(args.device)
     prepared = Prepared(
         options, rows, args, model, processor, layout, encoded, task.collator(processor, model),
@@ -131,6 +134,8 @@ def prepare(options: TrainOptions, rows: Rows, **arguments: Any) -> Prepared:
     )  # fmt: skip
     if all("input_ids" in own.column_names for own in encoded.values()):
         notes += models.check_rows(model, processor, encoded)
+    if not weights:
+        return prepared
     # the longest row, and one that has to be padded
     longest = max(encoded, key=lambda split: max(prepared.lengths(split)))
     order = sorted(range(len(encoded[longest])), key=prepared.lengths(longest).__getitem__)

@@ -138,11 +138,9 @@ class TokenClassification:
             [[self.names[i] for i in row[own]] for row, own in zip(of, counted, strict=True)]
             for of in (predictions, labels)
         )
-        precision, recall, f1, _ = metrics.precision_recall_fscore_support(
-            truth, predicted, average="micro", zero_division=0
-        )
-        accuracy = metrics.accuracy_score(truth, predicted)
-        values = (f1, precision, recall, accuracy)
+        scores = (metrics.f1_score, metrics.precision_score, metrics.recall_score)
+        values = [score(truth, predicted, zero_division=0) for score in scores]
+        values.append(metrics.accuracy_score(truth, predicted))
         return dict(zip(self.metrics, map(float, values), strict=True))
 
     def answers(self, predictions: Any, rows: Dataset) -> list[dict[str, Any]]:
