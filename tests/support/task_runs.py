@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import json
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,7 @@ import transformers
 from datasets import Dataset
 from tiny_models import tiny_model
 
+from progtuning_kernels.cli.app import main
 from progtuning_kernels.cli.options import TrainOptions
 from progtuning_kernels.cli.tasks import Task, task_class
 
@@ -72,3 +74,25 @@ def answers_of(
     rows = Dataset.from_list(rows)
     found = trainer.predict(task.encode(rows, tokenizer, model, "predict"))
     return task.answers(found.predictions, rows)
+
+
+def write_rows(path: Path, rows: list[dict]) -> Path:
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
+
+
+def train_from_files(folder: Path, *arguments: object, **splits: list[dict]) -> dict[str, Any]:
+    """`progtuning train` with rows as JSONL files; metrics.json, and "folder" of the model.
+
+    Rows of "predict" give "predictions".
+    """
+    files = []
+    for split, rows in splits.items():
+        files += [f"--{split}-file", write_rows(folder / f"{split}.jsonl", rows)]
+    common = ["--output", folder / "run", "--batch-size", 16, "--lr", 1e-2, "--device", "cpu"]
+    main(["train", *map(str, [*files, *common, *arguments])])
+    run = json.loads((folder / "run/metrics.json").read_text()) | {"folder": folder / "run/model"}
+    if "predict" in splits:
+        lines = (folder / "run/predictions.jsonl").read_text().splitlines()
+        run["predictions"] = [json.loads(line)["prediction"] for line in lines]
+    return run
