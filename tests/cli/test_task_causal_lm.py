@@ -166,7 +166,7 @@ def test_plain_text_is_trained_by_the_trainer(tmp_path):
     run = train_from_files(
         tmp_path,
         *("--task", "causal-lm", "--model", tmp_path / "model", "--max-length", 16),
-        *("--epochs", 10, "--batch-size", 4, "--per-device-eval-batch-size", 8),
+        *("--epochs", 6, "--batch-size", 4, "--per-device-eval-batch-size", 8),
         train=rows[:100],
         validation=rows[100:],
     )
@@ -174,7 +174,7 @@ def test_plain_text_is_trained_by_the_trainer(tmp_path):
     found = [{"input_ids": row, "labels": row} for row in found["input_ids"]]
     perplexity = run["summary"]["metric"]
     assert perplexity == pytest.approx(true_perplexity(run["folder"], found), rel=1e-5)
-    assert perplexity < 15  # of 20 words and an end
+    assert perplexity < 18  # of 20 words and an end
     # GPT-2's name hides from the Trainer that a row of T tokens has T - 1 predictions
     assert run["evaluations"][-1]["loss"] == pytest.approx(math.log(perplexity), rel=1e-5)
 
