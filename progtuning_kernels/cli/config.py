@@ -408,7 +408,12 @@ def training_arguments(options: TrainOptions, cls: type | None = None, **more: A
             at_best = {"load_best_model_at_end": True, "metric_for_best_model": metric}
             if values.get("greater_is_better") is None:
                 at_best["greater_is_better"] = not metric.endswith(("loss", "perplexity"))
-    foreign = sorted(values.keys() - {field.name for field in dataclasses.fields(cls)})
+    known = {field.name for field in dataclasses.fields(cls)}
+    for old in {"gradient_checkpointing", "gradient_checkpointing_kwargs"} & values.keys():
+        new = old.replace("gradient", "activation")
+        if new in known:  # transformers 5.23 warns of the old name
+            values.setdefault(new, values.pop(old))
+    foreign = sorted(values.keys() - known)
     if foreign:
         raise UserError(f"{foreign[0]} is no option of {cls.__name__}, which trains {options.task}")
     try:
