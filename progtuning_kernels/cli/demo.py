@@ -41,9 +41,7 @@ def run(
     nothing of this library.
     """
     console = Console()
-    console.print(
-        f"Fine-tuning {model} on {dataset}: {', '.join(methods)} ({stages} stages)."
-    )
+    console.print(f"Fine-tuning {model} on {dataset}: {', '.join(methods)} ({stages} stages).")
     missing = backend.native_reason(torch.device("cpu"))
     if missing is not None:
         console.print(f"Without the native extension ({missing}): slower.", soft_wrap=True)

@@ -23,10 +23,10 @@ class LengthBatches:
     """Row numbers of every micro-batch of one epoch: a pure function of seed, epoch and lengths.
 
     A window is what one optimizer step takes: `accumulate` micro-batches on each of `ranks` ranks,
-    of rows of like length. Every row is in one micro-batch of an epoch; the first micro-batches come
-    once more at its end where their number would be no multiple of `ranks`. That number is the same
-    in every epoch, because the Trainer asks for it once: with `tokens`, rows keep the band of
-    lengths that they are in, and each epoch only deals the rows of a band out anew.
+    of rows of like length. Every row is in one micro-batch of an epoch; where their number is no
+    multiple of `ranks`, the first ones come once more at the end. That number is the same in every
+    epoch, because the Trainer asks for it once: with `tokens`, a row keeps the band of lengths that
+    it is in, and each epoch only deals the rows of a band out anew.
 
     Args:
         lengths: tokens of every row.

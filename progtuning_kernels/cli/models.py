@@ -56,12 +56,15 @@ def quiet_transformers() -> None:
 
 
 def load_model(
-    options: TrainOptions, task: Task, device: torch.device
+    options: TrainOptions, task: Task, device: torch.device, *, weights: bool = True
 ) -> tuple[nn.Module, Any, list[str]]:
     """Model in fp32 (bf16 as the options say), its processor, and remarks on its weights.
 
     A head that was trained for the same classes stays, and the task takes its order; one for
     others, or another number of them, starts anew.
+
+    Args:
+        weights: False makes the structure alone, on the meta device.
 
     Raises:
         UserError: one of them cannot be loaded, or the weights are another model's.
@@ -70,9 +73,7 @@ def load_model(
 
     quiet_transformers()
     path, auto = model_path(options.model), getattr(transformers, task.auto_model)
-    more: dict[str, Any] = {}
-    if options.load_in_4bit:
-        more = _four_bits(device)
+    more = _four_bits(device) if options.load_in_4bit else {}
     dtype = torch.bfloat16 if options.precision == "bf16-pure" else torch.float32
     try:
         config = transformers.AutoConfig.from_pretrained(path)
@@ -80,15 +81,19 @@ def load_model(
         own = [str(config.id2label[i]) for i in sorted(config.id2label)]
         names = None if task.names is None else [*task.names]
         task.configure(config)
-        model, loading = auto.from_pretrained(
-            path,
-            config=config,
-            dtype=dtype,
-            ignore_mismatched_sizes=True,
-            output_loading_info=True,
-            **more,
-        )
-        notes = _check_weights(auto, model, loading, own, names)
+        if weights:
+            model, loading = auto.from_pretrained(
+                path,
+                config=config,
+                dtype=dtype,
+                ignore_mismatched_sizes=True,
+                output_loading_info=True,
+                **more,
+            )
+            notes = _check_weights(auto, model, loading, own, names)
+        else:
+            with torch.device("meta"):
+                model, notes = auto.from_config(config), []
     except UserError:
         raise
     except Exception as error:  # missing, damaged, of other labels: there is no common class

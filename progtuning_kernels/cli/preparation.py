@@ -13,9 +13,10 @@ from ..model.layout import Layout, find_layout
 from . import models
 from .config import training_arguments
 from .data import digest, load_splits
-from .errors import UserError, as_user_error
+from .errors import as_user_error
 from .options import TrainOptions
 from .tasks import Task, task_class
+from .tasks.causal_lm import sft_classes
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -33,7 +34,7 @@ class Rows:
 
     def summary(self) -> str:
         """One line: what was read, and what the labels were taken for."""
-        counts = " and ".join(f"{len(rows):,}" for rows in self.splits.values())
+        counts = " and ".join(f"{len(r):,}" for s, r in self.splits.items() if s != "predict")
         about = self.task.summary()
         return f"{self.description}: {counts} rows" + (f"; {about}" if about else "")
 
@@ -89,21 +90,20 @@ def read_rows(options: TrainOptions, wanted: Sequence[str] = ("train", "validati
 def trainer_classes(task: Task) -> tuple[type, type]:
     """The Trainer of a task, and the class of its arguments."""
     if task.trainer == "SFTTrainer":
-        try:
-            import trl
-        except ImportError:
-            raise UserError("this kind of rows needs TRL: pip install trl") from None
-        return trl.SFTTrainer, trl.SFTConfig
+        return sft_classes()
     import transformers
 
     arguments = task.trainer.replace("Trainer", "TrainingArguments")
     return getattr(transformers, task.trainer), getattr(transformers, arguments)
 
 
-def prepare(options: TrainOptions, rows: Rows, **arguments: Any) -> Prepared:
+def prepare(
+    options: TrainOptions, rows: Rows, *, weights: bool = True, **arguments: Any
+) -> Prepared:
     """Load the model, encode the rows, and try a batch of them.
 
     Args:
+        weights: False makes the model on the meta device, and tries nothing.
         arguments: of the Trainer, over those of the options.
 
     Raises:
@@ -112,17 +112,24 @@ def prepare(options: TrainOptions, rows: Rows, **arguments: Any) -> Prepared:
     from transformers import set_seed
 
     task = rows.task
-    args = training_arguments(options, trainer_classes(task)[1], **arguments)
+    arguments["dataloader_pin_memory"] = torch.cuda.is_available()
+    usual = {
+        name: v
+        for name, v in getattr(task, "trainer_options", {}).items()
+        if name not in options.trainer
+    }
+    args = training_arguments(options, trainer_classes(task)[1], **usual, **arguments)
     set_seed(args.seed)
-    model, processor, notes = models.load_model(options, task, args.device)
+    model, processor, notes = models.load_model(options, task, args.device, weights=weights)
     if task.processor == "AutoTokenizer":
         models.check_length(model, options.max_length, "--max-length", processor)
     encoded = {
         split: task.encode(own, processor, model, split) for split, own in rows.splits.items()
     }
+    notes += getattr(task, "notes", [])
     with as_user_error():
         layout = find_layout(model, options.block_lists)
-    if not options.load_in_4bit:
+    if weights and not options.load_in_4bit:
         model.to(args.device)
     prepared = Prepared(
         options, rows, args, model, processor, layout, encoded, task.collator(processor, model),
@@ -130,6 +137,8 @@ def prepare(options: TrainOptions, rows: Rows, **arguments: Any) -> Prepared:
     )  # fmt: skip
     if all("input_ids" in own.column_names for own in encoded.values()):
         notes += models.check_rows(model, processor, encoded)
+    if not weights:
+        return prepared
     # the longest row, and one that has to be padded
     longest = max(encoded, key=lambda split: max(prepared.lengths(split)))
     order = sorted(range(len(encoded[longest])), key=prepared.lengths(longest).__getitem__)

@@ -234,9 +234,7 @@ class Recorder(TrainerCallback):
         report = handle.packing_report()
         places, tokens = (
             now - before
-            for now, before in zip(
-                (report.places, report.tokens), self._packed_before, strict=True
-            )
+            for now, before in zip((report.places, report.tokens), self._packed_before, strict=True)
         )
         # of the places of the stage's packed batches; 0 where none was packed
         stage["padding_skipped_share"] = 1 - tokens / places if places else 0.0

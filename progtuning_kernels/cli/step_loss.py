@@ -10,11 +10,12 @@ from transformers import Trainer
 
 
 def mean_over_step(trainer: Trainer) -> None:
-    """Weigh each micro-batch of `trainer` by its labels, over those of the whole step and all ranks.
+    """Weigh each micro-batch of `trainer` by its labels, over those of the step and of all ranks.
 
-    The Trainer leaves that to models whose forward takes `**kwargs`, and most heads of encoders, and
-    T5, do not do it: transformers 5.23 sums up their means, so that two micro-batches or two ranks
-    double the gradient. A model whose targets are not called `labels` keeps the Trainer's loss.
+    The Trainer leaves that to models whose forward takes `**kwargs`. T5 and most heads of encoders
+    take them and do not do it, and transformers 5.23 sums up their means: two micro-batches or two
+    ranks double the gradient. A model whose targets are not called `labels` keeps the Trainer's
+    loss.
     """
     compute = trainer.compute_loss
     shifts = getattr(trainer, "_loss_shifts_labels", False)  # transformers 5.0 has it not

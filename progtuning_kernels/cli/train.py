@@ -42,7 +42,7 @@ from .recorder import RECORD, Recorder
 from .step_loss import mean_over_step
 
 if TYPE_CHECKING:
-    from transformers import EvalPrediction, Trainer, TrainerState
+    from transformers import EvalPrediction, Trainer
 
 # What may differ between a checkpoint and the call that resumes it.
 _FREE = {"resume", "overwrite", "device", "metric", "cache", "graph", "predict_file"}
@@ -76,13 +76,19 @@ class Run:
     """One run, from rows to files; `name` is shown in tables and plots."""
 
     def __init__(
-        self, options: TrainOptions, rows: Rows, *, name: str, console: Console
+        self,
+        options: TrainOptions,
+        rows: Rows,
+        *,
+        name: str,
+        console: Console,
+        dry_run: bool = False,
     ) -> None:
         self.options, self.rows, self.name, self.console = options, rows, name, console
         self.metric_name = options.metric or (*rows.task.metrics, "loss")[0]
         if self.metric_name not in (known := (*rows.task.metrics, "loss")):
             raise UserError(f"metric {options.metric!r} does not fit; there is {', '.join(known)}")
-        self.prepared = prepare(options, rows, **_USUAL)
+        self.prepared = prepare(options, rows, weights=not dry_run, **_USUAL)
         self.args = args = self.prepared.args
         self.output = Path(args.output_dir)
         self.batches = LengthBatches(
@@ -103,6 +109,8 @@ class Run:
             self.schedule.plan(0, self.prepared.layout.num_blocks)
         self.num_params = sum(p.numel() for p in self.prepared.model.parameters())
         self.evaluates_stages = options.of_trainer("eval_strategy") == "stage"
+        if dry_run:
+            return
         self.trainer = self._make_trainer()
         self.recorder = Recorder(self, self.callback)
         self.trainer.add_callback(self.recorder)
@@ -346,9 +354,7 @@ class Run:
         Raises:
             UserError: it is another run's, or the run is finished.
         """
-        folders = sorted(
-            self.output.glob("checkpoint-*"), key=lambda p: int(p.name.split("-")[-1])
-        )
+        folders = sorted(self.output.glob("checkpoint-*"), key=lambda p: int(p.name.split("-")[-1]))
         for folder in reversed(folders):
             try:  # the file that a checkpoint ends with
                 state = json.loads((folder / "trainer_state.json").read_text())
@@ -405,20 +411,17 @@ class Run:
 
 
 def quiet_bar(trainer: Trainer) -> None:
-    """Make the Trainer's bar show loss and speed; it would print every log as a line."""
+    """Make the Trainer's bar show the loss; it would print every log as a line."""
     from transformers import ProgressCallback
 
-    for bar in trainer.callback_handler.callbacks:
-        if isinstance(bar, ProgressCallback):
+    bars = [c for c in trainer.callback_handler.callbacks if isinstance(c, ProgressCallback)]
 
-            def show(
-                args: Any, state: TrainerState, control: Any, logs: Any = None, **_: Any
-            ) -> None:
-                if bar.training_bar is not None and logs and "loss" in logs:
-                    bar.training_bar.set_postfix(loss=f"{float(logs['loss']):.4f}")
+    def show(args: Any, state: Any, control: Any, logs: Any = None, **_: Any) -> None:
+        if bars[0].training_bar is not None and logs and "loss" in logs:
+            bars[0].training_bar.set_postfix(loss=f"{float(logs['loss']):.4f}")
 
-            bar.on_log = show
-            return
+    if bars:
+        bars[0].on_log = show
 
 
 @contextmanager
@@ -446,13 +449,14 @@ def run(options: TrainOptions, *, dry_run: bool) -> None:
     output = options.output
     if not dry_run and first:
         check_run_folder(output, resume=options.resume, overwrite=options.overwrite)
-    rows = read_rows(options)
+    predict = ("predict",) if options.predict_file else ()
+    rows = read_rows(options, ("train", "validation", *predict))
     console.print(rows.summary(), soft_wrap=True, markup=False)
-    trained = Run(options, rows, name=output.name, console=console)
+    trained = Run(options, rows, name=output.name, console=console, dry_run=dry_run)
     for note in trained.prepared.notes:
         console.print(note, soft_wrap=True, markup=False)
     if dry_run:
-        console.print(trained.plan(), soft_wrap=True, markup=False, highlight=False)
+        console.print(str(trained.plan()), soft_wrap=True, markup=False, highlight=False)
         return
     result = trained.train()
     summary = result["summary"]

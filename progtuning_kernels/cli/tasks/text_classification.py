@@ -182,9 +182,7 @@ class TextClassification:
 
         def tokens(batch: dict[str, list[Any]]) -> dict[str, Any]:
             pairs = None if pair is None else batch[pair]
-            return dict(
-                processor(batch[text], pairs, truncation=True, max_length=self.max_length)
-            )
+            return dict(processor(batch[text], pairs, truncation=True, max_length=self.max_length))
 
         encoded = rows.map(
             tokens, batched=True, remove_columns=rows.column_names, keep_in_memory=True
@@ -247,9 +245,7 @@ class TextClassification:
                 for row in shares
             ]
         shares = special.softmax(predictions, -1)
-        return [
-            {"label": self.names[row.argmax()], "score": float(row.max())} for row in shares
-        ]
+        return [{"label": self.names[row.argmax()], "score": float(row.max())} for row in shares]
 
 
 def _number(label: Any) -> float | None:
