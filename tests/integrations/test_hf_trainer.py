@@ -10,7 +10,7 @@ import peft
 import pytest
 import torch
 from safetensors.torch import load_file
-from tiny_models import tiny_model
+from tiny_models import tiny_inputs, tiny_model
 from torch import nn
 from tqdm.auto import tqdm
 from trainers import STEPS, Recorder, rows_of, trainer_of, weights_of
@@ -603,7 +603,7 @@ def test_trackers_get_the_stage_wherever_they_stand(tmp_path, monkeypatch, place
 
 
 class _Clock(TrainerCallback):
-    """A step takes 2 s; evaluation and saving take 100 s each."""
+    """A step takes 2 s; evaluation, saving and what callbacks do before a step 100 s each."""
 
     def __init__(self) -> None:
         self.now = 0.0
@@ -611,7 +611,12 @@ class _Clock(TrainerCallback):
     def perf_counter(self) -> float:
         return self.now
 
-    def on_step_begin(self, args, state, control, **kwargs):
+    def on_step_begin(self, args, state, control, model=None, **kwargs):
+        self.now += 100
+        model(**tiny_inputs("bert-sequence")).loss.backward()  # as to measure something
+        model.zero_grad()
+
+    def on_pre_optimizer_step(self, args, state, control, **kwargs):
         self.now += 2
 
     def save(self, *args) -> None:
@@ -650,6 +655,7 @@ def test_real_tokens_of_training_time(tmp_path, monkeypatch, options):
     trainer.train()
     logs = [log for log in trainer.state.log_history if "loss" in log]
     every = options.get("logging_steps", 1)
+    assert "training_step" not in vars(trainer)
     counted = sum(log["real_tokens_per_second"] * 2 * every for log in logs)
     assert counted == pytest.approx(2 * sum(int(row["attention_mask"].sum()) for row in rows))
     if cache is not None:
