@@ -228,13 +228,15 @@ class RunCommand(click.Command):
                 values[option.name] = _as_given(option, value)
         return values
 
-    def invoke(self, ctx: click.Context) -> Any:
-        values, own = {}, {}
+    def options(self, ctx: click.Context) -> tuple[TrainOptions, dict[str, Any]]:
+        """What was parsed: the options of a run, and those that the command declares itself."""
         declared = {p.name for p in self.params if not hasattr(p, "group")}
-        for name, value in ctx.params.items():
-            (own if name in declared else values)[name] = value
-        del own["config"]
-        ctx.params = own | {"options": _options_from(values)}
+        own = {name: v for name, v in ctx.params.items() if name in declared and name != "config"}
+        return _options_from({k: v for k, v in ctx.params.items() if k not in declared}), own
+
+    def invoke(self, ctx: click.Context) -> Any:
+        options, own = self.options(ctx)
+        ctx.params = own | {"options": options}
         return super().invoke(ctx)
 
     def format_options(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
