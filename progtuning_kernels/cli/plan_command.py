@@ -17,7 +17,7 @@ from ..planner import TrainingPlan, plan_training
 from ..planner.planning import switch_checkpointing_on
 from ..schedules import MilestoneSchedule, Schedule, decides_by_gradients, stage_starts
 from ..schedules.progressive import scales_with_length
-from .config import build_schedule, choose_device
+from .config import autocast_dtype, build_schedule, choose_device
 from .errors import UserError, as_user_error
 from .models import auto_class, check_length, minilm_folder, quiet_transformers, wrap_lora
 from .options import TrainOptions
@@ -28,8 +28,8 @@ _MOST_STAGES = 20  # of a table: a random schedule may have a stage every few st
 _CAUSAL = re.compile(r"(ForCausalLM|LMHeadModel)$")
 
 
-def model_without_weights(name: str, task: str) -> nn.Module:
-    """The model of a folder, a config file or a hub id, on the meta device.
+def model_without_weights(name: str, task: str) -> tuple[nn.Module, str]:
+    """The model of a folder, a config file or a hub id, on the meta device, and its task.
 
     Args:
         task: of `TASKS`, or "auto": what the config's `architectures` say, and a text
@@ -54,7 +54,7 @@ def model_without_weights(name: str, task: str) -> nn.Module:
     if task == "text-classification" and config.pad_token_id is None:
         # decoders classify at the last token that is not padding, so they must know it
         model.config.pad_token_id = 0
-    return model
+    return model, task
 
 
 def _schedule_to_plan(options: TrainOptions, steps: int | None) -> tuple[Schedule, list[str]]:
@@ -103,6 +103,7 @@ def plan_run(
             steps=steps,
             device=device,
             dtype=torch.bfloat16 if options.precision == "bf16-pure" else torch.float32,
+            autocast=autocast_dtype(options, device),
             optimizer=_OPTIMIZERS[options.state_dtype],
             master_weights=options.master_weights,
             in_backward=options.in_backward,
@@ -128,10 +129,10 @@ def run(
     device = "cuda" if options.device == "cuda" else choose_device(options.device)
     if device == "cuda" and calibrate and not torch.cuda.is_available():
         raise UserError("--calibrate on cuda needs a GPU")
-    model = model_without_weights(options.model, options.task)
+    model, task = model_without_weights(options.model, options.task)
     check_length(model, options.max_length, "--max-length")
     plan = plan_run(
-        options,
+        dataclasses.replace(options, task=task),
         model,
         batch_size=options.of_trainer("per_device_train_batch_size"),
         seq_len=options.max_length,

@@ -24,6 +24,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
 from ..model.layout import Layout, parameter_slots
+from .autocast import Autocast
 
 aten = torch.ops.aten
 
@@ -306,6 +307,7 @@ def count_flops(
     *,
     boundary: int,
     device: torch.device,
+    autocast: torch.dtype | None = None,
     real_tokens: float = 1.0,
 ) -> StepFlops:
     """Count the operations of a forward and a backward that would run on `device`.
@@ -334,7 +336,9 @@ def count_flops(
             stack.callback(last.register_forward_hook(leave_prefix).remove)
         stack.enter_context(kernels)
         stack.enter_context(counter)
-        loss = loss_of(model(**inputs))
+        casts = stack.enter_context(Autocast(autocast, device))
+        with casts.forward():
+            loss = loss_of(model(**inputs))
         modules = counter.get_flop_counts()
         blocks = (f"{type(model).__name__}.{path}" for path in layout.block_paths)
         inside = sum(sum(modules[name].values()) for name in blocks if name in modules)
@@ -353,6 +357,7 @@ def peak_live_bytes(
     inputs: Mapping[str, Any],
     *,
     device: torch.device,
+    autocast: torch.dtype | None = None,
     in_backward: bool,
 ) -> int:
     """The most that activations, temporaries and gradients take together in one step."""
@@ -363,6 +368,9 @@ def peak_live_bytes(
             stack.enter_context(_gradients_dropped_per_unit(model, layout))
         stack.enter_context(TargetKernels(device))
         stack.enter_context(memory)
-        _backward(loss_of(model(**inputs)))
+        casts = stack.enter_context(Autocast(autocast, device))
+        with casts.forward():
+            loss = loss_of(model(**inputs))
+        _backward(loss)
     model.zero_grad(set_to_none=True)
     return memory.peak
