@@ -7,7 +7,6 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
-from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
 
 # Names of functions and methods, without underscores, that autocast runs in the lower precision
@@ -30,15 +29,14 @@ _RAISED_ON_CUDA = frozenset(
 )
 
 
-class Autocast(TorchFunctionMode):
-    """Casts what autocast to `dtype` would cast on `device`, nothing for None; the innermost mode.
+class Autocast:
+    """Casts what autocast to `dtype` would cast on `device`.
 
     torch's own autocast is on meanwhile, for the CPU, where no tensor is: it says whether a model
     has switched it off around some lines, as rotary embeddings do.
     """
 
-    def __init__(self, dtype: torch.dtype | None, device: torch.device) -> None:
-        super().__init__()
+    def __init__(self, dtype: torch.dtype, device: torch.device) -> None:
         on_cuda = device.type == "cuda"
         self._dtype = dtype
         self._lowered = _LOWERED | (_LOWERED_ON_CUDA if on_cuda else frozenset())
@@ -49,30 +47,27 @@ class Autocast(TorchFunctionMode):
 
     @contextmanager
     def forward(self) -> Iterator[None]:
-        """What autocast surrounds; the mode itself is in force in backward too, for checkpoints."""
+        """What autocast surrounds; `arguments` is asked in backward too, for checkpoints."""
         self._keeps_copies = True
         try:
-            with torch.autocast("cpu", dtype=self._dtype, enabled=self._dtype is not None):
+            with torch.autocast("cpu", dtype=self._dtype):
                 yield
         finally:
             self._keeps_copies = False
             self._copies.clear()
 
-    def __torch_function__(
-        self, func: Callable[..., Any], types: Any, args: Any = (), kwargs: Any = None
-    ) -> Any:
+    def arguments(self, func: Callable[..., Any], args: Any, kwargs: Any) -> tuple[Any, Any]:
+        """The arguments that autocast would give `func`."""
+        if not torch.is_autocast_enabled("cpu"):
+            return args, kwargs
         name = getattr(func, "__name__", "").strip("_")
-        wanted = None
-        if self._dtype is not None and torch.is_autocast_enabled("cpu"):
-            if name in self._lowered:
-                wanted = self._dtype
-            elif name in self._raised:
-                wanted = torch.float32
-        if wanted is not None:
-            args, kwargs = pytree.tree_map_only(
-                torch.Tensor, lambda t: self._cast(t, wanted), (args, kwargs or {})
-            )
-        return func(*args, **(kwargs or {}))
+        if name in self._lowered:
+            wanted = self._dtype
+        elif name in self._raised:
+            wanted = torch.float32
+        else:
+            return args, kwargs
+        return pytree.tree_map_only(torch.Tensor, lambda t: self._cast(t, wanted), (args, kwargs))
 
     def _cast(self, t: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
         if not t.is_floating_point() or t.dtype in (dtype, torch.float64):

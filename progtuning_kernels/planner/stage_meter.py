@@ -18,7 +18,6 @@ from ..model.layout import EMBEDDINGS, Layout, parameter_slots
 from ..optim import MaskedAdamW
 from ..optim.masked_adamw import STATE_DTYPES
 from ..schedules import FreezePlan
-from .autocast import Autocast
 from .example_batch import on_meta
 from .meta_step import StepFlops, TargetKernels, count_flops, peak_live_bytes
 from .training_plan import StagePlan
@@ -146,8 +145,8 @@ class StageMeter:
 
     def _kept_bytes(self, inputs: Mapping[str, Any]) -> tuple[int, int]:
         """What a forward keeps for backward, in all and in blocks."""
-        casts = Autocast(self.options.autocast, self.options.device)
-        with TargetKernels(self.options.device), casts, casts.forward():
+        kernels = TargetKernels(self.options.device, self.options.autocast)
+        with kernels, kernels.forward():
             uses = measure_forward(self.model, self.layout, (), inputs)
         kept = {unit: use.activation_bytes for unit, use in uses.items()}
         return sum(kept.values()), sum(kept.get(i, 0) for i in range(self.layout.num_blocks))

@@ -166,12 +166,11 @@ class TrainingPlan:
     def _parts(self) -> list[str | Table]:
         named = [(str(i + 1), stage) for i, stage in enumerate(self.stages)]
         named.append(("full", self.full))
-        title = "bytes at the peak of a step, in MiB" + (
-            "; a row of the cache in KiB" * self._cached
-        )
+        title = "memory of a step in MiB" + "; of a row in the cache in KiB" * self._cached
         return [
             self.title,
             "",
+            "a step of one micro-batch, and its time as a share of full training:",
             Table(self._times(named), left=[0, 2]),
             "",
             f"{title}:",
@@ -190,7 +189,7 @@ class TrainingPlan:
         for name, s in named:
             steps = f"{s.steps:,}" if self.length_known else f"{s.steps / self.total_steps:.0%}"
             cost = f"{s.flops / 1e9:,.1f}" if s.step_ms is None else f"{s.step_ms:,.1f}"
-            row = [name, steps if s.steps else "", s.trains, f"{s.trainable_params / 1e6:,.1f}M"]
+            row = [name, steps if s.steps else "", s.trains, f"{s.trainable_params / 1e6:,.2f}M"]
             row += [cost, f"{s.step_ratio:.3f}"]
             if self._cached:
                 ratio = s.cached_step_ratio
@@ -214,7 +213,7 @@ class TrainingPlan:
 
     def _conclusions(self) -> list[str]:
         how = "measured unit costs" if self.calibrated else "operations, the optimizer left out"
-        lines = [f"time of the whole run, of full training: {self.run_ratio:.3f} (by {how})"]
+        lines = [f"whole run / full training: {self.run_ratio:.3f} (by {how})"]
         if (cached := self.cached_run_ratio) is not None:
             lines[0] += f"; {cached:.3f} once the cache holds every row"
         number = self.peak_stage + 1
