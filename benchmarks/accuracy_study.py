@@ -20,12 +20,12 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from rich.console import Console
-
 from progtuning_kernels.cli.engine import Run, write_json
-from progtuning_kernels.cli.errors import UserError
 from progtuning_kernels.cli.progress import TrainProgress
 from progtuning_kernels.cli.settings import TrainSettings
+from rich.console import Console
+
+from progtuning_kernels.cli.errors import UserError
 from progtuning_kernels.cli.train import load_data
 from progtuning_kernels.schedules.files import read_settings
 

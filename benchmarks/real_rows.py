@@ -8,10 +8,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
-
 from progtuning_kernels.cli.batches import encode_classification
 from progtuning_kernels.cli.datasets import Columns, build_data, read_rows
+from torch import Tensor
+
 from progtuning_kernels.cli.models import minilm_folder
 
 Row = dict[str, Any]  # input_ids and, of a tokenizer, token_type_ids: lists; labels: 0 or 1

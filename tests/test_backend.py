@@ -9,7 +9,7 @@ import torch
 import progtuning_kernels
 from progtuning_kernels import MaskedAdamW, backend, ops
 from progtuning_kernels.backend import Implementation, Op, select
-from progtuning_kernels.cli import doctor, provenance
+from progtuning_kernels.cli import cuda_toolkit, doctor, provenance
 from progtuning_kernels.ops import backend_report
 from progtuning_kernels.ops.contract import DTYPES
 
@@ -266,7 +266,7 @@ def test_doctor_prints_everything(capsys, monkeypatch):
     printed = capsys.readouterr().out
     assert torch.__version__ in printed
     for row in backend_report().rows:
-        assert row.op in printed and (row.reason or "") in printed
+        assert (row.reason or "").removeprefix(f"{row.op} ") in printed
 
 
 def test_doctor_prints_without_the_extension(no_extension, capsys, monkeypatch):
@@ -315,6 +315,33 @@ def test_doctor_says_what_would_be_faster(no_extension, capsys, monkeypatch):
     found = _summary(capsys, monkeypatch)
     assert found["to make it faster"] == "PROGTUNING_BACKEND unset: it is 'reference'"
     assert found["ops"].startswith("plain PyTorch: ")
+
+
+def test_doctor_fits_a_screen_where_everything_is_missing(capsys, monkeypatch):
+    gpu = SimpleNamespace(total_memory=2**37, name="NVIDIA H100 80GB HBM3", major=9, minor=0)
+    extension = SimpleNamespace(cuda_built=False, openmp=False)
+    reason = "/usr/local/cuda/bin/nvcc is 11.8, older than 12.1"
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda index: gpu)
+    monkeypatch.setattr(backend, "_load_native", lambda: (extension, None))
+    monkeypatch.setattr(backend, "native_extension", lambda: extension)
+    monkeypatch.setattr(backend, "build_record", lambda: {"cuda_reason": reason})
+    monkeypatch.setattr(backend, "triton_trials", {0: "install a C compiler (gcc)"})
+    monkeypatch.setattr(cuda_toolkit, "_places", lambda: {})
+    monkeypatch.setattr(doctor, "openmp_pools", lambda: ["one", "two"])
+    monkeypatch.setenv("PROGTUNING_BACKEND", "reference")
+    monkeypatch.setenv("COLUMNS", "80")
+    backend._native_cuda_reason.cache_clear()
+    try:
+        doctor.run()
+    finally:
+        backend._native_cuda_reason.cache_clear()
+    lines = capsys.readouterr().out.splitlines()
+    text = " ".join(line.split("│")[2].strip() for line in lines if line.startswith("│"))
+    missing = ("OpenMP: native", "nvidia-cuda-nvcc==13.0.*", "Triton: ", "PROGTUNING_BACKEND unset")
+    assert all(part in text for part in (*missing, "OMP_WAIT_POLICY=passive"))
+    assert len(lines) < 24 and max(map(len, lines)) <= 80  # the prompt takes a line
 
 
 def test_one_thread_is_no_threads(monkeypatch):

@@ -65,9 +65,10 @@ def _grouped_option(field: dataclasses.Field[Any], hint: Any, default: Any) -> c
     if field.name == "task":
         names_of_tasks = [*TASKS, *_TASK_NAMES, *({"auto"} & {default})]
         more |= {"type": click.Choice(names_of_tasks), "metavar": "TASK"}
-    elif get_origin(hint) is Literal:
-        more["type"] = click.Choice(get_args(hint))
-        more["metavar"] = f"[{'|'.join(get_args(hint))}]"
+    elif choices := next(
+        (get_args(kind) for kind in (hint, *kinds) if get_origin(kind) is Literal), ()
+    ):
+        more |= {"type": click.Choice(choices), "metavar": f"[{'|'.join(choices)}]"}
     elif get_origin(hint) in (tuple, dict):
         more |= {"multiple": True, "default": default or ()}
     elif dict in map(get_origin, kinds):
@@ -414,7 +415,7 @@ def training_arguments(options: TrainOptions, cls: type | None = None, **more: A
             metric = values.get("metric_for_best_model") or "loss"
             at_best = {"load_best_model_at_end": True, "metric_for_best_model": metric}
             if values.get("greater_is_better") is None:
-                at_best["greater_is_better"] = not metric.endswith("loss")
+                at_best["greater_is_better"] = not metric.endswith(("loss", "perplexity"))
     foreign = sorted(values.keys() - {field.name for field in dataclasses.fields(cls)})
     if foreign:
         raise UserError(f"{foreign[0]} is no option of {cls.__name__}, which trains {options.task}")

@@ -9,8 +9,6 @@ from __future__ import annotations
 
 import ast
 import importlib.util
-import inspect
-import os
 import random
 import re
 import sysconfig
@@ -28,10 +26,10 @@ _MAX_WORDS = 50
 # One file may not fill a label: sympy and torch have files of several hundred docstrings that
 # repeat one sentence pattern. 10 a file makes a label's 500 rows come from 50 files or more.
 _MAX_ROWS_PER_FILE = 10
-_SKIPPED_FOLDERS = frozenset(
-    # Tests describe the tests; vendored code belongs to another library than its folder says.
-    ["test", "tests", "testing", "idle_test", "_vendor", "vendored", "externals", "third_party"]
-    + ["site-packages", "dist-packages", "__pycache__"]
+# Tests describe the tests; vendored code belongs to another library than its folder says.
+_SKIPPED = re.compile(
+    r"(^|/)((tests?|testing|idle_test|_vendor|vendored|externals|third_party|(site|dist)-packages"
+    r"|__pycache__)/|(test_[^/]*|[^/]*_test|conftest)\.py$)"
 )
 
 # A word that contains one of these names its library: PyTorch, torchvision, scikit-learn, CPython.
@@ -81,7 +79,7 @@ def load_docstrings(
         ValueError: fewer than four packages, or a package with too few docstrings for its share.
     """
     found = dict(sorted((_installed() if roots is None else roots).items()))
-    files = {label: paths for label, root in found.items() if (paths := _source_files(root))}
+    files = {label: names for label, root in found.items() if (names := _source_files(root))}
     if len(files) < _MIN_LABELS:
         raise ValueError(
             f"docstring data needs the sources of {_MIN_LABELS} packages, found {len(files)} "
@@ -104,32 +102,28 @@ def load_docstrings(
         random.Random(f"{seed} {label}").shuffle(files[label])
         unread = iter(files[label])
         for part, share in shares.items():
-            texts = []
+            texts: list[str] = []
             while len(texts) < share:
-                path = next(unread, None)
-                if path is None:
+                if (file := next(unread, None)) is None:
                     raise ValueError(
                         f"{label} has too few docstrings: {len(texts)} of the {share} {part} rows "
                         f"asked of each label"
                     )
-                fresh = _fresh_texts(path, leaks, seen)[: share - len(texts)]
-                if fresh:
-                    modules[part].append(f"{label}/{path.relative_to(found[label]).as_posix()}")
+                fresh = _fresh_texts(found[label] / file, leaks, seen)[: share - len(texts)]
+                modules[part] += [f"{label}/{file}"] * bool(fresh)
                 texts += fresh
             rows[part] += [(text, index) for text in texts]
     for part in rows:
         random.Random(f"{seed} {part}").shuffle(rows[part])
-    counts = [
+    counts = ", ".join(
         f"{len(rows[part])} {part} rows from {len(modules[part])} modules"
         for part in ("train", "validation")
-    ]
+    )
     return DocstringDataset(
-        label_names=names,
-        train=rows["train"],
-        validation=rows["validation"],
-        train_modules=modules["train"],
-        validation_modules=modules["validation"],
-        description=f"docstrings of {len(names)} installed packages: {', '.join(counts)}",
+        names,
+        *(rows["train"], rows["validation"]),
+        *(modules["train"], modules["validation"]),
+        f"docstrings of {len(names)} installed packages: {counts}",
     )
 
 
@@ -145,19 +139,10 @@ def _installed() -> dict[str, Path]:
     return roots
 
 
-def _source_files(root: Path) -> list[Path]:
-    paths = []
-    for folder, inner, names in os.walk(root):
-        inner[:] = [name for name in inner if name not in _SKIPPED_FOLDERS]
-        paths += [
-            Path(folder, name)
-            for name in names
-            if name.endswith(".py")
-            and not name.startswith("test_")
-            and not name.endswith("_test.py")
-            and name != "conftest.py"
-        ]
-    return sorted(paths, key=lambda path: path.relative_to(root).as_posix())
+def _source_files(root: Path) -> list[str]:
+    """Paths inside `root`, sorted: file systems list them in an order of their own."""
+    names = (path.relative_to(root).as_posix() for path in root.rglob("*.py"))
+    return sorted(name for name in names if not _SKIPPED.search(name))
 
 
 def _leaks(labels: list[str]) -> re.Pattern[str]:
@@ -191,9 +176,7 @@ def _docstrings(path: Path) -> Iterator[str]:
         return  # templates, other Python versions: a file that cannot be read has no rows
     for node in ast.walk(tree):
         if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef):
-            docstring = ast.get_docstring(node, clean=False)
-            if docstring:
-                yield inspect.cleandoc(docstring)
+            yield ast.get_docstring(node) or ""
 
 
 def _first_paragraph(docstring: str, leaks: re.Pattern[str]) -> str:

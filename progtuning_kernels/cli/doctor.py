@@ -1,6 +1,7 @@
 """`progtuning doctor`: what runs on this machine, and what would make it faster.
 
-It prints on any machine: what is missing is a line of the report, no error.
+It prints on any machine and exits with 0: what is missing is a line of the report, no error. The
+summary fits a screen of 24 lines of 80 columns.
 """
 
 from __future__ import annotations
@@ -10,11 +11,11 @@ import platform
 import shlex
 import shutil
 from collections import defaultdict
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 
 import torch
-from rich.console import Console, Group
+from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
@@ -32,15 +33,16 @@ _CPU_FEATURES = ("avx2", "fma", "avx512f", "avx512_bf16", "amx_bf16", "asimd", "
 
 def run(*, everything: bool = False) -> None:
     """Print a summary, or with it versions, the extension, the machine, and every op's reasons."""
-    tables = [_pairs("What runs here", _summary())]
+    tables = [_table("What runs here", _summary())]
     if everything:
+        names = ("device", "implementation", "runs", "ops", "because")
         tables += [
-            _pairs("Versions", _versions()),
-            _pairs("Native extension", _extension()),
-            _pairs("Machine", _machine()),
-            _implementations(),
+            _table("Versions", _versions()),
+            _table("Native extension", _extension()),
+            _table("Machine", _machine()),
+            _table("Implementations", _implementations(), names),
         ]
-    Console().print(Group(*tables))
+    Console().print(*tables, sep="\n")
 
 
 def _summary() -> list[tuple[str, str]]:
@@ -58,10 +60,10 @@ def _summary() -> list[tuple[str, str]]:
 
 
 def _native_in_words(device: torch.device) -> str:
-    if backend.native_extension() is None:
-        return backend.native_reason(device) or ""
     reason = backend.native_reason(device)
-    return f"loaded, with kernels for {device.type}" if reason is None else f"loaded, but {reason}"
+    if reason is None:
+        return f"loaded, with kernels for {device.type}"
+    return reason if backend.native_extension() is None else f"loaded, but {reason}"
 
 
 def _triton_in_words(device: torch.device) -> str:
@@ -122,12 +124,10 @@ def _rebuild() -> str:
 
 def openmp_pools(maps: str | None = None) -> list[str]:
     """Paths of the OpenMP runtimes that `maps` lists; None reads this process's."""
+    file = Path("/proc/self/maps")
     if maps is None:
-        try:
-            maps = Path("/proc/self/maps").read_text()
-        except OSError:
-            maps = ""
-    paths = {line.split(maxsplit=5)[5] for line in maps.splitlines() if len(line.split()) > 5}
+        maps = file.read_text() if file.exists() else ""
+    paths = {line.split(maxsplit=5)[-1] for line in maps.splitlines()}
     return sorted(path for path in paths if Path(path).name.startswith(_OPENMP_NAMES))
 
 
@@ -137,8 +137,7 @@ def _versions() -> list[tuple[str, str]]:
     rows += [(package, installed_version(package) or "not installed") for package in _PACKAGES]
     if torch.version.hip is not None:
         return [*rows, ("ROCm of torch", torch.version.hip)]
-    rows.append(("CUDA of torch", torch.version.cuda or "none (CPU-only build)"))
-    return rows
+    return [*rows, ("CUDA of torch", torch.version.cuda or "none (CPU-only build)")]
 
 
 def _extension() -> list[tuple[str, str]]:
@@ -147,11 +146,14 @@ def _extension() -> list[tuple[str, str]]:
         return [("loaded", f"no: {backend.native_reason(torch.device('cpu'))}")]
     rows = [("loaded", extension.__file__), ("compiler", extension.compiler)]
     if extension.cuda_built:
-        runtime, driver = extension.cuda_versions()
-        rows.append(("CUDA", f"built with runtime {_cuda_version(runtime)}"))
-        rows.append(("CUDA architectures", extension.cuda_archs))
-        rows.append(("CUDA driver supports", _cuda_version(driver) if driver else "no driver"))
-        rows.append(("CUDA devices", _attempt(lambda: str(extension.cuda_device_count()))))
+        # 13000 is 13.0
+        runtime, driver = (f"{v // 1000}.{v % 1000 // 10}" for v in extension.cuda_versions())
+        rows += [
+            ("CUDA", f"built with runtime {runtime}"),
+            ("CUDA architectures", extension.cuda_archs),
+            ("CUDA driver supports", "no driver" if driver == "0.0" else driver),
+            ("CUDA devices", _attempt(lambda: str(extension.cuda_device_count()))),
+        ]
     else:
         why = backend.build_record().get("cuda_reason") or "no record of the reason"
         rows.append(("CUDA", f"not built: {why}"))
@@ -167,38 +169,36 @@ def _extension() -> list[tuple[str, str]]:
 def _machine() -> list[tuple[str, str]]:
     facts = cpu_facts()
     flags = (facts.get("flags") or facts.get("Features", "")).split()  # x86's, ARM's
-    features = [name for name in _CPU_FEATURES if name in flags]
-    rows = [
+    gpus = range(torch.cuda.device_count() if torch.cuda.is_available() else 0)
+    found = [(f"GPU {i}", _attempt(lambda i=i: _gpu(i))) for i in gpus]
+    return [
         ("CPU", cpu_name()),
-        ("CPU features", " ".join(features) or "none known"),
+        ("CPU features", " ".join(name for name in _CPU_FEATURES if name in flags) or "none known"),
         ("threads of torch", str(torch.get_num_threads())),
+        *(found or [("GPU", "none that torch can use")]),
     ]
-    if not torch.cuda.is_available():
-        return [*rows, ("GPU", "none that torch can use")]
-    for index in range(torch.cuda.device_count()):
-        rows.append((f"GPU {index}", _attempt(lambda index=index: _gpu(index))))
-    return rows
 
 
 def _gpu(index: int) -> str:
     device = torch.cuda.get_device_properties(index)
-    gib = device.total_memory / 2**30
-    architecture = f"sm_{device.major}{device.minor}"
-    if torch.version.hip is not None:
-        architecture = device.gcnArchName
-    return f"{device.name}, {architecture}, {gib:.0f} GiB"
+    sm = f"sm_{device.major}{device.minor}"
+    architecture = device.gcnArchName if torch.version.hip is not None else sm
+    return f"{device.name}, {architecture}, {device.total_memory / 2**30:.0f} GiB"
 
 
-def _implementations() -> Table:
-    table = Table(title="Implementations", title_justify="left")
-    for name in ("op", "device", "implementation", "runs", "because"):
-        table.add_column(name, overflow="fold")
+def _implementations() -> list[tuple[str, ...]]:
+    """A row for all ops of which the same is true."""
+    found = defaultdict(list)
     for row in ops.backend_report().rows:
-        runs = "[green]yes[/]" if row.ok else "[red]no[/]"
-        if row.implementation == _used(row.op, row.device):
-            runs = "[bold green]used[/]"
-        table.add_row(row.op, row.device, row.implementation, runs, escape(row.reason or ""))
-    return table
+        used = row.implementation == _used(row.op, row.device)
+        runs = "used" if used else "yes" if row.ok else "no"
+        reason = (row.reason or "").removeprefix(f"{row.op} ")  # "has no native implementation"
+        found[row.device, row.implementation, runs, reason].append(row.op)
+    rows = [
+        (*kind, "every op" if len(names) == len(backend.OPS) else " ".join(names), reason)
+        for (*kind, reason), names in found.items()
+    ]
+    return sorted(rows, key=lambda row: (row[0], backend.PREFERENCE.index(row[1])))
 
 
 def _used(op: str, device: str) -> str | None:
@@ -210,17 +210,13 @@ def _used(op: str, device: str) -> str | None:
         return None
 
 
-def _pairs(title: str, rows: list[tuple[str, str]]) -> Table:
-    table = Table(title=title, title_justify="left", show_header=False)
-    table.add_column("name", no_wrap=True)
-    table.add_column("value", overflow="fold")
-    for name, value in rows:
-        table.add_row(name, escape(value))
+def _table(title: str, rows: Iterable[Sequence[str]], names: Sequence[str] = ("", "")) -> Table:
+    table = Table(title=title, title_justify="left", show_header=any(names))
+    for i, name in enumerate(names):
+        table.add_column(name, no_wrap=i < max(1, len(names) - 2), overflow="fold")
+    for row in rows:
+        table.add_row(*map(escape, row))
     return table
-
-
-def _cuda_version(code: int) -> str:
-    return f"{code // 1000}.{code % 1000 // 10}"
 
 
 def _attempt(describe: Callable[[], str]) -> str:

@@ -86,12 +86,18 @@ class TrainOptions:
     columns: dict[str, str] = option(
         {}, _DATA, "ROLE=NAME, such as text=sentence or label=class; repeatable.", "column"
     )
-    problem_type: Literal["single_label", "multi_label", "regression"] = option(
-        "single_label", _DATA, "What the labels of a text classification are."
+    problem_type: Literal["single_label", "multi_label", "regression"] | None = option(
+        None,
+        _DATA,
+        "What the labels of a text classification are: classes unless given; numbers with a "
+        "fraction need it.",
     )
     max_train_rows: int | None = option(None, _DATA, "Use the first rows only.", least=1)
     max_validation_rows: int | None = option(None, _DATA, "Use the first rows only.", least=1)
     max_length: int = option(128, _DATA, "Tokens of a row at most.", "seq-len", least=2)
+    max_new_tokens: int = option(
+        128, _DATA, "Tokens of a target or a generated text at most.", least=1
+    )
     mlm_probability: float = option(
         0.15, _DATA, "masked-lm: share of the tokens to guess.", least=0, most=1
     )
@@ -352,7 +358,9 @@ class ShownOfTrainer:
     save_total_limit: int = option(
         2, _RUN, "Checkpoints that are kept, the newest.", "keep-checkpoints", least=1
     )
-    logging_steps: float = option(10, _RUN, "Steps between logs.", least=0)
+    logging_steps: float | None = option(
+        None, _RUN, "Steps between logs; a 200th of the run unless given.", least=0
+    )
     report_to: tuple[str, ...] = option(
         ("none",), _RUN, "Trackers: tensorboard, wandb, trackio, mlflow, ...; repeatable."
     )

@@ -7,6 +7,7 @@ import sys
 
 import pytest
 
+from progtuning_kernels import backend
 from progtuning_kernels.cli.app import main
 from progtuning_kernels.report import document
 
@@ -101,11 +102,15 @@ def test_report_of_nothing_is_one_line(tmp_path, capsys):
 
 
 def test_doctor_names_every_op_and_the_one_implementation_that_it_uses(capsys, monkeypatch):
+    def used() -> dict[str, list[str]]:
+        """On a CPU, ops by the implementation that they use."""
+        main(["doctor", "--all"])
+        rows = (line.split("│")[1:-1] for line in capsys.readouterr().out.splitlines())
+        cells = (list(map(str.strip, row)) for row in rows if len(row) == 5)
+        return {row[1]: row[3].split() for row in cells if row[0] == "cpu" and row[2] == "used"}
+
+    monkeypatch.setenv("COLUMNS", "200")
+    monkeypatch.delenv("PROGTUNING_BACKEND", raising=False)
+    assert sorted(op for ops in used().values() for op in ops) == sorted(backend.OPS)
     monkeypatch.setenv("PROGTUNING_BACKEND", "reference")
-    main(["doctor", "--all"])
-    lines = capsys.readouterr().out.splitlines()
-    assert any("masked_norm" in line for line in lines)
-    on_cpu = [line.split("│") for line in lines if "│ cpu " in line]
-    used = [cells for cells in on_cpu if cells[4].strip() == "used"]
-    assert len(used) == len({cells[1].strip() for cells in on_cpu})
-    assert {cells[3].strip() for cells in used} == {"reference"}
+    assert used() == {"reference": ["every", "op"]}

@@ -16,9 +16,9 @@ from pathlib import Path
 import pytest
 import torch
 import transformers
+from progtuning_kernels.cli.batches import Order
 
 from progtuning_kernels.cli.app import main
-from progtuning_kernels.cli.batches import Order
 
 
 @pytest.fixture

@@ -160,30 +160,25 @@ def test_same_seed_same_rows_whatever_the_file_system_answers(
     roots: dict[str, Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     first = load(roots, seed=3)
-    walk = os.walk
-
-    def reversed_walk(root: Path) -> list[tuple[str, list[str], list[str]]]:
-        return [(top, inner, names[::-1]) for top, inner, names in walk(root)][::-1]
-
-    monkeypatch.setattr(docstrings.os, "walk", reversed_walk)
+    rglob = Path.rglob
+    monkeypatch.setattr(Path, "rglob", lambda *arguments: [*rglob(*arguments)][::-1])
     assert load(dict(reversed(roots.items())), seed=3) == first
     assert load(roots, seed=4) != first
 
 
 def test_rows_do_not_depend_on_hash_randomisation(roots: dict[str, Path]) -> None:
-    program = (
-        "import sys, hashlib; from pathlib import Path\n"
-        "from progtuning_kernels.cli.docstrings import load_docstrings\n"
-        "roots = {Path(root).name: Path(root) for root in sys.argv[1:]}\n"
-        "data = load_docstrings(seed=1, train_rows=80, validation_rows=32, roots=roots)\n"
+    program = (  # the file alone: the package imports torch, for seconds
+        "import sys, hashlib, runpy; from pathlib import Path\n"
+        "load = runpy.run_path(sys.argv[1])['load_docstrings']\n"
+        "roots = {Path(root).name: Path(root) for root in sys.argv[2:]}\n"
+        "data = load(seed=1, train_rows=80, validation_rows=32, roots=roots)\n"
         "print(hashlib.sha256(repr(data).encode()).hexdigest())"
     )
-    command = [sys.executable, "-c", program, *map(str, roots.values())]
+    command = [sys.executable, "-c", program, docstrings.__file__, *map(str, roots.values())]
     digests = [
         subprocess.run(
             command,
             env={**os.environ, "PYTHONHASHSEED": hash_seed},
-            cwd=Path(docstrings.__file__).parents[2],
             capture_output=True,
             text=True,
             check=True,

@@ -18,7 +18,8 @@ from transformers import EarlyStoppingCallback, Trainer, TrainerCallback
 from transformers.trainer_utils import SchedulerType
 from transformers.utils import logging
 
-from progtuning_kernels import MaskedAdamW, ProgressiveSchedule, patch_model
+from progtuning_kernels import MaskedAdamW, PrefixCache, ProgressiveSchedule, patch_model
+from progtuning_kernels.integrations import token_rate
 from progtuning_kernels.integrations.hf_trainer import ProgtuningCallback
 from progtuning_kernels.patch import handle_of
 
@@ -439,6 +440,8 @@ def test_a_compiled_model_is_truncated(tmp_path):
         assert handle_of(trainer.model) is None
         ends.append(weights_of(trainer))
     assert torch._dynamo.utils.counters["stats"]["unique_graphs"] > 0
+    logs = [log for log in trainer.state.log_history if "loss" in log]
+    assert all(log["real_tokens_per_second"] > 0 for log in logs)
     eager, compiled = (counter.steps for counter in saved)
     assert eager == compiled and eager[0] > 1.8 * eager[2]
     for name, weight in ends[0].items():
@@ -542,10 +545,70 @@ def test_trackers_get_the_stage_wherever_they_stand(tmp_path, monkeypatch, place
         assert [log["stage"] for log in steps] == [1, 1, 2, 2, 3, 3, 4, 4]
         assert [log["boundary"] for log in steps] == [0, 0, 1, 1, 2, 2, 3, 3]
         assert all(0 < log["active_share"] <= 1 for log in steps)
+        numbers = ("state_bytes", "peak_memory_bytes", "real_tokens_per_second")
+        assert all(type(log[name]) in (int, float) for log in steps for name in numbers)
+        sizes = [log["state_bytes"] for log in steps]
+        assert sizes == sorted(sizes, reverse=True) and sizes[-1] < sizes[0] / 2
+        assert all("cache_rows" not in log for log in steps)
         assert "train_runtime" in summary and "stage" not in summary
         # every callback is still there, once, in the order that it had
         assert [c for c in trainer.callback_handler.callbacks if c is not ours] == others
         assert trainer.callback_handler.callbacks.count(ours) == 1
+
+
+class _Clock(TrainerCallback):
+    """A step takes 2 s; evaluation and saving take 100 s each."""
+
+    def __init__(self) -> None:
+        self.now = 0.0
+
+    def perf_counter(self) -> float:
+        return self.now
+
+    def on_step_begin(self, args, state, control, **kwargs):
+        self.now += 2
+
+    def save(self, *args) -> None:
+        self.now += 100
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"gradient_accumulation_steps": 2, "logging_steps": 2},
+        {"optimizer": (MaskedAdamW, {"lr": 1e-2, "in_backward": True}), "logging_steps": 3},
+        {"cache": 1 << 20},
+    ],
+    ids=["plain", "accumulated", "in backward", "cached"],
+)
+def test_real_tokens_of_training_time(tmp_path, monkeypatch, options):
+    clock, rows, options = _Clock(), rows_of("bert-sequence"), dict(options)
+    cache = PrefixCache(max_bytes=options.pop("cache")) if "cache" in options else None
+    monkeypatch.setattr(token_rate, "time", clock)
+    trainer = trainer_of(
+        tmp_path,
+        model=tiny_model("bert-sequence"),
+        callbacks=[ProgtuningCallback(ProgressiveSchedule(3), cache=cache), clock],
+        rows=rows,
+        steps=12 // options.get("gradient_accumulation_steps", 1),
+        per_device_train_batch_size=len(rows) // 6,
+        eval_strategy="steps",
+        eval_steps=1,
+        compute_metrics=lambda _: clock.save() or {},
+        save_strategy="steps",
+        save_steps=2,
+        **options,
+    )
+    monkeypatch.setattr(trainer, "_save_checkpoint", clock.save)
+    trainer.train()
+    logs = [log for log in trainer.state.log_history if "loss" in log]
+    every = options.get("logging_steps", 1)
+    counted = sum(log["real_tokens_per_second"] * 2 * every for log in logs)
+    assert counted == pytest.approx(2 * sum(int(row["attention_mask"].sum()) for row in rows))
+    if cache is not None:
+        stored = [log["cache_rows"] for log in logs]
+        assert stored[:4] == [0, 0, 0, 0] and stored[-1] == len(rows)
 
 
 class _SetFitTrainer(Trainer):
@@ -588,8 +651,9 @@ def test_the_objects_that_setfit_hands_to_callbacks(tmp_path, monkeypatch):
         )
         trainer.train()
         assert handle_of(trainer.model) is None
-        stages = [log["stage"] for log in trainer.state.log_history if "body_loss" in log]
-        assert stages == [1, 1, 2, 2, 3, 3, 4, 4]
+        logs = [log for log in trainer.state.log_history if "body_loss" in log]
+        assert [log["stage"] for log in logs] == [1, 1, 2, 2, 3, 3, 4, 4]
+        assert all(log["real_tokens_per_second"] > 0 < log["state_bytes"] for log in logs)
         expected = weights_of(plain)
         for name, weight in weights_of(trainer).items():
             torch.testing.assert_close(weight, expected[name], rtol=1e-4, atol=2e-5)

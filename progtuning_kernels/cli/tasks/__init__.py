@@ -31,6 +31,8 @@ class Task(Protocol):
 
     Attributes:
         auto_model: class of transformers that makes the model.
+        processor: class of transformers that reads the rows: "AutoTokenizer" or
+            "AutoImageProcessor".
         lora_task: member of `peft.TaskType`.
         trainer: "Trainer", "Seq2SeqTrainer" or "SFTTrainer".
         metrics: figures that an evaluation gives beside the loss; the first is shown.
@@ -39,6 +41,7 @@ class Task(Protocol):
     """
 
     auto_model: ClassVar[str]
+    processor: ClassVar[str]
     lora_task: ClassVar[str]
     trainer: str
     metrics: Sequence[str]
