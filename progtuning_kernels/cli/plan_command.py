@@ -68,7 +68,13 @@ def _schedule_to_plan(options: TrainOptions, steps: int | None) -> tuple[Schedul
 
 
 def plan_run(
-    options: TrainOptions, model: nn.Module, *, steps: int | None, device: str, **more: Any
+    options: TrainOptions,
+    model: nn.Module,
+    *,
+    steps: int | None,
+    device: str,
+    real_tokens: float = 1.0,
+    **more: Any,
 ) -> TrainingPlan:
     """What the stages of a run would cost, as `plan_training` says.
 
@@ -77,6 +83,7 @@ def plan_run(
             the options say so.
         steps: optimizer steps of the run; None: as long as the schedule says.
         device: type of the device of the run, "cpu" or "cuda"; it need not be here.
+        real_tokens: share of a micro-batch's places that are no padding, where packing is on.
         more: `batch_size` and `seq_len`, and other arguments of `plan_training`.
 
     Raises:
@@ -111,6 +118,7 @@ def plan_run(
             tied=options.tied,
             frozen_mode=options.frozen_mode,
             blocks=options.block_lists,
+            real_tokens=real_tokens if options.is_scheduled and options.packing != "off" else 1.0,
             **more,
         )
     return dataclasses.replace(plan, notes=(*plan.notes, *notes))
