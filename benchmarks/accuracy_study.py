@@ -47,7 +47,10 @@ def options_of(
         "checkpoint-every": 200,
         "keep-checkpoints": 1,
     }
-    arguments = [f"--{name.replace('_', '-')}={value}" for name, value in chosen.items()]
+    arguments = [
+        f"--{name.replace('_', '-')}" + ("" if value is True else f"={value}")
+        for name, value in chosen.items()
+    ]
     options, _ = train.options(train.make_context("train", [*arguments, "--resume"]))
     return options
 

@@ -161,7 +161,8 @@ class Run:
                 pin_memory=args.dataloader_pin_memory,
             )
         )
-        mean_over_step(trainer)
+        if prepared.task.trainer != "SFTTrainer":  # whose own loss is that mean
+            mean_over_step(trainer)
         trainer.remove_callback(PrinterCallback)  # the recorder prints, and less
         quiet_bar(trainer)
         return trainer
@@ -259,6 +260,7 @@ class Run:
             device=self.args.device.type,
             batch_size=shape[0],
             seq_len=shape[1],
+            inputs=widest,
             real_tokens=sum(lengths) / places,
         )
 
