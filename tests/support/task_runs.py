@@ -65,3 +65,25 @@ def train_and_predict(
         model=auto.from_pretrained(output / "model"),
         answers=found[0],
     )
+
+
+def write_rows(path: Path, rows: list[dict]) -> Path:
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
+
+
+def train_from_files(folder: Path, *arguments: object, **splits: list[dict]) -> dict[str, Any]:
+    """`progtuning train` with rows as JSONL files; metrics.json, and "folder" of the model.
+
+    Rows of "predict" give "predictions".
+    """
+    files = []
+    for split, rows in splits.items():
+        files += [f"--{split}-file", write_rows(folder / f"{split}.jsonl", rows)]
+    common = ["--output", folder / "run", "--batch-size", 16, "--lr", 1e-2, "--device", "cpu"]
+    main(["train", *map(str, [*files, *common, *arguments])])
+    run = json.loads((folder / "run/metrics.json").read_text()) | {"folder": folder / "run/model"}
+    if "predict" in splits:
+        lines = (folder / "run/predictions.jsonl").read_text().splitlines()
+        run["predictions"] = [json.loads(line)["prediction"] for line in lines]
+    return run
