@@ -7,7 +7,7 @@ import math
 import pytest
 import torch
 import transformers
-from task_runs import task_of, train_from_files
+from task_runs import predict_from_file, task_of, train_from_files
 from tiny_folders import word_tokenizer
 from tiny_models import tiny_model
 
@@ -157,6 +157,10 @@ def test_completions_are_trained_by_sft_and_predicted(tmp_path):
         said = model.generate(prompt, do_sample=False, max_new_tokens=3)[0, prompt.shape[1] :]
         alone = word_tokenizer().decode(said, skip_special_tokens=True)
         assert answer["output"].strip() == alone.strip()
+    again = ("--max-length", 16, "--max-new-tokens", 3)
+    assert (
+        predict_from_file(run["folder"], tmp_path / "predict.jsonl", *again) == run["predictions"]
+    )
 
 
 def test_plain_text_is_trained_by_the_trainer(tmp_path):
