@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import io
 import sys
+import textwrap
 from collections.abc import Sequence
+from contextlib import nullcontext, redirect_stdout
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -48,7 +51,9 @@ def app() -> None:
     epilog="Example: progtuning train --train-file train.jsonl --validation-file dev.jsonl "
     "--model bert-base-uncased --output runs/mine",
 )
-@click.option("--dry-run", is_flag=True, help="Print all options and the plan, train nothing.")
+@click.option(
+    "--dry-run", is_flag=True, help="Print all options and the plan as a CONFIG, train nothing."
+)
 def train(options: TrainOptions, dry_run: bool) -> None:
     """Fine-tune a model, with transformers' Trainer.
 
@@ -61,12 +66,15 @@ def train(options: TrainOptions, dry_run: bool) -> None:
     loss or its gradients were not. No model is saved then.
     """
     options.check()
-    if dry_run:
-        click.echo(as_yaml(options))
     choose_device(options.device)
     from . import train as command
 
-    command.run(options, dry_run=dry_run)
+    said = io.StringIO()
+    with redirect_stdout(said) if dry_run else nullcontext():
+        command.run(options, dry_run=dry_run)
+    if dry_run:  # all of it is a file that the command reads
+        plan = textwrap.indent(said.getvalue(), "# ", lambda line: True)
+        click.echo(f"{as_yaml(options)}\n{plan}")
 
 
 @app.command(

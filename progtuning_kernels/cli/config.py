@@ -17,6 +17,8 @@ from .options import TRAINER_DEFAULTS, Option, ShownOfTrainer, TrainOptions
 from .tasks import TASKS
 
 if TYPE_CHECKING:
+    import torch
+
     from ..schedules import Schedule
 
 _LATER = "progtuning.trainer"  # in a context: options of the Trainer that --help leaves out
@@ -228,13 +230,15 @@ class RunCommand(click.Command):
                 values[option.name] = _as_given(option, value)
         return values
 
-    def invoke(self, ctx: click.Context) -> Any:
-        values, own = {}, {}
+    def options(self, ctx: click.Context) -> tuple[TrainOptions, dict[str, Any]]:
+        """What was parsed: the options of a run, and those that the command declares itself."""
         declared = {p.name for p in self.params if not hasattr(p, "group")}
-        for name, value in ctx.params.items():
-            (own if name in declared else values)[name] = value
-        del own["config"]
-        ctx.params = own | {"options": _options_from(values)}
+        own = {name: v for name, v in ctx.params.items() if name in declared and name != "config"}
+        return _options_from({k: v for k, v in ctx.params.items() if k not in declared}), own
+
+    def invoke(self, ctx: click.Context) -> Any:
+        options, own = self.options(ctx)
+        ctx.params = own | {"options": options}
         return super().invoke(ctx)
 
     def format_options(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
@@ -362,21 +366,30 @@ def _gpu_count() -> int:
     return torch.cuda.device_count()  # by NVML: `is_available` would start CUDA
 
 
-def autocasts(precision: str, device: str, *, fp16: bool = False) -> bool:
-    """Whether a run computes under bf16 autocast; "auto" does on GPUs that compute in bf16.
+def autocast_dtype(options: TrainOptions, device: str) -> torch.dtype | None:
+    """What the forward of a run computes in under autocast; None: there is no autocast.
+
+    "auto" is bfloat16 on GPUs that compute in it, and none on a CPU, where it rarely pays.
+
+    Args:
+        device: "cpu" or "cuda"; a GPU that is not here is taken for one that does.
 
     Raises:
-        UserError: the GPU does not.
+        UserError: bf16 on a GPU that does not compute in it.
     """
     import torch
 
-    if precision not in ("auto", "bf16") or (precision == "auto" and (fp16 or device != "cuda")):
-        return False
-    if device != "cuda" or torch.cuda.is_bf16_supported(including_emulation=False):
-        return True
-    if precision == "bf16":
+    if options.of_trainer("fp16"):
+        return torch.float16
+    if options.precision not in ("auto", "bf16"):
+        return None
+    if device == "cpu":
+        return torch.bfloat16 if options.precision == "bf16" else None
+    if not _gpu_count() or torch.cuda.is_bf16_supported(including_emulation=False):
+        return torch.bfloat16
+    if options.precision == "bf16":
         raise UserError("this GPU does not compute in bf16; use --precision fp32")
-    return False
+    return None
 
 
 def training_arguments(options: TrainOptions, cls: type | None = None, **more: Any) -> Any:
@@ -392,6 +405,7 @@ def training_arguments(options: TrainOptions, cls: type | None = None, **more: A
     Raises:
         UserError: a value that the Trainer refuses, or an option of another class.
     """
+    import torch
     from transformers import TrainingArguments
 
     cls = cls or TrainingArguments
@@ -399,10 +413,8 @@ def training_arguments(options: TrainOptions, cls: type | None = None, **more: A
     values.setdefault("per_device_eval_batch_size", values["per_device_train_batch_size"])
     if "bf16" not in values:
         device = "cuda" if options.device != "cpu" and _gpu_count() else "cpu"
-        values["bf16"] = autocasts(options.precision, device, fp16=bool(values.get("fp16")))
-        values.setdefault(
-            "use_cpu", device == "cpu" and (values["bf16"] or options.device == "cpu")
-        )
+        values["bf16"] = autocast_dtype(options, device) == torch.bfloat16
+        values.setdefault("use_cpu", device == "cpu")
     at_best: dict[str, Any] = {}
     if values["eval_strategy"] == "stage":
         values["eval_strategy"] = "no"

@@ -229,9 +229,8 @@ class TrainOptions:
             for f in fields(self)
             if f.name != "trainer" and getattr(self, f.name) != getattr(default, f.name)
         }
-        for one, other in _EXCLUDE_EACH_OTHER:
-            if one in changed and other in changed:
-                raise UserError(f"{_dashed(one)} and {_dashed(other)} exclude each other")
+        if self.resume and self.overwrite:
+            raise UserError("--resume and --overwrite exclude each other")
         self._check_data()
         self._check_method(changed)
         given = self.of_trainer
@@ -248,10 +247,6 @@ class TrainOptions:
             )
 
     def _check_data(self) -> None:
-        if self.dataset is None and not self.train_file:
-            raise UserError("no data: give --train-file and --validation-file, or --dataset")
-        if self.dataset is None and not self.validation_file and self.validation_split is None:
-            raise UserError("--train-file needs --validation-file or --validation-split")
         if self.dataset == "docstrings" and self.columns:
             raise UserError("--dataset docstrings has no columns to choose from")
         if self.dataset == "docstrings" and self.task != "text-classification":
@@ -286,12 +281,6 @@ def _dashed(name: str) -> str:
     return f"--{name.replace('_', '-')}"
 
 
-_EXCLUDE_EACH_OTHER = (
-    ("dataset", "train_file"),
-    ("dataset", "validation_file"),
-    ("validation_file", "validation_split"),
-    ("resume", "overwrite"),
-)
 _FOR_SCHEDULED = ("anneal", "state_dtype", "master_weights", "in_backward", "cache", "graph")
 _BATCH_SIZE = 32
 
@@ -374,8 +363,8 @@ TRAINER_DEFAULTS: dict[str, Any] = {
 }
 # What decides the cost of a step or of a run.
 PLANNED = """
-model task max_length method schedule stages embeddings frozen_mode tied blocks cache lora_rank
-precision state_dtype master_weights in_backward gradient_checkpointing bf16 max_steps
+model task max_length method schedule stages embeddings frozen_mode tied blocks packing cache
+lora_rank precision state_dtype master_weights in_backward gradient_checkpointing bf16 max_steps
 per_device_train_batch_size device
 """.split()
 CONTRIBUTION = """

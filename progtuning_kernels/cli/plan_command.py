@@ -17,7 +17,7 @@ from ..planner import TrainingPlan, plan_training
 from ..planner.planning import switch_checkpointing_on
 from ..schedules import MilestoneSchedule, Schedule, decides_by_gradients, stage_starts
 from ..schedules.progressive import scales_with_length
-from .config import build_schedule, choose_device
+from .config import autocast_dtype, build_schedule, choose_device
 from .errors import UserError, as_user_error
 from .models import auto_class, check_length, minilm_folder, quiet_transformers, wrap_lora
 from .options import TrainOptions
@@ -28,8 +28,8 @@ _MOST_STAGES = 20  # of a table: a random schedule may have a stage every few st
 _CAUSAL = re.compile(r"(ForCausalLM|LMHeadModel)$")
 
 
-def model_without_weights(name: str, task: str) -> nn.Module:
-    """The model of a folder, a config file or a hub id, on the meta device.
+def model_without_weights(name: str, task: str) -> tuple[nn.Module, str]:
+    """The model of a folder, a config file or a hub id, on the meta device, and its task.
 
     Args:
         task: of `TASKS`, or "auto": what the config's `architectures` say, and a text
@@ -54,7 +54,7 @@ def model_without_weights(name: str, task: str) -> nn.Module:
     if task == "text-classification" and config.pad_token_id is None:
         # decoders classify at the last token that is not padding, so they must know it
         model.config.pad_token_id = 0
-    return model
+    return model, task
 
 
 def _schedule_to_plan(options: TrainOptions, steps: int | None) -> tuple[Schedule, list[str]]:
@@ -68,7 +68,13 @@ def _schedule_to_plan(options: TrainOptions, steps: int | None) -> tuple[Schedul
 
 
 def plan_run(
-    options: TrainOptions, model: nn.Module, *, steps: int | None, device: str, **more: Any
+    options: TrainOptions,
+    model: nn.Module,
+    *,
+    steps: int | None,
+    device: str,
+    real_tokens: float = 1.0,
+    **more: Any,
 ) -> TrainingPlan:
     """What the stages of a run would cost, as `plan_training` says.
 
@@ -77,6 +83,7 @@ def plan_run(
             the options say so.
         steps: optimizer steps of the run; None: as long as the schedule says.
         device: type of the device of the run, "cpu" or "cuda"; it need not be here.
+        real_tokens: share of a micro-batch's places that are no padding, where packing is on.
         more: `batch_size` and `seq_len`, and other arguments of `plan_training`.
 
     Raises:
@@ -103,6 +110,7 @@ def plan_run(
             steps=steps,
             device=device,
             dtype=torch.bfloat16 if options.precision == "bf16-pure" else torch.float32,
+            autocast=autocast_dtype(options, device),
             optimizer=_OPTIMIZERS[options.state_dtype],
             master_weights=options.master_weights,
             in_backward=options.in_backward,
@@ -110,6 +118,7 @@ def plan_run(
             tied=options.tied,
             frozen_mode=options.frozen_mode,
             blocks=options.block_lists,
+            real_tokens=real_tokens if options.is_scheduled and options.packing != "off" else 1.0,
             **more,
         )
     return dataclasses.replace(plan, notes=(*plan.notes, *notes))
@@ -128,10 +137,10 @@ def run(
     device = "cuda" if options.device == "cuda" else choose_device(options.device)
     if device == "cuda" and calibrate and not torch.cuda.is_available():
         raise UserError("--calibrate on cuda needs a GPU")
-    model = model_without_weights(options.model, options.task)
+    model, task = model_without_weights(options.model, options.task)
     check_length(model, options.max_length, "--max-length")
     plan = plan_run(
-        options,
+        dataclasses.replace(options, task=task),
         model,
         batch_size=options.of_trainer("per_device_train_batch_size"),
         seq_len=options.max_length,

@@ -260,6 +260,7 @@ class Run:
             device=self.args.device.type,
             batch_size=shape[0],
             seq_len=shape[1],
+            inputs=widest,
             real_tokens=sum(lengths) / places,
         )
 
