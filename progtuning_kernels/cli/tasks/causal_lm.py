@@ -109,6 +109,8 @@ class CausalLM:
         rows = self._by_role(rows)
         if self.kind == "text":
             return join_and_cut(rows, processor, self.max_length)
+        if end := self._trainer.get("eos_token"):
+            processor.eos_token = end
         if processor.eos_token is None and not self._chat:
             raise UserError("a completion ends with the tokenizer's end-of-text token: it has none")
         template = self._template(processor)
