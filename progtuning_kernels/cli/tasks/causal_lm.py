@@ -200,10 +200,6 @@ class CausalLM:
         return ids, marks
 
     def collator(self, processor: Any, model: Any) -> Callable[[list[dict]], dict]:
-        if getattr(model, "loss_type", "") is None:
-            # from a name like GPT2LMHeadModel transformers does not see that labels are shifted:
-            # the Trainer divides the loss by T tokens of a row in place of T - 1
-            model.loss_type = "ForCausalLM"
         return partial(_padded, padding=processor.pad_token_id)
 
     def preprocess_logits(self, logits: Any, labels: Any) -> Any:
