@@ -79,5 +79,6 @@ def run(options: Mapping[str, Any]) -> None:
         "meta": provenance(trained.device),
     }
     write_json(settings.output / "contribution.json", content)
+    console.print("score: minus the loss over the validation rows", highlight=False)
     console.print(str(found), highlight=False, soft_wrap=True)
     console.print(f"figures: {settings.output / 'contribution.json'}", soft_wrap=True)
