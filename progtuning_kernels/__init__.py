@@ -2,55 +2,29 @@
 
 `patch_model(model, schedule)` makes a Hugging Face model train only the blocks that its schedule
 says; see README.md for the manual.
+
+Nothing is imported before one of the names is used, so that `progtuning --help` needs no torch.
 """
 
-from .cache import CacheReport, PrefixCache
-from .checkpoints import CheckpointError, load_checkpoint, save_checkpoint
-from .contribution import Contribution, measure_contribution
-from .freezing.truncation import TruncationError, TruncationReport
-from .model.families import UnsupportedModelError, register_family
-from .ops import backend_report
-from .optim import MaskedAdamW, release_frozen_state
-from .patch import PatchHandle, patch_model
-from .planner import TrainingPlan, plan_training
-from .schedules import (
-    AdaptiveSchedule,
-    CyclicBlockSchedule,
-    FreezePlan,
-    MilestoneSchedule,
-    ProgressiveSchedule,
-    RandomBlockSchedule,
-    annealed_lr,
-)
-from .schedules.files import schedule_from_file
+from importlib import import_module
+from importlib.util import find_spec
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from .public import *  # noqa: F403
 
 __version__ = "0.1.0"
 
-__all__ = [
-    "AdaptiveSchedule",
-    "CacheReport",
-    "CheckpointError",
-    "Contribution",
-    "CyclicBlockSchedule",
-    "FreezePlan",
-    "MaskedAdamW",
-    "MilestoneSchedule",
-    "PatchHandle",
-    "PrefixCache",
-    "ProgressiveSchedule",
-    "RandomBlockSchedule",
-    "TrainingPlan",
-    "TruncationError",
-    "TruncationReport",
-    "UnsupportedModelError",
-    "annealed_lr",
-    "backend_report",
-    "load_checkpoint",
-    "measure_contribution",
-    "patch_model",
-    "plan_training",
-    "register_family",
-    "release_frozen_state",
-    "save_checkpoint",
-    "schedule_from_file",
-]
+
+def __getattr__(name: str) -> Any:
+    if not name.startswith("_") and find_spec(path := f"{__name__}.{name}"):
+        return import_module(path)
+    if name == "__all__" or not name.startswith("_"):
+        public = import_module(f"{__name__}.public")
+        if name in (*public.__all__, "__all__"):
+            return getattr(public, name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return [*__getattr__("__all__"), "__version__"]

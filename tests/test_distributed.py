@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import itertools
 import json
 import os
 import signal
@@ -11,6 +12,7 @@ import subprocess
 import sys
 from datetime import timedelta
 from pathlib import Path
+from types import SimpleNamespace
 from unittest import mock
 
 import pytest
@@ -22,6 +24,7 @@ from tiny_models import tiny_inputs, tiny_model
 from torch import nn
 from torch.nn.parallel import DataParallel, DistributedDataParallel
 from torch.optim.lr_scheduler import LambdaLR
+from torch.utils.data import DataLoader
 from transformers import (
     AutoModelForSequenceClassification,
     Trainer,
@@ -42,6 +45,9 @@ from progtuning_kernels import (
     save_checkpoint,
 )
 from progtuning_kernels.cache.break_even import BreakEven
+from progtuning_kernels.cli.length_batches import EpochOfBatches, LengthBatches
+from progtuning_kernels.cli.step_loss import mean_over_step
+from progtuning_kernels.integrations import token_rate
 from progtuning_kernels.integrations.hf_trainer import ProgtuningCallback
 from progtuning_kernels.model.derived_classes import derived_classes
 from progtuning_kernels.model.families import UnsupportedModelError
@@ -553,8 +559,84 @@ def check_trainer(rank: int) -> None:
         torch.testing.assert_close(p.detach(), expected["plain"][name], rtol=1e-5, atol=2e-6)
 
 
+def uneven_trainer(folder: str, *, rows: int, ranks: int, cached: bool = True, **arguments):
+    """23 rows in batches of like length: the last step has 3 of them, 2 on one rank and 1 on the
+    other.
+    """
+    data = [{k: v[i] for k, v in batch(step, None).items()} for step in range(6) for i in range(4)]
+    data = data[:23]
+    lengths = [int(row["attention_mask"].sum()) for row in data]
+    batches = LengthBatches(lengths, rows=rows, ranks=ranks, seed=1)
+    cache = PrefixCache(max_bytes=1 << 20) if cached else None
+    callback = ProgtuningCallback(ProgressiveSchedule(3), packing="on", cache=cache)
+    trainer = Trainer(
+        tiny_model("bert-sequence", dropout=not cached),
+        TrainingArguments(
+            output_dir=folder,
+            max_steps=11,  # 6 of an epoch
+            learning_rate=0.02,
+            report_to="none",
+            disable_tqdm=True,
+            use_cpu=True,
+            logging_steps=1,
+            **{"save_strategy": "no", **arguments},
+        ),
+        train_dataset=data,
+        callbacks=[callback, EpochOfBatches(batches)],
+        optimizer_cls_and_kwargs=(MaskedAdamW, {"lr": 0.02, "eps": 1e-3}),
+    )
+    loader = DataLoader(data, batch_sampler=batches, collate_fn=trainer.data_collator)
+    trainer.get_train_dataloader = lambda: trainer.accelerator.prepare(loader)
+    mean_over_step(trainer)
+    return trainer
+
+
+def logs_of(trainer: Trainer, name: str) -> list[float]:
+    return [log[name] for log in trainer.state.log_history if "loss" in log]
+
+
+def ticks() -> contextlib.AbstractContextManager:
+    """Every look at the clock of the token rate takes a second."""
+    clock = SimpleNamespace(perf_counter=itertools.count().__next__)
+    return mock.patch.object(token_rate, "time", clock)
+
+
+def check_uneven_trainer(rank: int) -> None:
+    """Packing, cache and an uneven last batch: losses and weights of one process with twice the
+    rows of a batch; and with dropout, a run that resumes within an epoch has the same bits.
+    """
+    expected = torch.load("expected.pt", weights_only=True)
+    trainer = uneven_trainer("runs", rows=2, ranks=WORLD)
+    with ticks():
+        trainer.train()
+    assert same_on_ranks(trainer.model)
+    assert logs_of(trainer, "loss") == pytest.approx(expected["loss"], rel=1e-4)
+    assert logs_of(trainer, "real_tokens_per_second") == expected["real_tokens_per_second"]
+    for name, p in trainer.model.named_parameters():
+        torch.testing.assert_close(p.detach(), expected["weights"][name], rtol=1e-4, atol=1e-5)
+    handle = trainer.callback_handler.callbacks[0].handle
+    assert handle.packing_report().batches > 0
+    assert logs_of(trainer, "cache_rows")[-1] > 0
+
+    straight = uneven_trainer(
+        "more", rows=2, ranks=WORLD, cached=False, save_strategy="steps", save_steps=8
+    )
+    straight.train()
+    resumed = uneven_trainer("more", rows=2, ranks=WORLD, cached=False)
+    try:
+        resumed.train(resume_from_checkpoint="more/checkpoint-8")
+    except RuntimeError as error:  # transformers 5.0 loads to a device that torch refuses
+        if "tagged with cpu:0" not in str(error):
+            raise
+        return
+    assert logs_of(resumed, "loss") == logs_of(straight, "loss")
+    for p, q in zip(resumed.model.parameters(), straight.model.parameters(), strict=True):
+        assert torch.equal(p, q)
+
+
 CHECKS = {
     "trainer": check_trainer,
+    "uneven_trainer": check_uneven_trainer,
     "ddp": check_ddp,
     "ddp_options": check_ddp_options,
     "wrapped": check_wrapped,
@@ -582,6 +664,13 @@ def test_two_ranks(name, tmp_path):
             rows, options = ROWS // accumulate, {"gradient_accumulation_steps": accumulate}
             trainer_of(str(tmp_path), model, callback, rows=rows, **options).train()
             expected[kind] = model.state_dict()
+        torch.save(expected, tmp_path / "expected.pt")
+    if name == "uneven_trainer":
+        trainer = uneven_trainer(str(tmp_path), rows=2 * WORLD, ranks=1)
+        with ticks():
+            trainer.train()
+        expected = {key: logs_of(trainer, key) for key in ("loss", "real_tokens_per_second")}
+        expected["weights"] = trainer.model.state_dict()
         torch.save(expected, tmp_path / "expected.pt")
     run_ranks(run, name, str(tmp_path), count=WORLD)
 

@@ -17,7 +17,8 @@ LAYERS = [
     {"freezing"},
     {"patch", "planner"},
     {"integrations", "report", "contribution", "checkpoints", "bench"},
-    {"cli", "__init__"},
+    {"cli", "public"},
+    {"__init__"},
     {"__main__"},
 ]
 FRAMEWORKS = {"transformers", "peft", "accelerate", "datasets"}

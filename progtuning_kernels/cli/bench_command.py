@@ -90,7 +90,7 @@ def run(options: Mapping[str, Any]) -> None:
     )
     blocks = None if o["blocks"] is None else o["blocks"].split(",")
     cache_bytes = parse_bytes(o["cache"])
-    meta = model_without_weights(o["model"], o["task"])
+    meta, _ = model_without_weights(o["model"], o["task"])
     check_length(meta, o["seq_len"], "--seq-len")
     meta.config.use_cache = False
     stages, steps_of_stage = o["stages"], _BATCHES * (1 + o["epochs"])

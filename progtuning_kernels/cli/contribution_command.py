@@ -2,62 +2,67 @@
 
 from __future__ import annotations
 
+import dataclasses
 import time
-from collections.abc import Mapping
-from typing import Any
 
 from rich.console import Console
 from rich.progress import Progress
 from torch import Tensor, nn
 
 from ..contribution import Batch, measure_contribution
-from .engine import Run, write_json
 from .errors import as_user_error
+from .options import TrainOptions
+from .preparation import read_rows
 from .provenance import provenance
-from .settings import TrainSettings
-from .train import load_data
+from .train import Run, write_json
 
 
-def run(options: Mapping[str, Any]) -> None:
+def run(options: TrainOptions) -> None:
     """Measure from the model as it is loaded, print, and write contribution.json.
 
     The score is minus the loss over the validation rows; the metric is noted beside it.
     """
-    o = dict(options)
-    steps = o.pop("steps")
-    settings = TrainSettings(**o, method="full", stages=1, max_steps=steps)
+    options = dataclasses.replace(
+        options,
+        method="full",
+        stages=1,
+        trainer={**options.trainer, "save_strategy": "no", "disable_tqdm": True},
+    )
     console = Console()
-    data = load_data(settings)
-    settings.output.mkdir(parents=True, exist_ok=True)
-    trained = Run(settings, data, name="contribution")
-    console.print(f"{settings.model}, {trained.layout.num_blocks} blocks", soft_wrap=True)
-    for note in (data.summary(), *trained.notes):
+    rows = read_rows(options)
+    options.output.mkdir(parents=True, exist_ok=True)
+    run = Run(options, rows, name="contribution", console=console)
+    prepared, trainer, steps = run.prepared, run.trainer, run.total_steps
+    console.print(f"{options.model}, {prepared.layout.num_blocks} blocks", soft_wrap=True)
+    for note in (rows.summary(), *prepared.notes):
         console.print(note, soft_wrap=True, markup=False)
-    windows = list(trained.order.windows(0, steps))
-    batches = [trained.batch([trained.encoded.train[i] for i in rows]) for (rows,) in windows]
+    batches: list[Batch] = []
+    for epoch in range(-(-steps // len(run.batches))):
+        run.batches.set_epoch(epoch)
+        batches += [prepared.batch([prepared.encoded["train"][i] for i in b]) for b in run.batches]
     metrics: list[float] = []
 
     def score(model: nn.Module) -> float:
-        evaluation = trained.evaluate()
-        metrics.append(evaluation["metric"])
-        return -evaluation["loss"]
+        figures = run.figures_of(trainer.evaluate())
+        metrics.append(figures["metric"])
+        return -figures["loss"]
 
     def loss(model: nn.Module, batch: Batch) -> Tensor:
-        with trained.autocast():
+        with trainer.compute_loss_context_manager():
             return model(**batch).loss
 
     started = time.perf_counter()
     with as_user_error(), Progress(console=console, disable=not console.is_terminal) as bar:
         task = bar.add_task("training each block", total=None)
         found = measure_contribution(
-            trained.trained.model,
-            batches,
+            prepared.model,
+            batches[:steps],
             score=score,
             loss=loss,
             steps=steps,
-            lr=settings.lr,
-            max_grad_norm=settings.max_grad_norm,
-            blocks=[stack.path for stack in trained.layout.stacks],
+            lr=run.args.learning_rate,
+            max_grad_norm=run.args.max_grad_norm,
+            blocks=[stack.path for stack in prepared.layout.stacks],
             on_progress=lambda done, total: bar.update(task, completed=done, total=total),
         )
     measured = {
@@ -67,18 +72,17 @@ def run(options: Mapping[str, Any]) -> None:
         "metric_values": [metric - metrics[0] for metric in metrics[1:]],
         "seconds": time.perf_counter() - started,
     }
-    rows = {"train_rows": trained.encoded.train, "validation_rows": trained.encoded.validation}
     content = {
         "format": 1,
-        "model": settings.model,
-        "num_blocks": trained.layout.num_blocks,
-        "metric_name": trained.metric_name,
+        "model": options.model,
+        "num_blocks": prepared.layout.num_blocks,
+        "metric_name": run.metric_name,
         "measures": {"train": measured},
-        "config": settings.flat() | {"steps": steps},
-        "data": {k: len(v) for k, v in rows.items()} | {"description": data.description},
-        "meta": provenance(trained.device),
+        "config": run.config() | {"steps": steps},
+        "data": run.data(),
+        "meta": provenance(run.args.device),
     }
-    write_json(settings.output / "contribution.json", content)
+    write_json(options.output / "contribution.json", content)
     console.print("score: minus the loss over the validation rows", highlight=False)
     console.print(str(found), highlight=False, soft_wrap=True)
-    console.print(f"figures: {settings.output / 'contribution.json'}", soft_wrap=True)
+    console.print(f"figures: {options.output / 'contribution.json'}", soft_wrap=True)

@@ -4,45 +4,44 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import torch
 from rich.console import Console
 
 from .. import backend, report
 from ..report.document import check_packages
-from .datasets import TextData
-from .engine import Run
 from .errors import as_user_error
 from .models import check_peft
+from .options import Method, TrainOptions
 from .output import DEMO_FILES, empty_folder
-from .progress import TrainProgress
-from .settings import Method, TrainSettings
-from .train import fail_learning, load_data
+from .preparation import Rows, read_rows
+from .train import Run, fail_learning
 
 
 def run(
     methods: Sequence[Method],
     *,
+    model: str,
+    dataset: str,
+    stages: int,
+    epochs: int,
+    batch_size: int,
+    device: str,
     seeds: int,
     lr: float,
     lora_lr: float,
     train_rows: int,
     validation_rows: int,
     output: Path,
-    **options: Any,
 ) -> None:
-    """Train with every method and seed, then compare; `options` are those of `TrainSettings`.
+    """Train with every method and seed, then compare.
 
     All methods see the same rows in the same order and the same initial head; learning rates are
     the same but for LoRA, which needs larger ones. `full` and `lora` use torch's fused AdamW and
     nothing of this library.
     """
     console = Console()
-    console.print(
-        f"Fine-tuning {options['model']} on {options['dataset']}: {', '.join(methods)} "
-        f"({options['stages']} stages)."
-    )
+    console.print(f"Fine-tuning {model} on {dataset}: {', '.join(methods)} ({stages} stages).")
     missing = backend.native_reason(torch.device("cpu"))
     if missing is not None:
         console.print(f"Without the native extension ({missing}): slower.", soft_wrap=True)
@@ -52,29 +51,36 @@ def run(
         check_peft()
     empty_folder(output, DEMO_FILES)
     folders, failures = [], []
-    data: TextData | None = None  # the same for every run
+    data: Rows | None = None  # the same for every run
     for seed in range(seeds):
         for method in methods:
             folder = output / f"{method}-seed{seed}"
-            settings = TrainSettings(
-                **options,
+            settings = TrainOptions(
+                model=model,
+                dataset=dataset,
                 method=method,
+                stages=stages,
                 max_length=64,
-                lr=lora_lr if "lora" in method else lr,
-                seed=seed,
                 max_train_rows=train_rows,
                 max_validation_rows=validation_rows,
-                output=folder,
-                checkpoint_every=0,
+                device=device,
+                trainer={
+                    "num_train_epochs": epochs,
+                    "per_device_train_batch_size": batch_size,
+                    "learning_rate": lora_lr if "lora" in method else lr,
+                    "seed": seed,
+                    "output_dir": str(folder),
+                    "save_strategy": "no",
+                },
             )
             if data is None:
-                data = load_data(settings)
+                data = read_rows(settings)
                 console.print(data.summary(), soft_wrap=True, markup=False)
-            trained = Run(settings, data, name=folder.name)
+            trained = Run(settings, data, name=folder.name, console=console)
             if not folders:
                 for note in trained.notes:
                     console.print(note, soft_wrap=True, markup=False)
-            failure = trained.train(TrainProgress(console))["summary"]["failure"]
+            failure = trained.train()["summary"]["failure"]
             if failure is not None:
                 failures.append(f"{folder.name}: {failure}")
             folders.append(folder)

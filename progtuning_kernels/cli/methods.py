@@ -1,143 +1,90 @@
-"""The methods that `--method` names: what trains, with which optimizer, and what ends a step."""
+"""What `patch_model` and the optimizer are given for the options of a run."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
 
 from ..cache import PrefixCache
-from ..freezing.decay_groups import decay_groups
 from ..model.layout import Layout
 from ..optim import MaskedAdamW
 from ..optim.masked_adamw import STATE_DTYPES
-from ..patch import PatchHandle, patch_model
-from ..schedules import ProgressiveSchedule, Schedule
-from ..schedules.files import KINDS, make_schedule, schedule_from_file
+from ..patch import patch_model
+from ..schedules import Schedule, annealed_lr
 from .errors import UserError, as_user_error
-from .settings import TrainSettings
+from .options import TrainOptions
 from .sizes import parse_bytes
 
-# What a name alone stands for: LISA's 20 steps (its published scripts), the 50 of BAdam in
-# LLaMA-Factory, and AutoFreeze's percentile.
-_NAMED = {
-    "random": {"blocks": 2, "period": 20},
-    "cyclic": {"blocks": 1, "period": 50},
-    "adaptive": {"interval": 50, "percentile": 50},
-}
+if TYPE_CHECKING:
+    from transformers import TrainingArguments
+
+_WITHOUT_STORES = {"cache": None, "graph": "off", "packing": "off"}
 
 
-def build_schedule(s: TrainSettings, total_steps: int) -> Schedule:
-    """The schedule that `--schedule` asks for, bound to the length of the run.
+def patch_options(options: TrainOptions, layout: Layout) -> dict[str, Any]:
+    """What `patch_model` is given, but for model and schedule."""
+    cache: Any = options.cache_size
+    if cache not in (None, "auto"):
+        cache = PrefixCache(parse_bytes(cache))
+    return {
+        "frozen_mode": options.frozen_mode,
+        "tied": options.tied,
+        "packing": options.packing,
+        "graph": options.graph,
+        "cache": cache,
+        "blocks": [stack.path for stack in layout.stacks],
+    }
 
-    Raises:
-        ValueError, OSError: a bad setting, or a file that cannot be read.
+
+def optimizer_and_rates(
+    model: nn.Module,
+    options: TrainOptions,
+    args: TrainingArguments,
+    schedule: Schedule,
+    layout: Layout,
+) -> tuple[torch.optim.Optimizer | None, torch.optim.lr_scheduler.LRScheduler | None]:
+    """`MaskedAdamW` over all that will ever train, and the rates of `--anneal`.
+
+    None is left to the Trainer: the optimizer of the other methods and of `--optim`, and rates.
     """
-    if s.schedule == "progressive":
-        return ProgressiveSchedule(s.stages, total_steps, embeddings=s.embeddings)
-    if (s.stages, s.embeddings) != (TrainSettings.stages, TrainSettings.embeddings):
-        raise ValueError(
-            "--stages and --embeddings are for the progressive schedule; others have their own "
-            "settings, in a file"
-        )
-    if s.schedule in _NAMED:
-        schedule = make_schedule({"schedule": s.schedule, **_NAMED[s.schedule]})
-    elif s.schedule in KINDS or "." not in s.schedule:
-        names = ", ".join(("progressive", *_NAMED))
-        raise ValueError(f"--schedule is {names} or a file, got {s.schedule!r}")
-    else:
-        schedule = schedule_from_file(s.schedule)
-    if schedule.total_steps is None:
-        schedule.bind(total_steps)
-    return schedule
-
-
-@dataclass
-class Trained:
-    """What trains and how: all that differs between the methods.
-
-    Attributes:
-        model: computes the loss.
-        optimizer: holds every parameter that will ever train.
-        update: clips where the optimizer does not, updates and zeroes.
-        handle: of the patched model; None where nothing is scheduled.
-        base: the Hugging Face model inside, which is saved.
-    """
-
-    model: nn.Module
-    optimizer: torch.optim.Optimizer
-    update: Callable[[], None]
-    handle: PatchHandle | None
-    base: nn.Module
-
-    def active_params(self) -> int:
-        return sum(p.numel() for p in self.model.parameters() if p.requires_grad)
-
-    def skipped_steps(self) -> int:
-        """Steps left out because of non-finite gradients; plain torch leaves out none."""
-        return getattr(self.optimizer, "skipped_steps", 0)
-
-
-def prefix_cache(s: TrainSettings) -> PrefixCache | str | None:
-    """The `cache` of `patch_model`; `UserError` if `--cache` is no size, or for another method."""
-    if s.method != "progressive-cache":
-        if s.cache != TrainSettings.cache:
-            raise UserError(f"--cache is for --method progressive-cache, not {s.method}")
-        return None
-    return s.cache if s.cache == "auto" else PrefixCache(parse_bytes(s.cache))
-
-
-def progressive(
-    model: nn.Module, s: TrainSettings, schedule: Schedule, layout: Layout, base: nn.Module
-) -> Trained:
+    if not options.is_scheduled:
+        return None, None
+    if "optim" in options.trainer:
+        if options.anneal or options.in_backward or options.state_dtype != "fp32":
+            raise UserError(
+                "--anneal, --in-backward and --state-dtype are MaskedAdamW's: leave out --optim"
+            )
+        return None, None
     with as_user_error():
-        handle = patch_model(
-            model,
-            schedule,
-            frozen_mode=s.frozen_mode,
-            tied=s.tied,
-            packing=s.packing,
-            cache=prefix_cache(s),
-            blocks=[stack.path for stack in layout.stacks],
-        )
+        # for its parameter groups alone: the callback patches when training begins
+        handle = patch_model(model, schedule, **patch_options(options, layout) | _WITHOUT_STORES)
+        groups = handle.param_groups(weight_decay=args.weight_decay, by_unit=options.anneal)
+        handle.unpatch()
         optimizer = MaskedAdamW(
-            handle.param_groups(weight_decay=s.weight_decay, by_unit=s.anneal),
-            lr=s.lr,
-            max_grad_norm=s.max_grad_norm or None,
-            state_dtype=STATE_DTYPES[s.state_dtype],
-            seed=s.seed,
+            groups,
+            lr=args.learning_rate,
+            betas=(args.adam_beta1, args.adam_beta2),
+            eps=args.adam_epsilon,
+            max_grad_norm=args.max_grad_norm or None,
+            state_dtype=STATE_DTYPES[options.state_dtype],
+            # weights in bf16 lose most updates to rounding to nearest
+            stochastic_rounding=options.precision == "bf16-pure" and not options.master_weights,
+            master_weights=options.master_weights,
+            in_backward=options.in_backward,
+            # "exact" would keep all gradients to the end
+            clip_mode="previous_norm" if options.in_backward else "exact",
+            seed=args.seed,
         )
-
-    def update() -> None:
-        optimizer.step()
-        optimizer.zero_grad()
-
-    return Trained(model, optimizer, update, handle, base)
-
-
-def plain(model: nn.Module, s: TrainSettings, base: nn.Module) -> Trained:
-    """Train without this library, by torch's fused AdamW and its clipping."""
-    if s.anneal:
-        raise UserError(f"--anneal is for the progressive methods, not for --method {s.method}")
-    if s.state_dtype != "fp32":
-        raise UserError(
-            f"--state-dtype {s.state_dtype} is for the progressive methods; --method {s.method} "
-            "uses torch's AdamW"
+        if not options.anneal:
+            return optimizer, None
+        warmup = args.get_warmup_steps(schedule.total_steps)
+        factors: list[Callable[[int], float]] = annealed_lr(
+            schedule,
+            optimizer.param_groups,
+            layout.num_blocks,
+            base=lambda step: min(1.0, step / max(1, warmup)) if warmup else 1.0,
         )
-    if s.packing == "on":
-        raise UserError(f"--packing on is for the progressive methods, not --method {s.method}")
-    device = next(model.parameters()).device
-    parameters = [p for p in model.parameters() if p.requires_grad]
-    optimizer = torch.optim.AdamW(
-        decay_groups(parameters, s.weight_decay), lr=s.lr, fused=device.type in ("cpu", "cuda")
-    )
-
-    def update() -> None:
-        if s.max_grad_norm:
-            nn.utils.clip_grad_norm_(parameters, s.max_grad_norm)
-        optimizer.step()
-        optimizer.zero_grad()
-
-    return Trained(model, optimizer, update, None, base)
+    return optimizer, torch.optim.lr_scheduler.LambdaLR(optimizer, factors)

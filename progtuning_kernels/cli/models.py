@@ -5,16 +5,22 @@ from __future__ import annotations
 import copy
 import importlib.util
 import math
-from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
 
 from ..backend import one_line
 from .errors import UserError, as_user_error
-from .settings import Task
+from .options import TrainOptions
+from .tasks import task_class
+from .tasks.classes import same_classes
+
+if TYPE_CHECKING:
+    from datasets import Dataset
+
+    from .tasks import Task
 
 
 def minilm_folder() -> Path:
@@ -32,9 +38,11 @@ def auto_class(task: str) -> Any:
     """The class of transformers that makes models of a task."""
     import transformers
 
-    if task == "causal-lm":
-        return transformers.AutoModelForCausalLM
-    return transformers.AutoModelForSequenceClassification
+    return getattr(transformers, task_class(task).auto_model)
+
+
+def model_path(name: str) -> str:
+    return str(minilm_folder()) if name == "minilm" else name
 
 
 def quiet_transformers() -> None:
@@ -47,95 +55,93 @@ def quiet_transformers() -> None:
     transformers.logging.disable_progress_bar()
 
 
-def load_model_and_tokenizer(
-    name: str, task: Task, label_names: Sequence[str] | None, *, weights: bool = True
+def load_model(
+    options: TrainOptions, task: Task, device: torch.device, *, weights: bool = True
 ) -> tuple[nn.Module, Any, list[str]]:
-    """Model in fp32 on the CPU, its tokenizer, and remarks on its weights.
+    """Model in fp32 (bf16 as the options say), its processor, and remarks on its weights.
 
-    A head that was trained for the same classes stays, and `config.id2label` has its order; one
-    for others, or another number of them, starts anew.
+    A head that was trained for the same classes stays, and the task takes its order; one for
+    others, or another number of them, starts anew.
 
     Args:
-        name: folder, hub id, or "minilm".
-        label_names: classes of a classification; None makes it a regression.
-        weights: False builds the structure alone, on the meta device.
+        weights: False makes the structure alone, on the meta device.
 
     Raises:
         UserError: one of them cannot be loaded, or the weights are another model's.
     """
-    from transformers import AutoConfig, AutoTokenizer
+    import transformers
 
     quiet_transformers()
-    path = str(minilm_folder()) if name == "minilm" else name
-    auto = auto_class(task)
-    notes: list[str] = []
+    path, auto = model_path(options.model), getattr(transformers, task.auto_model)
+    more = _four_bits(device) if options.load_in_4bit else {}
+    dtype = torch.bfloat16 if options.precision == "bf16-pure" else torch.float32
     try:
-        config = AutoConfig.from_pretrained(path)
-        tokenizer = AutoTokenizer.from_pretrained(path)
+        config = transformers.AutoConfig.from_pretrained(path)
+        processor = getattr(transformers, task.processor).from_pretrained(path)
         own = [str(config.id2label[i]) for i in sorted(config.id2label)]
-        kept = None
-        if task == "classification":
-            kept = own if label_names is None else _same_classes(own, label_names)
-            _set_classes(config, label_names and (kept or label_names))
+        names = None if task.names is None else [*task.names]
+        task.configure(config)
         if weights:
             model, loading = auto.from_pretrained(
                 path,
                 config=config,
-                dtype=torch.float32,
+                dtype=dtype,
                 ignore_mismatched_sizes=True,
                 output_loading_info=True,
+                **more,
             )
-            notes = _check_weights(auto, model, loading, own, kept, label_names)
+            notes = _check_weights(auto, model, loading, own, names)
         else:
             with torch.device("meta"):
-                model = auto.from_config(config)
+                model, notes = auto.from_config(config), []
+    except UserError:
+        raise
     except Exception as error:  # missing, damaged, of other labels: there is no common class
-        raise UserError(f"cannot load model {name!r}: {one_line(error)}") from error
+        raise UserError(f"cannot load model {options.model!r}: {one_line(error)}") from error
+    if task.processor == "AutoTokenizer":
+        _settle_padding(model, processor)
+    return model, processor, notes
+
+
+def _settle_padding(model: nn.Module, tokenizer: Any) -> None:
+    if tokenizer.pad_token is None:
+        if tokenizer.eos_token is None:
+            raise UserError("the tokenizer has neither a padding nor an end-of-text token")
+        tokenizer.pad_token = tokenizer.eos_token
     if _padding_offset(model) == 0:
         # decoders classify at the last token that is not padding, so they must know it
-        model.config.pad_token_id = (
-            tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
-        )
-    return model, tokenizer, notes
+        model.config.pad_token_id = tokenizer.pad_token_id
 
 
-def _set_classes(config: Any, names: Sequence[str] | None) -> None:
-    """Make the config one of a classification with these classes; None: of a regression."""
-    names = ["LABEL_0"] if names is None else names
-    config.id2label = dict(enumerate(names))
-    config.label2id = {name: i for i, name in enumerate(names)}
-    config.problem_type = "regression" if len(names) == 1 else "single_label_classification"
+def _four_bits(device: torch.device) -> dict[str, Any]:
+    """Weights in NF4, computed with in bf16, as QLoRA has them (arXiv 2305.14314)."""
+    from transformers import BitsAndBytesConfig
 
-
-def _same_classes(own: Sequence[str], names: Sequence[str]) -> Sequence[str] | None:
-    """The head's classes if they are the data's; the data may number them from 0."""
-    if sorted(own) == sorted(names):
-        return own
-    if len(own) != len(names) or list(names) != [str(i) for i in range(len(own))]:
-        return None
-    unnamed = own == [f"LABEL_{i}" for i in range(len(own))]
-    return names if unnamed else own
+    if importlib.util.find_spec("bitsandbytes") is None:
+        raise UserError("--load-in-4bit needs bitsandbytes: pip install bitsandbytes")
+    quantized = BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_quant_type="nf4",
+        bnb_4bit_use_double_quant=True,
+        bnb_4bit_compute_dtype=torch.bfloat16,
+    )
+    return {"quantization_config": quantized, "device_map": {"": device}}
 
 
 def _check_weights(
-    auto: Any,
-    model: nn.Module,
-    loading: dict[str, Any],
-    own: Sequence[str],
-    kept: Sequence[str] | None,
-    names: Sequence[str] | None,
+    auto: Any, model: nn.Module, loading: dict[str, Any], own: list[str], names: list[str] | None
 ) -> list[str]:
     """Start a head of other classes anew; return remarks on weights that the checkpoint lacks.
 
     Args:
         loading: what `from_pretrained` tells.
-        own, kept: classes of the checkpoint's head, and those of them that stay.
-        names: classes of the data.
+        own, names: classes of the checkpoint's head, and of the rows.
     """
+    kept = own if names is None else same_classes(own, names)
     missing = {n for n, _ in model.named_parameters()} & set(loading["missing_keys"])
     reshaped = {name for name, *_ in loading["mismatched_keys"]}
     head: set[str] = set()
-    if auto is auto_class("classification"):
+    if auto.__name__.endswith("Classification"):
         # the output layer is what has another shape with another number of classes
         wider = copy.deepcopy(model.config)
         wider.id2label = dict(enumerate("x" * (model.config.num_labels + 1)))
@@ -147,9 +153,8 @@ def _check_weights(
     if 2 * len(missing) > sum(1 for _ in model.parameters()):
         raise ValueError(f"its weights lack most of the model, {sorted(missing)[0]} for one")
     notes = []
-    if head and head <= missing:
-        _set_classes(model.config, names)
-    elif reshaped or (head and kept is None):
+    new_head = bool(head) and head <= missing
+    if not new_head and (reshaped or (head and kept is None)):
         notes.append(
             f"the head starts anew: the checkpoint's is for {_some(own)}, which are not the labels"
             " of the data"
@@ -158,11 +163,11 @@ def _check_weights(
             notes[-1] += "; if they are, by other names, write those into id2label of config.json"
             fresh = auto.from_config(model.config).state_dict()
             model.load_state_dict({n: fresh[n] for n in head}, strict=False)
-    elif head and names is not None and list(kept) != list(names):
+    elif head and not new_head and names is not None and kept != names:
         order = ", ".join(f"{i} is {name}" for i, name in enumerate(kept))
         notes.append(f"the head goes on with the checkpoint's classes: {order}")
     for what, parameters in (
-        ("new, for the checkpoint has none", missing),
+        ("new, as the checkpoint has none", missing),
         ("not used of the checkpoint", set(loading["unexpected_keys"])),
     ):
         if parameters:
@@ -170,7 +175,7 @@ def _check_weights(
     return notes
 
 
-def _some(names: Sequence[str]) -> str:
+def _some(names: list[str]) -> str:
     return ", ".join(names[:4]) + (f" and {len(names) - 4} more" if names[4:] else "")
 
 
@@ -181,18 +186,27 @@ def check_peft() -> None:
         raise UserError("LoRA needs peft: pip install peft accelerate") from None
 
 
-def wrap_lora(model: nn.Module, task: Task, rank: int) -> nn.Module:
+def wrap_lora(model: nn.Module, task: str, rank: int) -> nn.Module:
     """LoRA on every linear layer but the head, by PEFT; a classification head trains as it is."""
     check_peft()
-    from peft import LoraConfig, TaskType, get_peft_model
+    from peft import LoraConfig, TaskType, get_peft_model, prepare_model_for_kbit_training
 
+    name = task_class(task).lora_task
+    lora_task = None if name is None else TaskType[name]
+    # PEFT trains these heads as they are, and leaves out a sequence's alone of "all-linear"
+    of_tokens = lora_task in (TaskType.TOKEN_CLS, TaskType.QUESTION_ANS)
     config = LoraConfig(
-        task_type=TaskType.CAUSAL_LM if task == "causal-lm" else TaskType.SEQ_CLS,
+        task_type=lora_task,
+        exclude_modules=["classifier", "score", "qa_outputs"] if of_tokens else None,
+        # which PEFT finds by the task where it knows it
+        modules_to_save=["classifier"] if lora_task is None else None,
         r=rank,
         lora_alpha=2 * rank,
         lora_dropout=0.0,
         target_modules="all-linear",
     )
+    if getattr(model, "is_quantized", False):
+        model = prepare_model_for_kbit_training(model, use_gradient_checkpointing=False)
     with as_user_error():
         return get_peft_model(model, config)
 
@@ -222,24 +236,21 @@ def check_length(model: nn.Module, length: int, option: str, tokenizer: Any = No
         raise UserError(f"{option} {length} is above the model's {limit} tokens")
 
 
-def check_rows(
-    model: nn.Module, tokenizer: Any, splits: dict[str, list[dict[str, Any]]], task: Task
-) -> list[str]:
+def check_rows(model: nn.Module, tokenizer: Any, splits: dict[str, Dataset]) -> list[str]:
     """Refuse encoded rows that the model would fail on later; return remarks on the others."""
     try:
         known = model.get_input_embeddings().weight.shape[0]
     except (NotImplementedError, AttributeError):  # CANINE hashes code points
         known = math.inf
-    encoder_decoder = task == "classification" and model.config.is_encoder_decoder
-    end = model.config.eos_token_id if encoder_decoder else None  # BART and T5 answer there
+    classifies = "Sequence" in type(model).__name__ and model.config.is_encoder_decoder
+    end = model.config.eos_token_id if classifies else None  # BART and T5 answer there
     ends = None
     others = (tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.pad_token_id)
     unknown_id = None if tokenizer.unk_token_id in others else tokenizer.unk_token_id
     special = {*tokenizer.all_special_ids} - {unknown_id}
     unknown = words = 0
     for split, rows in splits.items():
-        for number, row in enumerate(rows, 1):
-            ids = row["input_ids"]
+        for number, ids in enumerate(rows["input_ids"], 1):
             if not ids:
                 raise UserError(f"{split} row {number}: the tokenizer makes no token of its text")
             if (largest := max(*ids, tokenizer.pad_token_id)) >= known:
@@ -268,7 +279,7 @@ def check_rows(
 
 
 @torch.no_grad()
-def try_forward(model: nn.Module, batch: dict[str, torch.Tensor], task: Task) -> None:
+def try_forward(model: nn.Module, batch: dict[str, torch.Tensor], *, causal: bool) -> None:
     """Run a batch through the model in eval mode, before anything of this library touches it.
 
     Raises:
@@ -276,12 +287,13 @@ def try_forward(model: nn.Module, batch: dict[str, torch.Tensor], task: Task) ->
     """
     model.eval()
     try:
-        logits = model(**batch).logits
-        ahead = task == "causal-lm" and _looks_ahead(model, batch["input_ids"][:1, :8])
+        outputs = model(**batch)
+        scores = next(v for k, v in outputs.items() if k.endswith("logits"))
+        ahead = causal and _looks_ahead(model, batch["input_ids"][:1, :8])
     except Exception as error:  # of any model's code
         raise UserError(f"the model cannot run these rows: {one_line(error)}") from error
     model.train()
-    if not logits.isfinite().all():
+    if not scores.isfinite().all():
         raise UserError("the outputs of the model are not finite before any training")
     if ahead:
         raise UserError(
@@ -295,23 +307,3 @@ def _looks_ahead(model: nn.Module, ids: torch.Tensor) -> bool:
     other[0, -1] = 0 if ids[0, -1] else 1
     one, two = (model(input_ids=x).logits[0, 0] for x in (ids, other))
     return bool((one - two).abs().max() > 1e-5 * one.abs().max())
-
-
-def choose_device(name: str) -> torch.device:
-    if name != "auto":
-        try:
-            return torch.empty(0, device=name).device
-        except (RuntimeError, AssertionError) as error:
-            raise UserError(f"device {name!r} cannot be used: {one_line(error)}") from error
-    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-
-
-def autocast_dtype(precision: str, device: torch.device) -> torch.dtype | None:
-    """bf16 where the device computes in it; "auto" stays in fp32 on a CPU, where it rarely pays."""
-    if precision == "fp32" or (precision == "auto" and device.type != "cuda"):
-        return None
-    if device.type != "cuda" or torch.cuda.is_bf16_supported(including_emulation=False):
-        return torch.bfloat16
-    if precision == "bf16":
-        raise UserError("this GPU does not compute in bf16; use --precision fp32")
-    return None

@@ -8,12 +8,15 @@ from pathlib import Path
 from typing import get_args
 
 from .errors import UserError
-from .settings import Method
+from .options import Method
 
 # Patterns of the names that a command writes, and what such a folder holds; None: anything.
 Files = dict[str, "Files | None"]
 
-RUN_FILES: Files = {"model": None, "adapter": None, "checkpoints": None, "metrics.json*": None}
+# checkpoints and runs (TensorBoard's) are the Trainer's
+RUN_FILES: Files = dict.fromkeys(
+    ("model", "adapter", "checkpoint-*", "runs", "metrics.json*", "predictions.jsonl")
+)
 DEMO_FILES: Files = {
     **{f"{method}-seed[0-9]*": RUN_FILES for method in get_args(Method)},
     "report": {"report.html": None, "*.png": None},  # earlier versions wrote plots beside the page

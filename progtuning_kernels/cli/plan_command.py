@@ -1,35 +1,39 @@
-"""`progtuning plan`."""
+"""`progtuning plan`, and the table that `progtuning train --dry-run` prints."""
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import re
-from collections.abc import Mapping
+from itertools import islice
 from typing import Any
 
 import torch
 from torch import nn
 
 from ..backend import one_line
-from ..planner import plan_training
+from ..cache import PrefixCache
+from ..planner import TrainingPlan, plan_training
 from ..planner.planning import switch_checkpointing_on
-from ..schedules import ProgressiveSchedule
+from ..schedules import MilestoneSchedule, Schedule, decides_by_gradients, stage_starts
+from ..schedules.progressive import scales_with_length
+from .config import autocast_dtype, build_schedule, choose_device
 from .errors import UserError, as_user_error
-from .models import auto_class, check_length, choose_device, minilm_folder, quiet_transformers
+from .models import auto_class, check_length, minilm_folder, quiet_transformers, wrap_lora
+from .options import TrainOptions
 from .sizes import parse_bytes
 
-_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
-_PASSED_ON = ("batch_size", "seq_len", "padding", "optimizer", "master_weights", "in_backward")
-_PASSED_ON += ("cache", "tied", "calibrate", "real_tokens")
+_OPTIMIZERS = {"fp32": "adamw", "bf16": "adamw-bf16", "8bit": "adamw-8bit"}
+_MOST_STAGES = 20  # of a table: a random schedule may have a stage every few steps
 _CAUSAL = re.compile(r"(ForCausalLM|LMHeadModel)$")
 
 
-def model_without_weights(name: str, task: str) -> nn.Module:
-    """The model of a folder, a config file or a hub id, on the meta device.
+def model_without_weights(name: str, task: str) -> tuple[nn.Module, str]:
+    """The model of a folder, a config file or a hub id, on the meta device, and its task.
 
     Args:
-        task: "classification", "causal-lm", or "auto": what the config's `architectures` say,
-            and classification where they name no language model.
+        task: of `TASKS`, or "auto": what the config's `architectures` say, and a text
+            classification where they name no language model.
 
     Raises:
         UserError: there is no such config, or no model of that task for it.
@@ -42,35 +46,109 @@ def model_without_weights(name: str, task: str) -> nn.Module:
         config = AutoConfig.from_pretrained(path)
         if task == "auto":
             causal = any(_CAUSAL.search(kind) for kind in config.architectures or ())
-            task = "causal-lm" if causal else "classification"
+            task = "causal-lm" if causal else "text-classification"
         with torch.device("meta"):
             model = auto_class(task).from_config(config)
     except Exception as error:  # missing, damaged, no network: there is no common class
         raise UserError(f"cannot load the config of {name!r}: {one_line(error)}") from error
-    if task == "classification" and config.pad_token_id is None:
+    if task == "text-classification" and config.pad_token_id is None:
         # decoders classify at the last token that is not padding, so they must know it
         model.config.pad_token_id = 0
-    return model
+    return model, task
 
 
-def run(options: Mapping[str, Any]) -> None:
-    o = dict(options)
-    memory = None if o["memory"] is None else parse_bytes(o["memory"])
-    device = choose_device(o["device"]) if o["device"] != "cuda" else torch.device("cuda")
-    if device.type == "cuda" and o["calibrate"] and not torch.cuda.is_available():
-        raise UserError("--calibrate on cuda needs a GPU")
-    model = model_without_weights(o["model"], o["task"])
-    check_length(model, o["seq_len"], "--seq-len")
-    if o["gradient_checkpointing"] and not switch_checkpointing_on(model):
+def _schedule_to_plan(options: TrainOptions, steps: int | None) -> tuple[Schedule, list[str]]:
+    """The schedule that is planned in place of the run's, and what it leaves out."""
+    if not options.is_scheduled:
+        return MilestoneSchedule({}, embeddings="always"), []
+    schedule = build_schedule(options, steps)
+    if decides_by_gradients(schedule):
+        return MilestoneSchedule({}), ["what an adaptive schedule freezes is decided in training"]
+    return schedule, []
+
+
+def plan_run(
+    options: TrainOptions,
+    model: nn.Module,
+    *,
+    steps: int | None,
+    device: str,
+    real_tokens: float = 1.0,
+    **more: Any,
+) -> TrainingPlan:
+    """What the stages of a run would cost, as `plan_training` says.
+
+    Args:
+        model: with or without weights, unpatched; it gets gradient checkpointing and adapters if
+            the options say so.
+        steps: optimizer steps of the run; None: as long as the schedule says.
+        device: type of the device of the run, "cpu" or "cuda"; it need not be here.
+        real_tokens: share of a micro-batch's places that are no padding, where packing is on.
+        more: `batch_size` and `seq_len`, and other arguments of `plan_training`.
+
+    Raises:
+        UserError: the options do not fit the model, or it cannot run without data.
+    """
+    if options.load_in_4bit:
+        raise UserError("weights in 4 bits are not planned: leave --load-in-4bit out")
+    if options.of_trainer("gradient_checkpointing") and not switch_checkpointing_on(model):
         raise UserError(f"{type(model).__name__} has no gradient checkpointing")
+    if options.uses_lora:
+        model = wrap_lora(model, options.task, options.lora_rank)
+    size = options.cache_size if options.is_scheduled else None
     with as_user_error():
+        schedule, notes = _schedule_to_plan(options, steps)
+        length = schedule.total_steps or steps
+        if length is not None and not scales_with_length(schedule):
+            first, *_ = [*islice(stage_starts(schedule, length), _MOST_STAGES, None), length]
+            if first < length:
+                notes.append(f"the first {_MOST_STAGES} stages, of {length:,} steps")
+                steps = first
         plan = plan_training(
             model,
-            ProgressiveSchedule(o["stages"], o["steps"], embeddings=o["embeddings"]),
-            dtype=_DTYPES[o["dtype"]],
-            memory_bytes=memory,
+            schedule,
+            steps=steps,
             device=device,
-            blocks=None if o["blocks"] is None else o["blocks"].split(","),
-            **{name: o[name] for name in _PASSED_ON},
+            dtype=torch.bfloat16 if options.precision == "bf16-pure" else torch.float32,
+            autocast=autocast_dtype(options, device),
+            optimizer=_OPTIMIZERS[options.state_dtype],
+            master_weights=options.master_weights,
+            in_backward=options.in_backward,
+            cache=False if size is None else size == "auto" or PrefixCache(parse_bytes(size)),
+            tied=options.tied,
+            frozen_mode=options.frozen_mode,
+            blocks=options.block_lists,
+            real_tokens=real_tokens if options.is_scheduled and options.packing != "off" else 1.0,
+            **more,
         )
-    print(json.dumps(plan.to_dict(), indent=2) if o["json"] else plan)
+    return dataclasses.replace(plan, notes=(*plan.notes, *notes))
+
+
+def run(
+    options: TrainOptions,
+    *,
+    padding: bool,
+    real_tokens: float,
+    memory: str | None,
+    calibrate: bool,
+    as_json: bool,
+) -> None:
+    memory_bytes = None if memory is None else parse_bytes(memory)
+    device = "cuda" if options.device == "cuda" else choose_device(options.device)
+    if device == "cuda" and calibrate and not torch.cuda.is_available():
+        raise UserError("--calibrate on cuda needs a GPU")
+    model, task = model_without_weights(options.model, options.task)
+    check_length(model, options.max_length, "--max-length")
+    plan = plan_run(
+        dataclasses.replace(options, task=task),
+        model,
+        batch_size=options.of_trainer("per_device_train_batch_size"),
+        seq_len=options.max_length,
+        steps=options.of_trainer("max_steps"),
+        device=device,
+        padding=padding,
+        real_tokens=real_tokens,
+        memory_bytes=memory_bytes,
+        calibrate=calibrate,
+    )
+    print(json.dumps(plan.to_dict(), indent=2) if as_json else plan)

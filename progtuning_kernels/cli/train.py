@@ -1,143 +1,466 @@
-"""`progtuning train`."""
+"""`progtuning train`: from options to a trained model's folder, by transformers' Trainer.
+
+The order of the rows, dropout and the initial head come from the seed, plan and learning rate from
+the step, so that a run killed at any moment goes on from its newest checkpoint to the same bits (on
+CPU).
+"""
 
 from __future__ import annotations
 
+import dataclasses
+import json
+import math
 import os
+import re
+import signal
 import sys
-from collections.abc import Mapping, Sequence
-from typing import Any, NoReturn
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NoReturn
 
+import numpy
+from huggingface_hub import HfApi
 from rich.console import Console
-from rich.table import Table
+from torch.utils.data import DataLoader
 
-from ..patch import patch_model
-from ..schedules import MilestoneSchedule, decides_by_gradients
-from .batches import Order
-from .datasets import Columns, Example, TextData, build_data, read_hub, read_rows
-from .docstrings import load_docstrings
-from .engine import Run
+from ..backend import one_line
+from ..integrations.hf_trainer import ProgtuningCallback
+from ..planner import TrainingPlan
+from . import methods
+from .config import build_schedule
 from .errors import UserError, as_user_error
-from .methods import build_schedule
-from .models import load_model_and_tokenizer
-from .output import check_run_folder
-from .progress import TrainProgress
-from .settings import TrainSettings
+from .length_batches import EpochOfBatches, LengthBatches
+from .options import TrainOptions
+from .output import RUN_FILES, check_run_folder, empty_folder
+from .plan_command import plan_run
+from .predict import predict_rows
+from .preparation import Rows, prepare, read_rows, trainer_classes
+from .provenance import provenance
+from .recorder import RECORD, Recorder
+from .step_loss import mean_over_step
 
-_MOST_ROWS = 20  # of a plan: a random schedule may have a stage every few steps
+if TYPE_CHECKING:
+    from transformers import EvalPrediction, Trainer
 
-
-def load_data(s: TrainSettings) -> TextData:
-    """The examples that the settings ask for; `UserError` if they cannot be used."""
-    if s.dataset is None and s.train_file is None:
-        raise UserError("no data: give --train-file and --validation-file, or --dataset")
-    if s.dataset is not None:
-        for option, file in (("train", s.train_file), ("validation", s.validation_file)):
-            if file is not None:
-                raise UserError(f"--dataset and --{option}-file exclude each other")
-    if s.dataset == "docstrings":
-        if s.text_column or s.pair_column or s.label_column:
-            raise UserError("--dataset docstrings has no columns to choose from")
-        if s.task == "causal-lm":
-            raise UserError("--dataset docstrings is a classification; use files for causal-lm")
-        return docstring_data(s.max_train_rows or 2400, s.max_validation_rows or 800)
-    if s.dataset is not None:
-        train, validation = read_hub(s.dataset)
-        description = f"hub data set {s.dataset}"
-    else:
-        if s.validation_file is None:
-            raise UserError("--train-file needs --validation-file")
-        train, validation = read_rows(s.train_file), read_rows(s.validation_file)
-        description = f"{s.train_file.name} and {s.validation_file.name}"
-    return build_data(
-        train[: s.max_train_rows],
-        validation[: s.max_validation_rows],
-        columns=Columns(s.text_column, s.pair_column, s.label_column),
-        labelled=s.task == "classification",
-        description=description,
-    )
+# What may differ between a checkpoint and the call that resumes it.
+_FREE = {"resume", "overwrite", "device", "metric", "cache", "graph", "predict_file"}
+_FREE |= {"early_stopping_patience", "schedule", "trainer"}
+# Of the Trainer's, what may not.
+_NUMBERS = ("learning_rate", "lr_scheduler_type", "per_device_train_batch_size", "seed", "optim")
+_NUMBERS += ("gradient_accumulation_steps", "max_grad_norm", "warmup_steps", "weight_decay")
 
 
-def docstring_data(train_rows: int, validation_rows: int) -> TextData:
-    """The same rows for every seed of a run, so that seeds differ in training alone."""
-    with as_user_error():
-        data = load_docstrings(train_rows=train_rows, validation_rows=validation_rows)
-    return TextData(
-        [Example(text, None, label) for text, label in data.train],
-        [Example(text, None, label) for text, label in data.validation],
-        tuple(data.label_names),
-        data.description,
-    )
+# Of the Trainer's, by the names that metrics.json has for them.
+_SHORT = {
+    "epochs": "num_train_epochs",
+    "max_steps": "max_steps",
+    "batch_size": "per_device_train_batch_size",
+    "accumulate": "gradient_accumulation_steps",
+    "lr": "learning_rate",
+    "warmup": "warmup_steps",
+    "weight_decay": "weight_decay",
+    "seed": "seed",
+}
+_USUAL = {
+    "remove_unused_columns": False,  # encoded rows have the columns of the forward alone
+    "logging_nan_inf_filter": False,  # a loss that is not finite is to be seen
+    "accelerator_config": {"even_batches": False},  # of batches that differ in rows
+    "push_to_hub": False,  # the finished model alone is pushed
+    "disable_tqdm": not sys.stderr.isatty(),
+}
 
 
-def plan_table(s: TrainSettings, data: TextData) -> Table:
-    """What a run would do, stage by stage, without loading weights."""
-    if s.task == "causal-lm" and s.max_steps is None:
-        raise UserError("--dry-run of causal-lm needs --max-steps: rows are cut while training")
-    model, *_ = load_model_and_tokenizer(s.model, s.task, data.label_names, weights=False)
-    order = Order([1] * len(data.train), batch_size=s.batch_size, accumulate=s.accumulate, seed=0)
-    total_steps = s.max_steps or s.epochs * order.steps_per_epoch
-    with as_user_error():
-        schedule = build_schedule(s, total_steps)
-        used = MilestoneSchedule({}, embeddings="always") if s.method == "full" else schedule
-        handle = patch_model(model, used, tied=s.tied, blocks=s.block_lists)
-    table = Table(title=f"{s.method}, {total_steps:,} steps, {handle.num_blocks} blocks")
-    columns = ("stage", "steps", "trains", "active params (M)", "step cost")
-    for i, name in enumerate(columns):
-        table.add_column(name, justify="left" if i == 2 else "right")
-    updates = 0
-    stages = [schedule.stage(step) for step in range(total_steps)]
-    firsts = [0, *(i for i in range(1, total_steps) if stages[i] != stages[i - 1])]
-    for stage, (first, end) in enumerate(zip(firsts, [*firsts[1:], total_steps], strict=True)):
+class Run:
+    """One run, from rows to files; `name` is shown in tables and plots."""
+
+    def __init__(
+        self,
+        options: TrainOptions,
+        rows: Rows,
+        *,
+        name: str,
+        console: Console,
+        dry_run: bool = False,
+    ) -> None:
+        self.options, self.rows, self.name, self.console = options, rows, name, console
+        self.metric_name = options.metric or (*rows.task.metrics, "loss")[0]
+        if self.metric_name not in (known := (*rows.task.metrics, "loss")):
+            raise UserError(f"metric {options.metric!r} does not fit; there is {', '.join(known)}")
+        self.prepared = prepare(options, rows, weights=not dry_run, **_USUAL)
+        self.args = args = self.prepared.args
+        self.output = Path(args.output_dir)
+        self.batches = LengthBatches(
+            self.prepared.lengths("train"),
+            rows=None if options.tokens_per_batch else args.per_device_train_batch_size,
+            tokens=options.tokens_per_batch,
+            accumulate=args.gradient_accumulation_steps,
+            ranks=args.world_size,
+            seed=args.seed,
+        )
+        self._per_step = args.world_size * args.gradient_accumulation_steps
+        self.total_steps = args.max_steps
+        if args.max_steps <= 0:
+            steps_per_epoch = -(-len(self.batches) // self._per_step)
+            self.total_steps = math.ceil(args.num_train_epochs * steps_per_epoch)
+        self.schedule = build_schedule(options, self.total_steps)
         with as_user_error():
-            handle.seek(first)
-        updates += handle.active_params * (end - first)
-        if stage >= _MOST_ROWS:
-            continue
-        # below the boundary a block costs its forward, above it a frozen one all but its dW
-        below = handle.boundary
-        above = handle.plan.trainable[below:].count(False)
-        cost = 1 - (2 * below + above) / (3 * handle.num_blocks)
-        table.add_row(
-            str(stage + 1),
-            f"{first + 1:,}-{end:,}",
-            handle.plan.units_in_words(),
-            f"{handle.active_params / 1e6:,.2f}",
-            f"{cost:.3f}",
+            self.schedule.plan(0, self.prepared.layout.num_blocks)
+        self.num_params = sum(p.numel() for p in self.prepared.model.parameters())
+        self.evaluates_stages = options.of_trainer("eval_strategy") == "stage"
+        if dry_run:
+            return
+        self.trainer = self._make_trainer()
+        self.recorder = Recorder(self, self.callback)
+        self.trainer.add_callback(self.recorder)
+        self.trainer.add_callback(EpochOfBatches(self.batches))
+
+    def _make_trainer(self) -> Trainer:
+        from transformers import EarlyStoppingCallback, PrinterCallback
+
+        options, args, prepared = self.options, self.args, self.prepared
+        if options.uses_lora:
+            prepared.adapt(options.lora_rank)
+        self.initial_active_params = sum(
+            p.numel() for p in prepared.model.parameters() if p.requires_grad
         )
-    saved = 1 - updates / (handle.trainable_params * total_steps)
-    table.caption = (
-        f"{saved:.1%} of parameter updates saved. Step cost: expected, relative to the full step: "
-        "1 - 2f/3, f the frozen share of the blocks (1 - f/3 where the embeddings go on training); "
-        "embeddings and head left out."
-    )
-    if len(firsts) > _MOST_ROWS:
-        table.caption += f" The first {_MOST_ROWS} of {len(firsts)} stages."
-    if decides_by_gradients(schedule):
-        table.caption += " What an adaptive schedule freezes later is decided while it trains."
-    return table
+        callbacks = []
+        self.callback: ProgtuningCallback | None = None
+        if options.is_scheduled:
+            patch = methods.patch_options(options, prepared.layout)
+            self.callback = ProgtuningCallback(self.schedule, **patch)
+            callbacks.append(self.callback)
+        if options.early_stopping_patience is not None:
+            callbacks.append(EarlyStoppingCallback(options.early_stopping_patience))
+        if "logging_steps" not in options.trainer:
+            args.logging_steps = max(1, self.total_steps // 200)  # points of a curve
+        validation = prepared.lengths("validation")
+        order = sorted(range(len(validation)), key=validation.__getitem__)
+        self._places = numpy.argsort(order)  # of the rows among those sorted by length
+        trainer = trainer_classes(prepared.task)[0](
+            model=prepared.model,
+            args=args,
+            train_dataset=prepared.encoded["train"],
+            eval_dataset=prepared.encoded["validation"].select(order),
+            data_collator=prepared.collate,
+            processing_class=prepared.processor,
+            compute_metrics=self._compute_metrics,
+            preprocess_logits_for_metrics=prepared.task.preprocess_logits,
+            callbacks=callbacks,
+            optimizers=methods.optimizer_and_rates(
+                prepared.model, options, args, self.schedule, prepared.layout
+            ),
+        )
+        trainer.get_train_dataloader = lambda: trainer.accelerator.prepare(
+            DataLoader(
+                trainer.train_dataset,
+                batch_sampler=self.batches,
+                collate_fn=trainer.data_collator,
+                num_workers=args.dataloader_num_workers,
+                pin_memory=args.dataloader_pin_memory,
+            )
+        )
+        if prepared.task.trainer != "SFTTrainer":  # whose own loss is that mean
+            mean_over_step(trainer)
+        trainer.remove_callback(PrinterCallback)  # the recorder prints, and less
+        quiet_bar(trainer)
+        return trainer
+
+    def _compute_metrics(self, prediction: EvalPrediction) -> dict[str, float]:
+        def in_order(values: Any) -> Any:
+            if isinstance(values, tuple):
+                return tuple(map(in_order, values))
+            return values[self._places]
+
+        return self.prepared.task.figures(
+            in_order(prediction.predictions), in_order(prediction.label_ids)
+        )
+
+    def figures_of(self, metrics: dict[str, float]) -> dict[str, float]:
+        """The figures of one evaluation, from the Trainer's names."""
+        figures = {"loss": metrics["eval_loss"]}
+        for key in self.prepared.task.metrics:
+            # of NaN, argmax makes a class
+            finite = math.isfinite(figures["loss"])
+            figures[key] = float(metrics[f"eval_{key}"]) if finite else math.nan
+        return {"metric": figures[self.metric_name], **figures}
+
+    def tokens_by_step(self) -> list[int]:
+        """Real tokens of every step, over all processes."""
+        lengths, found = self.prepared.lengths("train"), []
+        for epoch in range(-(-self.total_steps * self._per_step // len(self.batches))):
+            self.batches.set_epoch(epoch)
+            tokens = [sum(map(lengths.__getitem__, rows)) for rows in self.batches]
+            starts = range(0, len(tokens), self._per_step)
+            found += [sum(tokens[start : start + self._per_step]) for start in starts]
+        self.batches.set_epoch(0)
+        return found[: self.total_steps]
+
+    def widest_rows(self) -> list[dict[str, Any]]:
+        """A batch of the longest training rows."""
+        lengths, rows = self.prepared.lengths("train"), self.prepared.encoded["train"]
+        order = sorted(range(len(lengths)), key=lengths.__getitem__)
+        size = max(map(len, self.batches))
+        if (budget := self.options.tokens_per_batch) is not None:
+            size = max(1, budget // lengths[order[-1]])
+        return [rows[i] for i in order[-size:]]
+
+    def train(self) -> dict[str, Any]:
+        """Run to the end (from the newest checkpoint with `resume`), write and return metrics.json.
+
+        Of a run that learnt nothing no model is written, and its checkpoints stay.
+
+        Raises:
+            SystemExit: SIGINT or SIGTERM came: a checkpoint is written, and a line says how to go
+                on.
+        """
+        started = time.perf_counter()
+        if self.options.overwrite and self.trainer.is_world_process_zero():
+            empty_folder(self.output, RUN_FILES)
+        checkpoint = self._checkpoint() if self.options.resume else None
+        with stopped_by_signals(self.recorder):
+            try:
+                self.trainer.train(resume_from_checkpoint=checkpoint)
+            except (OSError, RuntimeError, ValueError) as error:
+                if checkpoint is None or self.recorder.stages:
+                    raise
+                raise UserError(f"{checkpoint} cannot be read: {one_line(error)}") from error
+        state = self.trainer.state
+        if self.recorder.signal is not None and state.global_step < state.max_steps:
+            if self.trainer.is_world_process_zero():
+                print(
+                    f"stopped after step {state.global_step} of {state.max_steps}; the same "
+                    "command with --resume goes on",
+                    file=sys.stderr,
+                )
+            raise SystemExit(128 + self.recorder.signal)
+        last = self.recorder.evaluations[-1:]
+        if not last or last[0]["step"] < state.global_step or self.args.load_best_model_at_end:
+            self.trainer.evaluate()
+        if self.failure() is None:
+            self._save_model()
+        result = self.metrics(time.perf_counter() - started)
+        if self.trainer.is_world_process_zero():
+            write_json(self.output / "metrics.json", result)
+        return result
+
+    def plan(self) -> TrainingPlan:
+        """What the stages will cost: of the longest batch, with the real tokens of the rows."""
+        widest = self.prepared.batch(self.widest_rows())
+        lengths = self.prepared.lengths("train")
+        places = 0
+        for rows in self.batches:
+            places += len(rows) * max(map(lengths.__getitem__, rows))
+        shape = next(iter(widest.values())).shape
+        return plan_run(
+            self.options,
+            self.prepared.model,
+            steps=self.total_steps,
+            device=self.args.device.type,
+            batch_size=shape[0],
+            seq_len=shape[1],
+            inputs=widest,
+            real_tokens=sum(lengths) / places,
+        )
+
+    def skipped_steps(self) -> int:
+        """Steps left out because of non-finite gradients; plain torch leaves out none."""
+        optimizer = self.trainer.optimizer
+        return getattr(getattr(optimizer, "optimizer", optimizer), "skipped_steps", 0)
+
+    def failure(self) -> str | None:
+        return self.recorder.failure(self.trainer.state, self.skipped_steps())
+
+    def config(self) -> dict[str, Any]:
+        """The options of the run, for its record; those of the Trainer by their short names."""
+        own = dataclasses.asdict(self.options)
+        given = {name: str(value) for name, value in own.pop("trainer").items()}
+        short = {name: getattr(self.args, of_trainer) for name, of_trainer in _SHORT.items()}
+        short["max_grad_norm"] = self.options.of_trainer("max_grad_norm")  # may have moved
+        return own | short | {"trainer": given}
+
+    def data(self) -> dict[str, Any]:
+        return {
+            "train_rows": len(self.rows.splits["train"]),
+            "validation_rows": len(self.rows.splits["validation"]),
+            "label_names": self.rows.task.names,
+            "description": self.rows.description,
+            "digest": self.rows.digest,
+        }
+
+    def metrics(self, seconds: float) -> dict[str, Any]:
+        """The content of metrics.json; `seconds` is the whole time of this call."""
+        state, record, options, args = self.trainer.state, self.recorder, self.options, self.args
+        handle = None if self.callback is None else self.callback.handle
+        packing = None if handle is None else handle.packing_report()
+        updates_full = self.num_params * state.global_step
+        return {
+            "format": 1,
+            "name": self.name,
+            "method": options.method,
+            "seed": args.seed,
+            "config": self.config(),
+            "meta": provenance(args.device),
+            "data": self.data(),
+            "model": {
+                "name": options.model,
+                "num_blocks": self.prepared.layout.num_blocks,
+                "num_params": self.num_params,
+                "active_params": self.initial_active_params,
+            },
+            "metric_name": self.metric_name,
+            "steps": [
+                {
+                    "step": log["step"],
+                    "stage": self.schedule.stage(log["step"] - 1),
+                    "loss": float(log["loss"]),
+                    "lr": float(log["learning_rate"]),
+                }
+                for log in state.log_history
+                if "loss" in log
+            ],
+            "evaluations": record.evaluations,
+            "stages": record.stages,
+            "summary": {
+                "metric": record.evaluations[-1]["metric"],
+                "metric_name": self.metric_name,
+                "train_seconds": record.train_seconds,
+                "total_seconds": seconds,
+                "steps": state.global_step,
+                "skipped_steps": self.skipped_steps(),
+                "failure": self.failure(),
+                "updates": record.updates,
+                "updates_full": updates_full,
+                "updates_saved_share": 1 - record.updates / updates_full,
+                "peak_state_bytes": max(stage["state_bytes"] for stage in record.stages),
+                "peak_activation_bytes": max(s["activation_bytes"] for s in record.stages),
+                "padding_skipped_share": None if packing is None else packing.skipped_share,
+                "packing": None if packing is None else str(packing),
+                "mean_tokens_per_second": sum(s["tokens"] for s in record.stages)
+                / record.train_seconds,
+            },
+        }
+
+    def identity(self) -> dict[str, Any]:
+        """What decides the numbers of a run: a resumed run must have the same."""
+        own = {k: v for k, v in dataclasses.asdict(self.options).items() if k not in _FREE}
+        numbers = {name: str(self.options.of_trainer(name)) for name in _NUMBERS}
+        schedule = re.sub(r"total_steps=\d+", "", repr(self.schedule))  # a run may be extended
+        more = {"schedule": schedule, "data": self.rows.digest}
+        return json.loads(json.dumps(own | numbers | more))
+
+    def _checkpoint(self) -> str | None:
+        """The newest whole checkpoint, of this run; None if there is none.
+
+        Raises:
+            UserError: it is another run's, or the run is finished.
+        """
+        folders = sorted(self.output.glob("checkpoint-*"), key=lambda p: int(p.name.split("-")[-1]))
+        for folder in reversed(folders):
+            try:  # the file that a checkpoint ends with
+                state = json.loads((folder / "trainer_state.json").read_text())
+                record = state["stateful_callbacks"][RECORD]
+            except (OSError, ValueError, KeyError):
+                self.console.print(f"{folder}: not whole, left out", soft_wrap=True)
+                continue
+            for name, value in self.identity().items():
+                if record["identity"].get(name) != value:
+                    if name == "data":
+                        raise UserError("the data has changed since the checkpoint was written")
+                    raise UserError(
+                        f"the checkpoint was written with {name}="
+                        f"{record['identity'].get(name)!r}, this call has {name}={value!r}"
+                    )
+            if state["global_step"] >= self.total_steps:
+                raise UserError(
+                    f"the run in {self.output} is finished after {state['global_step']} steps; "
+                    "more --epochs or --max-steps extend it"
+                )
+            if state["max_steps"] != self.total_steps:
+                self.console.print(
+                    f"{self.name}: planned for {state['max_steps']} steps, now for "
+                    f"{self.total_steps}: plan and learning rate are those of the new length",
+                    soft_wrap=True,
+                )
+            return str(folder)
+        self.console.print(f"{self.name}: no checkpoint in {self.output}, starts anew")
+        return None
+
+    def _save_model(self) -> None:
+        """Save a plain Hugging Face folder, LoRA merged into it and its adapter beside it."""
+        output, trainer, options = self.output, self.trainer, self.options
+        folder = output / "model"
+        if not options.uses_lora:
+            trainer.save_model(str(folder))
+        else:
+            trainer.save_model(str(output / "adapter"))
+            if options.load_in_4bit:  # merged into 4 bits, an adapter would lose its bits
+                folder = output / "adapter"
+            elif trainer.is_world_process_zero():
+                merged = trainer.accelerator.unwrap_model(trainer.model).merge_and_unload()
+                merged.save_pretrained(folder)
+                self.prepared.processor.save_pretrained(folder)
+        if options.of_trainer("push_to_hub") and trainer.is_world_process_zero():
+            hub = HfApi(token=self.args.hub_token)
+            made = hub.create_repo(
+                self.args.hub_model_id or output.name,
+                private=self.args.hub_private_repo,
+                exist_ok=True,
+            )
+            hub.upload_folder(repo_id=made.repo_id, folder_path=folder)
+            self.console.print(f"pushed: {made}", soft_wrap=True)
 
 
-def run(options: Mapping[str, Any], *, dry_run: bool) -> None:
-    if int(os.environ.get("WORLD_SIZE", 1)) > 1:
-        raise UserError(
-            "progtuning train runs in one process; on several, use the Trainer with "
-            "ProgtuningCallback, or a loop of your own (examples/accelerate_loop.py), by torchrun"
-        )
-    s = TrainSettings(**options)
-    console = Console()
-    if not dry_run:
-        check_run_folder(s.output, resume=s.resume, overwrite=s.overwrite)
-    elif s.uses_lora:
-        raise UserError("--dry-run plans full and progressive")
-    data = load_data(s)
-    console.print(data.summary(), soft_wrap=True, markup=False)
-    if dry_run:
-        console.print(plan_table(s, data))
-        return
-    trained = Run(s, data, name=s.output.name)
-    for note in trained.notes:
+def quiet_bar(trainer: Trainer) -> None:
+    """Make the Trainer's bar show the loss; it would print every log as a line."""
+    from transformers import ProgressCallback
+
+    bars = [c for c in trainer.callback_handler.callbacks if isinstance(c, ProgressCallback)]
+
+    def show(args: Any, state: Any, control: Any, logs: Any = None, **_: Any) -> None:
+        if bars[0].training_bar is not None and logs and "loss" in logs:
+            bars[0].training_bar.set_postfix(loss=f"{float(logs['loss']):.4f}")
+
+    if bars:
+        bars[0].on_log = show
+
+
+@contextmanager
+def stopped_by_signals(recorder: Recorder) -> Iterator[None]:
+    """SIGINT and SIGTERM end the step under way and save; a second one ends the process."""
+    before = {}
+
+    def ask(number: int, _: Any) -> None:
+        if recorder.signal is not None:
+            raise KeyboardInterrupt
+        recorder.signal = number
+
+    for number in (signal.SIGINT, signal.SIGTERM):
+        before[number] = signal.signal(number, ask)
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def run(options: TrainOptions, *, dry_run: bool) -> None:
+    first = int(os.environ.get("RANK", 0)) == 0
+    console = Console(quiet=not first)
+    output = options.output
+    if not dry_run and first:
+        check_run_folder(output, resume=options.resume, overwrite=options.overwrite)
+    predict = ("predict",) if options.predict_file else ()
+    rows = read_rows(options, ("train", "validation", *predict))
+    console.print(rows.summary(), soft_wrap=True, markup=False)
+    trained = Run(options, rows, name=output.name, console=console, dry_run=dry_run)
+    for note in trained.prepared.notes:
         console.print(note, soft_wrap=True, markup=False)
-    result = trained.train(TrainProgress(console))
+    if dry_run:
+        console.print(str(trained.plan()), soft_wrap=True, markup=False, highlight=False)
+        return
+    result = trained.train()
     summary = result["summary"]
     for line in (
         f"{result['metric_name']}: {summary['metric']:.4f}",
@@ -145,22 +468,38 @@ def run(options: Mapping[str, Any], *, dry_run: bool) -> None:
         f"parameter updates saved: {summary['updates_saved_share']:.1%}",
         f"peak optimizer state: {summary['peak_state_bytes'] / 2**20:.1f} MiB",
         f"peak saved activations: {summary['peak_activation_bytes'] / 2**20:.1f} MiB",
+        summary["packing"],
+        summary["skipped_steps"]
+        and f"{summary['skipped_steps']} of {summary['steps']} steps skipped: non-finite gradients",
+        summary["failure"] is None and f"model: {output / 'model'}",
+        f"figures: {output / 'metrics.json'}",
     ):
-        console.print(line, highlight=False)
-    if summary["packing"] is not None:
-        console.print(summary["packing"], highlight=False, markup=False, soft_wrap=True)
-    if summary["skipped_steps"]:
-        console.print(
-            f"{summary['skipped_steps']} of {summary['steps']} steps skipped: non-finite gradients"
-        )
-    if summary["failure"] is None:
-        console.print(f"model: {s.output / 'model'}", soft_wrap=True)
-    console.print(f"figures: {s.output / 'metrics.json'}", soft_wrap=True)
+        if line:
+            console.print(line, highlight=False, markup=False, soft_wrap=True)
     if summary["failure"] is not None:
         fail_learning([f"{summary['failure']}; no model was saved"])
+    if options.predict_file:
+        predict_rows(trained.trainer.model, trained.prepared, output / "predictions.jsonl")
+        console.print(f"predictions: {output / 'predictions.jsonl'}", soft_wrap=True)
 
 
 def fail_learning(reasons: Sequence[str]) -> NoReturn:
     """Exit with status 3: the training ran, and a model learnt nothing."""
     print(f"error: nothing was learnt: {'; '.join(reasons)}", file=sys.stderr)
     raise SystemExit(3)
+
+
+def write_json(path: os.PathLike, content: Any) -> None:
+    """Write the whole file or, if that fails, none; null stands for NaN and infinities."""
+    partial = f"{os.fspath(path)}.partial"
+    with open(partial, "w", encoding="utf-8") as file:
+        json.dump(_finite(content), file, indent=1, allow_nan=False, default=str)
+    os.replace(partial, path)
+
+
+def _finite(content: Any) -> Any:
+    if isinstance(content, dict):
+        return {key: _finite(value) for key, value in content.items()}
+    if isinstance(content, list):
+        return [_finite(value) for value in content]
+    return None if isinstance(content, float) and not math.isfinite(content) else content

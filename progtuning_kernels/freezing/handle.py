@@ -173,7 +173,10 @@ class PatchHandle:
 
     @property
     def stage(self) -> int:
-        """Index of the stage that the next step belongs to."""
+        """Index of the stage that the next step belongs to, from 0.
+
+        Whatever people read counts stages from 1: logs, progress bars, tables and pictures.
+        """
         return self.schedule.stage(self.step)
 
     @property

@@ -5,9 +5,11 @@
 from __future__ import annotations
 
 import copy
+import sys
 import weakref
 from typing import Any
 
+import torch
 from accelerate.state import GradientState
 from torch import nn
 from torch.optim import Optimizer
@@ -17,9 +19,13 @@ from transformers.trainer_callback import CallbackHandler
 from transformers.utils import logging
 
 from ..model.call_stack import caller
-from ..optim import MaskedOptimizer, release_frozen_state
+from ..optim import MaskedOptimizer, release_frozen_state, state_bytes
 from ..patch import PatchHandle, check_options, handle_of, patch_model
 from ..schedules import Schedule, check_schedule, decides_by_gradients, stage_count
+from .token_rate import TokenRate
+
+if sys.platform != "win32":
+    import resource
 
 # Where the Trainer's own clipping is kept while a masked optimizer clips in its place: on the
 # arguments, so that a run that ended in an exception can be put right by the next one.
@@ -27,13 +33,24 @@ _PARKED = "_progtuning_max_grad_norm"
 # Where the decisions of an adaptive schedule are in `state.stateful_callbacks`, which is saved. No
 # name of a class: the Trainer would look for a callback of that class.
 _DECISIONS = "progtuning"
-_handles: weakref.WeakSet[PatchHandle] = weakref.WeakSet()  # made by callbacks, not by the user
+# Of handles that callbacks made, not the user.
+_rates: weakref.WeakKeyDictionary[PatchHandle, TokenRate] = weakref.WeakKeyDictionary()
 # below transformers' root, so that its verbosity decides
 logger = logging.get_logger("transformers.progtuning_kernels")
 
 
 def _inner(optimizer: Optimizer) -> Optimizer:
     return getattr(optimizer, "optimizer", optimizer)  # accelerate wraps it
+
+
+def _peak_memory_bytes(device: torch.device) -> int | None:
+    """Of this process: what was allocated on its GPU, or what it has taken of the CPU's memory."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    if sys.platform == "win32":
+        return None
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else 1024 * peak
 
 
 def _accumulates() -> bool:
@@ -65,10 +82,11 @@ class ProgtuningCallback(TrainerCallback):
     `state.global_step`, so a resumed run is where it was without anything saved; the decisions of a
     schedule that makes any are in the Trainer's own state.
 
-    Every log of a training loss gets `stage` (counted from 1), `boundary` and `active_share` (of
-    what was trainable when training began), which trackers see too: the callback moves before all
-    others. The Trainer's progress bar says the stage, and a change of stage is one line at
-    transformers' verbosity "info".
+    Every log of a training loss gets `stage` (counted from 1), `boundary`, `active_share` (of what
+    was trainable when training began), `state_bytes`, `peak_memory_bytes`, `real_tokens_per_second`
+    and, with a cache, `cache_rows`. Trackers see them too: the callback moves before all others.
+    The Trainer's progress bar says the stage, and a change of stage is one line at transformers'
+    verbosity "info".
 
     Args:
         schedule: copied; one without `total_steps` is bound to the Trainer's number of steps.
@@ -156,7 +174,7 @@ class ProgtuningCallback(TrainerCallback):
         self.handle = patch_model(
             model, self.schedule, step=state.global_step, **self._patch_options
         )
-        _handles.add(self.handle)
+        _rates[self.handle] = TokenRate(trainer or caller(Trainer))
         if trainer is not None and trainer.model_wrapped is not None and args.world_size > 1:
             self.handle.attach(trainer.model_wrapped)
         decisions: Any = state.stateful_callbacks  # a dict by now, typed as the list it was
@@ -186,6 +204,7 @@ class ProgtuningCallback(TrainerCallback):
             self._release(kwargs["optimizer"])
         if self._shown != self.handle.stage:
             self._show_stage(state)
+        self._rate.begin_step()
 
     def on_optimizer_step(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -196,6 +215,7 @@ class ProgtuningCallback(TrainerCallback):
     def on_step_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
+        self._rate.trained()
         if decides_by_gradients(self.schedule):
             saved = self.handle.state_dict()
             decisions: Any = state.stateful_callbacks
@@ -210,16 +230,45 @@ class ProgtuningCallback(TrainerCallback):
         **kwargs: Any,
     ) -> None:
         # SetFit gives the loss another name
-        if self.handle is not None and logs and {"loss", "learning_rate"} & logs.keys():
-            logs |= (shown := self._numbers())
+        if self.handle in _rates and logs and {"loss", "learning_rate"} & logs.keys():
+            shown = self._plan_numbers() | self._costs(kwargs.get("optimizer"))
+            if "learning_rate" in logs:  # the Trainer's own, which all ranks make
+                rate = self._rate.read(self._device)
+                shown |= {} if rate is None else {"real_tokens_per_second": round(rate, 1)}
+            logs |= shown
             state.log_history[-1] |= shown  # the Trainer has copied the logs already
+
+    def on_evaluate(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        if self.handle in _rates:
+            self._rate.did_not_train()
+
+    on_save = on_evaluate
 
     def on_train_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         self._clean_up(*_of_the_trainer(args, kwargs))
 
-    def _numbers(self) -> dict[str, Any]:
+    @property
+    def _rate(self) -> TokenRate:
+        return _rates[self.handle]
+
+    @property
+    def _device(self) -> torch.device:
+        return next(self.handle.model.parameters()).device
+
+    def _costs(self, optimizer: Optimizer | None) -> dict[str, int]:
+        """What a log says of memory."""
+        found = {"peak_memory_bytes": _peak_memory_bytes(self._device)}
+        if optimizer is not None:
+            found["state_bytes"] = state_bytes(optimizer)
+        if self.handle.cache is not None:
+            found["cache_rows"] = sum(self.handle.cache.report().rows.values())
+        return {key: value for key, value in found.items() if value is not None}
+
+    def _plan_numbers(self) -> dict[str, Any]:
         """What a log says of the plan in force."""
         handle = self.handle
         share = round(handle.active_params / handle.trainable_params, 4)
@@ -233,7 +282,7 @@ class ProgtuningCallback(TrainerCallback):
         for bar in _progress_bars():
             if bar not in self._bars_of_others and bar.total == state.max_steps:
                 bar.set_description(text)
-        numbers = self._numbers()
+        numbers = self._plan_numbers()
         logger.info(
             f"  {text} from step {state.global_step}: boundary {numbers['boundary']} of "
             f"{self.handle.num_blocks} blocks, {numbers['active_share']:.1%} of the trainable "
@@ -248,7 +297,8 @@ class ProgtuningCallback(TrainerCallback):
     @staticmethod
     def _clean_up(args: TrainingArguments, model: nn.Module) -> None:
         handle = handle_of(model)
-        if handle in _handles:
+        if handle in _rates:
+            _rates.pop(handle).remove()
             logger.info(str(handle.packing_report()))
             handle.unpatch()
         if hasattr(args, _PARKED):

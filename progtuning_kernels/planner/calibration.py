@@ -8,6 +8,7 @@ from __future__ import annotations
 import time
 from collections import defaultdict
 from collections.abc import Mapping
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -130,6 +131,7 @@ def _timed_step(
     optimizer: MaskedAdamW,
     clock: _Sections,
     name: str,
+    autocast: AbstractContextManager[Any],
 ) -> None:
     """Time the sections of one step, such as f"{name} block 0 forward"."""
 
@@ -150,7 +152,8 @@ def _timed_step(
         second.register_forward_hook(lambda _, args, out: boundary("block 1", "head", out)),
     ):
         clock.start()
-        loss = loss_of(model(**inputs))
+        with autocast:
+            loss = loss_of(model(**inputs))
         clock.end(f"{name} head forward")
         loss.backward()
         clock.end(f"{name} last backward")
@@ -199,7 +202,10 @@ def measure_units(
             while rounds <= _MIN_ROUNDS or time.perf_counter() - began < _SECONDS:
                 for name, plan in plans.items():
                     freeze_quietly(freezer, plan)
-                    _timed_step(small, blocks, batch, optimizer, clock, name)
+                    autocast = torch.autocast(
+                        device.type, options.autocast, options.autocast is not None
+                    )
+                    _timed_step(small, blocks, batch, optimizer, clock, name, autocast)
                 if not rounds:
                     clock.seconds.clear()
                 rounds += 1

@@ -10,7 +10,7 @@ import copy
 import weakref
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -24,6 +24,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
 from ..model.layout import Layout, parameter_slots
+from .autocast import Autocast
 
 aten = torch.ops.aten
 
@@ -62,21 +63,28 @@ _ATTENTION = {*_FLOPS, aten.bmm, aten.baddbmm}  # the latter where a model atten
 
 
 class TargetKernels(TorchFunctionMode):
-    """Lets meta tensors take the paths that real ones would take on `device`.
+    """Lets meta tensors take the paths that real ones would take on `device`, with `autocast`.
 
     A question about values is answered with no: "is nothing masked?", which transformers asks to
     leave a mask out, is the usual one, and rows have padding.
     """
 
-    def __init__(self, device: torch.device) -> None:
+    def __init__(self, device: torch.device, autocast: torch.dtype | None = None) -> None:
         super().__init__()
         self._device = device
+        self._casts = None if autocast is None else Autocast(autocast, device)
         self.attention: set[str] = set()  # names of the kernels that were taken
+
+    def forward(self) -> AbstractContextManager[None]:
+        """What surrounds the forward of a step."""
+        return nullcontext() if self._casts is None else self._casts.forward()
 
     def __torch_function__(
         self, func: Callable[..., Any], types: Any, args: Any = (), kwargs: Any = None
     ) -> Any:
         kwargs = kwargs or {}
+        if self._casts is not None:
+            args, kwargs = self._casts.arguments(func, args, kwargs)
         if func is torch.Tensor.__bool__ and args[0].is_meta:
             return False
         if func is F.scaled_dot_product_attention:
@@ -306,6 +314,7 @@ def count_flops(
     *,
     boundary: int,
     device: torch.device,
+    autocast: torch.dtype | None = None,
     real_tokens: float = 1.0,
 ) -> StepFlops:
     """Count the operations of a forward and a backward that would run on `device`.
@@ -313,7 +322,8 @@ def count_flops(
     Args:
         real_tokens: share of the batch's places that blocks compute on; the others are padding.
     """
-    kernels, counter = TargetKernels(device), FlopCounterMode(display=False, custom_mapping=_FLOPS)
+    kernels = TargetKernels(device, autocast)
+    counter = FlopCounterMode(display=False, custom_mapping=_FLOPS)
     prefix, hidden = 0, None
 
     def leave_prefix(_: nn.Module, args: Any, output: Any) -> None:
@@ -334,7 +344,8 @@ def count_flops(
             stack.callback(last.register_forward_hook(leave_prefix).remove)
         stack.enter_context(kernels)
         stack.enter_context(counter)
-        loss = loss_of(model(**inputs))
+        with kernels.forward():
+            loss = loss_of(model(**inputs))
         modules = counter.get_flop_counts()
         blocks = (f"{type(model).__name__}.{path}" for path in layout.block_paths)
         inside = sum(sum(modules[name].values()) for name in blocks if name in modules)
@@ -353,6 +364,7 @@ def peak_live_bytes(
     inputs: Mapping[str, Any],
     *,
     device: torch.device,
+    autocast: torch.dtype | None = None,
     in_backward: bool,
 ) -> int:
     """The most that activations, temporaries and gradients take together in one step."""
@@ -361,8 +373,10 @@ def peak_live_bytes(
     with ExitStack() as stack:
         if in_backward:
             stack.enter_context(_gradients_dropped_per_unit(model, layout))
-        stack.enter_context(TargetKernels(device))
+        kernels = stack.enter_context(TargetKernels(device, autocast))
         stack.enter_context(memory)
-        _backward(loss_of(model(**inputs)))
+        with kernels.forward():
+            loss = loss_of(model(**inputs))
+        _backward(loss)
     model.zero_grad(set_to_none=True)
     return memory.peak

@@ -41,6 +41,8 @@ _MOST_PLANS = 64
 # Length of a run that no one has named: every number of stages up to 12 divides it.
 _ANY_LENGTH = math.lcm(*range(1, 13))
 
+_AUTOCASTS = {(torch.float32, torch.bfloat16), (torch.float32, torch.float16)}
+
 
 def _with_length(schedule: Schedule, steps: int | None) -> tuple[Schedule, int]:
     """The schedule, or a copy of it that knows how long the run is, and that length."""
@@ -65,6 +67,7 @@ def plan_training(
     batch_size: int,
     seq_len: int,
     dtype: torch.dtype = torch.float32,
+    autocast: torch.dtype | None = None,
     optimizer: OptimizerName = "adamw",
     master_weights: bool = False,
     in_backward: bool = False,
@@ -84,7 +87,7 @@ def plan_training(
 
     The model's own forward and backward run on the meta device, once for every distinct plan of the
     schedule, while operations (torch's counter), saved activations and live bytes are counted.
-    Modules are counted as they are, without freeze-aware kernels. Autocast is not modelled.
+    Modules are counted as they are, without freeze-aware kernels.
 
     Args:
         model: an unpatched model; it is not changed. Its weights may be on the meta device:
@@ -94,6 +97,9 @@ def plan_training(
         batch_size: rows of a micro-batch.
         seq_len: tokens in each row.
         dtype: of weights, activations and gradients.
+        autocast: bfloat16 or float16: the forward runs under `torch.autocast`. Weights, gradients
+            and state keep `dtype`, results of matrix products are in this one, and activations
+            include the copies of weights that backward reads. None: no autocast.
         optimizer: "adamw", "adamw-bf16" or "adamw-8bit": `MaskedAdamW` with moments in float32,
             bfloat16 or 8 bits.
         master_weights: the optimizer keeps float32 copies of bfloat16 and float16 weights.
@@ -119,9 +125,10 @@ def plan_training(
 
     Raises:
         UnsupportedModelError: the model cannot be cut into units.
-        ValueError: a setting out of range; a schedule that does not fit, has no length, has more
-            than 64 different plans, or decides while it trains; a model that is patched, or that
-            asks for values of its data and so cannot run on the meta device.
+        ValueError: a setting out of range; autocast of weights that are not in float32; a schedule
+            that does not fit, has no length, has more than 64 different plans, or decides while it
+            trains; a model that is patched, or that asks for values of its data and so cannot run
+            on the meta device.
         TypeError: not a module, such as a config; not a schedule, such as its class.
 
     Example:
@@ -143,6 +150,11 @@ def plan_training(
     check_choice("tied", tied, TiedPolicy)
     if batch_size < 1 or seq_len < 1:
         raise ValueError(f"batch_size={batch_size} and seq_len={seq_len} must be positive")
+    if autocast is not None and (dtype, autocast) not in _AUTOCASTS:
+        raise ValueError(
+            f"autocast={autocast} with dtype={dtype}: autocast is to bfloat16 or float16, of "
+            "weights in float32"
+        )
     if not 0 < real_tokens <= 1:
         raise ValueError(f"real_tokens={real_tokens} must be above 0 and at most 1")
     if real_tokens < 1 and not padding:
@@ -158,6 +170,7 @@ def plan_training(
         in_backward=in_backward,
         cache=PrefixCache(1) if cache is True else cache or None,
         device=target,
+        autocast=autocast,
         real_tokens=real_tokens,
     )
     copied = meta_copy(model, dtype)
@@ -226,7 +239,9 @@ def plan_training(
     return TrainingPlan(
         title=(
             f"{type(model).__name__}, {layout.num_blocks} blocks, {batch_size} rows of {seq_len} "
-            f"tokens, {str(dtype).removeprefix('torch.')}, {optimizer}"
+            f"tokens, {_short(dtype)}, "
+            + ("" if autocast is None else f"autocast to {_short(autocast)}, ")
+            + optimizer
             + ", master weights" * master_weights
             + ", in backward" * in_backward
         ),
@@ -238,6 +253,10 @@ def plan_training(
         calibrated=costs is not None,
         length_known=length_known,
     )
+
+
+def _short(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
 
 
 @contextmanager

@@ -9,6 +9,7 @@ from typing import Any, Literal
 
 import torch
 from torch import nn
+from torch.utils import _pytree as pytree
 
 from ..cache import PrefixCache
 from ..freezing.freezer import Freezer, StageState
@@ -17,6 +18,7 @@ from ..model.layout import EMBEDDINGS, Layout, parameter_slots
 from ..optim import MaskedAdamW
 from ..optim.masked_adamw import STATE_DTYPES
 from ..schedules import FreezePlan
+from .example_batch import on_meta
 from .meta_step import StepFlops, TargetKernels, count_flops, peak_live_bytes
 from .training_plan import StagePlan
 
@@ -37,6 +39,7 @@ class Options:
     in_backward: bool
     cache: PrefixCache | None
     device: torch.device
+    autocast: torch.dtype | None = None
     real_tokens: float = 1.0
 
 
@@ -77,6 +80,7 @@ class StageMeter:
             self.inputs,
             boundary=state.boundary,
             device=device,
+            autocast=self.options.autocast,
             real_tokens=self.options.real_tokens,
         )
         activation_bytes, padding_bytes = self._activation_bytes(self.inputs)
@@ -119,6 +123,7 @@ class StageMeter:
             self.layout,
             inputs,
             device=self.options.device,
+            autocast=self.options.autocast,
             in_backward=in_backward,
         )
         if self.options.real_tokens < 1:
@@ -130,11 +135,21 @@ class StageMeter:
 
     def _activation_bytes(self, inputs: Mapping[str, Any]) -> tuple[int, int]:
         """What a forward keeps on padded rows, and how much of it is padding in blocks."""
-        with TargetKernels(self.options.device):
+        kept, in_blocks = self._kept_bytes(inputs)
+        padding = 1 - self.options.real_tokens
+        if padding and self.options.autocast is not None:
+            # copies of weights are as large for any number of rows
+            rows = len(next(t for t in pytree.tree_leaves(inputs) if isinstance(t, torch.Tensor)))
+            in_blocks = self._kept_bytes(on_meta(inputs, rows, 2 * rows))[1] - in_blocks
+        return kept, round(padding * in_blocks)
+
+    def _kept_bytes(self, inputs: Mapping[str, Any]) -> tuple[int, int]:
+        """What a forward keeps for backward, in all and in blocks."""
+        kernels = TargetKernels(self.options.device, self.options.autocast)
+        with kernels, kernels.forward():
             uses = measure_forward(self.model, self.layout, (), inputs)
         kept = {unit: use.activation_bytes for unit, use in uses.items()}
-        in_blocks = sum(kept[i] for i in range(self.layout.num_blocks) if i in kept)
-        return sum(kept.values()), round((1 - self.options.real_tokens) * in_blocks)
+        return sum(kept.values()), sum(kept.get(i, 0) for i in range(self.layout.num_blocks))
 
     def _gradient_bytes(self, *, in_backward: bool) -> int:
         units = dict.fromkeys(self.layout.units, 0)

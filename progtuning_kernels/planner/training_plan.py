@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import textwrap
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
 from ..text_table import Table, as_html, as_text
+
+_WIDTH = 80  # columns of a terminal
 
 
 @dataclass(frozen=True)
@@ -153,35 +157,57 @@ class TrainingPlan:
         }
 
     def __str__(self) -> str:
-        return as_text(self._parts())
+        lines = (textwrap.fill(p, _WIDTH) if isinstance(p, str) else p for p in self._parts())
+        return as_text(lines)
 
     def _repr_html_(self) -> str:
         return as_html(self._parts())
 
     def _parts(self) -> list[str | Table]:
-        return [self.title, "", Table(self._rows(), left=[0, 2]), "", *self._conclusions()]
+        named = [(str(i + 1), stage) for i, stage in enumerate(self.stages)]
+        named.append(("full", self.full))
+        title = "memory of a step in MiB" + "; of a row in the cache in KiB" * self._cached
+        return [
+            self.title,
+            "",
+            "a step of one micro-batch, and its time as a share of full training:",
+            Table(self._times(named), left=[0, 2]),
+            "",
+            f"{title}:",
+            Table(self._memory(named), left=[0]),
+            "",
+            *self._conclusions(),
+        ]
 
-    def _rows(self) -> list[list[str]]:
-        head = ["stage", "steps", "trains", "params (M)", "GFLOP fwd", "bwd", "weights"]
-        head += ["gradients", "state", "activations", "peak", "step / full"]
-        timed = self.calibrated
-        cached = any(s.cache_bytes_per_sample is not None for s in self.stages)
-        head += ["ms"] * timed + ["cache / row", "with cache"] * cached
-        head += ["fits"] * (self.memory_bytes is not None)
-        rows = [head]
-        for name, s in [*((str(i + 1), s) for i, s in enumerate(self.stages)), ("full", self.full)]:
+    @property
+    def _cached(self) -> bool:
+        return any(stage.cache_bytes_per_sample is not None for stage in self.stages)
+
+    def _times(self, named: Sequence[tuple[str, StagePlan]]) -> list[list[str]]:
+        rows = [["stage", "steps", "trains", "params", "ms" if self.calibrated else "GFLOP"]]
+        rows[0] += ["of full"] + ["cached"] * self._cached
+        for name, s in named:
             steps = f"{s.steps:,}" if self.length_known else f"{s.steps / self.total_steps:.0%}"
-            row = [name, steps if s.steps else "", s.trains]
-            row += [f"{s.trainable_params / 1e6:,.2f}"]
-            row += [f"{flops / 1e9:,.1f}" for flops in (s.forward_flops, s.backward_flops)]
+            cost = f"{s.flops / 1e9:,.1f}" if s.step_ms is None else f"{s.step_ms:,.1f}"
+            row = [name, steps if s.steps else "", s.trains, f"{s.trainable_params / 1e6:,.2f}M"]
+            row += [cost, f"{s.step_ratio:.3f}"]
+            if self._cached:
+                ratio = s.cached_step_ratio
+                row.append("" if ratio is None else f"{ratio:.3f}")
+            rows.append(row)
+        return rows
+
+    def _memory(self, named: Sequence[tuple[str, StagePlan]]) -> list[list[str]]:
+        rows = [["stage", "weights", "gradients", "state", "activations", "peak"]]
+        rows[0] += ["cache row"] * self._cached + ["fits"] * (self.memory_bytes is not None)
+        for name, s in named:
             sizes = (s.weight_bytes, s.gradient_bytes, s.state_bytes, s.activation_bytes)
-            row += [_size(n) for n in (*sizes, s.peak_bytes)] + [f"{s.step_ratio:.3f}"]
-            row += [f"{s.step_ms:,.1f}" if s.step_ms is not None else ""] * timed
-            if cached:
-                size, ratio = s.cache_bytes_per_sample, s.cached_step_ratio
-                row += ["-", "-"] if size is None else [_size(size), f"{ratio:.3f}"]
+            row = [name, *(f"{size / 2**20:,.1f}" for size in (*sizes, s.peak_bytes))]
+            if self._cached:
+                size = s.cache_bytes_per_sample
+                row.append("" if size is None else f"{size / 2**10:,.1f}")
             if self.memory_bytes is not None:
-                row += ["yes" if s.peak_bytes <= self.memory_bytes else "NO"]
+                row.append("yes" if s.peak_bytes <= self.memory_bytes else "NO")
             rows.append(row)
         return rows
 

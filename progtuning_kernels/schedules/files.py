@@ -27,9 +27,13 @@ KINDS: dict[str, type] = {
 }
 
 
-def make_schedule(settings: Mapping[str, Any]) -> Schedule:
-    """The schedule that a file's content describes; `ValueError` in one line for a wrong one."""
-    settings = dict(settings)
+def make_schedule(settings: Mapping[str, Any], folder: Path = Path()) -> Schedule:
+    """The schedule that a file's content describes; `ValueError` in one line for a wrong one.
+
+    Args:
+        folder: where `weights_from` starts.
+    """
+    settings = _with_weights(settings, folder)
     kind = settings.pop("schedule", None)
     if not isinstance(kind, str) or kind not in KINDS:
         raise ValueError(f"schedule must be one of {', '.join(KINDS)}, got {kind!r}")
@@ -73,7 +77,7 @@ def schedule_from_file(path: str | Path) -> Schedule:
         content = read_settings(path)
         if not isinstance(content, Mapping):
             raise ValueError("expected settings, one per line")
-        return make_schedule(_with_weights(content, path.parent))
+        return make_schedule(content, path.parent)
     except ValueError as error:
         raise ValueError(f"{path}: {one_line(error)}") from error
 

@@ -18,7 +18,6 @@ import torch
 import transformers
 
 from progtuning_kernels.cli.app import main
-from progtuning_kernels.cli.batches import Order
 
 
 @pytest.fixture
@@ -216,34 +215,6 @@ def test_regression_and_tab_separated_pairs(call, tmp_path):
     assert run["metric_name"] == "pearson" and run["data"]["label_names"] is None
     assert run["evaluations"][-1]["pearson"] > 0.5
     assert run["evaluations"][-1]["loss"] < run["evaluations"][0]["loss"]
-
-
-def test_order_is_a_function_of_seed_and_step():
-    lengths = [(7 * i) % 20 for i in range(200)]
-    order = Order(lengths, batch_size=3, accumulate=3, seed=4)
-    assert order.steps_per_epoch == 23
-    windows = list(order.windows(0, 46))
-    sizes = [[len(rows) for rows in window] for window in windows]
-    assert sizes == ([[3] * 3] * 22 + [[2]]) * 2
-    for epoch in (windows[:23], windows[23:]):
-        assert sorted(i for window in epoch for rows in window for i in rows) == list(range(200))
-    contents = [
-        {frozenset(i for rows in window for i in rows) for window in epoch}
-        for epoch in (windows[:23], windows[23:])
-    ]
-    assert len(contents[0] & contents[1]) < 3  # other rows together, not only another order
-    assert list(order.windows(30, 46)) == windows[30:]
-    other = Order(lengths, batch_size=3, accumulate=3, seed=5)
-    assert list(other.windows(0, 3)) != windows[:3]
-
-
-def test_rows_of_similar_length_share_a_window():
-    lengths = torch.randint(3, 60, (640,), generator=torch.Generator().manual_seed(0)).tolist()
-    windows = list(Order(lengths, batch_size=8, accumulate=1, seed=0).windows(0, 80))
-    padded = sum(max(lengths[i] for i in rows) * len(rows) for (rows,) in windows)
-    assert padded < 1.15 * sum(lengths)
-    widths = [max(lengths[i] for i in rows) for (rows,) in windows]
-    assert widths[:16] != sorted(widths[:16]) and widths[:16] != sorted(widths[:16])[::-1]
 
 
 def test_accumulated_window_is_the_mean_over_its_rows(call, tmp_path):

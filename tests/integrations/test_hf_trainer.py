@@ -10,7 +10,7 @@ import peft
 import pytest
 import torch
 from safetensors.torch import load_file
-from tiny_models import tiny_model
+from tiny_models import tiny_inputs, tiny_model
 from torch import nn
 from tqdm.auto import tqdm
 from trainers import STEPS, Recorder, rows_of, trainer_of, weights_of
@@ -18,7 +18,8 @@ from transformers import EarlyStoppingCallback, Trainer, TrainerCallback
 from transformers.trainer_utils import SchedulerType
 from transformers.utils import logging
 
-from progtuning_kernels import MaskedAdamW, ProgressiveSchedule, patch_model
+from progtuning_kernels import MaskedAdamW, PrefixCache, ProgressiveSchedule, patch_model
+from progtuning_kernels.integrations import token_rate
 from progtuning_kernels.integrations.hf_trainer import ProgtuningCallback
 from progtuning_kernels.patch import handle_of
 
@@ -403,6 +404,52 @@ def test_evaluation_between_steps_changes_nothing(tmp_path):
     assert "bert.encoder.layer.3" in evaluated.stochastic
 
 
+class _OutOfMemory(TrainerCallback):
+    """The first attempt of the Trainer ends at its third step, for want of memory."""
+
+    failed = False
+
+    def on_pre_optimizer_step(self, args, state, control, **kwargs):
+        if state.global_step == 2 and not self.failed:
+            self.failed = True
+            raise RuntimeError("CUDA out of memory.")
+
+
+_EVERY_TWO = {"eval_strategy": "steps", "eval_steps": 2}
+_OPTIONS = {
+    "epochs": {"steps": -1, "num_train_epochs": 2, "per_device_train_batch_size": 5},
+    "steps within an epoch": {"steps": 3},
+    "best": _EVERY_TWO | {"save_strategy": "best", "metric_for_best_model": "loss"},
+    "bf16": {"bf16": True},
+    "bf16, checkpointed": {"bf16": True, "gradient_checkpointing": True},
+    "a scheduler with arguments": {
+        "lr_scheduler_type": "cosine_with_min_lr",
+        "lr_scheduler_kwargs": {"min_lr": 1e-4},
+    },
+    "auto_find_batch_size": {"auto_find_batch_size": True, "steps": 6},
+}
+
+
+@pytest.mark.parametrize("masked", [False, True])
+@pytest.mark.parametrize("name", _OPTIONS)
+def test_the_plan_under_options_of_the_trainer(tmp_path, name, masked):
+    callback, recorder = ProgtuningCallback(ProgressiveSchedule(3)), Recorder()
+    callbacks = [callback, recorder, *[_OutOfMemory()] * (name == "auto_find_batch_size")]
+    optimizer = (MaskedAdamW, {"lr": 1e-2}) if masked else None
+    trainer = trainer_of(tmp_path, callbacks=callbacks, optimizer=optimizer, **_OPTIONS[name])
+    before = weights_of(trainer)
+    done = trainer.train().global_step
+    steps = recorder.steps[-done:]
+    schedule = ProgressiveSchedule(3, done)
+    assert [s.boundary for s in steps] == [schedule.plan(i, 4).boundary for i in range(done)]
+    logs = [log for log in trainer.state.log_history if "loss" in log]
+    assert [log["boundary"] for log in logs] == [s.boundary for s in steps]
+    assert handle_of(trainer.model) is None and trainer.args.max_grad_norm == 1.0
+    # the optimizer of a second attempt has what the first one had frozen
+    earlier = recorder.steps[-done - 1].weights if len(recorder.steps) > done else before
+    assert all(not torch.equal(w, earlier[n]) for n, w in steps[0].weights.items())
+
+
 class _SavedBytes(TrainerCallback):
     """Bytes handed to autograd for backward, per optimizer step."""
 
@@ -439,6 +486,8 @@ def test_a_compiled_model_is_truncated(tmp_path):
         assert handle_of(trainer.model) is None
         ends.append(weights_of(trainer))
     assert torch._dynamo.utils.counters["stats"]["unique_graphs"] > 0
+    logs = [log for log in trainer.state.log_history if "loss" in log]
+    assert all(log["real_tokens_per_second"] > 0 for log in logs)
     eager, compiled = (counter.steps for counter in saved)
     assert eager == compiled and eager[0] > 1.8 * eager[2]
     for name, weight in ends[0].items():
@@ -542,10 +591,76 @@ def test_trackers_get_the_stage_wherever_they_stand(tmp_path, monkeypatch, place
         assert [log["stage"] for log in steps] == [1, 1, 2, 2, 3, 3, 4, 4]
         assert [log["boundary"] for log in steps] == [0, 0, 1, 1, 2, 2, 3, 3]
         assert all(0 < log["active_share"] <= 1 for log in steps)
+        numbers = ("state_bytes", "peak_memory_bytes", "real_tokens_per_second")
+        assert all(type(log[name]) in (int, float) for log in steps for name in numbers)
+        sizes = [log["state_bytes"] for log in steps]
+        assert sizes == sorted(sizes, reverse=True) and sizes[-1] < sizes[0] / 2
+        assert all("cache_rows" not in log for log in steps)
         assert "train_runtime" in summary and "stage" not in summary
         # every callback is still there, once, in the order that it had
         assert [c for c in trainer.callback_handler.callbacks if c is not ours] == others
         assert trainer.callback_handler.callbacks.count(ours) == 1
+
+
+class _Clock(TrainerCallback):
+    """A step takes 2 s; evaluation, saving and what callbacks do before a step 100 s each."""
+
+    def __init__(self) -> None:
+        self.now = 0.0
+
+    def perf_counter(self) -> float:
+        return self.now
+
+    def on_step_begin(self, args, state, control, model=None, **kwargs):
+        self.now += 100
+        model(**tiny_inputs("bert-sequence")).loss.backward()  # as to measure something
+        model.zero_grad()
+
+    def on_pre_optimizer_step(self, args, state, control, **kwargs):
+        self.now += 2
+
+    def save(self, *args) -> None:
+        self.now += 100
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"gradient_accumulation_steps": 2, "logging_steps": 2},
+        {"optimizer": (MaskedAdamW, {"lr": 1e-2, "in_backward": True}), "logging_steps": 3},
+        {"cache": 1 << 20},
+    ],
+    ids=["plain", "accumulated", "in backward", "cached"],
+)
+def test_real_tokens_of_training_time(tmp_path, monkeypatch, options):
+    clock, rows, options = _Clock(), rows_of("bert-sequence"), dict(options)
+    cache = PrefixCache(max_bytes=options.pop("cache")) if "cache" in options else None
+    monkeypatch.setattr(token_rate, "time", clock)
+    trainer = trainer_of(
+        tmp_path,
+        model=tiny_model("bert-sequence"),
+        callbacks=[ProgtuningCallback(ProgressiveSchedule(3), cache=cache), clock],
+        rows=rows,
+        steps=12 // options.get("gradient_accumulation_steps", 1),
+        per_device_train_batch_size=len(rows) // 6,
+        eval_strategy="steps",
+        eval_steps=1,
+        compute_metrics=lambda _: clock.save() or {},
+        save_strategy="steps",
+        save_steps=2,
+        **options,
+    )
+    monkeypatch.setattr(trainer, "_save_checkpoint", clock.save)
+    trainer.train()
+    logs = [log for log in trainer.state.log_history if "loss" in log]
+    every = options.get("logging_steps", 1)
+    assert "training_step" not in vars(trainer)
+    counted = sum(log["real_tokens_per_second"] * 2 * every for log in logs)
+    assert counted == pytest.approx(2 * sum(int(row["attention_mask"].sum()) for row in rows))
+    if cache is not None:
+        stored = [log["cache_rows"] for log in logs]
+        assert stored[:4] == [0, 0, 0, 0] and stored[-1] == len(rows)
 
 
 class _SetFitTrainer(Trainer):
@@ -588,8 +703,9 @@ def test_the_objects_that_setfit_hands_to_callbacks(tmp_path, monkeypatch):
         )
         trainer.train()
         assert handle_of(trainer.model) is None
-        stages = [log["stage"] for log in trainer.state.log_history if "body_loss" in log]
-        assert stages == [1, 1, 2, 2, 3, 3, 4, 4]
+        logs = [log for log in trainer.state.log_history if "body_loss" in log]
+        assert [log["stage"] for log in logs] == [1, 1, 2, 2, 3, 3, 4, 4]
+        assert all(log["real_tokens_per_second"] > 0 < log["state_bytes"] for log in logs)
         expected = weights_of(plain)
         for name, weight in weights_of(trainer).items():
             torch.testing.assert_close(weight, expected[name], rtol=1e-4, atol=2e-5)

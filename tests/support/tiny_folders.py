@@ -7,7 +7,7 @@ import random
 from pathlib import Path
 
 from tiny_models import tiny_model
-from tokenizers import Tokenizer, models, pre_tokenizers
+from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast
 
 
@@ -50,3 +50,15 @@ def save_rows(folder: Path, sizes: dict[str, int]) -> list[Path]:
         paths.append(folder / f"{name}.jsonl")
         paths[-1].write_text("\n".join(lines) + "\n")
     return paths
+
+
+def sentence_tokenizer() -> PreTrainedTokenizerFast:
+    """The tokenizer over 90 words with [CLS] and [SEP] round its texts, as BERT's, and [MASK]."""
+    tokenizer = word_tokenizer()
+    tokenizer.add_special_tokens({"mask_token": "[MASK]"})
+    tokenizer.backend_tokenizer.post_processor = processors.TemplateProcessing(
+        single="[CLS] $A [SEP]",
+        pair="[CLS] $A [SEP] $B:1 [SEP]:1",
+        special_tokens=[("[CLS]", 2), ("[SEP]", 3)],
+    )
+    return tokenizer

@@ -64,12 +64,12 @@ def trainer_of(
             max_steps=steps,
             learning_rate=1e-2,
             weight_decay=0.1,
-            logging_steps=1,
             report_to="none",
             use_cpu=True,
             seed=7,
             **{
                 "per_device_train_batch_size": 4,
+                "logging_steps": 1,
                 "lr_scheduler_type": "linear",
                 "disable_tqdm": True,
                 "save_strategy": "no",

@@ -1,0 +1,73 @@
+"""`progtuning predict`: answers of a saved model, one JSON object for every row."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from torch import nn
+
+from .errors import UserError
+from .options import TrainOptions
+from .preparation import Prepared, Rows, prepare, read_rows, trainer_classes
+from .tasks import TASKS, task_class
+
+
+def predict_rows(model: nn.Module, prepared: Prepared, output: Path) -> int:
+    """Write `output`: every row of "predict", and what the model says of it as "prediction"."""
+    task, rows = prepared.task, prepared.rows.splits["predict"]
+    if hasattr(task, "generate"):
+        answers = task.generate(model, prepared.processor, rows)
+    else:
+        trainer = trainer_classes(task)[0](
+            model=model,
+            args=prepared.args,
+            data_collator=prepared.collate,
+            processing_class=prepared.processor,
+            preprocess_logits_for_metrics=task.preprocess_logits,
+        )
+        predictions = trainer.predict(prepared.encoded["predict"]).predictions
+        answers = task.answers(predictions, rows)
+    with output.open("w", encoding="utf-8") as file:
+        for row, answer in zip(rows, answers, strict=True):
+            line = json.dumps({**row, "prediction": answer}, ensure_ascii=False, default=str)
+            file.write(line + "\n")
+    return len(rows)
+
+
+def run(
+    model: str,
+    *,
+    files: tuple[str, ...],
+    output: Path,
+    task: str | None,
+    batch_size: int,
+    max_length: int | None,
+) -> None:
+    from transformers import AutoConfig
+
+    try:
+        config = AutoConfig.from_pretrained(model)
+    except Exception as error:  # missing, damaged: there is no common class
+        raise UserError(f"cannot load model {model!r}: {error}") from error
+    found = [
+        name
+        for name in TASKS
+        for kind in config.architectures or ()
+        if kind.endswith(task_class(name).auto_model.removeprefix("AutoModel"))
+    ]
+    if task is None and not found:
+        raise UserError(f"{model} does not say what it was trained for: give --task")
+    options = TrainOptions(
+        model=model,
+        task=task or found[0],
+        predict_file=files,
+        max_length=max_length or TrainOptions.max_length,
+        trainer={"per_device_eval_batch_size": batch_size, "report_to": ("none",)},
+    )
+    rows: Rows = read_rows(options, ("predict",))
+    prepared = prepare(options, rows, remove_unused_columns=False)
+    count: Any = predict_rows(prepared.model, prepared, output)
+    Console().print(f"{count:,} rows: {output}", soft_wrap=True)

@@ -1,0 +1,144 @@
+"""From options to a model and encoded rows: what train, predict and contribution begin with."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
+
+from ..model.layout import Layout, find_layout
+from . import models
+from .config import training_arguments
+from .data import digest, load_splits
+from .errors import as_user_error
+from .options import TrainOptions
+from .tasks import Task, task_class
+from .tasks.causal_lm import sft_classes
+
+if TYPE_CHECKING:
+    from datasets import Dataset
+    from transformers import TrainingArguments
+
+
+@dataclass
+class Rows:
+    """Rows as they were read, and the task that they are of; no model is needed for it."""
+
+    splits: dict[str, Dataset]
+    task: Task
+    description: str
+    digest: str  # of the content
+
+    def summary(self) -> str:
+        """One line: what was read, and what the labels were taken for."""
+        counts = " and ".join(f"{len(r):,}" for s, r in self.splits.items() if s != "predict")
+        about = self.task.summary()
+        return f"{self.description}: {counts} rows" + (f"; {about}" if about else "")
+
+
+@dataclass
+class Prepared:
+    """A model on its device, and the rows as it reads them."""
+
+    options: TrainOptions
+    rows: Rows
+    args: TrainingArguments
+    model: nn.Module
+    processor: Any
+    layout: Layout
+    encoded: dict[str, Dataset]
+    collate: Any
+    notes: list[str]  # what a user should know of weights and rows
+
+    @property
+    def task(self) -> Task:
+        return self.rows.task
+
+    def adapt(self, rank: int) -> None:
+        """Put LoRA on the model."""
+        self.model = models.wrap_lora(self.model, self.options.task, rank)
+        paths = [f"base_model.model.{stack.path}" for stack in self.layout.stacks]
+        self.layout = find_layout(self.model, paths)
+
+    def batch(self, rows: Sequence[dict[str, Any]]) -> dict[str, torch.Tensor]:
+        collated = self.collate([dict(row) for row in rows])
+        return {k: v.to(self.args.device) for k, v in collated.items()}
+
+    def lengths(self, split: str) -> list[int]:
+        """What a row takes in a batch: its tokens; 1 for what has none, as an image."""
+        rows = self.encoded[split]
+        if "input_ids" not in rows.column_names:
+            return [1] * len(rows)
+        return [len(ids) for ids in rows["input_ids"]]
+
+
+def read_rows(options: TrainOptions, wanted: Sequence[str] = ("train", "validation")) -> Rows:
+    """The rows that the options name; `UserError` if they cannot be used."""
+    splits = load_splits(options, wanted)
+    task = task_class(options.task)(options, splits)
+    if options.dataset is not None:
+        description = f"data set {options.dataset}"
+    else:
+        files = (*options.train_file, *options.validation_file)
+        description = " and ".join(dict.fromkeys(name.rsplit("/", 1)[-1] for name in files))
+    return Rows(splits, task, description, digest(splits))
+
+
+def trainer_classes(task: Task) -> tuple[type, type]:
+    """The Trainer of a task, and the class of its arguments."""
+    if task.trainer == "SFTTrainer":
+        return sft_classes()
+    import transformers
+
+    arguments = task.trainer.replace("Trainer", "TrainingArguments")
+    return getattr(transformers, task.trainer), getattr(transformers, arguments)
+
+
+def prepare(
+    options: TrainOptions, rows: Rows, *, weights: bool = True, **arguments: Any
+) -> Prepared:
+    """Load the model, encode the rows, and try a batch of them.
+
+    Args:
+        weights: False makes the model on the meta device, and tries nothing.
+        arguments: of the Trainer, over those of the options.
+
+    Raises:
+        UserError: the model cannot be loaded, or cannot train on these rows.
+    """
+    from transformers import set_seed
+
+    task = rows.task
+    wanted = getattr(task, "trainer_options", {})
+    arguments = {k: v for k, v in wanted.items() if k not in options.trainer} | arguments
+    arguments["dataloader_pin_memory"] = torch.cuda.is_available()
+    args = training_arguments(options, trainer_classes(task)[1], **arguments)
+    set_seed(args.seed)
+    model, processor, notes = models.load_model(options, task, args.device, weights=weights)
+    if task.processor == "AutoTokenizer":
+        models.check_length(model, options.max_length, "--max-length", processor)
+    encoded = {
+        split: task.encode(own, processor, model, split) for split, own in rows.splits.items()
+    }
+    notes += getattr(task, "notes", [])
+    with as_user_error():
+        layout = find_layout(model, options.block_lists)
+    if weights and not options.load_in_4bit:
+        model.to(args.device)
+    prepared = Prepared(
+        options, rows, args, model, processor, layout, encoded, task.collator(processor, model),
+        notes,
+    )  # fmt: skip
+    if all("input_ids" in own.column_names for own in encoded.values()):
+        notes += models.check_rows(model, processor, encoded)
+    if not weights:
+        return prepared
+    # the longest row, and one that has to be padded
+    longest = max(encoded, key=lambda split: max(prepared.lengths(split)))
+    order = sorted(range(len(encoded[longest])), key=prepared.lengths(longest).__getitem__)
+    batch = prepared.batch([encoded[longest][i] for i in (order[-1], order[0])])
+    models.try_forward(model, batch, causal=task.lora_task == "CAUSAL_LM")
+    return prepared

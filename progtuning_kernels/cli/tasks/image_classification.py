@@ -1,0 +1,149 @@
+"""Images in classes: folders of classes, or a column of paths beside a column of labels."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from io import BytesIO
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from ...backend import one_line
+from ..data import find_columns
+from ..errors import UserError
+from .classes import class_figures, class_order, place_of, same_classes, set_classes
+
+if TYPE_CHECKING:
+    from datasets import Dataset
+    from PIL.Image import Image
+
+    from ..options import TrainOptions
+
+_ROLES = {
+    "image": ("image", "img", "image_path", "file_name", "path", "file"),
+    "label": ("label", "labels", "fine_label"),
+}
+
+
+class ImageClassification:
+    auto_model = "AutoModelForImageClassification"
+    processor = "AutoImageProcessor"
+    lora_task = None  # PEFT has no class for images
+    trainer = "Trainer"
+    metrics = ("accuracy", "f1", "matthews")
+
+    def __init__(self, options: TrainOptions, splits: dict[str, Dataset]) -> None:
+        self.columns = find_columns(
+            next(iter(splits.values())),
+            options.columns,
+            _ROLES,
+            optional=() if "train" in splits else ("label",),
+        )
+        files = {
+            "train": options.train_file,
+            "validation": options.validation_file or options.train_file,
+            "predict": options.predict_file,
+        }
+        self._folders = {s: [Path(file).parent for file in files[s]] for s in splits}
+        self.names: list[str] | None = None
+        for split, rows in splits.items():
+            for number, stored in enumerate(self._stored(rows)["image"], 1):
+                self._read(stored, split, number)
+            if split == "predict":
+                continue
+            labels = self._labels(rows, split)
+            if self.names is None:
+                self.names = sorted(set(labels), key=class_order)
+                if len(self.names) < 2:
+                    raise UserError(f"the training rows have one label only: {self.names[0]!r}")
+            for number, label in enumerate(labels, 1):
+                place_of(label, dict.fromkeys(self.names, 0), f"{split} row {number}")
+
+    def summary(self) -> str:
+        shown = ", ".join(map(repr, self.names[:10])) + (", ..." if self.names[10:] else "")
+        return f"{len(self.names)} classes of images: {shown}"
+
+    def _labels(self, rows: Dataset, split: str) -> list[str]:
+        column = self.columns["label"]
+        if column not in rows.column_names:
+            raise UserError(f"{split} row 1 has no value for column {column!r}")
+        named = getattr(rows.features[column], "names", None)  # of folders, and of the hub
+        labels = []
+        for number, label in enumerate(rows[column], 1):
+            if not isinstance(label, str | int) or not str(label).strip():
+                raise UserError(f"{split} row {number}: column {column!r} holds no label")
+            labels.append(named[label] if named else str(label))
+        return labels
+
+    def _stored(self, rows: Dataset) -> Dataset:
+        """One column, "image": a path, or {"path": ..., "bytes": ...} that are not decoded."""
+        from datasets import Image
+
+        column = self.columns["image"]
+        if isinstance(rows.features[column], Image):
+            rows = rows.cast_column(column, Image(decode=False))
+        return rows.select_columns([column]).rename_columns({column: "image"})
+
+    def _read(self, stored: Any, split: str, number: int, mode: str | None = None) -> Image:
+        """The image in a mode of Pillow; None: only its header is read."""
+        from PIL import Image
+
+        where = f"{split} row {number}"
+        stored = stored if isinstance(stored, dict) else {"path": stored}
+        path, content = stored["path"], stored.get("bytes")
+        if content is None:
+            if not isinstance(path, str) or not path:
+                raise UserError(f"{where}: column {self.columns['image']!r} holds no image")
+            paths = [folder / path for folder in self._folders[split]] or [Path(path)]
+            file = next((path for path in paths if path.is_file()), None)
+            if file is None:
+                raise UserError(f"{where}: no such file: {paths[0]}")
+        try:
+            with Image.open(file if content is None else BytesIO(content)) as image:
+                return image if mode is None else image.convert(mode)
+        except (OSError, Image.DecompressionBombError) as error:
+            raise UserError(f"{where}: cannot read its image: {one_line(error)}") from error
+
+    def configure(self, config: Any) -> None:
+        own = [str(config.id2label[i]) for i in sorted(config.id2label)]
+        if self.names is None:  # to predict
+            self.names = own
+            return
+        head = same_classes(own, self.names) or self.names
+        # rows may number the classes that the head has names for
+        order = head if sorted(head) == sorted(self.names) else self.names
+        self._places = {name: i for i, name in enumerate(order)}
+        self.names = head
+        set_classes(config, self.names, "single_label_classification")
+
+    def encode(self, rows: Dataset, processor: Any, model: Any, split: str) -> Dataset:
+        mode = "L" if getattr(model.config, "num_channels", 3) == 1 else "RGB"
+
+        def pixels(batch: dict[str, list[Any]]) -> dict[str, list[Any]]:
+            numbered = zip(batch["image"], batch["row"], strict=True)
+            images = [self._read(stored, split, number, mode) for stored, number in numbered]
+            read = {"pixel_values": [*processor(images, return_tensors="pt")["pixel_values"]]}
+            return read | ({"labels": batch["labels"]} if "labels" in batch else {})
+
+        found = self._stored(rows).add_column("row", [*range(1, len(rows) + 1)])
+        if split != "predict":
+            labels = [self._places[label] for label in self._labels(rows, split)]
+            found = found.add_column("labels", labels)
+        return found.with_transform(pixels)
+
+    def collator(self, processor: Any, model: Any) -> Callable[[list[dict]], dict]:
+        from transformers import default_data_collator
+
+        return default_data_collator
+
+    def preprocess_logits(self, logits: Any, labels: Any) -> Any:
+        return logits[0] if isinstance(logits, tuple) else logits
+
+    def figures(self, predictions: Any, labels: Any) -> dict[str, float]:
+        """predictions (N, classes) logits; labels (N,)."""
+        return class_figures(predictions.argmax(-1), labels, len(self.names))
+
+    def answers(self, predictions: Any, rows: Dataset) -> list[dict[str, Any]]:
+        from scipy import special
+
+        shares = special.softmax(predictions, -1)
+        return [{"label": self.names[row.argmax()], "score": float(row.max())} for row in shares]
