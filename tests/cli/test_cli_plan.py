@@ -7,7 +7,7 @@ import shutil
 
 import pytest
 import transformers
-from test_cli_train import _one_line_error
+from one_line_error import one_line_error
 
 from progtuning_kernels.cli.app import main
 from progtuning_kernels.cli.plan_command import parse_bytes
@@ -84,7 +84,7 @@ def test_options_reach_the_plan(model_folders, capsys):
 )
 def test_bad_calls_get_one_line(model_folders, capsys, extra, message):
     model = ["--model", str(model_folders["bert"])]
-    assert message in _one_line_error(capsys, ["plan", *model, *_SMALL, *extra])
+    assert message in one_line_error(capsys, ["plan", *model, *_SMALL, *extra])
 
 
 def test_models_that_count_positions_in_other_ways(capsys, tmp_path):
@@ -92,7 +92,7 @@ def test_models_that_count_positions_in_other_ways(capsys, tmp_path):
     roberta = transformers.RobertaConfig(**sizes, intermediate_size=16, max_position_embeddings=34)
     roberta.save_pretrained(tmp_path / "roberta")
     arguments = ["plan", "--model", str(tmp_path / "roberta"), "--seq-len"]
-    assert "33 is above the model's 32 tokens" in _one_line_error(capsys, [*arguments, "33"])
+    assert "33 is above the model's 32 tokens" in one_line_error(capsys, [*arguments, "33"])
     sizes = {"d_model": 16, "n_layer": 4, "n_head": 2, "d_inner": 16}
     transformers.XLNetConfig(**sizes).save_pretrained(tmp_path / "xlnet")  # which says -1
     main(["plan", "--model", str(tmp_path / "xlnet"), "--seq-len", "32"])
