@@ -20,43 +20,47 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from progtuning_kernels.cli.engine import Run, write_json
-from progtuning_kernels.cli.progress import TrainProgress
-from progtuning_kernels.cli.settings import TrainSettings
 from rich.console import Console
 
+from progtuning_kernels.cli.app import train
 from progtuning_kernels.cli.errors import UserError
-from progtuning_kernels.cli.train import load_data
+from progtuning_kernels.cli.options import TrainOptions
+from progtuning_kernels.cli.preparation import read_rows
+from progtuning_kernels.cli.train import Run, write_json
 from progtuning_kernels.schedules.files import read_settings
 
 EXPERIMENT = Path(__file__).resolve().parent / "experiments" / "accuracy.toml"
 
 
-def settings_of(
+def options_of(
     experiment: Mapping[str, Any], task: str, method: str, seed: int, *, data: Path, work: Path
-) -> TrainSettings:
-    """One run's settings."""
+) -> TrainOptions:
+    """One run's options."""
     chosen = {**experiment["common"], **experiment["tasks"][task], **experiment["methods"][method]}
     if "." in chosen.get("schedule", ""):
         chosen["schedule"] = str(EXPERIMENT.parent / chosen["schedule"])
-    return TrainSettings(
-        **chosen,
-        train_file=data / task / "train.jsonl",
-        validation_file=data / task / "validation.jsonl",
-        seed=seed,
-        output=work / f"{task}-{method}-seed{seed}",
-        checkpoint_every=200,
-        keep_checkpoints=1,
-        resume=True,
-    )
+    chosen |= {
+        "train-file": data / task / "train.jsonl",
+        "validation-file": data / task / "validation.jsonl",
+        "seed": seed,
+        "output": work / f"{task}-{method}-seed{seed}",
+        "checkpoint-every": 200,
+        "keep-checkpoints": 1,
+    }
+    arguments = [
+        f"--{name.replace('_', '-')}" + ("" if value is True else f"={value}")
+        for name, value in chosen.items()
+    ]
+    options, _ = train.options(train.make_context("train", [*arguments, "--resume"]))
+    return options
 
 
 def stored(result: Mapping[str, Any], method: str) -> dict[str, Any]:
     """What is kept of a run's metrics.json: no step by step record, no path of a machine."""
     config = {
-        key: Path(value).name if key in ("train_file", "validation_file", "schedule") else value
+        key: [Path(one).name for one in value] if key.endswith("_file") else value
         for key, value in result["config"].items()
-        if key != "output"
+        if key not in ("output", "trainer")
     }
     kept = {key: value for key, value in result.items() if key not in ("steps", "config")}
     return kept | {"name": method, "config": config}
@@ -81,16 +85,15 @@ def run(arguments: argparse.Namespace) -> None:
         if path.exists():
             continue
         console.print(f"[bold]{number} of {len(wanted)}: {task}, {method}, seed {seed}")
-        settings = settings_of(
+        options = options_of(
             experiment, task, method, seed, data=arguments.data, work=arguments.work
         )
-        shutil.rmtree(settings.output / "model", ignore_errors=True)
-        result = Run(settings, load_data(settings), name=method).train(TrainProgress(console))
+        result = Run(options, read_rows(options), name=method, console=console).train()
         if (failure := result["summary"]["failure"]) is not None:
             raise UserError(f"{task}, {method}, seed {seed}: {failure}")
         path.parent.mkdir(parents=True, exist_ok=True)
         write_json(path, stored(result, method))
-        shutil.rmtree(settings.output)  # figures alone are wanted; a model is 90 MB
+        shutil.rmtree(options.output)  # figures alone are wanted; a model is 90 MB
 
 
 def main() -> None:

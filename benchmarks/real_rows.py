@@ -5,14 +5,16 @@ from __future__ import annotations
 from collections.abc import Sequence
 from itertools import pairwise
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import torch
-from progtuning_kernels.cli.batches import encode_classification
-from progtuning_kernels.cli.datasets import Columns, build_data, read_rows
 from torch import Tensor
 
+from progtuning_kernels.cli.data import load_splits
 from progtuning_kernels.cli.models import minilm_folder
+from progtuning_kernels.cli.options import TrainOptions
+from progtuning_kernels.cli.tasks.text_classification import TextClassification
 
 Row = dict[str, Any]  # input_ids and, of a tokenizer, token_type_ids: lists; labels: 0 or 1
 
@@ -21,12 +23,19 @@ def read(path: Path, *, most_tokens: int, most_rows: int) -> tuple[Row, ...]:
     """Random rows of a file, by MiniLM's tokenizer; in two classes, whatever its labels are."""
     from transformers import AutoTokenizer
 
-    found = read_rows(path)
+    options = TrainOptions(
+        train_file=(str(path),),
+        validation_file=(str(path),),
+        max_length=most_tokens,
+        problem_type="single_label",
+    )
+    found = load_splits(options)["train"]
     order = torch.randperm(len(found), generator=torch.Generator().manual_seed(0))[:most_rows]
-    chosen = [found[i] for i in order.tolist()]
-    data = build_data(chosen, chosen, columns=Columns(), labelled=True, description="")
+    chosen = found.select(order.tolist())
+    task = TextClassification(options, {"train": chosen})
     tokenizer = AutoTokenizer.from_pretrained(minilm_folder())
-    rows = encode_classification(data, tokenizer, most_tokens).train
+    task.configure(SimpleNamespace(id2label={}))
+    rows = task.encode(chosen, tokenizer, None, "train")
     names = ("input_ids", "token_type_ids")
     return tuple(
         {name: row[name] for name in names} | {"labels": min(1, int(row["labels"]))} for row in rows

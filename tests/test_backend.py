@@ -238,9 +238,9 @@ def test_dtype_codes_and_devices_without_kernels():
     assert backend.native_reason(torch.device("meta")) == "no native kernels for meta tensors"
 
 
-@pytest.mark.parametrize("module", ["progtuning_kernels", "progtuning_kernels.ops"])
-def test_import_prints_nothing(module):
-    done = subprocess.run([sys.executable, "-c", f"import {module}"], capture_output=True)
+def test_import_prints_nothing():
+    code = "import progtuning_kernels.ops"  # and the package itself
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True)
     assert (done.returncode, done.stdout, done.stderr) == (0, b"", b"")
 
 

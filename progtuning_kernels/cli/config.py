@@ -230,13 +230,15 @@ class RunCommand(click.Command):
                 values[option.name] = _as_given(option, value)
         return values
 
-    def invoke(self, ctx: click.Context) -> Any:
-        values, own = {}, {}
+    def options(self, ctx: click.Context) -> tuple[TrainOptions, dict[str, Any]]:
+        """What was parsed: the options of a run, and those that the command declares itself."""
         declared = {p.name for p in self.params if not hasattr(p, "group")}
-        for name, value in ctx.params.items():
-            (own if name in declared else values)[name] = value
-        del own["config"]
-        ctx.params = own | {"options": _options_from(values)}
+        own = {name: v for name, v in ctx.params.items() if name in declared and name != "config"}
+        return _options_from({k: v for k, v in ctx.params.items() if k not in declared}), own
+
+    def invoke(self, ctx: click.Context) -> Any:
+        options, own = self.options(ctx)
+        ctx.params = own | {"options": options}
         return super().invoke(ctx)
 
     def format_options(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
@@ -416,7 +418,12 @@ def training_arguments(options: TrainOptions, cls: type | None = None, **more: A
             at_best = {"load_best_model_at_end": True, "metric_for_best_model": metric}
             if values.get("greater_is_better") is None:
                 at_best["greater_is_better"] = not metric.endswith(("loss", "perplexity"))
-    foreign = sorted(values.keys() - {field.name for field in dataclasses.fields(cls)})
+    known = {field.name for field in dataclasses.fields(cls)}
+    for old in {"gradient_checkpointing", "gradient_checkpointing_kwargs"} & values.keys():
+        new = old.replace("gradient", "activation")
+        if new in known:  # transformers 5.23 warns of the old name
+            values.setdefault(new, values.pop(old))
+    foreign = sorted(values.keys() - known)
     if foreign:
         raise UserError(f"{foreign[0]} is no option of {cls.__name__}, which trains {options.task}")
     try:

@@ -112,13 +112,10 @@ def prepare(
     from transformers import set_seed
 
     task = rows.task
+    wanted = getattr(task, "trainer_options", {})
+    arguments = {k: v for k, v in wanted.items() if k not in options.trainer} | arguments
     arguments["dataloader_pin_memory"] = torch.cuda.is_available()
-    usual = {
-        name: v
-        for name, v in getattr(task, "trainer_options", {}).items()
-        if name not in options.trainer
-    }
-    args = training_arguments(options, trainer_classes(task)[1], **usual, **arguments)
+    args = training_arguments(options, trainer_classes(task)[1], **arguments)
     set_seed(args.seed)
     model, processor, notes = models.load_model(options, task, args.device, weights=weights)
     if task.processor == "AutoTokenizer":

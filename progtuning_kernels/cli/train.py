@@ -161,7 +161,8 @@ class Run:
                 pin_memory=args.dataloader_pin_memory,
             )
         )
-        mean_over_step(trainer)
+        if prepared.task.trainer != "SFTTrainer":  # whose own loss is that mean
+            mean_over_step(trainer)
         trainer.remove_callback(PrinterCallback)  # the recorder prints, and less
         quiet_bar(trainer)
         return trainer

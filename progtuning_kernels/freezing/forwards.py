@@ -46,12 +46,6 @@ class Forwards:
         self.last: ForwardInputs | None = None  # of the last forward that trained
         self._host = HostCopies()  # of the forward under way
 
-    @property
-    def aside(self) -> bool:
-        """Whether a forward of this library's own is under way, beside those of the loop."""
-        cache = self._freezer.cache
-        return self._freezer.packer.busy or (cache is not None and cache.busy)
-
     def before_forward(
         self, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> tuple[tuple[Any, ...], dict[str, Any]]:

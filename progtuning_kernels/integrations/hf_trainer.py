@@ -174,8 +174,7 @@ class ProgtuningCallback(TrainerCallback):
         self.handle = patch_model(
             model, self.schedule, step=state.global_step, **self._patch_options
         )
-        called = getattr(trainer or caller(Trainer), "model_wrapped", None)
-        _rates[self.handle] = TokenRate(model if called is None else called)
+        _rates[self.handle] = TokenRate(trainer or caller(Trainer))
         if trainer is not None and trainer.model_wrapped is not None and args.world_size > 1:
             self.handle.attach(trainer.model_wrapped)
         decisions: Any = state.stateful_callbacks  # a dict by now, typed as the list it was
@@ -205,6 +204,7 @@ class ProgtuningCallback(TrainerCallback):
             self._release(kwargs["optimizer"])
         if self._shown != self.handle.stage:
             self._show_stage(state)
+        self._rate.begin_step()
 
     def on_optimizer_step(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any

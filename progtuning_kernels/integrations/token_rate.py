@@ -4,59 +4,64 @@ from __future__ import annotations
 
 import time
 import weakref
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
 from accelerate.utils import reduce
 from torch import Tensor, nn
+from transformers import Trainer
 
-from ..patch import handle_of
-
-_rates: weakref.WeakKeyDictionary[nn.Module, TokenRate] = weakref.WeakKeyDictionary()
-
-
-def _before_forward(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-    """Forward pre-hook. A copy of the module has it too, and no rate."""
-    rate, handle = _rates.get(module), handle_of(module)
-    if rate is None or not (module.training and torch.is_grad_enabled()):
-        return
-    # a wrapper has no handle, and the library's own forwards do not pass it
-    if handle is None or not handle.forwards.aside:
-        rate.count(args, kwargs)
+_IDS, _MASK = "input_ids", "attention_mask"
 
 
 class TokenRate:
-    """Counts the tokens of `called` in forwards that train, and the seconds of training.
+    """Counts the tokens of a Trainer's training steps, and the seconds of training.
 
-    Tokens are the entries of `input_ids` that `attention_mask` does not exclude. Batches without
-    `input_ids` have none.
+    Tokens are the entries of `input_ids` that `attention_mask` does not exclude, those of a decoder
+    not among them. Batches without `input_ids` have none.
 
     Args:
-        called: what the Trainer calls: the model, or the wrapper around it.
+        trainer: its `training_step` is wrapped until `remove`; None counts nothing.
     """
 
-    def __init__(self, called: nn.Module) -> None:
+    def __init__(self, trainer: Trainer | None) -> None:
         self._tokens: Tensor | None = None  # int64, on the device of the batches
         self._seconds = 0.0
         self._since = time.perf_counter()
-        _rates[called] = self
-        self._hook = called.register_forward_pre_hook(
-            _before_forward, prepend=True, with_kwargs=True
-        )
+        self._begins = False  # an optimizer step, with the next micro-batch
+        self._trainer = None if trainer is None else weakref.ref(trainer)
+        self._before = vars(trainer).get("training_step") if trainer else None
+        if trainer is not None:
+            trainer.training_step = self._counted(trainer.training_step)
 
-    def count(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        named = dict(kwargs)
-        for value in args:  # sentence-transformers calls its model with a dict
-            named |= value if isinstance(value, Mapping) else {}
-        ids, mask = named.get("input_ids"), named.get("attention_mask")
-        if not isinstance(ids, Tensor):
-            return
-        if isinstance(mask, Tensor) and mask.shape == ids.shape:
-            tokens = mask.sum()
-        else:
-            tokens = torch.full((), ids.numel(), device=ids.device)
-        self._tokens = tokens if self._tokens is None else self._tokens + tokens
+    def _counted(self, step: Callable[..., Tensor]) -> Callable[..., Tensor]:
+        def training_step(model: nn.Module, inputs: Any, *args: Any, **kwargs: Any) -> Tensor:
+            if self._begins:  # other callbacks had their turn
+                self._begins = False
+                self.did_not_train()
+            self._count(inputs)
+            return step(model, inputs, *args, **kwargs)
+
+        return training_step
+
+    def _count(self, inputs: Any) -> None:
+        for name, ids in inputs.items() if isinstance(inputs, Mapping) else ():
+            # one row may be several texts, each under a prefix of its own
+            prefix = name.removesuffix(_IDS)
+            if prefix in (name, "decoder_") or not isinstance(ids, Tensor):
+                continue
+            mask = inputs.get(prefix + _MASK)
+            if isinstance(mask, Tensor) and mask.shape == ids.shape:
+                tokens = mask.sum()
+            else:
+                tokens = torch.full((), ids.numel(), device=ids.device)
+            self._tokens = tokens if self._tokens is None else self._tokens + tokens
+
+    def begin_step(self) -> None:
+        """An optimizer step begins; what has passed since the last call of a method is of it."""
+        self.trained()
+        self._begins = True
 
     def trained(self) -> None:
         """What has passed since the last call of a method was training."""
@@ -84,4 +89,9 @@ class TokenRate:
         return total / seconds if total else None
 
     def remove(self) -> None:
-        self._hook.remove()
+        """Give the Trainer its own training step back."""
+        trainer = self._trainer() if self._trainer else None
+        if trainer is not None:
+            del trainer.training_step
+            if self._before is not None:
+                trainer.training_step = self._before

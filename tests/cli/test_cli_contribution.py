@@ -6,7 +6,7 @@ import json
 
 import numpy as np
 import pytest
-from test_cli_train import _one_line_error
+from cli_calls import one_line_error
 
 from progtuning_kernels import ProgressiveSchedule, schedule_from_file
 from progtuning_kernels.cli.app import main
@@ -23,7 +23,7 @@ def call(model_folders, text_files, tmp_path):
             "--batch-size": 16,
             "--lr": 3e-3,
             "--max-length": 16,
-            "--steps": 6,
+            "--max-steps": 6,
         }
         return ["contribution", *(str(x) for pair in fixed.items() for x in pair), *map(str, extra)]
 
@@ -96,7 +96,7 @@ def test_bad_weights_are_one_clear_error(tmp_path, settings, stored, message):
     ("extra", "message"),
     [
         (["--measure", "skip"], "--measure"),
-        (["--steps", 0], "--steps"),
+        (["--max-steps", 0], "--max-steps"),
         (["--model", "nowhere/at-all"], "cannot load model 'nowhere/at-all'"),
         (["--dataset", "docstrings"], "--dataset and --train-file exclude each other"),
         (["--train-file", "missing.jsonl"], "no such file: missing.jsonl"),
@@ -109,7 +109,7 @@ def test_bad_weights_are_one_clear_error(tmp_path, settings, stored, message):
     ],
 )
 def test_bad_calls_get_one_line(call, capsys, extra, message):
-    assert message in _one_line_error(capsys, call(*extra))
+    assert message in one_line_error(capsys, call(*extra))
 
 
 def test_help_has_an_example(capsys):

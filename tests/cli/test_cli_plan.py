@@ -18,8 +18,9 @@ _SMALL = ["--seq-len", "16", "--batch-size", "4", "--device", "cpu", "--stages",
 
 
 def _planned(capsys, *arguments: object) -> dict:
+    """The plan of one stage: a stage more takes half a second."""
     capsys.readouterr()
-    main(["plan", *_SMALL, "--json", *map(str, arguments)])
+    main(["plan", *_SMALL, "--stages", "1", "--json", *map(str, arguments)])
     return json.loads(capsys.readouterr().out)
 
 

@@ -14,7 +14,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
@@ -51,6 +51,7 @@ _VALUES = st.one_of(
 
 
 @settings(max_examples=60)
+@example(kind="tsv", packed=False, mark=False, rows=[('"w1', 'w2 "w3"'), ("w4", '"')])
 @given(
     kind=st.sampled_from(["csv", "tsv", "txt"]),
     packed=st.booleans(),
@@ -65,7 +66,7 @@ def test_cells_are_texts_as_they_stand(tmp_path_factory, kind, packed, mark, row
         expected = [{"text": text, "label": label} for text, label in rows]
         file = io.StringIO()
         if kind == "csv":
-            expected = [row | {"text": row["text"] + '\n"'} for row in expected]
+            expected = [row | {"text": row["text"] + '\r\n"'} for row in expected]
             writer = csv.writer(file)
             writer.writerow(["text", "label"])
             writer.writerows(row.values() for row in expected)
@@ -79,6 +80,7 @@ def test_cells_are_texts_as_they_stand(tmp_path_factory, kind, packed, mark, row
 
 
 @settings(max_examples=60)
+@example(kind="jsonl", packed=False, ascii_=False, rows=[{"a": 1.5}, {"a": True}])
 @given(
     kind=st.sampled_from(["jsonl", "json"]),
     packed=st.booleans(),
@@ -125,6 +127,11 @@ def test_parquet_and_several_files_and_patterns(tmp_path):
         pq.write_table(table, tmp_path / f"{name}.parquet")
     _write(tmp_path / "c.parquet.gz", (tmp_path / "a.parquet").read_bytes())
     assert _rows(tmp_path / "*.parquet*") == 3 * table.to_pylist()
+    buffers = [None, pa.py_buffer(b"\0\0\0\0\2\0\0\0"), pa.py_buffer(b"\xff\xfe")]
+    half = pa.table({"text": pa.Array.from_buffers(pa.string(), 1, buffers)})
+    pq.write_table(half, tmp_path / "bad.parquet")
+    with pytest.raises(UserError, match="bad.parquet cannot be read: .*Invalid UTF8"):
+        _load(tmp_path / "bad.parquet")
     (tmp_path / "folder").mkdir()
     _write(tmp_path / "folder/1.jsonl", '{"text": "w1"}')
     _write(tmp_path / "folder/2.jsonl", '{"label": 3}')
@@ -307,6 +314,8 @@ def test_the_digest_is_of_the_content(tmp_path):
     assert digest(_load(*parts)) != one
     for old, new in (('"w7"', '"w8"'), ('"label": "1"', '"label": 1'), ('"text"', '"texts"')):
         assert digest(_load(_write(tmp_path / "a.jsonl", text.replace(old, new)))) != one
+    numbers = text.replace('"label": "0"', '"label": 0').replace('"label": "1"', '"label": 1')
+    assert digest(_load(_write(tmp_path / "a.jsonl", numbers))) != one
     splits = load_splits(TrainOptions(train_file=(str(parts[0]),), validation_split=0.5))
     assert digest(splits) == digest({k: v.flatten_indices() for k, v in splits.items()})
 

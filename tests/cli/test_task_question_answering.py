@@ -10,7 +10,7 @@ import transformers
 from datasets import Dataset
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from task_runs import answers_of, make_model, task_of, trainer_of_task
+from task_runs import task_of, train_and_predict
 from tiny_folders import sentence_tokenizer
 
 from progtuning_kernels.cli.errors import UserError
@@ -196,27 +196,14 @@ def _rows(count: int) -> list[dict]:
     return rows
 
 
-def test_it_learns_and_answers_with_the_plain_class(tmp_path):
-    tokenizer, train, validation = sentence_tokenizer(), _rows(256), _rows(40)
-    options = {"max_length": 16, "doc_stride": 4}
-    task = task_of("question-answering", options, train=train, validation=validation)
-    model = make_model(task)
-    trainer = trainer_of_task(
-        task, model, tokenizer, tmp_path, steps=80, train=train, validation=validation
-    )
-    before = trainer.evaluate()["eval_f1"]
-    trainer.train()
-    figures = trainer.evaluate()
-    assert figures["eval_f1"] > max(0.8, before + 0.3) and figures["eval_exact_match"] > 0.8
-
-    trainer.save_model(tmp_path / "model")
-    saved = transformers.AutoModelForQuestionAnswering.from_pretrained(tmp_path / "model")
+def test_it_learns_and_answers(tmp_path):
     rows = [
-        {"question": "w1", "context": "w3 " * 20 + "w85 w7 w9"},
+        {"question": "w1", "context": "w3 " * 14 + "w85 w7 w9"},
         {"question": "w1", "context": "w3 w4 w5 w6"},
     ]
-    fresh = task_of("question-answering", options, predict=rows)
-    fresh.configure(saved.config)
-    answers = answers_of(fresh, saved, tokenizer, tmp_path, rows)
-    assert [answer["answer"] for answer in answers] == ["w85", ""]
-    assert all(0 < answer["score"] <= 1 for answer in answers)
+    splits = {"train": _rows(256), "validation": _rows(40)}
+    options = ("--max-length", 16, "--epochs", 5)
+    run = train_and_predict("question-answering", tmp_path, *options, predict=rows, **splits)
+    assert run.figures["f1"] > 0.8 and run.figures["exact_match"] > 0.8
+    assert [answer["answer"] for answer in run.answers] == ["w85", ""]
+    assert all(0 < answer["score"] <= 1 for answer in run.answers)

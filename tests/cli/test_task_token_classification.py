@@ -11,7 +11,7 @@ from datasets import ClassLabel, Dataset, Features, Value
 from datasets import Sequence as ListOf
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from task_runs import answers_of, make_model, task_of, trainer_of_task
+from task_runs import task_of, train_and_predict
 from tiny_folders import sentence_tokenizer
 
 from progtuning_kernels.cli.errors import UserError
@@ -156,23 +156,13 @@ def _rows(count: int) -> list[dict]:
     return rows
 
 
-def test_it_learns_and_answers_with_the_plain_class(tmp_path):
-    tokenizer, train, validation = sentence_tokenizer(), _rows(256), _rows(40)
-    task = task_of("token-classification", train=train, validation=validation)
-    model = make_model(task)
-    trainer = trainer_of_task(
-        task, model, tokenizer, tmp_path, steps=60, train=train, validation=validation
-    )
-    before = trainer.evaluate()["eval_f1"]
-    trainer.train()
-    assert trainer.evaluate()["eval_f1"] > max(0.9, before + 0.2)
-
-    trainer.save_model(tmp_path / "model")
-    saved = transformers.AutoModelForTokenClassification.from_pretrained(tmp_path / "model")
-    assert saved.config.label2id == {"B-X": 0, "I-X": 1, "O": 2}
-    rows = [{"tokens": ["w70", "w50", "w1"]}, {"tokens": ["w2"] * 40}]
-    fresh = task_of("token-classification", predict=rows)
-    fresh.configure(saved.config)
-    answers = answers_of(fresh, saved, tokenizer, tmp_path, rows)
-    assert answers[0] == {"tags": ["B-X", "I-X", "O"]}
-    assert answers[1] == {"tags": ["O"] * 30 + [None] * 10}  # 32 tokens, two of them special
+def test_it_learns_and_answers(tmp_path):
+    rows = [{"tokens": ["w70", "w50", "w1"]}, {"tokens": ["w2"] * 16}]
+    splits = {"train": _rows(256), "validation": _rows(40)}
+    options = ("--max-length", 16, "--epochs", 4)
+    run = train_and_predict("token-classification", tmp_path, *options, predict=rows, **splits)
+    assert run.figures["f1"] > 0.9
+    assert run.model.config.label2id == {"B-X": 0, "I-X": 1, "O": 2}
+    assert run.answers[0] == {"tags": ["B-X", "I-X", "O"]}
+    # two of the 16 tokens are special
+    assert run.answers[1] == {"tags": ["O"] * 14 + [None] * 2}

@@ -10,7 +10,7 @@ import peft
 import pytest
 import torch
 from safetensors.torch import load_file
-from tiny_models import tiny_model
+from tiny_models import tiny_inputs, tiny_model
 from torch import nn
 from tqdm.auto import tqdm
 from trainers import STEPS, Recorder, rows_of, trainer_of, weights_of
@@ -404,6 +404,52 @@ def test_evaluation_between_steps_changes_nothing(tmp_path):
     assert "bert.encoder.layer.3" in evaluated.stochastic
 
 
+class _OutOfMemory(TrainerCallback):
+    """The first attempt of the Trainer ends at its third step, for want of memory."""
+
+    failed = False
+
+    def on_pre_optimizer_step(self, args, state, control, **kwargs):
+        if state.global_step == 2 and not self.failed:
+            self.failed = True
+            raise RuntimeError("CUDA out of memory.")
+
+
+_EVERY_TWO = {"eval_strategy": "steps", "eval_steps": 2}
+_OPTIONS = {
+    "epochs": {"steps": -1, "num_train_epochs": 2, "per_device_train_batch_size": 5},
+    "steps within an epoch": {"steps": 3},
+    "best": _EVERY_TWO | {"save_strategy": "best", "metric_for_best_model": "loss"},
+    "bf16": {"bf16": True},
+    "bf16, checkpointed": {"bf16": True, "gradient_checkpointing": True},
+    "a scheduler with arguments": {
+        "lr_scheduler_type": "cosine_with_min_lr",
+        "lr_scheduler_kwargs": {"min_lr": 1e-4},
+    },
+    "auto_find_batch_size": {"auto_find_batch_size": True, "steps": 6},
+}
+
+
+@pytest.mark.parametrize("masked", [False, True])
+@pytest.mark.parametrize("name", _OPTIONS)
+def test_the_plan_under_options_of_the_trainer(tmp_path, name, masked):
+    callback, recorder = ProgtuningCallback(ProgressiveSchedule(3)), Recorder()
+    callbacks = [callback, recorder, *[_OutOfMemory()] * (name == "auto_find_batch_size")]
+    optimizer = (MaskedAdamW, {"lr": 1e-2}) if masked else None
+    trainer = trainer_of(tmp_path, callbacks=callbacks, optimizer=optimizer, **_OPTIONS[name])
+    before = weights_of(trainer)
+    done = trainer.train().global_step
+    steps = recorder.steps[-done:]
+    schedule = ProgressiveSchedule(3, done)
+    assert [s.boundary for s in steps] == [schedule.plan(i, 4).boundary for i in range(done)]
+    logs = [log for log in trainer.state.log_history if "loss" in log]
+    assert [log["boundary"] for log in logs] == [s.boundary for s in steps]
+    assert handle_of(trainer.model) is None and trainer.args.max_grad_norm == 1.0
+    # the optimizer of a second attempt has what the first one had frozen
+    earlier = recorder.steps[-done - 1].weights if len(recorder.steps) > done else before
+    assert all(not torch.equal(w, earlier[n]) for n, w in steps[0].weights.items())
+
+
 class _SavedBytes(TrainerCallback):
     """Bytes handed to autograd for backward, per optimizer step."""
 
@@ -557,7 +603,7 @@ def test_trackers_get_the_stage_wherever_they_stand(tmp_path, monkeypatch, place
 
 
 class _Clock(TrainerCallback):
-    """A step takes 2 s; evaluation and saving take 100 s each."""
+    """A step takes 2 s; evaluation, saving and what callbacks do before a step 100 s each."""
 
     def __init__(self) -> None:
         self.now = 0.0
@@ -565,7 +611,12 @@ class _Clock(TrainerCallback):
     def perf_counter(self) -> float:
         return self.now
 
-    def on_step_begin(self, args, state, control, **kwargs):
+    def on_step_begin(self, args, state, control, model=None, **kwargs):
+        self.now += 100
+        model(**tiny_inputs("bert-sequence")).loss.backward()  # as to measure something
+        model.zero_grad()
+
+    def on_pre_optimizer_step(self, args, state, control, **kwargs):
         self.now += 2
 
     def save(self, *args) -> None:
@@ -604,6 +655,7 @@ def test_real_tokens_of_training_time(tmp_path, monkeypatch, options):
     trainer.train()
     logs = [log for log in trainer.state.log_history if "loss" in log]
     every = options.get("logging_steps", 1)
+    assert "training_step" not in vars(trainer)
     counted = sum(log["real_tokens_per_second"] * 2 * every for log in logs)
     assert counted == pytest.approx(2 * sum(int(row["attention_mask"].sum()) for row in rows))
     if cache is not None:

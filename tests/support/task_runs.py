@@ -1,16 +1,18 @@
-"""A task of `progtuning train` under a plain Trainer, on a tiny BERT of its own kind."""
+"""Tasks of `progtuning train`: made from rows, and run from files to answers on a tiny BERT."""
 
 from __future__ import annotations
 
-import copy
+import json
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
-import torch
 import transformers
 from datasets import Dataset
+from tiny_folders import sentence_tokenizer
 from tiny_models import tiny_model
 
+from progtuning_kernels.cli.app import main
 from progtuning_kernels.cli.options import TrainOptions
 from progtuning_kernels.cli.tasks import Task, task_class
 
@@ -20,55 +22,68 @@ def task_of(name: str, options: dict[str, Any] | None = None, **splits: list[dic
     return task_class(name)(TrainOptions(**{"max_length": 32, **(options or {})}), rows)
 
 
-def make_model(task: Task) -> torch.nn.Module:
-    config = copy.deepcopy(tiny_model("bert-masked-lm").config)
-    config.num_hidden_layers = 2
-    config.hidden_dropout_prob = config.attention_probs_dropout_prob = 0.0
-    task.configure(config)
-    torch.manual_seed(0)
-    return getattr(transformers, task.auto_model).from_config(config)
+def train_and_predict(
+    task: str, folder: Path, *options: object, predict: list[dict], **splits: list[dict]
+) -> SimpleNamespace:
+    """A run of three stages, and a call of `progtuning predict` on the folder that it saved.
 
-
-def trainer_of_task(
-    task: Task,
-    model: torch.nn.Module,
-    tokenizer: Any,
-    folder: Path,
-    *,
-    steps: int = 0,
-    **splits: Any,
-) -> transformers.Trainer:
-    """Splits are lists of rows; "validation" is evaluated, "train" trained on."""
-    encoded = {
-        split: task.encode(Dataset.from_list(rows), tokenizer, model, split)
-        for split, rows in splits.items()
+    Returns:
+        `figures` of the last evaluation, the saved `model` by the plain class, and `answers` to the
+        rows of `predict`, which were the same in both calls.
+    """
+    start = tiny_model("bert-masked-lm")
+    start.config.hidden_dropout_prob = start.config.attention_probs_dropout_prob = 0.0
+    start.save_pretrained(folder / "start")
+    sentence_tokenizer().save_pretrained(folder / "start")
+    for name, rows in {**splits, "predict": predict}.items():
+        (folder / f"{name}.jsonl").write_text("".join(f"{json.dumps(row)}\n" for row in rows))
+    files = {
+        "--task": task,
+        "--model": folder / "start",
+        "--train-file": folder / "train.jsonl",
+        "--validation-file": folder / "validation.jsonl",
+        "--predict-file": folder / "predict.jsonl",
+        "--output": folder / "run",
     }
-    return transformers.Trainer(
-        model,
-        transformers.TrainingArguments(
-            output_dir=str(folder),
-            max_steps=steps,
-            learning_rate=1e-2,
-            lr_scheduler_type="linear",
-            per_device_train_batch_size=16,
-            report_to="none",
-            use_cpu=True,
-            disable_tqdm=True,
-            save_strategy="no",
-            seed=7,
-        ),
-        train_dataset=encoded.get("train"),
-        eval_dataset=encoded.get("validation"),
-        data_collator=task.collator(tokenizer, model),
-        preprocess_logits_for_metrics=task.preprocess_logits,
-        compute_metrics=lambda found: task.figures(found.predictions, found.label_ids),
+    fixed = {"--batch-size": 16, "--lr": 1e-2, "--save-strategy": "no"}
+    given = [str(word) for pair in {**files, **fixed}.items() for word in pair]
+    main(["train", *given, *map(str, options)])
+
+    output, answers = folder / "run", folder / "answers.jsonl"
+    length = options[options.index("--max-length") + 1]
+    call = ["predict", output / "model", "--file", folder / "predict.jsonl", "--output", answers]
+    main([*map(str, call), "--max-length", str(length)])
+    found = [
+        [json.loads(line)["prediction"] for line in path.read_text().splitlines()]
+        for path in (output / "predictions.jsonl", answers)
+    ]
+    assert found[0] == found[1]
+    auto = getattr(transformers, task_class(task).auto_model)
+    metrics = json.loads((output / "metrics.json").read_text())
+    return SimpleNamespace(
+        figures=metrics["evaluations"][-1],
+        model=auto.from_pretrained(output / "model"),
+        answers=found[0],
     )
 
 
-def answers_of(
-    task: Task, model: torch.nn.Module, tokenizer: Any, folder: Path, rows: list[dict]
-) -> list[dict[str, Any]]:
-    trainer = trainer_of_task(task, model, tokenizer, folder)
-    rows = Dataset.from_list(rows)
-    found = trainer.predict(task.encode(rows, tokenizer, model, "predict"))
-    return task.answers(found.predictions, rows)
+def write_rows(path: Path, rows: list[dict]) -> Path:
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
+
+
+def train_from_files(folder: Path, *arguments: object, **splits: list[dict]) -> dict[str, Any]:
+    """`progtuning train` with rows as JSONL files; metrics.json, and "folder" of the model.
+
+    Rows of "predict" give "predictions".
+    """
+    files = []
+    for split, rows in splits.items():
+        files += [f"--{split}-file", write_rows(folder / f"{split}.jsonl", rows)]
+    common = ["--output", folder / "run", "--batch-size", 16, "--lr", 1e-2, "--device", "cpu"]
+    main(["train", *map(str, [*files, *common, *arguments])])
+    run = json.loads((folder / "run/metrics.json").read_text()) | {"folder": folder / "run/model"}
+    if "predict" in splits:
+        lines = (folder / "run/predictions.jsonl").read_text().splitlines()
+        run["predictions"] = [json.loads(line)["prediction"] for line in lines]
+    return run

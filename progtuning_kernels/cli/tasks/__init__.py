@@ -29,11 +29,15 @@ class Task(Protocol):
     A task is made from its options and its rows before any model is loaded, so that bad rows are
     found first. Rows are a `datasets.Dataset` as `data.load_splits` gives it.
 
+    A task may have more: `trainer_options`, values of its Trainer's arguments that hold unless the
+    user gives others; `notes`, lines for the user, there after `encode`; and in place of `answers`
+    `generate(model, processor, rows)`, which gives the same where the Trainer cannot generate.
+
     Attributes:
         auto_model: class of transformers that makes the model.
         processor: class of transformers that reads the rows: "AutoTokenizer" or
             "AutoImageProcessor".
-        lora_task: member of `peft.TaskType`.
+        lora_task: member of `peft.TaskType`; None where it has none that fits.
         trainer: "Trainer", "Seq2SeqTrainer" or "SFTTrainer".
         metrics: figures that an evaluation gives beside the loss; the first is shown.
         names: classes by index; None where there are none.
@@ -42,7 +46,7 @@ class Task(Protocol):
 
     auto_model: ClassVar[str]
     processor: ClassVar[str]
-    lora_task: ClassVar[str]
+    lora_task: ClassVar[str | None]
     trainer: str
     metrics: Sequence[str]
     names: list[str] | None

@@ -270,6 +270,9 @@ def sft_classes() -> tuple[type, type]:
         ) from None
 
     class TokenWeighted(SFTTrainer):
+        def create_model_card(self, *args: Any, **kwargs: Any) -> None:
+            """TRL writes a README.md beside the checkpoints."""
+
         def prediction_step(self, model, inputs, prediction_loss_only, ignore_keys=None):
             # of the loss alone: TRL computes the logits of a batch a second time for metrics
             loss, *_ = super().prediction_step(model, inputs, True, ignore_keys)

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from typing import Any
 
 from ...backend import one_line
 from ..errors import UserError
+
+# float() takes "nan" (a language code), "1_000" and blanks as well
+DECIMAL = re.compile(r"[+-]?([0-9]+\.?[0-9]*|\.[0-9]+)([eE][+-]?[0-9]+)?")
 
 
 def same_classes(own: Sequence[str], names: Sequence[str]) -> list[str] | None:
@@ -37,7 +41,7 @@ def set_classes(config: Any, names: Sequence[str] | None, problem_type: str | No
 
 def class_order(name: str) -> tuple[float, str]:
     """A key that sorts numbers first, 2 before 10, and text after them."""
-    return (float(name) if name.isdecimal() else float("inf"), name)
+    return (float(name) if DECIMAL.fullmatch(name) else float("inf"), name)
 
 
 def class_figures(predicted: Any, truth: Any, num_classes: int) -> dict[str, float]:

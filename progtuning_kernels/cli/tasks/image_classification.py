@@ -98,8 +98,8 @@ class ImageClassification:
             if file is None:
                 raise UserError(f"{where}: no such file: {paths[0]}")
         try:
-            image = Image.open(file if content is None else BytesIO(content))
-            return image if mode is None else image.convert(mode)
+            with Image.open(file if content is None else BytesIO(content)) as image:
+                return image if mode is None else image.convert(mode)
         except (OSError, Image.DecompressionBombError) as error:
             raise UserError(f"{where}: cannot read its image: {one_line(error)}") from error
 

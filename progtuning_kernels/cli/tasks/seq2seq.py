@@ -98,7 +98,7 @@ class Seq2Seq:
         keys = ("rouge1", "rouge2", "rougeL")
         rouge = text.rouge_score(generated, wanted, rouge_keys=keys)
         return {
-            "chrf": float(text.chrf_score(generated, several)),
+            "chrf": float(text.chrf_score(generated, several, n_word_order=0)),
             "bleu": float(text.sacre_bleu_score(generated, several)),
             **{key: float(rouge[f"{key}_fmeasure"]) for key in keys},
         }

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import math
-import re
 from collections.abc import Callable
 from reprlib import repr as short
 from typing import TYPE_CHECKING, Any
 
 from ..data import check_texts, find_columns
 from ..errors import UserError
-from .classes import class_figures, class_order, place_of, same_classes, set_classes
+from .classes import DECIMAL, class_figures, class_order, place_of, same_classes, set_classes
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -26,8 +25,6 @@ _PARTNERS = {
     "question1": "question2",
 }
 _KINDS = {str: "text", bool: "true or false", int: "a number", float: "a number"}
-# float() takes "nan" (a language code), "1_000" and blanks as well
-_DECIMAL = re.compile(r"[+-]?([0-9]+\.?[0-9]*|\.[0-9]+)([eE][+-]?[0-9]+)?")
 _LARGEST = 3.4e38  # of fp32
 
 
@@ -251,7 +248,7 @@ class TextClassification:
 def _number(label: Any) -> float | None:
     """The label as a number, also where a table without types holds it as text."""
     if isinstance(label, str):
-        return float(label) if _DECIMAL.fullmatch(label.strip()) else None
+        return float(label) if DECIMAL.fullmatch(label.strip()) else None
     return None if isinstance(label, bool) or not isinstance(label, int | float) else float(label)
 
 

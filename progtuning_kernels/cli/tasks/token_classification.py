@@ -25,6 +25,7 @@ class TokenClassification:
     processor = "AutoTokenizer"
     lora_task = "TOKEN_CLS"
     trainer = "Trainer"
+    metrics: tuple[str, ...] = ("accuracy", "f1_macro")
 
     def __init__(self, options: TrainOptions, splits: dict[str, Dataset]) -> None:
         self.max_length = options.max_length
@@ -49,16 +50,13 @@ class TokenClassification:
         if len(self.names) < 2:
             raise UserError(f"the training rows have one label only: {self.names[0]!r}")
         self._places = {name: i for i, name in enumerate(self.names)}
+        entities = [name for name in self.names if name != "O"]
+        if all(name[:2] in ("B-", "I-", "E-", "S-") for name in entities):
+            self.metrics = ("f1", "precision", "recall", "accuracy")
         for split, of_split in labels.items():
             for number, row in enumerate(of_split, 1):
                 for name in row:
                     place_of(name, self._places, f"{split} row {number}")
-
-    @property
-    def metrics(self) -> tuple[str, ...]:
-        if _mark_entities(self.names):
-            return ("f1", "precision", "recall", "accuracy")
-        return ("accuracy", "f1_macro")
 
     def summary(self) -> str:
         if self.names is None:
@@ -123,9 +121,13 @@ class TokenClassification:
         return (logits[0] if isinstance(logits, tuple) else logits).argmax(-1)
 
     def figures(self, predictions: Any, labels: Any) -> dict[str, float]:
-        """Of entities by seqeval where labels are B- and I-, else of words by scikit-learn."""
+        """Of entities by seqeval where labels are B- and I-, else of words by scikit-learn.
+
+        Args:
+            predictions, labels: (N, T) classes; -100: no word begins there.
+        """
         counted = labels != -100
-        if not _mark_entities(self.names):
+        if "f1" not in self.metrics:
             from sklearn import metrics
 
             predicted, truth = predictions[counted], labels[counted]
@@ -193,12 +195,6 @@ def _class_names(rows: Dataset, column: str) -> list[str] | None:
 
 def _name(label: str | int, names: list[str] | None) -> str:
     return str(label) if names is None else names[label]
-
-
-def _mark_entities(names: list[str] | None) -> bool:
-    """Whether labels say where an entity begins and goes on; E- and S- may say where it ends."""
-    entities = [name for name in names or () if name != "O"]
-    return bool(entities) and all(name[:2] in ("B-", "I-", "E-", "S-") for name in entities)
 
 
 def _ids(processor: Any, text: str | list[str], is_split: bool) -> list[int]:
