@@ -9,7 +9,7 @@ import shutil
 import pytest
 import transformers
 import yaml
-from one_line_error import one_line_error
+from cli_calls import one_line_error
 
 from progtuning_kernels.cli.app import main
 from progtuning_kernels.cli.plan_command import parse_bytes

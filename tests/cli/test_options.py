@@ -11,9 +11,9 @@ from typing import Any, Literal, get_args, get_origin, get_type_hints
 import pytest
 import torch
 import yaml
+from cli_calls import one_line_error
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from one_line_error import one_line_error
 from transformers import Seq2SeqTrainingArguments
 
 from progtuning_kernels.cli import train as train_module
