@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import re
 import shutil
+import subprocess
+import sys
 
 import pytest
 import transformers
@@ -153,6 +155,18 @@ def test_models_that_count_positions_in_other_ways(capsys, tmp_path):
     transformers.XLNetConfig(**sizes).save_pretrained(tmp_path / "xlnet")  # which says -1
     main(["plan", "--model", str(tmp_path / "xlnet"), "--seq-len", "32"])
     assert "XLNet" in capsys.readouterr().out
+
+
+def test_a_plan_needs_no_package_of_training():
+    code = (
+        "import sys; sys.modules |= dict.fromkeys(['datasets', 'sklearn', 'peft', 'trl'])\n"
+        "from progtuning_kernels.cli.models import auto_class\n"
+        "from progtuning_kernels.cli import plan_command\n"
+        "from progtuning_kernels.cli.tasks import TASKS\n"
+        "print(*(auto_class(task).__name__ for task in TASKS))"
+    )
+    out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert "AutoModelForCausalLM" in out.stdout and "AutoModelForMaskedLM" in out.stdout
 
 
 def test_help_has_an_example(capsys):

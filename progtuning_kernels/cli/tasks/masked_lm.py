@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
-from ..data import check_texts, find_columns
+from ..columns import check_texts, find_columns
 from ..errors import UserError
 from .plain_text import join_and_cut, perplexity, row_losses
 
