@@ -138,6 +138,7 @@ class Run:
         validation = prepared.lengths("validation")
         order = sorted(range(len(validation)), key=validation.__getitem__)
         self._places = numpy.argsort(order)  # of the rows among those sorted by length
+        self._use_cache = getattr(prepared.model.config, "use_cache", None)
         trainer = trainer_classes(prepared.task)[0](
             model=prepared.model,
             args=args,
@@ -391,6 +392,8 @@ class Run:
         """Save a plain Hugging Face folder, LoRA merged into it and its adapter beside it."""
         output, trainer, options = self.output, self.trainer, self.options
         folder = output / "model"
+        if self._use_cache is not None:  # the Trainer switches it off
+            self.prepared.model.config.use_cache = self._use_cache
         if not options.uses_lora:
             trainer.save_model(str(folder))
         else:

@@ -19,6 +19,8 @@ def call(model_folders, text_files, tmp_path):
             "--lr": 3e-3,
             "--max-length": 16,
         }
-        return ["train", *(str(x) for pair in fixed.items() for x in pair), *map(str, extra)]
+        # options of files add up
+        own = [x for pair in fixed.items() if pair[0] not in extra for x in pair]
+        return ["train", *map(str, (*own, *extra))]
 
     return build

@@ -25,7 +25,8 @@ def call(model_folders, text_files, tmp_path):
             "--max-length": 16,
             "--max-steps": 6,
         }
-        return ["contribution", *(str(x) for pair in fixed.items() for x in pair), *map(str, extra)]
+        own = [x for pair in fixed.items() if pair[0] not in extra for x in pair]
+        return ["contribution", *map(str, (*own, *extra))]
 
     return build
 

@@ -75,7 +75,9 @@ def test_a_head_of_other_classes_starts_anew(call, fine_tuned, tmp_path, capsys,
     path = tmp_path / "rows.jsonl"
     path.write_text(rows_of(labels))
     capsys.readouterr()
-    main(call("--train-file", path, "--validation-file", path, "--lr", 0, "--model", folder))
+    kind = ["--problem-type", "regression"] if isinstance(labels[0], float) else []
+    files = ["--train-file", path, "--validation-file", path]
+    main(call(*files, *kind, "--lr", 0, "--model", folder))
     out = capsys.readouterr().out
     assert f"the head starts anew: the checkpoint's is for {', '.join(head)}" in out
     old = transformers.AutoModelForSequenceClassification.from_pretrained(folder).state_dict()
