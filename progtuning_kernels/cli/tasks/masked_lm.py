@@ -8,7 +8,7 @@ from zlib import crc32
 
 import torch
 
-from ..data import check_texts, find_columns
+from ..columns import check_texts, find_columns
 from ..errors import UserError
 from .plain_text import join_and_cut, perplexity, row_losses
 
