@@ -20,7 +20,12 @@ from .tasks import TASKS, task_class
 
 # of models that have another name than their auto class: T5ForConditionalGeneration
 _OLD_NAMES = defaultdict(
-    tuple, {"seq2seq": ("ForConditionalGeneration",), "causal-lm": ("LMHeadModel",)}
+    tuple,
+    {
+        "seq2seq": ("ForConditionalGeneration",),
+        "causal-lm": ("LMHeadModel",),
+        "question-answering": ("ForQuestionAnsweringSimple",),  # of XLNet
+    },
 )
 
 
@@ -28,7 +33,7 @@ def predict_rows(model: nn.Module, prepared: Prepared, output: Path) -> int:
     """Write `output`: every row of "predict", and what the model says of it as "prediction"."""
     task, rows = prepared.task, prepared.rows.splits["predict"]
     if hasattr(task, "generate"):
-        answers = task.generate(model, prepared.processor, rows)
+        answers = task.generate(model.eval(), prepared.processor, rows)
     else:
         trainer = trainer_classes(task)[0](
             model=model,

@@ -6,6 +6,7 @@ import json
 
 import numpy as np
 import pytest
+import torch
 import transformers
 from datasets import Dataset
 from PIL import Image
@@ -100,6 +101,21 @@ def test_folders_of_classes_are_trained_and_predicted(folder, model, tmp_path):
     answers = predict_from_file(run["folder"], rows)
     assert [answer["label"] for answer in answers] == NAMES * 2
     assert all(1 / 3 < answer["score"] <= 1 for answer in answers)
+
+
+def test_a_photo_is_turned_as_it_was_held(folder, model, tmp_path):
+    """By EXIF, which the pipeline of a saved model reads as well."""
+    image = Image.fromarray(np.arange(256, dtype=np.uint8).reshape(16, 16)).convert("RGB")
+    exif = Image.Exif()
+    exif[0x0112] = 6  # the camera was turned by a quarter
+    image.save(tmp_path / "turned.png", exif=exif)
+    rows = [{"image": str(tmp_path / "turned.png"), "label": name} for name in "ab"]
+    task = task_of_paths(tmp_path, rows)
+    task.configure(transformers.ViTConfig())
+    processor = transformers.AutoImageProcessor.from_pretrained(model)
+    own = task.encode(Dataset.from_list(rows), processor, tiny_model("vit-image"), "train")
+    expected = processor(image.transpose(Image.Transpose.ROTATE_270), return_tensors="pt")
+    assert torch.equal(own[0]["pixel_values"], expected["pixel_values"][0])
 
 
 def test_an_image_that_is_none_is_one_line(folder, tmp_path):

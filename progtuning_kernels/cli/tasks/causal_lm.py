@@ -14,7 +14,7 @@ import torch
 from torch.nn.utils.rnn import pad_sequence
 
 from ...backend import one_line
-from ..columns import check_texts, find_columns
+from ..columns import check_column, check_texts, find_columns
 from ..errors import UserError, as_user_error
 from .plain_text import join_and_cut, perplexity, row_losses
 
@@ -61,6 +61,7 @@ class CausalLM:
                 if role == "completion" and split == "predict":
                     continue
                 if self._chat:
+                    check_column(rows, column, split)
                     _check_messages(rows[column], column, split)
                 else:
                     check_texts(rows, column, split, empty="error" if role != "text" else "keep")
@@ -181,14 +182,13 @@ class CausalLM:
         prompt, completion = row.get("prompt"), row.get("completion", row.get("messages"))
         if self._chat:
             common = {"chat_template": template, "tools": row.get("tools"), "return_dict": True}
-            encoded = tokenizer.apply_chat_template(
+            encoded = _templated(
                 (prompt or []) + completion,
+                tokenizer,
                 return_assistant_tokens_mask=self._assistant_only,
                 **common,
             )
-            before = prompt and tokenizer.apply_chat_template(
-                prompt, add_generation_prompt=True, **common
-            )
+            before = prompt and _templated(prompt, tokenizer, add_generation_prompt=True, **common)
         else:
             end = tokenizer.eos_token
             encoded = tokenizer(prompt + completion.removesuffix(end) + end)
@@ -226,8 +226,9 @@ class CausalLM:
             return prompts[self.kind][:]
         template = self._template(processor)
         return [
-            processor.apply_chat_template(
+            _templated(
                 chat[:-1] if chat[-1]["role"] == "assistant" else chat,
+                processor,
                 tools=row.get("tools"),
                 chat_template=template,
                 add_generation_prompt=True,
@@ -296,6 +297,15 @@ def _kind(given: dict[str, str], present: Sequence[str], labelled: bool) -> str:
     if has("messages"):
         return "messages"
     return "prompt" if has("prompt") and (not labelled or has("completion")) else "text"
+
+
+def _templated(messages: list[dict[str, Any]], tokenizer: Any, **settings: Any) -> Any:
+    # a table has all names in all messages, and templates ask whether one is there
+    given = [
+        {k: v for k, v in message.items() if v is not None or k == "content"}
+        for message in messages
+    ]
+    return tokenizer.apply_chat_template(given, **settings)
 
 
 def _check_messages(rows: Sequence[Any], column: str, split: str) -> None:

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ...backend import one_line
-from ..columns import find_columns
+from ..columns import check_column, find_columns
 from ..errors import UserError
 from .classes import class_figures, class_order, place_of, same_classes, set_classes
 
@@ -46,6 +46,7 @@ class ImageClassification:
         self._folders = {s: [Path(file).parent for file in files[s]] for s in splits}
         self.names: list[str] | None = None
         for split, rows in splits.items():
+            check_column(rows, self.columns["image"], split)
             for number, stored in enumerate(self._stored(rows)["image"], 1):
                 self._read(stored, split, number)
             if split == "predict":
@@ -85,7 +86,7 @@ class ImageClassification:
 
     def _read(self, stored: Any, split: str, number: int, mode: str | None = None) -> Image:
         """The image in a mode of Pillow; None: only its header is read."""
-        from PIL import Image
+        from PIL import Image, ImageOps
 
         where = f"{split} row {number}"
         stored = stored if isinstance(stored, dict) else {"path": stored}
@@ -99,7 +100,8 @@ class ImageClassification:
                 raise UserError(f"{where}: no such file: {paths[0]}")
         try:
             with Image.open(file if content is None else BytesIO(content)) as image:
-                return image if mode is None else image.convert(mode)
+                # a photo may say in its EXIF data how it was held
+                return image if mode is None else ImageOps.exif_transpose(image).convert(mode)
         except (OSError, Image.DecompressionBombError) as error:
             raise UserError(f"{where}: cannot read its image: {one_line(error)}") from error
 
