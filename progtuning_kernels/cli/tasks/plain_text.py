@@ -7,8 +7,7 @@ from itertools import chain
 from typing import Any
 
 import torch
-from datasets import Dataset, Features, Value
-from datasets import Sequence as ListOf
+from datasets import Dataset, Features, List, Value
 from torch.nn import functional as F
 
 from ..errors import UserError
@@ -47,7 +46,7 @@ def join_and_cut(
         cut,
         batched=True,
         remove_columns=texts.column_names,
-        features=Features({"input_ids": ListOf(Value("int32"))}),
+        features=Features({"input_ids": List(Value("int32"))}),
         keep_in_memory=True,
     )
     if not len(rows):
