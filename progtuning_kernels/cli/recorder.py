@@ -44,6 +44,7 @@ class Recorder(TrainerCallback):
         self._mark = 0.0  # when the last step ended, or what is no training after it
         self._packed_before = 0, 0  # places and tokens of the stages before
         self._next_line = 0
+        self._rate = 0.0
 
     @property
     def train_seconds(self) -> float:
@@ -64,6 +65,8 @@ class Recorder(TrainerCallback):
     def on_step_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
+        # of the head, where units have rates of their own; the Trainer logs that of the first
+        self._rate = kwargs["lr_scheduler"].get_last_lr()[-1]
         stage = self._schedule.stage(state.global_step)
         if self.stages and self.stages[-1]["stage"] == stage:
             return
@@ -121,6 +124,8 @@ class Recorder(TrainerCallback):
         logs: dict[str, Any] | None = None,
         **kwargs: Any,
     ) -> None:
+        if logs and "learning_rate" in logs:
+            state.log_history[-1]["learning_rate"] = self._rate
         if logs and "loss" in logs and state.global_step >= self._next_line:
             self._next_line = state.global_step + max(1, state.max_steps // 10)
             if not self._run.console.is_terminal:  # a terminal has a bar
