@@ -124,6 +124,7 @@ def plan(options: TrainOptions, **more: Any) -> None:
     No weights are needed: --model may be a config.json. CONFIG is a file of options as train takes
     it; what decides no cost is left aside.
     """
+    options.check()
     from . import plan_command
 
     plan_command.run(options, **more)

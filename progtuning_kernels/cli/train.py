@@ -225,7 +225,7 @@ class Run:
         with stopped_by_signals(self.recorder):
             try:
                 self.trainer.train(resume_from_checkpoint=checkpoint)
-            except (OSError, RuntimeError, ValueError) as error:
+            except Exception as error:  # of pickle, safetensors, torch: no common class
                 if checkpoint is None or self.recorder.stages:
                     raise
                 raise UserError(f"{checkpoint} cannot be read: {one_line(error)}") from error

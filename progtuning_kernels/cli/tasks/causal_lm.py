@@ -11,15 +11,16 @@ from reprlib import repr as short
 from typing import TYPE_CHECKING, Any
 
 import torch
-from datasets import Dataset
 from torch.nn.utils.rnn import pad_sequence
 
 from ...backend import one_line
-from ..data import check_texts, find_columns
+from ..columns import check_texts, find_columns
 from ..errors import UserError, as_user_error
 from .plain_text import join_and_cut, perplexity, row_losses
 
 if TYPE_CHECKING:
+    from datasets import Dataset
+
     from ..options import TrainOptions
 
 _ROLES = {
@@ -108,6 +109,8 @@ class CausalLM:
         """
         if split == "predict":
             encoded = processor(self._prompts(rows, processor), add_special_tokens=not self._chat)
+            from datasets import Dataset  # a plan imports this module, and needs none of it
+
             return Dataset.from_dict({"input_ids": encoded["input_ids"]})
         rows = self._by_role(rows)
         if self.kind == "text":
