@@ -46,7 +46,7 @@ class ImageClassification:
         self._folders = {s: [Path(file).parent for file in files[s]] for s in splits}
         self.names: list[str] | None = None
         for split, rows in splits.items():
-            for number, stored in enumerate(self._stored(rows)["image"], 1):
+            for number, stored in enumerate(self._stored(rows, split)["image"], 1):
                 self._read(stored, split, number)
             if split == "predict":
                 continue
@@ -74,11 +74,13 @@ class ImageClassification:
             labels.append(named[label] if named else str(label))
         return labels
 
-    def _stored(self, rows: Dataset) -> Dataset:
+    def _stored(self, rows: Dataset, split: str) -> Dataset:
         """One column, "image": a path, or {"path": ..., "bytes": ...} that are not decoded."""
         from datasets import Image
 
         column = self.columns["image"]
+        if column not in rows.column_names:
+            raise UserError(f"{split} row 1 has no value for column {column!r}")
         if isinstance(rows.features[column], Image):
             rows = rows.cast_column(column, Image(decode=False))
         return rows.select_columns([column]).rename_columns({column: "image"})
@@ -124,7 +126,7 @@ class ImageClassification:
             read = {"pixel_values": [*processor(images, return_tensors="pt")["pixel_values"]]}
             return read | ({"labels": batch["labels"]} if "labels" in batch else {})
 
-        found = self._stored(rows).add_column("row", [*range(1, len(rows) + 1)])
+        found = self._stored(rows, split).add_column("row", [*range(1, len(rows) + 1)])
         if split != "predict":
             labels = [self._places[label] for label in self._labels(rows, split)]
             found = found.add_column("labels", labels)

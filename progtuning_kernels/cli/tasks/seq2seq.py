@@ -51,8 +51,11 @@ class Seq2Seq:
         )
         for split, rows in splits.items():
             for role, column in self.columns.items():
-                if role == "source" or split != "predict":
-                    check_texts(rows.flatten(), column, split)
+                if role == "target" and split == "predict":
+                    continue
+                if column not in (flat := rows.flatten()).column_names:
+                    raise UserError(f"{split} row 1 has no value for column {column!r}")
+                check_texts(flat, column, split)
 
     @property
     def trainer_options(self) -> dict[str, Any]:
