@@ -114,7 +114,7 @@ class Run:
         self.trainer = self._make_trainer()
         self.recorder = Recorder(self, self.callback)
         self.trainer.add_callback(self.recorder)
-        self.trainer.add_callback(EpochOfBatches(self.batches))
+        self.trainer.add_callback(EpochOfBatches(self.batches, self.prepared.collate))
 
     def _make_trainer(self) -> Trainer:
         from transformers import EarlyStoppingCallback, PrinterCallback
