@@ -84,8 +84,10 @@ def train(options: TrainOptions, dry_run: bool) -> None:
 @click.option("--file", "files", multiple=True, required=True, help="Rows; repeatable.")
 @click.option("--output", required=True, type=_PATH, help="Gets a JSON object for every row.")
 @click.option("--task", type=click.Choice(TASKS), metavar="TASK", help="Found unless given.")
+@click.option("--column", "columns", multiple=True, help="ROLE=NAME, as for train; repeatable.")
 @click.option("--batch-size", **_positive(32), help="Rows per batch.")
 @click.option("--max-length", type=click.IntRange(min=2), help="Tokens of a row at most.")
+@click.option("--max-new-tokens", **_positive(128), help="Tokens of a generated text at most.")
 @click.option("--device", default="auto", help="auto, cpu, cuda, or one GPU: cuda:1.")
 def predict(device: str, **options: Any) -> None:
     """Answer rows with a model that train has saved."""

@@ -11,14 +11,13 @@ import copy
 import json
 import statistics
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
+from types import SimpleNamespace
 from typing import Any
 
 import torch
 from rich.console import Console
 from rich.progress import track
-from torch import nn
+from torch.utils import _pytree as pytree
 
 from ..bench import (
     TOLERANCES,
@@ -32,7 +31,6 @@ from ..bench import (
     trace,
 )
 from ..cache import PrefixCache
-from ..model.layout import find_layout
 from ..patch import patch_model
 from ..planner.example_batch import example_batch, on_device
 from ..planner.planning import without_data
@@ -47,46 +45,33 @@ from .sizes import parse_bytes
 _BATCHES = 4  # of an epoch: a stage's first epoch warms up and fills the cache, others are timed
 
 
-@dataclass(frozen=True)
-class _Rule:
-    device: torch.device
-    dtype: torch.dtype | None
-    lr: float = 5e-5
-    clip: float = 1.0
-
-    def autocast(self) -> AbstractContextManager[Any]:
-        if self.dtype is None:
-            return nullcontext()
-        return torch.autocast(self.device.type, dtype=self.dtype)
-
-
 def _gate(
     ways: Mapping[str, Callable[[], Session]],
     batches: Sequence[Batch],
     active: Sequence[set[str]],
-    rule: _Rule,
+    precision: str,
 ) -> float:
     """Largest error of losses and gradients against full training, a step per stage, no dropout.
 
     Full training drops the gradients of what the plan freezes before torch's AdamW. `UserError`
     says which way differs by more than the tolerance.
     """
-    loss, gradient = TOLERANCES["bf16" if rule.dtype == torch.bfloat16 else rule.device.type]
+    loss, gradient = TOLERANCES[precision]
     stages = [batches[stage % len(batches)] for stage in range(len(active))]
-    truth, largest = None, 0.0
-    for name, make in ways.items():
-        session = make()
+    sessions = {name: make() for name, make in ways.items()}
+    for session in sessions.values():
         session.model.eval()
-        if truth is None:  # the first way is full training
-            truth = trace(session, stages, counts=lambda stage, name: name in active[stage])
-            continue
+    full = sessions.pop("full")
+    truth = trace(full, stages, counts=lambda stage, name: name in active[stage])
+    largest = 0.0
+    for name, session in sessions.items():
         try:
             errors = compare(
                 trace(session, stages, passes=2),
                 truth,
                 loss_tolerance=loss,
                 gradient_tolerance=gradient,
-                compares_movement=rule.dtype is None,
+                compares_movement=precision != "bf16",
             )
         except Refused as error:
             raise UserError(f"{name}: {error}") from None
@@ -94,20 +79,15 @@ def _gate(
     return largest
 
 
-def _active_names(model: nn.Module, schedule: ProgressiveSchedule, blocks: Any) -> list[set[str]]:
-    """Names of what trains, by stage; `schedule` has a step per stage."""
-    with patch_model(model, schedule, kernels="off", blocks=blocks) as handle:
-        names = []
-        for stage in range(schedule.stages):
-            handle.seek(stage)
-            names.append({n for n, p in model.named_parameters() if p.requires_grad})
-    return names
-
-
 def run(options: Mapping[str, Any]) -> None:
     o = dict(options)
     device = choose_device(o["device"])
-    rule = _Rule(device, autocast_dtype(o["precision"], device))
+    dtype = autocast_dtype(o["precision"], device)
+    rule = SimpleNamespace(
+        lr=5e-5,
+        clip=1.0,
+        autocast=lambda: torch.autocast(device.type, dtype=dtype, enabled=dtype is not None),
+    )
     blocks = None if o["blocks"] is None else o["blocks"].split(",")
     cache_bytes = parse_bytes(o["cache"])
     meta, _ = model_without_weights(o["model"], o["task"])
@@ -116,14 +96,20 @@ def run(options: Mapping[str, Any]) -> None:
     stages, steps_of_stage = o["stages"], _BATCHES * (1 + o["epochs"])
     vocabulary = getattr(meta.config, "vocab_size", None)
     torch.manual_seed(0)
+
+    def schedule(steps: int) -> ProgressiveSchedule:
+        return ProgressiveSchedule(stages, stages * steps, embeddings=o["embeddings"])
+
     with as_user_error(), without_data(meta, "tried on random rows"):
         shapes = example_batch(meta, o["batch_size"], o["seq_len"], padding=True, device=device)
         batches = [on_device(shapes, device, vocabulary) for _ in range(_BATCHES)]
         base = type(meta)(meta.config).to(device).train()
-        one_step = ProgressiveSchedule(stages, stages, embeddings=o["embeddings"])
-        active = _active_names(base, one_step, blocks)
-        num_blocks = find_layout(base, blocks).num_blocks
-        boundaries = one_step.boundaries(num_blocks)
+        active, boundaries = [], []  # by stage: names of what trains; lowest block
+        with patch_model(base, schedule(1), kernels="off", blocks=blocks) as handle:
+            for stage in range(stages):
+                handle.seek(stage)
+                active.append({n for n, p in base.named_parameters() if p.requires_grad})
+                boundaries.append(handle.boundary)
 
     def ways(steps: int) -> dict[str, Callable[[], Session]]:
         """What makes a session of each way, with so many steps in a stage."""
@@ -138,8 +124,7 @@ def run(options: Mapping[str, Any]) -> None:
             return plain_session(rule, model, begin=begin)
 
         def ours(**more: Any) -> Session:
-            schedule = ProgressiveSchedule(stages, stages * steps, embeddings=o["embeddings"])
-            return our_session(rule, copy.deepcopy(base), schedule, blocks=blocks, **more)
+            return our_session(rule, copy.deepcopy(base), schedule(steps), blocks=blocks, **more)
 
         return {
             "full": lambda: plain_session(rule, copy.deepcopy(base)),
@@ -149,7 +134,7 @@ def run(options: Mapping[str, Any]) -> None:
         }
 
     with as_user_error(), without_data(meta, "tried on random rows"):
-        largest = _gate(ways(1), batches, active, rule)
+        largest = _gate(ways(1), batches, active, device.type if dtype is None else "bf16")
         sessions = {name: make() for name, make in ways(steps_of_stage).items()}
     rows = []
     console = Console(stderr=o["json"])
@@ -163,29 +148,26 @@ def run(options: Mapping[str, Any]) -> None:
                 losses[name].append(float(found[0]))
                 if step % steps_of_stage >= _BATCHES:  # the first compile, allocate, fill the cache
                     times[name].append(step_ms)
-        rows += [
-            {
-                "stage": stage + 1,
-                "boundary": 0 if o["embeddings"] == "always" else boundaries[stage],
-                "method": name,
-                "step_ms": statistics.median(times[name]),
-                "step_ms_p20": statistics.quantiles(times[name], n=5)[0],
-                "step_ms_p80": statistics.quantiles(times[name], n=5)[-1],
-                "mean_loss": statistics.mean(losses[name]),
-                "state_bytes": sum(
-                    tensor.nbytes
-                    for state in session.optimizer_tensors().values()
-                    for tensor in state.values()
-                    if isinstance(tensor, torch.Tensor)
-                ),
-                "cache": session.note(),
-            }
-            for name, session in sessions.items()
-        ]
+        for name, session in sessions.items():
+            p20, *_, p80 = statistics.quantiles(times[name], n=5)
+            state = pytree.tree_leaves(dict(session.optimizer_tensors()))
+            rows.append(
+                {
+                    "stage": stage + 1,
+                    "boundary": boundaries[stage],
+                    "method": name,
+                    "step_ms": statistics.median(times[name]),
+                    "step_ms_p20": p20,
+                    "step_ms_p80": p80,
+                    "mean_loss": statistics.mean(losses[name]),
+                    "state_bytes": sum(t.nbytes for t in state if isinstance(t, torch.Tensor)),
+                    "cache": session.note(),
+                }
+            )
     content = {
         "meta": provenance(device),
         "config": o,
-        "model": {"class": type(base).__name__, "blocks": num_blocks},
+        "model": {"class": type(base).__name__, "blocks": handle.num_blocks},
         "gate_largest_difference": largest,
         "rows": rows,
     }
@@ -194,21 +176,24 @@ def run(options: Mapping[str, Any]) -> None:
 
 def _shown(content: Mapping[str, Any]) -> str:
     """The table: a line per stage and way, and the whole run relative to full training."""
-    o, rows = content["config"], content["rows"]
-    cells = [("stage", "boundary", "", "step (ms)", "/ full", "mean loss")]
+    o, rows, model = content["config"], content["rows"], content["model"]
+    cells = [("stage", "boundary", "", "step (ms)", "/ full", "state (MiB)", "mean loss")]
     total_ms: dict[str, float] = {}
     for row in rows:
         full_ms = next(r["step_ms"] for r in rows if r["stage"] == row["stage"])  # the first
         total_ms[row["method"]] = total_ms.get(row["method"], 0.0) + row["step_ms"]
         figures = f"{row['step_ms']:,.1f}", f"{row['step_ms'] / full_ms:.2f}"
-        where = str(row["stage"]), str(row["boundary"]), row["method"]
-        cells.append((*where, *figures, f"{row['mean_loss']:.4f}"))
+        figures += f"{row['state_bytes'] / 2**20:,.1f}", f"{row['mean_loss']:.4f}"
+        cells.append((str(row["stage"]), str(row["boundary"]), row["method"], *figures))
     for name, ms in total_ms.items():
-        cells.append(("run", "", name, "", f"{ms / total_ms['full']:.2f}", ""))
-    return (
-        f"{content['model']['class']}, {content['model']['blocks']} blocks, {o['batch_size']} x "
-        f"{o['seq_len']} tokens, {content['meta']['device']}; gate: gradients within "
-        f"{content['gate_largest_difference']:.0e} of plain torch\n\n"
-        + "\n".join(text_table(cells, left=(0, 2)))
-        + "\n\nMedian step, and mean loss over the steps of the stage."
-    )
+        cells.append(("run", "", name, "", f"{ms / total_ms['full']:.2f}", "", ""))
+    lines = [
+        f"{model['class']}, {model['blocks']} blocks, {o['batch_size']} x {o['seq_len']} tokens",
+        f"{content['meta']['device']}; "
+        f"gradients within {content['gate_largest_difference']:.0e} of plain torch's",
+        "",
+        *text_table(cells, left=(0, 2)),
+        "",
+        "Median step. The optimizer's state when the stage ends. Mean loss of its steps.",
+    ]
+    return "\n".join(lines)

@@ -83,5 +83,6 @@ def run(options: TrainOptions) -> None:
         "meta": provenance(run.args.device),
     }
     write_json(options.output / "contribution.json", content)
+    console.print("score: minus the loss over the validation rows", highlight=False)
     console.print(str(found), highlight=False, soft_wrap=True)
     console.print(f"figures: {options.output / 'contribution.json'}", soft_wrap=True)

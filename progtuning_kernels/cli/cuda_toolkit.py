@@ -66,11 +66,8 @@ def _places() -> dict[str, str]:
         for kind in ("purelib", "platlib"):
             packages = sysconfig.get_path(kind, vars={"base": prefix, "platbase": prefix})
             homes += sorted(Path(packages, "nvidia").glob("cu[0-9]*"), reverse=True)
-    for home in homes:
-        found.setdefault(str(home / "bin" / "nvcc"), "")
-    if nvcc := shutil.which("nvcc"):
-        found.setdefault(nvcc, "")
-    return found
+    nvccs = [*(str(home / "bin" / "nvcc") for home in homes), shutil.which("nvcc")]
+    return found | {nvcc: "" for nvcc in nvccs if nvcc and nvcc not in found}
 
 
 def _checked(nvcc: str) -> Toolkit:
@@ -85,12 +82,10 @@ def _static_cudart(nvcc: str) -> str:
     """The static runtime: `_C` then imports where there is no driver and no libcudart."""
     plan = run([nvcc, "--dryrun", "unused.cu"])  # as nvcc itself would link
     folders = [w[2:] for line in re.findall(r"LIBRARIES=(.*)", plan) for w in shlex.split(line)]
-    top = re.search(r"TOP=(.*)", plan)
-    if top:
-        folders += [f"{top.group(1)}/lib64", f"{top.group(1)}/lib"]
-    for folder in folders:
-        if Path(folder, "libcudart_static.a").exists():
-            return str(Path(folder, "libcudart_static.a"))
+    folders += [f"{top}/{lib}" for top in re.findall(r"TOP=(.*)", plan) for lib in ("lib64", "lib")]
+    for library in (Path(folder, "libcudart_static.a") for folder in folders):
+        if library.exists():
+            return str(library)
     raise Unavailable(f"{nvcc} has no libcudart_static.a")
 
 

@@ -13,25 +13,18 @@ import torch
 
 
 def _git(*arguments: str) -> str | None:
+    command = ["git", "-C", str(Path(__file__).parent), *arguments]
     try:
-        result = subprocess.run(
-            ["git", "-C", str(Path(__file__).parent), *arguments],
-            capture_output=True,
-            text=True,
-            timeout=10,
-        )
-    except (OSError, subprocess.TimeoutExpired):
+        done = subprocess.run(command, capture_output=True, text=True, timeout=10, check=True)
+    except (OSError, subprocess.SubprocessError):
         return None
-    return result.stdout.strip() if result.returncode == 0 else None
+    return done.stdout.strip()
 
 
 def cpu_facts() -> dict[str, str]:
     """The last processor of /proc/cpuinfo, such as its "model name" and "flags"; may be empty."""
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:
-        return {}
-    pairs = (line.partition(":") for line in lines)
+    file = Path("/proc/cpuinfo")
+    pairs = (line.partition(":") for line in file.open()) if file.exists() else ()
     return {key.strip(): value.strip() for key, _, value in pairs}
 
 
@@ -64,22 +57,18 @@ def provenance(device: torch.device | None) -> dict[str, Any]:
     tracked = _git("ls-files", "--error-unmatch", Path(__file__).name) is not None
     commit = _git("rev-parse", "HEAD") if tracked else None
     changes = _git("status", "--porcelain", "--untracked-files=no") if commit else None
-    of_device, cuda = {}, {}
-    if device is not None:
-        of_device = {"device": cpu_in_words()}
-        if device.type == "cuda":
-            of_device = {"device": torch.cuda.get_device_name(device)}
-            cuda = {"cuda": torch.version.cuda}
+    on_gpu = device is not None and device.type == "cuda"
+    name = torch.cuda.get_device_name(device) if on_gpu else cpu_in_words()
     packages = ("progtuning_kernels", "transformers", "triton", "peft", "numpy")
     return {
         "commit": commit,
         "dirty": None if commit is None else bool(changes),
         "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
-        **of_device,
+        **({} if device is None else {"device": name}),
         "versions": {
             "python": platform.python_version(),
             "torch": torch.__version__,
-            **cuda,
+            **({"cuda": torch.version.cuda} if on_gpu else {}),
             **{name: installed_version(name) for name in packages},
         },
     }

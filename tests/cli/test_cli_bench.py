@@ -43,11 +43,11 @@ def test_the_table_fits_a_terminal(model_folders, capsys, monkeypatch):
     monkeypatch.setattr(bench_command, "timed_steps", slow)
     _call(model_folders)
     out = capsys.readouterr().out
-    assert "gate: gradients within" in out and "…" not in out
-    table = [line.split() for line in out.splitlines()[3:-2]]
+    assert "gradients within" in out and "of plain torch's" in out and "…" not in out
+    table = [line.split() for line in out.splitlines()[4:-2]]
     assert [line[0] for line in table] == ["1"] * 4 + ["2"] * 4 + ["run"] * 4
-    assert all(0 < float(line[-1]) < 3 and float(line[-2]) > 0 for line in table[:8])
-    assert max(map(len, out.splitlines()[1:])) <= 80
+    assert all(0 < float(line[-1]) < 3 and float(line[-3]) > 0 for line in table[:8])
+    assert "state (MiB)" in out and max(map(len, out.splitlines())) <= 80
 
 
 def test_no_time_is_printed_when_the_gate_is_red(model_folders, capsys, monkeypatch):

@@ -45,6 +45,7 @@ def test_a_small_run(call, tmp_path, capsys):
     assert measure["weights"] == [max(0, value) for value in measure["values"]]
     assert len(measure["metric_values"]) == 4
     out = capsys.readouterr().out
+    assert "score: minus the loss over the validation rows\nwhat the score gains over -" in out
     assert all(f"{value:.5g}" in out for value in measure["values"])
 
 

@@ -16,7 +16,7 @@ from proofs import (
     gradients,
     saved_bytes,
 )
-from tiny_models import BOUNDARIES, CHECKPOINTED, MODELS, tiny_inputs, tiny_model
+from tiny_models import BOUNDARIES, CHECKPOINTED, MODELS, TELLING, tiny_inputs, tiny_model
 from torch import nn
 from transformers.modeling_layers import GradientCheckpointingLayer
 
@@ -108,8 +108,9 @@ def test_plain(name, boundary):
         assert all(unit.nodes and unit.saved_bytes for unit in suffix if unit.params)
 
 
-@pytest.mark.parametrize("boundary", BOUNDARIES)
-@pytest.mark.parametrize("name", CHECKPOINTED)
+@pytest.mark.parametrize(
+    ("name", "boundary"), [(name, boundary) for name, boundary in TELLING if name in CHECKPOINTED]
+)
 def test_gradient_checkpointing(name, boundary):
     inputs = tiny_inputs(name)
     plain = tiny_model(name)
@@ -134,8 +135,7 @@ def test_gradient_checkpointing(name, boundary):
             assert runs == {i: n * (1 + (i >= boundary)) for i, n in once.items()}
 
 
-@pytest.mark.parametrize("boundary", BOUNDARIES)
-@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize(("name", "boundary"), TELLING)
 def test_lora(name, boundary):
     inputs = tiny_inputs(name)
     model = _with_lora(tiny_model(name))

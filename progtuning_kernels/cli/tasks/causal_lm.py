@@ -112,6 +112,8 @@ class CausalLM:
         rows = self._by_role(rows)
         if self.kind == "text":
             return join_and_cut(rows, processor, self.max_length)
+        if end := self._trainer.get("eos_token"):
+            processor.eos_token = end
         if processor.eos_token is None and not self._chat:
             raise UserError("a completion ends with the tokenizer's end-of-text token: it has none")
         template = self._template(processor)
@@ -201,10 +203,6 @@ class CausalLM:
         return ids, marks
 
     def collator(self, processor: Any, model: Any) -> Callable[[list[dict]], dict]:
-        if getattr(model, "loss_type", "") is None:
-            # from a name like GPT2LMHeadModel transformers does not see that labels are shifted:
-            # the Trainer divides the loss by T tokens of a row in place of T - 1
-            model.loss_type = "ForCausalLM"
         return partial(_padded, padding=processor.pad_token_id)
 
     def preprocess_logits(self, logits: Any, labels: Any) -> Any:
