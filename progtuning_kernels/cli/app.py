@@ -84,8 +84,10 @@ def train(options: TrainOptions, dry_run: bool) -> None:
 @click.option("--file", "files", multiple=True, required=True, help="Rows; repeatable.")
 @click.option("--output", required=True, type=_PATH, help="Gets a JSON object for every row.")
 @click.option("--task", type=click.Choice(TASKS), metavar="TASK", help="Found unless given.")
+@click.option("--column", "columns", multiple=True, help="ROLE=NAME, as for train; repeatable.")
 @click.option("--batch-size", **_positive(32), help="Rows per batch.")
 @click.option("--max-length", type=click.IntRange(min=2), help="Tokens of a row at most.")
+@click.option("--max-new-tokens", **_positive(128), help="Tokens of a generated text at most.")
 @click.option("--device", default="auto", help="auto, cpu, cuda, or one GPU: cuda:1.")
 def predict(device: str, **options: Any) -> None:
     """Answer rows with a model that train has saved."""
@@ -122,6 +124,7 @@ def plan(options: TrainOptions, **more: Any) -> None:
     No weights are needed: --model may be a config.json. CONFIG is a file of options as train takes
     it; what decides no cost is left aside.
     """
+    options.check()
     from . import plan_command
 
     plan_command.run(options, **more)

@@ -273,12 +273,7 @@ def _options_from(values: Mapping[str, Any]) -> TrainOptions:
     own = {f.name for f in dataclasses.fields(TrainOptions)}
     ours = {name: value for name, value in values.items() if name in own}
     trainer = {name: v for name, v in values.items() if name not in own and v not in (None, ())}
-    columns = {}
-    for text in ours["columns"]:
-        role, sign, name = text.partition("=")
-        if not (role and sign and name):
-            raise UserError(f"--column takes ROLE=NAME, such as text=sentence, got {text!r}")
-        columns[role] = name
+    columns = columns_from(ours["columns"])
     for role in ("text", "pair", "label"):
         if (name := trainer.pop(f"{role}_column", None)) is not None:
             columns[role] = name
@@ -293,6 +288,17 @@ def _options_from(values: Mapping[str, Any]) -> TrainOptions:
         del trainer["save_steps"]
         trainer["save_strategy"] = "no"
     return TrainOptions(**ours, trainer=trainer)
+
+
+def columns_from(given: Iterable[str]) -> dict[str, str]:
+    """role -> name of the column, from texts such as "text=sentence"."""
+    columns = {}
+    for text in given:
+        role, sign, name = text.partition("=")
+        if not (role and sign and name):
+            raise UserError(f"--column takes ROLE=NAME, such as text=sentence, got {text!r}")
+        columns[role] = name
+    return columns
 
 
 def as_yaml(options: TrainOptions) -> str:

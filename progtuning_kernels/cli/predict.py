@@ -3,16 +3,25 @@
 from __future__ import annotations
 
 import json
+import sys
+from collections import defaultdict
 from pathlib import Path
 from typing import Any
 
+from datasets import Image
 from rich.console import Console
 from torch import nn
 
+from .config import columns_from
 from .errors import UserError
 from .options import TrainOptions
 from .preparation import Prepared, Rows, prepare, read_rows, trainer_classes
 from .tasks import TASKS, task_class
+
+# of models that have another name than their auto class: T5ForConditionalGeneration
+_OLD_NAMES = defaultdict(
+    tuple, {"seq2seq": ("ForConditionalGeneration",), "causal-lm": ("LMHeadModel",)}
+)
 
 
 def predict_rows(model: nn.Module, prepared: Prepared, output: Path) -> int:
@@ -30,10 +39,13 @@ def predict_rows(model: nn.Module, prepared: Prepared, output: Path) -> int:
         )
         predictions = trainer.predict(prepared.encoded["predict"]).predictions
         answers = task.answers(predictions, rows)
+    images = [name for name, feature in rows.features.items() if isinstance(feature, Image)]
+    for name in images:
+        rows = rows.cast_column(name, Image(decode=False))
     with output.open("w", encoding="utf-8") as file:
         for row, answer in zip(rows, answers, strict=True):
-            line = json.dumps({**row, "prediction": answer}, ensure_ascii=False, default=str)
-            file.write(line + "\n")
+            row |= {name: row[name]["path"] for name in images} | {"prediction": answer}
+            file.write(json.dumps(row, ensure_ascii=False, default=str) + "\n")
     return len(rows)
 
 
@@ -43,8 +55,10 @@ def run(
     files: tuple[str, ...],
     output: Path,
     task: str | None,
+    columns: tuple[str, ...],
     batch_size: int,
     max_length: int | None,
+    max_new_tokens: int,
 ) -> None:
     from transformers import AutoConfig
 
@@ -56,7 +70,7 @@ def run(
         name
         for name in TASKS
         for kind in config.architectures or ()
-        if kind.endswith(task_class(name).auto_model.removeprefix("AutoModel"))
+        if kind.endswith((task_class(name).auto_model.removeprefix("AutoModel"), *_OLD_NAMES[name]))
     ]
     if task is None and not found:
         raise UserError(f"{model} does not say what it was trained for: give --task")
@@ -64,10 +78,13 @@ def run(
         model=model,
         task=task or found[0],
         predict_file=files,
+        columns=columns_from(columns),
+        max_new_tokens=max_new_tokens,
         max_length=max_length or TrainOptions.max_length,
         trainer={"per_device_eval_batch_size": batch_size, "report_to": ("none",)},
     )
     rows: Rows = read_rows(options, ("predict",))
-    prepared = prepare(options, rows, remove_unused_columns=False)
+    quiet = not sys.stderr.isatty()
+    prepared = prepare(options, rows, remove_unused_columns=False, disable_tqdm=quiet)
     count: Any = predict_rows(prepared.model, prepared, output)
     Console().print(f"{count:,} rows: {output}", soft_wrap=True)

@@ -140,5 +140,7 @@ def prepare(
     longest = max(encoded, key=lambda split: max(prepared.lengths(split)))
     order = sorted(range(len(encoded[longest])), key=prepared.lengths(longest).__getitem__)
     batch = prepared.batch([encoded[longest][i] for i in (order[-1], order[0])])
+    if task.trainer == "Seq2SeqTrainer" and "labels" not in batch:
+        return prepared  # to generate: a forward wants what the decoder has said so far
     models.try_forward(model, batch, causal=task.lora_task == "CAUSAL_LM")
     return prepared

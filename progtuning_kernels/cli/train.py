@@ -139,20 +139,22 @@ class Run:
         order = sorted(range(len(validation)), key=validation.__getitem__)
         self._places = numpy.argsort(order)  # of the rows among those sorted by length
         self._use_cache = getattr(prepared.model.config, "use_cache", None)
-        trainer = trainer_classes(prepared.task)[0](
-            model=prepared.model,
-            args=args,
-            train_dataset=prepared.encoded["train"],
-            eval_dataset=prepared.encoded["validation"].select(order),
-            data_collator=prepared.collate,
-            processing_class=prepared.processor,
-            compute_metrics=self._compute_metrics,
-            preprocess_logits_for_metrics=prepared.task.preprocess_logits,
-            callbacks=callbacks,
-            optimizers=methods.optimizer_and_rates(
-                prepared.model, options, args, self.schedule, prepared.layout
-            ),
+        optimizers = methods.optimizer_and_rates(
+            prepared.model, options, args, self.schedule, prepared.layout
         )
+        with as_user_error():  # of options that exclude each other, as padding_free of TRL
+            trainer = trainer_classes(prepared.task)[0](
+                model=prepared.model,
+                args=args,
+                train_dataset=prepared.encoded["train"],
+                eval_dataset=prepared.encoded["validation"].select(order),
+                data_collator=prepared.collate,
+                processing_class=prepared.processor,
+                compute_metrics=self._compute_metrics,
+                preprocess_logits_for_metrics=prepared.task.preprocess_logits,
+                callbacks=callbacks,
+                optimizers=optimizers,
+            )
         trainer.get_train_dataloader = lambda: trainer.accelerator.prepare(
             DataLoader(
                 trainer.train_dataset,
@@ -223,7 +225,7 @@ class Run:
         with stopped_by_signals(self.recorder):
             try:
                 self.trainer.train(resume_from_checkpoint=checkpoint)
-            except (OSError, RuntimeError, ValueError) as error:
+            except Exception as error:  # of pickle, safetensors, torch: no common class
                 if checkpoint is None or self.recorder.stages:
                     raise
                 raise UserError(f"{checkpoint} cannot be read: {one_line(error)}") from error

@@ -253,7 +253,8 @@ class ProgtuningCallback(TrainerCallback):
 
     @property
     def _rate(self) -> TokenRate:
-        return _rates[self.handle]
+        handle: Any = self.handle
+        return _rates[handle]
 
     @property
     def _device(self) -> torch.device:
@@ -297,8 +298,9 @@ class ProgtuningCallback(TrainerCallback):
     @staticmethod
     def _clean_up(args: TrainingArguments, model: nn.Module) -> None:
         handle = handle_of(model)
-        if handle in _rates:
-            _rates.pop(handle).remove()
+        rate = None if handle is None else _rates.pop(handle, None)
+        if handle is not None and rate is not None:
+            rate.remove()
             logger.info(str(handle.packing_report()))
             handle.unpatch()
         if hasattr(args, _PARKED):

@@ -85,7 +85,8 @@ class TokenRate:
         seconds, tokens = self._seconds, self._tokens
         self._seconds, self._tokens = 0.0, None
         tokens = torch.zeros((), dtype=torch.int64) if tokens is None else tokens
-        total = int(reduce(tokens.to(device), "sum"))
+        summed: Any = reduce(tokens.to(device), "sum")  # typed as whatever it may get
+        total = int(summed)
         return total / seconds if total else None
 
     def remove(self) -> None:

@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
+import subprocess
+import sys
 
 import pytest
 import transformers
-from test_cli_train import _one_line_error
+import yaml
+from cli_calls import one_line_error
 
 from progtuning_kernels.cli.app import main
 from progtuning_kernels.cli.plan_command import parse_bytes
 
-_SMALL = ["--seq-len", "16", "--batch-size", "4", "--device", "cpu"]
+_SMALL = ["--seq-len", "16", "--batch-size", "4", "--device", "cpu", "--stages", "2"]
 
 
 def _planned(capsys, *arguments: object) -> dict:
@@ -23,13 +27,14 @@ def _planned(capsys, *arguments: object) -> dict:
 
 
 def test_table_of_a_folder(model_folders, capsys):
-    arguments = ["--stages", "4", "--steps", "40", "--memory", "1GiB", "--cache"]
+    arguments = ["--stages", "4", "--steps", "40", "--memory", "1GiB", "--cache", "auto"]
     main(["plan", "--model", str(model_folders["bert"]), *_SMALL, *arguments])
     out = capsys.readouterr().out
     assert "BertForSequenceClassification, 4 blocks, 4 rows of 16 tokens" in out
     assert "embeddings, blocks 0-3, head" in out and "blocks 3, head" in out
-    assert "the peak is stage 1" in out and "fits in 1.00 GiB" in out
-    assert "cache / row" in out and "gradient checkpointing" in out
+    assert "the peak is stage 1" in out and "fits in 1.00 GiB" in " ".join(out.split())
+    assert "cache row" in out and "gradient checkpointing" in out
+    assert max(map(len, out.splitlines())) <= 80
 
 
 def test_a_config_file_is_enough(model_folders, tmp_path, capsys):
@@ -48,12 +53,12 @@ def test_options_reach_the_plan(model_folders, capsys):
     model = ["--model", model_folders["bert"]]
     plain = _planned(capsys, *model)
     stage = plain["stages"][0]
-    small = ["--dtype", "bf16", "--optimizer", "adamw-bf16", "--embeddings", "never"]
+    small = ["--precision", "bf16-pure", "--state-dtype", "bf16", "--embeddings", "never"]
     changed = _planned(capsys, *model, *small)["stages"][0]
     for field in ("weight_bytes", "state_bytes", "trainable_params", "activation_bytes"):
         assert changed[field] < stage[field], field
-    masters = ["--dtype", "bf16", "--master-weights", "--in-backward", "--gradient-checkpointing"]
-    changed = _planned(capsys, *model, *masters)["stages"][0]
+    masters = ["--precision", "bf16-pure", "--master-weights", "--in-backward"]
+    changed = _planned(capsys, *model, *masters, "--gradient-checkpointing")["stages"][0]
     assert changed["state_bytes"] == pytest.approx(1.5 * stage["state_bytes"], rel=0.01)
     assert changed["gradient_bytes"] < stage["gradient_bytes"] / 4
     assert changed["activation_bytes"] < stage["activation_bytes"] / 4
@@ -62,8 +67,60 @@ def test_options_reach_the_plan(model_folders, capsys):
     assert without["full"]["activation_bytes"] < with_mask["full"]["activation_bytes"]
     packed = _planned(capsys, *model, "--real-tokens", "0.5")
     assert 0.4 < packed["stages"][0]["step_ratio"] < 0.55 and packed["full"] == plain["full"]
+    unpacked = _planned(capsys, *model, "--real-tokens", "0.5", "--packing", "off")
+    assert unpacked["stages"] == plain["stages"]
+    cast = _planned(capsys, *model, "--bf16")
+    assert "autocast to bfloat16" in cast["title"]
+    assert cast["stages"][0]["activation_bytes"] < stage["activation_bytes"]
+    assert cast["stages"][0]["state_bytes"] == stage["state_bytes"]
     calibrated = _planned(capsys, *model, "--calibrate")
     assert calibrated["calibrated"] and calibrated["stages"][0]["step_ms"] > 0
+
+
+def test_methods_and_schedules(model_folders, tmp_path, capsys):
+    model = ["--model", model_folders["bert"]]
+    full = _planned(capsys, *model, "--method", "full", "--steps", 9)
+    assert [stage["step_ratio"] for stage in full["stages"]] == [1.0]
+    lora = _planned(capsys, *model, "--method", "progressive-lora", "--steps", 8)
+    assert lora["title"].startswith("PeftModelForSequenceClassification, 4 blocks")
+    assert lora["stages"][1]["trainable_params"] < lora["stages"][0]["trainable_params"] < 20_000
+    file = tmp_path / "run.yaml"  # a file of train, with more in it than a plan needs
+    file.write_text(
+        "train_file: a\nlr: 1\nstages: 2\nschedule: {schedule: cyclic, blocks: 1, period: 2}\n"
+    )
+    assert "--stages and --embeddings are for" in one_line_error(capsys, ["plan", str(file)])
+    whole = _SMALL[:-2] + ["--stages", "3", "--json"]  # as the default is
+    main(["plan", *map(str, model), *whole, "--schedule", "random", "--max-steps", "6000"])
+    long = json.loads(capsys.readouterr().out)
+    assert len(long["stages"]) == 20 and long["total_steps"] == 400
+    assert "the first 20 stages, of 6,000 steps" in long["notes"]
+    main(["plan", *map(str, model), *whole, "--schedule", "adaptive", "--max-steps", "9"])
+    adaptive = json.loads(capsys.readouterr().out)
+    assert len(adaptive["stages"]) == 1 and "decided in training" in adaptive["notes"][-1]
+
+
+def test_a_dry_run_of_train_shows_the_shares_of_the_plan(model_folders, tmp_path, capsys):
+    lengths = [10] * 6 + [4] * 2
+    rows = [{"text": " ".join(["w1"] * n), "label": "ab"[i % 2]} for i, n in enumerate(lengths)]
+    file = tmp_path / "rows.jsonl"
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    common = ["--model", model_folders["bert"], "--stages", 4, "--batch-size", 4]
+    data = ["--train-file", file, "--validation-file", file, "--epochs", 2, "--max-length", 32]
+    capsys.readouterr()
+    main(["train", *map(str, [*common, *data]), "--device", "cpu", "--dry-run"])
+    out = capsys.readouterr().out
+    whole = yaml.safe_load(out)  # the table is a comment
+    assert whole["stages"] == 4 and whole["train_file"] == [str(file)]
+    table = re.findall(r"^# (\d) +(\d+) .*M +\S+ +([\d.]+)$", out, re.MULTILINE)
+    assert [steps for _, steps, _ in table] == ["1"] * 4  # 2 steps an epoch
+    # two batches: 4 rows of 10 tokens, and 2 of 10 with 2 of 4
+    assert "blocks compute on 85% of the places" in out
+    shape = ["--seq-len", 10, "--steps", 4, "--real-tokens", 0.85]
+    plan = _planned(capsys, *common, *shape)
+    assert [float(ratio) for _, _, ratio in table] == pytest.approx(
+        [stage["step_ratio"] for stage in plan["stages"]], abs=0.001
+    )
+    assert not (tmp_path / "runs").exists()
 
 
 @pytest.mark.parametrize(
@@ -71,12 +128,12 @@ def test_options_reach_the_plan(model_folders, capsys):
     [
         (["--model", "nowhere/at-all"], "cannot load the config of 'nowhere/at-all'"),
         (["--stages", "5"], "stages=5 is more than the 4 blocks there are"),
-        (["--steps", "2"], "total_steps=2 is fewer than stages=3"),
-        (["--seq-len", "64"], "--seq-len 64 is above the model's 32 tokens"),
+        (["--steps", "1"], "total_steps=1 is fewer than stages=2"),
+        (["--seq-len", "64"], "--max-length 64 is above the model's 32 tokens"),
         (["--memory", "9" * 400 + "GB"], "is no size of memory"),
         (["--memory", "lots"], "'lots' is no size of memory: give one such as 24GiB"),
         (["--blocks", "bert.layers"], "has no module at 'bert.layers'"),
-        (["--optimizer", "sgd"], "--optimizer"),
+        (["--state-dtype", "sgd"], "--state-dtype"),
         (["--device", "cuda:77"], "device 'cuda:77' cannot be used"),
         (["--batch-size", "0"], "--batch-size"),
         (["--real-tokens", "0"], "--real-tokens"),
@@ -85,7 +142,7 @@ def test_options_reach_the_plan(model_folders, capsys):
 )
 def test_bad_calls_get_one_line(model_folders, capsys, extra, message):
     model = ["--model", str(model_folders["bert"])]
-    assert message in _one_line_error(capsys, ["plan", *model, *_SMALL, *extra])
+    assert message in one_line_error(capsys, ["plan", *model, *_SMALL, *extra])
 
 
 def test_models_that_count_positions_in_other_ways(capsys, tmp_path):
@@ -93,11 +150,23 @@ def test_models_that_count_positions_in_other_ways(capsys, tmp_path):
     roberta = transformers.RobertaConfig(**sizes, intermediate_size=16, max_position_embeddings=34)
     roberta.save_pretrained(tmp_path / "roberta")
     arguments = ["plan", "--model", str(tmp_path / "roberta"), "--seq-len"]
-    assert "33 is above the model's 32 tokens" in _one_line_error(capsys, [*arguments, "33"])
+    assert "33 is above the model's 32 tokens" in one_line_error(capsys, [*arguments, "33"])
     sizes = {"d_model": 16, "n_layer": 4, "n_head": 2, "d_inner": 16}
     transformers.XLNetConfig(**sizes).save_pretrained(tmp_path / "xlnet")  # which says -1
     main(["plan", "--model", str(tmp_path / "xlnet"), "--seq-len", "32"])
     assert "XLNet" in capsys.readouterr().out
+
+
+def test_a_plan_needs_no_package_of_training():
+    code = (
+        "import sys; sys.modules |= dict.fromkeys(['datasets', 'sklearn', 'peft', 'trl'])\n"
+        "from progtuning_kernels.cli.models import auto_class\n"
+        "from progtuning_kernels.cli import plan_command\n"
+        "from progtuning_kernels.cli.tasks import TASKS\n"
+        "print(*(auto_class(task).__name__ for task in TASKS))"
+    )
+    out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert "AutoModelForCausalLM" in out.stdout and "AutoModelForMaskedLM" in out.stdout
 
 
 def test_help_has_an_example(capsys):

@@ -18,7 +18,8 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from progtuning_kernels.cli.data import check_texts, digest, find_columns, load_splits
+from progtuning_kernels.cli.columns import check_texts, find_columns
+from progtuning_kernels.cli.data import digest, load_splits
 from progtuning_kernels.cli.errors import UserError
 from progtuning_kernels.cli.options import TrainOptions
 

@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import math
+import sys
 
 import pytest
 import torch
 import transformers
-from task_runs import task_of, train_from_files
+from task_runs import predict_from_file, task_of, train_from_files
 from tiny_folders import word_tokenizer
 from tiny_models import tiny_model
 
 from progtuning_kernels.cli.errors import UserError
+from progtuning_kernels.cli.tasks.causal_lm import sft_classes
 
 TEMPLATE = """{% for m in messages %}{% if m.role not in ('user', 'assistant') %}
 {{ raise_exception('no role ' ~ m.role) }}{% endif %}{{ 'w80 ' if m.role == 'user' else 'w81 ' }}
@@ -157,6 +159,10 @@ def test_completions_are_trained_by_sft_and_predicted(tmp_path):
         said = model.generate(prompt, do_sample=False, max_new_tokens=3)[0, prompt.shape[1] :]
         alone = word_tokenizer().decode(said, skip_special_tokens=True)
         assert answer["output"].strip() == alone.strip()
+    again = ("--max-length", 16, "--max-new-tokens", 3)
+    assert (
+        predict_from_file(run["folder"], tmp_path / "predict.jsonl", *again) == run["predictions"]
+    )
 
 
 def test_plain_text_is_trained_by_the_trainer(tmp_path):
@@ -175,7 +181,8 @@ def test_plain_text_is_trained_by_the_trainer(tmp_path):
     perplexity = run["summary"]["metric"]
     assert perplexity == pytest.approx(true_perplexity(run["folder"], found), rel=1e-5)
     assert perplexity < 18  # of 20 words and an end
-    # GPT-2's name hides from the Trainer that a row of T tokens has T - 1 predictions
+    # GPT-2's name hides from the Trainer that a row of T tokens has T - 1 predictions: without
+    # `mean_over_step` its loss is 15/16 of this
     assert run["evaluations"][-1]["loss"] == pytest.approx(math.log(perplexity), rel=1e-5)
 
 
@@ -218,7 +225,10 @@ def test_a_bad_row_is_one_line(rows, message):
     assert message in str(error.value) and "\n" not in str(error.value)
 
 
-def test_messages_need_a_template():
+def test_messages_need_trl_and_a_template(monkeypatch):
+    monkeypatch.setitem(sys.modules, "trl", None)
+    with pytest.raises(UserError, match="messages and completions need TRL, on Python 3.11"):
+        sft_classes()
     with pytest.raises(UserError, match="the tokenizer has no chat template for messages"):
         encoded([chat("w1", "w2")])
     with pytest.raises(UserError, match="causal-lm needs a decoder; t5 is for seq2seq"):

@@ -9,7 +9,7 @@ import pytest
 import transformers
 from datasets import Dataset
 from PIL import Image
-from task_runs import task_of, train_from_files, write_rows
+from task_runs import predict_from_file, task_of, train_from_files, write_rows
 from tiny_models import tiny_model
 
 from progtuning_kernels.cli.errors import UserError
@@ -96,6 +96,10 @@ def test_folders_of_classes_are_trained_and_predicted(folder, model, tmp_path):
     classify = transformers.pipeline("image-classification", str(run["folder"]))
     paths = [folder / row["image"] for row in rows_of(folder, "validation")]
     assert [classify(str(path))[0]["label"] for path in paths] == NAMES * 2
+    rows = write_rows(folder / "to-predict.jsonl", rows_of(folder, "validation"))
+    answers = predict_from_file(run["folder"], rows)
+    assert [answer["label"] for answer in answers] == NAMES * 2
+    assert all(1 / 3 < answer["score"] <= 1 for answer in answers)
 
 
 def test_an_image_that_is_none_is_one_line(folder, tmp_path):

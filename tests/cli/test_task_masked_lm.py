@@ -9,7 +9,7 @@ from itertools import chain
 import pytest
 import torch
 from datasets import Dataset
-from hypothesis import given, settings
+from hypothesis import Phase, given, settings
 from hypothesis import strategies as st
 from task_runs import task_of, train_and_predict
 from tiny_folders import sentence_tokenizer
@@ -19,7 +19,7 @@ from progtuning_kernels.cli.tasks.plain_text import join_and_cut, perplexity, ro
 
 
 @given(st.lists(st.integers(0, 9), min_size=1, max_size=30), st.integers(2, 12))
-@settings(max_examples=20)
+@settings(max_examples=20, phases=[Phase.generate])
 def test_texts_are_joined_and_cut(lengths, max_length):
     texts = [" ".join(f"w{(i + j) % 90}" for j in range(n)) for i, n in enumerate(lengths)]
     tokenizer = sentence_tokenizer()

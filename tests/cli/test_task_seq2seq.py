@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import transformers
 from datasets import Dataset
-from task_runs import task_of, train_from_files
+from task_runs import predict_from_file, task_of, train_from_files
 from tiny_folders import word_tokenizer
 from tiny_models import tiny_model
 
@@ -74,6 +74,9 @@ def test_it_is_trained_on_files_and_generates(tmp_path):
         source = tokenizer(row["translation"]["en"], return_tensors="pt")["input_ids"]
         said = model.generate(source, max_new_tokens=3)
         assert answer == {"output": tokenizer.decode(said[0], skip_special_tokens=True)}
+    again = ("--column", "source=translation.en", "--max-length", 8, "--max-new-tokens", 3)
+    rows = tmp_path / "predict.jsonl"
+    assert predict_from_file(run["folder"], rows, *again) == run["predictions"]
 
 
 @pytest.mark.parametrize(

@@ -9,7 +9,7 @@ import pytest
 import transformers
 from datasets import ClassLabel, Dataset, Features, Value
 from datasets import Sequence as ListOf
-from hypothesis import given, settings
+from hypothesis import Phase, given, settings
 from hypothesis import strategies as st
 from task_runs import task_of, train_and_predict
 from tiny_folders import sentence_tokenizer
@@ -36,7 +36,7 @@ WORDS = st.lists(st.text("abcü€", min_size=1, max_size=4), min_size=1, max_si
 
 
 @given(WORDS, st.integers(4, 40), st.booleans())
-@settings(max_examples=20)
+@settings(max_examples=20, phases=[Phase.generate])
 def test_the_first_piece_of_a_word_has_its_label(words, max_length, prefix_space):
     names = [f"t{i}" for i in range(8)]
     labels = names[: len(words)]

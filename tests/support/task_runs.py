@@ -84,6 +84,18 @@ def train_from_files(folder: Path, *arguments: object, **splits: list[dict]) -> 
     main(["train", *map(str, [*files, *common, *arguments])])
     run = json.loads((folder / "run/metrics.json").read_text()) | {"folder": folder / "run/model"}
     if "predict" in splits:
-        lines = (folder / "run/predictions.jsonl").read_text().splitlines()
-        run["predictions"] = [json.loads(line)["prediction"] for line in lines]
+        run["predictions"] = read_predictions(folder / "run/predictions.jsonl")
     return run
+
+
+def read_predictions(path: Path) -> list[dict[str, Any]]:
+    return [json.loads(line)["prediction"] for line in path.read_text().splitlines()]
+
+
+def predict_from_file(model: Path, rows: Path, *arguments: object) -> list[dict[str, Any]]:
+    """`progtuning predict`, which finds the task of the model."""
+    output = model.parent / "answers.jsonl"
+    main(
+        ["predict", str(model), "--file", str(rows), "--output", str(output), *map(str, arguments)]
+    )
+    return read_predictions(output)

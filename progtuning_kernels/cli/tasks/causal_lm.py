@@ -11,15 +11,16 @@ from reprlib import repr as short
 from typing import TYPE_CHECKING, Any
 
 import torch
-from datasets import Dataset
 from torch.nn.utils.rnn import pad_sequence
 
 from ...backend import one_line
-from ..data import check_texts, find_columns
+from ..columns import check_texts, find_columns
 from ..errors import UserError, as_user_error
 from .plain_text import join_and_cut, perplexity, row_losses
 
 if TYPE_CHECKING:
+    from datasets import Dataset
+
     from ..options import TrainOptions
 
 _ROLES = {
@@ -105,10 +106,14 @@ class CausalLM:
         """
         if split == "predict":
             encoded = processor(self._prompts(rows, processor), add_special_tokens=not self._chat)
+            from datasets import Dataset  # a plan imports this module, and needs none of it
+
             return Dataset.from_dict({"input_ids": encoded["input_ids"]})
         rows = self._by_role(rows)
         if self.kind == "text":
             return join_and_cut(rows, processor, self.max_length)
+        if end := self._trainer.get("eos_token"):
+            processor.eos_token = end
         if processor.eos_token is None and not self._chat:
             raise UserError("a completion ends with the tokenizer's end-of-text token: it has none")
         template = self._template(processor)
@@ -198,10 +203,6 @@ class CausalLM:
         return ids, marks
 
     def collator(self, processor: Any, model: Any) -> Callable[[list[dict]], dict]:
-        if getattr(model, "loss_type", "") is None:
-            # from a name like GPT2LMHeadModel transformers does not see that labels are shifted:
-            # the Trainer divides the loss by T tokens of a row in place of T - 1
-            model.loss_type = "ForCausalLM"
         return partial(_padded, padding=processor.pad_token_id)
 
     def preprocess_logits(self, logits: Any, labels: Any) -> Any:

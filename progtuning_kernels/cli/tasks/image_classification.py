@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ...backend import one_line
-from ..data import find_columns
+from ..columns import find_columns
 from ..errors import UserError
 from .classes import class_figures, class_order, place_of, same_classes, set_classes
 

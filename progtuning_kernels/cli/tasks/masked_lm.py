@@ -4,8 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
+from zlib import crc32
 
-from ..data import check_texts, find_columns
+import torch
+
+from ..columns import check_texts, find_columns
 from ..errors import UserError
 from .plain_text import join_and_cut, perplexity, row_losses
 
@@ -106,7 +109,11 @@ class MaskedLM:
         def collate(rows: list[dict]) -> dict:
             if "labels" in rows[0] or mask in rows[0]["input_ids"]:  # masked already
                 return processor.pad(rows, return_tensors="pt")
-            return masking(rows)
+            # a function of the batch, which no two epochs share: the batches that a loader makes
+            # ahead would otherwise move the random numbers that a checkpoint has
+            with torch.random.fork_rng(devices=[]):
+                torch.manual_seed(crc32(repr([row["input_ids"] for row in rows]).encode()))
+                return masking(rows)
 
         return collate
 

@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import math
 from itertools import chain
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
-from datasets import Dataset, Features, Value
-from datasets import Sequence as ListOf
 from torch.nn import functional as F
 
 from ..errors import UserError
+
+if TYPE_CHECKING:
+    from datasets import Dataset
 
 
 def join_and_cut(
@@ -28,6 +29,9 @@ def join_and_cut(
     Raises:
         UserError: the tokenizer has neither token, or the text is shorter than one row.
     """
+    from datasets import Features, Value  # a plan imports this module, and needs none of it
+    from datasets import Sequence as ListOf
+
     between = tokenizer.eos_token_id
     if between is None:
         between = tokenizer.sep_token_id

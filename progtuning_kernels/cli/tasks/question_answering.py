@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from ..data import check_texts, find_columns
+from ..columns import check_texts, find_columns
 from ..errors import UserError
 
 if TYPE_CHECKING:

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import partial
+from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from ..data import check_texts, find_columns
+from ..columns import check_texts, find_columns
 from ..errors import UserError
 
 if TYPE_CHECKING:
@@ -40,6 +41,8 @@ class Seq2Seq:
                 "seq2seq is evaluated on what the model generates: predict_with_generate stays on; "
                 "--eval-strategy no evaluates once, at the end"
             )
+        if find_spec("torchmetrics") is None:
+            raise UserError("seq2seq is evaluated with torchmetrics: pip install torchmetrics")
         self.columns = find_columns(
             next(iter(splits.values())).flatten(),
             options.columns,

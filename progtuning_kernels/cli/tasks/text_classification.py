@@ -7,7 +7,7 @@ from collections.abc import Callable
 from reprlib import repr as short
 from typing import TYPE_CHECKING, Any
 
-from ..data import check_texts, find_columns
+from ..columns import check_texts, find_columns
 from ..errors import UserError
 from .classes import DECIMAL, class_figures, class_order, place_of, same_classes, set_classes
 

@@ -6,7 +6,7 @@ from collections.abc import Callable
 from reprlib import repr as short
 from typing import TYPE_CHECKING, Any
 
-from ..data import find_columns
+from ..columns import find_columns
 from ..errors import UserError
 from .classes import class_order, place_of, same_classes, set_classes
 
