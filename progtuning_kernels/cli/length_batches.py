@@ -113,7 +113,7 @@ class EpochOfBatches(TrainerCallback):
     resume.
     """
 
-    def __init__(self, batches: LengthBatches, collate: Callable[..., Any]) -> None:
+    def __init__(self, batches: LengthBatches, collate: Callable[..., Any] | None = None) -> None:
         self._batches = batches
         self._collate = collate
 
