@@ -10,6 +10,7 @@ from contextlib import nullcontext
 from typing import TYPE_CHECKING, Any
 
 import torch
+from tqdm.auto import tqdm
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from ..freezing.unit_use import measure_forward
@@ -172,7 +173,7 @@ class Recorder(TrainerCallback):
 
     def _say(self, state: TrainerState, text: str) -> None:
         if state.is_world_process_zero:
-            self._run.console.print(f"{self._run.name}: {text}", soft_wrap=True, highlight=False)
+            tqdm.write(f"{self._run.name}: {text}")  # above a bar
 
     def _stage_text(self) -> str:
         count = stage_count(self._schedule, self._schedule.total_steps)
