@@ -51,9 +51,7 @@ class Recorder(TrainerCallback):
     def train_seconds(self) -> float:
         return sum(stage["train_seconds"] for stage in self.stages)
 
-    def on_train_begin(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         saved: Any = state.stateful_callbacks
         if state.global_step and RECORD in saved:
             stored = saved[RECORD]
@@ -63,9 +61,7 @@ class Recorder(TrainerCallback):
         self._next_line = state.global_step
         self._mark = time.perf_counter()
 
-    def on_step_begin(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
+    def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         # of the head, where units have rates of their own; the Trainer logs that of the first
         self._rate = kwargs["lr_scheduler"].get_last_lr()[-1]
         stage = self._schedule.stage(state.global_step)
@@ -79,16 +75,12 @@ class Recorder(TrainerCallback):
             self._packed_before = report.places, report.tokens
         self._mark += time.perf_counter() - started
 
-    def on_pre_optimizer_step(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
+    def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         if not self._step_ms and "gradient_bytes" not in self.stages[-1]:
             grads = [p.grad for p in kwargs["model"].parameters() if p.grad is not None]
             self.stages[-1]["gradient_bytes"] = sum(g.nbytes for g in grads)
 
-    def on_step_end(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         stage, step = self.stages[-1], state.global_step
         last = step == state.max_steps or control.should_training_stop
         ends = last or self._schedule.stage(step) != stage["stage"]
@@ -162,9 +154,11 @@ class Recorder(TrainerCallback):
             self._say(state, f"step {state.global_step}, stage {self._stage_text()}: {shown}")
         self._mark = time.perf_counter()
 
-    def on_save(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
+    def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if self.stages and "last_step" not in self.stages[-1]:  # stopped early
+            self._finish(state.global_step)
+
+    def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self._mark = time.perf_counter()
 
     @property
