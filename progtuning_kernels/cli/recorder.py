@@ -98,7 +98,9 @@ class Recorder(TrainerCallback):
             since = step - (self.evaluations[-1]["step"] if self.evaluations else 0)
             if self._run.evaluates_stages and (last or since >= state.max_steps // 24):
                 control.should_evaluate = True
-        if self._stop_asked(args, control):
+                # the best can be loaded in the end if it was saved
+                control.should_save |= args.load_best_model_at_end
+        if self._stop_asked(args, step):
             control.should_save = control.should_training_stop = True
         saved: Any = state.stateful_callbacks
         saved[RECORD] = {
@@ -150,6 +152,9 @@ class Recorder(TrainerCallback):
                 }
             )
             self.stages[-1] |= {key: figures[key] for key in ("metric", "loss")}
+            stopped_early = control.should_training_stop
+            if stopped_early and self.stages[-1].get("last_step") != state.global_step:
+                self._finish(state.global_step)
             shown = ", ".join(f"{k} {v:.4f}" for k, v in figures.items() if k != "metric")
             self._say(state, f"step {state.global_step}, stage {self._stage_text()}: {shown}")
         self._mark = time.perf_counter()
@@ -173,11 +178,11 @@ class Recorder(TrainerCallback):
         count = stage_count(self._schedule, self._schedule.total_steps)
         return f"{self.stages[-1]['stage'] + 1}" + (f"/{count}" if count else "")
 
-    def _stop_asked(self, args: TrainingArguments, control: TrainerControl) -> bool:
-        """Whether a signal came; several processes agree on it whenever they log."""
+    def _stop_asked(self, args: TrainingArguments, step: int) -> bool:
+        """Whether a signal came; several processes agree on it every tenth step."""
         if args.world_size == 1:
             return self.signal is not None
-        if not control.should_log:
+        if step % 10:
             return False
         flag = torch.tensor([self.signal or 0], device=args.device)
         torch.distributed.all_reduce(flag, torch.distributed.ReduceOp.MAX)
