@@ -60,7 +60,7 @@ def stored(result: Mapping[str, Any], method: str) -> dict[str, Any]:
     config = {
         key: [Path(one).name for one in value] if key.endswith("_file") else value
         for key, value in result["config"].items()
-        if key not in ("output", "trainer")
+        if key not in ("resume", "overwrite")
     }
     kept = {key: value for key, value in result.items() if key not in ("steps", "config")}
     return kept | {"name": method, "config": config}

@@ -292,10 +292,11 @@ class Run:
     def config(self) -> dict[str, Any]:
         """The options of the run, for its record; those of the Trainer by their short names."""
         own = dataclasses.asdict(self.options)
-        given = {name: str(value) for name, value in own.pop("trainer").items()}
+        trainer = own.pop("trainer").items()
+        given = {k: str(v) for k, v in trainer if k not in (*_SHORT.values(), "output_dir")}
         short = {name: getattr(self.args, of_trainer) for name, of_trainer in _SHORT.items()}
         short["max_grad_norm"] = self.options.of_trainer("max_grad_norm")  # may have moved
-        return own | short | {"trainer": given}
+        return own | given | short
 
     def data(self) -> dict[str, Any]:
         return {
