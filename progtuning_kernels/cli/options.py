@@ -63,7 +63,10 @@ class TrainOptions:
 
     model: str = option("minilm", _DATA, 'Folder or hub id; "minilm" comes with the extra demo.')
     task: str = option(
-        "text-classification", _DATA, "What to train for; classification is the first of them."
+        "text-classification",
+        _DATA,
+        "text-classification (or classification), token-classification, question-answering, "
+        "masked-lm, causal-lm, seq2seq or image-classification.",
     )
     dataset: str | None = option(
         None, _DATA, 'Instead of files: a hub data set "owner/name:config", or "docstrings".'
