@@ -36,8 +36,10 @@ from ..planner.example_batch import example_batch, on_device
 from ..planner.planning import without_data
 from ..schedules import ProgressiveSchedule
 from ..text_table import text_table
+from .config import autocast_dtype, choose_device
 from .errors import UserError, as_user_error
-from .models import autocast_dtype, check_length, choose_device
+from .models import check_length
+from .options import TrainOptions
 from .plan_command import model_without_weights
 from .provenance import provenance
 from .sizes import parse_bytes
@@ -81,8 +83,8 @@ def _gate(
 
 def run(options: Mapping[str, Any]) -> None:
     o = dict(options)
-    device = choose_device(o["device"])
-    dtype = autocast_dtype(o["precision"], device)
+    device = torch.device(choose_device(o["device"]))
+    dtype = autocast_dtype(TrainOptions(precision=o["precision"]), device.type)
     rule = SimpleNamespace(
         lr=5e-5,
         clip=1.0,
@@ -90,7 +92,8 @@ def run(options: Mapping[str, Any]) -> None:
     )
     blocks = None if o["blocks"] is None else o["blocks"].split(",")
     cache_bytes = parse_bytes(o["cache"])
-    meta, _ = model_without_weights(o["model"], o["task"])
+    task = "text-classification" if o["task"] == "classification" else o["task"]
+    meta, _ = model_without_weights(o["model"], task)
     check_length(meta, o["seq_len"], "--seq-len")
     meta.config.use_cache = False
     stages, steps_of_stage = o["stages"], _BATCHES * (1 + o["epochs"])

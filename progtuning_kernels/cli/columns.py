@@ -62,8 +62,7 @@ def _option(role: str) -> str:
 def check_column(rows: Dataset, column: str, split: str) -> None:
     """Refuse a split that lacks a column of the others."""
     if column not in rows.column_names:
-        present = ", ".join(rows.column_names)
-        raise UserError(f"the {split} rows have no column {column!r}, only {present}")
+        raise UserError(f"{split} row 1 has no value for column {column!r}")
 
 
 def check_texts(rows: Dataset, column: str, split: str, *, empty: str = "error") -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from itertools import chain, cycle, islice
 from typing import Any
 
@@ -107,19 +107,23 @@ class LengthBatches:
 
 
 class EpochOfBatches(TrainerCallback):
-    """Sets the epoch of `batches`.
+    """Sets the epoch of `batches`, and of a `collate` that has one.
 
     The Trainer does not reach a batch sampler below two others, as in an epoch that several ranks
     resume.
     """
 
-    def __init__(self, batches: LengthBatches) -> None:
+    def __init__(self, batches: LengthBatches, collate: Callable[..., Any] | None = None) -> None:
         self._batches = batches
+        self._collate = collate
 
     def on_epoch_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        self._batches.set_epoch(int(state.epoch or 0))
+        epoch = int(state.epoch or 0)
+        self._batches.set_epoch(epoch)
+        if hasattr(self._collate, "set_epoch"):
+            self._collate.set_epoch(epoch)
 
 
 def _cut(items: list[Any], size: int) -> list[list[Any]]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import warnings
 from pathlib import Path
@@ -210,49 +209,3 @@ def test_what_could_not_be_read_back_is_not_written(foreign, message, tmp_path):
     with pytest.raises(TypeError, match=f"tensors, numbers, strings.*{message}"):
         loop.save(tmp_path)
     assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == whole
-
-
-@pytest.fixture
-def arguments(model_folders, text_files, tmp_path) -> list[str]:
-    options = {
-        "--train-file": text_files[0],
-        "--validation-file": text_files[1],
-        "--model": model_folders["bert"],
-        "--output": tmp_path / "run",
-        "--batch-size": 8,
-        "--max-length": 16,
-        "--max-steps": 9,
-        "--checkpoint-every": 3,
-    }
-    return ["train", *(str(x) for pair in options.items() for x in pair)]
-
-
-def test_the_command_line_goes_on_from_the_checkpoint_before_a_damaged_one(
-    arguments, tmp_path, monkeypatch, capsys
-):
-    from progtuning_kernels.cli import engine
-    from progtuning_kernels.cli.app import main
-
-    step = engine.Run._train_step
-
-    def poisoned(run: engine.Run, *window: Any, measure: bool) -> dict[str, Any]:
-        if run.step == 2:  # its gradients, and nothing that stays
-            run.trained.optimizer.param_groups[0]["params"][0].register_hook(
-                lambda grad: grad * float("nan") if run.step == 2 else grad
-            )
-        return step(run, *window, measure=measure)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(engine.Run, "_train_step", poisoned)
-        patch.setattr(engine.Run, "_save_model", lambda run: (_ for _ in ()).throw(SystemError))
-        with pytest.raises(SystemError):
-            main(arguments)
-    newest = tmp_path / "run" / "checkpoints" / "step-00000006.pt"
-    newest.write_bytes(newest.read_bytes()[:-100])
-    capsys.readouterr()
-    main([*arguments, "--resume"])
-    captured = capsys.readouterr()
-    assert captured.err == ""
-    assert captured.out.count("cannot be read") == 1 and "goes on after step 3 of 9" in captured.out
-    summary = json.loads((tmp_path / "run" / "metrics.json").read_text())["summary"]
-    assert summary["skipped_steps"] == 1  # that of the step before the checkpoint, once

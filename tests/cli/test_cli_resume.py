@@ -13,10 +13,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from cli_calls import metrics_of, one_line_error, weights_of
+from cli_calls import broken_off, metrics_of, one_line_error, weights_of
 
 from progtuning_kernels.cli.app import main
-from progtuning_kernels.cli.recorder import Recorder
 
 
 def _start(arguments: list[str]) -> subprocess.Popen[str]:
@@ -37,21 +36,12 @@ def _wait_for(path: Path, process: subprocess.Popen[str]) -> None:
 
 
 @pytest.fixture
-def stopped(call, monkeypatch):
+def stopped(call):
     """A function: a run that breaks off after a step, with the checkpoints before it."""
 
     def stop(after: int, *extra: object, output: str = "run") -> None:
-        end = Recorder.on_step_end
-
-        def broken(recorder, args, state, control, **kwargs):
-            end(recorder, args, state, control, **kwargs)
-            if state.global_step == after:
-                raise SystemError
-
-        with monkeypatch.context() as patch:
-            patch.setattr(Recorder, "on_step_end", broken)
-            with pytest.raises(SystemError):
-                main(call(*extra, output=output))
+        with broken_off(after):
+            main(call(*extra, output=output))
 
     return stop
 

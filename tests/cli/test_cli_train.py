@@ -241,7 +241,7 @@ def test_causal_lm_of_empty_texts_and_of_models_that_look_ahead(call, capsys, tm
     common = ["--task", "causal-lm", "--overwrite"]
     assert "not a causal language model" in one_line_error(capsys, call(*common))
     error = one_line_error(capsys, call(*common, "--label-column", "label", model="gpt2"))
-    assert "no pairs and no labels" in error
+    assert "this task has no such column, only text" in error
 
 
 def test_dry_run_prints_options_and_plan_and_writes_nothing(call, tmp_path, capsys):

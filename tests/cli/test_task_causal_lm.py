@@ -261,6 +261,17 @@ def test_a_bad_row_is_one_line(rows, message):
     assert message in str(error.value) and "\n" not in str(error.value)
 
 
+def test_rows_to_predict_need_no_completion_and_no_empty_text():
+    rows = [{"prompt": "w1", "completion": " w2"}]
+    task = task_of("causal-lm", train=rows, predict=[{"prompt": "w3 w4"}])
+    found = task.encode(task_rows([{"prompt": "w3 w4"}]), word_tokenizer(), None, "predict")
+    assert found["input_ids"][:] == [ids("w3 w4")]
+    with pytest.raises(UserError, match="predict row 1 has no value for column 'prompt'"):
+        task_of("causal-lm", train=rows, predict=[{"text": "w3 w4"}])
+    with pytest.raises(UserError, match="predict row 2 has no value for column 'text'"):
+        task_of("causal-lm", predict=[{"text": "w3 w4"}, {"text": ""}])
+
+
 def test_messages_need_trl_and_a_template(monkeypatch):
     monkeypatch.setitem(sys.modules, "trl", None)
     with pytest.raises(UserError, match="messages and completions need TRL, on Python 3.11"):

@@ -152,7 +152,7 @@ def test_pairs_and_columns_of_their_own():
     task = task_of(NAME, {"columns": {"pair": "premise", "text": "hypothesis"}}, train=rows,
                    validation=rows)  # fmt: skip
     assert task.columns["pair"] == "premise" and task.columns["text"] == "hypothesis"
-    with pytest.raises(UserError, match="the validation rows have no column 'premise', only text"):
+    with pytest.raises(UserError, match="validation row 1 has no value for column 'premise'"):
         task_of(NAME, train=rows, validation=[{"text": "w1", "label": 0}])
     with pytest.raises(UserError, match="train row 1 has no value for column 'text_b'"):
         rows = [{"text_a": "w1", "text_b": None, "label": 1}]

@@ -7,8 +7,7 @@ import random
 import numpy as np
 import pytest
 import transformers
-from datasets import ClassLabel, Dataset, Features, Value
-from datasets import Sequence as ListOf
+from datasets import ClassLabel, Dataset, Features, List, Value
 from hypothesis import Phase, given, settings
 from hypothesis import strategies as st
 from task_runs import task_of, train_and_predict
@@ -78,7 +77,7 @@ def test_figures_are_of_words_where_labels_mark_no_entities():
 def test_numbers_of_a_hub_data_set_are_its_classes():
     names = ["O", "B-PER", "I-PER"]
     features = Features(
-        {"tokens": ListOf(Value("string")), "ner_tags": ListOf(ClassLabel(names=names))}
+        {"tokens": List(Value("string")), "ner_tags": List(ClassLabel(names=names))}
     )
     rows = Dataset.from_dict({"tokens": [["w1", "w2"]], "ner_tags": [[1, 0]]}, features=features)
     from progtuning_kernels.cli.options import TrainOptions

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -10,6 +12,7 @@ import torch
 import transformers
 
 from progtuning_kernels.cli.app import main
+from progtuning_kernels.cli.recorder import Recorder
 
 
 def metrics_of(folder: Path) -> dict:
@@ -36,3 +39,19 @@ def rows_of(labels: list, count: int = 16) -> str:
     """Rows of JSON, the labels in turn."""
     rows = [{"text": f"w{i} w{2 * i} w7", "label": labels[i % len(labels)]} for i in range(count)]
     return "\n".join(map(json.dumps, rows))
+
+
+@contextmanager
+def broken_off(after: int) -> Iterator[None]:
+    """A run of the command breaks off after a step, as a kill would, but for the process."""
+    end = Recorder.on_step_end
+
+    def broken(recorder, args, state, control, **kwargs):
+        end(recorder, args, state, control, **kwargs)
+        if state.global_step == after:
+            raise SystemError
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Recorder, "on_step_end", broken)
+        with pytest.raises(SystemError):
+            yield

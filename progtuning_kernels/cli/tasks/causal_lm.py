@@ -60,13 +60,14 @@ class CausalLM:
             for role, column in self.columns.items():
                 if role == "completion" and split == "predict":
                     continue
+                check_column(rows, column, split)
+                lines = role == "text" and split != "predict"  # of which some may be empty
                 if self._chat:
-                    check_column(rows, column, split)
                     _check_messages(rows[column], column, split)
                 else:
-                    check_texts(rows, column, split, empty="error" if role != "text" else "keep")
-            if self.kind == "text":
-                self._leave_out_empty(rows[self.columns["text"]], split)
+                    check_texts(rows, column, split, empty="keep" if lines else "error")
+                if lines:
+                    self._leave_out_empty(rows[column], split)
 
     def _leave_out_empty(self, texts: Sequence[str | None], split: str) -> None:
         empty = sum(not text or text.isspace() for text in texts)
@@ -96,9 +97,9 @@ class CausalLM:
 
     def _by_role(self, rows: Dataset) -> Dataset:
         """The columns of the task, under the names of their roles, and "tools" if there are any."""
-        more = {"tools"} & {*rows.column_names} - {*self.columns.values()}
-        kept = rows.select_columns([*self.columns.values(), *more])
-        return kept.rename_columns({name: role for role, name in self.columns.items()})
+        roles = {"tools": "tools"} | {name: role for role, name in self.columns.items()}
+        roles = {name: role for name, role in roles.items() if name in rows.column_names}
+        return rows.select_columns([*roles]).rename_columns(roles)
 
     def encode(self, rows: Dataset, processor: Any, model: Any, split: str) -> Dataset:
         """Tokens, and labels that are -100 where the loss is not of them; plain text has none.

@@ -65,8 +65,7 @@ class ImageClassification:
 
     def _labels(self, rows: Dataset, split: str) -> list[str]:
         column = self.columns["label"]
-        if column not in rows.column_names:
-            raise UserError(f"{split} row 1 has no value for column {column!r}")
+        check_column(rows, column, split)
         named = getattr(rows.features[column], "names", None)  # of folders, and of the hub
         labels = []
         for number, label in enumerate(rows[column], 1):

@@ -104,17 +104,23 @@ class MaskedLM:
 
     def collator(self, processor: Any, model: Any) -> Callable[[list[dict]], dict]:
         processor.padding_side = "right"  # `answers` counts from the left
-        masking, mask = self._masking(processor), processor.mask_token_id
+        masking, mask, epoch = self._masking(processor), processor.mask_token_id, 0
+
+        def set_epoch(number: int) -> None:
+            nonlocal epoch
+            epoch = number
 
         def collate(rows: list[dict]) -> dict:
             if "labels" in rows[0] or mask in rows[0]["input_ids"]:  # masked already
                 return processor.pad(rows, return_tensors="pt")
-            # a function of the batch, which no two epochs share: the batches that a loader makes
-            # ahead would otherwise move the random numbers that a checkpoint has
+            # a function of epoch and batch: the batches that a loader makes ahead would otherwise
+            # move the random numbers that a checkpoint has
+            seed = crc32(repr((epoch, [row["input_ids"] for row in rows])).encode())
             with torch.random.fork_rng(devices=[]):
-                torch.manual_seed(crc32(repr([row["input_ids"] for row in rows]).encode()))
+                torch.manual_seed(seed)
                 return masking(rows)
 
+        collate.set_epoch = set_epoch
         return collate
 
     def preprocess_logits(self, logits: Any, labels: Any) -> Any:

@@ -29,8 +29,7 @@ def join_and_cut(
     Raises:
         UserError: the tokenizer has neither token, or the text is shorter than one row.
     """
-    from datasets import Features, Value  # a plan imports this module, and needs none of it
-    from datasets import Sequence as ListOf
+    from datasets import Features, List, Value  # a plan imports this module, and needs none of it
 
     between = tokenizer.eos_token_id
     if between is None:
@@ -51,7 +50,7 @@ def join_and_cut(
         cut,
         batched=True,
         remove_columns=texts.column_names,
-        features=Features({"input_ids": ListOf(Value("int32"))}),
+        features=Features({"input_ids": List(Value("int32"))}),
         keep_in_memory=True,
     )
     if not len(rows):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from importlib.util import find_spec
 from reprlib import repr as short
 from typing import TYPE_CHECKING, Any
 
@@ -65,6 +66,8 @@ class QuestionAnswering:
             self.unanswerable = not all(self._answers["train"])
             if not any(self._answers["train"]):
                 raise UserError("no training row has an answer")
+            if find_spec("torchmetrics") is None:
+                raise UserError("question answering needs torchmetrics: pip install torchmetrics")
 
     def summary(self) -> str:
         if not self.unanswerable:

@@ -7,7 +7,7 @@ from collections.abc import Callable
 from reprlib import repr as short
 from typing import TYPE_CHECKING, Any
 
-from ..columns import check_texts, find_columns
+from ..columns import check_column, check_texts, find_columns
 from ..errors import UserError
 from .classes import DECIMAL, class_figures, class_order, place_of, same_classes, set_classes
 
@@ -91,8 +91,7 @@ class TextClassification:
                 found.append([name for name, cell in pairs if marks[str(cell)]])
             return found
         column = self.columns["label"]
-        if column not in rows.column_names:
-            raise UserError(f"{split} row 1 has no value for column {column!r}")
+        check_column(rows, column, split)
         labels, feature = rows[column], rows.features[column]
         if (names := getattr(feature, "names", None)) is not None:  # of a hub data set
             labels = [None if label is None or label < 0 else names[label] for label in labels]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from importlib.util import find_spec
 from reprlib import repr as short
 from typing import TYPE_CHECKING, Any
 
@@ -53,6 +54,8 @@ class TokenClassification:
         entities = [name for name in self.names if name != "O"]
         if all(name[:2] in ("B-", "I-", "E-", "S-") for name in entities):
             self.metrics = ("f1", "precision", "recall", "accuracy")
+            if find_spec("seqeval") is None:
+                raise UserError("figures of entities need seqeval: pip install seqeval")
         for split, of_split in labels.items():
             for number, row in enumerate(of_split, 1):
                 for name in row:
