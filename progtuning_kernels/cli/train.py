@@ -66,7 +66,6 @@ _SHORT = {
 _USUAL = {
     "remove_unused_columns": False,  # encoded rows have the columns of the forward alone
     "logging_nan_inf_filter": False,  # a loss that is not finite is to be seen
-    "accelerator_config": {"even_batches": False},  # of batches that differ in rows
     "push_to_hub": False,  # the finished model alone is pushed
     "disable_tqdm": not sys.stderr.isatty(),
 }
@@ -142,7 +141,7 @@ class Run:
         optimizers = methods.optimizer_and_rates(
             prepared.model, options, args, self.schedule, prepared.layout
         )
-        with as_user_error():  # of options that exclude each other, as padding_free of TRL
+        try:
             trainer = trainer_classes(prepared.task)[0](
                 model=prepared.model,
                 args=args,
@@ -155,15 +154,24 @@ class Run:
                 callbacks=callbacks,
                 optimizers=optimizers,
             )
-        trainer.get_train_dataloader = lambda: trainer.accelerator.prepare(
-            DataLoader(
+        # options that exclude each other, as padding_free of TRL; a tracker that is not installed
+        except (ValueError, ImportError, RuntimeError) as error:
+            raise UserError(one_line(error)) from error
+
+        def train_loader() -> Any:
+            loader = DataLoader(
                 trainer.train_dataset,
                 batch_sampler=self.batches,
                 collate_fn=trainer.data_collator,
                 num_workers=args.dataloader_num_workers,
                 pin_memory=args.dataloader_pin_memory,
             )
-        )
+            trainer.accelerator.even_batches = False  # these differ in rows
+            loader = trainer.accelerator.prepare(loader)
+            trainer.accelerator.even_batches = True  # what ranks predict is gathered
+            return loader
+
+        trainer.get_train_dataloader = train_loader
         if prepared.task.trainer != "SFTTrainer":  # whose own loss is that mean
             mean_over_step(trainer)
         trainer.remove_callback(PrinterCallback)  # the recorder prints, and less
