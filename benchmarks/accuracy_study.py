@@ -57,11 +57,10 @@ def options_of(
 
 def stored(result: Mapping[str, Any], method: str) -> dict[str, Any]:
     """What is kept of a run's metrics.json: no step by step record, no path of a machine."""
-    config = {
-        key: [Path(one).name for one in value] if key.endswith("_file") else value
-        for key, value in result["config"].items()
-        if key not in ("output", "trainer")
-    }
+    config = {k: v for k, v in result["config"].items() if k not in ("resume", "overwrite")}
+    config["schedule"] = Path(config["schedule"]).name
+    for key in ("train_file", "validation_file"):
+        config[key] = [Path(one).name for one in config[key]]
     kept = {key: value for key, value in result.items() if key not in ("steps", "config")}
     return kept | {"name": method, "config": config}
 

@@ -14,7 +14,7 @@ import click
 
 from .. import __version__
 from .config import RunCommand, as_yaml, choose_device, finite
-from .errors import UserError
+from .errors import UserError, end_with
 from .options import CONTRIBUTION, PLANNED, TrainOptions
 from .tasks import TASKS
 
@@ -245,8 +245,7 @@ def doctor(everything: bool) -> None:
 
 
 def _fail(message: str) -> NoReturn:
-    print(f"error: {' '.join(message.split())}", file=sys.stderr)
-    raise SystemExit(2) from None
+    end_with(f"error: {' '.join(message.split())}", 2)
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

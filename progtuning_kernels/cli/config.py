@@ -415,15 +415,17 @@ def training_arguments(options: TrainOptions, cls: type | None = None, **more: A
         device = "cuda" if options.device != "cpu" and _gpu_count() else "cpu"
         values["bf16"] = autocast_dtype(options, device) == torch.bfloat16
         values.setdefault("use_cpu", device == "cpu")
-    at_best: dict[str, Any] = {}
+    best = values.get("metric_for_best_model")
+    if best is None and (values.get("load_best_model_at_end") or options.early_stopping_patience):
+        best = values["metric_for_best_model"] = "loss"
+    if best is not None and values.get("greater_is_better") is None:
+        values["greater_is_better"] = not best.endswith(("loss", "perplexity"))
+    loads_best = False
     if values["eval_strategy"] == "stage":
         values["eval_strategy"] = "no"
-        if values.pop("load_best_model_at_end", False):
-            # its check wants strategies that match, and it has no name for this one
-            metric = values.get("metric_for_best_model") or "loss"
-            at_best = {"load_best_model_at_end": True, "metric_for_best_model": metric}
-            if values.get("greater_is_better") is None:
-                at_best["greater_is_better"] = not metric.endswith(("loss", "perplexity"))
+        # its check wants strategies that match, and it has no name for this one
+        loads_best = values.pop("load_best_model_at_end", False)
+    values.setdefault("log_level_replica", "error")  # rank 0 says it
     known = {field.name for field in dataclasses.fields(cls)}
     for old in {"gradient_checkpointing", "gradient_checkpointing_kwargs"} & values.keys():
         new = old.replace("gradient", "activation")
@@ -436,6 +438,5 @@ def training_arguments(options: TrainOptions, cls: type | None = None, **more: A
         made = cls(**{name: [*v] if isinstance(v, tuple) else v for name, v in values.items()})
     except (ValueError, ImportError) as error:
         raise UserError(str(error)) from error
-    for name, value in at_best.items():
-        setattr(made, name, value)
+    made.load_best_model_at_end |= loads_best
     return made

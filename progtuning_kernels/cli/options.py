@@ -63,7 +63,10 @@ class TrainOptions:
 
     model: str = option("minilm", _DATA, 'Folder or hub id; "minilm" comes with the extra demo.')
     task: str = option(
-        "text-classification", _DATA, "What to train for; classification is the first of them."
+        "text-classification",
+        _DATA,
+        "text-classification (or classification), token-classification, question-answering, "
+        "masked-lm, causal-lm, seq2seq or image-classification.",
     )
     dataset: str | None = option(
         None, _DATA, 'Instead of files: a hub data set "owner/name:config", or "docstrings".'
@@ -234,6 +237,14 @@ class TrainOptions:
         self._check_data()
         self._check_method(changed)
         given = self.of_trainer
+        for name in _NOT_OF_TRAINER:
+            if name in self.trainer:
+                raise UserError(
+                    f"{_dashed(name)} is left to the command, which makes batches of rows of like "
+                    "length, and figures of all rows"
+                )
+        if "resume_from_checkpoint" in self.trainer:
+            raise UserError("--resume goes on from the newest checkpoint; no other can be given")
         if self.tokens_per_batch and given("per_device_train_batch_size") != _BATCH_SIZE:
             raise UserError("--tokens-per-batch and --batch-size exclude each other")
         if given("fp16") and self.precision not in ("auto", "fp32"):
@@ -245,6 +256,8 @@ class TrainOptions:
                 "--early-stopping-patience and --load-best-model-at-end need evaluations: not "
                 "--eval-strategy no"
             )
+        if given("save_strategy") == "no" and given("load_best_model_at_end"):
+            raise UserError("--load-best-model-at-end needs checkpoints: not --save-strategy no")
 
     def _check_data(self) -> None:
         if self.dataset == "docstrings" and self.columns:
@@ -283,6 +296,12 @@ def _dashed(name: str) -> str:
 
 _FOR_SCHEDULED = ("anneal", "state_dtype", "master_weights", "in_backward", "cache", "graph")
 _BATCH_SIZE = 32
+# What would train or evaluate on other rows than the command says, or change nothing.
+_NOT_OF_TRAINER = """
+accelerator_config auto_find_batch_size batch_eval_metrics data_seed dataloader_drop_last
+eval_do_concat_batches include_for_metrics prediction_loss_only sortish_sampler
+train_sampling_strategy
+""".split()
 
 
 @dataclass(frozen=True)

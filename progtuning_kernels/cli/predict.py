@@ -27,6 +27,9 @@ _OLD_NAMES = defaultdict(
 def predict_rows(model: nn.Module, prepared: Prepared, output: Path) -> int:
     """Write `output`: every row of "predict", and what the model says of it as "prediction"."""
     task, rows = prepared.task, prepared.rows.splits["predict"]
+    first = prepared.args.process_index == 0
+    if hasattr(task, "generate") and not first:
+        return len(rows)
     if hasattr(task, "generate"):
         answers = task.generate(model, prepared.processor, rows)
     else:
@@ -39,6 +42,8 @@ def predict_rows(model: nn.Module, prepared: Prepared, output: Path) -> int:
         )
         predictions = trainer.predict(prepared.encoded["predict"]).predictions
         answers = task.answers(predictions, rows)
+    if not first:
+        return len(rows)
     images = [name for name, feature in rows.features.items() if isinstance(feature, Image)]
     for name in images:
         rows = rows.cast_column(name, Image(decode=False))

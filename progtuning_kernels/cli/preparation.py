@@ -30,7 +30,7 @@ class Rows:
     splits: dict[str, Dataset]
     task: Task
     description: str
-    digest: str  # of the content, but for "predict"
+    digest: str  # of the content that trains and is evaluated
 
     def summary(self) -> str:
         """One line: what was read, and what the labels were taken for."""
@@ -84,8 +84,8 @@ def read_rows(options: TrainOptions, wanted: Sequence[str] = ("train", "validati
     else:
         files = (*options.train_file, *options.validation_file)
         description = " and ".join(dict.fromkeys(name.rsplit("/", 1)[-1] for name in files))
-    trained_on = {split: rows for split, rows in splits.items() if split != "predict"}
-    return Rows(splits, task, description, digest(trained_on))
+    learnt = {split: own for split, own in splits.items() if split != "predict"}
+    return Rows(splits, task, description, digest(learnt))
 
 
 def trainer_classes(task: Task) -> tuple[type, type]:

@@ -10,6 +10,7 @@ from contextlib import nullcontext
 from typing import TYPE_CHECKING, Any
 
 import torch
+from tqdm.auto import tqdm
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from ..freezing.unit_use import measure_forward
@@ -50,9 +51,7 @@ class Recorder(TrainerCallback):
     def train_seconds(self) -> float:
         return sum(stage["train_seconds"] for stage in self.stages)
 
-    def on_train_begin(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         saved: Any = state.stateful_callbacks
         if state.global_step and RECORD in saved:
             stored = saved[RECORD]
@@ -62,9 +61,7 @@ class Recorder(TrainerCallback):
         self._next_line = state.global_step
         self._mark = time.perf_counter()
 
-    def on_step_begin(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
+    def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         # of the head, where units have rates of their own; the Trainer logs that of the first
         self._rate = kwargs["lr_scheduler"].get_last_lr()[-1]
         stage = self._schedule.stage(state.global_step)
@@ -78,16 +75,12 @@ class Recorder(TrainerCallback):
             self._packed_before = report.places, report.tokens
         self._mark += time.perf_counter() - started
 
-    def on_pre_optimizer_step(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
+    def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         if not self._step_ms and "gradient_bytes" not in self.stages[-1]:
             grads = [p.grad for p in kwargs["model"].parameters() if p.grad is not None]
             self.stages[-1]["gradient_bytes"] = sum(g.nbytes for g in grads)
 
-    def on_step_end(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         stage, step = self.stages[-1], state.global_step
         last = step == state.max_steps or control.should_training_stop
         ends = last or self._schedule.stage(step) != stage["stage"]
@@ -105,7 +98,9 @@ class Recorder(TrainerCallback):
             since = step - (self.evaluations[-1]["step"] if self.evaluations else 0)
             if self._run.evaluates_stages and (last or since >= state.max_steps // 24):
                 control.should_evaluate = True
-        if self._stop_asked(args, control):
+                # the best can be loaded in the end if it was saved
+                control.should_save |= args.load_best_model_at_end
+        if self._stop_asked(args, step):
             control.should_save = control.should_training_stop = True
         saved: Any = state.stateful_callbacks
         saved[RECORD] = {
@@ -157,13 +152,18 @@ class Recorder(TrainerCallback):
                 }
             )
             self.stages[-1] |= {key: figures[key] for key in ("metric", "loss")}
+            stopped_early = control.should_training_stop
+            if stopped_early and self.stages[-1].get("last_step") != state.global_step:
+                self._finish(state.global_step)
             shown = ", ".join(f"{k} {v:.4f}" for k, v in figures.items() if k != "metric")
             self._say(state, f"step {state.global_step}, stage {self._stage_text()}: {shown}")
         self._mark = time.perf_counter()
 
-    def on_save(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
+    def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if self.stages and "last_step" not in self.stages[-1]:  # stopped early
+            self._finish(state.global_step)
+
+    def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self._mark = time.perf_counter()
 
     @property
@@ -172,17 +172,17 @@ class Recorder(TrainerCallback):
 
     def _say(self, state: TrainerState, text: str) -> None:
         if state.is_world_process_zero:
-            self._run.console.print(f"{self._run.name}: {text}", soft_wrap=True, highlight=False)
+            tqdm.write(f"{self._run.name}: {text}")  # above a bar
 
     def _stage_text(self) -> str:
         count = stage_count(self._schedule, self._schedule.total_steps)
         return f"{self.stages[-1]['stage'] + 1}" + (f"/{count}" if count else "")
 
-    def _stop_asked(self, args: TrainingArguments, control: TrainerControl) -> bool:
-        """Whether a signal came; several processes agree on it whenever they log."""
+    def _stop_asked(self, args: TrainingArguments, step: int) -> bool:
+        """Whether a signal came; several processes agree on it every tenth step."""
         if args.world_size == 1:
             return self.signal is not None
-        if not control.should_log:
+        if step % 10:
             return False
         flag = torch.tensor([self.signal or 0], device=args.device)
         torch.distributed.all_reduce(flag, torch.distributed.ReduceOp.MAX)

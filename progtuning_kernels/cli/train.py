@@ -30,7 +30,7 @@ from ..integrations.hf_trainer import ProgtuningCallback
 from ..planner import TrainingPlan
 from . import methods
 from .config import build_schedule
-from .errors import UserError, as_user_error
+from .errors import UserError, as_user_error, end_with
 from .length_batches import EpochOfBatches, LengthBatches
 from .options import TrainOptions
 from .output import RUN_FILES, check_run_folder, empty_folder
@@ -42,7 +42,7 @@ from .recorder import RECORD, Recorder
 from .step_loss import mean_over_step
 
 if TYPE_CHECKING:
-    from transformers import EvalPrediction, Trainer
+    from transformers import EarlyStoppingCallback, EvalPrediction, Trainer, TrainerState
 
 # What may differ between a checkpoint and the call that resumes it.
 _FREE = {"resume", "overwrite", "device", "metric", "cache", "graph", "predict_file"}
@@ -50,6 +50,8 @@ _FREE |= {"early_stopping_patience", "schedule", "trainer"}
 # Of the Trainer's, what may not.
 _NUMBERS = ("learning_rate", "lr_scheduler_type", "per_device_train_batch_size", "seed", "optim")
 _NUMBERS += ("gradient_accumulation_steps", "max_grad_norm", "warmup_steps", "weight_decay")
+_NUMBERS += ("adam_beta1", "adam_beta2", "adam_epsilon", "label_smoothing_factor", "fp16")
+_NUMBERS += ("neftune_noise_alpha", "lr_scheduler_kwargs")
 
 
 # Of the Trainer's, by the names that metrics.json has for them.
@@ -84,9 +86,12 @@ class Run:
         dry_run: bool = False,
     ) -> None:
         self.options, self.rows, self.name, self.console = options, rows, name, console
-        self.metric_name = options.metric or (*rows.task.metrics, "loss")[0]
-        if self.metric_name not in (known := (*rows.task.metrics, "loss")):
-            raise UserError(f"metric {options.metric!r} does not fit; there is {', '.join(known)}")
+        known = (*rows.task.metrics, "loss")
+        self.metric_name = options.metric or known[0]
+        best = options.of_trainer("metric_for_best_model") or "loss"
+        for metric in (self.metric_name, best.removeprefix("eval_")):
+            if metric not in known:
+                raise UserError(f"metric {metric!r} does not fit; there is {', '.join(known)}")
         self.prepared = prepare(options, rows, weights=not dry_run, **_USUAL)
         self.args = args = self.prepared.args
         self.output = Path(args.output_dir)
@@ -131,7 +136,9 @@ class Run:
             self.callback = ProgtuningCallback(self.schedule, **patch)
             callbacks.append(self.callback)
         if options.early_stopping_patience is not None:
-            callbacks.append(EarlyStoppingCallback(options.early_stopping_patience))
+            callbacks.append(early := EarlyStoppingCallback(options.early_stopping_patience))
+            # instead of a check, which knows no "stage"
+            early.on_train_begin = lambda args, state, *_, **__: go_on_counting(early, state)
         if "logging_steps" not in options.trainer:
             args.logging_steps = max(1, self.total_steps // 200)  # points of a curve
         validation = prepared.lengths("validation")
@@ -141,7 +148,8 @@ class Run:
         optimizers = methods.optimizer_and_rates(
             prepared.model, options, args, self.schedule, prepared.layout
         )
-        try:
+        # options that exclude each other, as padding_free of TRL; a tracker that is not installed
+        with as_user_error(RuntimeError):
             trainer = trainer_classes(prepared.task)[0](
                 model=prepared.model,
                 args=args,
@@ -154,11 +162,8 @@ class Run:
                 callbacks=callbacks,
                 optimizers=optimizers,
             )
-        # options that exclude each other, as padding_free of TRL; a tracker that is not installed
-        except (ValueError, ImportError, RuntimeError) as error:
-            raise UserError(one_line(error)) from error
 
-        def train_loader() -> Any:
+        def train_batches() -> DataLoader:
             loader = DataLoader(
                 trainer.train_dataset,
                 batch_sampler=self.batches,
@@ -168,10 +173,10 @@ class Run:
             )
             trainer.accelerator.even_batches = False  # these differ in rows
             loader = trainer.accelerator.prepare(loader)
-            trainer.accelerator.even_batches = True  # what ranks predict is gathered
+            trainer.accelerator.even_batches = True  # an evaluation gathers rows of all ranks
             return loader
 
-        trainer.get_train_dataloader = train_loader
+        trainer.get_train_dataloader = train_batches
         if prepared.task.trainer != "SFTTrainer":  # whose own loss is that mean
             mean_over_step(trainer)
         trainer.remove_callback(PrinterCallback)  # the recorder prints, and less
@@ -233,19 +238,20 @@ class Run:
         with stopped_by_signals(self.recorder):
             try:
                 self.trainer.train(resume_from_checkpoint=checkpoint)
+            except ImportError as error:  # of an optimizer of --optim
+                raise UserError(str(error)) from error
             except Exception as error:  # of pickle, safetensors, torch: no common class
                 if checkpoint is None or self.recorder.stages:
                     raise
                 raise UserError(f"{checkpoint} cannot be read: {one_line(error)}") from error
         state = self.trainer.state
         if self.recorder.signal is not None and state.global_step < state.max_steps:
-            if self.trainer.is_world_process_zero():
-                print(
-                    f"stopped after step {state.global_step} of {state.max_steps}; the same "
-                    "command with --resume goes on",
-                    file=sys.stderr,
-                )
-            raise SystemExit(128 + self.recorder.signal)
+            self.trainer.accelerator.wait_for_everyone()  # one saves for all
+            end_with(
+                f"stopped after step {state.global_step} of {state.max_steps}; the same command "
+                "with --resume goes on",
+                128 + self.recorder.signal,
+            )
         last = self.recorder.evaluations[-1:]
         if not last or last[0]["step"] < state.global_step or self.args.load_best_model_at_end:
             self.trainer.evaluate()
@@ -286,10 +292,11 @@ class Run:
     def config(self) -> dict[str, Any]:
         """The options of the run, for its record; those of the Trainer by their short names."""
         own = dataclasses.asdict(self.options)
-        given = {name: str(value) for name, value in own.pop("trainer").items()}
+        trainer = own.pop("trainer").items()
+        given = {k: str(v) for k, v in trainer if k not in (*_SHORT.values(), "output_dir")}
         short = {name: getattr(self.args, of_trainer) for name, of_trainer in _SHORT.items()}
         short["max_grad_norm"] = self.options.of_trainer("max_grad_norm")  # may have moved
-        return own | short | {"trainer": given}
+        return own | given | short
 
     def data(self) -> dict[str, Any]:
         return {
@@ -358,7 +365,7 @@ class Run:
         own = {k: v for k, v in dataclasses.asdict(self.options).items() if k not in _FREE}
         numbers = {name: str(self.options.of_trainer(name)) for name in _NUMBERS}
         schedule = re.sub(r"total_steps=\d+", "", repr(self.schedule))  # a run may be extended
-        more = {"schedule": schedule, "data": self.rows.digest}
+        more = {"schedule": schedule, "data": self.rows.digest, "processes": self.args.world_size}
         return json.loads(json.dumps(own | numbers | more))
 
     def _checkpoint(self) -> str | None:
@@ -383,6 +390,8 @@ class Run:
                         f"the checkpoint was written with {name}="
                         f"{record['identity'].get(name)!r}, this call has {name}={value!r}"
                     )
+            if not any(folder.glob("optimizer*")):
+                raise UserError(f"{folder} has no optimizer state to go on with: --save-only-model")
             if state["global_step"] >= self.total_steps:
                 raise UserError(
                     f"the run in {self.output} is finished after {state['global_step']} steps; "
@@ -408,21 +417,35 @@ class Run:
             trainer.save_model(str(folder))
         else:
             trainer.save_model(str(output / "adapter"))
-            if options.load_in_4bit:  # merged into 4 bits, an adapter would lose its bits
-                folder = output / "adapter"
-            elif trainer.is_world_process_zero():
+            # merged into 4 bits, an adapter would lose its bits
+            if not options.load_in_4bit and trainer.is_world_process_zero():
                 merged = trainer.accelerator.unwrap_model(trainer.model).merge_and_unload()
                 merged.save_pretrained(folder)
                 self.prepared.processor.save_pretrained(folder)
-        if options.of_trainer("push_to_hub") and trainer.is_world_process_zero():
-            hub = HfApi(token=self.args.hub_token)
+
+    def push(self) -> None:
+        """Upload the saved model, or the adapter where there is nothing else."""
+        hub, folder = HfApi(token=self.args.hub_token), self.output / "model"
+        try:
             made = hub.create_repo(
-                self.args.hub_model_id or output.name,
+                self.args.hub_model_id or self.output.name,
                 private=self.args.hub_private_repo,
                 exist_ok=True,
             )
-            hub.upload_folder(repo_id=made.repo_id, folder_path=folder)
-            self.console.print(f"pushed: {made}", soft_wrap=True)
+            hub.upload_folder(
+                repo_id=made.repo_id,
+                folder_path=folder if folder.exists() else self.output / "adapter",
+            )
+        except Exception as error:  # of the network, the hub, the token: no common class
+            raise UserError(f"the model is saved, but not pushed: {one_line(error)}") from error
+        self.console.print(f"pushed: {made}", soft_wrap=True)
+
+
+def go_on_counting(early: EarlyStoppingCallback, state: TrainerState) -> None:
+    """Take over the evaluations without a better one that a checkpoint has counted."""
+    saved = state.stateful_callbacks.setdefault(type(early).__name__, early.state())
+    for name, value in saved["attributes"].items():
+        setattr(early, name, value)
 
 
 def quiet_bar(trainer: Trainer) -> None:
@@ -494,12 +517,13 @@ def run(options: TrainOptions, *, dry_run: bool) -> None:
     if options.predict_file:
         predict_rows(trained.trainer.model, trained.prepared, output / "predictions.jsonl")
         console.print(f"predictions: {output / 'predictions.jsonl'}", soft_wrap=True)
+    if options.of_trainer("push_to_hub") and first:
+        trained.push()
 
 
 def fail_learning(reasons: Sequence[str]) -> NoReturn:
     """Exit with status 3: the training ran, and a model learnt nothing."""
-    print(f"error: nothing was learnt: {'; '.join(reasons)}", file=sys.stderr)
-    raise SystemExit(3)
+    end_with(f"error: nothing was learnt: {'; '.join(reasons)}", 3)
 
 
 def write_json(path: os.PathLike, content: Any) -> None:

@@ -146,8 +146,8 @@ def test_a_damaged_checkpoint_is_left_out_or_named(call, stopped, tmp_path, caps
     assert "checkpoint-6 cannot be read" in error
 
 
-def test_a_finished_run_is_extended(call, text_files, tmp_path, capsys):
-    main(call("--max-steps", 6, "--predict-file", text_files[1]))
+def test_a_finished_run_is_extended(call, tmp_path, capsys):
+    main(call("--max-steps", 6))
     again = one_line_error(capsys, call("--max-steps", 6, "--resume"))
     assert "is finished after 6 steps; more --epochs or --max-steps extend it" in again
     main(call("--max-steps", 12, "--resume"))

@@ -278,7 +278,6 @@ def test_dry_run_prints_options_and_plan_and_writes_nothing(call, tmp_path, caps
         (["--seed", 2**63], "--seed"),
         (["--label-column", "text"], "need columns of their own"),
         (["--no-such-option"], "--no-such-option"),
-        (["--report-to", "comet_ml"], "CometCallback requires comet-ml"),
         (["--method", "full", "--state-dtype", "8bit"], "--method full uses torch's AdamW"),
         (["--method", "full", "--cache", "8GiB"], "--cache is for the progressive methods"),
         (["--method", "progressive-cache", "--cache", "much"], "'much' is no size of memory"),
