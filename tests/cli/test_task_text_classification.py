@@ -146,6 +146,9 @@ def test_figures_and_answers():
 
 
 def test_pairs_and_columns_of_their_own():
+    qnli = [{"sentence": "w1", "question": "w2", "label": i} for i in (0, 1)]
+    task = task_of(NAME, train=qnli, validation=qnli)
+    assert task.columns == {"text": "question", "pair": "sentence", "label": "label"}
     rows = [{"premise": "w1", "hypothesis": "w2", "label": i} for i in (0, 1)]
     task = task_of(NAME, train=rows, validation=rows)
     assert task.columns == {"text": "premise", "pair": "hypothesis", "label": "label"}
