@@ -121,10 +121,13 @@ def test_a_saved_model_answers_without_dropout(tmp_path):
     model = tiny_model("gpt2-causal-lm")
     model.config.resid_pdrop = model.config.embd_pdrop = 0.5
     model.save_pretrained(tmp_path / "model")
-    word_tokenizer().save_pretrained(tmp_path / "model")
-    row = write_rows(tmp_path / "rows.jsonl", [{"text": "w1 w2 w3"}])
+    tokenizer = word_tokenizer()
+    tokenizer.model_max_length = 10**30  # as of tokenizers that do not know their model
+    tokenizer.save_pretrained(tmp_path / "model")
+    rows = [{"text": "w1 w2 w3"}, {"text": "w4 " * 60}]  # the second is cut to 32 - 9 tokens
+    path = write_rows(tmp_path / "rows.jsonl", rows)
     length = ("--max-length", 16, "--max-new-tokens", 9)
-    (answer,) = predict_from_file(tmp_path / "model", row, *length)
+    answer, _ = predict_from_file(tmp_path / "model", path, *length)
     said = model.eval().generate(torch.tensor([ids("w1 w2 w3")]), do_sample=False, max_new_tokens=9)
     assert answer["output"].split() == word_tokenizer().decode(said[0, 3:]).split()
 

@@ -177,6 +177,9 @@ class TextClassification:
 
     def encode(self, rows: Dataset, processor: Any, model: Any, split: str) -> Dataset:
         text, pair = self.columns["text"], self.columns.get("pair")
+        special = processor.num_special_tokens_to_add(pair=pair is not None)
+        if special > self.max_length:  # then a tokenizer cuts nothing off
+            raise UserError(f"--max-length {self.max_length} is below the {special} special tokens")
 
         def tokens(batch: dict[str, list[Any]]) -> dict[str, Any]:
             pairs = None if pair is None else batch[pair]
