@@ -93,18 +93,6 @@ def test_the_loss_is_of_assistants_alone_where_the_template_marks_them():
     assert "messages" in found.column_names  # by which SFTTrainer knows a conversation
 
 
-def test_a_template_is_given_the_names_that_a_message_has():
-    tokenizer = word_tokenizer()
-    tokenizer.chat_template = (
-        "{% for m in messages %}{{ m.content or 'w9' }} "
-        "{% if 'tool_calls' in m %}{{ m.tool_calls | length }} w8 {% endif %}{% endfor %}"
-    )
-    call = {"role": "assistant", "content": None, "tool_calls": [{"name": "w2"}]}
-    plain = {"role": "user", "content": "w1", "tool_calls": None}  # as of a parquet file
-    _, found = encoded([{"messages": [plain, call]}], tokenizer)
-    assert tokenizer.decode(found["input_ids"][0]) == "w1 w9 [UNK] w8"
-
-
 def test_an_instruction_with_an_input_is_not_read_by_half():
     rows = [{"instruction": "w1", "input": "", "output": " w2"}]
     _, found = encoded(rows)

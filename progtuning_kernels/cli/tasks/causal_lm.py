@@ -185,13 +185,14 @@ class CausalLM:
         prompt, completion = row.get("prompt"), row.get("completion", row.get("messages"))
         if self._chat:
             common = {"chat_template": template, "tools": row.get("tools"), "return_dict": True}
-            encoded = _templated(
+            encoded = tokenizer.apply_chat_template(
                 (prompt or []) + completion,
-                tokenizer,
                 return_assistant_tokens_mask=self._assistant_only,
                 **common,
             )
-            before = prompt and _templated(prompt, tokenizer, add_generation_prompt=True, **common)
+            before = prompt and tokenizer.apply_chat_template(
+                prompt, add_generation_prompt=True, **common
+            )
         else:
             end = tokenizer.eos_token
             encoded = tokenizer(prompt + completion.removesuffix(end) + end)
@@ -229,9 +230,8 @@ class CausalLM:
             return prompts[self.kind][:]
         template = self._template(processor)
         return [
-            _templated(
+            processor.apply_chat_template(
                 chat[:-1] if chat[-1]["role"] == "assistant" else chat,
-                processor,
                 tools=row.get("tools"),
                 chat_template=template,
                 add_generation_prompt=True,
@@ -303,15 +303,6 @@ def _kind(given: dict[str, str], present: Sequence[str], labelled: bool) -> str:
     if has("messages"):
         return "messages"
     return "prompt" if has("prompt") and (not labelled or has("completion")) else "text"
-
-
-def _templated(messages: list[dict[str, Any]], tokenizer: Any, **settings: Any) -> Any:
-    # a table has all names in all messages, and templates ask whether one is there
-    given = [
-        {k: v for k, v in message.items() if v is not None or k == "content"}
-        for message in messages
-    ]
-    return tokenizer.apply_chat_template(given, **settings)
 
 
 def _check_messages(rows: Sequence[Any], column: str, split: str) -> None:
