@@ -81,6 +81,7 @@ def load_model(
         own = [str(config.id2label[i]) for i in sorted(config.id2label)]
         names = None if task.names is None else [*task.names]
         task.configure(config)
+        config.progtuning_max_length = options.max_length  # what predict cuts rows to
         if weights:
             model, loading = auto.from_pretrained(
                 path,

@@ -135,6 +135,12 @@ def test_an_image_that_is_none_is_one_line(folder, tmp_path):
 
     assert error_of("text.png").startswith("train row 2: cannot read its image: cannot identify")
     assert error_of("half.png").startswith("train row 2: cannot read its image: image file is trun")
+    for name in ("a", "b"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "0.png").write_bytes(whole)
+    files = {"train_file": (str(tmp_path / "a/rows.csv"), str(tmp_path / "b/rows.csv"))}
+    with pytest.raises(UserError, match=r"train row 1: 0.png is .*a/0.png or .*: give whole paths"):
+        task_of("image-classification", files, train=[{"image": "0.png", "label": "a"}])
     assert error_of("none.png") == f"train row 2: no such file: {tmp_path / 'none.png'}"
     assert error_of(None) == "train row 2: column 'image' holds no image"
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 from collections.abc import Callable, Sequence
 from functools import partial
 from itertools import takewhile
@@ -110,7 +111,8 @@ class CausalLM:
             encoded = processor(self._prompts(rows, processor), add_special_tokens=not self._chat)
             from datasets import Dataset  # a plan imports this module, and needs none of it
 
-            return Dataset.from_dict({"input_ids": encoded["input_ids"]})
+            ids = [own[: self.max_length] for own in encoded["input_ids"]]  # to try the model
+            return Dataset.from_dict({"input_ids": ids})
         rows = self._by_role(rows)
         if self.kind == "text":
             return join_and_cut(rows, processor, self.max_length)
@@ -183,13 +185,14 @@ class CausalLM:
         prompt, completion = row.get("prompt"), row.get("completion", row.get("messages"))
         if self._chat:
             common = {"chat_template": template, "tools": row.get("tools"), "return_dict": True}
-            encoded = _templated(
+            encoded = tokenizer.apply_chat_template(
                 (prompt or []) + completion,
-                tokenizer,
                 return_assistant_tokens_mask=self._assistant_only,
                 **common,
             )
-            before = prompt and _templated(prompt, tokenizer, add_generation_prompt=True, **common)
+            before = prompt and tokenizer.apply_chat_template(
+                prompt, add_generation_prompt=True, **common
+            )
         else:
             end = tokenizer.eos_token
             encoded = tokenizer(prompt + completion.removesuffix(end) + end)
@@ -227,9 +230,8 @@ class CausalLM:
             return prompts[self.kind][:]
         template = self._template(processor)
         return [
-            _templated(
+            processor.apply_chat_template(
                 chat[:-1] if chat[-1]["role"] == "assistant" else chat,
-                processor,
                 tools=row.get("tools"),
                 chat_template=template,
                 add_generation_prompt=True,
@@ -244,11 +246,14 @@ class CausalLM:
         from transformers import pipeline
 
         whole = model.get_base_model() if hasattr(model, "get_base_model") else model  # of PEFT
+        tokenizer = copy.deepcopy(processor)  # it is made to pad on the left
+        positions = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+        tokenizer.model_max_length = min(tokenizer.model_max_length, positions or math.inf)
         with as_user_error():
             go_on = pipeline(
                 "text-generation",
                 whole,
-                tokenizer=copy.deepcopy(processor),  # it is made to pad on the left
+                tokenizer=tokenizer,
                 device=model.device,
             )
             said = go_on(
@@ -298,15 +303,6 @@ def _kind(given: dict[str, str], present: Sequence[str], labelled: bool) -> str:
     if has("messages"):
         return "messages"
     return "prompt" if has("prompt") and (not labelled or has("completion")) else "text"
-
-
-def _templated(messages: list[dict[str, Any]], tokenizer: Any, **settings: Any) -> Any:
-    # a table has all names in all messages, and templates ask whether one is there
-    given = [
-        {k: v for k, v in message.items() if v is not None or k == "content"}
-        for message in messages
-    ]
-    return tokenizer.apply_chat_template(given, **settings)
 
 
 def _check_messages(rows: Sequence[Any], column: str, split: str) -> None:

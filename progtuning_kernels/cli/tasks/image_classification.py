@@ -94,9 +94,12 @@ class ImageClassification:
             if not isinstance(path, str) or not path:
                 raise UserError(f"{where}: column {self.columns['image']!r} holds no image")
             paths = [folder / path for folder in self._folders[split]] or [Path(path)]
-            file = next((path for path in paths if path.is_file()), None)
-            if file is None:
+            files = [path for path in dict.fromkeys(paths) if path.is_file()]
+            if not files:
                 raise UserError(f"{where}: no such file: {paths[0]}")
+            if len(files) > 1:  # of rows from several folders
+                raise UserError(f"{where}: {path} is {files[0]} or {files[1]}: give whole paths")
+            file = files[0]
         try:
             with Image.open(file if content is None else BytesIO(content)) as image:
                 # a photo may say in its EXIF data how it was held
