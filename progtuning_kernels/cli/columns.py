@@ -41,6 +41,14 @@ def find_columns(
             found[role] = name
         elif role not in optional:
             raise UserError(f"which column is the {role}? {_option(role)}; there are {present}")
+    halves = {"instruction", "input"}  # of a prompt, in rows as Alpaca's
+    used = {name for role, name in found.items() if role not in given} & halves
+    unused = halves & {*rows.column_names} - {*found.values()}
+    if used and unused and any(rows[unused.pop()]):
+        raise UserError(
+            "instruction and input are two parts of a prompt: join them into one column, or name "
+            f"the column to read alone (--column {next(iter(roles))}=NAME)"
+        )
     if len(set(found.values())) < len(found):
         listing = ", ".join(f"{role} is {name}" for role, name in found.items())
         raise UserError(f"columns of a task need columns of their own, got {listing}")
@@ -49,6 +57,12 @@ def find_columns(
 
 def _option(role: str) -> str:
     return _COLUMN_OPTIONS.get(role, f"--column {role}=NAME")
+
+
+def check_column(rows: Dataset, column: str, split: str) -> None:
+    """Refuse a split that lacks a column of the others."""
+    if column not in rows.column_names:
+        raise UserError(f"{split} row 1 has no value for column {column!r}")
 
 
 def check_texts(rows: Dataset, column: str, split: str, *, empty: str = "error") -> None:
@@ -60,6 +74,7 @@ def check_texts(rows: Dataset, column: str, split: str, *, empty: str = "error")
     import pyarrow as pa
     import pyarrow.compute as pc
 
+    check_column(rows, column, split)
     values = rows.select_columns([column]).with_format("arrow")[:][column]
     if pa.types.is_string(values.type) or pa.types.is_large_string(values.type):
         blank = pc.fill_null(pc.equal(pc.utf8_trim_whitespace(values), ""), True)

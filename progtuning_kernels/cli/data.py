@@ -221,8 +221,12 @@ def _dataset(rows: Sequence[Row], split: str) -> Dataset:
         values = [row.get(name) for row in rows]
         try:
             columns[name] = pa.array(values)
-            if pa.types.is_floating(columns[name].type) and bool in map(type, values):
+            kind = columns[name].type
+            if pa.types.is_floating(kind) and bool in map(type, values):
                 raise pa.ArrowTypeError  # it has made true 1.0
+            of_objects = pa.types.is_list(kind) and pa.types.is_struct(kind.value_type)
+            if of_objects and columns[name].to_pylist() != values:
+                raise pa.ArrowTypeError  # it has given each object the names of all
         except (pa.ArrowException, OverflowError) as error:
             for number, value in enumerate(values, 1):  # such a number would come back as text
                 if isinstance(value, int) and abs(value) >= 2**63:

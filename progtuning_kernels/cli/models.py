@@ -81,6 +81,7 @@ def load_model(
         own = [str(config.id2label[i]) for i in sorted(config.id2label)]
         names = None if task.names is None else [*task.names]
         task.configure(config)
+        config.progtuning_max_length = options.max_length  # what predict cuts rows to
         if weights:
             model, loading = auto.from_pretrained(
                 path,
@@ -193,13 +194,13 @@ def wrap_lora(model: nn.Module, task: str, rank: int) -> nn.Module:
 
     name = task_class(task).lora_task
     lora_task = None if name is None else TaskType[name]
-    # PEFT trains these heads as they are, and leaves out a sequence's alone of "all-linear"
-    of_tokens = lora_task in (TaskType.TOKEN_CLS, TaskType.QUESTION_ANS)
+    # PEFT trains heads as they are, and leaves out a sequence's alone of "all-linear"
+    head = "qa_outputs" if task == "question-answering" else "classifier"
     config = LoraConfig(
         task_type=lora_task,
-        exclude_modules=["classifier", "score", "qa_outputs"] if of_tokens else None,
+        exclude_modules=[head, "score"] if lora_task in (None, TaskType.TOKEN_CLS) else None,
         # which PEFT finds by the task where it knows it
-        modules_to_save=["classifier"] if lora_task is None else None,
+        modules_to_save=[head] if lora_task is None else None,
         r=rank,
         lora_alpha=2 * rank,
         lora_dropout=0.0,

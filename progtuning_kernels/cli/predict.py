@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
-from collections import defaultdict
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,10 +18,24 @@ from .options import TrainOptions
 from .preparation import Prepared, Rows, prepare, read_rows, trainer_classes
 from .tasks import TASKS, task_class
 
-# of models that have another name than their auto class: T5ForConditionalGeneration
-_OLD_NAMES = defaultdict(
-    tuple, {"seq2seq": ("ForConditionalGeneration",), "causal-lm": ("LMHeadModel",)}
-)
+# of models that have another name than their auto class: T5ForConditionalGeneration, MarianMTModel
+_OLD_NAMES = {
+    "seq2seq": ("ForConditionalGeneration", "MTModel"),
+    "causal-lm": ("LMHeadModel",),
+    "question-answering": ("ForQuestionAnsweringSimple",),
+}
+
+
+def tasks_of(architectures: Sequence[str]) -> list[str]:
+    """What models of these classes were trained for."""
+    return [
+        name
+        for name in TASKS
+        for kind in architectures
+        if kind.endswith(
+            (task_class(name).auto_model.removeprefix("AutoModel"), *_OLD_NAMES.get(name, ()))
+        )
+    ]
 
 
 def predict_rows(model: nn.Module, prepared: Prepared, output: Path) -> int:
@@ -31,7 +45,7 @@ def predict_rows(model: nn.Module, prepared: Prepared, output: Path) -> int:
     if hasattr(task, "generate") and not first:
         return len(rows)
     if hasattr(task, "generate"):
-        answers = task.generate(model, prepared.processor, rows)
+        answers = task.generate(model.eval(), prepared.processor, rows)
     else:
         trainer = trainer_classes(task)[0](
             model=model,
@@ -71,12 +85,7 @@ def run(
         config = AutoConfig.from_pretrained(model)
     except Exception as error:  # missing, damaged: there is no common class
         raise UserError(f"cannot load model {model!r}: {error}") from error
-    found = [
-        name
-        for name in TASKS
-        for kind in config.architectures or ()
-        if kind.endswith((task_class(name).auto_model.removeprefix("AutoModel"), *_OLD_NAMES[name]))
-    ]
+    found = tasks_of(config.architectures or ())
     if task is None and not found:
         raise UserError(f"{model} does not say what it was trained for: give --task")
     options = TrainOptions(
@@ -85,7 +94,7 @@ def run(
         predict_file=files,
         columns=columns_from(columns),
         max_new_tokens=max_new_tokens,
-        max_length=max_length or TrainOptions.max_length,
+        max_length=max_length or getattr(config, "progtuning_max_length", TrainOptions.max_length),
         trainer={"per_device_eval_batch_size": batch_size, "report_to": ("none",)},
     )
     rows: Rows = read_rows(options, ("predict",))

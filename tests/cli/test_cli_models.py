@@ -13,6 +13,7 @@ import transformers
 from cli_calls import metrics_of, one_line_error, rows_of, weights_of
 
 from progtuning_kernels.cli.app import main
+from progtuning_kernels.cli.predict import tasks_of
 
 
 @pytest.fixture
@@ -207,3 +208,16 @@ def test_models_that_cannot_be_cut_get_one_line(call, capsys, tmp_path, word_tok
     transformers.ResNetModel(config).save_pretrained(tmp_path / "resnet")
     word_tokenizer.save_pretrained(tmp_path / "resnet")
     assert "cannot load model" in one_line_error(capsys, call("--model", tmp_path / "resnet"))
+
+
+@pytest.mark.parametrize(
+    ("architecture", "task"),
+    [
+        ("XLNetForQuestionAnsweringSimple", "question-answering"),
+        ("MarianMTModel", "seq2seq"),
+        ("GPT2LMHeadModel", "causal-lm"),
+        ("BertForTokenClassification", "token-classification"),
+    ],
+)
+def test_the_class_of_a_saved_model_says_its_task(architecture, task):
+    assert tasks_of([architecture]) == [task]

@@ -120,6 +120,12 @@ def test_nested_values_stay_lists_and_dicts(tmp_path):
     ]
     path = _write(tmp_path / "rows.jsonl", "\n".join(map(json.dumps, rows)))
     assert _rows(path) == [rows[0], rows[1] | {"answers": None, "calls": None}]
+    tools = [
+        {"parameters": {"x": "7"}},
+        {"parameters": {"y": 7}},
+    ]  # neither gets a null of the other
+    path = _write(tmp_path / "tools.jsonl", json.dumps({"tools": tools}))
+    assert _rows(path) == [{"tools": tools}]
 
 
 def test_parquet_and_several_files_and_patterns(tmp_path):

@@ -8,7 +8,7 @@ import sys
 import pytest
 import torch
 import transformers
-from task_runs import predict_from_file, task_of, train_from_files
+from task_runs import predict_from_file, task_of, train_from_files, write_rows
 from tiny_folders import word_tokenizer
 from tiny_models import tiny_model
 
@@ -91,6 +91,33 @@ def test_the_loss_is_of_assistants_alone_where_the_template_marks_them():
     _, found = encoded([chat("w0", "w1 w2")], tokenizer, trainer=only)
     assert found["labels"][0] == [-100] * 4 + ids("w1 w2 [SEP]")
     assert "messages" in found.column_names  # by which SFTTrainer knows a conversation
+
+
+def test_an_instruction_with_an_input_is_not_read_by_half():
+    rows = [{"instruction": "w1", "input": "", "output": " w2"}]
+    _, found = encoded(rows)
+    assert found["input_ids"][0] == ids("w1 w2 [SEP]")
+    rows.append({**rows[0], "input": "w3"})
+    for name, column in (("causal-lm", "prompt=NAME"), ("seq2seq", "source=NAME")):
+        with pytest.raises(UserError, match=f"join them into one column.*--column {column}"):
+            task_of(name, train=rows)
+    task = task_of("causal-lm", {"columns": {"prompt": "instruction"}}, train=rows)
+    assert task.columns == {"prompt": "instruction", "completion": "output"}
+
+
+def test_a_saved_model_answers_without_dropout(tmp_path):
+    model = tiny_model("gpt2-causal-lm")
+    model.config.resid_pdrop = model.config.embd_pdrop = 0.5
+    model.save_pretrained(tmp_path / "model")
+    tokenizer = word_tokenizer()
+    tokenizer.model_max_length = 10**30  # as of tokenizers that do not know their model
+    tokenizer.save_pretrained(tmp_path / "model")
+    rows = [{"text": "w1 w2 w3"}, {"text": "w4 " * 60}]  # the second is cut to 32 - 9 tokens
+    path = write_rows(tmp_path / "rows.jsonl", rows)
+    length = ("--max-length", 16, "--max-new-tokens", 9)
+    answer, _ = predict_from_file(tmp_path / "model", path, *length)
+    said = model.eval().generate(torch.tensor([ids("w1 w2 w3")]), do_sample=False, max_new_tokens=9)
+    assert answer["output"].split() == word_tokenizer().decode(said[0, 3:]).split()
 
 
 def test_perplexity_counts_every_predicted_token_once():

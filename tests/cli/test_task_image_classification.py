@@ -6,6 +6,7 @@ import json
 
 import numpy as np
 import pytest
+import torch
 import transformers
 from datasets import Dataset
 from PIL import Image
@@ -102,6 +103,21 @@ def test_folders_of_classes_are_trained_and_predicted(folder, model, tmp_path):
     assert all(1 / 3 < answer["score"] <= 1 for answer in answers)
 
 
+def test_a_photo_is_turned_as_it_was_held(folder, model, tmp_path):
+    """By EXIF, which the pipeline of a saved model reads as well."""
+    image = Image.fromarray(np.arange(256, dtype=np.uint8).reshape(16, 16)).convert("RGB")
+    exif = Image.Exif()
+    exif[0x0112] = 6  # the camera was turned by a quarter
+    image.save(tmp_path / "turned.png", exif=exif)
+    rows = [{"image": str(tmp_path / "turned.png"), "label": name} for name in "ab"]
+    task = task_of_paths(tmp_path, rows)
+    task.configure(transformers.ViTConfig())
+    processor = transformers.AutoImageProcessor.from_pretrained(model)
+    own = task.encode(Dataset.from_list(rows), processor, tiny_model("vit-image"), "train")
+    expected = processor(image.transpose(Image.Transpose.ROTATE_270), return_tensors="pt")
+    assert torch.equal(own[0]["pixel_values"], expected["pixel_values"][0])
+
+
 def test_an_image_that_is_none_is_one_line(folder, tmp_path):
     (tmp_path / "text.png").write_text("no image")
     whole = (folder / "train/red/0.png").read_bytes()
@@ -119,6 +135,12 @@ def test_an_image_that_is_none_is_one_line(folder, tmp_path):
 
     assert error_of("text.png").startswith("train row 2: cannot read its image: cannot identify")
     assert error_of("half.png").startswith("train row 2: cannot read its image: image file is trun")
+    for name in ("a", "b"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "0.png").write_bytes(whole)
+    files = {"train_file": (str(tmp_path / "a/rows.csv"), str(tmp_path / "b/rows.csv"))}
+    with pytest.raises(UserError, match=r"train row 1: 0.png is .*a/0.png or .*: give whole paths"):
+        task_of("image-classification", files, train=[{"image": "0.png", "label": "a"}])
     assert error_of("none.png") == f"train row 2: no such file: {tmp_path / 'none.png'}"
     assert error_of(None) == "train row 2: column 'image' holds no image"
 

@@ -6,14 +6,17 @@ import random
 
 import numpy as np
 import pytest
+import torch
 import transformers
 from datasets import Dataset
 from hypothesis import Phase, given, settings
 from hypothesis import strategies as st
 from task_runs import task_of, train_and_predict
 from tiny_folders import sentence_tokenizer
+from tiny_models import tiny_model
 
 from progtuning_kernels.cli.errors import UserError
+from progtuning_kernels.cli.models import wrap_lora
 
 CONTEXT = " ".join(f"w{i}" for i in range(30))
 
@@ -195,6 +198,20 @@ def _rows(count: int) -> list[dict]:
             words[draw.randrange(len(words))] = answer
         rows.append(_row(answer, "w1", " ".join(words)))
     return rows
+
+
+def test_lora_reads_what_the_saved_model_reads():
+    pytest.importorskip("peft")
+    model = tiny_model("bert-qa").eval()
+    types = torch.arange(8)[None] // 4
+    batch = {"input_ids": torch.arange(8)[None], "token_type_ids": types}
+    with torch.no_grad():
+        wanted = model(**batch).start_logits
+        adapted = wrap_lora(model, "question-answering", 4).eval()
+        assert torch.equal(adapted(**batch).start_logits, wanted)
+    trained = [name for name, own in adapted.named_parameters() if own.requires_grad]
+    assert sum("qa_outputs.modules_to_save" in name for name in trained) == 2
+    assert not any("lora" in name for name in trained if "qa_outputs" in name)
 
 
 def test_it_learns_and_answers(tmp_path):

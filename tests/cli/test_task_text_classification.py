@@ -6,7 +6,9 @@ from types import SimpleNamespace
 
 import numpy
 import pytest
+from datasets import Dataset
 from task_runs import task_of
+from tiny_folders import sentence_tokenizer
 
 from progtuning_kernels.cli.data import load_splits
 from progtuning_kernels.cli.errors import UserError
@@ -116,8 +118,6 @@ def test_any_number_of_labels_a_row(word_tokenizer):
         config = SimpleNamespace(id2label={0: "LABEL_0", 1: "LABEL_1"})
         task.configure(config)
         assert config.problem_type == "multi_label_classification" and task.names == ["x", "y"]
-        from datasets import Dataset
-
         encoded = task.encode(Dataset.from_list(own), word_tokenizer, None, "train")
         assert encoded["labels"][:2] == [[1.0, 1.0], [0.0, 0.0]]
     logits = numpy.array([[3.0, -1.0], [-2.0, -2.0]])
@@ -146,12 +146,21 @@ def test_figures_and_answers():
 
 
 def test_pairs_and_columns_of_their_own():
+    qnli = [{"sentence": "w1", "question": "w2", "label": i} for i in (0, 1)]
+    task = task_of(NAME, train=qnli, validation=qnli)
+    assert task.columns == {"text": "question", "pair": "sentence", "label": "label"}
     rows = [{"premise": "w1", "hypothesis": "w2", "label": i} for i in (0, 1)]
     task = task_of(NAME, train=rows, validation=rows)
     assert task.columns == {"text": "premise", "pair": "hypothesis", "label": "label"}
+    task.configure(SimpleNamespace(id2label={0: "0", 1: "1"}))
+    task.max_length = 2
+    with pytest.raises(UserError, match="--max-length 2 is below the 3 special tokens"):
+        task.encode(Dataset.from_list(rows), sentence_tokenizer(), None, "train")
     task = task_of(NAME, {"columns": {"pair": "premise", "text": "hypothesis"}}, train=rows,
                    validation=rows)  # fmt: skip
     assert task.columns["pair"] == "premise" and task.columns["text"] == "hypothesis"
+    with pytest.raises(UserError, match="validation row 1 has no value for column 'premise'"):
+        task_of(NAME, train=rows, validation=[{"text": "w1", "label": 0}])
     with pytest.raises(UserError, match="train row 1 has no value for column 'text_b'"):
         rows = [{"text_a": "w1", "text_b": None, "label": 1}]
         task_of(NAME, train=rows, validation=rows)

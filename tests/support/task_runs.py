@@ -50,9 +50,8 @@ def train_and_predict(
     main(["train", *given, *map(str, options)])
 
     output, answers = folder / "run", folder / "answers.jsonl"
-    length = options[options.index("--max-length") + 1]
     call = ["predict", output / "model", "--file", folder / "predict.jsonl", "--output", answers]
-    main([*map(str, call), "--max-length", str(length)])
+    main([*map(str, call)])
     found = [
         [json.loads(line)["prediction"] for line in path.read_text().splitlines()]
         for path in (output / "predictions.jsonl", answers)

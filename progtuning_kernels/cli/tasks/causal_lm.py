@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 from collections.abc import Callable, Sequence
 from functools import partial
 from itertools import takewhile
@@ -14,7 +15,7 @@ import torch
 from torch.nn.utils.rnn import pad_sequence
 
 from ...backend import one_line
-from ..columns import check_texts, find_columns
+from ..columns import check_column, check_texts, find_columns
 from ..errors import UserError, as_user_error
 from .plain_text import join_and_cut, perplexity, row_losses
 
@@ -60,8 +61,7 @@ class CausalLM:
             for role, column in self.columns.items():
                 if role == "completion" and split == "predict":
                     continue
-                if column not in rows.column_names:
-                    raise UserError(f"{split} row 1 has no value for column {column!r}")
+                check_column(rows, column, split)
                 lines = role == "text" and split != "predict"  # of which some may be empty
                 if self._chat:
                     _check_messages(rows[column], column, split)
@@ -111,7 +111,8 @@ class CausalLM:
             encoded = processor(self._prompts(rows, processor), add_special_tokens=not self._chat)
             from datasets import Dataset  # a plan imports this module, and needs none of it
 
-            return Dataset.from_dict({"input_ids": encoded["input_ids"]})
+            ids = [own[: self.max_length] for own in encoded["input_ids"]]  # to try the model
+            return Dataset.from_dict({"input_ids": ids})
         rows = self._by_role(rows)
         if self.kind == "text":
             return join_and_cut(rows, processor, self.max_length)
@@ -245,11 +246,14 @@ class CausalLM:
         from transformers import pipeline
 
         whole = model.get_base_model() if hasattr(model, "get_base_model") else model  # of PEFT
+        tokenizer = copy.deepcopy(processor)  # it is made to pad on the left
+        positions = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+        tokenizer.model_max_length = min(tokenizer.model_max_length, positions or math.inf)
         with as_user_error():
             go_on = pipeline(
                 "text-generation",
                 whole,
-                tokenizer=copy.deepcopy(processor),  # it is made to pad on the left
+                tokenizer=tokenizer,
                 device=model.device,
             )
             said = go_on(

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ...backend import one_line
-from ..columns import find_columns
+from ..columns import check_column, find_columns
 from ..errors import UserError
 from .classes import class_figures, class_order, place_of, same_classes, set_classes
 
@@ -46,7 +46,8 @@ class ImageClassification:
         self._folders = {s: [Path(file).parent for file in files[s]] for s in splits}
         self.names: list[str] | None = None
         for split, rows in splits.items():
-            for number, stored in enumerate(self._stored(rows, split)["image"], 1):
+            check_column(rows, self.columns["image"], split)
+            for number, stored in enumerate(self._stored(rows)["image"], 1):
                 self._read(stored, split, number)
             if split == "predict":
                 continue
@@ -64,8 +65,7 @@ class ImageClassification:
 
     def _labels(self, rows: Dataset, split: str) -> list[str]:
         column = self.columns["label"]
-        if column not in rows.column_names:
-            raise UserError(f"{split} row 1 has no value for column {column!r}")
+        check_column(rows, column, split)
         named = getattr(rows.features[column], "names", None)  # of folders, and of the hub
         labels = []
         for number, label in enumerate(rows[column], 1):
@@ -74,20 +74,18 @@ class ImageClassification:
             labels.append(named[label] if named else str(label))
         return labels
 
-    def _stored(self, rows: Dataset, split: str) -> Dataset:
+    def _stored(self, rows: Dataset) -> Dataset:
         """One column, "image": a path, or {"path": ..., "bytes": ...} that are not decoded."""
         from datasets import Image
 
         column = self.columns["image"]
-        if column not in rows.column_names:
-            raise UserError(f"{split} row 1 has no value for column {column!r}")
         if isinstance(rows.features[column], Image):
             rows = rows.cast_column(column, Image(decode=False))
         return rows.select_columns([column]).rename_columns({column: "image"})
 
     def _read(self, stored: Any, split: str, number: int, mode: str | None = None) -> Image:
         """The image in a mode of Pillow; None: only its header is read."""
-        from PIL import Image
+        from PIL import Image, ImageOps
 
         where = f"{split} row {number}"
         stored = stored if isinstance(stored, dict) else {"path": stored}
@@ -96,12 +94,16 @@ class ImageClassification:
             if not isinstance(path, str) or not path:
                 raise UserError(f"{where}: column {self.columns['image']!r} holds no image")
             paths = [folder / path for folder in self._folders[split]] or [Path(path)]
-            file = next((path for path in paths if path.is_file()), None)
-            if file is None:
+            files = [path for path in dict.fromkeys(paths) if path.is_file()]
+            if not files:
                 raise UserError(f"{where}: no such file: {paths[0]}")
+            if len(files) > 1:  # of rows from several folders
+                raise UserError(f"{where}: {path} is {files[0]} or {files[1]}: give whole paths")
+            file = files[0]
         try:
             with Image.open(file if content is None else BytesIO(content)) as image:
-                return image if mode is None else image.convert(mode)
+                # a photo may say in its EXIF data how it was held
+                return image if mode is None else ImageOps.exif_transpose(image).convert(mode)
         except (OSError, Image.DecompressionBombError) as error:
             raise UserError(f"{where}: cannot read its image: {one_line(error)}") from error
 
@@ -126,7 +128,7 @@ class ImageClassification:
             read = {"pixel_values": [*processor(images, return_tensors="pt")["pixel_values"]]}
             return read | ({"labels": batch["labels"]} if "labels" in batch else {})
 
-        found = self._stored(rows, split).add_column("row", [*range(1, len(rows) + 1)])
+        found = self._stored(rows).add_column("row", [*range(1, len(rows) + 1)])
         if split != "predict":
             labels = [self._places[label] for label in self._labels(rows, split)]
             found = found.add_column("labels", labels)

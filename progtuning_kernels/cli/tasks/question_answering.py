@@ -39,7 +39,7 @@ class QuestionAnswering:
 
     auto_model = "AutoModelForQuestionAnswering"
     processor = "AutoTokenizer"
-    lora_task = "QUESTION_ANS"
+    lora_task = None  # PEFT's class of QUESTION_ANS drops the token types
     trainer = "Trainer"
     metrics = ("f1", "exact_match")
     names = None

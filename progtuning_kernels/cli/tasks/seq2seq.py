@@ -51,11 +51,8 @@ class Seq2Seq:
         )
         for split, rows in splits.items():
             for role, column in self.columns.items():
-                if role == "target" and split == "predict":
-                    continue
-                if column not in (flat := rows.flatten()).column_names:
-                    raise UserError(f"{split} row 1 has no value for column {column!r}")
-                check_texts(flat, column, split)
+                if role == "source" or split != "predict":
+                    check_texts(rows.flatten(), column, split)
 
     @property
     def trainer_options(self) -> dict[str, Any]:

@@ -7,7 +7,7 @@ from collections.abc import Callable
 from reprlib import repr as short
 from typing import TYPE_CHECKING, Any
 
-from ..columns import check_texts, find_columns
+from ..columns import check_column, check_texts, find_columns
 from ..errors import UserError
 from .classes import DECIMAL, class_figures, class_order, place_of, same_classes, set_classes
 
@@ -23,6 +23,7 @@ _PARTNERS = {
     "sentence1": "sentence2",
     "premise": "hypothesis",
     "question1": "question2",
+    "question": "sentence",  # of QNLI
 }
 _KINDS = {str: "text", bool: "true or false", int: "a number", float: "a number"}
 _LARGEST = 3.4e38  # of fp32
@@ -42,7 +43,8 @@ class TextClassification:
         given, labelled = options.columns, "train" in splits
         # toxic,obscene: a column of 0 and 1 for each class
         self._one_hot = given.get("label", "").split(",") if "," in given.get("label", "") else []
-        roles = {"text": _TEXTS}
+        both = {"question", "sentence"} <= {*first.column_names}
+        roles = {"text": ("text", "question") if both else _TEXTS}
         if labelled and not self._one_hot:
             roles["label"] = ("label", "labels")
         own = {role: name for role, name in given.items() if role in roles}
@@ -91,8 +93,7 @@ class TextClassification:
                 found.append([name for name, cell in pairs if marks[str(cell)]])
             return found
         column = self.columns["label"]
-        if column not in rows.column_names:
-            raise UserError(f"{split} row 1 has no value for column {column!r}")
+        check_column(rows, column, split)
         labels, feature = rows[column], rows.features[column]
         if (names := getattr(feature, "names", None)) is not None:  # of a hub data set
             labels = [None if label is None or label < 0 else names[label] for label in labels]
@@ -176,6 +177,9 @@ class TextClassification:
 
     def encode(self, rows: Dataset, processor: Any, model: Any, split: str) -> Dataset:
         text, pair = self.columns["text"], self.columns.get("pair")
+        special = processor.num_special_tokens_to_add(pair=pair is not None)
+        if special > self.max_length:  # then a tokenizer cuts nothing off
+            raise UserError(f"--max-length {self.max_length} is below the {special} special tokens")
 
         def tokens(batch: dict[str, list[Any]]) -> dict[str, Any]:
             pairs = None if pair is None else batch[pair]
