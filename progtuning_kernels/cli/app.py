@@ -245,7 +245,7 @@ def doctor(everything: bool) -> None:
 
 
 def _fail(message: str) -> NoReturn:
-    end_with(f"error: {' '.join(message.split())}", 2)
+    end_with(f"error: {' '.join(message.split())}", 2, of_all=False)
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

@@ -8,6 +8,7 @@ import os
 from collections.abc import Collection, Iterable, Mapping
 from difflib import get_close_matches
 from pathlib import Path
+from reprlib import repr as short
 from typing import TYPE_CHECKING, Any, Literal, get_args, get_origin, get_type_hints
 
 import click
@@ -221,13 +222,16 @@ class RunCommand(click.Command):
         for key, value in content.items():
             option = names.get(_key(str(key)))
             if option is None or option.name in ("help", "dry_run"):
-                close = get_close_matches(_key(str(key)), names, 1)
+                close = get_close_matches(_key(str(key)), names.keys() - {"help", "dry-run"}, 1)
                 like = f"; did you mean {close[0].replace('-', '_')}?" if close else ""
                 raise UserError(f"{path}: there is no option {str(key)!r}{like}")
             if option.name in values:
                 raise UserError(f"{path}: {key} is there under another name, too")
             if value is not None:
-                values[option.name] = _as_given(option, value)
+                try:
+                    values[option.name] = _as_given(option, value)
+                except ValueError as error:
+                    raise UserError(f"{path}: {key} {error}") from error
         return values
 
     def options(self, ctx: click.Context) -> tuple[TrainOptions, dict[str, Any]]:
@@ -259,6 +263,9 @@ def _as_given(option: click.Option, value: Any) -> Any:
         value = next((word for word in words if word in option.type.choices), value)
     if isinstance(value, Mapping) and option.multiple:
         value = [f"{role}={name}" for role, name in value.items()]
+    several = isinstance(value, list) and not (option.multiple or option.hidden)
+    if several or (isinstance(value, Mapping) and not isinstance(option.type, _Converted)):
+        raise ValueError(f"takes one value, got {short(value)}")
     if option.multiple:
         return [str(one) for one in value] if isinstance(value, list) else [str(value)]
     return value if isinstance(value, Mapping | list) else str(value)
@@ -380,6 +387,8 @@ def autocast_dtype(options: TrainOptions, device: str) -> torch.dtype | None:
     import torch
 
     if options.of_trainer("fp16"):
+        if device == "cpu":  # Accelerate would compute in fp32
+            raise UserError("--fp16 needs a GPU; --precision bf16 computes on CPUs, too")
         return torch.float16
     if options.precision not in ("auto", "bf16"):
         return None

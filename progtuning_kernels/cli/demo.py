@@ -78,7 +78,7 @@ def run(
                 console.print(data.summary(), soft_wrap=True, markup=False)
             trained = Run(settings, data, name=folder.name, console=console)
             if not folders:
-                for note in trained.notes:
+                for note in trained.prepared.notes:
                     console.print(note, soft_wrap=True, markup=False)
             failure = trained.train()["summary"]["failure"]
             if failure is not None:

@@ -14,11 +14,13 @@ class UserError(Exception):
     """An error that the user can mend; its message says all."""
 
 
-def end_with(line: str, status: int) -> NoReturn:
-    """Print a line, once for all ranks that say the same, and exit."""
-    if os.environ.get("RANK", "0") != "0":
-        time.sleep(5)  # rank 0 has said it meanwhile, and the launcher ends this one
-    print(line, file=sys.stderr)
+def end_with(line: str, status: int, *, of_all: bool = True) -> NoReturn:
+    """Print a line and exit; `of_all`: every rank ends so, and the first says it."""
+    first = os.environ.get("RANK", "0") == "0"
+    if not first:
+        time.sleep(5)  # rank 0 writes and says it meanwhile; a launcher ends all ranks at once
+    if first or not of_all:
+        print(line, file=sys.stderr)
     raise SystemExit(status) from None
 
 

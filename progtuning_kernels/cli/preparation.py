@@ -121,6 +121,8 @@ def prepare(
     model, processor, notes = models.load_model(options, task, args.device, weights=weights)
     if task.processor == "AutoTokenizer":
         models.check_length(model, options.max_length, "--max-length", processor)
+        if "predict" in rows.splits and hasattr(task, "generate"):
+            models.check_length(model, options.max_new_tokens, "--max-new-tokens", processor)
     encoded = {
         split: task.encode(own, processor, model, split) for split, own in rows.splits.items()
     }

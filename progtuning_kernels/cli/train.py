@@ -463,6 +463,17 @@ def quiet_bar(trainer: Trainer) -> None:
 
 
 @contextmanager
+def errors_of_writing(folder: Path) -> Iterator[None]:
+    """Make a `UserError` of what safetensors and torch.save raise where a disk is full."""
+    try:
+        yield
+    except Exception as error:  # torch has no class of it
+        if type(error).__name__ != "SafetensorError" and "inline_container" not in str(error):
+            raise
+        raise UserError(f"cannot write to {folder}: {one_line(error)}") from error
+
+
+@contextmanager
 def stopped_by_signals(recorder: Recorder) -> Iterator[None]:
     """SIGINT and SIGTERM end the step under way and save; a second one ends the process."""
     before = {}
@@ -496,7 +507,8 @@ def run(options: TrainOptions, *, dry_run: bool) -> None:
     if dry_run:
         console.print(str(trained.plan()), soft_wrap=True, markup=False, highlight=False)
         return
-    result = trained.train()
+    with errors_of_writing(output):
+        result = trained.train()
     summary = result["summary"]
     for line in (
         f"{result['metric_name']}: {summary['metric']:.4f}",
