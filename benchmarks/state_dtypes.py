@@ -2,7 +2,7 @@
 
     for kind in fp32 bf16 8bit; do
       progtuning train --train-file train.jsonl --validation-file dev.jsonl --stages 1 \\
-        --state-dtype $kind --output runs/$kind
+        --state-dtype $kind --logging-steps 1 --output runs/$kind
     done
     python benchmarks/state_dtypes.py runs/fp32 runs/bf16 runs/8bit [--output FOLDER]
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import importlib.util
 import math
+import warnings
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -208,7 +209,9 @@ def wrap_lora(model: nn.Module, task: str, rank: int) -> nn.Module:
     )
     if getattr(model, "is_quantized", False):
         model = prepare_model_for_kbit_training(model, use_gradient_checkpointing=False)
-    with as_user_error():
+    with as_user_error(), warnings.catch_warnings():
+        # PEFT 0.21 asks for gradient checkpointing by a name that transformers 5.23 warns of
+        warnings.simplefilter("ignore", FutureWarning)
         return get_peft_model(model, config)
 
 

@@ -99,6 +99,8 @@ def plan_run(
     with as_user_error():
         schedule, notes = _schedule_to_plan(options, steps)
         length = schedule.total_steps or steps
+        if length is None and not scales_with_length(schedule):
+            raise UserError("the stages of this schedule need the length of the run: --max-steps")
         if length is not None and not scales_with_length(schedule):
             first, *_ = [*islice(stage_starts(schedule, length), _MOST_STAGES, None), length]
             if first < length:

@@ -127,6 +127,7 @@ def test_a_dry_run_of_train_shows_the_shares_of_the_plan(model_folders, tmp_path
     ("extra", "message"),
     [
         (["--model", "nowhere/at-all"], "cannot load the config of 'nowhere/at-all'"),
+        (["--stages", "3", "--schedule", "random"], "need the length of the run: --max-steps"),
         (["--stages", "5"], "stages=5 is more than the 4 blocks there are"),
         (["--steps", "1"], "total_steps=1 is fewer than stages=2"),
         (["--seq-len", "64"], "--max-length 64 is above the model's 32 tokens"),

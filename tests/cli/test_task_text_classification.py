@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from types import SimpleNamespace
 
 import numpy
@@ -16,6 +17,7 @@ from progtuning_kernels.cli.options import TrainOptions
 from progtuning_kernels.cli.tasks.text_classification import TextClassification
 
 NAME = "text-classification"
+PICTURE = Path(__file__).parents[2] / "docs/pictures/accuracy.png"
 
 
 def _task(labels: list, *, validation: list | None = None, **options: object):
@@ -143,6 +145,25 @@ def test_figures_and_answers():
     assert found["spearman"] == pytest.approx(1) and 0.9 < found["pearson"] < 1
     assert numbers.figures(numpy.ones((3, 1)), numpy.arange(3))["pearson"] == 0
     assert numbers.answers(numpy.array([[1.5]]), None) == [{"score": 1.5}]
+
+
+@pytest.mark.parametrize(
+    ("task", "row"),
+    [
+        (NAME, {"text": "w1"}),
+        ("token-classification", {"tokens": ["w1"]}),
+        ("image-classification", {"image": str(PICTURE)}),
+    ],
+)
+def test_a_file_that_is_split_has_the_classes_of_all_its_rows(task, row):
+    train, validation = (
+        [row | {"label": [x] if "tokens" in row else x} for x in own] for own in ("ab", "ac")
+    )
+    options = {"columns": {"label": "label"}}
+    split = task_of(task, options | {"validation_split": 0.5}, train=train, validation=validation)
+    assert split.names == ["a", "b", "c"]
+    with pytest.raises(UserError, match="validation row 2: label 'c' is outside the set"):
+        task_of(task, options, train=train, validation=validation)
 
 
 def test_pairs_and_columns_of_their_own():

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
 
 from ...backend import one_line
 from ..errors import UserError
+
+if TYPE_CHECKING:
+    from ..options import TrainOptions
 
 # float() takes "nan" (a language code), "1_000" and blanks as well
 DECIMAL = re.compile(r"[+-]?([0-9]+\.?[0-9]*|\.[0-9]+)([eE][+-]?[0-9]+)?")
@@ -37,6 +40,16 @@ def set_classes(config: Any, names: Sequence[str] | None, problem_type: str | No
     config.id2label = dict(enumerate(names))
     config.label2id = {name: i for i, name in enumerate(names)}
     config.problem_type = problem_type
+
+
+def learnt(labels: Mapping[str, Sequence[Any]], options: TrainOptions) -> list[Any]:
+    """The labels that say which classes there are: of one file that was split, those of all rows.
+
+    Args:
+        labels: by split.
+    """
+    whole = options.validation_split is not None
+    return [*labels["train"], *(labels["validation"] if whole else ())]
 
 
 def class_order(name: str) -> tuple[float, str]:

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 from ...backend import one_line
 from ..columns import check_column, find_columns
 from ..errors import UserError
-from .classes import class_figures, class_order, place_of, same_classes, set_classes
+from .classes import class_figures, class_order, learnt, place_of, same_classes, set_classes
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -49,14 +49,14 @@ class ImageClassification:
             check_column(rows, self.columns["image"], split)
             for number, stored in enumerate(self._stored(rows)["image"], 1):
                 self._read(stored, split, number)
-            if split == "predict":
-                continue
-            labels = self._labels(rows, split)
-            if self.names is None:
-                self.names = sorted(set(labels), key=class_order)
-                if len(self.names) < 2:
-                    raise UserError(f"the training rows have one label only: {self.names[0]!r}")
-            for number, label in enumerate(labels, 1):
+        labels = {s: self._labels(rows, s) for s, rows in splits.items() if s != "predict"}
+        if not labels:
+            return
+        self.names = sorted(set(learnt(labels, options)), key=class_order)
+        if len(self.names) < 2:
+            raise UserError(f"the training rows have one label only: {self.names[0]!r}")
+        for split, of_split in labels.items():
+            for number, label in enumerate(of_split, 1):
                 place_of(label, dict.fromkeys(self.names, 0), f"{split} row {number}")
 
     def summary(self) -> str:

@@ -9,7 +9,15 @@ from typing import TYPE_CHECKING, Any
 
 from ..columns import check_column, check_texts, find_columns
 from ..errors import UserError
-from .classes import DECIMAL, class_figures, class_order, place_of, same_classes, set_classes
+from .classes import (
+    DECIMAL,
+    class_figures,
+    class_order,
+    learnt,
+    place_of,
+    same_classes,
+    set_classes,
+)
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -59,7 +67,7 @@ class TextClassification:
                     check_texts(rows, self.columns[role], split)
         if labelled:
             labels = {s: self._labels(rows, s) for s, rows in splits.items() if s != "predict"}
-            self._describe(labels["train"])
+            self._describe(learnt(labels, options))
             self._targets = {s: self._as_targets(y, s) for s, y in labels.items()}
 
     @property

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from ..columns import find_columns
 from ..errors import UserError
-from .classes import class_order, place_of, same_classes, set_classes
+from .classes import class_order, learnt, place_of, same_classes, set_classes
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -46,7 +46,7 @@ class TokenClassification:
         if not labels:
             return
         self.names = _class_names(splits["train"], self.columns["label"]) or sorted(
-            {name for row in labels["train"] for name in row}, key=class_order
+            {name for row in learnt(labels, options) for name in row}, key=class_order
         )
         if len(self.names) < 2:
             raise UserError(f"the training rows have one label only: {self.names[0]!r}")
