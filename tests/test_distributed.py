@@ -45,6 +45,7 @@ from progtuning_kernels import (
     save_checkpoint,
 )
 from progtuning_kernels.cache.break_even import BreakEven
+from progtuning_kernels.cli.app import main as command
 from progtuning_kernels.cli.length_batches import EpochOfBatches, LengthBatches
 from progtuning_kernels.cli.step_loss import mean_over_step
 from progtuning_kernels.integrations import token_rate
@@ -741,6 +742,36 @@ def test_the_accelerate_example_runs_under_torchrun(model_folders, tmp_path):
     start = AutoModelForSequenceClassification.from_pretrained(model_folders["bert"])
     changed = model.bert.encoder.layer[0].output.dense.weight
     assert not torch.equal(changed, start.bert.encoder.layer[0].output.dense.weight)
+
+
+def test_the_command_under_torchrun_trains_as_one_process(model_folders, text_files, tmp_path):
+    files = ["--train-file", text_files[0], "--validation-file", text_files[1]]
+    common = [*files, "--model", model_folders["bert-without-dropout"], "--max-length", 16]
+    common += ["--max-steps", 6, "--lr", 3e-3, "--device", "cpu", "--predict-file", text_files[1]]
+    common += ["--max-validation-rows", 13]  # no multiple of what two processes take
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+    ours = ["-m", "progtuning_kernels", "train", "--output", tmp_path / "two", "--batch-size", 4]
+    done = subprocess.run(
+        [*launch, *map(str, [*ours, *common])],
+        capture_output=True,
+        text=True,
+        timeout=240,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("step 6/6") == 1
+    command(["train", "--output", str(tmp_path / "one"), "--batch-size", "8", *map(str, common)])
+    two, one = (json.loads((tmp_path / n / "metrics.json").read_text()) for n in ("two", "one"))
+    losses = [[step["loss"] for step in run["steps"]] for run in (two, one)]
+    assert losses[0] == pytest.approx(losses[1], rel=1e-4)
+    assert [s["tokens"] for s in two["stages"]] == [s["tokens"] for s in one["stages"]]
+    accuracies = [[e["accuracy"] for e in run["evaluations"]] for run in (two, one)]
+    assert accuracies[0] == accuracies[1]
+    answers = [
+        (tmp_path / n / "predictions.jsonl").read_text().splitlines() for n in ("two", "one")
+    ]
+    labels = [[json.loads(row)["prediction"]["label"] for row in rows] for rows in answers]
+    assert labels[0] == labels[1]
 
 
 def test_attach_takes_what_surrounds_the_model():

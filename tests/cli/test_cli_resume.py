@@ -146,8 +146,8 @@ def test_a_damaged_checkpoint_is_left_out_or_named(call, stopped, tmp_path, caps
     assert "checkpoint-6 cannot be read" in error
 
 
-def test_a_finished_run_is_extended(call, tmp_path, capsys):
-    main(call("--max-steps", 6))
+def test_a_finished_run_is_extended(call, text_files, tmp_path, capsys):
+    main(call("--max-steps", 6, "--predict-file", text_files[1]))  # which trains nothing
     again = one_line_error(capsys, call("--max-steps", 6, "--resume"))
     assert "is finished after 6 steps; more --epochs or --max-steps extend it" in again
     main(call("--max-steps", 12, "--resume"))
@@ -161,6 +161,12 @@ def test_a_finished_run_is_extended(call, tmp_path, capsys):
     (tmp_path / "run" / "thesis.tex").unlink()
     main(call("--max-steps", 3, "--overwrite"))
     assert metrics_of(tmp_path / "run")["summary"]["steps"] == 3
+
+
+def test_a_checkpoint_without_its_optimizer_is_refused(call, tmp_path, capsys):
+    main(call("--max-steps", 3, "--save-only-model", "true"))
+    error = one_line_error(capsys, call("--max-steps", 6, "--resume"))
+    assert "checkpoint-3 has no optimizer state" in error
 
 
 def test_only_the_newest_checkpoints_are_kept(call, tmp_path):

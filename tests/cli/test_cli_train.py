@@ -11,6 +11,8 @@ import transformers
 from cli_calls import metrics_of, one_line_error, rows_of, weights_of
 
 from progtuning_kernels.cli.app import main
+from progtuning_kernels.cli.errors import UserError
+from progtuning_kernels.cli.train import errors_of_writing
 
 
 def test_progressive_run_from_file_to_saved_model(call, tmp_path, capsys):
@@ -287,6 +289,40 @@ def test_dry_run_prints_options_and_plan_and_writes_nothing(call, tmp_path, caps
 def test_bad_calls_get_one_line(call, capsys, extra, message):
     model = "gpt2" if "causal-lm" in extra else "bert"
     assert message in one_line_error(capsys, call(*extra, model=model))
+
+
+def test_the_model_of_the_best_stage_is_saved(call, tmp_path):
+    best = ("--load-best-model-at-end", "--early-stopping-patience", 9)
+    main(call("--epochs", 3, "--lr", 0.05, *best))
+    *stages, saved = (e["loss"] for e in metrics_of(tmp_path / "run")["evaluations"])
+    assert len(stages) == 3 and saved == min(stages) < stages[-1]
+
+
+def test_a_run_stops_early_within_a_stage(call, tmp_path):
+    main(
+        call(
+            "--lr", 0, "--early-stopping-patience", 1, "--eval-strategy", "steps", "--eval-steps", 5
+        )
+    )
+    run = metrics_of(tmp_path / "run")
+    assert [s["last_step"] for s in run["stages"]] == [run["summary"]["steps"]] == [10]
+
+
+def test_what_is_missing_gets_one_line(call, tmp_path, capsys, monkeypatch):
+    wandb = "transformers.integrations.integration_utils.is_wandb_available"
+    monkeypatch.setattr(wandb, lambda: False)
+    assert "wandb to be installed" in one_line_error(capsys, call("--report-to", "wandb"))
+    monkeypatch.setattr("progtuning_kernels.cli.train.HfApi.create_repo", lambda *_, **__: 1 / 0)
+    error = one_line_error(capsys, call("--max-steps", 3, "--push-to-hub", "true"))
+    assert "the model is saved, but not pushed" in error
+    assert (tmp_path / "run" / "metrics.json").exists()
+
+
+@pytest.mark.parametrize("text", ["[enforce fail at inline_container.cc:672] . pos 4", "other"])
+def test_a_full_disk_gets_one_line(tmp_path, text):
+    with pytest.raises(UserError if "inline" in text else RuntimeError, match="pos 4|other"):
+        with errors_of_writing(tmp_path):
+            raise RuntimeError(text)
 
 
 def test_a_refusal_in_the_first_step_is_one_line(call, capsys, monkeypatch):

@@ -174,6 +174,8 @@ def test_a_written_configuration_is_read_back(tmp_path_factory, options):
         ("columns: {text: ''}", "--column takes ROLE=NAME"),
         ("- 1", "run.yaml: expected options, one per line"),
         ("a: [", "run.yaml: while parsing"),
+        ("batch_size: [1, 2]", "run.yaml: batch_size takes one value, got [1, 2]"),
+        ("schedule: [a]", "run.yaml: schedule takes one value, got ['a']"),
         ("schedule: {schedule: random}\ntrain_file: a\nvalidation_file: b", "random needs"),
     ],
 )
@@ -204,6 +206,9 @@ def test_bad_files_get_one_line(tmp_path, capsys, monkeypatch, content, message)
         (["--fp16", "--precision", "bf16"], "--fp16 and --precision bf16 exclude each other"),
         (["--tokens-per-batch", 99, "--batch-size", 4], "--tokens-per-batch and --batch-size"),
         (["--early-stopping-patience", 1, "--eval-strategy", "no"], "need evaluations"),
+        (["--load-best-model-at-end", "--save-strategy", "no"], "needs checkpoints"),
+        (["--dataloader-drop-last"], "--dataloader-drop-last is left to the command"),
+        (["--resume-from-checkpoint", "x"], "--resume goes on from the newest checkpoint"),
         (["--device", "cuda:77"], "device 'cuda:77' cannot be used"),
         (["--device", "tpu"], "--device is auto, cpu, cuda or cuda:1, got 'tpu'"),
     ],
@@ -226,6 +231,13 @@ def test_arguments_of_the_trainer(parsed, tmp_path):
     args = training_arguments(best)
     assert args.load_best_model_at_end and args.metric_for_best_model == "loss"
     assert args.greater_is_better is False
+    every = ("--eval-strategy", "epoch", "--save-strategy", "epoch", "--load-best-model-at-end")
+    lowest = parsed(*DATA, *every, "--metric-for-best-model", "perplexity", "--output", tmp_path)
+    assert training_arguments(lowest).greater_is_better is False
+    stops = parsed(*DATA, "--early-stopping-patience", 1, "--output", tmp_path)
+    assert training_arguments(stops).metric_for_best_model == "loss"
+    with pytest.raises(UserError, match="--fp16 needs a GPU"):
+        training_arguments(parsed(*DATA, "--fp16", "--device", "cpu", "--output", tmp_path))
     generates = parsed(*DATA, "--predict_with_generate", "--output", tmp_path)
     assert training_arguments(generates, Seq2SeqTrainingArguments).predict_with_generate
     with pytest.raises(UserError, match="predict_with_generate is no option of TrainingArguments"):
