@@ -517,9 +517,11 @@ def run(options: TrainOptions, *, dry_run: bool) -> None:
         f"peak optimizer state: {summary['peak_state_bytes'] / 2**20:.1f} MiB",
         f"peak saved activations: {summary['peak_activation_bytes'] / 2**20:.1f} MiB",
         summary["packing"],
+        options.graph != "off" and str(trained.callback.handle.graph_report()),
         summary["skipped_steps"]
         and f"{summary['skipped_steps']} of {summary['steps']} steps skipped: non-finite gradients",
-        summary["failure"] is None and f"model: {output / 'model'}",
+        summary["failure"] is None
+        and f"model: {output / ('adapter' if options.load_in_4bit else 'model')}",
         f"figures: {output / 'metrics.json'}",
     ):
         if line:
