@@ -218,9 +218,7 @@ def demo(**options: Any) -> None:
 
 @app.command(epilog="Example: progtuning report runs/demo/* --output runs/demo/report")
 @click.argument("runs", nargs=-1, required=True, type=_PATH)
-@click.option(
-    "--output", type=_PATH, default=Path("runs/report"), help="Gets report.html and the PNGs."
-)
+@click.option("--output", type=_PATH, default=Path("runs/report"), help="Gets report.html.")
 @click.option("--markdown", is_flag=True, help="Print the comparison as a Markdown table as well.")
 def report(runs: Sequence[Path], output: Path, markdown: bool) -> None:
     """Compare finished runs: a table, plots, one HTML file.

@@ -42,6 +42,14 @@ def auto_class(task: str) -> Any:
     return getattr(transformers, task_class(task).auto_model)
 
 
+def cannot_load(name: str, error: Exception) -> str:
+    """What to say of a model that cannot be loaded."""
+    if (Path(name) / "model" / "config.json").exists():
+        return f"{name} holds no model, but a run: its model is {Path(name) / 'model'}"
+    looked = "" if name == "minilm" or Path(name).exists() else "there is no such folder, and "
+    return f"cannot load model {name!r}: {looked}{one_line(error)}"
+
+
 def model_path(name: str) -> str:
     return str(minilm_folder()) if name == "minilm" else name
 
@@ -99,7 +107,7 @@ def load_model(
     except UserError:
         raise
     except Exception as error:  # missing, damaged, of other labels: there is no common class
-        raise UserError(f"cannot load model {options.model!r}: {one_line(error)}") from error
+        raise UserError(cannot_load(options.model, error)) from error
     if task.processor == "AutoTokenizer":
         _settle_padding(model, processor)
     return model, processor, notes
@@ -237,7 +245,9 @@ def check_length(model: nn.Module, length: int, option: str, tokenizer: Any = No
     limits = (positions, getattr(tokenizer, "model_max_length", None))  # XLNet has -1 for both
     limit = min((limit for limit in limits if limit and limit > 0), default=length)
     if length > limit:
-        raise UserError(f"{option} {length} is above the model's {limit} tokens")
+        raise UserError(
+            f"{option} {length} is above the model's {limit} tokens: give {option} {limit}"
+        )
 
 
 def check_rows(model: nn.Module, tokenizer: Any, splits: dict[str, Dataset]) -> list[str]:

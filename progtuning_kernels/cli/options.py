@@ -260,6 +260,8 @@ class TrainOptions:
             raise UserError("--load-best-model-at-end needs checkpoints: not --save-strategy no")
 
     def _check_data(self) -> None:
+        if self.validation_split is not None and not 0 < self.validation_split < 1:
+            raise UserError(f"--validation-split {self.validation_split} is no share of the rows")
         if self.dataset == "docstrings" and self.columns:
             raise UserError("--dataset docstrings has no columns to choose from")
         if self.dataset == "docstrings" and self.task != "text-classification":

@@ -14,6 +14,7 @@ from torch import nn
 
 from .config import columns_from
 from .errors import UserError
+from .models import cannot_load
 from .options import TrainOptions
 from .preparation import Prepared, Rows, prepare, read_rows, trainer_classes
 from .tasks import TASKS, task_class
@@ -81,10 +82,12 @@ def run(
 ) -> None:
     from transformers import AutoConfig
 
+    if output.suffix != ".jsonl" or output in map(Path, files):
+        raise UserError(f"--output {output}: answers are JSON lines, in a .jsonl file of their own")
     try:
         config = AutoConfig.from_pretrained(model)
     except Exception as error:  # missing, damaged: there is no common class
-        raise UserError(f"cannot load model {model!r}: {error}") from error
+        raise UserError(cannot_load(model, error)) from error
     found = tasks_of(config.architectures or ())
     if task is None and not found:
         raise UserError(f"{model} does not say what it was trained for: give --task")

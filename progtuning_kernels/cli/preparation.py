@@ -13,7 +13,7 @@ from ..model.layout import Layout, find_layout
 from . import models
 from .config import training_arguments
 from .data import digest, load_splits
-from .errors import as_user_error
+from .errors import UserError, as_user_error
 from .options import TrainOptions
 from .tasks import Task, task_class
 from .tasks.causal_lm import sft_classes
@@ -34,9 +34,10 @@ class Rows:
 
     def summary(self) -> str:
         """One line: what was read, and what the labels were taken for."""
-        counts = " and ".join(f"{len(r):,}" for s, r in self.splits.items() if s != "predict")
+        counts = ", ".join(f"{len(rows):,} {split} rows" for split, rows in self.splits.items())
         about = self.task.summary()
-        return f"{self.description}: {counts} rows" + (f"; {about}" if about else "")
+        named = ", ".join(f"{k} from {v}" for k, v in self.task.columns.items() if k != v)
+        return "; ".join(filter(None, (f"{self.description}: {counts}", named, about)))
 
 
 @dataclass
@@ -79,6 +80,13 @@ def read_rows(options: TrainOptions, wanted: Sequence[str] = ("train", "validati
     """The rows that the options name; `UserError` if they cannot be used."""
     splits = load_splits(options, wanted)
     task = task_class(options.task)(options, splits)
+    # "label" may be the classes that have a column each; rows to predict need fewer columns
+    foreign = options.columns.keys() - task.columns.keys() - {"label"}
+    if foreign and "train" in wanted:
+        taken = ", ".join(task.columns)
+        raise UserError(
+            f"--column {foreign.pop()}: {options.task} reads no such column; it reads {taken}"
+        )
     if options.dataset is not None:
         description = f"data set {options.dataset}"
     else:
@@ -131,10 +139,8 @@ def prepare(
         layout = find_layout(model, options.block_lists)
     if weights and not options.load_in_4bit:
         model.to(args.device)
-    prepared = Prepared(
-        options, rows, args, model, processor, layout, encoded, task.collator(processor, model),
-        notes,
-    )  # fmt: skip
+    collate = task.collator(processor, model)
+    prepared = Prepared(options, rows, args, model, processor, layout, encoded, collate, notes)
     if all("input_ids" in own.column_names for own in encoded.values()):
         notes += models.check_rows(model, processor, encoded)
     if not weights:

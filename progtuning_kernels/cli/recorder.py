@@ -128,7 +128,7 @@ class Recorder(TrainerCallback):
                 shown = f", {speed:,.0f} tokens/s" if speed else ""
                 self._say(
                     state,
-                    f"step {state.global_step}/{state.max_steps}, stage {self._stage_text()}, "
+                    f"step {state.global_step}/{state.max_steps}{self._stage_text()}, "
                     f"loss {float(logs['loss']):.4f}{shown}",
                 )
         self._mark = time.perf_counter()
@@ -156,7 +156,7 @@ class Recorder(TrainerCallback):
             if stopped_early and self.stages[-1].get("last_step") != state.global_step:
                 self._finish(state.global_step)
             shown = ", ".join(f"{k} {v:.4f}" for k, v in figures.items() if k != "metric")
-            self._say(state, f"step {state.global_step}, stage {self._stage_text()}: {shown}")
+            self._say(state, f"step {state.global_step}{self._stage_text()}: {shown}")
         self._mark = time.perf_counter()
 
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
@@ -175,8 +175,10 @@ class Recorder(TrainerCallback):
             tqdm.write(f"{self._run.name}: {text}")  # above a bar
 
     def _stage_text(self) -> str:
+        if self._callback is None:
+            return ""
         count = stage_count(self._schedule, self._schedule.total_steps)
-        return f"{self.stages[-1]['stage'] + 1}" + (f"/{count}" if count else "")
+        return f", stage {self.stages[-1]['stage'] + 1}" + (f"/{count}" if count else "")
 
     def _stop_asked(self, args: TrainingArguments, step: int) -> bool:
         """Whether a signal came; several processes agree on it every tenth step."""

@@ -108,9 +108,14 @@ class Run:
         if args.max_steps <= 0:
             steps_per_epoch = -(-len(self.batches) // self._per_step)
             self.total_steps = math.ceil(args.num_train_epochs * steps_per_epoch)
-        self.schedule = build_schedule(options, self.total_steps)
-        with as_user_error():
-            self.schedule.plan(0, self.prepared.layout.num_blocks)
+        try:
+            self.schedule = build_schedule(options, self.total_steps)
+            with as_user_error():
+                self.schedule.plan(0, self.prepared.layout.num_blocks)
+        except UserError as error:
+            if "total_steps" not in str(error):
+                raise
+            raise UserError(f"{error} (--stages, --epochs and --batch-size set them)") from error
         self.num_params = sum(p.numel() for p in self.prepared.model.parameters())
         self.evaluates_stages = options.of_trainer("eval_strategy") == "stage"
         if dry_run:
@@ -502,7 +507,8 @@ def run(options: TrainOptions, *, dry_run: bool) -> None:
     rows = read_rows(options, ("train", "validation", *predict))
     console.print(rows.summary(), soft_wrap=True, markup=False)
     trained = Run(options, rows, name=output.name, console=console, dry_run=dry_run)
-    for note in trained.prepared.notes:
+    # of a run that is resumed they were said, and its checkpoint has the weights
+    for note in () if options.resume else trained.prepared.notes:
         console.print(note, soft_wrap=True, markup=False)
     if dry_run:
         console.print(str(trained.plan()), soft_wrap=True, markup=False, highlight=False)

@@ -264,6 +264,8 @@ def test_dry_run_prints_options_and_plan_and_writes_nothing(call, tmp_path, caps
         (["--label-column", "class"], "no column 'class'; the file has text, label"),
         (["--stages", 5], "stages=5 is more than the 4 blocks there are"),
         (["--stages", 3, "--max-steps", 2], "total_steps=2 is fewer than stages=3"),
+        (["--stages", 3, "--max-steps", 2], "--stages, --epochs and --batch-size set them"),
+        (["--column", "second=text"], "--column second: text-classification reads no such column"),
         (["--blocks", "bert.layers"], "has no module at 'bert.layers'"),
         (["--model", "nowhere/at-all"], "cannot load model 'nowhere/at-all'"),
         (["--dataset", "docstrings"], "--dataset and --train-file exclude each other"),
@@ -333,3 +335,23 @@ def test_a_refusal_in_the_first_step_is_one_line(call, capsys, monkeypatch):
 
     monkeypatch.setattr(transformers.Trainer, "training_step", refuse)
     assert "Model: something that freezing would cut off" in one_line_error(capsys, call())
+
+
+def test_answers_have_a_file_of_their_own(model_folders, text_files, tmp_path, capsys):
+    rows = str(text_files[0])
+    for output in (rows, str(tmp_path / "answers.csv")):
+        call = ["predict", str(model_folders["bert"]), "--file", rows, "--output", output]
+        assert "JSON lines, in a .jsonl file of their own" in one_line_error(capsys, call)
+    call = [
+        "predict",
+        str(tmp_path / "none"),
+        "--file",
+        rows,
+        "--output",
+        str(tmp_path / "a.jsonl"),
+    ]
+    assert "there is no such folder" in one_line_error(capsys, call)
+    (tmp_path / "model").mkdir()
+    (tmp_path / "model" / "config.json").write_text("{}")
+    call[1] = str(tmp_path)
+    assert f"its model is {tmp_path / 'model'}" in one_line_error(capsys, call)

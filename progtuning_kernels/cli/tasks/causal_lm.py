@@ -163,11 +163,11 @@ class CausalLM:
             try:
                 tokenizer.chat_template = Path(path).read_text(encoding="utf-8")
             except OSError as error:
-                raise UserError(f"chat_template_path: {one_line(error)}") from error
+                raise UserError(f"--chat-template-path: {one_line(error)}") from error
         if tokenizer.chat_template is None:
             raise UserError(
                 "the tokenizer has no chat template for messages: take the model's chat variant, "
-                "or give chat_template_path, a .jinja file"
+                "or give --chat-template-path, a .jinja file"
             )
         if not self._assistant_only:
             return tokenizer.chat_template
