@@ -137,6 +137,7 @@ def masked_in_triton(**options: Any) -> Callable[..., Callable[[], None]]:
         step = masked(**options)(parameters, clip)
 
         def step_in_triton() -> None:
+            backend.passed_over.pop("masked_update", None)  # of another device
             with mock.patch.dict(os.environ, {backend.ENVIRONMENT_VARIABLE: "triton"}):
                 step()
             if (why := backend.passed_over.get("masked_update")) is not None:
