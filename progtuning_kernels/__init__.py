@@ -11,7 +11,7 @@ from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from .public import *  # noqa: F403
+    from .public import *  # noqa: F403 - type checkers see the names that __getattr__ gives
 
 __version__ = "0.1.0"
 

@@ -53,9 +53,11 @@ def optimizer_and_rates(
     if not options.is_scheduled:
         return None, None
     if "optim" in options.trainer:
-        if options.anneal or options.in_backward or options.state_dtype != "fp32":
+        own = (options.anneal, options.in_backward, options.master_weights)
+        if any(own) or options.state_dtype != "fp32":
             raise UserError(
-                "--anneal, --in-backward and --state-dtype are MaskedAdamW's: leave out --optim"
+                "--anneal, --in-backward, --master-weights and --state-dtype are MaskedAdamW's: "
+                "leave out --optim"
             )
         return None, None
     with as_user_error():

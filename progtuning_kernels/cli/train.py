@@ -252,9 +252,10 @@ class Run:
         state = self.trainer.state
         if self.recorder.signal is not None and state.global_step < state.max_steps:
             self.trainer.accelerator.wait_for_everyone()  # one saves for all
+            instead = " in place of --overwrite" if self.options.overwrite else ""
             end_with(
                 f"stopped after step {state.global_step} of {state.max_steps}; the same command "
-                "with --resume goes on",
+                f"with --resume{instead} goes on",
                 128 + self.recorder.signal,
             )
         last = self.recorder.evaluations[-1:]

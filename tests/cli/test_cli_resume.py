@@ -73,7 +73,7 @@ def test_killed_run_goes_on_to_the_same_bits(call, tmp_path):
 
 def test_a_signal_saves_and_says_how_to_go_on(call, tmp_path):
     number = signal.SIGTERM
-    common = ["--epochs", 40, "--save-strategy", "no", "--stages", 2]
+    common = ["--epochs", 40, "--save-strategy", "no", "--stages", 2, "--overwrite"]
     arguments = call(*common)
     process = _start(arguments)
     line = ""
@@ -83,7 +83,7 @@ def test_a_signal_saves_and_says_how_to_go_on(call, tmp_path):
     process.send_signal(number)
     _, said = process.communicate(timeout=240)
     assert process.returncode == 128 + number, said
-    assert "the same command with --resume goes on" in said.splitlines()[-1]
+    assert "with --resume in place of --overwrite goes on" in said.splitlines()[-1]
     (checkpoint,) = (tmp_path / "run").glob("checkpoint-*")
     state = json.loads((checkpoint / "trainer_state.json").read_text())
     assert 0 < state["global_step"] < 480 and not (tmp_path / "run/model").exists()

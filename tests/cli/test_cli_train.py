@@ -265,6 +265,11 @@ def test_dry_run_prints_options_and_plan_and_writes_nothing(call, tmp_path, caps
         (["--stages", 5], "stages=5 is more than the 4 blocks there are"),
         (["--stages", 3, "--max-steps", 2], "total_steps=2 is fewer than stages=3"),
         (["--stages", 3, "--max-steps", 2], "--stages, --epochs and --batch-size set them"),
+        (["--optim", "sgd", "--anneal"], "are MaskedAdamW's: leave out --optim"),
+        (
+            ["--optim", "sgd", "--precision", "bf16-pure", "--master-weights"],
+            "are MaskedAdamW's: leave out --optim",
+        ),
         (["--column", "second=text"], "--column second: text-classification reads no such column"),
         (["--blocks", "bert.layers"], "has no module at 'bert.layers'"),
         (["--model", "nowhere/at-all"], "cannot load model 'nowhere/at-all'"),
