@@ -358,7 +358,7 @@ class MaskedOptimizer(Optimizer):
         if not any(any(some.addresses) for some in gradients):
             return None
         known_norm = None
-        if self._needs_norm() and any(bucket.sharded for bucket in active):
+        if self.takes_norm and any(bucket.sharded for bucket in active):
             known_norm = norm_over_ranks([p.grad for b in active for p in b.parameters])
         decision = decide(
             [bucket.bucket for bucket in active],
@@ -383,7 +383,9 @@ class MaskedOptimizer(Optimizer):
             )
         return decision
 
-    def _needs_norm(self) -> bool:
+    @property
+    def takes_norm(self) -> bool:
+        """Whether a step takes the norm of its gradients, which is `grad_norm` after it."""
         return self.max_grad_norm is not None or self.nonfinite == "skip"
 
     def _early_hooks(self) -> BackwardHooks | None:
@@ -400,7 +402,7 @@ class MaskedOptimizer(Optimizer):
         if self._snapshot.differs_from(self.param_groups):
             active = self._active_members()
             hooks.arrange_blocks(active)
-        refuse_distributed(active, needs_norm=self._needs_norm())
+        refuse_distributed(active, needs_norm=self.takes_norm)
         return True
 
     @torch.no_grad()

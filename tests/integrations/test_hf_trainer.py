@@ -126,6 +126,29 @@ def test_masked_adamw_clips_once_and_ends_where_torch_does(tmp_path):
     assert any((w - theirs[n]).abs().max() > 1e-3 for n, w in weights_of(unclipped).items())
 
 
+@pytest.mark.parametrize("clip", [0.0, 0.05])
+def test_a_masked_optimizer_takes_the_norm_once_and_it_is_logged(tmp_path, monkeypatch, clip):
+    logged, passes = [], []
+    clip_grad_norm_ = torch.nn.utils.clip_grad_norm_
+    monkeypatch.setattr(
+        "torch.nn.utils.clip_grad_norm_",
+        lambda *args, **kwargs: passes.append(args) or clip_grad_norm_(*args, **kwargs),
+    )
+    for optimizer in (None, (MaskedAdamW, {"lr": 1e-2})):
+        passes.clear()
+        trainer = trainer_of(
+            tmp_path,
+            callbacks=[ProgtuningCallback(ProgressiveSchedule(4))],
+            optimizer=optimizer,
+            max_grad_norm=clip,
+        )
+        trainer.train()
+        logged.append([log["grad_norm"] for log in trainer.state.log_history if "loss" in log])
+        assert "clip_grad_norm_" not in vars(trainer.accelerator)
+        assert (not passes) == (optimizer is not None)
+    assert len(logged[0]) == STEPS and logged[1] == pytest.approx(logged[0], rel=1e-4)
+
+
 @pytest.mark.parametrize(("own", "wanted"), [(0.01, 0.01), (0.5, 0.05), (None, 0.05)])
 def test_the_smaller_of_two_norms_to_clip_at_counts(tmp_path, own, wanted):
     trainer = trainer_of(
