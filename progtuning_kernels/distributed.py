@@ -25,7 +25,7 @@ from torch.nn.parallel import DataParallel, DistributedDataParallel
 from .model.call_stack import called_from
 from .model.families import UnsupportedModelError
 from .model.layout import Layout, parameter_slots
-from .sharding import is_sharded
+from .sharding import fsdp_records
 
 _AGREED = "agreed"
 _meetings = itertools.count()  # every rank makes its wrappers in the same order
@@ -137,6 +137,8 @@ class Wrapper:
         self.ddp = inner if isinstance(inner, DistributedDataParallel) else None
         self._root = None if self.ddp is not None or not shards_of(model) else inner
         self._lowest: nn.Module | None = None  # FSDP2: what must not gather what lies below it
+        records = fsdp_records(model) if self.sharded else {}
+        self._mesh = next((r.sharded_param.device_mesh for r in records.values()), None)
         self._ranks = self._all_ranks()
         self._timeout = timeout or self._group_timeout()
         self._meeting = f"progtuning/{next(_meetings)}/{min(self._ranks, default=0)}"
@@ -170,21 +172,36 @@ class Wrapper:
         self._agree(step, f"step {step}, boundary {boundary}, {len(names)} active tensors", names)
         self._rebuild(boundary)
 
-    def share(self, value: bytes) -> bytes:
-        """What the first rank was called with, on all ranks; `RuntimeError` where that does not
-        come in time.
+    @property
+    def rank(self) -> int:
+        return dist.get_rank()
+
+    def largest(self, numbers: Sequence[int]) -> list[int]:
+        """The largest of all ranks of a sharded model, entry by entry, by one collective for each
+        dimension of its mesh.
         """
+        device = next(self._model.parameters()).device
+        found = torch.tensor(numbers, dtype=torch.int32, device=device)
+        for dimension in range(self._mesh.ndim):
+            dist.all_reduce(found, dist.ReduceOp.MAX, self._mesh.get_group(dimension))
+        return found.tolist()
+
+    def share(self, value: bytes, source: int | None = None) -> bytes:
+        """What the rank `source`, or the first, was called with, on all ranks; `RuntimeError` where
+        that does not come in time.
+        """
+        source = self._ranks[0] if source is None else source
         store = dist.distributed_c10d._get_default_store()
         place = f"{self._meeting}/shared/{self._shared}"
         self._shared += 1
-        if dist.get_rank() == self._ranks[0]:
+        if self.rank == source:
             store.set(place, value)
             return value
         try:
             store.wait([place], self._timeout)
         except RuntimeError as error:
             raise RuntimeError(
-                f"rank {self._ranks[0]} has not come to this forward within "
+                f"rank {source} has not come to this forward within "
                 f"{self._timeout.total_seconds():.0f} s: {error}"
             ) from error
         value = store.get(place)
@@ -270,12 +287,7 @@ class Wrapper:
     def _all_ranks(self) -> list[int]:
         if self.ddp is not None:
             return dist.get_process_group_ranks(self.ddp.process_group)
-        if self._root is None:
-            return []
-        for p in self._model.parameters():
-            if is_sharded(p):
-                return sorted(p.device_mesh.mesh.flatten().tolist())
-        return [*range(dist.get_world_size())]  # inside a forward: gathered at this moment
+        return [] if self._mesh is None else sorted(self._mesh.mesh.flatten().tolist())
 
     def _group_timeout(self) -> timedelta:
         if len(self._ranks) < 2:

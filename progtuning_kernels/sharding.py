@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from torch import Tensor
+from typing import Any
+
+from torch import Tensor, nn
 
 
 def is_sharded(t: Tensor | type) -> bool:
@@ -13,3 +15,27 @@ def is_sharded(t: Tensor | type) -> bool:
 def local_of(t: Tensor) -> Tensor:
     """The shard of a `DTensor` on this rank; any other tensor itself."""
     return t.to_local() if is_sharded(t) else t
+
+
+def fsdp_groups(module: nn.Module) -> list[Any]:
+    """FSDP2's groups of the parameters that `fully_shard(module)` gathers together; [] without."""
+    if not hasattr(type(module), "_get_fsdp_state"):
+        return []
+    state = module._get_fsdp_state()
+    groups = getattr(state, "_fsdp_param_groups", None)  # torch 2.13; a single one before
+    return list(groups) if groups is not None else [g for g in [state._fsdp_param_group] if g]
+
+
+def fsdp_records(model: nn.Module) -> dict[tuple[int, str], Any]:
+    """FSDP2's record of every parameter that it gathers, by id of its owner's `_parameters` and by
+    name. `sharded_param` of a record is the shard; the owner may hold the gathered tensor.
+    """
+    records = {}
+    for group in (group for module in model.modules() for group in fsdp_groups(module)):
+        for record in group.fsdp_params:
+            info = record._module_info
+            owners = [info.module, *info.shared_modules]
+            names = [info.param_name, *info.shared_param_names]
+            for owner, name in zip(owners, names, strict=True):
+                records[id(owner._parameters), name] = record
+    return records

@@ -12,6 +12,7 @@ from torch import nn
 from ..model.forward_hooks import ForwardHooks
 from ..model.layout import EMBEDDINGS, Layout
 from ..packing import runs_padded
+from ..sharding import fsdp_records, is_sharded, local_of
 from .prefix_inputs import Place
 
 _PLAIN = (bool, int, float, str)
@@ -23,6 +24,9 @@ class PrefixWeights:
     Looked at before every forward, which costs 0.1 ms for four blocks of BERT: the version counter
     and address of every tensor, the modules' modes, and what PEFT notes about merged adapters. Only
     writes through `tensor.data` leave none of these traces.
+
+    FSDP2 writes what it has gathered in every forward: of its parameters the shard is looked at,
+    whatever the module holds at the moment.
     """
 
     def __init__(self, model: nn.Module, layout: Layout) -> None:
@@ -35,7 +39,8 @@ class PrefixWeights:
         self._inside: list[dict[str, Any]] = []  # attributes of watched modules
         self._seen: list[tuple[Any, ...]] = []
         self._held: list[torch.Tensor] = []  # alive, so that no address or id is used twice
-        self._places: list[tuple[Place, torch.Tensor, tuple[int, int]]] = []
+        self._places: list[tuple[Place, torch.Tensor, tuple[int, ...]]] = []
+        self._records: dict[tuple[int, str], Any] = {}  # of FSDP2
 
     def watch(self, level: int) -> None:
         """Take the state of the units below block `level` for the one to compare with."""
@@ -44,8 +49,9 @@ class PrefixWeights:
             roots = map(self._model.get_submodule, self._layout.module_paths(unit))
             modules = dict.fromkeys(module for root in roots for module in root.modules())
             self._modules.append((unit, list(modules)))
+        self._records = fsdp_records(self._model)
         self._inside = [vars(module) for _, modules in self._modules for module in modules]
-        self._seen = [_state(modules) for _, modules in self._modules]
+        self._seen = [self._state(modules) for _, modules in self._modules]
         self._held = [tensor for _, tensor in self._named(level)]
 
     def watch_place(self, place: Place) -> bool:
@@ -53,22 +59,34 @@ class PrefixWeights:
         held, key = place
         if any(other is held and name == key for (other, name), _, _ in self._places):
             return False
-        self._places.append((place, held[key], (held[key]._version, held[key].data_ptr())))
+        kept = self._kept(held, key)
+        self._places.append((place, kept, _trace(kept)))
         return True
 
     @property
     def tensors(self) -> Sequence[torch.Tensor]:
-        """Those of the watched units."""
-        return self._held
+        """Those of the watched units, on this rank."""
+        return [local_of(tensor.detach()) for tensor in self._held]
+
+    @property
+    def gathered(self) -> Sequence[torch.Tensor]:
+        """What FSDP2 has made of shards of the watched units; it is written in every forward."""
+        watched = {id(tensor) for tensor in self._held}
+        whole = [
+            getattr(record, "_unsharded_param", None)
+            for record in self._records.values()
+            if id(record.sharded_param) in watched
+        ]
+        return [tensor for tensor in whole if tensor is not None]
 
     def lowest_change(self) -> tuple[int, str] | None:
         """Lowest watched unit that is not as it was, and what changed; None when all are."""
         for (held, key), tensor, state in self._places:
-            if held.get(key) is not tensor or (tensor._version, tensor.data_ptr()) != state:
+            if self._kept(held, key) is not tensor or _trace(tensor) != state:
                 self._places.clear()  # found again, if it is still read
                 return EMBEDDINGS, key
         for (unit, modules), seen in zip(self._modules, self._seen, strict=True):
-            if _state(modules) != seen:
+            if self._state(modules) != seen:
                 return unit, self._layout.unit_label(unit)
         return None
 
@@ -97,8 +115,10 @@ class PrefixWeights:
         for _, modules in self._modules:
             for module in modules:
                 for hook in module._forward_hooks.values():
-                    # transformers' own, for hidden states, get what they want from the stand-ins
-                    own = getattr(hook, "__module__", "").startswith("transformers.")
+                    # transformers' own, for hidden states, get what they want from the stand-ins;
+                    # FSDP2's reshard what a module that is left out has not gathered
+                    source = getattr(hook, "__module__", None) or ""
+                    own = source.startswith(("transformers.", "torch.distributed."))
                     if not own and not runs_padded(hook):
                         return type(module).__name__
         return None
@@ -125,11 +145,14 @@ class PrefixWeights:
         return next((name for name, t in self._named(level) if t.requires_grad), None)
 
     def fingerprint(self, level: int) -> bytes:
-        """Digest of 64 bytes of all tensors below block `level`, and of those read elsewhere."""
+        """Digest of 64 bytes of all tensors below block `level`, and of those read elsewhere; all
+        ranks of a sharded model come to this together.
+        """
         digest = hashlib.blake2b()
         places = [(key, tensor) for (_, key), tensor, _ in self._places]
         for name, tensor in (*self._named(level), *places):
             tensor = tensor.detach()
+            tensor = tensor.full_tensor() if is_sharded(tensor) else tensor
             digest.update(f"{name}:{tensor.dtype}{tuple(tensor.shape)};".encode())
             if tensor.numel():
                 flat = tensor.cpu().contiguous().reshape(-1)
@@ -140,8 +163,30 @@ class PrefixWeights:
         for unit in range(EMBEDDINGS, level):
             for path in self._layout.module_paths(unit):
                 module = self._model.get_submodule(path)
-                yield from module.named_parameters(path)
+                for name, parameter in module.named_parameters(path):
+                    owner = self._model.get_submodule(name.rpartition(".")[0])
+                    kept = self._kept(owner._parameters, name.rpartition(".")[2])
+                    yield name, parameter if kept is None else kept
                 yield from module.named_buffers(path)
+
+    def _kept(self, held: Any, key: str) -> torch.Tensor | None:
+        """What a module holds at `held[key]`, or the shard that this was gathered from."""
+        record = self._records.get((id(held), key))
+        return held.get(key) if record is None else record.sharded_param
+
+    def _state(self, modules: list[nn.Module]) -> tuple[Any, ...]:
+        state: list[Any] = []
+        for module in modules:
+            own = module.__dict__
+            state.append(own["training"])
+            for tensors in (own["_parameters"], own["_buffers"]):
+                for name in tensors:
+                    if (tensor := self._kept(tensors, name)) is not None:
+                        state += (id(tensor), *_trace(tensor))
+            state += map(id, own["_modules"].values())
+            if "merged_adapters" in own:  # PEFT merges through `weight.data`
+                state.append(repr((own["merged_adapters"], own.get("scaling"))))
+        return tuple(state)
 
 
 def _held_by(carriers: list[dict[str, Any]]) -> dict[Any, torch.Tensor]:
@@ -153,16 +198,10 @@ def _held_by(carriers: list[dict[str, Any]]) -> dict[Any, torch.Tensor]:
     }
 
 
-def _state(modules: list[nn.Module]) -> tuple[Any, ...]:
-    state: list[Any] = []
-    for module in modules:
-        own = module.__dict__
-        state.append(own["training"])
-        for tensors in (own["_parameters"], own["_buffers"]):
-            for tensor in tensors.values():
-                if tensor is not None:
-                    state += (id(tensor), tensor._version, tensor.data_ptr())
-        state += map(id, own["_modules"].values())
-        if "merged_adapters" in own:  # PEFT merges through `weight.data`
-            state.append(repr((own["merged_adapters"], own.get("scaling"))))
-    return tuple(state)
+def _trace(tensor: torch.Tensor) -> tuple[int, ...]:
+    """What a write to a tensor changes: of a shard, through its `DTensor` or past it."""
+    if not is_sharded(tensor):
+        return tensor._version, tensor.data_ptr()
+    with torch.no_grad():
+        local = tensor.to_local()
+    return tensor._version, local._version, local.data_ptr()

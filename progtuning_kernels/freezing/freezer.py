@@ -23,7 +23,6 @@ from ..distributed import Wrapper, refuse_flat_parameters, surrounding
 from ..graphs import Graph, StageGraphs
 from ..model.adapters import adapter_configs, check_adapters, rank_allocation_end
 from ..model.derived_classes import without_derived_ancestors
-from ..model.families import UnsupportedModelError
 from ..model.layout import EMBEDDINGS, Layout
 from ..model.structure import Structure
 from ..packing import Packer, Packing
@@ -206,11 +205,6 @@ class Freezer:
     def attach(self, wrapped: nn.Module, timeout: timedelta | None = None) -> None:
         """See `PatchHandle.attach`."""
         wrapper = Wrapper(self.model, self.layout, wrapped, timeout)
-        if wrapper.sharded and self.cache is not None:
-            raise UnsupportedModelError(
-                "a prefix cache takes blocks out of the model, which fully_shard gathers all the "
-                "same: patch without cache=, or use DistributedDataParallel"
-            )
         self._wrapper = wrapper
         self.packer.sharded = wrapper.sharded
         if self.norms is not None:
@@ -221,6 +215,10 @@ class Freezer:
             if self.norms is not None:
                 self.norms.install_norm_hooks()
         wrapper.follow(step=self.step, boundary=self.boundary)
+        if wrapper.sharded and self.cache is not None:
+            ranks = wrapper if wrapper.on_several_ranks else None
+            self.cache.share_gathers(self.packer.run_inside, ranks)
+            self.cache.begin_stage(self.boundary)
 
     def load_call_costs(self, costs: dict[str, Any]) -> None:
         """Choose the sizes from which on ops run by what another run, or rank, has measured."""

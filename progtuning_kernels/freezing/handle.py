@@ -277,7 +277,7 @@ class PatchHandle:
 
         Raises:
             ValueError: `wrapped` does not hold the model.
-            UnsupportedModelError: FSDP1, DeepSpeed or DataParallel; FSDP2 with a prefix cache.
+            UnsupportedModelError: FSDP1, DeepSpeed or DataParallel.
             RuntimeError: the ranks do not train the same. So do `advance()` and `seek()` later.
         """
         self.freezer.attach(wrapped, timeout)
