@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any
 
 from torch import Tensor, nn
@@ -39,3 +40,32 @@ def fsdp_records(model: nn.Module) -> dict[tuple[int, str], Any]:
             for owner, name in zip(owners, names, strict=True):
                 records[id(owner._parameters), name] = record
     return records
+
+
+@dataclass(frozen=True)
+class Sharding:
+    """How FSDP2 gathers the parameters of one module."""
+
+    group: Any  # of what it gathers together
+    records: tuple[Any, ...]
+
+    @classmethod
+    def of(cls, module: nn.Module, model: nn.Module) -> Sharding | None:
+        """None for a module of `model` that holds no shards."""
+        for group in (group for part in model.modules() for group in fsdp_groups(part)):
+            infos = [(record, record._module_info) for record in group.fsdp_params]
+            own = [r for r, info in infos if module in (info.module, *info.shared_modules)]
+            if own:
+                return cls(group, tuple(own))
+        return None
+
+    @property
+    def stays(self) -> bool:
+        """In a forward: whether what is gathered stays until the backward, as the root's does."""
+        return self.group.post_forward_mesh_info is None
+
+    @property
+    def shards(self) -> list[Tensor]:
+        """Tensors of which an update leaves a trace in one."""
+        shards = [record.sharded_param.detach() for record in self.records]
+        return [*shards, *map(local_of, shards)]

@@ -54,12 +54,22 @@ def check_schedules(rank: int) -> None:
 
         def note(handle, lines=lines):
             report = handle.cache_report()
-            lines.append((handle.step, handle.boundary, counted.gathers, report.hits, report.misses, report.served_steps))
+            lines.append(
+                (
+                    handle.step,
+                    handle.boundary,
+                    counted.gathers,
+                    report.hits,
+                    report.misses,
+                    report.served_steps,
+                )
+            )
             counted.gathers = 0
 
         train(model, handle, rank, on_step=note)
         if rank == 0:
-            for line in lines: print(name, *line)
+            for line in lines:
+                print(name, *line)
             print(handle.cache_report(), handle.packing_report())
         assert_same_weights(model, expected, name)
 
