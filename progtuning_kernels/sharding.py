@@ -64,6 +64,13 @@ class Sharding:
         """In a forward: whether what is gathered stays until the backward, as the root's does."""
         return self.group.post_forward_mesh_info is None
 
+    def may_stay(self, model: nn.Module) -> bool:
+        """Before a forward: whether `stays` may hold in it; FSDP2 decides late for the root."""
+        own = any(group is self.group for group in fsdp_groups(model))
+        return self.stays or (
+            own and bool(getattr(model._get_fsdp_state(), "_auto_reshard_after_forward", True))
+        )
+
     @property
     def shards(self) -> list[Tensor]:
         """Tensors of which an update leaves a trace in one."""

@@ -298,7 +298,10 @@ def without_hooks(module: nn.Module) -> nn.Module:
     cls = next(cls for cls in type(module).__mro__ if not hasattr(cls, "_get_fsdp_state"))
     twin = object.__new__(cls)
     hooks = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
-    twin.__dict__ |= module.__dict__ | {kind: OrderedDict() for kind in hooks}
+    states = ("_state_dict_pre_hooks", "_load_state_dict_pre_hooks")  # FSDP2 has some of its own
+    twin.__dict__ |= module.__dict__ | {kind: OrderedDict() for kind in (*hooks, *states)}
+    for name in [name for name in twin.__dict__ if name.startswith("__composable_api")]:
+        del twin.__dict__[name]
     twin.__dict__["_parameters"] = {
         name: _random_like(p) if p is not None and is_sharded(p) else p
         for name, p in module._parameters.items()

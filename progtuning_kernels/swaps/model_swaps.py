@@ -26,6 +26,11 @@ Kernels = Literal["auto", "on", "off"]
 # Of logits. Deferring them saves memory, not time, and a short loss is not worth the machinery.
 _LEAST_LOGITS_BYTES = 64 * 2**20
 
+_FREED = (
+    "fully_shard frees its weight when a forward ends: pass reshard_after_forward=False to the "
+    "call that shards it"
+)
+
 
 @dataclass(frozen=True)
 class KernelRow:
@@ -215,7 +220,11 @@ class KernelSwaps:
                 continue
             try:
                 if id(module) in heads:
-                    swap = language_model_head(module, Sharding.of(module, self._model))
+                    sharding = Sharding.of(module, self._model)
+                    swap = language_model_head(module, sharding)
+                    if sharding is not None and not sharding.may_stay(self._model):
+                        yield path, module, swap.kind, _FREED
+                        continue
                 else:
                     swap = recognise(module)
             except CannotSwap as error:
