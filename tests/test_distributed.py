@@ -419,12 +419,6 @@ def check_fsdp2(rank: int) -> None:
     for module in model.modules():
         assert not any(cls in derived_classes() for cls in type(module).__mro__[1:])
 
-    model = tiny_model("bert-sequence")
-    patch_model(model, ProgressiveSchedule(2, 4), cache=PrefixCache(1 << 20))
-    shard(model)
-    with pytest.raises(UnsupportedModelError, match="prefix cache"):
-        model(**batch(0, rank))
-
 
 def check_fsdp1(rank: int) -> None:
     from torch.distributed.fsdp import FullyShardedDataParallel
