@@ -19,7 +19,7 @@ from torch import nn
 
 from .. import freeze_events
 from ..cache import PrefixServer
-from ..distributed import Wrapper, refuse_flat_parameters, surrounding
+from ..distributed import Wrapper, refuse_flat_parameters, shards_of, surrounding
 from ..graphs import Graph, StageGraphs
 from ..model.adapters import adapter_configs, check_adapters, rank_allocation_end
 from ..model.derived_classes import without_derived_ancestors
@@ -110,6 +110,11 @@ class Freezer:
     @property
     def sharded(self) -> bool:
         return self._wrapper is not None and self._wrapper.sharded
+
+    @property
+    def follows_shards(self) -> bool:
+        """False between `fully_shard` and the first training forward."""
+        return self._wrapper is not None or not shards_of(self.model)
 
     @property
     def wrapped(self) -> bool:
