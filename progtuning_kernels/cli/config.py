@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, Literal, get_args, get_origin, get_type_h
 import click
 
 from .errors import UserError, as_user_error
-from .options import TRAINER_DEFAULTS, Option, ShownOfTrainer, TrainOptions
+from .options import TRAINER_DEFAULTS, ShownOfTrainer, TrainOptions, described
 from .tasks import TASKS
 
 if TYPE_CHECKING:
@@ -58,9 +58,8 @@ def finite(_: click.Context, option: click.Parameter, value: Any) -> Any:
 
 def _grouped_option(field: dataclasses.Field[Any], hint: Any, default: Any) -> click.Option:
     """The option of a field of `TrainOptions` or `ShownOfTrainer`."""
-    shown: Option = field.metadata["option"]
     name = field.name.replace("_", "-")
-    names = [f"--{one}" for one in (name, *shown.names)]
+    names = [f"--{one}" for one in (name, *field.metadata.get("names", ()))]
     kinds = {*get_args(hint)} - {type(None)} or {hint}
     more: dict[str, Any] = {"default": default}
     if field.name == "task":
@@ -80,22 +79,21 @@ def _grouped_option(field: dataclasses.Field[Any], hint: Any, default: Any) -> c
         names[0] += f"/--no-{name}"
     elif int in kinds or float in kinds:
         kind = click.IntRange if int in kinds else click.FloatRange
-        more["type"] = kind(shown.least, shown.most)
-    made = click.Option([field.name, *names], help=shown.help, callback=finite, **more)
-    made.group = shown.group
-    return made
+        more["type"] = kind(field.metadata.get("least"), field.metadata.get("most"))
+    return click.Option([field.name, *names], callback=finite, **more)
 
 
 def _grouped_options(defaults: Mapping[str, Any]) -> list[click.Option]:
     made = []
     for cls in (TrainOptions, ShownOfTrainer):
-        hints = get_type_hints(cls)
+        hints, about = get_type_hints(cls), described(cls)
         for field in dataclasses.fields(cls):
-            if "option" in field.metadata:
-                default = defaults.get(field.name, field.default)
-                if default is dataclasses.MISSING:
-                    default = None
-                made.append(_grouped_option(field, hints[field.name], default))
+            if field.name == "trainer":
+                continue
+            default = defaults.get(field.name, field.default)
+            default = None if default is dataclasses.MISSING else default
+            made.append(option := _grouped_option(field, hints[field.name], default))
+            option.group, option.help = about[field.name]
     groups = list(dict.fromkeys(option.group for option in made))
     return sorted(made, key=lambda option: groups.index(option.group))
 

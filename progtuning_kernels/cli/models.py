@@ -15,8 +15,8 @@ from torch import nn
 from ..backend import one_line
 from .errors import UserError, as_user_error
 from .options import TrainOptions
-from .tasks import task_class
-from .tasks.classes import same_classes
+from .tasks import KINDS
+from .tasks.classes import own_classes, same_classes
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -39,7 +39,7 @@ def auto_class(task: str) -> Any:
     """The class of transformers that makes models of a task."""
     import transformers
 
-    return getattr(transformers, task_class(task).auto_model)
+    return getattr(transformers, f"AutoModelFor{KINDS[task].model}")
 
 
 def cannot_load(name: str, error: Exception) -> str:
@@ -81,13 +81,13 @@ def load_model(
     import transformers
 
     quiet_transformers()
-    path, auto = model_path(options.model), getattr(transformers, task.auto_model)
+    path, auto = model_path(options.model), auto_class(options.task)
     more = _four_bits(device) if options.load_in_4bit else {}
     dtype = torch.bfloat16 if options.precision == "bf16-pure" else torch.float32
     try:
         config = transformers.AutoConfig.from_pretrained(path)
         processor = getattr(transformers, task.processor).from_pretrained(path)
-        own = [str(config.id2label[i]) for i in sorted(config.id2label)]
+        own = own_classes(config)
         names = None if task.names is None else [*task.names]
         task.configure(config)
         config.progtuning_max_length = options.max_length  # what predict cuts rows to
@@ -201,7 +201,7 @@ def wrap_lora(model: nn.Module, task: str, rank: int) -> nn.Module:
     check_peft()
     from peft import LoraConfig, TaskType, get_peft_model, prepare_model_for_kbit_training
 
-    name = task_class(task).lora_task
+    name = KINDS[task].lora
     lora_task = None if name is None else TaskType[name]
     # PEFT trains heads as they are, and leaves out a sequence's alone of "all-linear"
     head = "qa_outputs" if task == "question-answering" else "classifier"

@@ -151,5 +151,5 @@ def prepare(
     batch = prepared.batch([encoded[longest][i] for i in (order[-1], order[0])])
     if task.trainer == "Seq2SeqTrainer" and "labels" not in batch:
         return prepared  # to generate: a forward wants what the decoder has said so far
-    models.try_forward(model, batch, causal=task.lora_task == "CAUSAL_LM")
+    models.try_forward(model, batch, causal=options.task == "causal-lm")
     return prepared

@@ -330,8 +330,11 @@ def test_the_digest_is_of_the_content(tmp_path):
 def test_columns_by_name_or_by_what_is_usual():
     rows = datasets.Dataset.from_dict({name: ["w1"] for name in ("sentence", "label", "x", "y")})
     roles = {"text": ("text", "sentence"), "pair": ("text_b",), "label": ("label",)}
-    assert find_columns(rows, {}, roles, {"pair"}) == {"text": "sentence", "label": "label"}
-    found = find_columns(rows, {"text": "x", "pair": "sentence"}, roles)
+    assert find_columns({"train": rows}, {}, roles, optional={"pair"}) == {
+        "text": "sentence",
+        "label": "label",
+    }
+    found = find_columns({"train": rows}, {"text": "x", "pair": "sentence"}, roles)
     assert found == {"text": "x", "pair": "sentence", "label": "label"}
     for given_, wanted, message in (
         ({"text": "z"}, roles, "--text-column: no column 'z'; the file has sentence, label, x, y"),
@@ -341,7 +344,7 @@ def test_columns_by_name_or_by_what_is_usual():
         ({"label": "x"}, {"text": ("x",)}, "--label-column: this task has no such column, only t"),
     ):
         with pytest.raises(UserError) as error:
-            find_columns(rows, given_, wanted)
+            find_columns({"train": rows}, given_, wanted)
         assert message in str(error.value)
 
 

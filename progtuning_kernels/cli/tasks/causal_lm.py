@@ -9,20 +9,17 @@ from functools import partial
 from itertools import takewhile
 from pathlib import Path
 from reprlib import repr as short
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
+from datasets import Dataset
 from torch.nn.utils.rnn import pad_sequence
 
 from ...backend import one_line
-from ..columns import check_column, check_texts, find_columns
+from ..columns import check_texts, find_columns
 from ..errors import UserError, as_user_error
+from ..options import TrainOptions
 from .plain_text import join_and_cut, perplexity, row_losses
-
-if TYPE_CHECKING:
-    from datasets import Dataset
-
-    from ..options import TrainOptions
 
 _ROLES = {
     "messages": ("messages",),
@@ -35,9 +32,7 @@ _ROLES = {
 class CausalLM:
     """Rows of the first kind that they have columns for: messages, prompt and completion, text."""
 
-    auto_model = "AutoModelForCausalLM"
     processor = "AutoTokenizer"
-    lora_task = "CAUSAL_LM"
     metrics = ("perplexity",)
     names = None
 
@@ -49,19 +44,14 @@ class CausalLM:
         first, labelled = next(iter(splits.values())), "train" in splits
         self.kind = _kind(options.columns, first.column_names, labelled)
         names = ("prompt", "completion") if self.kind == "prompt" else (self.kind,)
-        self.columns = find_columns(
-            first,
-            options.columns,
-            {role: _ROLES[role] for role in names},
-            optional=() if labelled else ("completion",),
-        )
+        roles = {role: _ROLES[role] for role in names}
+        self.columns = find_columns(splits, options.columns, roles, targets=["completion"])
         # lists of messages, or text
         self._chat = self.kind == "messages" or isinstance(first[0][self.columns[self.kind]], list)
         for split, rows in splits.items():
             for role, column in self.columns.items():
                 if role == "completion" and split == "predict":
                     continue
-                check_column(rows, column, split)
                 lines = role == "text" and split != "predict"  # of which some may be empty
                 if self._chat:
                     _check_messages(rows[column], column, split)
@@ -109,8 +99,6 @@ class CausalLM:
         """
         if split == "predict":
             encoded = processor(self._prompts(rows, processor), add_special_tokens=not self._chat)
-            from datasets import Dataset  # a plan imports this module, and needs none of it
-
             ids = [own[: self.max_length] for own in encoded["input_ids"]]  # to try the model
             return Dataset.from_dict({"input_ids": ids})
         rows = self._by_role(rows)
@@ -250,12 +238,7 @@ class CausalLM:
         positions = getattr(model.config.get_text_config(), "max_position_embeddings", None)
         tokenizer.model_max_length = min(tokenizer.model_max_length, positions or math.inf)
         with as_user_error():
-            go_on = pipeline(
-                "text-generation",
-                whole,
-                tokenizer=tokenizer,
-                device=model.device,
-            )
+            go_on = pipeline("text-generation", whole, tokenizer=tokenizer, device=model.device)
             said = go_on(
                 self._prompts(rows, processor),
                 batch_size=self._trainer.get("per_device_eval_batch_size", 8),

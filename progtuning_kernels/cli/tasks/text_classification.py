@@ -5,24 +5,25 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from reprlib import repr as short
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from ..columns import check_column, check_texts, find_columns
+from datasets import Dataset
+
+from ..columns import check_texts, encode_rows, find_columns
 from ..errors import UserError
+from ..options import TrainOptions
 from .classes import (
     DECIMAL,
+    check_classes,
     class_figures,
     class_order,
+    fit_head,
     learnt,
-    place_of,
-    same_classes,
+    likeliest,
+    own_classes,
     set_classes,
+    shown_classes,
 )
-
-if TYPE_CHECKING:
-    from datasets import Dataset
-
-    from ..options import TrainOptions
 
 _TEXTS = ("text", "text_a", "sentence", "sentence1", "premise", "question1")
 # the second text of a pair, where the first has one of these names
@@ -38,9 +39,7 @@ _LARGEST = 3.4e38  # of fp32
 
 
 class TextClassification:
-    auto_model = "AutoModelForSequenceClassification"
     processor = "AutoTokenizer"
-    lora_task = "SEQ_CLS"
     trainer = "Trainer"
 
     def __init__(self, options: TrainOptions, splits: dict[str, Dataset]) -> None:
@@ -56,11 +55,12 @@ class TextClassification:
         if labelled and not self._one_hot:
             roles["label"] = ("label", "labels")
         own = {role: name for role, name in given.items() if role in roles}
-        self.columns = find_columns(first, own, roles)
+        self.columns = find_columns(splits, own, roles, targets=["label"])
         partner = _PARTNERS.get(self.columns["text"])
         if "pair" in given or partner in first.column_names:
-            usual = {**roles, "pair": (partner,) if partner else ()}
-            self.columns = find_columns(first, given if not self._one_hot else own, usual)
+            roles["pair"] = (partner,) if partner else ()
+            own = own if self._one_hot else given
+            self.columns = find_columns(splits, own, roles, targets=["label"])
         for split, rows in splits.items():
             for role in ("text", "pair"):
                 if role in self.columns:
@@ -82,9 +82,8 @@ class TextClassification:
         if self.names is None:
             low, high = min(self._targets["train"]), max(self._targets["train"])
             return f"a regression, labels from {low:g} to {high:g}"
-        shown = ", ".join(map(repr, self.names[:10])) + (", ..." if self.names[10:] else "")
         several = ", any number of them a row" if self.problem_type == "multi_label" else ""
-        return f"{len(self.names)} classes{several}: {shown}"
+        return f"{len(self.names)} classes{several}: {shown_classes(self.names)}"
 
     def _labels(self, rows: Dataset, split: str) -> list[Any]:
         if self._one_hot:
@@ -101,7 +100,6 @@ class TextClassification:
                 found.append([name for name, cell in pairs if marks[str(cell)]])
             return found
         column = self.columns["label"]
-        check_column(rows, column, split)
         labels, feature = rows[column], rows.features[column]
         if (names := getattr(feature, "names", None)) is not None:  # of a hub data set
             labels = [None if label is None or label < 0 else names[label] for label in labels]
@@ -128,11 +126,7 @@ class TextClassification:
                 )
             found = sorted(set(map(_class_name, labels)), key=class_order)
         self.problem_type = self.problem_type or "single_label"
-        if len(found) < 2:
-            shown = repr(found[0]) if found else "none at all"
-            raise UserError(f"the training rows have one label only: {shown}")
         self.names = self._found = found
-        self._places = {name: i for i, name in enumerate(found)}
 
     def _lists(self, labels: list[Any], split: str) -> list[list[Any]]:
         for number, label in enumerate(labels, 1):
@@ -156,18 +150,16 @@ class TextClassification:
                 raise UserError(f"the {split} rows have one label only: {labels[0]!r}")
             return numbers
         if self.problem_type == "multi_label":
-            rows = [[_class_name(x) for x in row] for row in self._lists(labels, split)]
-            for number, row in enumerate(rows, 1):
-                for name in row:
-                    place_of(name, self._places, f"{split} row {number}")
+            rows = [[*map(_class_name, row)] for row in self._lists(labels, split)]
+            check_classes(self._found, {split: rows})
             return rows
         _check_kinds(labels, split)
-        for number, label in enumerate(labels, 1):
-            place_of(_class_name(label), self._places, f"{split} row {number}")
-        return [_class_name(label) for label in labels]
+        names = [*map(_class_name, labels)]
+        check_classes(self._found, {split: zip(names)})
+        return names
 
     def configure(self, config: Any) -> None:
-        own = [str(config.id2label[i]) for i in sorted(config.id2label)]
+        own = own_classes(config)
         if self.names is None and self.problem_type is None:  # to predict: as the model says
             self.problem_type = {
                 "multi_label_classification": "multi_label",
@@ -175,13 +167,11 @@ class TextClassification:
             }.get(config.problem_type, "regression" if len(own) == 1 else "single_label")
             self.names = None if self.problem_type == "regression" else own
             return
-        if self.names is not None:
-            head = same_classes(own, self._found) or self._found
-            by_name = head if sorted(head) == sorted(self._found) else self._found
-            self._places = {name: i for i, name in enumerate(by_name)}
-            self.names = head
-        kind = self.problem_type + ("" if self.names is None else "_classification")
-        set_classes(config, self.names, kind)
+        if self.names is None:
+            set_classes(config, ["LABEL_0"], "regression")
+        else:
+            kind = f"{self.problem_type}_classification"
+            self.names, self._places = fit_head(config, self._found, kind)
 
     def encode(self, rows: Dataset, processor: Any, model: Any, split: str) -> Dataset:
         text, pair = self.columns["text"], self.columns.get("pair")
@@ -193,9 +183,7 @@ class TextClassification:
             pairs = None if pair is None else batch[pair]
             return dict(processor(batch[text], pairs, truncation=True, max_length=self.max_length))
 
-        encoded = rows.map(
-            tokens, batched=True, remove_columns=rows.column_names, keep_in_memory=True
-        )
+        encoded = encode_rows(rows, tokens)
         if split == "predict":
             return encoded
         return encoded.add_column("labels", [self._target(y) for y in self._targets[split]])
@@ -240,11 +228,11 @@ class TextClassification:
         }
 
     def answers(self, predictions: Any, rows: Dataset) -> list[dict[str, Any]]:
-        from scipy import special
-
         if self.problem_type == "regression":
             return [{"score": float(value)} for value in predictions.squeeze(-1)]
         if self.problem_type == "multi_label":
+            from scipy import special
+
             shares = special.expit(predictions)
             return [
                 {
@@ -253,8 +241,7 @@ class TextClassification:
                 }
                 for row in shares
             ]
-        shares = special.softmax(predictions, -1)
-        return [{"label": self.names[row.argmax()], "score": float(row.max())} for row in shares]
+        return likeliest(predictions, self.names)
 
 
 def _number(label: Any) -> float | None:
