@@ -37,7 +37,7 @@ from ..planner.planning import without_data
 from ..schedules import ProgressiveSchedule
 from ..text_table import text_table
 from .config import autocast_dtype, choose_device
-from .errors import UserError, as_user_error
+from .errors import as_user_error
 from .models import check_length
 from .options import TrainOptions
 from .plan_command import model_without_weights
@@ -67,7 +67,7 @@ def _gate(
     truth = trace(full, stages, counts=lambda stage, name: name in active[stage])
     largest = 0.0
     for name, session in sessions.items():
-        try:
+        with as_user_error(Refused, said=name):
             errors = compare(
                 trace(session, stages, passes=2),
                 truth,
@@ -75,8 +75,6 @@ def _gate(
                 gradient_tolerance=gradient,
                 compares_movement=precision != "bf16",
             )
-        except Refused as error:
-            raise UserError(f"{name}: {error}") from None
         largest = max(largest, errors["loss_error"], errors["gradient_error"])
     return largest
 

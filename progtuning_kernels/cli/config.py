@@ -200,10 +200,8 @@ class RunCommand(click.Command):
         """Values of a file, by the names of the parameters that take them."""
         from ..schedules.files import read_settings
 
-        try:
+        with as_user_error(said=path):
             content = read_settings(Path(path))
-        except ValueError as error:
-            raise UserError(f"{path}: {error}") from error
         if not isinstance(content, Mapping):
             raise UserError(f"{path}: expected options, one per line")
 
@@ -226,10 +224,7 @@ class RunCommand(click.Command):
             if option.name in values:
                 raise UserError(f"{path}: {key} is there under another name, too")
             if value is not None:
-                try:
-                    values[option.name] = _as_given(option, value)
-                except ValueError as error:
-                    raise UserError(f"{path}: {key} {error}") from error
+                values[option.name] = _as_given(option, value, f"{path}: {key}")
         return values
 
     def options(self, ctx: click.Context) -> tuple[TrainOptions, dict[str, Any]]:
@@ -254,7 +249,7 @@ class RunCommand(click.Command):
                 formatter.write_dl(records)
 
 
-def _as_given(option: click.Option, value: Any) -> Any:
+def _as_given(option: click.Option, value: Any, where: str) -> Any:
     """A value of a file as the command line would give it, so that the same checks hold."""
     if isinstance(option.type, click.Choice) and isinstance(value, bool):  # YAML reads off so
         words = ("on", "yes") if value else ("off", "no")
@@ -263,18 +258,14 @@ def _as_given(option: click.Option, value: Any) -> Any:
         value = [f"{role}={name}" for role, name in value.items()]
     several = isinstance(value, list) and not (option.multiple or option.hidden)
     if several or (isinstance(value, Mapping) and not isinstance(option.type, _Converted)):
-        raise ValueError(f"takes one value, got {short(value)}")
+        raise UserError(f"{where} takes one value, got {short(value)}")
     if option.multiple:
         return [str(one) for one in value] if isinstance(value, list) else [str(value)]
     return value if isinstance(value, Mapping | list) else str(value)
 
 
 def _options_from(values: Mapping[str, Any]) -> TrainOptions:
-    """The options of a run, from what the command line and a file say together.
-
-    Raises:
-        UserError: a column without its role; `--bf16` against `--precision`.
-    """
+    """The options of a run, from what the command line and a file say together."""
     own = {f.name for f in dataclasses.fields(TrainOptions)}
     ours = {name: value for name, value in values.items() if name in own}
     trainer = {name: v for name, v in values.items() if name not in own and v not in (None, ())}
@@ -317,11 +308,7 @@ def as_yaml(options: TrainOptions) -> str:
 
 
 def build_schedule(options: TrainOptions, total_steps: int | None) -> Schedule:
-    """The schedule that `--schedule` asks for, bound to the length of the run if that is known.
-
-    Raises:
-        UserError: a bad setting, or a file that cannot be read.
-    """
+    """The schedule that `--schedule` asks for, bound to the length of the run if that is known."""
     from ..schedules import ProgressiveSchedule
     from ..schedules.files import KINDS, make_schedule, schedule_from_file
 
@@ -348,9 +335,6 @@ def choose_device(name: str) -> str:
 
     One GPU of several is made the only one that CUDA shows, so this comes before CUDA starts. Under
     torchrun every process has its own already.
-
-    Raises:
-        UserError: there is no such device.
     """
     kind, _, index = name.partition(":")
     if kind not in ("auto", "cpu", "cuda") or (index and not (kind == "cuda" and index.isdigit())):
@@ -378,9 +362,6 @@ def autocast_dtype(options: TrainOptions, device: str) -> torch.dtype | None:
 
     Args:
         device: "cpu" or "cuda"; a GPU that is not here is taken for one that does.
-
-    Raises:
-        UserError: bf16 on a GPU that does not compute in it.
     """
     import torch
 
@@ -408,9 +389,6 @@ def training_arguments(options: TrainOptions, cls: type | None = None, **more: A
     Args:
         cls: `transformers.TrainingArguments`, or a class derived from it.
         more: values that the run demands.
-
-    Raises:
-        UserError: a value that the Trainer refuses, or an option of another class.
     """
     import torch
     from transformers import TrainingArguments
@@ -441,9 +419,7 @@ def training_arguments(options: TrainOptions, cls: type | None = None, **more: A
     foreign = sorted(values.keys() - known)
     if foreign:
         raise UserError(f"{foreign[0]} is no option of {cls.__name__}, which trains {options.task}")
-    try:
+    with as_user_error():
         made = cls(**{name: [*v] if isinstance(v, tuple) else v for name, v in values.items()})
-    except (ValueError, ImportError) as error:
-        raise UserError(str(error)) from error
     made.load_best_model_at_end |= loads_best
     return made

@@ -74,9 +74,6 @@ def load_model(
 
     Args:
         weights: False makes the structure alone, on the meta device.
-
-    Raises:
-        UserError: one of them cannot be loaded, or the weights are another model's.
     """
     import transformers
 
@@ -294,18 +291,12 @@ def check_rows(model: nn.Module, tokenizer: Any, splits: dict[str, Dataset]) -> 
 
 @torch.no_grad()
 def try_forward(model: nn.Module, batch: dict[str, torch.Tensor], *, causal: bool) -> None:
-    """Run a batch through the model in eval mode, before anything of this library touches it.
-
-    Raises:
-        UserError: it fails, its outputs are not finite, or a language model looks ahead.
-    """
+    """Run a batch through the model in eval mode, before anything of this library touches it."""
     model.eval()
-    try:
+    with as_user_error(Exception, said="the model cannot run these rows"):
         outputs = model(**batch)
         scores = next(v for k, v in outputs.items() if k.endswith("logits"))
         ahead = causal and _looks_ahead(model, batch["input_ids"][:1, :8])
-    except Exception as error:  # of any model's code
-        raise UserError(f"the model cannot run these rows: {one_line(error)}") from error
     model.train()
     if not scores.isfinite().all():
         raise UserError("the outputs of the model are not finite before any training")

@@ -178,16 +178,10 @@ class TrainOptions:
         return self.cache or ("auto" if self.method == "progressive-cache" else None)
 
     def check(self) -> None:
-        """Refuse options that exclude each other, before anything is loaded.
-
-        Raises:
-            UserError: one line that names both.
-        """
-        default = type(self)()
+        """Refuse options that exclude each other, before anything is loaded."""
+        default = TrainOptions()
         changed = {
-            f.name
-            for f in fields(self)
-            if f.name != "trainer" and getattr(self, f.name) != getattr(default, f.name)
+            f.name for f in fields(self) if getattr(self, f.name) != getattr(default, f.name)
         }
         if self.resume and self.overwrite:
             raise UserError("--resume and --overwrite exclude each other")
@@ -227,16 +221,12 @@ class TrainOptions:
             )
 
     def _check_method(self, changed: set[str]) -> None:
-        if not self.is_scheduled:
-            for name in _FOR_SCHEDULED:
-                if name in changed:
-                    raise UserError(
-                        f"{_dashed(name)} is for the progressive methods; --method {self.method} "
-                        "uses torch's AdamW and no schedule"
-                    )
-        if self.packing == "on" and not self.is_scheduled:
+        scheduled = [_dashed(name) for name in _FOR_SCHEDULED if name in changed]
+        scheduled += ["--packing on"] if self.packing == "on" else []
+        if scheduled and not self.is_scheduled:
             raise UserError(
-                f"--packing on is for the progressive methods, not --method {self.method}"
+                f"{scheduled[0]} is for the progressive methods; --method {self.method} uses "
+                "torch's AdamW and no schedule"
             )
         if self.schedule != "progressive" and {"stages", "embeddings"} & changed:
             raise UserError(

@@ -11,7 +11,6 @@ from typing import Any
 import torch
 from torch import nn
 
-from ..backend import one_line
 from ..cache import PrefixCache
 from ..planner import TrainingPlan, plan_training
 from ..planner.planning import switch_checkpointing_on
@@ -19,7 +18,7 @@ from ..schedules import MilestoneSchedule, Schedule, decides_by_gradients, stage
 from ..schedules.progressive import scales_with_length
 from .config import autocast_dtype, build_schedule, choose_device
 from .errors import UserError, as_user_error
-from .models import auto_class, check_length, minilm_folder, quiet_transformers, wrap_lora
+from .models import auto_class, check_length, model_path, quiet_transformers, wrap_lora
 from .options import TrainOptions
 from .sizes import parse_bytes
 
@@ -34,23 +33,17 @@ def model_without_weights(name: str, task: str) -> tuple[nn.Module, str]:
     Args:
         task: of `TASKS`, or "auto": what the config's `architectures` say, and a text
             classification where they name no language model.
-
-    Raises:
-        UserError: there is no such config, or no model of that task for it.
     """
     from transformers import AutoConfig
 
     quiet_transformers()
-    path = str(minilm_folder()) if name == "minilm" else name
-    try:
-        config = AutoConfig.from_pretrained(path)
+    with as_user_error(Exception, said=f"cannot load the config of {name!r}"):
+        config = AutoConfig.from_pretrained(model_path(name))
         if task == "auto":
             causal = any(_CAUSAL.search(kind) for kind in config.architectures or ())
             task = "causal-lm" if causal else "text-classification"
         with torch.device("meta"):
             model = auto_class(task).from_config(config)
-    except Exception as error:  # missing, damaged, no network: there is no common class
-        raise UserError(f"cannot load the config of {name!r}: {one_line(error)}") from error
     if task == "text-classification" and config.pad_token_id is None:
         # decoders classify at the last token that is not padding, so they must know it
         model.config.pad_token_id = 0
@@ -85,9 +78,6 @@ def plan_run(
         device: type of the device of the run, "cpu" or "cuda"; it need not be here.
         real_tokens: share of a micro-batch's places that are no padding, where packing is on.
         more: `batch_size` and `seq_len`, and other arguments of `plan_training`.
-
-    Raises:
-        UserError: the options do not fit the model, or it cannot run without data.
     """
     if options.load_in_4bit:
         raise UserError("weights in 4 bits are not planned: leave --load-in-4bit out")

@@ -114,9 +114,6 @@ def prepare(
     Args:
         weights: False makes the model on the meta device, and tries nothing.
         arguments: of the Trainer, over those of the options.
-
-    Raises:
-        UserError: the model cannot be loaded, or cannot train on these rows.
     """
     from transformers import set_seed
 

@@ -375,11 +375,7 @@ class Run:
         return json.loads(json.dumps(own | numbers | more))
 
     def _checkpoint(self) -> str | None:
-        """The newest whole checkpoint, of this run; None if there is none.
-
-        Raises:
-            UserError: it is another run's, or the run is finished.
-        """
+        """The newest whole checkpoint, of this run; None if there is none."""
         folders = sorted(self.output.glob("checkpoint-*"), key=lambda p: int(p.name.split("-")[-1]))
         for folder in reversed(folders):
             try:  # the file that a checkpoint ends with
@@ -432,7 +428,7 @@ class Run:
     def push(self) -> None:
         """Upload the saved model, or the adapter where there is nothing else."""
         hub, folder = HfApi(token=self.args.hub_token), self.output / "model"
-        try:
+        with as_user_error(Exception, said="the model is saved, but not pushed"):
             made = hub.create_repo(
                 self.args.hub_model_id or self.output.name,
                 private=self.args.hub_private_repo,
@@ -442,8 +438,6 @@ class Run:
                 repo_id=made.repo_id,
                 folder_path=folder if folder.exists() else self.output / "adapter",
             )
-        except Exception as error:  # of the network, the hub, the token: no common class
-            raise UserError(f"the model is saved, but not pushed: {one_line(error)}") from error
         self.console.print(f"pushed: {made}", soft_wrap=True)
 
 

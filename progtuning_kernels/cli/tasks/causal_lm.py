@@ -15,7 +15,6 @@ import torch
 from datasets import Dataset
 from torch.nn.utils.rnn import pad_sequence
 
-from ...backend import one_line
 from ..columns import check_texts, find_columns
 from ..errors import UserError, as_user_error
 from ..options import TrainOptions
@@ -41,8 +40,8 @@ class CausalLM:
         self.max_new_tokens = options.max_new_tokens
         self.notes: list[str] = []  # on rows, for the user
         self._trainer = options.trainer  # with the options of SFTConfig, by its names
-        first, labelled = next(iter(splits.values())), "train" in splits
-        self.kind = _kind(options.columns, first.column_names, labelled)
+        first = next(iter(splits.values()))
+        self.kind = _kind(options.columns, first.column_names, "train" in splits)
         names = ("prompt", "completion") if self.kind == "prompt" else (self.kind,)
         roles = {role: _ROLES[role] for role in names}
         self.columns = find_columns(splits, options.columns, roles, targets=["completion"])
@@ -111,12 +110,9 @@ class CausalLM:
         template = self._template(processor)
 
         def tokens(row: dict[str, Any], index: int) -> dict[str, Any]:
-            try:
+            said = f"{split} row {index + 1}: the chat template refuses it"
+            with as_user_error(Exception, said=said):
                 ids, marks = self._marked(row, processor, template)
-            except Exception as error:  # a template raises what it likes
-                raise UserError(
-                    f"{split} row {index + 1}: the chat template refuses it: {one_line(error)}"
-                ) from error
             labels = [i if mark else -100 for i, mark in zip(ids, marks, strict=True)]
             return {"input_ids": ids[: self.max_length], "labels": labels[: self.max_length]}
 
@@ -148,10 +144,8 @@ class CausalLM:
         if not self._chat:
             return None
         if path := self._trainer.get("chat_template_path"):
-            try:
+            with as_user_error(OSError, said="--chat-template-path"):
                 tokenizer.chat_template = Path(path).read_text(encoding="utf-8")
-            except OSError as error:
-                raise UserError(f"--chat-template-path: {one_line(error)}") from error
         if tokenizer.chat_template is None:
             raise UserError(
                 "the tokenizer has no chat template for messages: take the model's chat variant, "

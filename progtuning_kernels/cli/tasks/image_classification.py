@@ -11,9 +11,8 @@ import datasets
 from datasets import Dataset
 from PIL import Image, ImageOps
 
-from ...backend import one_line
 from ..columns import find_columns
-from ..errors import UserError
+from ..errors import UserError, as_user_error
 from ..options import TrainOptions
 from .classes import (
     check_classes,
@@ -90,12 +89,13 @@ class ImageClassification:
             if len(files) > 1:  # of rows from several folders
                 raise UserError(f"{where}: {path} is {files[0]} or {files[1]}: give whole paths")
             file = files[0]
-        try:
-            with Image.open(file if content is None else BytesIO(content)) as image:
-                # a photo may say in its EXIF data how it was held
-                return image if mode is None else ImageOps.exif_transpose(image).convert(mode)
-        except (OSError, Image.DecompressionBombError) as error:
-            raise UserError(f"{where}: cannot read its image: {one_line(error)}") from error
+        refusals = OSError, Image.DecompressionBombError
+        with (
+            as_user_error(*refusals, said=f"{where}: cannot read its image"),
+            Image.open(file if content is None else BytesIO(content)) as image,
+        ):
+            # a photo may say in its EXIF data how it was held
+            return image if mode is None else ImageOps.exif_transpose(image).convert(mode)
 
     def configure(self, config: Any) -> None:
         if self.names is None:  # to predict
