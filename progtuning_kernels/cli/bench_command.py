@@ -11,6 +11,7 @@ import copy
 import json
 import statistics
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from types import SimpleNamespace
 from typing import Any
 
@@ -55,8 +56,7 @@ def _gate(
 ) -> float:
     """Largest error of losses and gradients against full training, a step per stage, no dropout.
 
-    Full training drops the gradients of what the plan freezes before torch's AdamW. `UserError`
-    says which way differs by more than the tolerance.
+    Full training drops the gradients of what the plan freezes before torch's AdamW.
     """
     loss, gradient = TOLERANCES[precision]
     stages = [batches[stage % len(batches)] for stage in range(len(active))]
@@ -83,11 +83,8 @@ def run(options: Mapping[str, Any]) -> None:
     o = dict(options)
     device = torch.device(choose_device(o["device"]))
     dtype = autocast_dtype(TrainOptions(precision=o["precision"]), device.type)
-    rule = SimpleNamespace(
-        lr=5e-5,
-        clip=1.0,
-        autocast=lambda: torch.autocast(device.type, dtype=dtype, enabled=dtype is not None),
-    )
+    autocast = partial(torch.autocast, device.type, dtype=dtype, enabled=dtype is not None)
+    rule = SimpleNamespace(lr=5e-5, clip=1.0, autocast=autocast)
     blocks = None if o["blocks"] is None else o["blocks"].split(",")
     cache_bytes = parse_bytes(o["cache"])
     task = "text-classification" if o["task"] == "classification" else o["task"]
@@ -152,19 +149,11 @@ def run(options: Mapping[str, Any]) -> None:
         for name, session in sessions.items():
             p20, *_, p80 = statistics.quantiles(times[name], n=5)
             state = pytree.tree_leaves(dict(session.optimizer_tensors()))
-            rows.append(
-                {
-                    "stage": stage + 1,
-                    "boundary": boundaries[stage],
-                    "method": name,
-                    "step_ms": statistics.median(times[name]),
-                    "step_ms_p20": p20,
-                    "step_ms_p80": p80,
-                    "mean_loss": statistics.mean(losses[name]),
-                    "state_bytes": sum(t.nbytes for t in state if isinstance(t, torch.Tensor)),
-                    "cache": session.note(),
-                }
-            )
+            row = {"stage": stage + 1, "boundary": boundaries[stage], "method": name}
+            row |= {"step_ms": statistics.median(times[name]), "step_ms_p20": p20}
+            row |= {"step_ms_p80": p80, "mean_loss": statistics.mean(losses[name])}
+            row["state_bytes"] = sum(t.nbytes for t in state if isinstance(t, torch.Tensor))
+            rows.append(row | {"cache": session.note()})
     content = {
         "meta": provenance(device),
         "config": o,

@@ -179,10 +179,8 @@ class TrainOptions:
 
     def check(self) -> None:
         """Refuse options that exclude each other, before anything is loaded."""
-        default = TrainOptions()
-        changed = {
-            f.name for f in fields(self) if getattr(self, f.name) != getattr(default, f.name)
-        }
+        own, default = vars(self), vars(TrainOptions())
+        changed = {name for name in own if own[name] != default[name]}
         if self.resume and self.overwrite:
             raise UserError("--resume and --overwrite exclude each other")
         self._check_data()
