@@ -149,11 +149,19 @@ def run(options: Mapping[str, Any]) -> None:
         for name, session in sessions.items():
             p20, *_, p80 = statistics.quantiles(times[name], n=5)
             state = pytree.tree_leaves(dict(session.optimizer_tensors()))
-            row = {"stage": stage + 1, "boundary": boundaries[stage], "method": name}
-            row |= {"step_ms": statistics.median(times[name]), "step_ms_p20": p20}
-            row |= {"step_ms_p80": p80, "mean_loss": statistics.mean(losses[name])}
-            row["state_bytes"] = sum(t.nbytes for t in state if isinstance(t, torch.Tensor))
-            rows.append(row | {"cache": session.note()})
+            rows.append(
+                {
+                    "stage": stage + 1,
+                    "boundary": boundaries[stage],
+                    "method": name,
+                    "step_ms": statistics.median(times[name]),
+                    "step_ms_p20": p20,
+                    "step_ms_p80": p80,
+                    "mean_loss": statistics.mean(losses[name]),
+                    "state_bytes": sum(t.nbytes for t in state if isinstance(t, torch.Tensor)),
+                    "cache": session.note(),
+                }
+            )
     content = {
         "meta": provenance(device),
         "config": o,

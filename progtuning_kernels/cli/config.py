@@ -158,7 +158,8 @@ class RunCommand(click.Command):
         **kwargs: Any,
     ) -> None:
         super().__init__(*args, **kwargs)
-        fields = _grouped_options(defaults or {})
+        declared = {name for param in self.params for name in param.opts}
+        fields = [f for f in _grouped_options(defaults or {}) if not declared & {*f.opts}]
         for option in fields:
             option.hidden = shown is not None and option.name not in shown
         for name in ("text", "pair", "label"):

@@ -242,9 +242,7 @@ def check_length(model: nn.Module, length: int, option: str, tokenizer: Any = No
     limits = (positions, getattr(tokenizer, "model_max_length", None))  # XLNet has -1 for both
     limit = min((limit for limit in limits if limit and limit > 0), default=length)
     if length > limit:
-        raise UserError(
-            f"{option} {length} is above the model's {limit} tokens: give {option} {limit}"
-        )
+        raise UserError(f"{option} {length} is above the model's {limit} tokens")
 
 
 def check_rows(model: nn.Module, tokenizer: Any, splits: dict[str, Dataset]) -> list[str]:
@@ -301,9 +299,7 @@ def try_forward(model: nn.Module, batch: dict[str, torch.Tensor], *, causal: boo
     if not scores.isfinite().all():
         raise UserError("the outputs of the model are not finite before any training")
     if ahead:
-        raise UserError(
-            "not a causal language model: what it says of a token depends on later ones"
-        )
+        raise UserError("not a causal language model: a token's scores depend on later tokens")
 
 
 def _looks_ahead(model: nn.Module, ids: torch.Tensor) -> bool:

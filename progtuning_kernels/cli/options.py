@@ -113,8 +113,8 @@ class TrainOptions:
     separator: str | None = None
     columns: dict[str, str] = field(default_factory=dict, metadata={"names": ("column",)})
     problem_type: Literal["single_label", "multi_label", "regression"] | None = None
-    max_train_rows: int | None = option(None, least=1)
-    max_validation_rows: int | None = option(None, least=1)
+    max_train_rows: int | None = option(None, "train-rows", least=1)
+    max_validation_rows: int | None = option(None, "validation-rows", least=1)
     max_length: int = option(128, "seq-len", least=2)
     max_new_tokens: int = option(128, least=1)
     mlm_probability: float = option(0.15, least=0, most=1)
@@ -188,10 +188,7 @@ class TrainOptions:
         given = self.of_trainer
         for name in _NOT_OF_TRAINER:
             if name in self.trainer:
-                raise UserError(
-                    f"{_dashed(name)} is left to the command, which makes batches of rows of like "
-                    "length, and figures of all rows"
-                )
+                raise UserError(f"{_dashed(name)} is left to the command, which makes the batches")
         if "resume_from_checkpoint" in self.trainer:
             raise UserError("--resume goes on from the newest checkpoint; no other can be given")
         if self.tokens_per_batch and given("per_device_train_batch_size") != _BATCH_SIZE:
@@ -214,9 +211,7 @@ class TrainOptions:
         if self.dataset == "docstrings" and self.columns:
             raise UserError("--dataset docstrings has no columns to choose from")
         if self.dataset == "docstrings" and self.task != "text-classification":
-            raise UserError(
-                f"--dataset docstrings is a text classification; use files for {self.task}"
-            )
+            raise UserError(f"--dataset docstrings is no {self.task}: give --train-file")
 
     def _check_method(self, changed: set[str]) -> None:
         scheduled = [_dashed(name) for name in _FOR_SCHEDULED if name in changed]
@@ -227,10 +222,7 @@ class TrainOptions:
                 "torch's AdamW and no schedule"
             )
         if self.schedule != "progressive" and {"stages", "embeddings"} & changed:
-            raise UserError(
-                "--stages and --embeddings are for the progressive schedule; others have their "
-                "own settings, in a file"
-            )
+            raise UserError("--stages and --embeddings are for the progressive schedule alone")
         if self.load_in_4bit and not self.uses_lora:
             raise UserError("--load-in-4bit needs --method lora or progressive-lora")
         if self.master_weights and self.precision != "bf16-pure":
@@ -335,4 +327,8 @@ CONTRIBUTION = """
 model task dataset train_file validation_file validation_split separator columns problem_type
 max_train_rows max_validation_rows max_length blocks precision metric device learning_rate max_steps
 per_device_train_batch_size max_grad_norm output_dir seed
+""".split()
+DEMO = """
+model dataset stages num_train_epochs per_device_train_batch_size learning_rate max_train_rows
+max_validation_rows device output_dir
 """.split()

@@ -122,15 +122,12 @@ class CausalLM:
             tokens, with_indices=True, remove_columns=[*left_over], keep_in_memory=True
         )
         learnt = [i for i, y in enumerate(encoded["labels"]) if any(k != -100 for k in y)]
+        limit = f"--max-length {self.max_length}"
         if not learnt:
-            raise UserError(
-                f"--max-length {self.max_length} leaves no {split} row a token to learn: the "
-                "prompts alone are as long"
-            )
+            raise UserError(f"{limit} leaves no {split} row a token to learn: prompts are as long")
         if without := len(encoded) - len(learnt):
             self.notes.append(
-                f"{without:,} {split} rows are left out: --max-length {self.max_length} leaves "
-                "them no token to learn"
+                f"{without:,} {split} rows are left out: {limit} leaves them no token to learn"
             )
             encoded = encoded.select(learnt)
         return encoded
@@ -250,9 +247,8 @@ def sft_classes() -> tuple[type, type]:
     try:
         from trl import SFTConfig, SFTTrainer
     except ImportError:
-        raise UserError(
-            "messages and completions need TRL, on Python 3.11 or later: pip install trl"
-        ) from None
+        needed = "messages and completions need TRL, on Python 3.11 or later: pip install trl"
+        raise UserError(needed) from None
 
     class TokenWeighted(SFTTrainer):
         def create_model_card(self, *args: Any, **kwargs: Any) -> None:

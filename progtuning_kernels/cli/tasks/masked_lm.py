@@ -62,10 +62,7 @@ class MaskedLM:
 
         cut = cut.map(masked, batched=True, keep_in_memory=True)
         if all(label == -100 for row in cut["labels"] for label in row):
-            raise UserError(
-                f"no token of the {split} text was masked: give more rows, or a larger "
-                "--mlm-probability"
-            )
+            raise UserError(f"no token of the {split} text was masked: raise --mlm-probability")
         return cut
 
     def _encode_predict(self, rows: Dataset, processor: Any) -> Dataset:
@@ -81,10 +78,7 @@ class MaskedLM:
         ]
         for number, masks in enumerate(self._masks, 1):
             if not masks:
-                raise UserError(
-                    f"predict row {number}: its {processor.mask_token} is behind the first "
-                    f"{max_length} tokens (--max-length)"
-                )
+                raise UserError(f"predict row {number}: no mask within --max-length {max_length}")
         self._decode = processor.decode
         return encoded
 

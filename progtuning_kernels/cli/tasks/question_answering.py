@@ -198,13 +198,9 @@ def _answers(rows: Dataset, columns: dict[str, str], split: str) -> list[list[tu
                 raise UserError(f"{where}: {short(text)} is no text of an answer")
             place = int(place) if isinstance(place, str) and place.isdecimal() else place
             if not isinstance(place, int) or isinstance(place, bool):
-                raise UserError(
-                    f"{where}: {short(place)} is no answer_start, a number of characters"
-                )
+                raise UserError(f"{where}: {short(place)} is no answer_start, a whole number")
             if place < 0 or context[place : place + len(text)] != text:
-                raise UserError(
-                    f"{where}: the answer {short(text)} is not at character {place} of the context"
-                )
+                raise UserError(f"{where}: {short(text)} is not at character {place}")
             own.append((text.strip(), place + len(text) - len(text.lstrip())))
     return found
 

@@ -131,10 +131,7 @@ class TextClassification:
     def _lists(self, labels: list[Any], split: str) -> list[list[Any]]:
         for number, label in enumerate(labels, 1):
             if not isinstance(label, list) or not all(isinstance(x, str | int) for x in label):
-                raise UserError(
-                    f"{split} row {number}: {short(label)} is no list of labels, which "
-                    "--problem-type multi_label needs"
-                )
+                raise UserError(f"{split} row {number}: {short(label)} is no list of labels")
         return labels
 
     def _as_targets(self, labels: list[Any], split: str) -> list[Any]:

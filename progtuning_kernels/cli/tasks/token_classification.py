@@ -143,10 +143,7 @@ def _words(rows: Dataset, column: str, split: str) -> list[list[str]]:
     found = [*rows[column]]
     for number, words in enumerate(found, 1):
         if not isinstance(words, list) or not all(isinstance(word, str) for word in words):
-            raise UserError(
-                f"{split} row {number}, column {column!r} holds {short(words)}, which is no list "
-                "of words"
-            )
+            raise UserError(f"{split} row {number}: {column} {short(words)} is no list of words")
         if not any(word.strip() for word in words):
             raise UserError(f"{split} row {number} has no words in column {column!r}")
     return found
