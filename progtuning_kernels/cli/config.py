@@ -110,10 +110,9 @@ def _trainer_classes() -> Iterable[type]:
 
 
 def _options_of_trainer(known: Collection[str], wanted: Collection[str]) -> list[click.Option]:
-    """Options for the fields of the Trainer's arguments that are not `known`.
+    """Options for the Trainer's arguments that are not `known`; TRL's if one of `wanted` is left.
 
-    TRL takes seconds to import: its fields come with those only where one of `wanted` is still
-    missing.
+    TRL takes seconds to import.
     """
     from transformers import HfArgumentParser
 
@@ -386,10 +385,6 @@ def training_arguments(options: TrainOptions, cls: type | None = None, **more: A
 
     `eval_strategy` "stage" becomes "no" here: who trains evaluates at the end of a stage.
     `choose_device` has been called.
-
-    Args:
-        cls: `transformers.TrainingArguments`, or a class derived from it.
-        more: values that the run demands.
     """
     import torch
     from transformers import TrainingArguments

@@ -246,6 +246,10 @@ def _parse_json(file: TextIO, where: str, separator: str | None) -> list[Row]:
         rows = rows.get("data")
     if not isinstance(rows, list):
         raise UserError(f"{where}: not a list of objects, nor one under the name data")
+    if rows and isinstance(rows[0], dict) and "paragraphs" in rows[0]:  # SQuAD's own files
+        with as_user_error(KeyError, TypeError, said=f"{where}: paragraphs have context and qas"):
+            texts = [text for article in rows for text in article["paragraphs"]]
+            rows = [{"context": text["context"], **row} for text in texts for row in text["qas"]]
     for number, row in enumerate(rows, 1):
         _check_row(row, f"{where}, row {number}")
     return rows

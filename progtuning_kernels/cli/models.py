@@ -140,9 +140,7 @@ def _check_weights(
 ) -> list[str]:
     """Start a head of other classes anew; return remarks on weights that the checkpoint lacks.
 
-    Args:
-        loading: what `from_pretrained` tells.
-        own, names: classes of the checkpoint's head, and of the rows.
+    `own` are the classes of the checkpoint's head, `names` those of the rows.
     """
     kept = own if names is None else same_classes(own, names)
     missing = {n for n, _ in model.named_parameters()} & set(loading["missing_keys"])

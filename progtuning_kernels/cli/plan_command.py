@@ -30,9 +30,7 @@ _CAUSAL = re.compile(r"(ForCausalLM|LMHeadModel)$")
 def model_without_weights(name: str, task: str) -> tuple[nn.Module, str]:
     """The model of a folder, a config file or a hub id, on the meta device, and its task.
 
-    Args:
-        task: of `TASKS`, or "auto": what the config's `architectures` say, and a text
-            classification where they name no language model.
+    The task "auto" is what the config says, and a text classification if that is no language model.
     """
     from transformers import AutoConfig
 
@@ -72,12 +70,10 @@ def plan_run(
     """What the stages of a run would cost, as `plan_training` says.
 
     Args:
-        model: with or without weights, unpatched; it gets gradient checkpointing and adapters if
-            the options say so.
+        model: with or without weights; it gets checkpointing and adapters if the options say so.
         steps: optimizer steps of the run; None: as long as the schedule says.
-        device: type of the device of the run, "cpu" or "cuda"; it need not be here.
+        device: "cpu" or "cuda"; it need not be here.
         real_tokens: share of a micro-batch's places that are no padding, where packing is on.
-        more: `batch_size` and `seq_len`, and other arguments of `plan_training`.
     """
     if options.load_in_4bit:
         raise UserError("weights in 4 bits are not planned: leave --load-in-4bit out")
@@ -116,18 +112,10 @@ def plan_run(
     return dataclasses.replace(plan, notes=(*plan.notes, *notes))
 
 
-def run(
-    options: TrainOptions,
-    *,
-    padding: bool,
-    real_tokens: float,
-    memory: str | None,
-    calibrate: bool,
-    as_json: bool,
-) -> None:
+def run(options: TrainOptions, *, memory: str | None, as_json: bool, **more: Any) -> None:
     memory_bytes = None if memory is None else parse_bytes(memory)
     device = "cuda" if options.device == "cuda" else choose_device(options.device)
-    if device == "cuda" and calibrate and not torch.cuda.is_available():
+    if device == "cuda" and more["calibrate"] and not torch.cuda.is_available():
         raise UserError("--calibrate on cuda needs a GPU")
     model, task = model_without_weights(options.model, options.task)
     check_length(model, options.max_length, "--max-length")
@@ -138,9 +126,7 @@ def run(
         seq_len=options.max_length,
         steps=options.of_trainer("max_steps"),
         device=device,
-        padding=padding,
-        real_tokens=real_tokens,
         memory_bytes=memory_bytes,
-        calibrate=calibrate,
+        **more,
     )
     print(json.dumps(plan.to_dict(), indent=2) if as_json else plan)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -79,7 +80,14 @@ class Prepared:
 def read_rows(options: TrainOptions, wanted: Sequence[str] = ("train", "validation")) -> Rows:
     """The rows that the options name; `UserError` if they cannot be used."""
     splits = load_splits(options, wanted)
-    task = task_class(options.task)(options, splits)
+    try:
+        task = task_class(options.task)(options, splits)
+    except UserError as error:
+        if options.validation_split is None:
+            raise
+        # the parts of a file are shuffled
+        said = re.sub(r"^(train|validation) row (\d+)", r"row \2 of the \1 part", str(error))
+        raise UserError(said) from error
     # "label" may be the classes that have a column each; rows to predict need fewer columns
     foreign = options.columns.keys() - task.columns.keys() - {"label"}
     if foreign and "train" in wanted:
@@ -107,11 +115,9 @@ def trainer_classes(task: Task) -> tuple[type, type]:
 def prepare(
     options: TrainOptions, rows: Rows, *, weights: bool = True, **arguments: Any
 ) -> Prepared:
-    """Load the model, encode the rows, and try a batch of them.
+    """Load the model, encode the rows, and try a batch; `arguments` are the Trainer's.
 
-    Args:
-        weights: False makes the model on the meta device, and tries nothing.
-        arguments: of the Trainer, over those of the options.
+    Without `weights` the model is on the meta device, and nothing is tried.
     """
     from transformers import set_seed
 

@@ -28,11 +28,7 @@ RECORD = "progtuning_run"
 
 
 class Recorder(TrainerCallback):
-    """Notes stages and evaluations, asks for an evaluation at the end of a stage, says what it saw.
-
-    Args:
-        callback: None where nothing is scheduled.
-    """
+    """Notes stages and evaluations, asks for one at the end of a stage, and says what it saw."""
 
     def __init__(self, run: Run, callback: ProgtuningCallback | None) -> None:
         self.stages: list[dict[str, Any]] = []

@@ -230,11 +230,8 @@ class Run:
     def train(self) -> dict[str, Any]:
         """Run to the end (from the newest checkpoint with `resume`), write and return metrics.json.
 
-        Of a run that learnt nothing no model is written, and its checkpoints stay.
-
-        Raises:
-            SystemExit: SIGINT or SIGTERM came: a checkpoint is written, and a line says how to go
-                on.
+        Of a run that learnt nothing no model is written, and its checkpoints stay. SIGINT and
+        SIGTERM end the process with a checkpoint, and a line that says how to go on.
         """
         started = time.perf_counter()
         if self.options.overwrite and self.trainer.is_world_process_zero():

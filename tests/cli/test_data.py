@@ -80,6 +80,17 @@ def test_cells_are_texts_as_they_stand(tmp_path_factory, kind, packed, mark, row
     assert _rows(path) == expected
 
 
+def test_a_file_of_squad_itself_has_a_row_for_every_question(tmp_path):
+    questions = [{"id": i, "question": f"q{i}", "answers": []} for i in range(2)]
+    texts = [{"context": "w1", "qas": questions}, {"context": "w2", "qas": questions[:1]}]
+    path = _write(tmp_path / "a.json", json.dumps({"data": [{"title": "t", "paragraphs": texts}]}))
+    found = [(row["context"], row["question"]) for row in _rows(path)]
+    assert found == [("w1", "q0"), ("w1", "q1"), ("w2", "q0")]
+    path.write_text(json.dumps({"data": [{"paragraphs": [{"context": "w1"}]}]}))
+    with pytest.raises(UserError, match="a.json: paragraphs have context and qas"):
+        _rows(path)
+
+
 @settings(max_examples=60)
 @example(kind="jsonl", packed=False, ascii_=False, rows=[{"a": 1.5}, {"a": True}])
 @given(

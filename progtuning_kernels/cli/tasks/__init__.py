@@ -14,17 +14,11 @@ if TYPE_CHECKING:
 
 
 class Kind(NamedTuple):
-    """What is known of a task without the import of its module, which needs `datasets`.
-
-    Attributes:
-        cls: name of its class.
-        model: what the classes of its models are for: AutoModelFor...
-        lora: member of `peft.TaskType`; None where it has none that fits.
-    """
+    """What is known of a task without the import of its module, which needs `datasets`."""
 
     cls: str
-    model: str
-    lora: str | None
+    model: str  # AutoModelFor...
+    lora: str | None  # of `peft.TaskType`, if one fits
 
 
 KINDS = {

@@ -21,11 +21,13 @@ from ..options import TrainOptions
 from .plain_text import join_and_cut, perplexity, row_losses
 
 _ROLES = {
-    "messages": ("messages",),
+    "messages": ("messages", "conversations"),
     "prompt": ("prompt", "instruction", "question"),
     "completion": ("completion", "response", "output", "answer"),
     "text": ("text", "sentence", "content"),
 }
+
+_SPEAKERS = {"human": "user", "gpt": "assistant"}  # of ShareGPT
 
 
 class CausalLM:
@@ -89,7 +91,10 @@ class CausalLM:
         """The columns of the task, under the names of their roles, and "tools" if there are any."""
         roles = {"tools": "tools"} | {name: role for role, name in self.columns.items()}
         roles = {name: role for name, role in roles.items() if name in rows.column_names}
-        return rows.select_columns([*roles]).rename_columns(roles)
+        rows = rows.select_columns([*roles]).rename_columns(roles)
+        if self.kind == "messages" and "from" in rows[0]["messages"][0]:
+            return rows.map(lambda row: {"messages": _messages(row["messages"])})
+        return rows
 
     def encode(self, rows: Dataset, processor: Any, model: Any, split: str) -> Dataset:
         """Tokens, and labels that are -100 where the loss is not of them; plain text has none.
@@ -283,11 +288,21 @@ def _check_messages(rows: Sequence[Any], column: str, split: str) -> None:
         where = f"{split} row {number}"
         if not isinstance(messages, list) or not messages:
             raise UserError(f"{where}: {short(messages)} in {column!r} is no list of messages")
-        for place, message in enumerate(messages, 1):
+        for place, message in enumerate(_messages(messages), 1):
             if not isinstance(message, dict) or not isinstance(message.get("role"), str):
                 raise UserError(f"{where}: message {place} of {column!r} has no role")
             if not message.get("content") and not message.get("tool_calls"):
                 raise UserError(f"{where}: message {place} of {column!r} has no content")
+
+
+def _messages(found: Sequence[Any]) -> list[Any]:
+    """Messages with role and content, also of rows as ShareGPT's, which have from and value."""
+    return [
+        {"role": _SPEAKERS.get(one["from"], one["from"]), "content": one.get("value")}
+        if isinstance(one, dict) and isinstance(one.get("from"), str)
+        else one
+        for one in found
+    ]
 
 
 def _padded(rows: list[dict[str, Any]], padding: int) -> dict[str, torch.Tensor]:

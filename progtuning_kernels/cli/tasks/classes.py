@@ -52,11 +52,7 @@ def set_classes(config: Any, names: Sequence[str], problem_type: str | None) -> 
 
 
 def learnt(labels: Mapping[str, Sequence[Any]], options: TrainOptions) -> list[Any]:
-    """The labels that say which classes there are: of one file that was split, those of all rows.
-
-    Args:
-        labels: by split.
-    """
+    """The labels, by split, that say which classes there are: of a split file those of all rows."""
     whole = options.validation_split is not None
     return [*labels["train"], *(labels["validation"] if whole else ())]
 

@@ -46,9 +46,7 @@ def join_and_cut(
 def row_losses(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
     """Loss of every row, and of how many tokens it is the sum: (B, 2) fp32.
 
-    Args:
-        logits: (B, T, V).
-        labels: (B, T) long; -100: no loss.
+    logits (B, T, V); labels (B, T) long, -100 where there is no loss.
     """
     counted = labels != -100
     losses = torch.zeros(labels.shape, device=logits.device)  # (B, T)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from itertools import chain
 from reprlib import repr as short
 from typing import Any
 
@@ -67,8 +68,7 @@ class TextClassification:
                     check_texts(rows, self.columns[role], split)
         if labelled:
             labels = {s: self._labels(rows, s) for s, rows in splits.items() if s != "predict"}
-            self._describe(learnt(labels, options))
-            self._targets = {s: self._as_targets(y, s) for s, y in labels.items()}
+            self._targets = self._learn(labels, options)
 
     @property
     def metrics(self) -> tuple[str, ...]:
@@ -108,52 +108,29 @@ class TextClassification:
                 raise UserError(f"{split} row {number} has no value for column {column!r}")
         return [*labels]
 
-    def _describe(self, labels: list[Any]) -> None:
-        """Settle kind of problem and classes by the training labels."""
+    def _learn(self, labels: dict[str, list[Any]], options: TrainOptions) -> dict[str, list[Any]]:
+        """Settle kind of problem and classes; what the loss is of, before a head numbers them."""
+        if self.problem_type == "regression":
+            return {split: _numbers(own, split) for split, own in labels.items()}
         if self.problem_type == "multi_label":
-            one_by_one = [name for row in self._lists(labels, "train") for name in row]
-            found = self._one_hot or sorted(set(map(_class_name, one_by_one)), key=class_order)
-        elif self.problem_type == "regression":
-            return
+            found = {split: _lists(own, split) for split, own in labels.items()}
+            rows, shown = found, chain.from_iterable(learnt(found, options))
         else:
-            _check_kinds(labels, "train")
-            numbers = [_number(label) for label in labels]
+            for split, own in labels.items():
+                _check_kinds(own, split)
+            numbers = [_number(label) for label in learnt(labels, options)]
             fractions = None not in numbers and not all(n.is_integer() for n in numbers)
             if fractions and self.problem_type is None:
                 raise UserError(
                     "the labels are numbers with a fraction: give --problem-type regression to "
                     "predict them, or --problem-type single_label if each is the name of a class"
                 )
-            found = sorted(set(map(_class_name, labels)), key=class_order)
+            found = {split: [*map(_class_name, own)] for split, own in labels.items()}
+            rows, shown = {split: zip(own) for split, own in found.items()}, learnt(found, options)
         self.problem_type = self.problem_type or "single_label"
-        self.names = self._found = found
-
-    def _lists(self, labels: list[Any], split: str) -> list[list[Any]]:
-        for number, label in enumerate(labels, 1):
-            if not isinstance(label, list) or not all(isinstance(x, str | int) for x in label):
-                raise UserError(f"{split} row {number}: {short(label)} is no list of labels")
-        return labels
-
-    def _as_targets(self, labels: list[Any], split: str) -> list[Any]:
-        """What the loss is of, before a head says which class has which index."""
-        if self.problem_type == "regression":
-            numbers = []
-            for number, label in enumerate(labels, 1):
-                value = _number(label)
-                if value is None or not -_LARGEST <= value <= _LARGEST:
-                    raise UserError(f"{split} row {number}: label {short(label)} is not a number")
-                numbers.append(value)
-            if len(set(numbers)) < 2:
-                raise UserError(f"the {split} rows have one label only: {labels[0]!r}")
-            return numbers
-        if self.problem_type == "multi_label":
-            rows = [[*map(_class_name, row)] for row in self._lists(labels, split)]
-            check_classes(self._found, {split: rows})
-            return rows
-        _check_kinds(labels, split)
-        names = [*map(_class_name, labels)]
-        check_classes(self._found, {split: zip(names)})
-        return names
+        self.names = self._found = self._one_hot or sorted({*shown}, key=class_order)
+        check_classes(self.names, rows)
+        return found
 
     def configure(self, config: Any) -> None:
         own = own_classes(config)
@@ -246,6 +223,24 @@ def _number(label: Any) -> float | None:
     if isinstance(label, str):
         return float(label) if DECIMAL.fullmatch(label.strip()) else None
     return None if isinstance(label, bool) or not isinstance(label, int | float) else float(label)
+
+
+def _numbers(labels: list[Any], split: str) -> list[float]:
+    numbers = [_number(label) for label in labels]
+    for number, value in enumerate(numbers):
+        if value is None or not -_LARGEST <= value <= _LARGEST:
+            label = short(labels[number])
+            raise UserError(f"{split} row {number + 1}: label {label} is not a number")
+    if len(set(numbers)) < 2:
+        raise UserError(f"the {split} rows have one label only: {labels[0]!r}")
+    return numbers
+
+
+def _lists(labels: list[Any], split: str) -> list[list[str]]:
+    for number, label in enumerate(labels, 1):
+        if not isinstance(label, list) or not all(isinstance(x, str | int) for x in label):
+            raise UserError(f"{split} row {number}: {short(label)} is no list of labels")
+    return [[*map(_class_name, row)] for row in labels]
 
 
 def _class_name(label: Any) -> str:

@@ -103,8 +103,7 @@ class TokenClassification:
     def figures(self, predictions: Any, labels: Any) -> dict[str, float]:
         """Of entities by seqeval where labels are B- and I-, else of words by scikit-learn.
 
-        Args:
-            predictions, labels: (N, T) classes; -100: no word begins there.
+        predictions and labels (N, T); -100: no word begins there.
         """
         counted = labels != -100
         if "f1" not in self.metrics:
