@@ -9,7 +9,9 @@ import warnings
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import huggingface_hub
 import torch
+import transformers
 from torch import nn
 
 from ..backend import one_line
@@ -37,8 +39,6 @@ def minilm_folder() -> Path:
 
 def auto_class(task: str) -> Any:
     """The class of transformers that makes models of a task."""
-    import transformers
-
     return getattr(transformers, f"AutoModelFor{KINDS[task].model}")
 
 
@@ -56,9 +56,6 @@ def model_path(name: str) -> str:
 
 def quiet_transformers() -> None:
     """Keep loading reports and bars off the screen of a command; errors still come through."""
-    import huggingface_hub
-    import transformers
-
     huggingface_hub.logging.set_verbosity_error()  # five retries, a line each, without a network
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
@@ -75,8 +72,6 @@ def load_model(
     Args:
         weights: False makes the structure alone, on the meta device.
     """
-    import transformers
-
     quiet_transformers()
     path, auto = model_path(options.model), auto_class(options.task)
     more = _four_bits(device) if options.load_in_4bit else {}
@@ -122,11 +117,9 @@ def _settle_padding(model: nn.Module, tokenizer: Any) -> None:
 
 def _four_bits(device: torch.device) -> dict[str, Any]:
     """Weights in NF4, computed with in bf16, as QLoRA has them (arXiv 2305.14314)."""
-    from transformers import BitsAndBytesConfig
-
     if importlib.util.find_spec("bitsandbytes") is None:
         raise UserError("--load-in-4bit needs bitsandbytes: pip install bitsandbytes")
-    quantized = BitsAndBytesConfig(
+    quantized = transformers.BitsAndBytesConfig(
         load_in_4bit=True,
         bnb_4bit_quant_type="nf4",
         bnb_4bit_use_double_quant=True,

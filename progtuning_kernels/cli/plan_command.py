@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from transformers import AutoConfig
 
 from ..cache import PrefixCache
 from ..planner import TrainingPlan, plan_training
@@ -32,8 +33,6 @@ def model_without_weights(name: str, task: str) -> tuple[nn.Module, str]:
 
     The task "auto" is what the config says, and a text classification if that is no language model.
     """
-    from transformers import AutoConfig
-
     quiet_transformers()
     with as_user_error(Exception, said=f"cannot load the config of {name!r}"):
         config = AutoConfig.from_pretrained(model_path(name))

@@ -11,6 +11,7 @@ from typing import Any
 from datasets import Image
 from rich.console import Console
 from torch import nn
+from transformers import AutoConfig
 
 from .config import columns_from
 from .errors import UserError
@@ -78,8 +79,6 @@ def run(
     max_length: int | None,
     max_new_tokens: int,
 ) -> None:
-    from transformers import AutoConfig
-
     if output.suffix != ".jsonl" or output in map(Path, files):
         raise UserError(f"--output {output}: answers are JSON lines, in a .jsonl file of their own")
     try:

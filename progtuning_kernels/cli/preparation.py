@@ -5,9 +5,11 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
+import transformers
+from datasets import Dataset
 from torch import nn
 
 from ..model.layout import Layout, find_layout
@@ -18,10 +20,6 @@ from .errors import UserError, as_user_error
 from .options import TrainOptions
 from .tasks import Task, task_class
 from .tasks.causal_lm import sft_classes
-
-if TYPE_CHECKING:
-    from datasets import Dataset
-    from transformers import TrainingArguments
 
 
 @dataclass
@@ -47,7 +45,7 @@ class Prepared:
 
     options: TrainOptions
     rows: Rows
-    args: TrainingArguments
+    args: transformers.TrainingArguments
     model: nn.Module
     processor: Any
     layout: Layout
@@ -106,8 +104,6 @@ def trainer_classes(task: Task) -> tuple[type, type]:
     """The Trainer of a task, and the class of its arguments."""
     if task.trainer == "SFTTrainer":
         return sft_classes()
-    import transformers
-
     arguments = task.trainer.replace("Trainer", "TrainingArguments")
     return getattr(transformers, task.trainer), getattr(transformers, arguments)
 
@@ -119,14 +115,12 @@ def prepare(
 
     Without `weights` the model is on the meta device, and nothing is tried.
     """
-    from transformers import set_seed
-
     task = rows.task
     wanted = getattr(task, "trainer_options", {})
     arguments = {k: v for k, v in wanted.items() if k not in options.trainer} | arguments
     arguments["dataloader_pin_memory"] = torch.cuda.is_available()
     args = training_arguments(options, trainer_classes(task)[1], **arguments)
-    set_seed(args.seed)
+    transformers.set_seed(args.seed)
     model, processor, notes = models.load_model(options, task, args.device, weights=weights)
     if task.processor == "AutoTokenizer":
         models.check_length(model, options.max_length, "--max-length", processor)

@@ -18,12 +18,20 @@ import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NoReturn
+from typing import Any, NoReturn
 
 import numpy
 from huggingface_hub import HfApi
 from rich.console import Console
 from torch.utils.data import DataLoader
+from transformers import (
+    EarlyStoppingCallback,
+    EvalPrediction,
+    PrinterCallback,
+    ProgressCallback,
+    Trainer,
+    TrainerState,
+)
 
 from ..backend import one_line
 from ..integrations.hf_trainer import ProgtuningCallback
@@ -40,9 +48,6 @@ from .preparation import Rows, prepare, read_rows, trainer_classes
 from .provenance import provenance
 from .recorder import RECORD, Recorder
 from .step_loss import mean_over_step
-
-if TYPE_CHECKING:
-    from transformers import EarlyStoppingCallback, EvalPrediction, Trainer, TrainerState
 
 # What may differ between a checkpoint and the call that resumes it.
 _FREE = {"resume", "overwrite", "device", "metric", "cache", "graph", "predict_file"}
@@ -126,8 +131,6 @@ class Run:
         self.trainer.add_callback(EpochOfBatches(self.batches, self.prepared.collate))
 
     def _make_trainer(self) -> Trainer:
-        from transformers import EarlyStoppingCallback, PrinterCallback
-
         options, args, prepared = self.options, self.args, self.prepared
         if options.uses_lora:
             prepared.adapt(options.lora_rank)
@@ -447,8 +450,6 @@ def go_on_counting(early: EarlyStoppingCallback, state: TrainerState) -> None:
 
 def quiet_bar(trainer: Trainer) -> None:
     """Make the Trainer's bar show the loss; it would print every log as a line."""
-    from transformers import ProgressCallback
-
     bars = [c for c in trainer.callback_handler.callbacks if isinstance(c, ProgressCallback)]
 
     def show(args: Any, state: Any, control: Any, logs: Any = None, **_: Any) -> None:

@@ -41,8 +41,8 @@ def fit_head(
     """
     head = same_classes(own_classes(config), names) or [*names]
     set_classes(config, head, problem_type)
-    order = head if sorted(head) == sorted(names) else names
-    return head, {name: i for i, name in enumerate(order)}
+    known = head if sorted(head) == sorted(names) else names
+    return head, {name: i for i, name in enumerate(known)}
 
 
 def set_classes(config: Any, names: Sequence[str], problem_type: str | None) -> None:
@@ -57,31 +57,31 @@ def learnt(labels: Mapping[str, Sequence[Any]], options: TrainOptions) -> list[A
     return [*labels["train"], *(labels["validation"] if whole else ())]
 
 
-def class_order(name: str) -> tuple[float, str]:
+def order(name: str) -> tuple[float, str]:
     """A key that sorts numbers first, 2 before 10, and text after them."""
     return (float(name) if DECIMAL.fullmatch(name) else float("inf"), name)
 
 
-def shown_classes(names: Sequence[str]) -> str:
+def shown(names: Sequence[str]) -> str:
     return ", ".join(map(repr, names[:10])) + (", ..." if names[10:] else "")
 
 
-def check_classes(names: Sequence[str], labels: Mapping[str, Iterable[Iterable[str]]]) -> None:
+def check(names: Sequence[str], labels: Mapping[str, Iterable[Iterable[str]]]) -> None:
     """Refuse a single class, and rows of a class that the training rows do not have."""
     if len(names) < 2:
-        shown = repr(names[0]) if names else "none at all"
-        raise UserError(f"the training rows have one label only: {shown}")
+        only = repr(names[0]) if names else "none at all"
+        raise UserError(f"the training rows have one label only: {only}")
     known = {*names}
     for split, rows in labels.items():
         for number, row in enumerate(rows, 1):
             if foreign := [name for name in row if name not in known]:
                 raise UserError(
                     f"{split} row {number}: label {one_line(repr(foreign[0]))} is outside the set "
-                    f"of the training rows ({shown_classes(names)})"
+                    f"of the training rows ({shown(names)})"
                 )
 
 
-def class_figures(predicted: Any, truth: Any, num_classes: int) -> dict[str, float]:
+def figures_of(predicted: Any, truth: Any, num_classes: int) -> dict[str, float]:
     """Figures of (N,) classes; f1 is binary for two of them, else the macro mean."""
     from sklearn import metrics
 

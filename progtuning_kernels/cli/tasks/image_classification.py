@@ -14,16 +14,7 @@ from PIL import Image, ImageOps
 from ..columns import find_columns
 from ..errors import UserError, as_user_error
 from ..options import TrainOptions
-from .classes import (
-    check_classes,
-    class_figures,
-    class_order,
-    fit_head,
-    learnt,
-    likeliest,
-    own_classes,
-    shown_classes,
-)
+from . import classes
 
 _ROLES = {
     "image": ("image", "img", "image_path", "file_name", "path", "file"),
@@ -51,11 +42,11 @@ class ImageClassification:
         labels = {s: self._labels(rows, s) for s, rows in splits.items() if s != "predict"}
         if not labels:
             return
-        self.names = sorted(set(learnt(labels, options)), key=class_order)
-        check_classes(self.names, {split: zip(own) for split, own in labels.items()})
+        self.names = sorted(set(classes.learnt(labels, options)), key=classes.order)
+        classes.check(self.names, {split: zip(own) for split, own in labels.items()})
 
     def summary(self) -> str:
-        return f"{len(self.names)} classes of images: {shown_classes(self.names)}"
+        return f"{len(self.names)} classes of images: {classes.shown(self.names)}"
 
     def _labels(self, rows: Dataset, split: str) -> list[str]:
         column = self.columns["label"]
@@ -99,9 +90,11 @@ class ImageClassification:
 
     def configure(self, config: Any) -> None:
         if self.names is None:  # to predict
-            self.names = own_classes(config)
+            self.names = classes.own_classes(config)
             return
-        self.names, self._places = fit_head(config, self.names, "single_label_classification")
+        self.names, self._places = classes.fit_head(
+            config, self.names, "single_label_classification"
+        )
 
     def encode(self, rows: Dataset, processor: Any, model: Any, split: str) -> Dataset:
         mode = "L" if getattr(model.config, "num_channels", 3) == 1 else "RGB"
@@ -128,7 +121,7 @@ class ImageClassification:
 
     def figures(self, predictions: Any, labels: Any) -> dict[str, float]:
         """predictions (N, classes) logits; labels (N,)."""
-        return class_figures(predictions.argmax(-1), labels, len(self.names))
+        return classes.figures_of(predictions.argmax(-1), labels, len(self.names))
 
     def answers(self, predictions: Any, rows: Dataset) -> list[dict[str, Any]]:
-        return likeliest(predictions, self.names)
+        return classes.likeliest(predictions, self.names)

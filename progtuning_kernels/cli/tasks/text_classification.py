@@ -13,18 +13,7 @@ from datasets import Dataset
 from ..columns import check_texts, encode_rows, find_columns
 from ..errors import UserError
 from ..options import TrainOptions
-from .classes import (
-    DECIMAL,
-    check_classes,
-    class_figures,
-    class_order,
-    fit_head,
-    learnt,
-    likeliest,
-    own_classes,
-    set_classes,
-    shown_classes,
-)
+from . import classes
 
 _TEXTS = ("text", "text_a", "sentence", "sentence1", "premise", "question1")
 # the second text of a pair, where the first has one of these names
@@ -83,7 +72,7 @@ class TextClassification:
             low, high = min(self._targets["train"]), max(self._targets["train"])
             return f"a regression, labels from {low:g} to {high:g}"
         several = ", any number of them a row" if self.problem_type == "multi_label" else ""
-        return f"{len(self.names)} classes{several}: {shown_classes(self.names)}"
+        return f"{len(self.names)} classes{several}: {classes.shown(self.names)}"
 
     def _labels(self, rows: Dataset, split: str) -> list[Any]:
         if self._one_hot:
@@ -114,11 +103,11 @@ class TextClassification:
             return {split: _numbers(own, split) for split, own in labels.items()}
         if self.problem_type == "multi_label":
             found = {split: _lists(own, split) for split, own in labels.items()}
-            rows, shown = found, chain.from_iterable(learnt(found, options))
+            rows, shown = found, chain.from_iterable(classes.learnt(found, options))
         else:
             for split, own in labels.items():
                 _check_kinds(own, split)
-            numbers = [_number(label) for label in learnt(labels, options)]
+            numbers = [_number(label) for label in classes.learnt(labels, options)]
             fractions = None not in numbers and not all(n.is_integer() for n in numbers)
             if fractions and self.problem_type is None:
                 raise UserError(
@@ -126,14 +115,15 @@ class TextClassification:
                     "predict them, or --problem-type single_label if each is the name of a class"
                 )
             found = {split: [*map(_class_name, own)] for split, own in labels.items()}
-            rows, shown = {split: zip(own) for split, own in found.items()}, learnt(found, options)
+            shown = classes.learnt(found, options)
+            rows = {split: zip(own) for split, own in found.items()}
         self.problem_type = self.problem_type or "single_label"
-        self.names = self._found = self._one_hot or sorted({*shown}, key=class_order)
-        check_classes(self.names, rows)
+        self.names = self._found = self._one_hot or sorted({*shown}, key=classes.order)
+        classes.check(self.names, rows)
         return found
 
     def configure(self, config: Any) -> None:
-        own = own_classes(config)
+        own = classes.own_classes(config)
         if self.names is None and self.problem_type is None:  # to predict: as the model says
             self.problem_type = {
                 "multi_label_classification": "multi_label",
@@ -142,10 +132,10 @@ class TextClassification:
             self.names = None if self.problem_type == "regression" else own
             return
         if self.names is None:
-            set_classes(config, ["LABEL_0"], "regression")
+            classes.set_classes(config, ["LABEL_0"], "regression")
         else:
             kind = f"{self.problem_type}_classification"
-            self.names, self._places = fit_head(config, self._found, kind)
+            self.names, self._places = classes.fit_head(config, self._found, kind)
 
     def encode(self, rows: Dataset, processor: Any, model: Any, split: str) -> Dataset:
         text, pair = self.columns["text"], self.columns.get("pair")
@@ -181,7 +171,7 @@ class TextClassification:
     def figures(self, predictions: Any, labels: Any) -> dict[str, float]:
         """predictions (N, classes) logits, or (N, 1); labels (N,) or (N, classes)."""
         if self.problem_type == "single_label":
-            return class_figures(predictions.argmax(-1), labels, len(self.names))
+            return classes.figures_of(predictions.argmax(-1), labels, len(self.names))
         if self.problem_type == "multi_label":
             from sklearn import metrics
 
@@ -215,13 +205,13 @@ class TextClassification:
                 }
                 for row in shares
             ]
-        return likeliest(predictions, self.names)
+        return classes.likeliest(predictions, self.names)
 
 
 def _number(label: Any) -> float | None:
     """The label as a number, also where a table without types holds it as text."""
     if isinstance(label, str):
-        return float(label) if DECIMAL.fullmatch(label.strip()) else None
+        return float(label) if classes.DECIMAL.fullmatch(label.strip()) else None
     return None if isinstance(label, bool) or not isinstance(label, int | float) else float(label)
 
 

@@ -12,7 +12,7 @@ from datasets import Dataset
 from ..columns import encode_rows, find_columns
 from ..errors import UserError
 from ..options import TrainOptions
-from .classes import check_classes, class_order, fit_head, learnt, own_classes, shown_classes
+from .classes import check, fit_head, learnt, order, own_classes, shown
 
 _ROLES = {"tokens": ("tokens", "words"), "label": ("ner_tags", "tags", "labels")}
 
@@ -36,7 +36,8 @@ class TokenClassification:
         if not labels:
             return
         self.names = _class_names(splits["train"], self.columns["label"]) or sorted(
-            {name for row in learnt(labels, options) for name in row}, key=class_order
+            {name for row in learnt(labels, options) for name in row},
+            key=order,
         )
         self._places = {name: i for i, name in enumerate(self.names)}
         entities = [name for name in self.names if name != "O"]
@@ -44,12 +45,12 @@ class TokenClassification:
             self.metrics = ("f1", "precision", "recall", "accuracy")
             if find_spec("seqeval") is None:
                 raise UserError("figures of entities need seqeval: pip install seqeval")
-        check_classes(self.names, labels)
+        check(self.names, labels)
 
     def summary(self) -> str:
         if self.names is None:
             return ""
-        return f"{len(self.names)} classes of words: {shown_classes(self.names)}"
+        return f"{len(self.names)} classes of words: {shown(self.names)}"
 
     def configure(self, config: Any) -> None:
         if self.names is None:
@@ -97,7 +98,7 @@ class TokenClassification:
         return DataCollatorForTokenClassification(processor)
 
     def preprocess_logits(self, logits: Any, labels: Any) -> Any:
-        """The likeliest class of every token: (B, T)."""
+        """The classes.likeliest class of every token: (B, T)."""
         return (logits[0] if isinstance(logits, tuple) else logits).argmax(-1)
 
     def figures(self, predictions: Any, labels: Any) -> dict[str, float]:
