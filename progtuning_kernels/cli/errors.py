@@ -32,11 +32,11 @@ def as_user_error(*more: type[Exception], said: str = "") -> Iterator[None]:
         more: other classes; `Exception` where the errors of a package have none in common.
         said: what goes before the error's first line.
     """
-    from ..backend import one_line  # it imports torch, which --help does without
-
     try:
         yield
     except UserError:
         raise
     except (ValueError, ImportError, *more) as error:
+        from ..backend import one_line  # it imports torch, which takes a second
+
         raise UserError(f"{said}: {one_line(error)}" if said else str(error)) from error

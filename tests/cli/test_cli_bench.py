@@ -51,7 +51,7 @@ def test_the_table_fits_a_terminal(model_folders, capsys, monkeypatch):
 
 
 def test_no_time_is_printed_when_the_gate_is_red(model_folders, capsys, monkeypatch):
-    ours = bench_command.our_session
+    ours = bench_command.bench.our_session
 
     def wrong(rule, model, *arguments, **options):
         for p in model.parameters():
