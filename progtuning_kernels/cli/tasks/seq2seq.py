@@ -32,7 +32,7 @@ class Seq2Seq:
         self.max_length = options.max_length
         self.max_new_tokens = options.max_new_tokens
         if not options.trainer.get("predict_with_generate", True):
-            raise UserError("seq2seq is evaluated on generated texts: predict_with_generate is on")
+            raise UserError("seq2seq evaluates generated texts: leave predict_with_generate on")
         if find_spec("torchmetrics") is None:
             raise UserError("seq2seq is evaluated with torchmetrics: pip install torchmetrics")
         flat = {split: rows.flatten() for split, rows in splits.items()}
