@@ -116,7 +116,7 @@ GOOD = {"tokens": ["w1", "w2"], "ner_tags": ["O", "X"]}
         ),
         ("train", {"tokens": [], "ner_tags": []}, "train row 2 has no words in column 'tokens'"),
         ("train", {"tokens": [" "], "ner_tags": ["O"]}, "train row 2 has no words"),
-        ("train", {"tokens": None, "ner_tags": ["O"]}, "train row 2: tokens None is no list of words"),
+        ("train", {"tokens": None, "ner_tags": ["O"]}, "row 2: tokens None is no list of words"),
         ("train", {"tokens": ["w1", None], "ner_tags": ["O", "O"]}, "is no list of words"),
         ("validation", {"tokens": ["w1"], "ner_tags": None}, "row 2: None is no list of labels"),
         ("validation", {"tokens": ["w1"], "ner_tags": [None]}, "row 2: None cannot be a label"),
