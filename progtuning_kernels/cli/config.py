@@ -93,7 +93,8 @@ def _grouped_options(defaults: Mapping[str, Any]) -> list[click.Option]:
             default = defaults.get(field.name, field.default)
             default = None if default is dataclasses.MISSING else default
             made.append(option := _grouped_option(field, hints[field.name], default))
-            option.group, option.help = about[field.name]
+            # under python -OO there are no docstrings
+            option.group, option.help = about.get(field.name, ("Options", None))
     groups = list(dict.fromkeys(option.group for option in made))
     return sorted(made, key=lambda option: groups.index(option.group))
 
