@@ -229,7 +229,7 @@ class PrefixServer:
             elif agreed.changed is None:
                 break
         levels = agreed.levels
-        if out_of_reach := levels & agreed.lacking:
+        if grads and (out_of_reach := levels & agreed.lacking):
             plan.compute_again(out_of_reach)
             levels = levels - out_of_reach | {0}
         self._follow(plan, levels, grads=grads, proved=proved)
