@@ -13,7 +13,7 @@ import contextlib
 import hashlib
 import itertools
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from datetime import timedelta
 from typing import Any
 
@@ -40,6 +40,20 @@ def shards_of(model: nn.Module) -> list[nn.Module]:
     """The modules of a model that `fully_shard` was called on."""
     fsdp = _loaded("torch.distributed.fsdp", "FSDPModule")
     return [module for module in model.modules() if isinstance(module, fsdp)]
+
+
+def forms_of_shards(model: nn.Module) -> Iterator[list[nn.Parameter]]:
+    """For each parameter that `fully_shard` has sharded, the tensors that take turns in its place:
+    autograd sees the gathered one.
+    """
+    forms = ("sharded_param", "_unsharded_param", "_sharded_post_forward_param")
+    for state in {module._get_fsdp_state() for module in shards_of(model)}:
+        # a list from torch 2.11 on: before, one group at most
+        groups = getattr(state, "_fsdp_param_groups", None)
+        for group in filter(None, [state._fsdp_param_group] if groups is None else groups):
+            for shard in group.fsdp_params:
+                known = [getattr(shard, form, None) for form in forms]
+                yield [p for p in known if p is not None]
 
 
 def refuse_flat_parameters(model: nn.Module) -> None:
