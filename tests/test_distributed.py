@@ -18,7 +18,7 @@ from unittest import mock
 import pytest
 import torch
 import torch.distributed as dist
-from accelerate import Accelerator
+from accelerate import Accelerator, DistributedType, FullyShardedDataParallelPlugin
 from ranks import forks, process_group, run_ranks
 from tiny_models import tiny_inputs, tiny_model
 from torch import nn
@@ -277,6 +277,16 @@ def check_ddp_options(rank: int) -> None:
     assert_same_weights(model, expected, "compiled")
 
 
+def prepare_shards(accelerator: Accelerator) -> None:
+    """On a CPU Accelerate takes DDP whatever the plugin says; its code for shards runs there."""
+    accelerator.state.distributed_type = DistributedType.FSDP
+    accelerator.state.fsdp_plugin = FullyShardedDataParallelPlugin(
+        fsdp_version=2,
+        auto_wrap_policy="transformer_based_wrap",
+        transformer_cls_names_to_wrap=["BertLayer"],
+    )
+
+
 def check_wrapped(rank: int) -> None:
     """What is handed in may be the wrapper; the optimizer may be older than the patch."""
 
@@ -309,6 +319,18 @@ def check_wrapped(rank: int) -> None:
         assert handle.boundary == 2 and same_on_ranks(model), order
         assert_same_weights(model, expected, order)
         handle.unpatch()
+    for order in ("before", "after"):
+        model, optimizer = start()
+        if order == "before":
+            handle = patch_model(model, ProgressiveSchedule(3, STEPS))
+        accelerator.free_memory()
+        prepare_shards(accelerator)
+        called, optimizer = accelerator.prepare(model, optimizer)
+        if order == "after":
+            handle = patch_model(called, ProgressiveSchedule(3, STEPS))
+        assert called is model and any(hasattr(p, "full_tensor") for p in model.parameters())
+        run(called, optimizer, handle, rank, accelerator.backward)
+        assert_same_weights(model, expected, f"shards, patched {order}")
 
     model, optimizer = start()
     called = DistributedDataParallel(torch.compile(model, backend="eager"))

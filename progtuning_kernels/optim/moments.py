@@ -26,7 +26,7 @@ from ..ops.masked_update.low_precision import (
     encode_exp_avg,
     encode_exp_avg_sq,
 )
-from ..sharding import is_sharded, local_of, rows_among
+from ..sharding import is_sharded, local_of
 
 StateDtype = torch.dtype | Literal["8bit"]
 _CODES = {"exp_avg_code": torch.int8, "exp_avg_sq_code": torch.uint8}
@@ -38,7 +38,7 @@ def new_moments(p: Tensor, dtype: StateDtype) -> dict[str, Tensor]:
     """Zeros for one parameter; raise `ValueError` for codes of shards that are not rows."""
     if dtype != "8bit":
         return {key: torch.zeros_like(p, dtype=dtype) for key in ("exp_avg", "exp_avg_sq")}
-    ranks, _ = rows_among(p)
+    ranks, _ = _rows_among(p)
     codes = {key: torch.zeros_like(p, dtype=kind) for key, kind in _CODES.items()}
     return codes | {key: _new_scales(p, ranks) for key in _SCALES}
 
@@ -96,7 +96,7 @@ def _decoded(
     codes, scales = state[code], state[scale]
     # blocks run through memory, whatever the order of the dimensions
     own = in_memory_order(local_of(codes))
-    ranks, rank = rows_among(codes)
+    ranks, rank = _rows_among(codes)
     first = rank * _shard_elements(codes.shape, ranks)
     shard = _shard_elements(codes.shape, _ranks_of(scales))  # elements, of the saved ones
     rows, above = local_of(scales), rank if is_sharded(scales) else 0
@@ -128,7 +128,7 @@ def copy_moments(target: Mapping[str, Tensor], saved: Mapping[str, Any]) -> None
     own = moments_in({key: local_of(value) for key, value in target.items()})
     code, sq_code, scale, sq_scale = own
     assert scale is not None and sq_scale is not None
-    ranks, rank = rows_among(target["exp_avg_code"])
+    ranks, rank = _rows_among(target["exp_avg_code"])
     if "exp_avg" not in saved and _same_blocks(
         target["exp_avg_code"].shape, ranks, _ranks_of(saved["exp_avg_scale"])
     ):
@@ -151,6 +151,26 @@ def copy_moments(target: Mapping[str, Tensor], saved: Mapping[str, Any]) -> None
     ):
         in_memory_order(codes).copy_(encoded)
         scales.copy_(largest)
+
+
+def _rows_among(t: Tensor) -> tuple[int, int]:
+    """Number of ranks that a tensor's rows are cut among, and which of them this one is.
+
+    (1, 0) for a tensor that is whole. Raises `ValueError` for shards of another kind.
+    """
+    ranks, own = 1, 0
+    if is_sharded(t):
+        sharded: Any = t
+        cut = [i for i, kind in enumerate(sharded.placements) if not kind.is_replicate()]
+        if len(cut) > 1 or not all(sharded.placements[i].is_shard(0) for i in cut):
+            raise ValueError(
+                f"8-bit moments of a tensor that is sharded as {sharded.placements}: only rows, as "
+                "fully_shard cuts them, have blocks that can go to another number of ranks; use "
+                "state_dtype=torch.bfloat16"
+            )
+        for i in cut:
+            ranks, own = sharded.device_mesh.size(i), sharded.device_mesh.get_local_rank(i)
+    return ranks, own
 
 
 def _same_blocks(shape: Sequence[int], *ranks: int) -> bool:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 import random
 import signal
@@ -24,13 +25,15 @@ from progtuning_kernels import AdaptiveSchedule, patch_model
 from progtuning_kernels.checkpoints import CheckpointError, files
 from progtuning_kernels.optim.moments import wide_moments
 
+_starts = itertools.count()
+
 
 def on_ranks(check: Callable[[int, int, Path], None], size: int, folder: Path) -> None:
     """`check(rank, size, folder)` in `size` forks of this process, which has imported everything.
 
     Ranks in processes of their own, and no group at all where `size` is 0.
     """
-    store = str(folder / f"store-{len([*folder.iterdir()])}")  # of this start alone
+    store = str(folder / f"store-{next(_starts)}")
     pids = []
     for rank in range(max(1, size)):
         if pid := os.fork():
@@ -240,12 +243,13 @@ def check_moves(rank: int, size: int, folder: Path) -> None:
         before, straight = torch.load(path / "expected.pt")
         found = loop.whole()
         for name, value in before.items():
-            if kind == "other blocks" and "/exp" in name:  # a step of the code, next to the largest
-                torch.testing.assert_close(found[name], value, rtol=0, atol=value.abs().max() / 32)
+            if kind == "other blocks" and "/exp" in name:  # half a step of the code, at its largest
+                torch.testing.assert_close(found[name], value, rtol=0, atol=value.abs().max() / 63)
             else:
                 assert torch.equal(found[name], value), f"{kind}, {name}"
-        if size:
-            loop.save(path)
+        loop.save(path)
+        if rank == 0:
+            torch.save((found, straight), path / "expected.pt")
         for name, value in loop.train(4).whole().items():
             tolerance = 1e-4 if kind == "float32" else 2e-2
             torch.testing.assert_close(value, straight[name], rtol=tolerance, atol=tolerance / 10)

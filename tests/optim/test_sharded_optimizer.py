@@ -182,8 +182,8 @@ def trained(name: str, options: dict[str, Any], rank: int | None) -> torch.Tenso
 
 
 def check_stages(rank: int) -> None:
-    """Three stages. What rounds at random, or in bfloat16 gradients, does so elsewhere on two ranks:
-    they end as near to float32 as one process does.
+    """What rounds at random, or gradients in bfloat16, does so elsewhere on two ranks: after three
+    stages they are as near to float32 as one process is.
     """
     for name, options in RUNS:
         two, one = trained(name, options, rank), trained(name, options, None)
