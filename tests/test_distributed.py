@@ -18,7 +18,8 @@ from unittest import mock
 import pytest
 import torch
 import torch.distributed as dist
-from accelerate import Accelerator, DistributedType, FullyShardedDataParallelPlugin
+from accelerate import Accelerator
+from accelerate.utils import DistributedType, FullyShardedDataParallelPlugin
 from ranks import forks, process_group, run_ranks
 from tiny_models import tiny_inputs, tiny_model
 from torch import nn

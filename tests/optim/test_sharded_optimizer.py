@@ -152,17 +152,22 @@ def planned_bytes(handle, optimizer: MaskedAdamW) -> int:
     return total
 
 
-def trained(name: str, options: dict[str, Any], rank: int | None) -> torch.Tensor:
-    """All weights after `STEPS` steps."""
+def trained(
+    name: str, options: dict[str, Any], rank: int | None, *, sharded: bool = True
+) -> torch.Tensor:
+    """All weights after `STEPS` steps: of a rank's share of the rows, or of all on one process."""
     from torch.distributed.fsdp import fully_shard
 
     options = dict(options)
     torch.manual_seed(0)
     model = Wide().to(options.pop("dtype", torch.float32))
-    if rank is not None:
+    sharded, called = sharded and rank is not None, model
+    if sharded:
         for block in model.blocks:
             fully_shard(block)
         fully_shard(model)
+    elif rank is not None:
+        called = DistributedDataParallel(model)
     elif options.get("nonfinite") == "ignore":
         options.pop("in_backward")  # refused without shards, and the same numbers
     handle = patch_model(model, STAGES[name](), blocks="blocks")
@@ -171,13 +176,13 @@ def trained(name: str, options: dict[str, Any], rank: int | None) -> torch.Tenso
     )
     for step in range(STEPS):
         words = torch.randint(0, WORDS, (8, 5), generator=torch.Generator().manual_seed(step))
-        model(words if rank is None else words[rank * 4 : rank * 4 + 4]).backward()
+        called(words if rank is None else words[rank * 4 : rank * 4 + 4]).backward()
         optimizer.step()
         optimizer.zero_grad()
-        if rank is not None:
+        if sharded:
             assert state_bytes(optimizer) == planned_bytes(handle, optimizer), (name, options, step)
         handle.advance()
-    whole = [p.full_tensor() if rank is not None else p for p in model.parameters()]
+    whole = [p.full_tensor() if sharded else p for p in model.parameters()]
     return torch.cat([p.detach().flatten().float() for p in whole])
 
 
@@ -194,6 +199,22 @@ def check_stages(rank: int) -> None:
             assert 0 < far < 1.2 * near, f"{name}, {options}: {far}, one process {near}"
         else:
             torch.testing.assert_close(two, one, rtol=1e-5, atol=2e-6)
+
+
+def check_replicas(rank: int) -> None:
+    """Under DDP every rank rounds as one process does; not so gradients in bfloat16."""
+    for options in (EIGHT, EIGHT | {"on_freeze": "offload"}):
+        two = trained("cyclic", options, rank, sharded=False)
+        torch.testing.assert_close(two, trained("cyclic", options, None), rtol=1e-4, atol=1e-4)
+    for more in ({"master_weights": True}, EIGHT | {"stochastic_rounding": True}):
+        two, one, exact = (
+            trained("cyclic", options, place, sharded=False)
+            for options, place in ((BFLOAT16 | more, rank), (BFLOAT16 | more, None), ({}, None))
+        )
+        assert 0 < (two - exact).norm() < 1.2 * (one - exact).norm(), more
+        first = two.clone()
+        torch.distributed.broadcast(first, src=0)
+        assert torch.equal(first, two)
 
 
 def check_norm(rank: int) -> None:
@@ -219,6 +240,7 @@ def check_ddp(rank: int) -> None:
     with pytest.raises(RuntimeError, match="this rank's own.*fully_shard"):
         model(batch(0)).mean().backward()
     del optimizer
+    check_replicas(rank)
 
 
 CHECKS = {"fsdp2": check_fsdp2, "stages": check_stages, "norm": check_norm, "ddp": check_ddp}
