@@ -99,7 +99,7 @@ def _decoded(
     ranks, rank = _rows_among(codes)
     first = rank * _shard_elements(codes.shape, ranks)
     shard = _shard_elements(codes.shape, _ranks_of(scales))  # elements, of the saved ones
-    rows, above = local_of(scales), rank if is_sharded(scales) else 0
+    rows, above = local_of(scales).to(own.device), rank if is_sharded(scales) else 0
     rows = rows.view(-1, rows.shape[-1])
     parts, at = [own.new_empty(0, dtype=torch.float32)], 0
     while at < own.numel():

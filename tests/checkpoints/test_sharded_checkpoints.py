@@ -123,8 +123,9 @@ def check_save(rank: int, size: int, folder: Path) -> None:
     assert path.is_dir() and path.name == "step-00000006"
     assert [p.name for p in sorted(path.parent.iterdir())] == ["step-00000004", "step-00000006"]
     torch.distributed.barrier()
-    expected = loop.train(4).whole()
+    before, expected = loop.whole(), loop.train(4).whole()
     if rank == 0:
+        torch.save(before, folder / "before.pt")
         torch.save(expected, folder / "expected.pt")
 
 
@@ -140,6 +141,7 @@ def check_same_ranks(rank: int, size: int, folder: Path) -> None:
 def check_other_ranks(rank: int, size: int, folder: Path, *, sharded: bool = True) -> None:
     loop = Sharded(rank, size, sharded=sharded)
     loop.load(folder / "sharded")
+    assert differences(loop.whole(), torch.load(folder / "before.pt")) == []
     found, expected = loop.train(4).whole(), torch.load(folder / "expected.pt")
     assert found.keys() == expected.keys()  # and no state of frozen tensors
     for name, value in expected.items():
@@ -216,15 +218,14 @@ def check_replicas_elsewhere(rank: int, size: int, folder: Path) -> None:
 
 # with rows of 72 elements no shard of 2 or 4 ranks begins at a multiple of 256, with 256 each does
 KINDS = {
-    "float32": {"width": 72},
-    "bfloat16": {"width": 72, "state_dtype": torch.bfloat16},
+    "bfloat16": {"state_dtype": torch.bfloat16},
     "same blocks": {"width": 256, "state_dtype": "8bit"},
     "other blocks": {"width": 72, "state_dtype": "8bit"},
 }
 
 
 def check_moves(rank: int, size: int, folder: Path) -> None:
-    """From 2 ranks to 1, 4, none and 2, each loading what the last has saved."""
+    """From 2 ranks to none, 4 and 1, each loading what the last has saved."""
     for kind, options in KINDS.items():
         loop = Sharded(rank, max(1, size), sharded=size > 0, **options)
         path = folder / kind
@@ -251,8 +252,7 @@ def check_moves(rank: int, size: int, folder: Path) -> None:
         if rank == 0:
             torch.save((found, straight), path / "expected.pt")
         for name, value in loop.train(4).whole().items():
-            tolerance = 1e-4 if kind == "float32" else 2e-2
-            torch.testing.assert_close(value, straight[name], rtol=tolerance, atol=tolerance / 10)
+            torch.testing.assert_close(value, straight[name], rtol=2e-2, atol=2e-3)
 
 
 def own_parts(t: Any) -> Any:
@@ -288,7 +288,7 @@ def check_norms(rank: int, size: int, folder: Path) -> None:
 
 
 PLAN = (
-    *((check_moves, size) for size in (2, 1, 4, 0, 2)),
+    *((check_moves, size) for size in (2, 0, 4, 1)),
     (check_norms, 2),
     (check_norms, 1),
     (check_save, 2),
