@@ -21,6 +21,7 @@ from .moments import (
     moments_in,
     new_moments,
     wide_moments,
+    with_whole_scales,
 )
 from .state import OnFreeze
 
@@ -259,6 +260,7 @@ class MaskedAdamW(MaskedOptimizer):
                 )
         step = torch.as_tensor(saved["step"], dtype=torch.float32, device=p.device)
         step = step.reshape(()) if step.shape == (1,) else step
+        saved = with_whole_scales(saved)
         check_shapes(saved | {"step": step}, p, member.label)
         state = self.init_state(p)
         state["step"].copy_(step)

@@ -54,6 +54,13 @@ def _new_scales(p: Tensor, ranks: int) -> Tensor:
     return DTensor.from_local(own, sharded.device_mesh, sharded.placements, run_check=False)
 
 
+def with_whole_scales(saved: Mapping[str, Any]) -> dict[str, Any]:
+    """Scales whole on each rank, by a collective, where torch has cut those of other ranks anew."""
+    cut = [k for k in _SCALES if k in saved and is_sharded(saved[k])]
+    other = [k for k in cut if saved[k].shape[0] != _rows_among(saved[k])[0]]
+    return {**saved, **{key: saved[key].full_tensor() for key in other}}
+
+
 def check_shapes(saved: Mapping[str, Any], p: Tensor, label: str) -> None:
     """Raise `ValueError` for state of another shape, which `copy_` would spread over the rest."""
     for key, value in saved.items():
