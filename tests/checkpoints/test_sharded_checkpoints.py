@@ -225,7 +225,12 @@ KINDS = {
 
 
 def check_moves(rank: int, size: int, folder: Path) -> None:
-    """From 2 ranks to none, 4 and 1, each loading what the last has saved."""
+    """From 2 ranks to none, 4 and 1, each loading what the last has saved; torch's full state dict
+    goes from 2 to 4, too.
+    """
+    from torch.distributed.checkpoint import state_dict as by_torch
+
+    whole = by_torch.StateDictOptions(full_state_dict=True, cpu_offload=True)
     for kind, options in KINDS.items():
         loop = Sharded(rank, max(1, size), sharded=size > 0, **options)
         path = folder / kind
@@ -236,10 +241,14 @@ def check_moves(rank: int, size: int, folder: Path) -> None:
             found, expected = again.optimizer.state_dict(), loop.optimizer.state_dict()
             assert differences(*map(own_parts, (found, expected))) == []  # codes and scales
             before = loop.whole()
+            full = by_torch.get_optimizer_state_dict(
+                loop.handle.model, loop.optimizer, options=whole
+            )
             straight = loop.train(4).whole()
             assert differences(again.train(4).whole(), straight) == []
             if rank == 0:
                 torch.save((before, straight), path / "expected.pt")
+                torch.save(full, path / "full.pt")
             continue
         before, straight = torch.load(path / "expected.pt")
         found = loop.whole()
@@ -248,6 +257,15 @@ def check_moves(rank: int, size: int, folder: Path) -> None:
                 torch.testing.assert_close(found[name], value, rtol=0, atol=value.abs().max() / 63)
             else:
                 assert torch.equal(found[name], value), f"{kind}, {name}"
+        if size == 4 and kind != "other blocks":
+            other = Sharded(rank, size, **options)
+            other.handle.seek(6)
+            full = torch.load(path / "full.pt")
+            by_torch.set_optimizer_state_dict(
+                other.handle.model, other.optimizer, full, options=whole
+            )
+            moments = other.whole()
+            assert all(torch.equal(moments[n], before[n]) for n in before if "/exp" in n), kind
         loop.save(path)
         if rank == 0:
             torch.save((found, straight), path / "expected.pt")
