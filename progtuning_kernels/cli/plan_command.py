@@ -15,6 +15,7 @@ from ..backend import one_line
 from ..cache import PrefixCache
 from ..planner import TrainingPlan, plan_training
 from ..planner.planning import switch_checkpointing_on
+from ..planner.ranks import Strategy
 from ..schedules import MilestoneSchedule, Schedule, decides_by_gradients, stage_starts
 from ..schedules.progressive import scales_with_length
 from .config import autocast_dtype, build_schedule, choose_device
@@ -133,6 +134,8 @@ def run(
     real_tokens: float,
     memory: str | None,
     calibrate: bool,
+    ranks: int,
+    strategy: Strategy | None,
     as_json: bool,
 ) -> None:
     memory_bytes = None if memory is None else parse_bytes(memory)
@@ -152,5 +155,7 @@ def run(
         real_tokens=real_tokens,
         memory_bytes=memory_bytes,
         calibrate=calibrate,
+        ranks=ranks,
+        strategy=strategy,
     )
     print(json.dumps(plan.to_dict(), indent=2) if as_json else plan)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Literal
 
 import torch
@@ -20,6 +20,7 @@ from ..optim.masked_adamw import STATE_DTYPES
 from ..schedules import FreezePlan
 from .example_batch import on_meta
 from .meta_step import StepFlops, TargetKernels, count_flops, peak_live_bytes
+from .ranks import Ranks
 from .training_plan import StagePlan
 
 OptimizerName = Literal["adamw", "adamw-bf16", "adamw-8bit"]
@@ -41,6 +42,7 @@ class Options:
     device: torch.device
     autocast: torch.dtype | None = None
     real_tokens: float = 1.0
+    ranks: Ranks = field(default_factory=Ranks)
 
 
 @dataclass(frozen=True)
@@ -96,17 +98,26 @@ class StageMeter:
             boundary=state.boundary,
             trains=trained.units_in_words(),
             trainable_params=state.trainable_params,
-            weight_bytes=self._weight_bytes(),
-            gradient_bytes=self._gradient_bytes(in_backward=self.options.in_backward),
-            state_bytes=self.state_bytes(plan, self.options.optimizer),
             activation_bytes=activation_bytes - padding_bytes,
             peak_bytes=self.peak_bytes(plan),
             forward_flops=flops.forward,
             backward_flops=flops.backward,
             step_ratio=1.0,
             cache_bytes_per_sample=self._cache_bytes(flops),
+            **self.bytes_without_a_step(plan),
         )
         return MeasuredStage(state, flops, figures)
+
+    def bytes_without_a_step(self, plan: FreezePlan) -> dict[str, Any]:
+        """The fields of `StagePlan` that shapes and flags alone decide."""
+        boundary, where = freeze_quietly(self.freezer, plan).boundary, (self.model, self.layout)
+        return {
+            "weight_bytes": self._weight_bytes(),
+            "gradient_bytes": self._gradient_bytes(),
+            "state_bytes": self.state_bytes(plan, self.options.optimizer),
+            "gathered_bytes": self.options.ranks.gathered_peak_bytes(*where),
+            "traffic": self.options.ranks.traffic(*where, boundary),
+        }
 
     def peak_bytes(
         self,
@@ -117,7 +128,9 @@ class StageMeter:
     ) -> int:
         """Of a step under `plan`, if need be with other inputs or with updates inside backward."""
         state_bytes = self.state_bytes(plan, self.options.optimizer)
-        inputs, in_backward = inputs or self.inputs, in_backward or self.options.in_backward
+        inputs, ranks = inputs or self.inputs, self.options.ranks
+        # gradients are cut into shards unit by unit, too
+        in_backward = in_backward or self.options.in_backward or ranks.shards
         live = peak_live_bytes(
             self.model,
             self.layout,
@@ -129,8 +142,12 @@ class StageMeter:
         if self.options.real_tokens < 1:
             # where gradients make the peak, padding is gone by then
             kept, padding = self._activation_bytes(inputs)
-            gradients = self._gradient_bytes(in_backward=in_backward)
+            gradients = self._whole_gradient_bytes(in_backward=in_backward)
             live = max(live - padding, kept - padding, gradients)
+        if ranks.shards:
+            live += self._gradient_bytes() + ranks.gathered_peak_bytes(self.model, self.layout)
+        elif ranks.bucket_copies:
+            live += self._whole_gradient_bytes(in_backward=False)
         return self._weight_bytes() + state_bytes + live
 
     def _activation_bytes(self, inputs: Mapping[str, Any]) -> tuple[int, int]:
@@ -151,7 +168,16 @@ class StageMeter:
         kept = {unit: use.activation_bytes for unit, use in uses.items()}
         return sum(kept.values()), sum(kept.get(i, 0) for i in range(self.layout.num_blocks))
 
-    def _gradient_bytes(self, *, in_backward: bool) -> int:
+    def _gradient_bytes(self) -> int:
+        """Of what a rank keeps: all of them, but for updates inside backward in one process."""
+        ranks = self.options.ranks
+        if ranks.shards:
+            active = (p for p in self.model.parameters() if p.requires_grad)
+            return sum(ranks.shard(p).nbytes for p in active)
+        alone = self.options.in_backward and ranks.count == 1
+        return self._whole_gradient_bytes(in_backward=alone) * (1 + ranks.bucket_copies)
+
+    def _whole_gradient_bytes(self, *, in_backward: bool) -> int:
         units = dict.fromkeys(self.layout.units, 0)
         for slot in parameter_slots(self.model, self.layout):
             if slot.parameter.requires_grad:
@@ -160,7 +186,7 @@ class StageMeter:
 
     def state_bytes(self, plan: FreezePlan, optimizer: OptimizerName) -> int:
         freeze_quietly(self.freezer, plan)
-        active = [p for p in self.model.parameters() if p.requires_grad]
+        active = [self.options.ranks.shard(p) for p in self.model.parameters() if p.requires_grad]
         masked = MaskedAdamW(
             active,
             state_dtype=state_dtype_of(optimizer),
@@ -169,7 +195,8 @@ class StageMeter:
         return sum(t.nbytes for p in active for t in masked.init_state(p).values())
 
     def _weight_bytes(self) -> int:
-        return sum(t.nbytes for t in (*self.model.parameters(), *self.model.buffers()))
+        shards = map(self.options.ranks.shard, self.model.parameters())
+        return sum(t.nbytes for t in (*shards, *self.model.buffers()))
 
     def _cache_bytes(self, flops: StepFlops) -> int | None:
         """Of one row, the real ones of `seq_len` tokens; it is stored without its padding."""
