@@ -127,8 +127,8 @@ def plan_training(
             seconds (four rounds at least), and compose stages from that.
         ranks: processes that train together, each on micro-batches of its own. Bytes are then those
             of one rank.
-        strategy: "ddp", which None means, or "fsdp2": `fully_shard` on every block, and on the
-            model.
+        strategy: "ddp", which None means; "fsdp2": `fully_shard` on every block, and on the model;
+            "zero2": DeepSpeed's ZeRO-2, with its bucket of 500 million elements.
 
     Raises:
         UnsupportedModelError: the model cannot be cut into units.

@@ -112,10 +112,10 @@ class StageMeter:
         """The fields of `StagePlan` that shapes and flags alone decide."""
         boundary, where = freeze_quietly(self.freezer, plan).boundary, (self.model, self.layout)
         return {
-            "weight_bytes": self._weight_bytes(),
+            "weight_bytes": self.options.ranks.weight_bytes(self.model),
             "gradient_bytes": self._gradient_bytes(),
             "state_bytes": self.state_bytes(plan, self.options.optimizer),
-            "gathered_bytes": self.options.ranks.gathered_peak_bytes(*where),
+            "buffer_bytes": self.options.ranks.buffer_bytes(*where),
             "traffic": self.options.ranks.traffic(*where, boundary),
         }
 
@@ -129,8 +129,8 @@ class StageMeter:
         """Of a step under `plan`, if need be with other inputs or with updates inside backward."""
         state_bytes = self.state_bytes(plan, self.options.optimizer)
         inputs, ranks = inputs or self.inputs, self.options.ranks
-        # gradients are cut into shards unit by unit, too
-        in_backward = in_backward or self.options.in_backward or ranks.shards
+        # gradients are cut unit by unit, too
+        in_backward = in_backward or self.options.in_backward or ranks.cuts_gradients
         live = peak_live_bytes(
             self.model,
             self.layout,
@@ -144,11 +144,10 @@ class StageMeter:
             kept, padding = self._activation_bytes(inputs)
             gradients = self._whole_gradient_bytes(in_backward=in_backward)
             live = max(live - padding, kept - padding, gradients)
-        if ranks.shards:
-            live += self._gradient_bytes() + ranks.gathered_peak_bytes(self.model, self.layout)
-        elif ranks.bucket_copies:
-            live += self._whole_gradient_bytes(in_backward=False)
-        return self._weight_bytes() + state_bytes + live
+        live += ranks.buffer_bytes(self.model, self.layout)
+        if ranks.cuts_gradients:
+            live += self._gradient_bytes()
+        return ranks.weight_bytes(self.model) + state_bytes + live
 
     def _activation_bytes(self, inputs: Mapping[str, Any]) -> tuple[int, int]:
         """What a forward keeps on padded rows, and how much of it is padding in blocks."""
@@ -169,13 +168,9 @@ class StageMeter:
         return sum(kept.values()), sum(kept.get(i, 0) for i in range(self.layout.num_blocks))
 
     def _gradient_bytes(self) -> int:
-        """Of what a rank keeps: all of them, but for updates inside backward in one process."""
-        ranks = self.options.ranks
-        if ranks.shards:
-            active = (p for p in self.model.parameters() if p.requires_grad)
-            return sum(ranks.shard(p).nbytes for p in active)
-        alone = self.options.in_backward and ranks.count == 1
-        return self._whole_gradient_bytes(in_backward=alone) * (1 + ranks.bucket_copies)
+        if self.options.in_backward and self.options.ranks.strategy is None:
+            return self._whole_gradient_bytes(in_backward=True)
+        return sum(t.nbytes for t in self.options.ranks.updated(self.model))
 
     def _whole_gradient_bytes(self, *, in_backward: bool) -> int:
         units = dict.fromkeys(self.layout.units, 0)
@@ -186,17 +181,14 @@ class StageMeter:
 
     def state_bytes(self, plan: FreezePlan, optimizer: OptimizerName) -> int:
         freeze_quietly(self.freezer, plan)
-        active = [self.options.ranks.shard(p) for p in self.model.parameters() if p.requires_grad]
+        updated = self.options.ranks.updated(self.model)
         masked = MaskedAdamW(
-            active,
+            updated,
             state_dtype=state_dtype_of(optimizer),
             master_weights=self.options.master_weights,
         )
-        return sum(t.nbytes for p in active for t in masked.init_state(p).values())
-
-    def _weight_bytes(self) -> int:
-        shards = map(self.options.ranks.shard, self.model.parameters())
-        return sum(t.nbytes for t in (*shards, *self.model.buffers()))
+        masters = sum(t.nbytes for t in updated) if self.options.ranks.kept_beside_state else 0
+        return masters + sum(t.nbytes for p in updated for t in masked.init_state(p).values())
 
     def _cache_bytes(self, flops: StepFlops) -> int | None:
         """Of one row, the real ones of `seq_len` tokens; it is stored without its padding."""

@@ -24,8 +24,8 @@ class StagePlan:
         trains: units that train, in words.
         trainable_params: elements that an optimizer step updates.
         weight_bytes: of all parameters and buffers.
-        gradient_bytes: of the trained parameters, with DDP's buckets; under in_backward, in one
-            process, those of the largest unit.
+        gradient_bytes: of the trained parameters; under in_backward, in one process, those of the
+            largest unit.
         state_bytes: of the optimizer, with master weights.
         activation_bytes: of distinct tensors that a forward keeps for backward.
         peak_bytes: weights, state, and the most that activations, temporaries and gradients take
@@ -39,9 +39,10 @@ class StagePlan:
         cache_bytes_per_sample: of one row's boundary activations; None without cache, and in a
             stage without prefix.
         cached_step_ratio: of a step whose rows are all in the cache; None as above.
-        gathered_bytes: of weights that are gathered at a time; 0 where they are not sharded.
+        buffer_bytes: of what communication between ranks keeps: DDP's buckets, weights that FSDP2
+            gathers at a time, or DeepSpeed's bucket; 0 for one rank.
         traffic: what each of several ranks sends in a step; None for one. All bytes are those of
-            one rank, the first, whose shards are the largest.
+            the first rank, whose shards are the largest.
     """
 
     first_step: int
@@ -60,7 +61,7 @@ class StagePlan:
     step_ms: float | None = None
     cache_bytes_per_sample: int | None = None
     cached_step_ratio: float | None = None
-    gathered_bytes: int = 0
+    buffer_bytes: int = 0
     traffic: Traffic | None = None
 
     @property
@@ -209,13 +210,13 @@ class TrainingPlan:
         return rows
 
     def _memory(self, named: Sequence[tuple[str, StagePlan]]) -> list[list[str]]:
-        shards = self.ranks.shards
-        rows = [["stage", "weights", *["gathered"] * shards, "gradients", "state"]]
-        rows[0] += ["activations", "peak"]
+        several = self.ranks.count > 1
+        rows = [["stage", "weights", "gradients", "state", "activations"]]
+        rows[0] += ["buffers"] * several + ["peak"]
         rows[0] += ["cache row"] * self._cached + ["fits"] * (self.memory_bytes is not None)
         for name, s in named:
-            sizes = (s.weight_bytes, *[s.gathered_bytes] * shards, s.gradient_bytes)
-            sizes += (s.state_bytes, s.activation_bytes)
+            sizes = [s.weight_bytes, s.gradient_bytes, s.state_bytes, s.activation_bytes]
+            sizes += [s.buffer_bytes] * several
             row = [name, *(f"{size / 2**20:,.1f}" for size in (*sizes, s.peak_bytes))]
             if self._cached:
                 size = s.cache_bytes_per_sample
@@ -228,7 +229,7 @@ class TrainingPlan:
     def _traffic(self, named: Sequence[tuple[str, StagePlan]]) -> list[str | Table]:
         if self.ranks.count == 1:
             return []
-        rows = [["stage", "gradients", "weights in forward", "in backward", "sent"]]
+        rows = [["stage", "gradients", "weights", "again in backward", "sent"]]
         for name, s in named:
             assert s.traffic is not None
             rows.append([name, *(f"{size / 2**20:,.1f}" for size in astuple(s.traffic))])
@@ -250,10 +251,9 @@ class TrainingPlan:
             lines.append(f"stage {number} would take at its peak:")
             lines += [f"  {_size(r.peak_bytes):>9}  with {r.option}" for r in self.remedies]
         if (count := self.ranks.count) > 1:
-            twice = "twice " * self.ranks.bucket_copies
-            lines.append(
-                f"sent: {twice}{count - 1}/{count} of what is reduced and gathered, in a ring"
-            )
+            share = f"{count - 1}/{count}"
+            twice = "" if self.ranks.strategy == "fsdp2" else ", twice that of gradients"
+            lines.append(f"sent: {share} of what is reduced and gathered{twice}, as a ring sends")
         return [*lines, *self.notes]
 
 

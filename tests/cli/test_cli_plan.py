@@ -46,7 +46,7 @@ def test_ranks_share_the_model_and_the_memory_that_is_needed(model_folders, caps
     assert ddp["traffic"]["sent_bytes"] == 1.5 * alone["gradient_bytes"]
     main(["plan", *model, *_SMALL, "--ranks", "4", "--strategy", "fsdp2", "--memory", "1GiB"])
     out = capsys.readouterr().out
-    assert "on each of 4 ranks" in out and "weights in forward" in out and "sent: 3/4 of" in out
+    assert "on each of 4 ranks" in out and "again in backward" in out and "sent: 3/4 of" in out
     assert max(map(len, out.splitlines())) <= 80
     memory = next(
         line.split() for line in out.splitlines() if line.startswith("1  ") and "yes" in line
