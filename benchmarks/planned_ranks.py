@@ -32,12 +32,15 @@ def table() -> str:
     from transformers import LlamaConfig, LlamaForCausalLM
 
     schedule = ProgressiveSchedule(STAGES, STAGES)
-    lines = ["| model | ranks | | sent, stage 1 | stage 4 | kept, stage 1 | stage 4 |"]
-    lines.append("|---|---:|---|---:|---:|---:|---:|")
+    heads = [f"{what}, stage {stage}" for what in ("sent", "kept") for stage in (1, STAGES)]
+    lines = [f"| model | ranks | strategy | {' | '.join(heads)} |"]
+    lines.append(f"|---|---:|---|{'---:|' * len(heads)}")
     for name, shape in SHAPES.items():
-        heads = shape["hidden_size"] // 128
         config = LlamaConfig(
-            **shape, vocab_size=128256, num_attention_heads=heads, num_key_value_heads=8
+            **shape,
+            vocab_size=128256,
+            num_attention_heads=shape["hidden_size"] // 128,
+            num_key_value_heads=8,
         )
         with torch.device("meta"):
             model = LlamaForCausalLM(config).to(torch.bfloat16)
