@@ -2,10 +2,11 @@
 
     python benchmarks/communication.py [--output FOLDER]
 
-Full training and this library's stages, under DDP and FSDP2, over gloo, one thread a process. A
-step of two ranks is timed in turn with the same step in groups of one rank, where nothing is sent;
-both processes run both, so that they share the machine alike. What the first takes longer is
-communication that no computation hides: `share` is that part of the step.
+Full training and this library's stages, under DDP and FSDP2, over gloo, one thread a process. Both
+compute padded rows, without dropout. A step of two ranks is timed in turn with the same step in
+groups of one rank, where nothing is sent; both processes run both, so that they share the machine
+alike. What the first takes longer is communication that no computation hides: `share` is that part
+of the step.
 
 First comes the gate: a step in every stage moves the weights as plain torch does in one process, on
 the rows of both ranks. Without it there are no numbers.
@@ -97,12 +98,14 @@ WRAPPERS: dict[str, Callable[[nn.Module, Any], nn.Module]] = {"ddp": _ddp, "fsdp
 
 def _full(work: Work, model: nn.Module, *, eps: float, **more: Any) -> Session:
     groups = decay_groups(list(model.parameters()), DECAY)
-    return plain_session(work, model, torch.optim.AdamW(groups, lr=work.lr, eps=eps), **more)
+    return plain_session(
+        work, model, torch.optim.AdamW(groups, lr=work.lr, eps=eps, fused=True), **more
+    )
 
 
 def _progressive(work: Work, model: nn.Module, *, eps: float) -> Session:
     schedule = ProgressiveSchedule(work.stages, work.steps)
-    return our_session(work, model, schedule, optimizer_options={"eps": eps})
+    return our_session(work, model, schedule, optimizer_options={"eps": eps}, packing="off")
 
 
 METHODS = {"full": _full, "progressive": _progressive}
