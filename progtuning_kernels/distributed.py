@@ -321,6 +321,9 @@ def _rebuild_reducer(ddp: DistributedDataParallel) -> None:
     parameters, sparse = ddp._build_params_for_reducer()
     names = ddp._build_debug_param_to_name_mapping(parameters)
     hooks, ddp._comm_hooks = ddp._comm_hooks, []
+    # torch keeps no record of a hook of its own, but for the name that it logs
+    logged = ddp._get_ddp_logging_data().get("comm_hook")
+    built_in = [h for h in dist.BuiltinCommHookType.__members__.values() if str(h) == logged]
     ddp._remove_autograd_hooks()
     ddp._ddp_init_helper(parameters, sparse, names, ddp.static_graph)
     if ddp.static_graph:
@@ -330,5 +333,7 @@ def _rebuild_reducer(ddp: DistributedDataParallel) -> None:
     ddp._has_rebuilt_buckets = False
     for hook, state in hooks:
         ddp.register_comm_hook(state, hook)
+    for hook in built_in:
+        ddp._register_builtin_comm_hook(hook)
     if ddp.mixed_precision is not None:
         ddp.reducer._set_mixed_precision_param_dtype(ddp.mixed_precision.param_dtype)

@@ -10,6 +10,7 @@ import os
 import signal
 import subprocess
 import sys
+from contextlib import nullcontext
 from datetime import timedelta
 from pathlib import Path
 from types import SimpleNamespace
@@ -226,6 +227,33 @@ def check_ddp_options(rank: int) -> None:
         assert len(calls) == STEPS
         assert_same_weights(model, expected, str(options))
 
+    # torch's own compression to 16 bits: every sum of gradients is one of float16
+    model = tiny_model("bert-sequence").train()
+    ddp = DistributedDataParallel(model)
+    ddp._register_builtin_comm_hook(dist.BuiltinCommHookType.FP16_COMPRESS)
+    handle = patch_model(model, ProgressiveSchedule(3, STEPS))
+
+    def in_16_bits(handle):
+        for p in handle.model.parameters():
+            assert p.grad is None or torch.equal(p.grad.half().float(), p.grad), handle
+
+    train(ddp, handle, *optimizer_of(handle), rank, on_step=in_16_bits)
+    assert handle.boundary == 2 and same_on_ranks(model)
+
+    # moments of 8 bits, with the gradients of both ranks
+    models = []
+    for wrapped in (False, True):
+        model = tiny_model("bert-sequence").train()
+        called = DistributedDataParallel(model) if wrapped else model
+        handle = patch_model(model, ProgressiveSchedule(3, STEPS))
+        made = optimizer_of(handle, state_dtype="8bit")
+        train(called, handle, *made, rank if wrapped else None)
+        models.append(model)
+    assert same_on_ranks(model)
+    for p, q in zip(*(m.parameters() for m in models), strict=True):
+        # a gradient that rounds to the next of 256 moves an update by a hundredth of lr
+        torch.testing.assert_close(p, q, rtol=0, atol=1e-3)
+
     # what the first forward shows of bare parameters is reduced as it trains from then on
     models = []
     for wrapped in (False, True):
@@ -244,7 +272,7 @@ def check_ddp_options(rank: int) -> None:
     optimizer, _ = optimizer_of(handle)
     for step in range(STEPS):
         rows = batch(step, rank)
-        for i, context in enumerate((ddp.no_sync, contextlib.nullcontext)):
+        for i, context in enumerate((ddp.no_sync, nullcontext)):
             with context():
                 (ddp(**{k: v[i : i + 1] for k, v in rows.items()}).loss / 2).backward()
         optimizer.step()
@@ -253,13 +281,17 @@ def check_ddp_options(rank: int) -> None:
     assert_same_weights(model, expected, "accumulation")
 
     # every rank caches its own rows; they come again after three steps. Tiny blocks may cost less
-    # than any cache, which is not asked here, and with torch 2.10 and transformers 5.0 buffers that
-    # are broadcast count as a change of the prefix
+    # than any cache, which is not asked here. DDP of torch 2.10 lets versions count its broadcasts
     models = []
-    with mock.patch.object(BreakEven, "verdict", lambda self, rows: None):
+    with (
+        mock.patch.object(BreakEven, "verdict", lambda self, rows: None),
+        mock.patch.object(torch.autograd, "_unsafe_preserve_version_counter", nullcontext),
+    ):
         for options in ({}, {"cache": PrefixCache(1 << 24)}):
             model = tiny_model("bert-sequence").train()
-            ddp = DistributedDataParallel(model, broadcast_buffers=False)
+            buffer = torch.ones(3)
+            model.bert.encoder.layer[0].register_buffer("scale", buffer)
+            ddp = DistributedDataParallel(model)
             handle = patch_model(model, MilestoneSchedule({0: 2}), **options)
             optimizer, _ = optimizer_of(handle)
             for step in range(STEPS):
@@ -268,7 +300,11 @@ def check_ddp_options(rank: int) -> None:
                 optimizer.zero_grad()
                 handle.advance()
             models.append(model)
-    assert handle.cache_report().hits > 0
+        assert buffer._version >= STEPS
+        assert handle.cache_report().hits == (STEPS - 3) * ROWS // WORLD
+        buffer.mul_(2)
+        ddp(**batch(0, rank))
+        assert handle.cache_report().hits == (STEPS - 3) * ROWS // WORLD, "other bytes, other rows"
     assert_same_weights(*models, "cache")
 
     # compiled as a whole, DDP is not seen in the forward: it has to be attached
