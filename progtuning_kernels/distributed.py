@@ -2,9 +2,10 @@
 
 `DistributedDataParallel` decides when it is built which gradients it reduces; its reducer is built
 anew before the first forward of a stage, in milliseconds. FSDP2 (`fully_shard`) only gathers one
-frozen block less. DeepSpeed's ZeRO partitions anew (zero.py). Ranks compare what they train at every change: another schedule on one of them
-would add up gradients of different tensors, or have all wait for it. They do so through the store
-that torch's process groups began with, since a collective is what would hang.
+frozen block less. DeepSpeed's ZeRO partitions anew (`zero.py`). Ranks compare what they train at
+every change: another schedule on one of them would add up gradients of different tensors, or have
+all wait for it. They do so through the store that torch's process groups began with, since a
+collective is what would hang.
 """
 
 from __future__ import annotations

@@ -23,9 +23,6 @@ from .model.call_stack import caller
 from .model.families import UnsupportedModelError
 
 _OWN_KEYS = ("params", "param_names")  # of a part; the rest is its group's
-# One group more than there are, without tensors: an engine without a patched model then refuses to
-# load, where it would fill up slices of another size with zeros
-_MARK = {"params": [], "progtuning": "patch the model before engine.load_checkpoint"}
 # What an engine's optimizer is told or learns, beside what it is made of
 _KEPT = ("loss_scaler", "dynamic_loss_scale", "custom_loss_scaler", "external_loss_scale")
 _KEPT += ("clip_grad", "overflow", "_global_grad_norm", "_is_gradient_accumulation_boundary")
@@ -117,19 +114,19 @@ def awaits_partition(engine: Any) -> bool:
     return isinstance(optimizer, PartitionedOptimizer) and optimizer.loaded
 
 
-def follow_loads(model: nn.Module) -> torch.utils.hooks.RemovableHandle:
-    """Have an engine that loads a checkpoint into `model` take the partitions of that checkpoint.
-
-    For what loads before `model` is patched. A patched engine does it by itself.
+def follow_loads(model: nn.Module) -> None:
+    """Have an engine that loads a checkpoint into `model` take the partitions of that checkpoint,
+    before `model` is patched; a patched one does so by itself.
     """
+    if _weights_loaded not in model._load_state_dict_post_hooks.values():
+        model.register_load_state_dict_post_hook(_weights_loaded)
 
-    def weights_are_loaded(module: nn.Module, *_: object) -> None:  # and state is not yet
-        engine = running_engine(module)
-        if engine is not None:
-            refuse_engine(engine)
-            _partitioned(engine)
 
-    return model.register_load_state_dict_post_hook(weights_are_loaded)
+def _weights_loaded(module: nn.Module, _: object) -> None:
+    engine = running_engine(module)
+    if engine is not None:
+        refuse_engine(engine)
+        _partitioned(engine)  # an engine loads the state of its optimizer after the weights
 
 
 def _partitioned(engine: Any) -> PartitionedOptimizer | None:
@@ -198,6 +195,8 @@ class PartitionedOptimizer:
             part = _Part(group, held, [self._names[p] for p in held])
             part["params"] = group["params"]
             self._parts.append(part)
+        zero.load_state_dict = self.load_into_zero
+        engine.load_checkpoint = self.load_checkpoint
 
     @property
     def param_groups(self) -> list[_Part]:
@@ -230,26 +229,15 @@ class PartitionedOptimizer:
     def state_dict(self) -> dict[str, Any]:
         groups, self.base.param_groups = self.base.param_groups, self.param_groups
         try:
-            saved = self.base.state_dict()
+            return self.base.state_dict()
         finally:
             self.base.param_groups = groups
-        return {**saved, "param_groups": [*saved["param_groups"], _MARK]}
 
     def load_state_dict(self, saved: dict[str, Any]) -> None:
-        """Partition as it was when `saved` was, then load it: ZeRO, which calls this, goes on with
-        the slices that it then has.
-        """
-        *saved_parts, last = saved["param_groups"]
-        if "progtuning" in last:
-            parts = [self._part_of(part["param_names"]) for part in saved_parts]
-        else:  # of a run that had every group whole
-            saved_parts = saved["param_groups"]
-            parts = [self._part(group, members) for group, members in self._groups]
-        self._rebuild(parts)
-        self.state.clear()
+        """Load what `state_dict` returned, for the parts that it was returned for."""
         groups, self.base.param_groups = self.base.param_groups, self.param_groups
         try:
-            self.base.load_state_dict({**saved, "param_groups": saved_parts})
+            self.base.load_state_dict(saved)
             for part, loaded in zip(self._parts, self.base.param_groups, strict=True):
                 part.group.update((k, v) for k, v in loaded.items() if k not in _OWN_KEYS)
         finally:
@@ -257,7 +245,33 @@ class PartitionedOptimizer:
         for i in range(len(self._parts)):
             flat = self._slices(i).flat
             _check_elementwise(self.state.get(flat, {}), flat)
+
+    def load_checkpoint(self, *args: Any, **options: Any) -> Any:
+        """The engine's own, whatever trains now: it looks for each tensor that is frozen among
+        those that were when the checkpoint was written.
+        """
+        frozen = [p for _, members in self._groups for p in members if not p.requires_grad]
+        for p in frozen:
+            p.requires_grad_(True)
+        try:
+            return type(self._engine).load_checkpoint(self._engine, *args, **options)
+        finally:
+            for p in frozen:
+                p.requires_grad_(False)
+
+    def load_into_zero(self, state_dict_list: list[dict[str, Any]], **options: Any) -> None:
+        """ZeRO's `load_state_dict`, for the tensors that trained when it was saved."""
+        zero = self._engine.optimizer
+        saved = state_dict_list[dist.get_rank(zero.dp_process_group)]["base_optimizer_state"]
+        named = [group.get("param_names") for group in saved["param_groups"]]
+        if None in named:  # of a run that was not patched
+            parts = [self._part(group, members) for group, members in self._groups]
+        else:
+            parts = [self._part_of(names) for names in named]
+        self._rebuild(parts)
+        self.state.clear()
         self.loaded = True
+        type(zero).load_state_dict(zero, state_dict_list, **options)
 
     def follow_flags(self, *, patched: bool) -> None:
         """Partition the tensors that require grad: parts lose what froze, what thawed is new."""
@@ -341,15 +355,9 @@ class PartitionedOptimizer:
             p.data = p.data.clone()  # it would keep all of the old flat tensor alive
             p.grad_accum = None
         self._parts = parts
-        off = [p for p in stay if not p.requires_grad]  # of a checkpoint: ZeRO takes no others
-        for p in off:
-            p.requires_grad_(True)
-        try:
-            new = engine._configure_zero_optimizer(self)
-        finally:
-            for p in off:
-                p.requires_grad_(False)
+        new = engine._configure_zero_optimizer(self)
         vars(new).update((name, getattr(zero, name)) for name in _KEPT)
+        new.load_state_dict = self.load_into_zero
         if engine._support_torch_style_backward:
             new.register_grad_acc_post_hook(engine._backward_post_hook)
         # in place: users, accelerate and schedulers hold the old one
@@ -367,7 +375,10 @@ class PartitionedOptimizer:
         )
 
     def _moved(self, old: _Slices, new: _Slices, values: Tensor) -> Tensor:
-        """What lies in `new`'s slice of this rank, of what `values` are for `old`'s: (new.size,)."""
+        """What lies in `new`'s slice of this rank, of what `values` are for `old`'s.
+
+        `values` is (old.size,), the result (new.size,), with zeros for padding.
+        """
         group = self._engine.optimizer.dp_process_group
         rank, ranks = dist.get_rank(group), dist.get_world_size(group)
         moves = [*_moves(old, new)]
@@ -415,7 +426,7 @@ def _check_elementwise(state: dict[str, Any], flat: Tensor) -> None:
     for key, value in state.items():
         if _per_element(value) and value.shape != flat.shape:
             raise RuntimeError(
-                f"DeepSpeed: the optimizer's {key} of shape {tuple(value.shape)} is not one number "
-                f"for each of the {flat.numel()} elements that this rank updates, and cannot follow "
-                "a change of plan; use torch.optim.AdamW"
+                f"DeepSpeed: the optimizer's {key} has the shape {tuple(value.shape)}, not one "
+                f"number for each of the {flat.numel()} elements that this rank updates: it cannot "
+                "follow a change of plan; use torch.optim.AdamW"
             )
