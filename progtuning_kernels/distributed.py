@@ -100,12 +100,12 @@ def unwrap(model: nn.Module) -> nn.Module:
             break
         model = inner.module
     for path, module in inner.named_modules():
+        _refuse_wrapper(module)
         if _reduces(module):
             raise UnsupportedModelError(
                 f"{path} is a {type(module).__name__} inside the {type(inner).__name__} to be "
                 f"patched, whose forward it does not see: pass model.{path}.module"
             )
-        _refuse_wrapper(module)
     return inner
 
 

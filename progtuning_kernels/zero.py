@@ -43,47 +43,44 @@ def running_engine(model: nn.Module) -> Any | None:
 
 def refuse_engine(engine: Any) -> None:
     """Raise `UnsupportedModelError` for what does not follow a change of plan."""
-    optimizer = getattr(engine, "optimizer", None)
     if type(engine).__name__ != "DeepSpeedEngine":
-        _refuse(type(engine).__name__, "DeepSpeedEngine, without pipeline stages")
-    if optimizer is None:
-        return
+        _refuse(type(engine).__name__, "a DeepSpeedEngine, without pipeline stages")
+    optimizer = getattr(engine, "optimizer", None)
     kind = type(optimizer).__name__
-    parts = kind == "DeepSpeedZeroOptimizer"
-    base = getattr(optimizer, "optimizer", optimizer)
-    base = base.base if isinstance(base, PartitionedOptimizer) else base
-    if kind == "BF16_Optimizer":
-        _refuse(
-            "ZeRO-1 on bfloat16 with gradients accumulated in float32",
-            'ZeRO-2, or leave "grad_accum_dtype" out',
-        )
-    if kind.startswith("FP16_"):
-        _refuse(f"{kind} (16 bits without ZeRO)", '"zero_optimization": {"stage": 1} or 2')
-    if not parts and not isinstance(optimizer, torch.optim.Optimizer):
+    if kind == "DeepSpeedZeroOptimizer":
+        _refuse_partitioned(engine)
+    elif kind == "BF16_Optimizer":
+        what = "ZeRO-1 on bfloat16 with gradients accumulated in float32"
+        _refuse(what, 'ZeRO-2, or leave "grad_accum_dtype" out')
+    elif kind.startswith("FP16_"):
+        _refuse("training in 16 bits without ZeRO", '"zero_optimization": {"stage": 1} or 2')
+    elif optimizer is not None and not isinstance(optimizer, torch.optim.Optimizer):
         _refuse(kind, '"zero_optimization": {"stage": 1} or 2, or fully_shard (FSDP2)')
-    bases = {cls.__name__ for cls in type(base).__mro__}
-    if "MaskedOptimizer" in bases and (parts or base.in_backward):
-        _refuse(
-            f"{type(base).__name__} under ZeRO, which gives it slices of many tensors as one"
-            if parts
-            else f"{type(base).__name__}(in_backward=True), which updates before ranks reduce",
-            "torch.optim.AdamW, whose state of frozen tensors is dropped all the same"
-            if parts
-            else "in_backward=False",
-        )
-    if not parts:
-        return
-    for named in ("Adagrad", "Muon", "Onebit", "ZeroOneAdam"):
-        if any(name.startswith(named) for name in bases):
-            _refuse(f"{type(base).__name__} under ZeRO", "torch.optim.AdamW")
+    elif getattr(optimizer, "in_backward", False):
+        _refuse("an update inside backward, before ranks reduce,", "in_backward=False")
+
+
+def _refuse_partitioned(engine: Any) -> None:
+    zero = engine.optimizer
+    base = zero.optimizer
+    base = base.base if isinstance(base, PartitionedOptimizer) else base
+    bases = [cls.__name__ for cls in type(base).__mro__]
+    # MaskedOptimizer would clip by the norm of one rank's slice, Adagrad has its state before a
+    # step, the others want whole tensors
+    others = ("MaskedOptimizer", "Adagrad", "Muon", "Onebit", "ZeroOneAdam")
     for there, what, cure in (
-        (optimizer.cpu_offload, "ZeRO-Offload", "leave offload_optimizer out"),
-        (optimizer.has_moe_layers, "a mixture of experts over ranks", "fully_shard (FSDP2)"),
-        (optimizer.elastic_checkpoint, "elastic_checkpoint", "leave it out"),
-        (engine.load_universal_checkpoint(), "a universal checkpoint", "load one of ZeRO"),
-        (engine.is_deepcompile_enabled(), "DeepCompile", "leave compile.deepcompile out"),
-        (optimizer.model_parallel_world_size > 1, "tensor parallelism", "fully_shard (FSDP2)"),
-        (not hasattr(optimizer, "round_robin_bit16_offsets"), "this DeepSpeed", "0.19 or later"),
+        (zero.cpu_offload, "ZeRO-Offload", "GPU memory: leave offload_optimizer out"),
+        (
+            any(name.startswith(others) for name in bases),
+            f"{bases[0]} in ZeRO",
+            "torch.optim.AdamW",
+        ),
+        (zero.has_moe_layers, "a mixture of experts over ranks", "fully_shard (FSDP2)"),
+        (zero.model_parallel_world_size > 1, "tensor parallelism", "fully_shard (FSDP2)"),
+        (zero.elastic_checkpoint, "elastic_checkpoint", "a configuration without it"),
+        (engine.load_universal_checkpoint(), "a universal checkpoint", "one of ZeRO"),
+        (engine.is_deepcompile_enabled(), "DeepCompile", "a configuration without it"),
+        (not hasattr(zero, "round_robin_bit16_offsets"), "this version", "deepspeed>=0.19"),
     ):
         if there:
             _refuse(what, cure)
@@ -291,32 +288,22 @@ class PartitionedOptimizer:
         if held == active:
             return
         self._check_no_gradients_wait()
-        # a part that has made no step is as new as what thaws now
         parts: list[_Part] = []
-        carried: list[tuple[_Slices, dict[str, Any]] | None] = []
+        sources: list[tuple[_Slices, dict[str, Any]]] = []  # of the first parts
+        for i, part in enumerate(self._parts):
+            if kept := [p for p in part.tensors if p in active]:
+                parts.append(self._part(part.group, kept))
+                sources.append((self._slices(i), self.state.get(part["params"][0], {})))
+                _check_elementwise(sources[-1][1], part["params"][0])
         for group, members in self._groups:
-            fresh = dict.fromkeys(p for p in members if p in active)
-            for i, part in enumerate(self._parts):
-                flat = part["params"][0]
-                kept = [p for p in part.tensors if p in active]
-                if part.group is group and self.state.get(flat) and kept:
-                    parts.append(self._part(group, kept))
-                    carried.append((self._slices(i), self.state[flat]))
-                    for p in kept:
-                        del fresh[p]
-            if fresh:
-                parts.append(self._part(group, list(fresh)))
-                carried.append(None)
-        for source in carried:
-            if source is not None:
-                _check_elementwise(source[1], source[0].flat)
+            if thawed := [p for p in members if p in active - held]:
+                parts.append(self._part(group, thawed))
         self._rebuild(parts)
         self.state.clear()
-        for i, source in enumerate(carried):
-            if source is not None:
-                old, state = source
-                new = self._slices(i)
-                new.flat.data.copy_(self._moved(old, new, old.flat.data))
+        for i, (old, state) in enumerate(sources):
+            new = self._slices(i)
+            new.flat.data.copy_(self._moved(old, new, old.flat.data))
+            if state:
                 self.state[new.flat] = {
                     key: self._moved(old, new, value) if _per_element(value) else value
                     for key, value in state.items()
