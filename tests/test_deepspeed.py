@@ -11,6 +11,7 @@ import warnings
 import pytest
 import torch
 import torch.distributed as dist
+from accelerate import Accelerator
 from ranks import process_group, run_ranks
 from test_distributed import (
     ROWS,
@@ -52,7 +53,7 @@ def half(step: int, rank: int, part: int) -> dict[str, torch.Tensor]:
     return {k: v[part : part + 1] for k, v in batch(step, rank).items()}
 
 
-def reference(schedule) -> nn.Module:
+def reference(schedule, *, annealed: bool = True) -> nn.Module:
     """The run of one process, with plain AdamW that forgets what is frozen."""
     model = tiny_model("bert-sequence").train()
     handle = patch_model(model, schedule)
@@ -62,7 +63,8 @@ def reference(schedule) -> nn.Module:
         torch.nn.utils.clip_grad_norm_(model.parameters(), 0.5)
         optimizer.step()
         optimizer.zero_grad()
-        scheduler.step()
+        if annealed:
+            scheduler.step()
         handle.advance()
         release_frozen_state(optimizer)
     return model
@@ -330,6 +332,36 @@ def check_resume(rank: int) -> None:
                 assert whole.keys() >= {n for n, _ in straight.module.named_parameters()}
 
 
+def check_accelerate(rank: int) -> None:
+    from accelerate import DeepSpeedPlugin
+    from accelerate.state import AcceleratorState
+
+    expected = reference(SCHEDULES["cyclic"](), annealed=False)
+    plugin = DeepSpeedPlugin(
+        hf_ds_config={
+            "train_micro_batch_size_per_gpu": 1,
+            "gradient_accumulation_steps": 2,
+            "zero_optimization": {"stage": 2},
+            "zero_allow_untested_optimizer": True,
+            "gradient_clipping": 0.5,
+        }
+    )
+    accelerator = Accelerator(cpu=True, gradient_accumulation_steps=2, deepspeed_plugin=plugin)
+    model = tiny_model("bert-sequence").train()
+    optimizer, _ = adamw(decay_groups(list(model.parameters()), 0.1))
+    engine, optimizer = accelerator.prepare(model, optimizer)
+    handle = patch_model(engine, SCHEDULES["cyclic"]())
+    while handle.step < STEPS:
+        for part in range(2):
+            with accelerator.accumulate(engine):
+                accelerator.backward(engine(**half(handle.step, rank, part)).loss)
+                optimizer.step()
+                optimizer.zero_grad()
+        handle.advance()
+    assert_same_weights(model, expected, "Accelerate")
+    AcceleratorState._reset_state()
+
+
 def check_trainer(rank: int) -> None:
     """The callback alone is enough, resume included."""
     expected = torch.load("expected.pt", weights_only=True)
@@ -478,6 +510,7 @@ CHECKS = (
     check_bytes,
     check_bf16,
     check_resume,
+    check_accelerate,
     check_trainer,
     check_refusals,
 )
