@@ -39,6 +39,7 @@ from progtuning_kernels.freezing.decay_groups import decay_groups
 from progtuning_kernels.integrations.hf_trainer import ProgtuningCallback
 from progtuning_kernels.model.families import UnsupportedModelError
 from progtuning_kernels.optim import release_frozen_state, state_bytes
+from progtuning_kernels.zero import is_engine
 
 WORLD = 2
 
@@ -346,10 +347,11 @@ def check_accelerate(rank: int) -> None:
             "gradient_clipping": 0.5,
         }
     )
-    accelerator = Accelerator(cpu=True, gradient_accumulation_steps=2, deepspeed_plugin=plugin)
+    accelerator = Accelerator(gradient_accumulation_steps=2, deepspeed_plugin=plugin)
     model = tiny_model("bert-sequence").train()
     optimizer, _ = adamw(decay_groups(list(model.parameters()), 0.1))
     engine, optimizer = accelerator.prepare(model, optimizer)
+    assert is_engine(engine)
     handle = patch_model(engine, SCHEDULES["cyclic"]())
     while handle.step < STEPS:
         for part in range(2):
@@ -386,6 +388,7 @@ def check_trainer(rank: int) -> None:
                 logging_steps=3,
             )
             trainer.train()
+            assert is_engine(trainer.model_wrapped)
             assert_trained(model, expected[kind])
             sizes = [log["state_bytes"] for log in trainer.state.log_history if "loss" in log]
             assert sizes == sorted(sizes, reverse=True) and len({*sizes}) == 3
