@@ -847,30 +847,42 @@ def test_attach_takes_what_surrounds_the_model():
             handle.attach(other)
         with pytest.raises(UnsupportedModelError, match="one process per GPU"):
             handle.attach(DataParallel(model))
-        engine = type("DeepSpeedEngine", (nn.Module,), {})()
-        engine.module = model
-        with pytest.raises(UnsupportedModelError, match="use DDP or FSDP2"):
-            handle.attach(engine)
+        with pytest.raises(UnsupportedModelError, match="without pipeline stages"):
+            handle.attach(engine_around(model, "PipelineEngine"))
+
+
+def engine_around(model: nn.Module, kind: str = "", optimizer: str = "") -> nn.Module:
+    """What is told by the names of DeepSpeed's classes."""
+    cls = type("DeepSpeedEngine", (nn.Module,), {})
+    engine = type(kind, (cls,), {})() if kind else cls()
+    engine.module = model
+    engine.optimizer = type(optimizer, (), {})() if optimizer else None
+    return engine
 
 
 def test_wrappers_that_do_not_follow_are_refused_wherever_they_are():
     schedule = ProgressiveSchedule(2, 4)
-    engine = type("DeepSpeedEngine", (nn.Module,), {})()
-    engine.module = tiny_model("bert-sequence")
+    model = tiny_model("bert-sequence")
     for wrapped, message in (
-        (DataParallel(tiny_model("bert-sequence")), "one process per GPU"),
-        (engine, "use DDP or FSDP2"),
+        (DataParallel(model), "one process per GPU"),
+        (engine_around(model, "PipelineEngine"), "without pipeline stages"),
+        (engine_around(model, optimizer="BF16_Optimizer"), "use ZeRO-2"),
+        (engine_around(model, optimizer="FP16_UnfusedOptimizer"), '"stage": 1'),
+        (engine_around(model, optimizer="ZenFlowZeroOptimizer"), "use .* fully_shard"),
     ):
         for given in (wrapped, nn.ModuleDict({"inside": wrapped})):
             with pytest.raises(UnsupportedModelError, match=message):
                 patch_model(given, schedule)
+    with pytest.raises(UnsupportedModelError, match=r"pass model.inside.module"):
+        patch_model(nn.ModuleDict({"inside": engine_around(model)}), schedule)
 
 
 def test_zero_3_is_refused():
     model = tiny_model("bert-sequence")
     model.bert.encoder.layer[0].output.dense.weight.ds_id = 7
-    with pytest.raises(UnsupportedModelError, match="ZeRO-3.*fully_shard"):
-        patch_model(model, ProgressiveSchedule(2, 4))
+    for given in (model, engine_around(model), engine_around(model, optimizer="Stage3")):
+        with pytest.raises(UnsupportedModelError, match=r"ZeRO-3.*use ZeRO-2.*fully_shard"):
+            patch_model(given, ProgressiveSchedule(2, 4))
 
 
 def test_copies_know_no_wrapper():
