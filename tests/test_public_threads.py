@@ -19,6 +19,7 @@ import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from ranks import process_group, run_ranks
+from safetensors.torch import load_file
 from tiny_models import tiny_inputs, tiny_model
 from torch import nn
 from torch.distributed.checkpoint.state_dict import (
@@ -376,9 +377,7 @@ def frozen_in_a_flat_piece(rank: int) -> None:
     with pytest.raises(ValueError, match="uniform `requires_grad`"):
         FullyShardedDataParallel(model, device_id=torch.device("cpu"))
     trains, whole = active_bytes(model), nbytes(model.parameters())
-    wrapped = FullyShardedDataParallel(
-        model, device_id=torch.device("cpu"), use_orig_params=True
-    )
+    wrapped = FullyShardedDataParallel(model, device_id=torch.device("cpu"), use_orig_params=True)
     with scattered_bytes() as scattered:
         wrapped(**batch(0, rank)).loss.backward()
     assert sum(scattered) >= whole > 2 * trains
@@ -518,3 +517,247 @@ def test_on_two_ranks(thread, ranks):
         pytest.fail(failed.read_text())
     passed = len([*ranks.glob(f"{number}-*.passed")])
     assert passed == WORLD, "not reached: an earlier thread failed"
+
+
+def losses_of(trainer) -> list[float]:
+    trainer.train()
+    return [float(log["loss"]) for log in trainer.state.log_history if "loss" in log]
+
+
+def lisa_that_trains_no_block(folder: Path) -> None:
+    """Blocks that are frozen when the Trainer makes its optimizer are never in it."""
+    losses = []
+    for count in (1, 3):
+        model = bert()
+        losses.append(losses_of(few_steps(folder, model, Lisa(model, count, 1, at_once=True))))
+        for p, start in zip(blocks_of(model).parameters(), blocks_of(bert()).parameters()):
+            assert torch.equal(p, start)
+    assert losses[0] == losses[1]  # however many blocks are to train
+
+    losses = []
+    for count in (1, 3):
+        model, expected = bert(), bert()
+        schedule = RandomBlockSchedule(count, 1, seed=1)
+        losses.append(losses_of(few_steps(folder, model, ProgtuningCallback(schedule))))
+        few_steps(folder, expected, ByPlan(schedule)).train()
+        assert_same_weights(model, expected)
+    assert losses[0] != losses[1]
+
+
+class States(TrainerCallback):
+    """How many blocks have state in the optimizer after every step."""
+
+    def __init__(self) -> None:
+        self.blocks: list[int] = []
+
+    def on_step_end(self, args, state, control, model=None, optimizer=None, **kwargs):
+        held = [any(map(optimizer.state.get, b.parameters())) for b in blocks_of(model)]
+        self.blocks.append(sum(held))
+
+
+def lisa_that_keeps_all_state(folder: Path) -> None:
+    """State of blocks that trained once stays: in the end it is that of full fine-tuning."""
+    plain, ours = States(), States()
+    model = bert()
+    trainer = few_steps(folder, model, Lisa(model, 1, 1, at_once=False))
+    trainer.add_callback(plain)
+    trainer.train()
+    assert plain.blocks[0] == 1 and plain.blocks == sorted(plain.blocks) and plain.blocks[-1] > 2
+
+    trainer = few_steps(folder, bert(), ProgtuningCallback(one_block_at_a_time()))
+    trainer.add_callback(ours)
+    trainer.train()
+    assert ours.blocks == [1, 1, 1, 1]
+
+
+class FreezeAt(TrainerCallback):
+    """Freezes when a step is reached, as most callbacks of scripts do."""
+
+    def on_step_begin(self, args, state, control, model=None, **kwargs):
+        if state.global_step == FREEZES.index(2):
+            freeze(model, 2)
+
+
+def freezing_lost_on_resume(folder: Path) -> None:
+    """A Trainer that resumes trains what was frozen when the checkpoint was written."""
+
+    def resumed(make: Callable[[], TrainerCallback]) -> tuple[nn.Module, nn.Module, nn.Module]:
+        """Weights of the checkpoint of step 3, of the resumed run, and of one that went through."""
+        straight, model, saved = bert(), bert(), bert()
+        few_steps(folder, straight, make(), save_strategy="steps", save_steps=3).train()
+        few_steps(folder, model, make()).train(resume_from_checkpoint=str(folder / "checkpoint-3"))
+        saved.load_state_dict(load_file(folder / "checkpoint-3" / "model.safetensors"))
+        return saved, model, straight
+
+    saved, model, straight = resumed(FreezeAt)
+    assert not torch.equal(lowest_weight(model), lowest_weight(saved))
+    assert differs(model, straight)
+
+    saved, model, straight = resumed(lambda: ProgtuningCallback(schedule_of(FREEZES)))
+    assert torch.equal(lowest_weight(model), lowest_weight(saved))
+    for p, q in zip(model.parameters(), straight.parameters(), strict=True):
+        assert torch.equal(p, q)
+
+
+def lowest_weight(model: nn.Module) -> torch.Tensor:
+    return blocks_of(model)[0].output.dense.weight
+
+
+def freezing_out_of_the_groups(folder: Path) -> None:
+    """A frozen layer that leaves the optimizer's groups can neither be saved nor loaded."""
+    model = bert()
+    optimizer = AdamW(model.parameters(), **ADAM)
+    finish(train(model, optimizer, (-1, 2), None))
+    for group in optimizer.param_groups:
+        group["params"] = [p for p in group["params"] if p.requires_grad]
+    with pytest.raises(KeyError):
+        optimizer.state_dict()
+    for p in [p for p in optimizer.state if not p.requires_grad]:
+        del optimizer.state[p]  # then it is saved, and a new run does not know what was left out
+    with pytest.raises(ValueError, match="doesn't match the size of optimizer's group"):
+        AdamW(bert().parameters(), **ADAM).load_state_dict(optimizer.state_dict())
+
+    models = []
+    for stops in (False, True):
+        model = bert()
+        handle = patch_model(model, schedule_of(FREEZES))
+        optimizer = AdamW(handle.param_groups(), **ADAM)
+        if stops:
+            load_checkpoint(folder, handle, optimizer)
+        for step in train(model, optimizer, FREEZES, None, handle=handle, first=handle.step):
+            if step == 3 and not stops:
+                save_checkpoint(folder, handle, optimizer)
+        models.append(model)
+    for p, q in zip(*(m.parameters() for m in models), strict=True):
+        assert torch.equal(p, q)
+
+
+def checkpointing_of_frozen_blocks(folder: Path) -> None:
+    """Re-entrant checkpointing of blocks above frozen ones gives them no gradient."""
+
+    def gradients(model: nn.Module) -> dict[str, torch.Tensor | None]:
+        model(**batch(0)).loss.backward()
+        return {name: p.grad for name, p in model.named_parameters()}
+
+    def checkpointed() -> nn.Module:
+        model = bert()
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": True})
+        model.disable_input_require_grads()  # which later versions call enable_... for
+        return model
+
+    expected = bert()
+    freeze(expected, 2)
+    wanted = gradients(expected)
+    model = checkpointed()
+    freeze(model, 2)
+    with pytest.warns(UserWarning, match="None of the inputs have requires_grad=True"):
+        got = gradients(model)
+    assert wanted["bert.encoder.layer.3.output.dense.weight"] is not None
+    assert not any(g is not None for name, g in got.items() if ".layer." in name)
+
+    model = checkpointed()
+    handle = patch_model(model, schedule_of((2,)), packing="off", kernels="off")
+    with pytest.warns(UserWarning, match="use_reentrant=True"):
+        got = gradients(model)
+    handle.truncation_report().assert_truncated()
+    for name, gradient in wanted.items():
+        same = got[name] is None if gradient is None else torch.equal(got[name], gradient)
+        assert same, name
+
+
+def accumulation_of_updates_in_backward(folder: Path) -> None:
+    """An optimizer in backward updates at every micro-batch."""
+    from torch.distributed.optim import _apply_optimizer_in_backward
+
+    def micro_batches(step: int) -> Iterator[dict[str, torch.Tensor]]:
+        return (batch(step, rank) for rank in range(WORLD))
+
+    def accumulate(model: nn.Module, optimizer, handle=None) -> nn.Module:
+        for step, boundary in enumerate(FREEZES):
+            if handle is None:
+                freeze(model, boundary)
+            for i, rows in enumerate(micro_batches(step)):
+                early = i == 0 and isinstance(optimizer, MaskedAdamW)
+                with optimizer.accumulate() if early else contextlib.nullcontext():
+                    (model(**rows).loss / WORLD).backward()
+            if optimizer is not None:
+                optimizer.step()
+                optimizer.zero_grad()
+            if handle is not None:
+                handle.advance()
+        return model
+
+    expected = bert()
+    accumulate(expected, AdamW(expected.parameters(), **ADAM))
+    model = bert()
+    _apply_optimizer_in_backward(AdamW, [*model.parameters()], ADAM)
+    assert differs(accumulate(model, None), expected)
+
+    model = bert()
+    handle = patch_model(model, schedule_of(FREEZES))
+    optimizer = MaskedAdamW(handle.param_groups(), in_backward=True, **ADAM)
+    assert_same_weights(accumulate(model, optimizer, handle), expected)
+
+
+def freezing_between_backward_and_step(folder: Path) -> None:
+    """What freezes after the backward pass is updated by the gradient that it has already."""
+    model = bert()
+    optimizer = AdamW(model.parameters(), **ADAM)
+    before = lowest_weight(model).clone()
+    model(**batch(0)).loss.backward()
+    freeze(model, 2)
+    optimizer.step()
+    assert not torch.equal(lowest_weight(model), before)
+
+    model = bert()
+    handle = patch_model(model, schedule_of((-1, 2)))
+    optimizer = AdamW(model.parameters(), **ADAM)
+    model(**batch(0)).loss.backward()
+    moves = blocks_of(model)[2].output.dense.weight.clone()
+    handle.advance()
+    optimizer.step()
+    assert torch.equal(lowest_weight(model), before)
+    assert not torch.equal(blocks_of(model)[2].output.dense.weight, moves)
+
+
+def adapters_that_thaw(folder: Path) -> None:
+    """Leaving `disable_adapter()`, as a reference pass does, makes frozen adapters train again."""
+    inputs = tiny_inputs("llama-causal-lm")
+
+    def trained(model: nn.Module, step: Callable[[], object]) -> set[str]:
+        """Adapters of blocks that move in a step after a reference pass."""
+        with torch.no_grad(), model.disable_adapter():
+            model(**inputs)
+        before = {name: p.detach().clone() for name, p in model.named_parameters()}
+        optimizer = AdamW(model.parameters(), **ADAM)
+        model(**inputs).loss.backward()
+        optimizer.step()
+        step()
+        moved = (n for n, p in model.named_parameters() if not torch.equal(p, before[n]))
+        return {name.split(".layers.")[1][0] for name in moved}
+
+    model = adapted()
+    for name, p in model.named_parameters():
+        p.requires_grad_(p.requires_grad and ".layers.0." not in name)
+    assert "0" in trained(model, lambda: None)
+
+    model = adapted()
+    handle = patch_model(model, schedule_of((1,)))
+    assert trained(model, handle.advance) == {"1", "2", "3"}
+
+
+ALONE: dict[str, Callable[[Path], None]] = {
+    "OptimalScale/LMFlow#726": lisa_that_trains_no_block,
+    "OptimalScale/LMFlow#768": lisa_that_keeps_all_state,
+    "huggingface/transformers#11294": freezing_lost_on_resume,
+    "mosaicml/composer#1002": freezing_out_of_the_groups,
+    "huggingface/transformers#21381": checkpointing_of_frozen_blocks,
+    "pytorch/pytorch#124523": accumulation_of_updates_in_backward,
+    "neuralmagic/sparseml#965": freezing_between_backward_and_step,
+    "huggingface/peft#3447": adapters_that_thaw,
+}
+
+
+@pytest.mark.parametrize("thread", ALONE)
+def test_in_one_process(thread, tmp_path):
+    ALONE[thread](tmp_path)
