@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import os
 import random
+import re
 import traceback
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -763,3 +764,12 @@ ALONE: dict[str, Callable[[Path], None]] = {
 @pytest.mark.parametrize("thread", ALONE)
 def test_in_one_process(thread, tmp_path):
     ALONE[thread](tmp_path)
+
+
+def test_the_page_lists_these_threads():
+    page = (Path(__file__).parent.parent / "docs/tables/threads.md").read_text(encoding="utf-8")
+    rows = re.findall(r"^\| \[(\S+)/(\S+)#(\d+)\]\((\S+)\)", page, flags=re.M)
+    assert [f"{owner}/{name}#{number}" for owner, name, number, _ in rows] == [*ON_RANKS, *ALONE]
+    for owner, name, number, link in rows:
+        where = f"https://github.com/{owner}/{name}/"
+        assert link in (f"{where}issues/{number}", f"{where}pull/{number}")
