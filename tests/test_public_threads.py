@@ -31,6 +31,7 @@ from torch.multiprocessing import ProcessExitedException, ProcessRaisedException
 from torch.nn.parallel import DistributedDataParallel
 from torch.nn.utils import clip_grad_norm_
 from torch.optim import AdamW
+from torch.utils.data import DataLoader
 from trainers import rows_of, trainer_of
 from transformers import TrainerCallback
 
@@ -471,6 +472,68 @@ def clipping_of_updates_in_backward(rank: int) -> None:
     assert_same_weights(model, alone(FREEZES, clip=clip))
 
 
+def engine_of(model: nn.Module):
+    import deepspeed
+
+    config = {
+        "train_micro_batch_size_per_gpu": ROWS // WORLD,
+        "zero_optimization": {"stage": 2},
+        "zero_allow_untested_optimizer": True,
+        "gradient_clipping": 0.0,  # it would be 1
+        "steps_per_print": None,
+    }
+    optimizer = AdamW(model.parameters(), **ADAM)
+    engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=config)
+    return engine
+
+
+def train_engine(engine, boundaries: tuple[int, ...], rank: int, handle=None) -> Iterator[int]:
+    """As `train`; yields the bytes that a rank keeps of the optimizer after every step."""
+    for step, boundary in enumerate(boundaries):
+        if handle is None:
+            freeze(engine.module, boundary)
+        engine.backward(engine(**batch(step, rank)).loss)
+        engine.step()
+        if handle is not None:
+            handle.advance()
+        states = engine.basic_optimizer.state.values()
+        yield sum(nbytes(v for v in state.values() if v.dim()) for state in states)
+
+
+def frozen_under_zero(rank: int) -> None:
+    """ZeRO-2 keeps the state of what froze, and its momentum goes on moving the weights."""
+    model = bert()
+    engine = engine_of(model)
+    weights, states = [], []
+    for kept in train_engine(engine, FREEZES, rank):
+        weights.append(lowest_weight(model).clone())
+        states.append(kept)
+    assert len({*states}) == 1
+    assert not torch.equal(weights[1], weights[2]) and not torch.equal(weights[2], weights[3])
+
+    model = bert()
+    engine = engine_of(model)
+    handle = patch_model(engine, schedule_of(FREEZES))
+    states = [*train_engine(engine, FREEZES, rank, handle)]
+    assert states[-1] == pytest.approx(2 * active_bytes(model) / WORLD, abs=16)  # padded
+    assert states[-1] < states[0] / 2
+    assert_same_weights(model, alone(FREEZES))
+
+
+def thawed_under_zero(rank: int) -> None:
+    """What is frozen when the engine is made is never updated. (The thread has ZeRO-3.)"""
+    model = bert()
+    freeze(model, THAWS[0])
+    start = lowest_weight(model).clone()
+    finish(train_engine(engine_of(model), THAWS, rank))
+    assert torch.equal(lowest_weight(model), start)
+
+    model = bert()
+    engine = engine_of(model)
+    finish(train_engine(engine, THAWS, rank, patch_model(engine, schedule_of(THAWS))))
+    assert_same_weights(model, alone(THAWS))
+
+
 ON_RANKS: dict[str, Callable[[int], None]] = {
     "ShiqiYu/OpenGait#230": frozen_in_mid_run,
     "JDAI-CV/fast-reid#178": frozen_by_a_flag_of_the_optimizer,
@@ -485,12 +548,19 @@ ON_RANKS: dict[str, Callable[[int], None]] = {
 }
 
 
-def run_threads(rank: int, folder: str) -> None:
+UNDER_DEEPSPEED: dict[str, Callable[[int], None]] = {
+    "deepspeedai/DeepSpeed#5341": frozen_under_zero,
+    "deepspeedai/DeepSpeed#5639": thawed_under_zero,
+}
+
+
+def run_threads(rank: int, folder: str, threads: dict[str, Callable[[int], None]]) -> None:
     """All threads, until one fails: then the other rank may be anywhere."""
-    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29400"}  # for the Trainer
+    # for the Trainer, and DeepSpeed
+    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29400", "DS_ACCELERATOR": "cpu"}
     os.chdir(folder)
     with process_group(rank, "store"):
-        for number, check in enumerate(ON_RANKS.values()):
+        for number, check in enumerate(threads.values()):
             try:
                 check(rank)
             except BaseException:
@@ -507,18 +577,37 @@ def ranks(tmp_path_factory) -> Path:
     few_steps(folder / "alone", expected, ByPlan(one_block_at_a_time())).train()
     torch.save(expected.state_dict(), folder / "lisa.pt")
     with contextlib.suppress(ProcessExitedException, ProcessRaisedException):
-        run_ranks(run_threads, str(folder), count=WORLD)
+        run_ranks(run_threads, str(folder), ON_RANKS, count=WORLD)
     return folder
+
+
+def assert_passed(folder: Path, number: int) -> None:
+    for failed in folder.glob(f"{number}-*.failed"):
+        pytest.fail(failed.read_text())
+    passed = len([*folder.glob(f"{number}-*.passed")])
+    assert passed == WORLD, "not reached: an earlier thread failed"
 
 
 @pytest.mark.skipif(not dist.is_available(), reason="torch without distributed")
 @pytest.mark.parametrize("thread", ON_RANKS)
 def test_on_two_ranks(thread, ranks):
-    number = [*ON_RANKS].index(thread)
-    for failed in ranks.glob(f"{number}-*.failed"):
-        pytest.fail(failed.read_text())
-    passed = len([*ranks.glob(f"{number}-*.passed")])
-    assert passed == WORLD, "not reached: an earlier thread failed"
+    assert_passed(ranks, [*ON_RANKS].index(thread))
+
+
+@pytest.fixture(scope="module")
+def engines(tmp_path_factory) -> Path:
+    """As `ranks`, where DeepSpeed is installed."""
+    pytest.importorskip("deepspeed")
+    folder = tmp_path_factory.mktemp("engines")
+    with contextlib.suppress(ProcessExitedException, ProcessRaisedException):
+        run_ranks(run_threads, str(folder), UNDER_DEEPSPEED, count=WORLD)
+    return folder
+
+
+@pytest.mark.skipif(not dist.is_available(), reason="torch without distributed")
+@pytest.mark.parametrize("thread", UNDER_DEEPSPEED)
+def test_under_deepspeed(thread, engines):
+    assert_passed(engines, [*UNDER_DEEPSPEED].index(thread))
 
 
 def losses_of(trainer) -> list[float]:
@@ -749,6 +838,67 @@ def adapters_that_thaw(folder: Path) -> None:
     assert trained(model) == {"0"}
 
 
+def refrozen_when_lightning_resumes(folder: Path) -> None:
+    """BaseFinetuning freezes again what had thawed before the checkpoint, for good."""
+    L = pytest.importorskip("lightning.pytorch")
+    lightning = pytest.importorskip("progtuning_kernels.integrations.lightning")
+
+    class Module(L.LightningModule):
+        def __init__(self) -> None:
+            super().__init__()
+            self.model = bert()
+
+        def training_step(self, rows, number):
+            return self.model(**rows).loss
+
+        def configure_optimizers(self):
+            return AdamW((p for p in self.parameters() if p.requires_grad), **ADAM)
+
+    class Thaw(L.callbacks.BaseFinetuning):
+        def freeze_before_training(self, pl_module):
+            self.freeze([pl_module.model.bert.embeddings, blocks_of(pl_module.model)[:2]])
+
+        def finetune_function(self, pl_module, epoch, optimizer):
+            if epoch == 1:
+                low = [pl_module.model.bert.embeddings, blocks_of(pl_module.model)[:2]]
+                self.unfreeze_and_add_param_group(low, optimizer, initial_denom_lr=1)
+
+    def fit(callback, epochs: int, **given) -> tuple[nn.Module, L.Trainer]:
+        module = Module()
+        trainer = L.Trainer(
+            default_root_dir=folder,
+            max_epochs=epochs,
+            callbacks=[callback],
+            accelerator="cpu",
+            devices=1,
+            logger=False,
+            enable_checkpointing=False,
+            enable_progress_bar=False,
+            enable_model_summary=False,
+        )
+        rows = DataLoader([batch(0), batch(1)], batch_size=None)
+        trainer.fit(module, rows, weights_only=False, **given)
+        return module.model, trainer
+
+    def resumed(make) -> list[nn.Module]:
+        """After the epoch of the thaw, after one more in another run, and in the same one."""
+        saved, trainer = fit(make(), 2)
+        trainer.save_checkpoint(folder / "thawed.ckpt")
+        model, _ = fit(make(), 3, ckpt_path=folder / "thawed.ckpt")
+        return [saved, model, fit(make(), 3)[0]]
+
+    saved, model, straight = resumed(Thaw)
+    assert not torch.equal(lowest_weight(saved), lowest_weight(bert()))
+    assert torch.equal(lowest_weight(model), lowest_weight(saved))
+    assert differs(model, straight)
+
+    schedule = MilestoneSchedule({0: 2, 2: -1})
+    saved, model, straight = resumed(lambda: lightning.ProgtuningCallback(schedule))
+    assert not torch.equal(lowest_weight(model), lowest_weight(saved))
+    for p, q in zip(model.parameters(), straight.parameters(), strict=True):
+        assert torch.equal(p, q)
+
+
 ALONE: dict[str, Callable[[Path], None]] = {
     "OptimalScale/LMFlow#726": lisa_that_trains_no_block,
     "OptimalScale/LMFlow#768": lisa_that_keeps_all_state,
@@ -758,6 +908,7 @@ ALONE: dict[str, Callable[[Path], None]] = {
     "pytorch/pytorch#124523": accumulation_of_updates_in_backward,
     "neuralmagic/sparseml#965": freezing_between_backward_and_step,
     "huggingface/peft#3447": adapters_that_thaw,
+    "Lightning-AI/pytorch-lightning#21901": refrozen_when_lightning_resumes,
 }
 
 
@@ -769,7 +920,11 @@ def test_in_one_process(thread, tmp_path):
 def test_the_page_lists_these_threads():
     page = (Path(__file__).parent.parent / "docs/tables/threads.md").read_text(encoding="utf-8")
     rows = re.findall(r"^\| \[(\S+)/(\S+)#(\d+)\]\((\S+)\)", page, flags=re.M)
-    assert [f"{owner}/{name}#{number}" for owner, name, number, _ in rows] == [*ON_RANKS, *ALONE]
+    assert [f"{owner}/{name}#{number}" for owner, name, number, _ in rows] == [
+        *ON_RANKS,
+        *UNDER_DEEPSPEED,
+        *ALONE,
+    ]
     for owner, name, number, link in rows:
         where = f"https://github.com/{owner}/{name}/"
         assert link in (f"{where}issues/{number}", f"{where}pull/{number}")
