@@ -735,7 +735,8 @@ def checkpointing_of_frozen_blocks(folder: Path) -> None:
     def checkpointed() -> nn.Module:
         model = bert()
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": True})
-        model.disable_input_require_grads()  # which later versions call enable_... for
+        with contextlib.suppress(AttributeError):  # later versions have switched them on
+            model.disable_input_require_grads()
         return model
 
     expected = bert()
