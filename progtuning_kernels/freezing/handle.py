@@ -199,8 +199,9 @@ class PatchHandle:
 
         Call it once per optimizer step, after `optimizer.step()`. What something else switched on
         below the boundary in the meantime (PEFT does, on leaving `disable_adapter()`) is frozen
-        again; what was switched on where the plan trains is the user's own choice, and trains. What
-        was switched off stays off until the plan changes, and is then taken for such a choice.
+        again, above it already before the next training forward; what was switched on where the
+        plan trains is the user's own choice, and trains. What was switched off stays off until the
+        plan changes, and is then taken for such a choice.
 
         Returns:
             True when the plan changed.
