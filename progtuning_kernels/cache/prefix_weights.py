@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import itertools
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -16,6 +17,7 @@ from ..sharding import fsdp_records, is_sharded, local_of
 from .prefix_inputs import Place
 
 _PLAIN = (bool, int, float, str)
+_MOST_COPIED_BYTES = 1 << 20
 
 
 class PrefixWeights:
@@ -23,7 +25,9 @@ class PrefixWeights:
 
     Looked at before every forward, which costs 0.1 ms for four blocks of BERT: the version counter
     and address of every tensor, the modules' modes, and what PEFT notes about merged adapters. Only
-    writes through `tensor.data` leave none of these traces.
+    writes through `tensor.data` leave none of these traces. Where there is a process group, a
+    buffer that is written with the bytes that it holds is as it was: DDP broadcasts buffers before
+    every forward, and in torch 2.10 their versions count that.
 
     FSDP2 writes what it has gathered in every forward: of its parameters the shard is looked at,
     whatever the module holds at the moment.
@@ -41,6 +45,9 @@ class PrefixWeights:
         self._held: list[torch.Tensor] = []  # alive, so that no address or id is used twice
         self._places: list[tuple[Place, torch.Tensor, tuple[int, ...]]] = []
         self._records: dict[tuple[int, str], Any] = {}  # of FSDP2
+        # in a process group: buffers, what they held, and at which version
+        self._copies: list[tuple[torch.Tensor, torch.Tensor, int]] = []
+        self._rewritten: dict[int, int] = {}  # by id of a buffer: writes of the bytes it held
 
     def watch(self, level: int) -> None:
         """Take the state of the units below block `level` for the one to compare with."""
@@ -53,6 +60,9 @@ class PrefixWeights:
         self._inside = [vars(module) for _, modules in self._modules for module in modules]
         self._seen = [self._state(modules) for _, modules in self._modules]
         self._held = [tensor for _, tensor in self._named(level)]
+        inside = (own["_buffers"].values() for own in self._inside)
+        self._copies.clear()
+        self._copy(*itertools.chain(*inside), *(tensor for _, tensor, _ in self._places))
 
     def watch_place(self, place: Place) -> bool:
         """Watch, at every level, a tensor that the prefix reads elsewhere; False if it is known."""
@@ -60,8 +70,17 @@ class PrefixWeights:
         if any(other is held and name == key for (other, name), _, _ in self._places):
             return False
         kept = self._kept(held, key)
-        self._places.append((place, kept, _trace(kept)))
+        self._places.append((place, kept, self._trace(kept)))
+        self._copy(kept)
         return True
+
+    def _copy(self, *tensors: torch.Tensor | None) -> None:
+        distributed = torch.distributed
+        if distributed.is_available() and distributed.is_initialized():
+            for t in tensors:
+                if t is not None and not is_sharded(t) and t.nbytes <= _MOST_COPIED_BYTES:
+                    version, _ = self._trace(t)
+                    self._copies.append((t, t.detach().clone(), version))
 
     @property
     def tensors(self) -> Sequence[torch.Tensor]:
@@ -81,8 +100,12 @@ class PrefixWeights:
 
     def lowest_change(self) -> tuple[int, str] | None:
         """Lowest watched unit that is not as it was, and what changed; None when all are."""
+        for tensor, copy, version in self._copies:
+            writes = tensor._version - version
+            if writes != self._rewritten.get(id(tensor), 0) and torch.equal(tensor, copy):
+                self._rewritten[id(tensor)] = writes
         for (held, key), tensor, state in self._places:
-            if self._kept(held, key) is not tensor or _trace(tensor) != state:
+            if self._kept(held, key) is not tensor or self._trace(tensor) != state:
                 self._places.clear()  # found again, if it is still read
                 return EMBEDDINGS, key
         for (unit, modules), seen in zip(self._modules, self._seen, strict=True):
@@ -174,6 +197,15 @@ class PrefixWeights:
         record = self._records.get((id(held), key))
         return held.get(key) if record is None else record.sharded_param
 
+    def _trace(self, tensor: torch.Tensor) -> tuple[int, ...]:
+        """What a write to a tensor changes: of a shard, through its `DTensor` or past it."""
+        if not is_sharded(tensor):
+            version = tensor._version - self._rewritten.get(id(tensor), 0)
+            return version, tensor.data_ptr()
+        with torch.no_grad():
+            local = tensor.to_local()
+        return tensor._version, local._version, local.data_ptr()
+
     def _state(self, modules: list[nn.Module]) -> tuple[Any, ...]:
         state: list[Any] = []
         for module in modules:
@@ -182,7 +214,7 @@ class PrefixWeights:
             for tensors in (own["_parameters"], own["_buffers"]):
                 for name in tensors:
                     if (tensor := self._kept(tensors, name)) is not None:
-                        state += (id(tensor), *_trace(tensor))
+                        state += (id(tensor), *self._trace(tensor))
             state += map(id, own["_modules"].values())
             if "merged_adapters" in own:  # PEFT merges through `weight.data`
                 state.append(repr((own["merged_adapters"], own.get("scaling"))))
@@ -196,12 +228,3 @@ def _held_by(carriers: list[dict[str, Any]]) -> dict[Any, torch.Tensor]:
         for name, value in own.items()
         if isinstance(value, torch.Tensor)
     }
-
-
-def _trace(tensor: torch.Tensor) -> tuple[int, ...]:
-    """What a write to a tensor changes: of a shard, through its `DTensor` or past it."""
-    if not is_sharded(tensor):
-        return tensor._version, tensor.data_ptr()
-    with torch.no_grad():
-        local = tensor.to_local()
-    return tensor._version, local._version, local.data_ptr()

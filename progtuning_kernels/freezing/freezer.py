@@ -23,6 +23,7 @@ from ..distributed import Wrapper, refuse_flat_parameters, shards_of, surroundin
 from ..graphs import Graph, StageGraphs
 from ..model.adapters import adapter_configs, check_adapters, rank_allocation_end
 from ..model.derived_classes import without_derived_ancestors
+from ..model.families import UnsupportedModelError
 from ..model.layout import EMBEDDINGS, Layout
 from ..model.structure import Structure
 from ..packing import Packer, Packing
@@ -183,6 +184,8 @@ class Freezer:
 
     def follow_wrapper(self) -> None:
         """Before anything is tried in a training forward: attach what surrounds it."""
+        if self._wrapper is not None and self._wrapper.awaits_rebuild:
+            self._wrapper.follow(step=self.step, boundary=self.boundary)
         if not self.proved:
             refuse_flat_parameters(self.model)
             found = surrounding(self.model)
@@ -210,6 +213,11 @@ class Freezer:
     def attach(self, wrapped: nn.Module, timeout: timedelta | None = None) -> None:
         """See `PatchHandle.attach`."""
         wrapper = Wrapper(self.model, self.layout, wrapped, timeout)
+        if wrapper.engine is not None and self.norms is not None:
+            raise UnsupportedModelError(
+                f"{self.norms.schedule!r} decides by whole gradients, and under DeepSpeed no rank "
+                "has them: use another schedule, or DistributedDataParallel"
+            )
         self._wrapper = wrapper
         self.packer.sharded = wrapper.sharded
         if self.norms is not None:
