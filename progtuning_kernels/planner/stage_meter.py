@@ -16,7 +16,8 @@ from ..freezing.freezer import Freezer, StageState
 from ..freezing.unit_use import measure_forward
 from ..model.layout import EMBEDDINGS, Layout, parameter_slots
 from ..optim import MaskedAdamW
-from ..optim.masked_adamw import STATE_DTYPES
+from ..optim.masked_adamw import SMALLEST_8BIT, STATE_DTYPES
+from ..optim.moments import MOMENT_KEYS, new_moments
 from ..schedules import FreezePlan
 from .example_batch import on_meta
 from .meta_step import StepFlops, TargetKernels, count_flops, peak_live_bytes
@@ -188,7 +189,18 @@ class StageMeter:
             master_weights=self.options.master_weights,
         )
         masters = sum(t.nbytes for t in updated) if self.options.ranks.kept_beside_state else 0
-        return masters + sum(t.nbytes for p in updated for t in masked.init_state(p).values())
+        whole = updated
+        if self.options.ranks.strategy == "fsdp2":
+            whole = [p for p in self.model.parameters() if p.requires_grad]
+        states = []
+        for part, p in zip(updated, whole, strict=True):
+            state = masked.init_state(part)
+            # whether moments have 8 bits is decided by the tensor, not by its shard
+            if masked.state_dtype == "8bit" and part.numel() < SMALLEST_8BIT <= p.numel():
+                state = {k: t for k, t in state.items() if k not in MOMENT_KEYS}
+                state |= new_moments(part, "8bit")
+            states.append(state)
+        return masters + sum(t.nbytes for state in states for t in state.values())
 
     def _cache_bytes(self, flops: StepFlops) -> int | None:
         """Of one row, the real ones of `seq_len` tokens; it is stored without its padding."""

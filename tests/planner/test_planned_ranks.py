@@ -17,12 +17,14 @@ from torch.nn.parallel import DistributedDataParallel
 from progtuning_kernels import MaskedAdamW, ProgressiveSchedule, patch_model
 from progtuning_kernels.freezing.freezer import Freezer
 from progtuning_kernels.model.layout import find_layout
+from progtuning_kernels.optim.masked_adamw import STATE_DTYPES
 from progtuning_kernels.planner.meta_step import meta_copy
 from progtuning_kernels.planner.ranks import Ranks, Traffic
 from progtuning_kernels.planner.stage_meter import Options, StageMeter
 from progtuning_kernels.sharding import local_of
 
-MODELS, SCHEDULE = ("bert-sequence", "llama-causal-lm"), ProgressiveSchedule(3, 3)
+MODELS = {"bert-sequence": "fp32", "llama-causal-lm": "8bit"}  # with the moments' dtype
+SCHEDULE = ProgressiveSchedule(3, 3)
 
 
 class Counted:
@@ -77,11 +79,21 @@ def wrap(model: nn.Module, strategy: str, counted: Counted) -> nn.Module:
     return fully_shard(model)
 
 
+def model_of(name: str) -> nn.Module:
+    model = tiny_model(name)
+    if MODELS[name] == "fp32":
+        return model
+    model.config.intermediate_size = 150  # moments of 4,800 elements have 8 bits, their shards too
+    torch.manual_seed(0)
+    return type(model)(model.config)
+
+
 def planned_stages(name: str, ranks: Ranks) -> list[SimpleNamespace]:
-    model, device = meta_copy(tiny_model(name), torch.float32), torch.device("cpu")
+    model, device = meta_copy(model_of(name), torch.float32), torch.device("cpu")
     layout = find_layout(model)
     freezer = Freezer(model, layout, tied="frozen", frozen_mode="eval")
-    options = Options("adamw", False, False, None, device, ranks=ranks)
+    optimizer = {"fp32": "adamw", "8bit": "adamw-8bit"}[MODELS[name]]
+    options = Options(optimizer, False, False, None, device, ranks=ranks)
     meter = StageMeter(model, layout, freezer, {}, options)
     plans = (SCHEDULE.plan(step, layout.num_blocks) for step in range(3))
     return [SimpleNamespace(**meter.bytes_without_a_step(plan)) for plan in plans]
@@ -92,10 +104,11 @@ def check(rank: int, store: str, count: int, plans: dict[tuple[str, str], list])
         counted = Counted()
         counted.watch_fsdp2()
         for (name, strategy), stages in plans.items():
-            model = tiny_model(name)
+            model = model_of(name)
             wrapped = wrap(model, strategy, counted)
             handle = patch_model(model, SCHEDULE, kernels="off", packing="off")
-            optimizer = MaskedAdamW(handle.param_groups(lr=1e-3))
+            state_dtype = STATE_DTYPES[MODELS[name]]
+            optimizer = MaskedAdamW(handle.param_groups(lr=1e-3), state_dtype=state_dtype)
             for stage in stages:
                 what, planned = f"{name}, {strategy}, boundary {handle.boundary}", stage.traffic
                 weights = storage_bytes([*model.parameters(), *model.buffers()])
