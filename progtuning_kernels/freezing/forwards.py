@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from ..graphs import Feed
-from ..model.call import with_own_containers
+from ..model.forward_hooks import with_own_containers
 from ..model.host_copies import HostCopies
 from ..model.layout import EMBEDDINGS
 from .freezer import Freezer
