@@ -99,6 +99,20 @@ def _of_the_trainer(args: Any, given: dict[str, Any]) -> tuple[TrainingArguments
     return args, model
 
 
+def _refuse_missed_weights(trainer: Any, optimizer: Optimizer) -> None:
+    """Raise for weights of a loss that got a gradient and are in no group of the optimizer."""
+    loss = getattr(trainer, "loss", None)  # of a trainer of sentence-transformers
+    held = {id(p) for group in optimizer.param_groups for p in group["params"]}
+    for one in loss.values() if isinstance(loss, dict) else [loss]:
+        for name, weight in one.named_parameters() if isinstance(one, nn.Module) else ():
+            if weight.grad is not None and id(weight) not in held:
+                raise RuntimeError(
+                    f"ProgtuningCallback: {name} of {type(one).__name__} would not train: "
+                    "sentence-transformers gives optimizer_cls_and_kwargs the model's weights "
+                    "alone; pass optimizers=(MaskedAdamW(loss.parameters(), ...), None) instead"
+                )
+
+
 class ProgtuningCallback(TrainerCallback):
     """Patches the model when training begins, applies each plan in time, unpatches it at the end.
 
@@ -153,6 +167,7 @@ class ProgtuningCallback(TrainerCallback):
         self._trainer: weakref.ref[Trainer] | None = None
         self._bars_of_others = weakref.WeakSet[tqdm]()
         self._shown: int | None = None  # the stage that the progress bar shows
+        self._missed_none = False  # the optimizer has all that the first backward has reached
 
     def attach(self, trainer: Trainer) -> None:
         """Give the callback its Trainer, which `torch_compile` on several processes needs.
@@ -221,6 +236,7 @@ class ProgtuningCallback(TrainerCallback):
                 _give_norm_back[self.handle] = _take_no_norm(trainer.accelerator)
         self._bars_of_others = _progress_bars()  # the Trainer's is made after this
         self._shown = None
+        self._missed_none = False
 
     def on_step_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -232,6 +248,13 @@ class ProgtuningCallback(TrainerCallback):
         if self._shown != self.handle.stage:
             self._show_stage(state)
         self._rate.begin_step()
+
+    def on_pre_optimizer_step(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        if not self._missed_none:
+            _refuse_missed_weights(caller(Trainer), kwargs["optimizer"])
+            self._missed_none = True
 
     def on_optimizer_step(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
