@@ -15,14 +15,19 @@ from .hf_trainer import ProgtuningCallback
 
 
 def make_callback(settings: Mapping[str, Any]) -> ProgtuningCallback:
-    """The callback that the settings of a YAML file describe; `ValueError`, one line, for wrong ones.
+    """The callback that the settings of a YAML file describe; `ValueError` for wrong ones.
 
     Args:
         settings: those of a schedule file, and options of `patch_model`.
     """
     parameters = inspect.signature(patch_model).parameters.values()
     known = {p.name for p in parameters if p.kind is p.KEYWORD_ONLY}
-    options = {name: value for name, value in settings.items() if name in known}
+    options = {
+        # YAML reads a bare on and off as true and false
+        name: ("on" if value else "off") if isinstance(value, bool) else value
+        for name, value in settings.items()
+        if name in known
+    }
     schedule = {name: value for name, value in settings.items() if name not in known}
     try:
         return ProgtuningCallback(make_schedule(schedule), **options)
@@ -43,7 +48,7 @@ class ProgtuningArgs(BaseModel):
 
 
 class ProgtuningPlugin(BasePlugin):
-    """Gives axolotl's trainer a `ProgtuningCallback`; to be named in `plugins:` of the YAML file."""
+    """Gives axolotl's trainer a `ProgtuningCallback`; name it in `plugins:` of the YAML file."""
 
     def get_input_args(self) -> str:
         return f"{__name__}.{ProgtuningArgs.__name__}"

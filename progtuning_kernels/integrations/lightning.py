@@ -157,7 +157,7 @@ class ProgtuningCallback(Callback):
         # Lightning calls training_step, which nobody can hook
         if module is pl_module or isinstance(module, nn.ModuleList | nn.ModuleDict):
             raise ValueError(
-                f"ProgtuningCallback: nothing calls {name or type(pl_module).__name__} in training: "
+                f"ProgtuningCallback: {name or type(pl_module).__name__} is never called: "
                 "put the blocks into a module of their own, which training_step calls"
             )
         return module
