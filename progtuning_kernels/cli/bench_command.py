@@ -11,6 +11,7 @@ import copy
 import json
 import statistics
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from types import SimpleNamespace
 from typing import Any
 
@@ -19,17 +20,7 @@ from rich.console import Console
 from rich.progress import track
 from torch.utils import _pytree as pytree
 
-from ..bench import (
-    TOLERANCES,
-    Batch,
-    Refused,
-    Session,
-    compare,
-    our_session,
-    plain_session,
-    timed_steps,
-    trace,
-)
+from .. import bench
 from ..cache import PrefixCache
 from ..patch import patch_model
 from ..planner.example_batch import example_batch, on_device
@@ -37,7 +28,7 @@ from ..planner.planning import without_data
 from ..schedules import ProgressiveSchedule
 from ..text_table import text_table
 from .config import autocast_dtype, choose_device
-from .errors import UserError, as_user_error
+from .errors import as_user_error
 from .models import check_length
 from .options import TrainOptions
 from .plan_command import model_without_weights
@@ -48,35 +39,32 @@ _BATCHES = 4  # of an epoch: a stage's first epoch warms up and fills the cache,
 
 
 def _gate(
-    ways: Mapping[str, Callable[[], Session]],
-    batches: Sequence[Batch],
+    ways: Mapping[str, Callable[[], bench.Session]],
+    batches: Sequence[bench.Batch],
     active: Sequence[set[str]],
     precision: str,
 ) -> float:
     """Largest error of losses and gradients against full training, a step per stage, no dropout.
 
-    Full training drops the gradients of what the plan freezes before torch's AdamW. `UserError`
-    says which way differs by more than the tolerance.
+    Full training drops the gradients of what the plan freezes before torch's AdamW.
     """
-    loss, gradient = TOLERANCES[precision]
+    loss, gradient = bench.TOLERANCES[precision]
     stages = [batches[stage % len(batches)] for stage in range(len(active))]
     sessions = {name: make() for name, make in ways.items()}
     for session in sessions.values():
         session.model.eval()
     full = sessions.pop("full")
-    truth = trace(full, stages, counts=lambda stage, name: name in active[stage])
+    truth = bench.trace(full, stages, counts=lambda stage, name: name in active[stage])
     largest = 0.0
     for name, session in sessions.items():
-        try:
-            errors = compare(
-                trace(session, stages, passes=2),
+        with as_user_error(bench.Refused, said=name):
+            errors = bench.compare(
+                bench.trace(session, stages, passes=2),
                 truth,
                 loss_tolerance=loss,
                 gradient_tolerance=gradient,
                 compares_movement=precision != "bf16",
             )
-        except Refused as error:
-            raise UserError(f"{name}: {error}") from None
         largest = max(largest, errors["loss_error"], errors["gradient_error"])
     return largest
 
@@ -85,11 +73,8 @@ def run(options: Mapping[str, Any]) -> None:
     o = dict(options)
     device = torch.device(choose_device(o["device"]))
     dtype = autocast_dtype(TrainOptions(precision=o["precision"]), device.type)
-    rule = SimpleNamespace(
-        lr=5e-5,
-        clip=1.0,
-        autocast=lambda: torch.autocast(device.type, dtype=dtype, enabled=dtype is not None),
-    )
+    autocast = partial(torch.autocast, device.type, dtype=dtype, enabled=dtype is not None)
+    rule = SimpleNamespace(lr=5e-5, clip=1.0, autocast=autocast)
     blocks = None if o["blocks"] is None else o["blocks"].split(",")
     cache_bytes = parse_bytes(o["cache"])
     task = "text-classification" if o["task"] == "classification" else o["task"]
@@ -114,23 +99,25 @@ def run(options: Mapping[str, Any]) -> None:
                 active.append({n for n, p in base.named_parameters() if p.requires_grad})
                 boundaries.append(handle.boundary)
 
-    def ways(steps: int) -> dict[str, Callable[[], Session]]:
+    def ways(steps: int) -> dict[str, Callable[[], bench.Session]]:
         """What makes a session of each way, with so many steps in a stage."""
 
-        def freezing() -> Session:
+        def freezing() -> bench.Session:
             model = copy.deepcopy(base)
 
             def begin(step: int) -> None:
                 for name, p in model.named_parameters() if step % steps == 0 else ():
                     p.requires_grad_(name in active[step // steps])
 
-            return plain_session(rule, model, begin=begin)
+            return bench.plain_session(rule, model, begin=begin)
 
-        def ours(**more: Any) -> Session:
-            return our_session(rule, copy.deepcopy(base), schedule(steps), blocks=blocks, **more)
+        def ours(**more: Any) -> bench.Session:
+            return bench.our_session(
+                rule, copy.deepcopy(base), schedule(steps), blocks=blocks, **more
+            )
 
         return {
-            "full": lambda: plain_session(rule, copy.deepcopy(base)),
+            "full": lambda: bench.plain_session(rule, copy.deepcopy(base)),
             "frozen by hand": freezing,
             "progressive": ours,
             "progressive, cache": lambda: ours(cache=PrefixCache(cache_bytes)),
@@ -147,7 +134,9 @@ def run(options: Mapping[str, Any]) -> None:
         losses: dict[str, list[float]] = {name: [] for name in sessions}
         for step in range(stage * steps_of_stage, (stage + 1) * steps_of_stage):
             for name, session in sessions.items():
-                found, step_ms = timed_steps(session, [step], [batches[step % _BATCHES]], device)
+                found, step_ms = bench.timed_steps(
+                    session, [step], [batches[step % _BATCHES]], device
+                )
                 losses[name].append(float(found[0]))
                 if step % steps_of_stage >= _BATCHES:  # the first compile, allocate, fill the cache
                     times[name].append(step_ms)

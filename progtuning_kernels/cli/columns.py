@@ -1,34 +1,41 @@
-"""The columns of a task, and their texts. What a plan imports: nothing of `datasets` is needed."""
+"""The columns of a task, and their texts."""
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from reprlib import repr as short
-from typing import TYPE_CHECKING
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.compute as pc
+from datasets import Dataset
 
 from .errors import UserError
-
-if TYPE_CHECKING:
-    from datasets import Dataset
 
 _COLUMN_OPTIONS = {"text": "--text-column", "pair": "--pair-column", "label": "--label-column"}
 
 
 def find_columns(
-    rows: Dataset,
+    splits: Mapping[str, Dataset],
     given: Mapping[str, str],
     roles: Mapping[str, Sequence[str]],
+    *,
     optional: Collection[str] = (),
+    targets: Collection[str] = (),
 ) -> dict[str, str]:
     """The column of each role: the one `given`, else the first of its usual names that is there.
+
+    The first split decides, the others must have the same columns.
 
     Args:
         roles: role -> usual names of its column, all roles of a task in one call.
         optional: roles that may be missing; they are left out of the result.
-
-    Raises:
-        UserError: a column or a role that is not there, or two roles on one column.
+        targets: roles that rows to predict need not have.
     """
+    (first, rows), *others = splits.items()
+    if first == "predict":
+        roles = {role: usual for role, usual in roles.items() if role not in targets}
+        given = {role: name for role, name in given.items() if role not in targets}
     present = ", ".join(rows.column_names)
     for role in given.keys() - roles.keys():
         raise UserError(f"{_option(role)}: this task has no such column, only {', '.join(roles)}")
@@ -52,6 +59,10 @@ def find_columns(
     if len(set(found.values())) < len(found):
         listing = ", ".join(f"{role} is {name}" for role, name in found.items())
         raise UserError(f"columns of a task need columns of their own, got {listing}")
+    for split, rows in others:
+        for role, name in found.items():
+            if name not in rows.column_names and not (split == "predict" and role in targets):
+                raise UserError(f"{split} row 1 has no value for column {name!r}")
     return found
 
 
@@ -59,22 +70,8 @@ def _option(role: str) -> str:
     return _COLUMN_OPTIONS.get(role, f"--column {role}=NAME")
 
 
-def check_column(rows: Dataset, column: str, split: str) -> None:
-    """Refuse a split that lacks a column of the others."""
-    if column not in rows.column_names:
-        raise UserError(f"{split} row 1 has no value for column {column!r}")
-
-
 def check_texts(rows: Dataset, column: str, split: str, *, empty: str = "error") -> None:
-    """Refuse rows whose `column` is no text, and with empty="error" those without a text.
-
-    Raises:
-        UserError: names the split and the row, counted from 1.
-    """
-    import pyarrow as pa
-    import pyarrow.compute as pc
-
-    check_column(rows, column, split)
+    """Refuse rows whose `column` is no text, and with empty="error" those without a text."""
     values = rows.select_columns([column]).with_format("arrow")[:][column]
     if pa.types.is_string(values.type) or pa.types.is_large_string(values.type):
         blank = pc.fill_null(pc.equal(pc.utf8_trim_whitespace(values), ""), True)
@@ -90,3 +87,10 @@ def check_texts(rows: Dataset, column: str, split: str, *, empty: str = "error")
             raise UserError(
                 f"{split} row {number}, column {column!r} holds {short(value)}, which is no text"
             )
+
+
+def encode_rows(rows: Dataset, tokens: Callable[..., dict[str, Any]], **more: Any) -> Dataset:
+    """What `tokens` makes of batches of rows, in place of their columns."""
+    return rows.map(
+        tokens, batched=True, remove_columns=rows.column_names, keep_in_memory=True, **more
+    )

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, Literal, get_args, get_origin, get_type_h
 import click
 
 from .errors import UserError, as_user_error
-from .options import TRAINER_DEFAULTS, Option, ShownOfTrainer, TrainOptions
+from .options import TRAINER_DEFAULTS, ShownOfTrainer, TrainOptions, described
 from .tasks import TASKS
 
 if TYPE_CHECKING:
@@ -58,9 +58,8 @@ def finite(_: click.Context, option: click.Parameter, value: Any) -> Any:
 
 def _grouped_option(field: dataclasses.Field[Any], hint: Any, default: Any) -> click.Option:
     """The option of a field of `TrainOptions` or `ShownOfTrainer`."""
-    shown: Option = field.metadata["option"]
     name = field.name.replace("_", "-")
-    names = [f"--{one}" for one in (name, *shown.names)]
+    names = [f"--{one}" for one in (name, *field.metadata.get("names", ()))]
     kinds = {*get_args(hint)} - {type(None)} or {hint}
     more: dict[str, Any] = {"default": default}
     if field.name == "task":
@@ -80,22 +79,22 @@ def _grouped_option(field: dataclasses.Field[Any], hint: Any, default: Any) -> c
         names[0] += f"/--no-{name}"
     elif int in kinds or float in kinds:
         kind = click.IntRange if int in kinds else click.FloatRange
-        more["type"] = kind(shown.least, shown.most)
-    made = click.Option([field.name, *names], help=shown.help, callback=finite, **more)
-    made.group = shown.group
-    return made
+        more["type"] = kind(field.metadata.get("least"), field.metadata.get("most"))
+    return click.Option([field.name, *names], callback=finite, **more)
 
 
 def _grouped_options(defaults: Mapping[str, Any]) -> list[click.Option]:
     made = []
     for cls in (TrainOptions, ShownOfTrainer):
-        hints = get_type_hints(cls)
+        hints, about = get_type_hints(cls), described(cls)
         for field in dataclasses.fields(cls):
-            if "option" in field.metadata:
-                default = defaults.get(field.name, field.default)
-                if default is dataclasses.MISSING:
-                    default = None
-                made.append(_grouped_option(field, hints[field.name], default))
+            if field.name == "trainer":
+                continue
+            default = defaults.get(field.name, field.default)
+            default = None if default is dataclasses.MISSING else default
+            made.append(option := _grouped_option(field, hints[field.name], default))
+            # under python -OO there are no docstrings
+            option.group, option.help = about.get(field.name, ("Options", None))
     groups = list(dict.fromkeys(option.group for option in made))
     return sorted(made, key=lambda option: groups.index(option.group))
 
@@ -112,10 +111,9 @@ def _trainer_classes() -> Iterable[type]:
 
 
 def _options_of_trainer(known: Collection[str], wanted: Collection[str]) -> list[click.Option]:
-    """Options for the fields of the Trainer's arguments that are not `known`.
+    """Options for the Trainer's arguments that are not `known`; TRL's if one of `wanted` is left.
 
-    TRL takes seconds to import: its fields come with those only where one of `wanted` is still
-    missing.
+    TRL takes seconds to import.
     """
     from transformers import HfArgumentParser
 
@@ -160,7 +158,8 @@ class RunCommand(click.Command):
         **kwargs: Any,
     ) -> None:
         super().__init__(*args, **kwargs)
-        fields = _grouped_options(defaults or {})
+        declared = {name for param in self.params for name in param.opts}
+        fields = [f for f in _grouped_options(defaults or {}) if not declared & {*f.opts}]
         for option in fields:
             option.hidden = shown is not None and option.name not in shown
         for name in ("text", "pair", "label"):
@@ -202,10 +201,8 @@ class RunCommand(click.Command):
         """Values of a file, by the names of the parameters that take them."""
         from ..schedules.files import read_settings
 
-        try:
+        with as_user_error(said=path):
             content = read_settings(Path(path))
-        except ValueError as error:
-            raise UserError(f"{path}: {error}") from error
         if not isinstance(content, Mapping):
             raise UserError(f"{path}: expected options, one per line")
 
@@ -228,10 +225,7 @@ class RunCommand(click.Command):
             if option.name in values:
                 raise UserError(f"{path}: {key} is there under another name, too")
             if value is not None:
-                try:
-                    values[option.name] = _as_given(option, value)
-                except ValueError as error:
-                    raise UserError(f"{path}: {key} {error}") from error
+                values[option.name] = _as_given(option, value, f"{path}: {key}")
         return values
 
     def options(self, ctx: click.Context) -> tuple[TrainOptions, dict[str, Any]]:
@@ -256,7 +250,7 @@ class RunCommand(click.Command):
                 formatter.write_dl(records)
 
 
-def _as_given(option: click.Option, value: Any) -> Any:
+def _as_given(option: click.Option, value: Any, where: str) -> Any:
     """A value of a file as the command line would give it, so that the same checks hold."""
     if isinstance(option.type, click.Choice) and isinstance(value, bool):  # YAML reads off so
         words = ("on", "yes") if value else ("off", "no")
@@ -265,18 +259,14 @@ def _as_given(option: click.Option, value: Any) -> Any:
         value = [f"{role}={name}" for role, name in value.items()]
     several = isinstance(value, list) and not (option.multiple or option.hidden)
     if several or (isinstance(value, Mapping) and not isinstance(option.type, _Converted)):
-        raise ValueError(f"takes one value, got {short(value)}")
+        raise UserError(f"{where} takes one value, got {short(value)}")
     if option.multiple:
         return [str(one) for one in value] if isinstance(value, list) else [str(value)]
     return value if isinstance(value, Mapping | list) else str(value)
 
 
 def _options_from(values: Mapping[str, Any]) -> TrainOptions:
-    """The options of a run, from what the command line and a file say together.
-
-    Raises:
-        UserError: a column without its role; `--bf16` against `--precision`.
-    """
+    """The options of a run, from what the command line and a file say together."""
     own = {f.name for f in dataclasses.fields(TrainOptions)}
     ours = {name: value for name, value in values.items() if name in own}
     trainer = {name: v for name, v in values.items() if name not in own and v not in (None, ())}
@@ -319,11 +309,7 @@ def as_yaml(options: TrainOptions) -> str:
 
 
 def build_schedule(options: TrainOptions, total_steps: int | None) -> Schedule:
-    """The schedule that `--schedule` asks for, bound to the length of the run if that is known.
-
-    Raises:
-        UserError: a bad setting, or a file that cannot be read.
-    """
+    """The schedule that `--schedule` asks for, bound to the length of the run if that is known."""
     from ..schedules import ProgressiveSchedule
     from ..schedules.files import KINDS, make_schedule, schedule_from_file
 
@@ -350,9 +336,6 @@ def choose_device(name: str) -> str:
 
     One GPU of several is made the only one that CUDA shows, so this comes before CUDA starts. Under
     torchrun every process has its own already.
-
-    Raises:
-        UserError: there is no such device.
     """
     kind, _, index = name.partition(":")
     if kind not in ("auto", "cpu", "cuda") or (index and not (kind == "cuda" and index.isdigit())):
@@ -380,9 +363,6 @@ def autocast_dtype(options: TrainOptions, device: str) -> torch.dtype | None:
 
     Args:
         device: "cpu" or "cuda"; a GPU that is not here is taken for one that does.
-
-    Raises:
-        UserError: bf16 on a GPU that does not compute in it.
     """
     import torch
 
@@ -406,13 +386,6 @@ def training_arguments(options: TrainOptions, cls: type | None = None, **more: A
 
     `eval_strategy` "stage" becomes "no" here: who trains evaluates at the end of a stage.
     `choose_device` has been called.
-
-    Args:
-        cls: `transformers.TrainingArguments`, or a class derived from it.
-        more: values that the run demands.
-
-    Raises:
-        UserError: a value that the Trainer refuses, or an option of another class.
     """
     import torch
     from transformers import TrainingArguments
@@ -443,9 +416,7 @@ def training_arguments(options: TrainOptions, cls: type | None = None, **more: A
     foreign = sorted(values.keys() - known)
     if foreign:
         raise UserError(f"{foreign[0]} is no option of {cls.__name__}, which trains {options.task}")
-    try:
+    with as_user_error():
         made = cls(**{name: [*v] if isinstance(v, tuple) else v for name, v in values.items()})
-    except (ValueError, ImportError) as error:
-        raise UserError(str(error)) from error
     made.load_best_model_at_end |= loads_best
     return made

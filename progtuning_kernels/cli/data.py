@@ -40,12 +40,7 @@ _HELD_OUT = ("validation", "validation_matched", "test")
 def load_splits(
     options: TrainOptions, wanted: Collection[str] = ("train", "validation")
 ) -> dict[str, Dataset]:
-    """Rows of the splits `wanted`: "train", "validation" (both or none), "predict".
-
-    Raises:
-        UserError: options that exclude each other, a file that cannot be read (its name and, where
-            there is one, its line), a split without rows.
-    """
+    """Rows of the splits `wanted`: "train", "validation" (both or none), "predict"."""
     datasets.disable_progress_bars()
     datasets.logging.set_verbosity_error()
     splits = _training_splits(options) if "train" in wanted else {}
@@ -81,10 +76,8 @@ def _training_splits(options: TrainOptions) -> dict[str, Dataset]:
         splits = _read_folder(Path(name), options.separator)
     else:
         path, _, configuration = name.partition(":")
-        try:
+        with as_user_error(Exception, said=f"cannot load data set {name!r}"):
             splits = dict(datasets.load_dataset(path, configuration or None))
-        except Exception as error:  # the hub's errors have no common class
-            raise UserError(f"cannot load data set {name!r}: {one_line(error)}") from error
 
     held_out = next((split for split in _HELD_OUT if split in splits), None)
     if "train" not in splits or (share is None and held_out is None):
@@ -95,10 +88,8 @@ def _training_splits(options: TrainOptions) -> dict[str, Dataset]:
     if share is None:
         return {"train": splits["train"], "validation": splits[held_out]}
     seed = options.trainer.get("seed", TRAINER_DEFAULTS["seed"])
-    try:
+    with as_user_error(said=f"--validation-split {share}"):
         parts = splits["train"].train_test_split(share, seed=seed, keep_in_memory=True)
-    except ValueError as error:
-        raise UserError(f"--validation-split {share}: {one_line(error)}") from error
     return {"train": parts["train"], "validation": parts["test"]}
 
 
@@ -165,15 +156,10 @@ def _kind(path: Path) -> str | None:
 
 
 def _read_images(**arguments: Any) -> dict[str, Dataset]:
-    with tempfile.TemporaryDirectory() as cache:  # else a changed folder is served as it was
-        try:
-            return dict(
-                datasets.load_dataset(
-                    "imagefolder", cache_dir=cache, keep_in_memory=True, **arguments
-                )
-            )
-        except Exception as error:  # the builder's errors have no common class
-            raise UserError(f"cannot read the images: {one_line(error)}") from error
+    said, more = "cannot read the images", {"keep_in_memory": True, **arguments}
+    with as_user_error(Exception, said=said), tempfile.TemporaryDirectory() as cache:
+        # another cache would serve a changed folder as it was
+        return dict(datasets.load_dataset("imagefolder", cache_dir=cache, **more))
 
 
 def _read_files(paths: Sequence[Path], split: str, separator: str | None) -> Dataset:
@@ -208,10 +194,9 @@ def _read_files(paths: Sequence[Path], split: str, separator: str | None) -> Dat
             raise UserError(f"{path} cannot be read: {one_line(error)}") from error
         if not found:
             raise UserError(f"{path} has no rows")
-    try:
+    # a type against another
+    with as_user_error(RecursionError, pa.ArrowException, said=f"the {split} rows make no table"):
         return concatenate_datasets(tables) if tables else _dataset(rows, split)
-    except (ValueError, RecursionError, pa.ArrowException) as error:  # a type against another
-        raise UserError(f"the {split} rows make no table: {one_line(error)}") from error
 
 
 def _dataset(rows: Sequence[Row], split: str) -> Dataset:
@@ -261,6 +246,10 @@ def _parse_json(file: TextIO, where: str, separator: str | None) -> list[Row]:
         rows = rows.get("data")
     if not isinstance(rows, list):
         raise UserError(f"{where}: not a list of objects, nor one under the name data")
+    if rows and isinstance(rows[0], dict) and "paragraphs" in rows[0]:  # SQuAD's own files
+        with as_user_error(KeyError, TypeError, said=f"{where}: paragraphs have context and qas"):
+            texts = [text for article in rows for text in article["paragraphs"]]
+            rows = [{"context": text["context"], **row} for text in texts for row in text["qas"]]
     for number, row in enumerate(rows, 1):
         _check_row(row, f"{where}, row {number}")
     return rows

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from pathlib import Path
+from dataclasses import replace
 
 import torch
 from rich.console import Console
@@ -14,34 +14,22 @@ from .errors import as_user_error
 from .models import check_peft
 from .options import Method, TrainOptions
 from .output import DEMO_FILES, empty_folder
-from .preparation import Rows, read_rows
+from .preparation import read_rows
 from .train import Run, fail_learning
 
 
-def run(
-    methods: Sequence[Method],
-    *,
-    model: str,
-    dataset: str,
-    stages: int,
-    epochs: int,
-    batch_size: int,
-    device: str,
-    seeds: int,
-    lr: float,
-    lora_lr: float,
-    train_rows: int,
-    validation_rows: int,
-    output: Path,
-) -> None:
+def run(options: TrainOptions, *, methods: Sequence[Method], seeds: int, lora_lr: float) -> None:
     """Train with every method and seed, then compare.
 
     All methods see the same rows in the same order and the same initial head; learning rates are
     the same but for LoRA, which needs larger ones. `full` and `lora` use torch's fused AdamW and
     nothing of this library.
     """
-    console = Console()
-    console.print(f"Fine-tuning {model} on {dataset}: {', '.join(methods)} ({stages} stages).")
+    console, output = Console(), options.output
+    console.print(
+        f"Fine-tuning {options.model} on {options.dataset}: {', '.join(methods)} "
+        f"({options.stages} stages)."
+    )
     missing = backend.native_reason(torch.device("cpu"))
     if missing is not None:
         console.print(f"Without the native extension ({missing}): slower.", soft_wrap=True)
@@ -51,31 +39,14 @@ def run(
         check_peft()
     empty_folder(output, DEMO_FILES)
     folders, failures = [], []
-    data: Rows | None = None  # the same for every run
+    data = read_rows(options)  # the same for every run
+    console.print(data.summary(), soft_wrap=True, markup=False)
     for seed in range(seeds):
         for method in methods:
             folder = output / f"{method}-seed{seed}"
-            settings = TrainOptions(
-                model=model,
-                dataset=dataset,
-                method=method,
-                stages=stages,
-                max_length=64,
-                max_train_rows=train_rows,
-                max_validation_rows=validation_rows,
-                device=device,
-                trainer={
-                    "num_train_epochs": epochs,
-                    "per_device_train_batch_size": batch_size,
-                    "learning_rate": lora_lr if "lora" in method else lr,
-                    "seed": seed,
-                    "output_dir": str(folder),
-                    "save_strategy": "no",
-                },
-            )
-            if data is None:
-                data = read_rows(settings)
-                console.print(data.summary(), soft_wrap=True, markup=False)
+            own = {"seed": seed, "output_dir": str(folder)}
+            own |= {"learning_rate": lora_lr} if "lora" in method else {}
+            settings = replace(options, method=method, trainer=options.trainer | own)
             trained = Run(settings, data, name=folder.name, console=console)
             if not folders:
                 for note in trained.prepared.notes:

@@ -14,8 +14,8 @@ import re
 import sysconfig
 import warnings
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 # Brought by torch (networkx, sympy), by the library itself, or by the `train` and `demo` extras.
 _PACKAGES = ("matplotlib", "networkx", "scipy", "sklearn", "sympy", "torch", "transformers")
@@ -48,16 +48,12 @@ _ROLE = re.compile(r":[a-z:]+:(?=`)")
 _SIGNATURE = re.compile(r"[\w`*.]+\s*\([^)]*\)\s*(?::|->|=)")
 
 
-@dataclass(frozen=True)
-class DocstringDataset:
-    """Rows are (text, index into `label_names`); a module is "label/path/inside/package.py"."""
+class DocstringDataset(NamedTuple):
+    """Rows are (text, index into `label_names`)."""
 
     label_names: list[str]
     train: list[tuple[str, int]]
     validation: list[tuple[str, int]]
-    train_modules: list[str]
-    validation_modules: list[str]
-    description: str
 
 
 def load_docstrings(
@@ -71,12 +67,8 @@ def load_docstrings(
 
     Args:
         seed: which files are read, and the order of the rows.
-        train_rows: rows to train on over all labels, rounded down to a multiple of the labels.
-        validation_rows: the same for the held-out files.
+        train_rows, validation_rows: over all labels, rounded down to a multiple of the labels.
         roots: label -> package folder; None takes those packages that are installed.
-
-    Raises:
-        ValueError: fewer than four packages, or a package with too few docstrings for its share.
     """
     found = dict(sorted((_installed() if roots is None else roots).items()))
     files = {label: names for label, root in found.items() if (names := _source_files(root))}
@@ -96,7 +88,6 @@ def load_docstrings(
     leaks = _leaks(names)
     seen: set[str] = set()
     rows: dict[str, list[tuple[str, int]]] = {part: [] for part in shares}
-    modules: dict[str, list[str]] = {part: [] for part in shares}
     for index, label in enumerate(names):
         # A str seeds through SHA-512, so the order does not depend on PYTHONHASHSEED.
         random.Random(f"{seed} {label}").shuffle(files[label])
@@ -105,26 +96,13 @@ def load_docstrings(
             texts: list[str] = []
             while len(texts) < share:
                 if (file := next(unread, None)) is None:
-                    raise ValueError(
-                        f"{label} has too few docstrings: {len(texts)} of the {share} {part} rows "
-                        f"asked of each label"
-                    )
-                fresh = _fresh_texts(found[label] / file, leaks, seen)[: share - len(texts)]
-                modules[part] += [f"{label}/{file}"] * bool(fresh)
-                texts += fresh
+                    rest = f"{len(texts)} of the {share} {part} rows asked of each label"
+                    raise ValueError(f"{label} has too few docstrings: {rest}")
+                texts += _fresh_texts(found[label] / file, leaks, seen)[: share - len(texts)]
             rows[part] += [(text, index) for text in texts]
     for part in rows:
         random.Random(f"{seed} {part}").shuffle(rows[part])
-    counts = ", ".join(
-        f"{len(rows[part])} {part} rows from {len(modules[part])} modules"
-        for part in ("train", "validation")
-    )
-    return DocstringDataset(
-        names,
-        *(rows["train"], rows["validation"]),
-        *(modules["train"], modules["validation"]),
-        f"docstrings of {len(names)} installed packages: {counts}",
-    )
+    return DocstringDataset(names, **rows)
 
 
 def _installed() -> dict[str, Path]:

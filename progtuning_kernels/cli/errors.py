@@ -11,7 +11,7 @@ from typing import NoReturn
 
 
 class UserError(Exception):
-    """An error that the user can mend; its message says all."""
+    """An error that the user can mend; its message says all. Any part of the command raises it."""
 
 
 def end_with(line: str, status: int, *, of_all: bool = True) -> NoReturn:
@@ -25,9 +25,18 @@ def end_with(line: str, status: int, *, of_all: bool = True) -> NoReturn:
 
 
 @contextmanager
-def as_user_error(*more: type[Exception]) -> Iterator[None]:
-    """Turn the `ValueError` of a bad setting, or a missing extra, into a `UserError`."""
+def as_user_error(*more: type[Exception], said: str = "") -> Iterator[None]:
+    """Turn the `ValueError` of a bad setting, or a missing extra, into a `UserError`.
+
+    Args:
+        more: other classes; `Exception` where the errors of a package have none in common.
+        said: what goes before the error's first line.
+    """
     try:
         yield
+    except UserError:
+        raise
     except (ValueError, ImportError, *more) as error:
-        raise UserError(str(error)) from error
+        from ..backend import one_line  # it imports torch, which takes a second
+
+        raise UserError(f"{said}: {one_line(error)}" if said else str(error)) from error

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from itertools import chain, cycle, islice
 from typing import Any
 
 import torch
-from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers import TrainerCallback
 
 # Of batches of `rows`: windows whose rows are sorted by length together, enough to save most of
 # the padding (docstrings, 32 rows a window: 2.7 padded tokens per token without, 1.07 with), and
@@ -24,9 +24,8 @@ class LengthBatches:
 
     A window is what one optimizer step takes: `accumulate` micro-batches on each of `ranks` ranks,
     of rows of like length. Every row is in one micro-batch of an epoch; where their number is no
-    multiple of `ranks`, the first ones come once more at the end. That number is the same in every
-    epoch, because the Trainer asks for it once: with `tokens`, a row keeps the band of lengths that
-    it is in, and each epoch only deals the rows of a band out anew.
+    multiple of `ranks`, the first ones come once more at the end. Every epoch has as many, because
+    the Trainer asks once: with `tokens`, each epoch only deals the rows of a band of lengths anew.
 
     Args:
         lengths: tokens of every row.
@@ -36,9 +35,6 @@ class LengthBatches:
         accumulate: micro-batches of a rank in one optimizer step.
         ranks: processes; micro-batch i of an epoch is for rank i % ranks.
         seed: with the epoch, it seeds the order.
-
-    Raises:
-        ValueError: both or none of `rows` and `tokens`.
     """
 
     def __init__(
@@ -53,12 +49,9 @@ class LengthBatches:
     ) -> None:
         if (rows is None) == (tokens is None):
             raise ValueError("LengthBatches: give either rows or tokens of a micro-batch")
-        self._lengths = lengths
-        self._rows = rows
+        self._lengths, self._rows, self._ranks = lengths, rows, ranks
         self._window = accumulate * ranks  # in micro-batches
-        self._ranks = ranks
-        self._seed = seed
-        self._epoch = 0
+        self._seed, self._epoch = seed, 0
         self._bands = [] if tokens is None else self._banded(tokens)
 
     def set_epoch(self, epoch: int) -> None:
@@ -107,23 +100,18 @@ class LengthBatches:
 
 
 class EpochOfBatches(TrainerCallback):
-    """Sets the epoch of `batches`, and of a `collate` that has one.
+    """Tells `own`, the batches and perhaps a collator, which epoch begins.
 
     The Trainer does not reach a batch sampler below two others, as in an epoch that several ranks
     resume.
     """
 
-    def __init__(self, batches: LengthBatches, collate: Callable[..., Any] | None = None) -> None:
-        self._batches = batches
-        self._collate = collate
+    def __init__(self, *own: Any) -> None:
+        self._own = [one for one in own if hasattr(one, "set_epoch")]
 
-    def on_epoch_begin(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
-        epoch = int(state.epoch or 0)
-        self._batches.set_epoch(epoch)
-        if hasattr(self._collate, "set_epoch"):
-            self._collate.set_epoch(epoch)
+    def on_epoch_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        for one in self._own:
+            one.set_epoch(int(state.epoch or 0))
 
 
 def _cut(items: list[Any], size: int) -> list[list[Any]]:

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import nn
+from transformers import TrainingArguments
 
 from ..cache import PrefixCache
 from ..model.layout import Layout
@@ -17,9 +18,6 @@ from ..schedules import Schedule, annealed_lr
 from .errors import UserError, as_user_error
 from .options import TrainOptions
 from .sizes import parse_bytes
-
-if TYPE_CHECKING:
-    from transformers import TrainingArguments
 
 _WITHOUT_STORES = {"cache": None, "graph": "off", "packing": "off"}
 

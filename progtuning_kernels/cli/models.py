@@ -9,14 +9,16 @@ import warnings
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import huggingface_hub
 import torch
+import transformers
 from torch import nn
 
 from ..backend import one_line
 from .errors import UserError, as_user_error
 from .options import TrainOptions
-from .tasks import task_class
-from .tasks.classes import same_classes
+from .tasks import KINDS
+from .tasks.classes import own_classes, same_classes
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -37,9 +39,7 @@ def minilm_folder() -> Path:
 
 def auto_class(task: str) -> Any:
     """The class of transformers that makes models of a task."""
-    import transformers
-
-    return getattr(transformers, task_class(task).auto_model)
+    return getattr(transformers, f"AutoModelFor{KINDS[task].model}")
 
 
 def cannot_load(name: str, error: Exception) -> str:
@@ -56,9 +56,6 @@ def model_path(name: str) -> str:
 
 def quiet_transformers() -> None:
     """Keep loading reports and bars off the screen of a command; errors still come through."""
-    import huggingface_hub
-    import transformers
-
     huggingface_hub.logging.set_verbosity_error()  # five retries, a line each, without a network
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
@@ -74,20 +71,15 @@ def load_model(
 
     Args:
         weights: False makes the structure alone, on the meta device.
-
-    Raises:
-        UserError: one of them cannot be loaded, or the weights are another model's.
     """
-    import transformers
-
     quiet_transformers()
-    path, auto = model_path(options.model), getattr(transformers, task.auto_model)
+    path, auto = model_path(options.model), auto_class(options.task)
     more = _four_bits(device) if options.load_in_4bit else {}
     dtype = torch.bfloat16 if options.precision == "bf16-pure" else torch.float32
     try:
         config = transformers.AutoConfig.from_pretrained(path)
         processor = getattr(transformers, task.processor).from_pretrained(path)
-        own = [str(config.id2label[i]) for i in sorted(config.id2label)]
+        own = own_classes(config)
         names = None if task.names is None else [*task.names]
         task.configure(config)
         config.progtuning_max_length = options.max_length  # what predict cuts rows to
@@ -125,11 +117,9 @@ def _settle_padding(model: nn.Module, tokenizer: Any) -> None:
 
 def _four_bits(device: torch.device) -> dict[str, Any]:
     """Weights in NF4, computed with in bf16, as QLoRA has them (arXiv 2305.14314)."""
-    from transformers import BitsAndBytesConfig
-
     if importlib.util.find_spec("bitsandbytes") is None:
         raise UserError("--load-in-4bit needs bitsandbytes: pip install bitsandbytes")
-    quantized = BitsAndBytesConfig(
+    quantized = transformers.BitsAndBytesConfig(
         load_in_4bit=True,
         bnb_4bit_quant_type="nf4",
         bnb_4bit_use_double_quant=True,
@@ -143,9 +133,7 @@ def _check_weights(
 ) -> list[str]:
     """Start a head of other classes anew; return remarks on weights that the checkpoint lacks.
 
-    Args:
-        loading: what `from_pretrained` tells.
-        own, names: classes of the checkpoint's head, and of the rows.
+    `own` are the classes of the checkpoint's head, `names` those of the rows.
     """
     kept = own if names is None else same_classes(own, names)
     missing = {n for n, _ in model.named_parameters()} & set(loading["missing_keys"])
@@ -201,7 +189,7 @@ def wrap_lora(model: nn.Module, task: str, rank: int) -> nn.Module:
     check_peft()
     from peft import LoraConfig, TaskType, get_peft_model, prepare_model_for_kbit_training
 
-    name = task_class(task).lora_task
+    name = KINDS[task].lora
     lora_task = None if name is None else TaskType[name]
     # PEFT trains heads as they are, and leaves out a sequence's alone of "all-linear"
     head = "qa_outputs" if task == "question-answering" else "classifier"
@@ -245,9 +233,7 @@ def check_length(model: nn.Module, length: int, option: str, tokenizer: Any = No
     limits = (positions, getattr(tokenizer, "model_max_length", None))  # XLNet has -1 for both
     limit = min((limit for limit in limits if limit and limit > 0), default=length)
     if length > limit:
-        raise UserError(
-            f"{option} {length} is above the model's {limit} tokens: give {option} {limit}"
-        )
+        raise UserError(f"{option} {length} is above the model's {limit} tokens")
 
 
 def check_rows(model: nn.Module, tokenizer: Any, splits: dict[str, Dataset]) -> list[str]:
@@ -294,25 +280,17 @@ def check_rows(model: nn.Module, tokenizer: Any, splits: dict[str, Dataset]) -> 
 
 @torch.no_grad()
 def try_forward(model: nn.Module, batch: dict[str, torch.Tensor], *, causal: bool) -> None:
-    """Run a batch through the model in eval mode, before anything of this library touches it.
-
-    Raises:
-        UserError: it fails, its outputs are not finite, or a language model looks ahead.
-    """
+    """Run a batch through the model in eval mode, before anything of this library touches it."""
     model.eval()
-    try:
+    with as_user_error(Exception, said="the model cannot run these rows"):
         outputs = model(**batch)
         scores = next(v for k, v in outputs.items() if k.endswith("logits"))
         ahead = causal and _looks_ahead(model, batch["input_ids"][:1, :8])
-    except Exception as error:  # of any model's code
-        raise UserError(f"the model cannot run these rows: {one_line(error)}") from error
     model.train()
     if not scores.isfinite().all():
         raise UserError("the outputs of the model are not finite before any training")
     if ahead:
-        raise UserError(
-            "not a causal language model: what it says of a token depends on later ones"
-        )
+        raise UserError("not a causal language model: a token's scores depend on later tokens")
 
 
 def _looks_ahead(model: nn.Module, ids: torch.Tensor) -> bool:

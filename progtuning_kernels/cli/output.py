@@ -40,11 +40,7 @@ def _entries(folder: Path, own: Files) -> list[Path]:
 
 
 def empty_folder(folder: Path, own: Files) -> None:
-    """Remove an earlier run's files; `own` says which those are.
-
-    Raises:
-        UserError: the folder holds anything else; nothing is removed then.
-    """
+    """Remove an earlier run's files; `own` says which those are."""
     for entry in _entries(folder, own):
         if entry.is_dir() and not entry.is_symlink():
             shutil.rmtree(entry)
@@ -53,16 +49,7 @@ def empty_folder(folder: Path, own: Files) -> None:
 
 
 def check_run_folder(folder: Path, *, resume: bool, overwrite: bool) -> None:
-    """Make sure, before anything is loaded, that a run may write into `folder`.
-
-    Raises:
-        UserError: it holds something, and neither option was given; or both were.
-    """
-    if resume and overwrite:
-        raise UserError("--resume and --overwrite exclude each other")
-    if overwrite:
-        _entries(folder, RUN_FILES)
-    elif folder.exists() and not folder.is_dir():
-        raise UserError(f"{folder} is a file")
-    elif not resume and folder.exists() and any(folder.iterdir()):
+    """Make sure, before anything is loaded, that a run may write into `folder`."""
+    found = _entries(folder, RUN_FILES if overwrite else {"*": None})
+    if found and not (resume or overwrite):
         raise UserError(f"{folder} is not empty; give --resume, --overwrite or another --output")

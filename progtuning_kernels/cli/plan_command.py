@@ -10,8 +10,8 @@ from typing import Any
 
 import torch
 from torch import nn
+from transformers import AutoConfig
 
-from ..backend import one_line
 from ..cache import PrefixCache
 from ..planner import TrainingPlan, plan_training
 from ..planner.planning import switch_checkpointing_on
@@ -19,7 +19,7 @@ from ..schedules import MilestoneSchedule, Schedule, decides_by_gradients, stage
 from ..schedules.progressive import scales_with_length
 from .config import autocast_dtype, build_schedule, choose_device
 from .errors import UserError, as_user_error
-from .models import auto_class, check_length, minilm_folder, quiet_transformers, wrap_lora
+from .models import auto_class, check_length, model_path, quiet_transformers, wrap_lora
 from .options import TrainOptions
 from .sizes import parse_bytes
 
@@ -31,26 +31,16 @@ _CAUSAL = re.compile(r"(ForCausalLM|LMHeadModel)$")
 def model_without_weights(name: str, task: str) -> tuple[nn.Module, str]:
     """The model of a folder, a config file or a hub id, on the meta device, and its task.
 
-    Args:
-        task: of `TASKS`, or "auto": what the config's `architectures` say, and a text
-            classification where they name no language model.
-
-    Raises:
-        UserError: there is no such config, or no model of that task for it.
+    The task "auto" is what the config says, and a text classification if that is no language model.
     """
-    from transformers import AutoConfig
-
     quiet_transformers()
-    path = str(minilm_folder()) if name == "minilm" else name
-    try:
-        config = AutoConfig.from_pretrained(path)
+    with as_user_error(Exception, said=f"cannot load the config of {name!r}"):
+        config = AutoConfig.from_pretrained(model_path(name))
         if task == "auto":
             causal = any(_CAUSAL.search(kind) for kind in config.architectures or ())
             task = "causal-lm" if causal else "text-classification"
         with torch.device("meta"):
             model = auto_class(task).from_config(config)
-    except Exception as error:  # missing, damaged, no network: there is no common class
-        raise UserError(f"cannot load the config of {name!r}: {one_line(error)}") from error
     if task == "text-classification" and config.pad_token_id is None:
         # decoders classify at the last token that is not padding, so they must know it
         model.config.pad_token_id = 0
@@ -79,15 +69,10 @@ def plan_run(
     """What the stages of a run would cost, as `plan_training` says.
 
     Args:
-        model: with or without weights, unpatched; it gets gradient checkpointing and adapters if
-            the options say so.
+        model: with or without weights; it gets checkpointing and adapters if the options say so.
         steps: optimizer steps of the run; None: as long as the schedule says.
-        device: type of the device of the run, "cpu" or "cuda"; it need not be here.
+        device: "cpu" or "cuda"; it need not be here.
         real_tokens: share of a micro-batch's places that are no padding, where packing is on.
-        more: `batch_size` and `seq_len`, and other arguments of `plan_training`.
-
-    Raises:
-        UserError: the options do not fit the model, or it cannot run without data.
     """
     if options.load_in_4bit:
         raise UserError("weights in 4 bits are not planned: leave --load-in-4bit out")
@@ -126,18 +111,10 @@ def plan_run(
     return dataclasses.replace(plan, notes=(*plan.notes, *notes))
 
 
-def run(
-    options: TrainOptions,
-    *,
-    padding: bool,
-    real_tokens: float,
-    memory: str | None,
-    calibrate: bool,
-    as_json: bool,
-) -> None:
+def run(options: TrainOptions, *, memory: str | None, as_json: bool, **more: Any) -> None:
     memory_bytes = None if memory is None else parse_bytes(memory)
     device = "cuda" if options.device == "cuda" else choose_device(options.device)
-    if device == "cuda" and calibrate and not torch.cuda.is_available():
+    if device == "cuda" and more["calibrate"] and not torch.cuda.is_available():
         raise UserError("--calibrate on cuda needs a GPU")
     model, task = model_without_weights(options.model, options.task)
     check_length(model, options.max_length, "--max-length")
@@ -148,9 +125,7 @@ def run(
         seq_len=options.max_length,
         steps=options.of_trainer("max_steps"),
         device=device,
-        padding=padding,
-        real_tokens=real_tokens,
         memory_bytes=memory_bytes,
-        calibrate=calibrate,
+        **more,
     )
     print(json.dumps(plan.to_dict(), indent=2) if as_json else plan)

@@ -11,13 +11,14 @@ from typing import Any
 from datasets import Image
 from rich.console import Console
 from torch import nn
+from transformers import AutoConfig
 
 from .config import columns_from
 from .errors import UserError
 from .models import cannot_load
 from .options import TrainOptions
 from .preparation import Prepared, Rows, prepare, read_rows, trainer_classes
-from .tasks import TASKS, task_class
+from .tasks import KINDS
 
 # of models that have another name than their auto class: T5ForConditionalGeneration, MarianMTModel
 _OLD_NAMES = {
@@ -31,11 +32,9 @@ def tasks_of(architectures: Sequence[str]) -> list[str]:
     """What models of these classes were trained for."""
     return [
         name
-        for name in TASKS
-        for kind in architectures
-        if kind.endswith(
-            (task_class(name).auto_model.removeprefix("AutoModel"), *_OLD_NAMES.get(name, ()))
-        )
+        for name, kind in KINDS.items()
+        for architecture in architectures
+        if architecture.endswith((f"For{kind.model}", *_OLD_NAMES.get(name, ())))
     ]
 
 
@@ -80,8 +79,6 @@ def run(
     max_length: int | None,
     max_new_tokens: int,
 ) -> None:
-    from transformers import AutoConfig
-
     if output.suffix != ".jsonl" or output in map(Path, files):
         raise UserError(f"--output {output}: answers are JSON lines, in a .jsonl file of their own")
     try:

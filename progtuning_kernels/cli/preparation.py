@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
+import transformers
+from datasets import Dataset
 from torch import nn
 
 from ..model.layout import Layout, find_layout
@@ -17,10 +20,6 @@ from .errors import UserError, as_user_error
 from .options import TrainOptions
 from .tasks import Task, task_class
 from .tasks.causal_lm import sft_classes
-
-if TYPE_CHECKING:
-    from datasets import Dataset
-    from transformers import TrainingArguments
 
 
 @dataclass
@@ -46,7 +45,7 @@ class Prepared:
 
     options: TrainOptions
     rows: Rows
-    args: TrainingArguments
+    args: transformers.TrainingArguments
     model: nn.Module
     processor: Any
     layout: Layout
@@ -79,14 +78,19 @@ class Prepared:
 def read_rows(options: TrainOptions, wanted: Sequence[str] = ("train", "validation")) -> Rows:
     """The rows that the options name; `UserError` if they cannot be used."""
     splits = load_splits(options, wanted)
-    task = task_class(options.task)(options, splits)
+    try:
+        task = task_class(options.task)(options, splits)
+    except UserError as error:
+        if options.validation_split is None:
+            raise
+        # the parts of a file are shuffled
+        said = re.sub(r"^(train|validation) row (\d+)", r"row \2 of the \1 part", str(error))
+        raise UserError(said) from error
     # "label" may be the classes that have a column each; rows to predict need fewer columns
     foreign = options.columns.keys() - task.columns.keys() - {"label"}
     if foreign and "train" in wanted:
         taken = ", ".join(task.columns)
-        raise UserError(
-            f"--column {foreign.pop()}: {options.task} reads no such column; it reads {taken}"
-        )
+        raise UserError(f"--column {foreign.pop()}: {options.task} reads {taken} alone")
     if options.dataset is not None:
         description = f"data set {options.dataset}"
     else:
@@ -100,8 +104,6 @@ def trainer_classes(task: Task) -> tuple[type, type]:
     """The Trainer of a task, and the class of its arguments."""
     if task.trainer == "SFTTrainer":
         return sft_classes()
-    import transformers
-
     arguments = task.trainer.replace("Trainer", "TrainingArguments")
     return getattr(transformers, task.trainer), getattr(transformers, arguments)
 
@@ -109,23 +111,16 @@ def trainer_classes(task: Task) -> tuple[type, type]:
 def prepare(
     options: TrainOptions, rows: Rows, *, weights: bool = True, **arguments: Any
 ) -> Prepared:
-    """Load the model, encode the rows, and try a batch of them.
+    """Load the model, encode the rows, and try a batch; `arguments` are the Trainer's.
 
-    Args:
-        weights: False makes the model on the meta device, and tries nothing.
-        arguments: of the Trainer, over those of the options.
-
-    Raises:
-        UserError: the model cannot be loaded, or cannot train on these rows.
+    Without `weights` the model is on the meta device, and nothing is tried.
     """
-    from transformers import set_seed
-
     task = rows.task
     wanted = getattr(task, "trainer_options", {})
     arguments = {k: v for k, v in wanted.items() if k not in options.trainer} | arguments
     arguments["dataloader_pin_memory"] = torch.cuda.is_available()
     args = training_arguments(options, trainer_classes(task)[1], **arguments)
-    set_seed(args.seed)
+    transformers.set_seed(args.seed)
     model, processor, notes = models.load_model(options, task, args.device, weights=weights)
     if task.processor == "AutoTokenizer":
         models.check_length(model, options.max_length, "--max-length", processor)
@@ -151,5 +146,5 @@ def prepare(
     batch = prepared.batch([encoded[longest][i] for i in (order[-1], order[0])])
     if task.trainer == "Seq2SeqTrainer" and "labels" not in batch:
         return prepared  # to generate: a forward wants what the decoder has said so far
-    models.try_forward(model, batch, causal=task.lora_task == "CAUSAL_LM")
+    models.try_forward(model, batch, causal=options.task == "causal-lm")
     return prepared

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from tqdm.auto import tqdm
-from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers import TrainerCallback, TrainerState, TrainingArguments
 
 from ..freezing.unit_use import measure_forward
 from ..integrations.hf_trainer import ProgtuningCallback
@@ -28,11 +28,7 @@ RECORD = "progtuning_run"
 
 
 class Recorder(TrainerCallback):
-    """Notes stages and evaluations, asks for an evaluation at the end of a stage, says what it saw.
-
-    Args:
-        callback: None where nothing is scheduled.
-    """
+    """Notes stages and evaluations, asks for one at the end of a stage, and says what it saw."""
 
     def __init__(self, run: Run, callback: ProgtuningCallback | None) -> None:
         self.stages: list[dict[str, Any]] = []
@@ -111,14 +107,7 @@ class Recorder(TrainerCallback):
         }
         self._mark = time.perf_counter()
 
-    def on_log(
-        self,
-        args: TrainingArguments,
-        state: TrainerState,
-        control: TrainerControl,
-        logs: dict[str, Any] | None = None,
-        **kwargs: Any,
-    ) -> None:
+    def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **_: Any) -> None:
         if logs and "learning_rate" in logs:
             state.log_history[-1]["learning_rate"] = self._rate
         if logs and "loss" in logs and state.global_step >= self._next_line:
@@ -133,15 +122,8 @@ class Recorder(TrainerCallback):
                 )
         self._mark = time.perf_counter()
 
-    def on_evaluate(
-        self,
-        args: TrainingArguments,
-        state: TrainerState,
-        control: TrainerControl,
-        metrics: dict[str, float] | None = None,
-        **kwargs: Any,
-    ) -> None:
-        if metrics is not None and self.stages and state.global_step:
+    def on_evaluate(self, args: Any, state: Any, control: Any, metrics: Any, **_: Any) -> None:
+        if self.stages and state.global_step:
             figures = self._run.figures_of(metrics)
             self.evaluations.append(
                 {

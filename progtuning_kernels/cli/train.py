@@ -18,12 +18,20 @@ import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NoReturn
+from typing import Any, NoReturn
 
 import numpy
 from huggingface_hub import HfApi
 from rich.console import Console
 from torch.utils.data import DataLoader
+from transformers import (
+    EarlyStoppingCallback,
+    EvalPrediction,
+    PrinterCallback,
+    ProgressCallback,
+    Trainer,
+    TrainerState,
+)
 
 from ..backend import one_line
 from ..integrations.hf_trainer import ProgtuningCallback
@@ -40,9 +48,6 @@ from .preparation import Rows, prepare, read_rows, trainer_classes
 from .provenance import provenance
 from .recorder import RECORD, Recorder
 from .step_loss import mean_over_step
-
-if TYPE_CHECKING:
-    from transformers import EarlyStoppingCallback, EvalPrediction, Trainer, TrainerState
 
 # What may differ between a checkpoint and the call that resumes it.
 _FREE = {"resume", "overwrite", "device", "metric", "cache", "graph", "predict_file"}
@@ -126,8 +131,6 @@ class Run:
         self.trainer.add_callback(EpochOfBatches(self.batches, self.prepared.collate))
 
     def _make_trainer(self) -> Trainer:
-        from transformers import EarlyStoppingCallback, PrinterCallback
-
         options, args, prepared = self.options, self.args, self.prepared
         if options.uses_lora:
             prepared.adapt(options.lora_rank)
@@ -230,11 +233,8 @@ class Run:
     def train(self) -> dict[str, Any]:
         """Run to the end (from the newest checkpoint with `resume`), write and return metrics.json.
 
-        Of a run that learnt nothing no model is written, and its checkpoints stay.
-
-        Raises:
-            SystemExit: SIGINT or SIGTERM came: a checkpoint is written, and a line says how to go
-                on.
+        Of a run that learnt nothing no model is written, and its checkpoints stay. SIGINT and
+        SIGTERM end the process with a checkpoint, and a line that says how to go on.
         """
         started = time.perf_counter()
         if self.options.overwrite and self.trainer.is_world_process_zero():
@@ -375,11 +375,7 @@ class Run:
         return json.loads(json.dumps(own | numbers | more))
 
     def _checkpoint(self) -> str | None:
-        """The newest whole checkpoint, of this run; None if there is none.
-
-        Raises:
-            UserError: it is another run's, or the run is finished.
-        """
+        """The newest whole checkpoint, of this run; None if there is none."""
         folders = sorted(self.output.glob("checkpoint-*"), key=lambda p: int(p.name.split("-")[-1]))
         for folder in reversed(folders):
             try:  # the file that a checkpoint ends with
@@ -432,7 +428,7 @@ class Run:
     def push(self) -> None:
         """Upload the saved model, or the adapter where there is nothing else."""
         hub, folder = HfApi(token=self.args.hub_token), self.output / "model"
-        try:
+        with as_user_error(Exception, said="the model is saved, but not pushed"):
             made = hub.create_repo(
                 self.args.hub_model_id or self.output.name,
                 private=self.args.hub_private_repo,
@@ -442,8 +438,6 @@ class Run:
                 repo_id=made.repo_id,
                 folder_path=folder if folder.exists() else self.output / "adapter",
             )
-        except Exception as error:  # of the network, the hub, the token: no common class
-            raise UserError(f"the model is saved, but not pushed: {one_line(error)}") from error
         self.console.print(f"pushed: {made}", soft_wrap=True)
 
 
@@ -456,8 +450,6 @@ def go_on_counting(early: EarlyStoppingCallback, state: TrainerState) -> None:
 
 def quiet_bar(trainer: Trainer) -> None:
     """Make the Trainer's bar show the loss; it would print every log as a line."""
-    from transformers import ProgressCallback
-
     bars = [c for c in trainer.callback_handler.callbacks if isinstance(c, ProgressCallback)]
 
     def show(args: Any, state: Any, control: Any, logs: Any = None, **_: Any) -> None:

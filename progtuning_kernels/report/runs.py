@@ -170,6 +170,9 @@ def group_runs(runs: Sequence[Run]) -> list[Row]:
         raise ValueError("no runs to report")
     if len(metrics := distinct(run.metric_name for run in runs)) > 1:
         shown = ", ".join(metrics)
+        cut = [run.path.parent for run in runs if run.path.name.startswith("checkpoint-")]
+        if cut:
+            shown += f"; of {cut[0]} there is only a checkpoint"
         raise ValueError(f"runs measure different metrics ({shown}): report them apart")
     groups: dict[tuple[str, str, tuple[str, ...]], list[Run]] = {}
     for run in runs:

@@ -40,7 +40,7 @@ def test_the_table_fits_a_terminal(model_folders, capsys, monkeypatch):
         losses, step_ms = timed_steps(*arguments)
         return losses, step_ms + 98_765
 
-    monkeypatch.setattr(bench_command, "timed_steps", slow)
+    monkeypatch.setattr(bench_command.bench, "timed_steps", slow)
     _call(model_folders)
     out = capsys.readouterr().out
     assert "gradients within" in out and "of plain torch's" in out and "…" not in out
@@ -51,14 +51,14 @@ def test_the_table_fits_a_terminal(model_folders, capsys, monkeypatch):
 
 
 def test_no_time_is_printed_when_the_gate_is_red(model_folders, capsys, monkeypatch):
-    ours = bench_command.our_session
+    ours = bench_command.bench.our_session
 
     def wrong(rule, model, *arguments, **options):
         for p in model.parameters():
             p.register_hook(lambda g: 1.01 * g)
         return ours(rule, model, *arguments, **options)
 
-    monkeypatch.setattr(bench_command, "our_session", wrong)
+    monkeypatch.setattr(bench_command.bench, "our_session", wrong)
     with pytest.raises(SystemExit) as ended:
         _call(model_folders)
     captured = capsys.readouterr()

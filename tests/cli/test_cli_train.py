@@ -270,7 +270,7 @@ def test_dry_run_prints_options_and_plan_and_writes_nothing(call, tmp_path, caps
             ["--optim", "sgd", "--precision", "bf16-pure", "--master-weights"],
             "are MaskedAdamW's: leave out --optim",
         ),
-        (["--column", "second=text"], "--column second: text-classification reads no such column"),
+        (["--column", "second=text"], "--column second: text-classification reads text"),
         (["--blocks", "bert.layers"], "has no module at 'bert.layers'"),
         (["--model", "nowhere/at-all"], "cannot load model 'nowhere/at-all'"),
         (["--dataset", "docstrings"], "--dataset and --train-file exclude each other"),

@@ -80,6 +80,17 @@ def test_cells_are_texts_as_they_stand(tmp_path_factory, kind, packed, mark, row
     assert _rows(path) == expected
 
 
+def test_a_file_of_squad_itself_has_a_row_for_every_question(tmp_path):
+    questions = [{"id": i, "question": f"q{i}", "answers": []} for i in range(2)]
+    texts = [{"context": "w1", "qas": questions}, {"context": "w2", "qas": questions[:1]}]
+    path = _write(tmp_path / "a.json", json.dumps({"data": [{"title": "t", "paragraphs": texts}]}))
+    found = [(row["context"], row["question"]) for row in _rows(path)]
+    assert found == [("w1", "q0"), ("w1", "q1"), ("w2", "q0")]
+    path.write_text(json.dumps({"data": [{"paragraphs": [{"context": "w1"}]}]}))
+    with pytest.raises(UserError, match="a.json: paragraphs have context and qas"):
+        _rows(path)
+
+
 @settings(max_examples=60)
 @example(kind="jsonl", packed=False, ascii_=False, rows=[{"a": 1.5}, {"a": True}])
 @given(
@@ -330,8 +341,11 @@ def test_the_digest_is_of_the_content(tmp_path):
 def test_columns_by_name_or_by_what_is_usual():
     rows = datasets.Dataset.from_dict({name: ["w1"] for name in ("sentence", "label", "x", "y")})
     roles = {"text": ("text", "sentence"), "pair": ("text_b",), "label": ("label",)}
-    assert find_columns(rows, {}, roles, {"pair"}) == {"text": "sentence", "label": "label"}
-    found = find_columns(rows, {"text": "x", "pair": "sentence"}, roles)
+    assert find_columns({"train": rows}, {}, roles, optional={"pair"}) == {
+        "text": "sentence",
+        "label": "label",
+    }
+    found = find_columns({"train": rows}, {"text": "x", "pair": "sentence"}, roles)
     assert found == {"text": "x", "pair": "sentence", "label": "label"}
     for given_, wanted, message in (
         ({"text": "z"}, roles, "--text-column: no column 'z'; the file has sentence, label, x, y"),
@@ -341,7 +355,7 @@ def test_columns_by_name_or_by_what_is_usual():
         ({"label": "x"}, {"text": ("x",)}, "--label-column: this task has no such column, only t"),
     ):
         with pytest.raises(UserError) as error:
-            find_columns(rows, given_, wanted)
+            find_columns({"train": rows}, given_, wanted)
         assert message in str(error.value)
 
 

@@ -86,7 +86,7 @@ def test_masks_of_validation_rows_stay_and_those_of_training_rows_move():
     [
         ("train", "w1 [MASK]", "train row 2 holds a \\[MASK\\], which training puts in itself"),
         ("predict", "w1 w2", "predict row 2 has no \\[MASK\\]"),
-        ("predict", "w1 " * 31 + "[MASK]", "predict row 2: its \\[MASK\\] is behind the first 32"),
+        ("predict", "w1 " * 31 + "[MASK]", "predict row 2: no mask within --max-length 32"),
         ("predict", " ", "predict row 2 has no value for column 'text'"),
     ],
 )

@@ -150,7 +150,7 @@ GOOD = {"question": "w1", "context": CONTEXT, "answer": "w0", "answer_start": 0}
 @pytest.mark.parametrize(
     "change, message",
     [
-        ({"answer_start": 1}, "train row 2: the answer 'w0' is not at character 1 of the context"),
+        ({"answer_start": 1}, "train row 2: 'w0' is not at character 1"),
         ({"answer_start": -len(CONTEXT)}, f"is not at character -{len(CONTEXT)}"),
         ({"answer_start": None}, "train row 2: None is no answer_start"),
         ({"answer": " "}, "train row 2: ' ' is no text of an answer"),

@@ -101,5 +101,5 @@ def test_what_does_not_fit_is_refused():
     rows = [{"source": "w1", "target": "w2"}]
     with pytest.raises(UserError, match="seq2seq needs an encoder-decoder model, not gpt2"):
         task_of("seq2seq", train=rows).configure(transformers.GPT2Config())
-    with pytest.raises(UserError, match="predict_with_generate stays on"):
+    with pytest.raises(UserError, match="leave predict_with_generate on"):
         task_of("seq2seq", {"trainer": {"predict_with_generate": False}}, train=rows)

@@ -14,6 +14,7 @@ from tiny_folders import sentence_tokenizer
 from progtuning_kernels.cli.data import load_splits
 from progtuning_kernels.cli.errors import UserError
 from progtuning_kernels.cli.options import TrainOptions
+from progtuning_kernels.cli.preparation import read_rows
 from progtuning_kernels.cli.tasks.text_classification import TextClassification
 
 NAME = "text-classification"
@@ -86,6 +87,14 @@ def test_labels_of_two_types_are_told_apart(tmp_path):
     options = TrainOptions(train_file=(str(path),), validation_file=(str(path),))
     with pytest.raises(UserError, match="row 2: label 7 is a number, that of row 1 is text"):
         TextClassification(options, load_splits(options))
+
+
+def test_a_row_of_a_file_that_was_split_is_told_by_its_part(tmp_path):
+    path = tmp_path / "rows.jsonl"
+    path.write_text('{"text": " ", "label": 0}\n' * 4)
+    options = TrainOptions(train_file=(str(path),), validation_split=0.5)
+    with pytest.raises(UserError, match="^row 1 of the train part has no value for column 'text'"):
+        read_rows(options)
 
 
 def test_a_label_that_training_never_shows():

@@ -116,8 +116,8 @@ GOOD = {"tokens": ["w1", "w2"], "ner_tags": ["O", "X"]}
         ),
         ("train", {"tokens": [], "ner_tags": []}, "train row 2 has no words in column 'tokens'"),
         ("train", {"tokens": [" "], "ner_tags": ["O"]}, "train row 2 has no words"),
-        ("train", {"tokens": None, "ner_tags": ["O"]}, "train row 2, column 'tokens' holds None"),
-        ("train", {"tokens": ["w1", None], "ner_tags": ["O", "O"]}, "which is no list of words"),
+        ("train", {"tokens": None, "ner_tags": ["O"]}, "row 2: tokens None is no list of words"),
+        ("train", {"tokens": ["w1", None], "ner_tags": ["O", "O"]}, "is no list of words"),
         ("validation", {"tokens": ["w1"], "ner_tags": None}, "row 2: None is no list of labels"),
         ("validation", {"tokens": ["w1"], "ner_tags": [None]}, "row 2: None cannot be a label"),
     ],
@@ -133,7 +133,7 @@ def test_a_bad_row_is_one_line(split, row, message):
 @pytest.mark.parametrize(
     "rows, message",
     [
-        ([{"tokens": "w1 w2", "ner_tags": "O O"}], "holds 'w1 w2', which is no list of words"),
+        ([{"tokens": "w1 w2", "ner_tags": "O O"}], "tokens 'w1 w2' is no list of words"),
         ([{"tokens": ["w1"], "ner_tags": [0.5]}], "0.5 cannot be a label"),
         ([{"tokens": ["w1"], "ner_tags": [True]}], "True cannot be a label"),
         ([{"tokens": ["w1"], "ner_tags": ["O"]}], "the training rows have one label only: 'O'"),

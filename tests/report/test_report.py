@@ -307,6 +307,11 @@ def test_runs_that_cannot_be_compared_are_one_clear_error(
     run, other = store(make_metrics()), store(make_metrics("full") | {"metric_name": "perplexity"})
     with pytest.raises(ValueError, match=r"different metrics \(accuracy, perplexity\)"):
         call([run, other])
+    cut = run.path / "checkpoint-5"
+    cut.mkdir()
+    (cut / "trainer_state.json").write_text('{"log_history": []}')
+    with pytest.raises(ValueError, match=r"\(accuracy, loss; of .*run0 there is only a checkpoint"):
+        call([run, load_run(cut)])
     with pytest.raises(ValueError, match="run0: this run, or one like it, is given twice"):
         call([run, run, run])
 

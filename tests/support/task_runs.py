@@ -7,12 +7,12 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
-import transformers
 from datasets import Dataset
 from tiny_folders import sentence_tokenizer
 from tiny_models import tiny_model
 
 from progtuning_kernels.cli.app import main
+from progtuning_kernels.cli.models import auto_class
 from progtuning_kernels.cli.options import TrainOptions
 from progtuning_kernels.cli.tasks import Task, task_class
 
@@ -57,11 +57,10 @@ def train_and_predict(
         for path in (output / "predictions.jsonl", answers)
     ]
     assert found[0] == found[1]
-    auto = getattr(transformers, task_class(task).auto_model)
     metrics = json.loads((output / "metrics.json").read_text())
     return SimpleNamespace(
         figures=metrics["evaluations"][-1],
-        model=auto.from_pretrained(output / "model"),
+        model=auto_class(task).from_pretrained(output / "model"),
         answers=found[0],
     )
 

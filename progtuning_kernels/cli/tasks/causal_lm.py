@@ -9,35 +9,31 @@ from functools import partial
 from itertools import takewhile
 from pathlib import Path
 from reprlib import repr as short
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
+from datasets import Dataset
 from torch.nn.utils.rnn import pad_sequence
 
-from ...backend import one_line
-from ..columns import check_column, check_texts, find_columns
+from ..columns import check_texts, find_columns
 from ..errors import UserError, as_user_error
+from ..options import TrainOptions
 from .plain_text import join_and_cut, perplexity, row_losses
 
-if TYPE_CHECKING:
-    from datasets import Dataset
-
-    from ..options import TrainOptions
-
 _ROLES = {
-    "messages": ("messages",),
+    "messages": ("messages", "conversations"),
     "prompt": ("prompt", "instruction", "question"),
     "completion": ("completion", "response", "output", "answer"),
     "text": ("text", "sentence", "content"),
 }
 
+_SPEAKERS = {"human": "user", "gpt": "assistant"}  # of ShareGPT
+
 
 class CausalLM:
     """Rows of the first kind that they have columns for: messages, prompt and completion, text."""
 
-    auto_model = "AutoModelForCausalLM"
     processor = "AutoTokenizer"
-    lora_task = "CAUSAL_LM"
     metrics = ("perplexity",)
     names = None
 
@@ -46,22 +42,17 @@ class CausalLM:
         self.max_new_tokens = options.max_new_tokens
         self.notes: list[str] = []  # on rows, for the user
         self._trainer = options.trainer  # with the options of SFTConfig, by its names
-        first, labelled = next(iter(splits.values())), "train" in splits
-        self.kind = _kind(options.columns, first.column_names, labelled)
+        first = next(iter(splits.values()))
+        self.kind = _kind(options.columns, first.column_names, "train" in splits)
         names = ("prompt", "completion") if self.kind == "prompt" else (self.kind,)
-        self.columns = find_columns(
-            first,
-            options.columns,
-            {role: _ROLES[role] for role in names},
-            optional=() if labelled else ("completion",),
-        )
+        roles = {role: _ROLES[role] for role in names}
+        self.columns = find_columns(splits, options.columns, roles, targets=["completion"])
         # lists of messages, or text
         self._chat = self.kind == "messages" or isinstance(first[0][self.columns[self.kind]], list)
         for split, rows in splits.items():
             for role, column in self.columns.items():
                 if role == "completion" and split == "predict":
                     continue
-                check_column(rows, column, split)
                 lines = role == "text" and split != "predict"  # of which some may be empty
                 if self._chat:
                     _check_messages(rows[column], column, split)
@@ -100,7 +91,10 @@ class CausalLM:
         """The columns of the task, under the names of their roles, and "tools" if there are any."""
         roles = {"tools": "tools"} | {name: role for role, name in self.columns.items()}
         roles = {name: role for name, role in roles.items() if name in rows.column_names}
-        return rows.select_columns([*roles]).rename_columns(roles)
+        rows = rows.select_columns([*roles]).rename_columns(roles)
+        if self.kind == "messages" and "from" in rows[0]["messages"][0]:
+            return rows.map(lambda row: {"messages": _messages(row["messages"])})
+        return rows
 
     def encode(self, rows: Dataset, processor: Any, model: Any, split: str) -> Dataset:
         """Tokens, and labels that are -100 where the loss is not of them; plain text has none.
@@ -109,8 +103,6 @@ class CausalLM:
         """
         if split == "predict":
             encoded = processor(self._prompts(rows, processor), add_special_tokens=not self._chat)
-            from datasets import Dataset  # a plan imports this module, and needs none of it
-
             ids = [own[: self.max_length] for own in encoded["input_ids"]]  # to try the model
             return Dataset.from_dict({"input_ids": ids})
         rows = self._by_role(rows)
@@ -123,12 +115,9 @@ class CausalLM:
         template = self._template(processor)
 
         def tokens(row: dict[str, Any], index: int) -> dict[str, Any]:
-            try:
+            said = f"{split} row {index + 1}: the chat template refuses it"
+            with as_user_error(Exception, said=said):
                 ids, marks = self._marked(row, processor, template)
-            except Exception as error:  # a template raises what it likes
-                raise UserError(
-                    f"{split} row {index + 1}: the chat template refuses it: {one_line(error)}"
-                ) from error
             labels = [i if mark else -100 for i, mark in zip(ids, marks, strict=True)]
             return {"input_ids": ids[: self.max_length], "labels": labels[: self.max_length]}
 
@@ -138,15 +127,12 @@ class CausalLM:
             tokens, with_indices=True, remove_columns=[*left_over], keep_in_memory=True
         )
         learnt = [i for i, y in enumerate(encoded["labels"]) if any(k != -100 for k in y)]
+        limit = f"--max-length {self.max_length}"
         if not learnt:
-            raise UserError(
-                f"--max-length {self.max_length} leaves no {split} row a token to learn: the "
-                "prompts alone are as long"
-            )
+            raise UserError(f"{limit} leaves no {split} row a token to learn: prompts are as long")
         if without := len(encoded) - len(learnt):
             self.notes.append(
-                f"{without:,} {split} rows are left out: --max-length {self.max_length} leaves "
-                "them no token to learn"
+                f"{without:,} {split} rows are left out: {limit} leaves them no token to learn"
             )
             encoded = encoded.select(learnt)
         return encoded
@@ -160,10 +146,8 @@ class CausalLM:
         if not self._chat:
             return None
         if path := self._trainer.get("chat_template_path"):
-            try:
+            with as_user_error(OSError, said="--chat-template-path"):
                 tokenizer.chat_template = Path(path).read_text(encoding="utf-8")
-            except OSError as error:
-                raise UserError(f"--chat-template-path: {one_line(error)}") from error
         if tokenizer.chat_template is None:
             raise UserError(
                 "the tokenizer has no chat template for messages: take the model's chat variant, "
@@ -250,12 +234,7 @@ class CausalLM:
         positions = getattr(model.config.get_text_config(), "max_position_embeddings", None)
         tokenizer.model_max_length = min(tokenizer.model_max_length, positions or math.inf)
         with as_user_error():
-            go_on = pipeline(
-                "text-generation",
-                whole,
-                tokenizer=tokenizer,
-                device=model.device,
-            )
+            go_on = pipeline("text-generation", whole, tokenizer=tokenizer, device=model.device)
             said = go_on(
                 self._prompts(rows, processor),
                 batch_size=self._trainer.get("per_device_eval_batch_size", 8),
@@ -273,9 +252,8 @@ def sft_classes() -> tuple[type, type]:
     try:
         from trl import SFTConfig, SFTTrainer
     except ImportError:
-        raise UserError(
-            "messages and completions need TRL, on Python 3.11 or later: pip install trl"
-        ) from None
+        needed = "messages and completions need TRL, on Python 3.11 or later: pip install trl"
+        raise UserError(needed) from None
 
     class TokenWeighted(SFTTrainer):
         def create_model_card(self, *args: Any, **kwargs: Any) -> None:
@@ -310,11 +288,21 @@ def _check_messages(rows: Sequence[Any], column: str, split: str) -> None:
         where = f"{split} row {number}"
         if not isinstance(messages, list) or not messages:
             raise UserError(f"{where}: {short(messages)} in {column!r} is no list of messages")
-        for place, message in enumerate(messages, 1):
+        for place, message in enumerate(_messages(messages), 1):
             if not isinstance(message, dict) or not isinstance(message.get("role"), str):
                 raise UserError(f"{where}: message {place} of {column!r} has no role")
             if not message.get("content") and not message.get("tool_calls"):
                 raise UserError(f"{where}: message {place} of {column!r} has no content")
+
+
+def _messages(found: Sequence[Any]) -> list[Any]:
+    """Messages with role and content, also of rows as ShareGPT's, which have from and value."""
+    return [
+        {"role": _SPEAKERS.get(one["from"], one["from"]), "content": one.get("value")}
+        if isinstance(one, dict) and isinstance(one.get("from"), str)
+        else one
+        for one in found
+    ]
 
 
 def _padded(rows: list[dict[str, Any]], padding: int) -> dict[str, torch.Tensor]:

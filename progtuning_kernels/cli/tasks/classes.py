@@ -3,28 +3,26 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
 
 from ...backend import one_line
 from ..errors import UserError
-
-if TYPE_CHECKING:
-    from ..options import TrainOptions
+from ..options import TrainOptions
 
 # float() takes "nan" (a language code), "1_000" and blanks as well
 DECIMAL = re.compile(r"[+-]?([0-9]+\.?[0-9]*|\.[0-9]+)([eE][+-]?[0-9]+)?")
 
 
+def own_classes(config: Any) -> list[str]:
+    return [str(config.id2label[i]) for i in sorted(config.id2label)]
+
+
 def same_classes(own: Sequence[str], names: Sequence[str]) -> list[str] | None:
     """The classes of a head, in its order, if the rows have the same; None if they have others.
 
-    Rows may number the classes from 0: then a head's own names stay, and one without names
+    Rows may number the classes from 0: then a head's `own` names stay, and one without names
     (LABEL_0, ...) takes the numbers.
-
-    Args:
-        own: classes of the head, by index.
-        names: classes of the rows.
     """
     if sorted(own) == sorted(names):
         return [*own]
@@ -34,36 +32,57 @@ def same_classes(own: Sequence[str], names: Sequence[str]) -> list[str] | None:
     return [*names] if unnamed else [*own]
 
 
-def set_classes(config: Any, names: Sequence[str] | None, problem_type: str | None = None) -> None:
-    """Make a config one of a head with these classes; None: of a regression."""
-    names = ["LABEL_0"] if names is None else names
+def fit_head(
+    config: Any, names: Sequence[str], problem_type: str | None = None
+) -> tuple[list[str], dict[str, int]]:
+    """Write the rows' classes into a config; its head's classes, and where those of the rows are.
+
+    A head that has the same classes keeps its order, and its names where the rows have numbers.
+    """
+    head = same_classes(own_classes(config), names) or [*names]
+    set_classes(config, head, problem_type)
+    known = head if sorted(head) == sorted(names) else names
+    return head, {name: i for i, name in enumerate(known)}
+
+
+def set_classes(config: Any, names: Sequence[str], problem_type: str | None) -> None:
     config.id2label = dict(enumerate(names))
     config.label2id = {name: i for i, name in enumerate(names)}
     config.problem_type = problem_type
 
 
 def learnt(labels: Mapping[str, Sequence[Any]], options: TrainOptions) -> list[Any]:
-    """The labels that say which classes there are: of one file that was split, those of all rows.
-
-    Args:
-        labels: by split.
-    """
+    """The labels, by split, that say which classes there are: of a split file those of all rows."""
     whole = options.validation_split is not None
     return [*labels["train"], *(labels["validation"] if whole else ())]
 
 
-def class_order(name: str) -> tuple[float, str]:
+def order(name: str) -> tuple[float, str]:
     """A key that sorts numbers first, 2 before 10, and text after them."""
     return (float(name) if DECIMAL.fullmatch(name) else float("inf"), name)
 
 
-def class_figures(predicted: Any, truth: Any, num_classes: int) -> dict[str, float]:
-    """Figures of a classification in one class each, by scikit-learn.
+def shown(names: Sequence[str]) -> str:
+    return ", ".join(map(repr, names[:10])) + (", ..." if names[10:] else "")
 
-    Args:
-        predicted, truth: (N,) integers.
-        num_classes: f1 is binary for two classes, else the macro mean.
-    """
+
+def check(names: Sequence[str], labels: Mapping[str, Iterable[Iterable[str]]]) -> None:
+    """Refuse a single class, and rows of a class that the training rows do not have."""
+    if len(names) < 2:
+        only = repr(names[0]) if names else "none at all"
+        raise UserError(f"the training rows have one label only: {only}")
+    known = {*names}
+    for split, rows in labels.items():
+        for number, row in enumerate(rows, 1):
+            if foreign := [name for name in row if name not in known]:
+                raise UserError(
+                    f"{split} row {number}: label {one_line(repr(foreign[0]))} is outside the set "
+                    f"of the training rows ({shown(names)})"
+                )
+
+
+def figures_of(predicted: Any, truth: Any, num_classes: int) -> dict[str, float]:
+    """Figures of (N,) classes; f1 is binary for two of them, else the macro mean."""
     from sklearn import metrics
 
     average = "binary" if num_classes == 2 else "macro"
@@ -74,12 +93,9 @@ def class_figures(predicted: Any, truth: Any, num_classes: int) -> dict[str, flo
     }
 
 
-def place_of(name: str, places: dict[str, int], where: str) -> int:
-    """The index of a class; `UserError` for one that the training rows do not have."""
-    if name not in places:
-        known = ", ".join(map(repr, [*places][:10])) + (", ..." if len(places) > 10 else "")
-        raise UserError(
-            f"{where}: label {one_line(repr(name))} is outside the set of the training rows "
-            f"({known})"
-        )
-    return places[name]
+def likeliest(logits: Any, names: Sequence[str]) -> list[dict[str, Any]]:
+    """The answer to each row: its class and that class's probability; logits (N, classes)."""
+    from scipy import special
+
+    shares = special.softmax(logits, -1)
+    return [{"label": names[row.argmax()], "score": float(row.max())} for row in shares]

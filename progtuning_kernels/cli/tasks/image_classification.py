@@ -5,18 +5,16 @@ from __future__ import annotations
 from collections.abc import Callable
 from io import BytesIO
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from ...backend import one_line
-from ..columns import check_column, find_columns
-from ..errors import UserError
-from .classes import class_figures, class_order, learnt, place_of, same_classes, set_classes
+import datasets
+from datasets import Dataset
+from PIL import Image, ImageOps
 
-if TYPE_CHECKING:
-    from datasets import Dataset
-    from PIL.Image import Image
-
-    from ..options import TrainOptions
+from ..columns import find_columns
+from ..errors import UserError, as_user_error
+from ..options import TrainOptions
+from . import classes
 
 _ROLES = {
     "image": ("image", "img", "image_path", "file_name", "path", "file"),
@@ -25,19 +23,12 @@ _ROLES = {
 
 
 class ImageClassification:
-    auto_model = "AutoModelForImageClassification"
     processor = "AutoImageProcessor"
-    lora_task = None  # PEFT has no class for images
     trainer = "Trainer"
     metrics = ("accuracy", "f1", "matthews")
 
     def __init__(self, options: TrainOptions, splits: dict[str, Dataset]) -> None:
-        self.columns = find_columns(
-            next(iter(splits.values())),
-            options.columns,
-            _ROLES,
-            optional=() if "train" in splits else ("label",),
-        )
+        self.columns = find_columns(splits, options.columns, _ROLES, targets=["label"])
         files = {
             "train": options.train_file,
             "validation": options.validation_file or options.train_file,
@@ -46,26 +37,19 @@ class ImageClassification:
         self._folders = {s: [Path(file).parent for file in files[s]] for s in splits}
         self.names: list[str] | None = None
         for split, rows in splits.items():
-            check_column(rows, self.columns["image"], split)
             for number, stored in enumerate(self._stored(rows)["image"], 1):
                 self._read(stored, split, number)
         labels = {s: self._labels(rows, s) for s, rows in splits.items() if s != "predict"}
         if not labels:
             return
-        self.names = sorted(set(learnt(labels, options)), key=class_order)
-        if len(self.names) < 2:
-            raise UserError(f"the training rows have one label only: {self.names[0]!r}")
-        for split, of_split in labels.items():
-            for number, label in enumerate(of_split, 1):
-                place_of(label, dict.fromkeys(self.names, 0), f"{split} row {number}")
+        self.names = sorted(set(classes.learnt(labels, options)), key=classes.order)
+        classes.check(self.names, {split: zip(own) for split, own in labels.items()})
 
     def summary(self) -> str:
-        shown = ", ".join(map(repr, self.names[:10])) + (", ..." if self.names[10:] else "")
-        return f"{len(self.names)} classes of images: {shown}"
+        return f"{len(self.names)} classes of images: {classes.shown(self.names)}"
 
     def _labels(self, rows: Dataset, split: str) -> list[str]:
         column = self.columns["label"]
-        check_column(rows, column, split)
         named = getattr(rows.features[column], "names", None)  # of folders, and of the hub
         labels = []
         for number, label in enumerate(rows[column], 1):
@@ -76,17 +60,13 @@ class ImageClassification:
 
     def _stored(self, rows: Dataset) -> Dataset:
         """One column, "image": a path, or {"path": ..., "bytes": ...} that are not decoded."""
-        from datasets import Image
-
         column = self.columns["image"]
-        if isinstance(rows.features[column], Image):
-            rows = rows.cast_column(column, Image(decode=False))
+        if isinstance(rows.features[column], datasets.Image):
+            rows = rows.cast_column(column, datasets.Image(decode=False))
         return rows.select_columns([column]).rename_columns({column: "image"})
 
-    def _read(self, stored: Any, split: str, number: int, mode: str | None = None) -> Image:
+    def _read(self, stored: Any, split: str, number: int, mode: str | None = None) -> Image.Image:
         """The image in a mode of Pillow; None: only its header is read."""
-        from PIL import Image, ImageOps
-
         where = f"{split} row {number}"
         stored = stored if isinstance(stored, dict) else {"path": stored}
         path, content = stored["path"], stored.get("bytes")
@@ -100,24 +80,21 @@ class ImageClassification:
             if len(files) > 1:  # of rows from several folders
                 raise UserError(f"{where}: {path} is {files[0]} or {files[1]}: give whole paths")
             file = files[0]
-        try:
-            with Image.open(file if content is None else BytesIO(content)) as image:
-                # a photo may say in its EXIF data how it was held
-                return image if mode is None else ImageOps.exif_transpose(image).convert(mode)
-        except (OSError, Image.DecompressionBombError) as error:
-            raise UserError(f"{where}: cannot read its image: {one_line(error)}") from error
+        refusals = OSError, Image.DecompressionBombError
+        with (
+            as_user_error(*refusals, said=f"{where}: cannot read its image"),
+            Image.open(file if content is None else BytesIO(content)) as image,
+        ):
+            # a photo may say in its EXIF data how it was held
+            return image if mode is None else ImageOps.exif_transpose(image).convert(mode)
 
     def configure(self, config: Any) -> None:
-        own = [str(config.id2label[i]) for i in sorted(config.id2label)]
         if self.names is None:  # to predict
-            self.names = own
+            self.names = classes.own_classes(config)
             return
-        head = same_classes(own, self.names) or self.names
-        # rows may number the classes that the head has names for
-        order = head if sorted(head) == sorted(self.names) else self.names
-        self._places = {name: i for i, name in enumerate(order)}
-        self.names = head
-        set_classes(config, self.names, "single_label_classification")
+        self.names, self._places = classes.fit_head(
+            config, self.names, "single_label_classification"
+        )
 
     def encode(self, rows: Dataset, processor: Any, model: Any, split: str) -> Dataset:
         mode = "L" if getattr(model.config, "num_channels", 3) == 1 else "RGB"
@@ -144,10 +121,7 @@ class ImageClassification:
 
     def figures(self, predictions: Any, labels: Any) -> dict[str, float]:
         """predictions (N, classes) logits; labels (N,)."""
-        return class_figures(predictions.argmax(-1), labels, len(self.names))
+        return classes.figures_of(predictions.argmax(-1), labels, len(self.names))
 
     def answers(self, predictions: Any, rows: Dataset) -> list[dict[str, Any]]:
-        from scipy import special
-
-        shares = special.softmax(predictions, -1)
-        return [{"label": self.names[row.argmax()], "score": float(row.max())} for row in shares]
+        return classes.likeliest(predictions, self.names)

@@ -3,28 +3,23 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+from typing import Any
 from zlib import crc32
 
 import torch
+from datasets import Dataset
 
-from ..columns import check_texts, find_columns
+from ..columns import check_texts, encode_rows, find_columns
 from ..errors import UserError
+from ..options import TrainOptions
 from .plain_text import join_and_cut, perplexity, row_losses
-
-if TYPE_CHECKING:
-    from datasets import Dataset
-
-    from ..options import TrainOptions
 
 _BEST = 5  # guesses for a mask
 _SEED = 1  # of the masks of validation rows, which are the same in every evaluation
 
 
 class MaskedLM:
-    auto_model = "AutoModelForMaskedLM"
     processor = "AutoTokenizer"
-    lora_task = "FEATURE_EXTRACTION"  # PEFT has no masked LM
     trainer = "Trainer"
     metrics = ("perplexity",)
     names = None
@@ -33,9 +28,8 @@ class MaskedLM:
         self.max_length, self.share = options.max_length, options.mlm_probability
         if not 0 < self.share < 1:
             raise UserError(f"--mlm-probability is between 0 and 1, got {self.share}")
-        self.columns: dict[str, str] = dict(options.columns)
+        self.columns = find_columns(splits, options.columns, {"text": ("text", "sentence")})
         for split, rows in splits.items():
-            self.columns = find_columns(rows, self.columns, {"text": ("text", "sentence")})
             empty = "error" if split == "predict" else "left out"
             check_texts(rows, self.columns["text"], split, empty=empty)
 
@@ -68,10 +62,7 @@ class MaskedLM:
 
         cut = cut.map(masked, batched=True, keep_in_memory=True)
         if all(label == -100 for row in cut["labels"] for label in row):
-            raise UserError(
-                f"no token of the {split} text was masked: give more rows, or a larger "
-                "--mlm-probability"
-            )
+            raise UserError(f"no token of the {split} text was masked: raise --mlm-probability")
         return cut
 
     def _encode_predict(self, rows: Dataset, processor: Any) -> Dataset:
@@ -80,20 +71,14 @@ class MaskedLM:
         def tokens(batch: dict[str, list[str]]) -> dict[str, Any]:
             return dict(processor(batch[column], truncation=True, max_length=max_length))
 
-        encoded = rows.map(
-            tokens, batched=True, remove_columns=rows.column_names, keep_in_memory=True
-        )
-        is_mask = processor.mask_token_id.__eq__
+        encoded, mask = encode_rows(rows, tokens), processor.mask_token_id
         self._masks = [
-            [place for place, token in enumerate(ids) if is_mask(token)]
+            [place for place, token in enumerate(ids) if token == mask]
             for ids in encoded["input_ids"]
         ]
         for number, masks in enumerate(self._masks, 1):
             if not masks:
-                raise UserError(
-                    f"predict row {number}: its {processor.mask_token} is behind the first "
-                    f"{max_length} tokens (--max-length)"
-                )
+                raise UserError(f"predict row {number}: no mask within --max-length {max_length}")
         self._decode = processor.decode
         return encoded
 

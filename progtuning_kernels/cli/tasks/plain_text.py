@@ -4,15 +4,14 @@ from __future__ import annotations
 
 import math
 from itertools import chain
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
+from datasets import Dataset, Features, List, Value
 from torch.nn import functional as F
 
+from ..columns import encode_rows
 from ..errors import UserError
-
-if TYPE_CHECKING:
-    from datasets import Dataset
 
 
 def join_and_cut(
@@ -22,15 +21,7 @@ def join_and_cut(
 
     Empty texts are left out, and so is the last row if it is not full. A tokenizer without an
     end-of-text token, as BERT's, has its separator between the texts.
-
-    Returns:
-        One column, "input_ids".
-
-    Raises:
-        UserError: the tokenizer has neither token, or the text is shorter than one row.
     """
-    from datasets import Features, List, Value  # a plan imports this module, and needs none of it
-
     between = tokenizer.eos_token_id
     if between is None:
         between = tokenizer.sep_token_id
@@ -46,13 +37,7 @@ def join_and_cut(
         rest[:] = rows.pop() if rows and len(rows[-1]) < max_length else []
         return {"input_ids": rows}
 
-    rows = texts.map(
-        cut,
-        batched=True,
-        remove_columns=texts.column_names,
-        features=Features({"input_ids": List(Value("int32"))}),
-        keep_in_memory=True,
-    )
+    rows = encode_rows(texts, cut, features=Features({"input_ids": List(Value("int32"))}))
     if not len(rows):
         raise UserError(f"the text is shorter than one row of {max_length} tokens (--max-length)")
     return rows
@@ -61,9 +46,7 @@ def join_and_cut(
 def row_losses(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
     """Loss of every row, and of how many tokens it is the sum: (B, 2) fp32.
 
-    Args:
-        logits: (B, T, V).
-        labels: (B, T) long; -100: no loss.
+    logits (B, T, V); labels (B, T) long, -100 where there is no loss.
     """
     counted = labels != -100
     losses = torch.zeros(labels.shape, device=logits.device)  # (B, T)

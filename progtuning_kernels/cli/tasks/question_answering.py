@@ -5,17 +5,14 @@ from __future__ import annotations
 from collections.abc import Callable
 from importlib.util import find_spec
 from reprlib import repr as short
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
+from datasets import Dataset
 
-from ..columns import check_texts, find_columns
+from ..columns import check_texts, encode_rows, find_columns
 from ..errors import UserError
-
-if TYPE_CHECKING:
-    from datasets import Dataset
-
-    from ..options import TrainOptions
+from ..options import TrainOptions
 
 _ROLES = {
     "question": ("question",),
@@ -37,31 +34,26 @@ class QuestionAnswering:
             in the model's config as `handle_impossible_answer`.
     """
 
-    auto_model = "AutoModelForQuestionAnswering"
     processor = "AutoTokenizer"
-    lora_task = None  # PEFT's class of QUESTION_ANS drops the token types
     trainer = "Trainer"
     metrics = ("f1", "exact_match")
     names = None
 
     def __init__(self, options: TrainOptions, splits: dict[str, Dataset]) -> None:
         self.max_length, self.stride = options.max_length, options.doc_stride
-        self.columns: dict[str, str] = dict(options.columns)
+        targets = ("answers", "answer_start")
+        self.columns = find_columns(
+            splits, options.columns, _ROLES, optional=targets[1:], targets=targets
+        )
         self.unanswerable: bool | None = None
         self._windows: dict[str, Dataset] = {}  # by split, for all but "train"
         self._contexts: dict[str, Any] = {}
         self._answers: dict[str, list[list[tuple[str, int]]]] = {}
         for split, rows in splits.items():
-            roles, given = _ROLES, self.columns
-            if split == "predict":
-                roles = {role: _ROLES[role] for role in ("question", "context")}
-                given = {role: name for role, name in given.items() if role in roles}
-            found = find_columns(rows, given, roles, ("answer_start",))
-            self.columns |= found
             for role in ("question", "context"):
-                check_texts(rows, found[role], split)
+                check_texts(rows, self.columns[role], split)
             if split != "predict":
-                self._answers[split] = _answers(rows, found, split)
+                self._answers[split] = _answers(rows, self.columns, split)
         if "train" in splits:
             self.unanswerable = not all(self._answers["train"])
             if not any(self._answers["train"]):
@@ -125,13 +117,7 @@ class QuestionAnswering:
                     found.append(row | {"row": number, "offsets": offsets, "nowhere": nowhere})
             return {name: [row[name] for row in found] for name in found[0]}
 
-        encoded = rows.map(
-            windows,
-            batched=True,
-            with_indices=True,
-            remove_columns=rows.column_names,
-            keep_in_memory=True,
-        )
+        encoded = encode_rows(rows, windows, with_indices=True)
         if split != "train":
             self._windows[split] = encoded.select_columns(_ABOUT_WINDOWS)
             self._contexts[split] = rows[context]
@@ -212,13 +198,9 @@ def _answers(rows: Dataset, columns: dict[str, str], split: str) -> list[list[tu
                 raise UserError(f"{where}: {short(text)} is no text of an answer")
             place = int(place) if isinstance(place, str) and place.isdecimal() else place
             if not isinstance(place, int) or isinstance(place, bool):
-                raise UserError(
-                    f"{where}: {short(place)} is no answer_start, a number of characters"
-                )
+                raise UserError(f"{where}: {short(place)} is no answer_start, a whole number")
             if place < 0 or context[place : place + len(text)] != text:
-                raise UserError(
-                    f"{where}: the answer {short(text)} is not at character {place} of the context"
-                )
+                raise UserError(f"{where}: {short(text)} is not at character {place}")
             own.append((text.strip(), place + len(text) - len(text.lstrip())))
     return found
 

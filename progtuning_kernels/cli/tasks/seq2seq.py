@@ -5,17 +5,14 @@ from __future__ import annotations
 from collections.abc import Callable
 from functools import partial
 from importlib.util import find_spec
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
+from datasets import Dataset
 
-from ..columns import check_texts, find_columns
+from ..columns import check_texts, encode_rows, find_columns
 from ..errors import UserError
-
-if TYPE_CHECKING:
-    from datasets import Dataset
-
-    from ..options import TrainOptions
+from ..options import TrainOptions
 
 _ROLES = {
     "source": ("source", "input", "document", "article", "dialogue", "text"),
@@ -26,9 +23,7 @@ _ROLES = {
 class Seq2Seq:
     """A column may be inside another one: `--column source=translation.en`."""
 
-    auto_model = "AutoModelForSeq2SeqLM"
     processor = "AutoTokenizer"
-    lora_task = "SEQ_2_SEQ_LM"
     trainer = "Seq2SeqTrainer"
     metrics = ("chrf", "bleu", "rouge1", "rouge2", "rougeL")
     names = None
@@ -37,22 +32,15 @@ class Seq2Seq:
         self.max_length = options.max_length
         self.max_new_tokens = options.max_new_tokens
         if not options.trainer.get("predict_with_generate", True):
-            raise UserError(
-                "seq2seq is evaluated on what the model generates: predict_with_generate stays on; "
-                "--eval-strategy no evaluates once, at the end"
-            )
+            raise UserError("seq2seq evaluates generated texts: leave predict_with_generate on")
         if find_spec("torchmetrics") is None:
             raise UserError("seq2seq is evaluated with torchmetrics: pip install torchmetrics")
-        self.columns = find_columns(
-            next(iter(splits.values())).flatten(),
-            options.columns,
-            _ROLES,
-            optional=() if "train" in splits else ("target",),
-        )
-        for split, rows in splits.items():
+        flat = {split: rows.flatten() for split, rows in splits.items()}
+        self.columns = find_columns(flat, options.columns, _ROLES, targets=["target"])
+        for split, rows in flat.items():
             for role, column in self.columns.items():
                 if role == "source" or split != "predict":
-                    check_texts(rows.flatten(), column, split)
+                    check_texts(rows, column, split)
 
     @property
     def trainer_options(self) -> dict[str, Any]:
@@ -81,7 +69,7 @@ class Seq2Seq:
                 )["input_ids"]
             return dict(encoded)
 
-        return rows.map(tokens, batched=True, remove_columns=rows.column_names, keep_in_memory=True)
+        return encode_rows(rows, tokens)
 
     def collator(self, processor: Any, model: Any) -> Callable[[list[dict]], dict]:
         from transformers import DataCollatorForSeq2Seq

@@ -4,25 +4,16 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from itertools import chain
 from reprlib import repr as short
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from ..columns import check_column, check_texts, find_columns
+from datasets import Dataset
+
+from ..columns import check_texts, encode_rows, find_columns
 from ..errors import UserError
-from .classes import (
-    DECIMAL,
-    class_figures,
-    class_order,
-    learnt,
-    place_of,
-    same_classes,
-    set_classes,
-)
-
-if TYPE_CHECKING:
-    from datasets import Dataset
-
-    from ..options import TrainOptions
+from ..options import TrainOptions
+from . import classes
 
 _TEXTS = ("text", "text_a", "sentence", "sentence1", "premise", "question1")
 # the second text of a pair, where the first has one of these names
@@ -38,9 +29,7 @@ _LARGEST = 3.4e38  # of fp32
 
 
 class TextClassification:
-    auto_model = "AutoModelForSequenceClassification"
     processor = "AutoTokenizer"
-    lora_task = "SEQ_CLS"
     trainer = "Trainer"
 
     def __init__(self, options: TrainOptions, splits: dict[str, Dataset]) -> None:
@@ -56,19 +45,19 @@ class TextClassification:
         if labelled and not self._one_hot:
             roles["label"] = ("label", "labels")
         own = {role: name for role, name in given.items() if role in roles}
-        self.columns = find_columns(first, own, roles)
+        self.columns = find_columns(splits, own, roles, targets=["label"])
         partner = _PARTNERS.get(self.columns["text"])
         if "pair" in given or partner in first.column_names:
-            usual = {**roles, "pair": (partner,) if partner else ()}
-            self.columns = find_columns(first, given if not self._one_hot else own, usual)
+            roles["pair"] = (partner,) if partner else ()
+            own = own if self._one_hot else given
+            self.columns = find_columns(splits, own, roles, targets=["label"])
         for split, rows in splits.items():
             for role in ("text", "pair"):
                 if role in self.columns:
                     check_texts(rows, self.columns[role], split)
         if labelled:
             labels = {s: self._labels(rows, s) for s, rows in splits.items() if s != "predict"}
-            self._describe(learnt(labels, options))
-            self._targets = {s: self._as_targets(y, s) for s, y in labels.items()}
+            self._targets = self._learn(labels, options)
 
     @property
     def metrics(self) -> tuple[str, ...]:
@@ -82,9 +71,8 @@ class TextClassification:
         if self.names is None:
             low, high = min(self._targets["train"]), max(self._targets["train"])
             return f"a regression, labels from {low:g} to {high:g}"
-        shown = ", ".join(map(repr, self.names[:10])) + (", ..." if self.names[10:] else "")
         several = ", any number of them a row" if self.problem_type == "multi_label" else ""
-        return f"{len(self.names)} classes{several}: {shown}"
+        return f"{len(self.names)} classes{several}: {classes.shown(self.names)}"
 
     def _labels(self, rows: Dataset, split: str) -> list[Any]:
         if self._one_hot:
@@ -101,7 +89,6 @@ class TextClassification:
                 found.append([name for name, cell in pairs if marks[str(cell)]])
             return found
         column = self.columns["label"]
-        check_column(rows, column, split)
         labels, feature = rows[column], rows.features[column]
         if (names := getattr(feature, "names", None)) is not None:  # of a hub data set
             labels = [None if label is None or label < 0 else names[label] for label in labels]
@@ -110,64 +97,33 @@ class TextClassification:
                 raise UserError(f"{split} row {number} has no value for column {column!r}")
         return [*labels]
 
-    def _describe(self, labels: list[Any]) -> None:
-        """Settle kind of problem and classes by the training labels."""
+    def _learn(self, labels: dict[str, list[Any]], options: TrainOptions) -> dict[str, list[Any]]:
+        """Settle kind of problem and classes; what the loss is of, before a head numbers them."""
+        if self.problem_type == "regression":
+            return {split: _numbers(own, split) for split, own in labels.items()}
         if self.problem_type == "multi_label":
-            one_by_one = [name for row in self._lists(labels, "train") for name in row]
-            found = self._one_hot or sorted(set(map(_class_name, one_by_one)), key=class_order)
-        elif self.problem_type == "regression":
-            return
+            found = {split: _lists(own, split) for split, own in labels.items()}
+            rows, shown = found, chain.from_iterable(classes.learnt(found, options))
         else:
-            _check_kinds(labels, "train")
-            numbers = [_number(label) for label in labels]
+            for split, own in labels.items():
+                _check_kinds(own, split)
+            numbers = [_number(label) for label in classes.learnt(labels, options)]
             fractions = None not in numbers and not all(n.is_integer() for n in numbers)
             if fractions and self.problem_type is None:
                 raise UserError(
                     "the labels are numbers with a fraction: give --problem-type regression to "
                     "predict them, or --problem-type single_label if each is the name of a class"
                 )
-            found = sorted(set(map(_class_name, labels)), key=class_order)
+            found = {split: [*map(_class_name, own)] for split, own in labels.items()}
+            shown = classes.learnt(found, options)
+            rows = {split: zip(own) for split, own in found.items()}
         self.problem_type = self.problem_type or "single_label"
-        if len(found) < 2:
-            shown = repr(found[0]) if found else "none at all"
-            raise UserError(f"the training rows have one label only: {shown}")
-        self.names = self._found = found
-        self._places = {name: i for i, name in enumerate(found)}
-
-    def _lists(self, labels: list[Any], split: str) -> list[list[Any]]:
-        for number, label in enumerate(labels, 1):
-            if not isinstance(label, list) or not all(isinstance(x, str | int) for x in label):
-                raise UserError(
-                    f"{split} row {number}: {short(label)} is no list of labels, which "
-                    "--problem-type multi_label needs"
-                )
-        return labels
-
-    def _as_targets(self, labels: list[Any], split: str) -> list[Any]:
-        """What the loss is of, before a head says which class has which index."""
-        if self.problem_type == "regression":
-            numbers = []
-            for number, label in enumerate(labels, 1):
-                value = _number(label)
-                if value is None or not -_LARGEST <= value <= _LARGEST:
-                    raise UserError(f"{split} row {number}: label {short(label)} is not a number")
-                numbers.append(value)
-            if len(set(numbers)) < 2:
-                raise UserError(f"the {split} rows have one label only: {labels[0]!r}")
-            return numbers
-        if self.problem_type == "multi_label":
-            rows = [[_class_name(x) for x in row] for row in self._lists(labels, split)]
-            for number, row in enumerate(rows, 1):
-                for name in row:
-                    place_of(name, self._places, f"{split} row {number}")
-            return rows
-        _check_kinds(labels, split)
-        for number, label in enumerate(labels, 1):
-            place_of(_class_name(label), self._places, f"{split} row {number}")
-        return [_class_name(label) for label in labels]
+        self.names = self._found = self._one_hot or sorted({*shown}, key=classes.order)
+        classes.check(self.names, rows)
+        return found
 
     def configure(self, config: Any) -> None:
-        own = [str(config.id2label[i]) for i in sorted(config.id2label)]
+        own = classes.own_classes(config)
         if self.names is None and self.problem_type is None:  # to predict: as the model says
             self.problem_type = {
                 "multi_label_classification": "multi_label",
@@ -175,13 +131,11 @@ class TextClassification:
             }.get(config.problem_type, "regression" if len(own) == 1 else "single_label")
             self.names = None if self.problem_type == "regression" else own
             return
-        if self.names is not None:
-            head = same_classes(own, self._found) or self._found
-            by_name = head if sorted(head) == sorted(self._found) else self._found
-            self._places = {name: i for i, name in enumerate(by_name)}
-            self.names = head
-        kind = self.problem_type + ("" if self.names is None else "_classification")
-        set_classes(config, self.names, kind)
+        if self.names is None:
+            classes.set_classes(config, ["LABEL_0"], "regression")
+        else:
+            kind = f"{self.problem_type}_classification"
+            self.names, self._places = classes.fit_head(config, self._found, kind)
 
     def encode(self, rows: Dataset, processor: Any, model: Any, split: str) -> Dataset:
         text, pair = self.columns["text"], self.columns.get("pair")
@@ -193,9 +147,7 @@ class TextClassification:
             pairs = None if pair is None else batch[pair]
             return dict(processor(batch[text], pairs, truncation=True, max_length=self.max_length))
 
-        encoded = rows.map(
-            tokens, batched=True, remove_columns=rows.column_names, keep_in_memory=True
-        )
+        encoded = encode_rows(rows, tokens)
         if split == "predict":
             return encoded
         return encoded.add_column("labels", [self._target(y) for y in self._targets[split]])
@@ -219,7 +171,7 @@ class TextClassification:
     def figures(self, predictions: Any, labels: Any) -> dict[str, float]:
         """predictions (N, classes) logits, or (N, 1); labels (N,) or (N, classes)."""
         if self.problem_type == "single_label":
-            return class_figures(predictions.argmax(-1), labels, len(self.names))
+            return classes.figures_of(predictions.argmax(-1), labels, len(self.names))
         if self.problem_type == "multi_label":
             from sklearn import metrics
 
@@ -240,11 +192,11 @@ class TextClassification:
         }
 
     def answers(self, predictions: Any, rows: Dataset) -> list[dict[str, Any]]:
-        from scipy import special
-
         if self.problem_type == "regression":
             return [{"score": float(value)} for value in predictions.squeeze(-1)]
         if self.problem_type == "multi_label":
+            from scipy import special
+
             shares = special.expit(predictions)
             return [
                 {
@@ -253,15 +205,32 @@ class TextClassification:
                 }
                 for row in shares
             ]
-        shares = special.softmax(predictions, -1)
-        return [{"label": self.names[row.argmax()], "score": float(row.max())} for row in shares]
+        return classes.likeliest(predictions, self.names)
 
 
 def _number(label: Any) -> float | None:
     """The label as a number, also where a table without types holds it as text."""
     if isinstance(label, str):
-        return float(label) if DECIMAL.fullmatch(label.strip()) else None
+        return float(label) if classes.DECIMAL.fullmatch(label.strip()) else None
     return None if isinstance(label, bool) or not isinstance(label, int | float) else float(label)
+
+
+def _numbers(labels: list[Any], split: str) -> list[float]:
+    numbers = [_number(label) for label in labels]
+    for number, value in enumerate(numbers):
+        if value is None or not -_LARGEST <= value <= _LARGEST:
+            label = short(labels[number])
+            raise UserError(f"{split} row {number + 1}: label {label} is not a number")
+    if len(set(numbers)) < 2:
+        raise UserError(f"the {split} rows have one label only: {labels[0]!r}")
+    return numbers
+
+
+def _lists(labels: list[Any], split: str) -> list[list[str]]:
+    for number, label in enumerate(labels, 1):
+        if not isinstance(label, list) or not all(isinstance(x, str | int) for x in label):
+            raise UserError(f"{split} row {number}: {short(label)} is no list of labels")
+    return [[*map(_class_name, row)] for row in labels]
 
 
 def _class_name(label: Any) -> str:

@@ -5,16 +5,14 @@ from __future__ import annotations
 from collections.abc import Callable
 from importlib.util import find_spec
 from reprlib import repr as short
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from ..columns import find_columns
+from datasets import Dataset
+
+from ..columns import encode_rows, find_columns
 from ..errors import UserError
-from .classes import class_order, learnt, place_of, same_classes, set_classes
-
-if TYPE_CHECKING:
-    from datasets import Dataset
-
-    from ..options import TrainOptions
+from ..options import TrainOptions
+from .classes import check, fit_head, learnt, order, own_classes, shown
 
 _ROLES = {"tokens": ("tokens", "words"), "label": ("ner_tags", "tags", "labels")}
 
@@ -22,61 +20,43 @@ _ROLES = {"tokens": ("tokens", "words"), "label": ("ner_tags", "tags", "labels")
 class TokenClassification:
     """The first piece of a word has its label; a word that the tokenizer drops has none."""
 
-    auto_model = "AutoModelForTokenClassification"
     processor = "AutoTokenizer"
-    lora_task = "TOKEN_CLS"
     trainer = "Trainer"
     metrics: tuple[str, ...] = ("accuracy", "f1_macro")
 
     def __init__(self, options: TrainOptions, splits: dict[str, Dataset]) -> None:
         self.max_length = options.max_length
         self.names: list[str] | None = None
-        self.columns: dict[str, str] = dict(options.columns)
+        self.columns = find_columns(splits, options.columns, _ROLES, targets=["label"])
         labels = {}
         for split, rows in splits.items():
-            roles, given = _ROLES, self.columns
-            if split == "predict":
-                roles = {"tokens": _ROLES["tokens"]}
-                given = {role: name for role, name in given.items() if role in roles}
-            found = find_columns(rows, given, roles)
-            self.columns |= found
-            words = _words(rows, found["tokens"], split)
-            if "label" in found:
-                labels[split] = _labels(rows, found["label"], split, words)
+            words = _words(rows, self.columns["tokens"], split)
+            if split != "predict":
+                labels[split] = _labels(rows, self.columns["label"], split, words)
         if not labels:
             return
         self.names = _class_names(splits["train"], self.columns["label"]) or sorted(
-            {name for row in learnt(labels, options) for name in row}, key=class_order
+            {name for row in learnt(labels, options) for name in row},
+            key=order,
         )
-        if len(self.names) < 2:
-            raise UserError(f"the training rows have one label only: {self.names[0]!r}")
         self._places = {name: i for i, name in enumerate(self.names)}
         entities = [name for name in self.names if name != "O"]
         if all(name[:2] in ("B-", "I-", "E-", "S-") for name in entities):
             self.metrics = ("f1", "precision", "recall", "accuracy")
             if find_spec("seqeval") is None:
                 raise UserError("figures of entities need seqeval: pip install seqeval")
-        for split, of_split in labels.items():
-            for number, row in enumerate(of_split, 1):
-                for name in row:
-                    place_of(name, self._places, f"{split} row {number}")
+        check(self.names, labels)
 
     def summary(self) -> str:
         if self.names is None:
             return ""
-        shown = ", ".join(map(repr, self.names[:10])) + (", ..." if self.names[10:] else "")
-        return f"{len(self.names)} classes of words: {shown}"
+        return f"{len(self.names)} classes of words: {shown(self.names)}"
 
     def configure(self, config: Any) -> None:
-        own = [str(config.id2label[i]) for i in sorted(config.id2label)]
         if self.names is None:
-            self.names = own
+            self.names = own_classes(config)
             return
-        head = same_classes(own, self.names)
-        if head is not None and sorted(head) == sorted(self.names):
-            self._places = {name: i for i, name in enumerate(head)}
-        self.names = head or self.names
-        set_classes(config, self.names)
+        self.names, self._places = fit_head(config, self.names)
 
     def encode(self, rows: Dataset, processor: Any, model: Any, split: str) -> Dataset:
         if not processor.is_fast:
@@ -105,9 +85,7 @@ class TokenClassification:
             ]
             return {**encoded, "labels": labels}
 
-        encoded = rows.map(
-            tokens, batched=True, remove_columns=rows.column_names, keep_in_memory=True
-        )
+        encoded = encode_rows(rows, tokens)
         if labelled:
             return encoded
         self._first_pieces = [*encoded["words"]]
@@ -120,14 +98,13 @@ class TokenClassification:
         return DataCollatorForTokenClassification(processor)
 
     def preprocess_logits(self, logits: Any, labels: Any) -> Any:
-        """The likeliest class of every token: (B, T)."""
+        """The classes.likeliest class of every token: (B, T)."""
         return (logits[0] if isinstance(logits, tuple) else logits).argmax(-1)
 
     def figures(self, predictions: Any, labels: Any) -> dict[str, float]:
         """Of entities by seqeval where labels are B- and I-, else of words by scikit-learn.
 
-        Args:
-            predictions, labels: (N, T) classes; -100: no word begins there.
+        predictions and labels (N, T); -100: no word begins there.
         """
         counted = labels != -100
         if "f1" not in self.metrics:
@@ -166,10 +143,7 @@ def _words(rows: Dataset, column: str, split: str) -> list[list[str]]:
     found = [*rows[column]]
     for number, words in enumerate(found, 1):
         if not isinstance(words, list) or not all(isinstance(word, str) for word in words):
-            raise UserError(
-                f"{split} row {number}, column {column!r} holds {short(words)}, which is no list "
-                "of words"
-            )
+            raise UserError(f"{split} row {number}: {column} {short(words)} is no list of words")
         if not any(word.strip() for word in words):
             raise UserError(f"{split} row {number} has no words in column {column!r}")
     return found
