@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from ranks import process_group, run_ranks
 from tiny_models import tiny_inputs, tiny_model
 from torch import nn
 
@@ -234,3 +235,45 @@ def test_what_is_refused(tmp_path):
         fit(tmp_path, Manual({"in_backward": True}))
     with pytest.raises(ValueError, match="number of steps is not known"):
         fit(tmp_path, max_epochs=-1)
+
+
+class Half(Batches):
+    """The rows of one rank of two."""
+
+    def __init__(self, rank: int) -> None:
+        super().__init__()
+        self.rank = rank
+
+    def __iter__(self):
+        for batch in Batches():
+            yield {name: rows[self.rank : self.rank + 1] for name, rows in batch.items()}
+
+
+def _rank(rank: int, store: str, folder: str) -> None:
+    with process_group(rank, store):
+        module = Module()
+        callback = lightning.ProgtuningCallback(ProgressiveSchedule(4))
+        trainer = L.Trainer(
+            **{**QUIET, "devices": 2, "strategy": "ddp", "default_root_dir": folder},
+            enable_checkpointing=False,
+            use_distributed_sampler=False,
+            callbacks=[callback],
+        )
+        trainer.fit(module, Half(rank))
+        assert [boundary for _, boundary in module.seen] == [0, 0, 1, 1, 2, 2, 3, 3]
+        if rank == 0:
+            torch.save(weights_of(module), f"{folder}/weights.pt")
+
+
+def test_two_processes_end_with_the_weights_of_one(tmp_path):
+    run_ranks(_rank, str(tmp_path / "store"), str(tmp_path))
+    model = tiny_model(NAME)
+    handle = patch_model(model, ProgressiveSchedule(4, STEPS))
+    optimizer = optimizer_of(model, None)
+    for batch in [*Batches(), *Batches()]:
+        model(**{name: rows[:2] for name, rows in batch.items()}).loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        handle.advance()
+        release_frozen_state(optimizer)
+    same(torch.load(tmp_path / "weights.pt"), dict(handle.model.named_parameters()), **CLOSE)
