@@ -2,9 +2,10 @@
 
 `DistributedDataParallel` decides when it is built which gradients it reduces; its reducer is built
 anew before the first forward of a stage, in milliseconds. FSDP2 (`fully_shard`) only gathers one
-frozen block less. Ranks compare what they train at every change: another schedule on one of them
-would add up gradients of different tensors, or have all wait for it. They do so through the store
-that torch's process groups began with, since a collective is what would hang.
+frozen block less. DeepSpeed's ZeRO partitions anew (`zero.py`). Ranks compare what they train at
+every change: another schedule on one of them would add up gradients of different tensors, or have
+all wait for it. They do so through the store that torch's process groups began with, since a
+collective is what would hang.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ import contextlib
 import hashlib
 import itertools
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from datetime import timedelta
 from typing import Any
 
@@ -26,6 +27,14 @@ from .model.call_stack import called_from
 from .model.families import UnsupportedModelError
 from .model.layout import Layout, parameter_slots
 from .sharding import is_sharded
+from .zero import (
+    awaits_partition,
+    is_engine,
+    partition_active,
+    ranks_of,
+    refuse_engine,
+    running_engine,
+)
 
 _AGREED = "agreed"
 _meetings = itertools.count()  # every rank makes its wrappers in the same order
@@ -40,6 +49,20 @@ def shards_of(model: nn.Module) -> list[nn.Module]:
     """The modules of a model that `fully_shard` was called on."""
     fsdp = _loaded("torch.distributed.fsdp", "FSDPModule")
     return [module for module in model.modules() if isinstance(module, fsdp)]
+
+
+def forms_of_shards(model: nn.Module) -> Iterator[list[nn.Parameter]]:
+    """For each parameter that `fully_shard` has sharded, the tensors that take turns in its place:
+    autograd sees the gathered one.
+    """
+    forms = ("sharded_param", "_unsharded_param", "_sharded_post_forward_param")
+    for state in {module._get_fsdp_state() for module in shards_of(model)}:
+        # a list from torch 2.11 on: before, one group at most
+        groups = getattr(state, "_fsdp_param_groups", None)
+        for group in filter(None, [state._fsdp_param_group] if groups is None else groups):
+            for shard in group.fsdp_params:
+                known = [getattr(shard, form, None) for form in forms]
+                yield [p for p in known if p is not None]
 
 
 def refuse_flat_parameters(model: nn.Module) -> None:
@@ -65,35 +88,38 @@ def refuse_flat_parameters(model: nn.Module) -> None:
     if any(hasattr(p, "ds_id") for p in parameters):
         raise UnsupportedModelError(
             f"{name}: DeepSpeed ZeRO-3 fixes what trains when it starts, and leaves blocks that "
-            f"thaw later untrained: {cure}"
+            f"thaw later untrained: use ZeRO-2, or {cure}"
         )
 
 
 def surrounding(model: nn.Module) -> DistributedDataParallel | nn.Module | None:
-    """What runs the forward of `model` that is under way: DDP, or the model itself if sharded."""
+    """What runs the forward of `model` that is under way: DDP, a DeepSpeed engine, or the model
+    itself if sharded.
+    """
     ddp = DistributedDataParallel._get_active_ddp_module()
     if ddp is not None and any(module is model for module in ddp.modules()):
         return ddp
-    return model if shards_of(model) else None
+    return model if shards_of(model) else running_engine(model)
 
 
 def unwrap(model: nn.Module) -> nn.Module:
-    """The model inside `DistributedDataParallel` and `torch.compile`, in any order.
+    """The model inside `DistributedDataParallel`, `DeepSpeedEngine` and `torch.compile`, in any
+    order.
 
-    Raises `UnsupportedModelError` for other wrappers, and for a DDP around a part of the model.
+    Raises `UnsupportedModelError` for other wrappers, and for one around a part of the model.
     """
     while True:
         inner = _without_compile(model)
-        if not isinstance(inner, DistributedDataParallel):
+        if not _reduces(inner):
             break
         model = inner.module
     for path, module in inner.named_modules():
-        if isinstance(module, DistributedDataParallel):
+        _refuse_wrapper(module)
+        if _reduces(module):
             raise UnsupportedModelError(
-                f"{path} is a DistributedDataParallel inside the {type(inner).__name__} to be "
+                f"{path} is a {type(module).__name__} inside the {type(inner).__name__} to be "
                 f"patched, whose forward it does not see: pass model.{path}.module"
             )
-        _refuse_wrapper(module)
     return inner
 
 
@@ -113,10 +139,13 @@ def _refuse_wrapper(module: nn.Module) -> None:
             "DataParallel copies the model to every GPU in each forward, without its patch: "
             "use DistributedDataParallel, one process per GPU (torchrun)"
         )
-    if type(module).__name__ == "DeepSpeedEngine":
-        raise UnsupportedModelError(
-            "DeepSpeed keeps flat copies of what trained when it started: use DDP or FSDP2"
-        )
+    if is_engine(module):
+        refuse_flat_parameters(module)
+        refuse_engine(module)
+
+
+def _reduces(module: nn.Module) -> bool:
+    return isinstance(module, DistributedDataParallel) or is_engine(module)
 
 
 class Wrapper:
@@ -135,7 +164,8 @@ class Wrapper:
         self._model = model
         self._layout = layout
         self.ddp = inner if isinstance(inner, DistributedDataParallel) else None
-        self._root = None if self.ddp is not None or not shards_of(model) else inner
+        self.engine: Any = inner if is_engine(inner) else None
+        self._root = None if _reduces(inner) or not shards_of(model) else inner
         self._lowest: nn.Module | None = None  # FSDP2: what must not gather what lies below it
         self._ranks = self._all_ranks()
         self._timeout = timeout or self._group_timeout()
@@ -152,7 +182,12 @@ class Wrapper:
 
     def holds(self, found: nn.Module) -> bool:
         """Whether `found`, of `surrounding`, is what this was made for."""
-        return found is self.ddp or (self.sharded and found is self._model)
+        return found in (self.ddp, self.engine) or (self.sharded and found is self._model)
+
+    @property
+    def awaits_rebuild(self) -> bool:
+        """Whether a checkpoint was loaded that may have been written under another plan."""
+        return self.engine is not None and awaits_partition(self.engine)
 
     def reshard(self) -> None:
         """Put shards in the place of gathered weights, which an evaluation leaves: flags are set on
@@ -196,11 +231,13 @@ class Wrapper:
     def release(self) -> None:
         """Have everything reduced and gathered again, for a model that is not patched any more."""
         if dist.is_initialized():  # a script may end its process group first
-            self._rebuild(boundary=0)
+            self._rebuild(boundary=0, patched=False)
 
-    def _rebuild(self, boundary: int) -> None:
+    def _rebuild(self, boundary: int, *, patched: bool = True) -> None:
         if self.ddp is not None:
             _rebuild_reducer(self.ddp)
+        if self.engine is not None:
+            partition_active(self.engine, patched=patched)
         if self._root is not None:
             self._stop_gathering_below(boundary)
 
@@ -270,6 +307,8 @@ class Wrapper:
     def _all_ranks(self) -> list[int]:
         if self.ddp is not None:
             return dist.get_process_group_ranks(self.ddp.process_group)
+        if self.engine is not None:
+            return ranks_of(self.engine)
         if self._root is None:
             return []
         for p in self._model.parameters():
@@ -307,6 +346,9 @@ def _rebuild_reducer(ddp: DistributedDataParallel) -> None:
     parameters, sparse = ddp._build_params_for_reducer()
     names = ddp._build_debug_param_to_name_mapping(parameters)
     hooks, ddp._comm_hooks = ddp._comm_hooks, []
+    # torch keeps no record of a hook of its own, but for the name that it logs
+    logged = ddp._get_ddp_logging_data().get("comm_hook")
+    built_in = [h for h in dist.BuiltinCommHookType.__members__.values() if str(h) == logged]
     ddp._remove_autograd_hooks()
     ddp._ddp_init_helper(parameters, sparse, names, ddp.static_graph)
     if ddp.static_graph:
@@ -316,5 +358,7 @@ def _rebuild_reducer(ddp: DistributedDataParallel) -> None:
     ddp._has_rebuilt_buckets = False
     for hook, state in hooks:
         ddp.register_comm_hook(state, hook)
+    for hook in built_in:
+        ddp._register_builtin_comm_hook(hook)
     if ddp.mixed_precision is not None:
         ddp.reducer._set_mixed_precision_param_dtype(ddp.mixed_precision.param_dtype)

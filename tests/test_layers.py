@@ -12,7 +12,7 @@ PACKAGE = Path(__file__).parent.parent / "progtuning_kernels"
 LAYERS = [
     {"backend", "freeze_events", "random_state", "sharding", "text_table", "triton_trial"},
     {"schedules", "ops", "model"},
-    {"packing"},
+    {"packing", "zero"},
     {"optim", "swaps", "cache", "distributed", "graphs"},
     {"freezing"},
     {"patch", "planner"},

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import itertools
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -15,6 +16,7 @@ from ..packing import runs_padded
 from .prefix_inputs import Place
 
 _PLAIN = (bool, int, float, str)
+_MOST_COPIED_BYTES = 1 << 20
 
 
 class PrefixWeights:
@@ -22,7 +24,9 @@ class PrefixWeights:
 
     Looked at before every forward, which costs 0.1 ms for four blocks of BERT: the version counter
     and address of every tensor, the modules' modes, and what PEFT notes about merged adapters. Only
-    writes through `tensor.data` leave none of these traces.
+    writes through `tensor.data` leave none of these traces. Where there is a process group, a
+    buffer that is written with the bytes that it holds is as it was: DDP broadcasts buffers before
+    every forward, and in torch 2.10 their versions count that.
     """
 
     def __init__(self, model: nn.Module, layout: Layout) -> None:
@@ -36,6 +40,9 @@ class PrefixWeights:
         self._seen: list[tuple[Any, ...]] = []
         self._held: list[torch.Tensor] = []  # alive, so that no address or id is used twice
         self._places: list[tuple[Place, torch.Tensor, tuple[int, int]]] = []
+        # in a process group: buffers, what they held, and at which version
+        self._copies: list[tuple[torch.Tensor, torch.Tensor, int]] = []
+        self._rewritten: dict[int, int] = {}  # by id of a buffer: writes of the bytes it held
 
     def watch(self, level: int) -> None:
         """Take the state of the units below block `level` for the one to compare with."""
@@ -45,16 +52,29 @@ class PrefixWeights:
             modules = dict.fromkeys(module for root in roots for module in root.modules())
             self._modules.append((unit, list(modules)))
         self._inside = [vars(module) for _, modules in self._modules for module in modules]
-        self._seen = [_state(modules) for _, modules in self._modules]
+        self._seen = [_state(modules, self._rewritten) for _, modules in self._modules]
         self._held = [tensor for _, tensor in self._named(level)]
+        inside = (own["_buffers"].values() for own in self._inside)
+        self._copies.clear()
+        self._copy(*itertools.chain(*inside), *(tensor for _, tensor, _ in self._places))
 
     def watch_place(self, place: Place) -> bool:
         """Watch, at every level, a tensor that the prefix reads elsewhere; False if it is known."""
         held, key = place
         if any(other is held and name == key for (other, name), _, _ in self._places):
             return False
-        self._places.append((place, held[key], (held[key]._version, held[key].data_ptr())))
+        tensor = held[key]
+        self._places.append((place, tensor, _trace(tensor, self._rewritten)))
+        self._copy(tensor)
         return True
+
+    def _copy(self, *tensors: torch.Tensor | None) -> None:
+        distributed = torch.distributed
+        if distributed.is_available() and distributed.is_initialized():
+            for t in tensors:
+                if t is not None and t.nbytes <= _MOST_COPIED_BYTES:
+                    version, _ = _trace(t, self._rewritten)
+                    self._copies.append((t, t.detach().clone(), version))
 
     @property
     def tensors(self) -> Sequence[torch.Tensor]:
@@ -63,12 +83,16 @@ class PrefixWeights:
 
     def lowest_change(self) -> tuple[int, str] | None:
         """Lowest watched unit that is not as it was, and what changed; None when all are."""
+        for tensor, copy, version in self._copies:
+            writes = tensor._version - version
+            if writes != self._rewritten.get(id(tensor), 0) and torch.equal(tensor, copy):
+                self._rewritten[id(tensor)] = writes
         for (held, key), tensor, state in self._places:
-            if held.get(key) is not tensor or (tensor._version, tensor.data_ptr()) != state:
+            if held.get(key) is not tensor or _trace(tensor, self._rewritten) != state:
                 self._places.clear()  # found again, if it is still read
                 return EMBEDDINGS, key
         for (unit, modules), seen in zip(self._modules, self._seen, strict=True):
-            if _state(modules) != seen:
+            if _state(modules, self._rewritten) != seen:
                 return unit, self._layout.unit_label(unit)
         return None
 
@@ -153,15 +177,21 @@ def _held_by(carriers: list[dict[str, Any]]) -> dict[Any, torch.Tensor]:
     }
 
 
-def _state(modules: list[nn.Module]) -> tuple[Any, ...]:
+def _trace(buffer: torch.Tensor, rewritten: dict[int, int]) -> tuple[int, int]:
+    return buffer._version - rewritten.get(id(buffer), 0), buffer.data_ptr()
+
+
+def _state(modules: list[nn.Module], rewritten: dict[int, int]) -> tuple[Any, ...]:
     state: list[Any] = []
     for module in modules:
         own = module.__dict__
         state.append(own["training"])
-        for tensors in (own["_parameters"], own["_buffers"]):
-            for tensor in tensors.values():
-                if tensor is not None:
-                    state += (id(tensor), tensor._version, tensor.data_ptr())
+        for tensor in own["_parameters"].values():
+            if tensor is not None:
+                state += (id(tensor), tensor._version, tensor.data_ptr())
+        for tensor in own["_buffers"].values():
+            if tensor is not None:
+                state += (id(tensor), *_trace(tensor, rewritten))
         state += map(id, own["_modules"].values())
         if "merged_adapters" in own:  # PEFT merges through `weight.data`
             state.append(repr((own["merged_adapters"], own.get("scaling"))))

@@ -179,6 +179,8 @@ class Freezer:
 
     def follow_wrapper(self) -> None:
         """Before anything is tried in a training forward: attach what surrounds it."""
+        if self._wrapper is not None and self._wrapper.awaits_rebuild:
+            self._wrapper.follow(step=self.step, boundary=self.boundary)
         if not self.proved:
             refuse_flat_parameters(self.model)
             found = surrounding(self.model)
@@ -210,6 +212,11 @@ class Freezer:
             raise UnsupportedModelError(
                 "a prefix cache takes blocks out of the model, which fully_shard gathers all the "
                 "same: patch without cache=, or use DistributedDataParallel"
+            )
+        if wrapper.engine is not None and self.norms is not None:
+            raise UnsupportedModelError(
+                f"{self.norms.schedule!r} decides by whole gradients, and under DeepSpeed no rank "
+                "has them: use another schedule, or DistributedDataParallel"
             )
         self._wrapper = wrapper
         self.packer.sharded = wrapper.sharded

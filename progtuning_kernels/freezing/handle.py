@@ -199,8 +199,9 @@ class PatchHandle:
 
         Call it once per optimizer step, after `optimizer.step()`. What something else switched on
         below the boundary in the meantime (PEFT does, on leaving `disable_adapter()`) is frozen
-        again; what was switched on where the plan trains is the user's own choice, and trains. What
-        was switched off stays off until the plan changes, and is then taken for such a choice.
+        again, above it already before the next training forward; what was switched on where the
+        plan trains is the user's own choice, and trains. What was switched off stays off until the
+        plan changes, and is then taken for such a choice.
 
         Returns:
             True when the plan changed.
@@ -262,13 +263,15 @@ class PatchHandle:
 
         Every change of plan then keeps it right before the first forward of the stage: DDP's
         gradient buckets are built anew over the active tensors, FSDP2 stops gathering weights that
-        backward does not reach, and ranks compare what they train. The first training forward
-        finds a DDP or FSDP2 by itself; call this where that forward is compiled as a whole
-        (`torch.compile` around DDP), or to set the timeout. All ranks call it at the same place.
+        backward does not reach, ZeRO partitions the active tensors, and ranks compare what they
+        train. The first training forward finds a DDP, FSDP2 or DeepSpeed by itself; call this where
+        that forward is compiled as a whole (`torch.compile` around DDP), or to set the timeout. All
+        ranks call it at the same place.
 
         Args:
-            wrapped: the `DistributedDataParallel` around the model, the sharded model, either
-                inside `torch.compile`; the model itself where there is one process.
+            wrapped: the `DistributedDataParallel` or `DeepSpeedEngine` around the model, the
+                sharded model, any of them inside `torch.compile`; the model itself where there is
+                one process.
             timeout: how long a rank waits for the others at a change of plan; None: as long as the
                 process group waits in a collective.
 
@@ -277,7 +280,8 @@ class PatchHandle:
 
         Raises:
             ValueError: `wrapped` does not hold the model.
-            UnsupportedModelError: FSDP1, DeepSpeed or DataParallel; FSDP2 with a prefix cache.
+            UnsupportedModelError: FSDP1, ZeRO-3 or DataParallel, what DeepSpeed has beside ZeRO-1
+                and ZeRO-2; FSDP2 with a prefix cache.
             RuntimeError: the ranks do not train the same. So do `advance()` and `seek()` later.
         """
         self.freezer.attach(wrapped, timeout)

@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import copy
 import math
+import sys
 import weakref
 from collections.abc import Callable
 from typing import Any
@@ -23,6 +24,7 @@ from ..model.call_stack import caller
 from ..optim import MaskedOptimizer
 from ..patch import PatchHandle, check_options, handle_of, patch_model
 from ..schedules import Schedule, check_schedule, decides_by_gradients, stage_count
+from ..zero import follow_loads
 from .plan_numbers import costs, device_of, inner_optimizer, plan_numbers, release, smaller_norm
 from .token_rate import TokenRate
 
@@ -164,7 +166,10 @@ class ProgtuningCallback(TrainerCallback):
     ) -> None:
         # a model left patched by a train() that ended in an exception: put right before this
         # Trainer makes an optimizer, which is over what requires grad
-        self._clean_up(*_of_the_trainer(args, kwargs))
+        args, model = _of_the_trainer(args, kwargs)
+        self._clean_up(args, model)
+        if "deepspeed" in sys.modules:  # the Trainer has it load before training begins
+            follow_loads(model)
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
