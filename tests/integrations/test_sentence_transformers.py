@@ -9,7 +9,13 @@ import torch
 from tiny_folders import save_model
 from transformers import TrainerCallback
 
-from progtuning_kernels import MaskedAdamW, PrefixCache, ProgressiveSchedule
+from progtuning_kernels import (
+    MaskedAdamW,
+    MilestoneSchedule,
+    PrefixCache,
+    ProgressiveSchedule,
+    patch_model,
+)
 from progtuning_kernels.integrations.hf_trainer import ProgtuningCallback
 from progtuning_kernels.model.layout import EMBEDDINGS, find_layout, parameter_slots
 from progtuning_kernels.patch import handle_of
@@ -199,3 +205,21 @@ def test_weights_of_a_loss_that_the_optimizer_has_not_are_refused(tmp_path, mode
     found, _ = _train(tmp_path, model, *cured, callbacks, 0.0, optimizers=(optimizer, None))
     for name, weight in expected.items():
         torch.testing.assert_close(found[name], weight, **CLOSE)
+
+
+def test_layers_stay_padded_after_a_loss_that_has_packed(model_folders):
+    model, texts = _vectors(_same(model_folders)), [f"w{i} " * (1 + 4 * i) for i in range(6)]
+
+    def loss_of(kind) -> torch.Tensor:
+        sides = [model.preprocess(side) for side in (texts[:3], texts[3:])]
+        return kind(sides, torch.tensor([0.1, 0.9, 0.5]))
+
+    layers = losses.AdaptiveLayerLoss(
+        model, losses.CoSENTLoss(model), n_layers_per_step=-1, kl_temperature=0
+    )
+    model.train()
+    expected = loss_of(layers)
+    handle = patch_model(model, MilestoneSchedule({0: 2}), packing="on")
+    loss_of(losses.CoSENTLoss(model)).backward()
+    assert handle.packing_report().batches
+    torch.testing.assert_close(loss_of(layers), expected)
