@@ -1,4 +1,7 @@
-"""What the callbacks of all trainers log, and how they treat the optimizer at a change of plan."""
+"""What the callbacks of all trainers log, and how they treat the optimizer at a change of plan.
+
+A handle here is the `PatchHandle` of a run under way.
+"""
 
 from __future__ import annotations
 
@@ -9,7 +12,6 @@ import torch
 from torch.optim import Optimizer
 
 from ..optim import MaskedOptimizer, release_frozen_state, state_bytes
-from ..patch import PatchHandle
 
 if sys.platform != "win32":
     import resource
@@ -20,17 +22,17 @@ def inner_optimizer(optimizer: Any) -> Any:
     return getattr(optimizer, "optimizer", optimizer)
 
 
-def device_of(handle: PatchHandle) -> torch.device:
+def device_of(handle: Any) -> torch.device:
     return next(handle.model.parameters()).device
 
 
-def plan_numbers(handle: PatchHandle) -> dict[str, Any]:
+def plan_numbers(handle: Any) -> dict[str, Any]:
     """What a log says of the plan in force; `active_share` of what was trainable before."""
     share = round(handle.active_params / handle.trainable_params, 4)
     return {"stage": handle.stage + 1, "boundary": handle.boundary, "active_share": share}
 
 
-def costs(handle: PatchHandle, optimizer: Optimizer | None) -> dict[str, Any]:
+def costs(handle: Any, optimizer: Optimizer | None) -> dict[str, Any]:
     """What a log says of memory."""
     found: dict[str, Any] = {"peak_memory_bytes": _peak_memory_bytes(device_of(handle))}
     if optimizer is not None:
