@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from ..model.call import Call
-from ..model.forward_hooks import buffers_kept
+from ..model.forward_hooks import state_kept
 from ..model.layout import Layout
 from ..packing import padded
 from ..random_state import gpus_of, random_state_kept, set_torch_state, torch_state
@@ -40,7 +40,7 @@ class SideForwards:
             padded(),
             self._busy(),
             torch.compiler.set_stance("force_eager"),
-            buffers_kept(self._model),
+            state_kept(self._model),
         ):
             yield
 

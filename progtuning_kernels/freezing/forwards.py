@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any
@@ -9,7 +10,7 @@ from typing import Any
 import torch
 
 from ..graphs import Feed
-from ..model.call import with_own_containers
+from ..model.forward_hooks import tensors_in, with_own_containers
 from ..model.host_copies import HostCopies
 from ..model.layout import EMBEDDINGS
 from .freezer import Freezer
@@ -71,7 +72,8 @@ class Forwards:
             freezer.follow_surroundings()
             if not freezer.proved:
                 self._paths = self._watch_paths(inputs=(args, kwargs))
-            self.last = _inputs_of(args, kwargs, freezer.active.device.type)
+            if self.last is None or not _answered(args):
+                self.last = _inputs_of(args, kwargs, freezer.active.device.type)
             freezer.graphs.look()
         fed: list[Feed] = []
         if freezer.cache is not None:
@@ -139,6 +141,14 @@ class Forwards:
             freezes=freezer.frozen_sometime(),
             **options,
         )
+
+
+def _answered(args: tuple[Any, ...]) -> bool:
+    """Whether a dict holds what an earlier forward wrote into it: sentence-transformers' Matryoshka
+    and AdaptiveLayerLoss call the model with it again, and take the answer from there.
+    """
+    dicts = [a for a in args if isinstance(a, Mapping)]
+    return any(t.grad_fn is not None for t in tensors_in(dicts))
 
 
 def _inputs_of(args: tuple[Any, ...], kwargs: dict[str, Any], device_type: str) -> ForwardInputs:

@@ -114,13 +114,13 @@ class GradientPaths:
     ) -> None:
         self._ran.append(path)
         tensors = [t for t in tensors_in((args, kwargs)) if t.requires_grad]
-        if torch.is_grad_enabled():
-            for leaf in _leaves(tensors, self._checked, unit):
-                self._check(leaf, unit, path)
-            return
         trains = unit not in self._no_grad and path in self._layout.block_paths
         # without the checkpoint, it is the model that runs a part of itself under no_grad
-        if trains and not tensors and called_from(torch.utils.checkpoint.__file__):
+        reentrant = not torch.is_grad_enabled() and called_from(torch.utils.checkpoint.__file__)
+        if torch.is_grad_enabled() or reentrant:
+            for leaf in _leaves(tensors, self._checked, unit):
+                self._check(leaf, unit, path)
+        if trains and not tensors and reentrant:
             raise RuntimeError(
                 f"{path} trains but runs without autograd above a frozen prefix, as "
                 "reentrant checkpointing makes it: pass use_reentrant=False"

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from ..model.forward_hooks import ForwardHooks, buffers_kept, tensors_in
+from ..model.forward_hooks import ForwardHooks, state_kept, tensors_in
 from ..model.layout import EMBEDDINGS, Layout, parameter_slots
 
 
@@ -182,7 +182,7 @@ def measure_forward(
     with (
         torch.random.fork_rng([d for d in devices if d.type == "cuda"]),
         torch.enable_grad(),
-        buffers_kept(model),
+        state_kept(model),
         # compiled blocks would trace the counters, and recompile for them
         torch.compiler.set_stance("force_eager"),
         clock.watch(),

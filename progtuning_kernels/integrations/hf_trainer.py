@@ -11,7 +11,6 @@ import weakref
 from collections.abc import Callable
 from typing import Any
 
-import torch
 from accelerate import Accelerator
 from accelerate.state import GradientState
 from torch import nn
@@ -22,14 +21,12 @@ from transformers.trainer_callback import CallbackHandler
 from transformers.utils import logging
 
 from ..model.call_stack import caller
-from ..optim import MaskedOptimizer, release_frozen_state, state_bytes
+from ..optim import MaskedOptimizer
 from ..patch import PatchHandle, check_options, handle_of, patch_model
 from ..schedules import Schedule, check_schedule, decides_by_gradients, stage_count
 from ..zero import follow_loads
+from .plan_numbers import costs, device_of, inner_optimizer, plan_numbers, release, smaller_norm
 from .token_rate import TokenRate
-
-if sys.platform != "win32":
-    import resource
 
 # Where the Trainer's own clipping is kept while a masked optimizer clips in its place: on the
 # arguments, so that a run that ended in an exception can be put right by the next one.
@@ -43,20 +40,6 @@ _give_norm_back: weakref.WeakKeyDictionary[PatchHandle, Callable[[], None]]
 _give_norm_back = weakref.WeakKeyDictionary()
 # below transformers' root, so that its verbosity decides
 logger = logging.get_logger("transformers.progtuning_kernels")
-
-
-def _inner(optimizer: Optimizer) -> Optimizer:
-    return getattr(optimizer, "optimizer", optimizer)  # accelerate wraps it
-
-
-def _peak_memory_bytes(device: torch.device) -> int | None:
-    """Of this process: what was allocated on its GPU, or what it has taken of the CPU's memory."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device)
-    if sys.platform == "win32":
-        return None
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak if sys.platform == "darwin" else 1024 * peak
 
 
 def _take_no_norm(accelerator: Accelerator) -> Callable[[], None]:
@@ -98,6 +81,20 @@ def _of_the_trainer(args: Any, given: dict[str, Any]) -> tuple[TrainingArguments
             "on_step_begin of a callback of your own"
         )
     return args, model
+
+
+def _refuse_missed_weights(trainer: Any, optimizer: Optimizer) -> None:
+    """Raise for weights of a loss that got a gradient and are in no group of the optimizer."""
+    loss = getattr(trainer, "loss", None)  # of a trainer of sentence-transformers
+    held = {id(p) for group in optimizer.param_groups for p in group["params"]}
+    for one in loss.values() if isinstance(loss, dict) else [loss]:
+        for name, weight in one.named_parameters() if isinstance(one, nn.Module) else ():
+            if weight.grad is not None and id(weight) not in held:
+                raise RuntimeError(
+                    f"ProgtuningCallback: {name} of {type(one).__name__} would not train: "
+                    "sentence-transformers gives optimizer_cls_and_kwargs the model's weights "
+                    "alone; pass optimizers=(MaskedAdamW(loss.parameters(), ...), None) instead"
+                )
 
 
 class ProgtuningCallback(TrainerCallback):
@@ -154,6 +151,7 @@ class ProgtuningCallback(TrainerCallback):
         self._trainer: weakref.ref[Trainer] | None = None
         self._bars_of_others = weakref.WeakSet[tqdm]()
         self._shown: int | None = None  # the stage that the progress bar shows
+        self._missed_none = False  # the optimizer has all that the first backward has reached
 
     def attach(self, trainer: Trainer) -> None:
         """Give the callback its Trainer, which `torch_compile` on several processes needs.
@@ -210,21 +208,21 @@ class ProgtuningCallback(TrainerCallback):
         saved = decisions.get(_DECISIONS) if state.global_step else None
         if decides_by_gradients(self.schedule) and saved is not None:
             self.handle.load_state_dict(saved)
-        self._release(optimizer)  # a checkpoint is older than the plan of the step that follows it
-        masked = _inner(optimizer)
+        release(optimizer)  # a checkpoint is older than the plan of the step that follows it
+        masked = inner_optimizer(optimizer)
         if isinstance(masked, MaskedOptimizer):
             # an update inside backward waits for the last micro-batch of a window
             masked.accumulating = _accumulates
             if args.max_grad_norm:
                 # it clips in its own pass; the Trainer must not do it again
-                norms = {args.max_grad_norm, masked.max_grad_norm} - {None}
-                masked.max_grad_norm = min(norms)
+                masked.max_grad_norm = smaller_norm(masked, args.max_grad_norm)
                 setattr(args, _PARKED, args.max_grad_norm)
                 args.max_grad_norm = 0.0
             if masked.takes_norm and (trainer := trainer or caller(Trainer)) is not None:
                 _give_norm_back[self.handle] = _take_no_norm(trainer.accelerator)
         self._bars_of_others = _progress_bars()  # the Trainer's is made after this
         self._shown = None
+        self._missed_none = False
 
     def on_step_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -232,10 +230,17 @@ class ProgtuningCallback(TrainerCallback):
         # before the first micro-batch of a window: a change in its middle would leave gradients of
         # both plans
         if self.handle.seek(state.global_step):
-            self._release(kwargs["optimizer"])
+            release(kwargs["optimizer"])
         if self._shown != self.handle.stage:
             self._show_stage(state)
         self._rate.begin_step()
+
+    def on_pre_optimizer_step(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        if not self._missed_none:
+            _refuse_missed_weights(caller(Trainer), kwargs["optimizer"])
+            self._missed_none = True
 
     def on_optimizer_step(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -262,9 +267,13 @@ class ProgtuningCallback(TrainerCallback):
     ) -> None:
         # SetFit gives the loss another name
         if self.handle in _rates and logs and {"loss", "learning_rate"} & logs.keys():
-            shown = self._plan_numbers() | self._costs(kwargs.get("optimizer"))
+            optimizer = kwargs.get("optimizer")
+            shown = plan_numbers(self.handle) | costs(self.handle, optimizer)
+            norm = getattr(inner_optimizer(optimizer), "grad_norm", None)
+            if self.handle in _give_norm_back and norm is not None:
+                shown["grad_norm"] = float(norm)
             if "learning_rate" in logs:  # the Trainer's own, which all ranks make
-                rate = self._rate.read(self._device)
+                rate = self._rate.read(device_of(self.handle))
                 shown |= {} if rate is None else {"real_tokens_per_second": round(rate, 1)}
             logs |= shown
             state.log_history[-1] |= shown  # the Trainer has copied the logs already
@@ -287,27 +296,6 @@ class ProgtuningCallback(TrainerCallback):
         handle: Any = self.handle
         return _rates[handle]
 
-    @property
-    def _device(self) -> torch.device:
-        return next(self.handle.model.parameters()).device
-
-    def _costs(self, optimizer: Optimizer | None) -> dict[str, float]:
-        """What a log says of memory, and of the gradients of a masked optimizer."""
-        found: dict[str, Any] = {"peak_memory_bytes": _peak_memory_bytes(self._device)}
-        if optimizer is not None:
-            found["state_bytes"] = state_bytes(optimizer)
-            if self.handle in _give_norm_back and (norm := _inner(optimizer).grad_norm) is not None:
-                found["grad_norm"] = float(norm)
-        if self.handle.cache is not None:
-            found["cache_rows"] = sum(self.handle.cache.report().rows.values())
-        return {key: value for key, value in found.items() if value is not None}
-
-    def _plan_numbers(self) -> dict[str, Any]:
-        """What a log says of the plan in force."""
-        handle = self.handle
-        share = round(handle.active_params / handle.trainable_params, 4)
-        return {"stage": handle.stage + 1, "boundary": handle.boundary, "active_share": share}
-
     def _show_stage(self, state: TrainerState) -> None:
         """Show the stage in the Trainer's progress bar, and log it as "info"."""
         self._shown = self.handle.stage
@@ -316,17 +304,12 @@ class ProgtuningCallback(TrainerCallback):
         for bar in _progress_bars():
             if bar not in self._bars_of_others and bar.total == state.max_steps:
                 bar.set_description(text)
-        numbers = self._plan_numbers()
+        numbers = plan_numbers(self.handle)
         logger.info(
             f"  {text} from step {state.global_step}: boundary {numbers['boundary']} of "
             f"{self.handle.num_blocks} blocks, {numbers['active_share']:.1%} of the trainable "
             "parameters active"
         )
-
-    @staticmethod
-    def _release(optimizer: Optimizer) -> None:
-        if not isinstance(_inner(optimizer), MaskedOptimizer):  # that one does as it was told
-            release_frozen_state(optimizer)
 
     @staticmethod
     def _clean_up(args: TrainingArguments, model: nn.Module) -> None:

@@ -13,6 +13,7 @@ import torch
 from torch import nn
 
 from ..backend import sent
+from .forward_hooks import forward_object
 from .host_copies import HostCopies
 
 # Arguments whose first dimension is the batch, most telling first.
@@ -170,6 +171,10 @@ def wanted_of_all_blocks(model: nn.Module, named: Mapping[str, Any]) -> str | No
     for name in sorted(WANTS_ALL_BLOCKS):
         if named.get(name, any(getattr(c, name, False) for c in configs)):
             return f"{name}=True: every block's are wanted"
+    for path, child in model.named_children():
+        if (own := forward_object(child)) is not None:
+            # AdaptiveLayerLoss of sentence-transformers asks for hidden states of all blocks there
+            return f"a {type(own).__name__} stands in the place of {path}.forward"
     return None
 
 
@@ -179,18 +184,3 @@ def text_configs(config: Any) -> list[Any]:
         return []
     text = getattr(config, "get_text_config", None)
     return [config] if text is None else [config, text()]
-
-
-def with_own_containers(value: Any, *, clone: bool = False) -> Any:
-    """Copies of all containers, into which models write; of the tensors too if `clone`."""
-    if isinstance(value, torch.Tensor):
-        return value.clone() if clone else value
-    if isinstance(value, tuple):
-        items = [with_own_containers(item, clone=clone) for item in value]
-        return value._make(items) if hasattr(value, "_make") else tuple(items)
-    if isinstance(value, MutableMapping | list):
-        pairs = list(value.items() if isinstance(value, MutableMapping) else enumerate(value))
-        value = copy.copy(value)
-        for key, item in pairs:
-            value[key] = with_own_containers(item, clone=clone)
-    return value

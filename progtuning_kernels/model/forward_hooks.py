@@ -6,16 +6,20 @@ torch runs hooks in `module(...)` alone; SqueezeBERT, among others, goes past th
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+import copy
+from collections.abc import Callable, Iterator, Mapping, MutableMapping
 from contextlib import contextmanager
 from dataclasses import fields, is_dataclass
+from functools import partial
 from itertools import chain
+from types import FunctionType, MethodType
 from typing import Any
 
 import torch
 from torch import nn
 from torch.utils import _pytree as pytree
 
+_PLAIN = (FunctionType, MethodType, partial)  # forwards that keep nothing from call to call
 Before = Callable[[nn.Module, tuple[Any, ...], dict[str, Any]], None]
 After = Callable[[nn.Module, Any], None]
 
@@ -34,16 +38,38 @@ def tensors_in(value: Any, depth: int = 4) -> Iterator[torch.Tensor]:
             yield from tensors_in(list(vars(leaf).values()), depth - 1)
 
 
+def with_own_containers(value: Any, *, clone: bool = False) -> Any:
+    """Copies of all containers, into which models write; of the tensors too if `clone`."""
+    if isinstance(value, torch.Tensor):
+        return value.clone() if clone else value
+    if isinstance(value, tuple):
+        items = [with_own_containers(item, clone=clone) for item in value]
+        return value._make(items) if hasattr(value, "_make") else tuple(items)
+    if isinstance(value, MutableMapping | list):
+        pairs = list(value.items() if isinstance(value, MutableMapping) else enumerate(value))
+        value = copy.copy(value)
+        for key, item in pairs:
+            value[key] = with_own_containers(item, clone=clone)
+    return value
+
+
 @contextmanager
-def buffers_kept(model: nn.Module) -> Iterator[None]:
-    """Put every buffer back afterwards, by object and by value."""
+def state_kept(model: nn.Module) -> Iterator[None]:
+    """Put every buffer back afterwards, by object and by value, and what an object that stands in
+    the place of a `forward` has noted: sentence-transformers' MatryoshkaLoss counts forwards there.
+    """
     kept = [
         (m._buffers, {name: (b, b.clone()) for name, b in m._buffers.items() if b is not None})
         for m in model.modules()
     ]
+    forwards = [vars(own) for m in model.modules() if (own := forward_object(m)) is not None]
+    noted = [with_own_containers(attributes) for attributes in forwards]
     try:
         yield
     finally:
+        for attributes, before in zip(forwards, noted, strict=True):
+            attributes.clear()
+            attributes.update(before)
         with torch.no_grad():
             for buffers, before in kept:
                 for name, (buffer, values) in before.items():
@@ -103,6 +129,12 @@ def own_forward(module: nn.Module) -> Callable[..., Any] | None:
     while isinstance(hooks := getattr(forward, "__self__", None), ForwardHooks):
         forward = hooks._own
     return forward
+
+
+def forward_object(module: nn.Module) -> Any:
+    """What stands in the place of `forward` in the instance, if it is an object with attributes."""
+    own = own_forward(module)
+    return None if isinstance(own, _PLAIN) or not hasattr(own, "__dict__") else own
 
 
 def foreign_hook(module: nn.Module) -> str | None:

@@ -16,8 +16,8 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from ..model.call import Call, with_own_containers
-from ..model.forward_hooks import buffers_kept
+from ..model.call import Call
+from ..model.forward_hooks import state_kept, with_own_containers
 from ..model.layout import Layout
 from ..model.outputs import TOLERANCE, compared, difference, has_keys_and_values
 from ..model.stacks import Stack
@@ -130,7 +130,7 @@ class Trial:
         with (
             random_state_kept(self._model),
             torch.compiler.set_stance("force_eager"),
-            buffers_kept(self._model),
+            state_kept(self._model),
             _without_dropout_and_recomputation(self._model),
             torch.enable_grad() if not self._sharded else torch.no_grad(),
             warnings.catch_warnings(),

@@ -1,14 +1,17 @@
-"""TRL's SFTTrainer is a Trainer: the callback alone is enough, with LoRA and without."""
+"""TRL's trainers are Trainers: the callback alone is enough, with LoRA and without."""
 
 from __future__ import annotations
 
 import peft
 import pytest
+import torch
+from tiny_models import tiny_model
 from trainers import sft_trainer
 from transformers import TrainerCallback
 
 from progtuning_kernels import ProgressiveSchedule
 from progtuning_kernels.integrations.hf_trainer import ProgtuningCallback
+from progtuning_kernels.model.layout import EMBEDDINGS, find_layout, parameter_slots
 from progtuning_kernels.optim import state_bytes
 from progtuning_kernels.patch import handle_of
 
@@ -61,3 +64,98 @@ def test_supervised_fine_tuning(tmp_path, word_tokenizer, adapted):
     assert [log["boundary"] for log in logs] == recorder.boundaries
     assert handle_of(trainer.model) is None
     assert {n for n, p in trainer.model.named_parameters() if p.requires_grad} == trainable
+
+
+class ByHand(TrainerCallback):
+    """Freezes as the schedule says, in the plain way."""
+
+    def on_step_begin(self, args, state, control, model=None, **kwargs):
+        layout = find_layout(model)
+        plan = ProgressiveSchedule(4, 4).plan(state.global_step, layout.num_blocks)
+        on = {EMBEDDINGS: plan.embeddings, layout.head: plan.head}
+        on |= dict(enumerate(plan.trainable))
+        for slot in parameter_slots(model, layout):
+            if not all(on[unit] for unit in slot.units):
+                slot.parameter.requires_grad_(False)
+                slot.parameter.grad = None
+
+
+def _rewards(completions, **kwargs) -> list[float]:
+    return [float(len(set(text.split()))) for text in completions]
+
+
+def _trainer(kind, folder, tokenizer, callback):
+    import datasets
+    import trl
+    from trl.experimental import kto
+
+    trainer, config, more = {
+        "dpo": (trl.DPOTrainer, trl.DPOConfig, {}),
+        "kto": (kto.KTOTrainer, kto.KTOConfig, {}),
+        "reward": (trl.RewardTrainer, trl.RewardConfig, {}),
+        "grpo": (trl.GRPOTrainer, trl.GRPOConfig, dict(num_generations=2, beta=0.0)),
+        "rloo": (trl.RLOOTrainer, trl.RLOOConfig, dict(num_generations=2, beta=0.0)),
+    }[kind]
+    online = kind in ("grpo", "rloo")
+    arguments = config(
+        output_dir=str(folder),
+        max_steps=4,
+        learning_rate=1e-2,
+        adam_epsilon=1e-3,
+        logging_steps=1,
+        save_strategy="no",
+        report_to="none",
+        disable_tqdm=True,
+        use_cpu=True,
+        bf16=False,
+        per_device_train_batch_size=4,
+        **({"max_completion_length": 4} if online else {}),
+        **more,
+    )
+
+    def text(start: int, words: int) -> str:
+        return " ".join(f"w{(7 * start + 3 * j) % 90}" for j in range(words))
+
+    rows = [
+        {
+            "prompt": text(i, 3 + i % 4),
+            "chosen": " " + text(i + 1, 2 + i % 3),
+            "rejected": " " + text(i + 5, 3),
+            "completion": " " + text(i + 1, 2 + i % 3),
+            "label": bool(i % 2),
+        }
+        for i in range(16)
+    ]
+    columns = {"kto": ["prompt", "completion", "label"]}.get(kind, ["prompt", "chosen", "rejected"])
+    data = datasets.Dataset.from_list(rows).select_columns(["prompt"] if online else columns)
+    model = tiny_model("llama-causal-lm" if kind != "reward" else "llama-sequence")
+    if kind == "reward":
+        model.config.num_labels, model.num_labels = 1, 1
+        torch.manual_seed(0)
+        model.score = torch.nn.Linear(model.config.hidden_size, 1, bias=False)
+    given = {"reward_funcs": _rewards} if online else {}
+    if kind in ("dpo", "kto"):
+        given["ref_model"] = tiny_model("llama-causal-lm")
+    return trainer(
+        model=model,
+        args=arguments,
+        train_dataset=data,
+        processing_class=tokenizer,
+        callbacks=[callback],
+        **given,
+    )
+
+
+@pytest.mark.parametrize("kind", ["dpo", "kto", "reward", "grpo", "rloo"])
+def test_other_trainers_end_with_the_weights_of_freezing_by_hand(tmp_path, word_tokenizer, kind):
+    expected = _trainer(kind, tmp_path, word_tokenizer, ByHand())
+    expected.train()
+    callback = ProgtuningCallback(ProgressiveSchedule(4), packing="on", cache="auto")
+    found = _trainer(kind, tmp_path, word_tokenizer, callback)
+    found.train()
+    logs = [log for log in found.state.log_history if "loss" in log]
+    assert [log["boundary"] for log in logs] == [0, 1, 2, 3]
+    assert callback.handle.packing_report().batches
+    weights = dict(found.model.named_parameters())
+    for name, weight in expected.model.named_parameters():
+        torch.testing.assert_close(weights[name], weight, rtol=1e-4, atol=1e-5)
