@@ -155,7 +155,7 @@ def test_all_ranks_choose_by_what_the_first_one_has_measured(monkeypatch):
     class Rank:
         """Of a rank that is not the first: what surrounds its model."""
 
-        sharded, on_several_ranks, ddp = False, True, None
+        sharded, on_several_ranks, ddp, engine = False, True, None, None
 
         def __init__(self, *arguments: Any) -> None:
             pass
