@@ -36,11 +36,11 @@ from ceilings import ceilings, in_words
 from experiment import Experiment, Target, read_experiment
 from gate import Gate
 from providers import PROVIDERS
+from runs import Record, summarise, train
 from stored_results import Verdict, store
 from training import reason
 
 from progtuning_kernels.cli.provenance import installed_version, provenance
-from runs import Record, summarise, train
 
 FOLDER = Path(__file__).resolve().parent
 # a script's folder is on the path: transformers, which is imported later, would take kernels.py

@@ -14,7 +14,7 @@ import contextlib
 import hashlib
 import itertools
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from datetime import timedelta
 from typing import Any
 
@@ -26,7 +26,7 @@ from torch.nn.parallel import DataParallel, DistributedDataParallel
 from .model.call_stack import called_from
 from .model.families import UnsupportedModelError
 from .model.layout import Layout, parameter_slots
-from .sharding import is_sharded
+from .sharding import fsdp_records
 from .zero import (
     awaits_partition,
     is_engine,
@@ -49,6 +49,20 @@ def shards_of(model: nn.Module) -> list[nn.Module]:
     """The modules of a model that `fully_shard` was called on."""
     fsdp = _loaded("torch.distributed.fsdp", "FSDPModule")
     return [module for module in model.modules() if isinstance(module, fsdp)]
+
+
+def forms_of_shards(model: nn.Module) -> Iterator[list[nn.Parameter]]:
+    """For each parameter that `fully_shard` has sharded, the tensors that take turns in its place:
+    autograd sees the gathered one.
+    """
+    forms = ("sharded_param", "_unsharded_param", "_sharded_post_forward_param")
+    for state in {module._get_fsdp_state() for module in shards_of(model)}:
+        # a list from torch 2.11 on: before, one group at most
+        groups = getattr(state, "_fsdp_param_groups", None)
+        for group in filter(None, [state._fsdp_param_group] if groups is None else groups):
+            for shard in group.fsdp_params:
+                known = [getattr(shard, form, None) for form in forms]
+                yield [p for p in known if p is not None]
 
 
 def refuse_flat_parameters(model: nn.Module) -> None:
@@ -153,6 +167,8 @@ class Wrapper:
         self.engine: Any = inner if is_engine(inner) else None
         self._root = None if _reduces(inner) or not shards_of(model) else inner
         self._lowest: nn.Module | None = None  # FSDP2: what must not gather what lies below it
+        records = fsdp_records(model) if self.sharded else {}
+        self._mesh = next((r.sharded_param.device_mesh for r in records.values()), None)
         self._ranks = self._all_ranks()
         self._timeout = timeout or self._group_timeout()
         self._meeting = f"progtuning/{next(_meetings)}/{min(self._ranks, default=0)}"
@@ -191,21 +207,36 @@ class Wrapper:
         self._agree(step, f"step {step}, boundary {boundary}, {len(names)} active tensors", names)
         self._rebuild(boundary)
 
-    def share(self, value: bytes) -> bytes:
-        """What the first rank was called with, on all ranks; `RuntimeError` where that does not
-        come in time.
+    @property
+    def rank(self) -> int:
+        return dist.get_rank()
+
+    def largest(self, numbers: Sequence[int]) -> list[int]:
+        """The largest of all ranks of a sharded model, entry by entry, by one collective for each
+        dimension of its mesh.
         """
+        device = next(self._model.parameters()).device
+        found = torch.tensor(numbers, dtype=torch.int32, device=device)
+        for dimension in range(self._mesh.ndim):
+            dist.all_reduce(found, dist.ReduceOp.MAX, self._mesh.get_group(dimension))
+        return found.tolist()
+
+    def share(self, value: bytes, source: int | None = None) -> bytes:
+        """What the rank `source`, or the first, was called with, on all ranks; `RuntimeError` where
+        that does not come in time.
+        """
+        source = self._ranks[0] if source is None else source
         store = dist.distributed_c10d._get_default_store()
         place = f"{self._meeting}/shared/{self._shared}"
         self._shared += 1
-        if dist.get_rank() == self._ranks[0]:
+        if self.rank == source:
             store.set(place, value)
             return value
         try:
             store.wait([place], self._timeout)
         except RuntimeError as error:
             raise RuntimeError(
-                f"rank {self._ranks[0]} has not come to this forward within "
+                f"rank {source} has not come to this forward within "
                 f"{self._timeout.total_seconds():.0f} s: {error}"
             ) from error
         value = store.get(place)
@@ -295,12 +326,7 @@ class Wrapper:
             return dist.get_process_group_ranks(self.ddp.process_group)
         if self.engine is not None:
             return ranks_of(self.engine)
-        if self._root is None:
-            return []
-        for p in self._model.parameters():
-            if is_sharded(p):
-                return sorted(p.device_mesh.mesh.flatten().tolist())
-        return [*range(dist.get_world_size())]  # inside a forward: gathered at this moment
+        return [] if self._mesh is None else sorted(self._mesh.mesh.flatten().tolist())
 
     def _group_timeout(self) -> timedelta:
         if len(self._ranks) < 2:
@@ -332,6 +358,9 @@ def _rebuild_reducer(ddp: DistributedDataParallel) -> None:
     parameters, sparse = ddp._build_params_for_reducer()
     names = ddp._build_debug_param_to_name_mapping(parameters)
     hooks, ddp._comm_hooks = ddp._comm_hooks, []
+    # torch keeps no record of a hook of its own, but for the name that it logs
+    logged = ddp._get_ddp_logging_data().get("comm_hook")
+    built_in = [h for h in dist.BuiltinCommHookType.__members__.values() if str(h) == logged]
     ddp._remove_autograd_hooks()
     ddp._ddp_init_helper(parameters, sparse, names, ddp.static_graph)
     if ddp.static_graph:
@@ -341,5 +370,7 @@ def _rebuild_reducer(ddp: DistributedDataParallel) -> None:
     ddp._has_rebuilt_buckets = False
     for hook, state in hooks:
         ddp.register_comm_hook(state, hook)
+    for hook in built_in:
+        ddp._register_builtin_comm_hook(hook)
     if ddp.mixed_precision is not None:
         ddp.reducer._set_mixed_precision_param_dtype(ddp.mixed_precision.param_dtype)

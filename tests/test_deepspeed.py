@@ -41,6 +41,7 @@ from progtuning_kernels.freezing.decay_groups import decay_groups
 from progtuning_kernels.integrations.hf_trainer import ProgtuningCallback
 from progtuning_kernels.model.families import UnsupportedModelError
 from progtuning_kernels.optim import release_frozen_state, state_bytes
+from progtuning_kernels.planner.ranks import Ranks
 from progtuning_kernels.zero import is_engine
 
 WORLD = 2
@@ -215,6 +216,12 @@ def check_bytes(rank: int) -> None:
             held = sum(storage.nbytes() for storage in storages.values())
             frozen = sum(p.nbytes for p in model.parameters() if not p.requires_grad)
             assert held == frozen + 4 * sum(map(padded, groups))  # no old flat tensor is alive
+            ranks = Ranks(WORLD, "zero2")
+            planned = ranks.traffic(model, handle.layout, handle.boundary)
+            gathered = 4 * sum(map(padded, groups))
+            assert (planned.reduced_bytes, planned.gathered_bytes) == (4 * sum(groups), gathered)
+            assert sum(t.nbytes for t in ranks.updated(model)) == 4 * own
+            assert ranks.weight_bytes(model) == held + sum(t.nbytes for t in model.buffers())
 
         train(engine, handle, rank, on_step=look)
         assert len(boundaries) == 3

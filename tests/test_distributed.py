@@ -7,9 +7,11 @@ import copy
 import itertools
 import json
 import os
+import runpy
 import signal
 import subprocess
 import sys
+from contextlib import nullcontext
 from datetime import timedelta
 from pathlib import Path
 from types import SimpleNamespace
@@ -19,6 +21,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from accelerate import Accelerator
+from accelerate.utils import DistributedType, FullyShardedDataParallelPlugin
 from ranks import forks, process_group, run_ranks
 from tiny_models import tiny_inputs, tiny_model
 from torch import nn
@@ -224,6 +227,33 @@ def check_ddp_options(rank: int) -> None:
         assert len(calls) == STEPS
         assert_same_weights(model, expected, str(options))
 
+    # torch's own compression to 16 bits: every sum of gradients is one of float16
+    model = tiny_model("bert-sequence").train()
+    ddp = DistributedDataParallel(model)
+    ddp._register_builtin_comm_hook(dist.BuiltinCommHookType.FP16_COMPRESS)
+    handle = patch_model(model, ProgressiveSchedule(3, STEPS))
+
+    def in_16_bits(handle):
+        for p in handle.model.parameters():
+            assert p.grad is None or torch.equal(p.grad.half().float(), p.grad), handle
+
+    train(ddp, handle, *optimizer_of(handle), rank, on_step=in_16_bits)
+    assert handle.boundary == 2 and same_on_ranks(model)
+
+    # moments of 8 bits, with the gradients of both ranks
+    models = []
+    for wrapped in (False, True):
+        model = tiny_model("bert-sequence").train()
+        called = DistributedDataParallel(model) if wrapped else model
+        handle = patch_model(model, ProgressiveSchedule(3, STEPS))
+        made = optimizer_of(handle, state_dtype="8bit")
+        train(called, handle, *made, rank if wrapped else None)
+        models.append(model)
+    assert same_on_ranks(model)
+    for p, q in zip(*(m.parameters() for m in models), strict=True):
+        # a gradient that rounds to the next of 256 moves an update by a hundredth of lr
+        torch.testing.assert_close(p, q, rtol=0, atol=1e-3)
+
     # what the first forward shows of bare parameters is reduced as it trains from then on
     models = []
     for wrapped in (False, True):
@@ -242,7 +272,7 @@ def check_ddp_options(rank: int) -> None:
     optimizer, _ = optimizer_of(handle)
     for step in range(STEPS):
         rows = batch(step, rank)
-        for i, context in enumerate((ddp.no_sync, contextlib.nullcontext)):
+        for i, context in enumerate((ddp.no_sync, nullcontext)):
             with context():
                 (ddp(**{k: v[i : i + 1] for k, v in rows.items()}).loss / 2).backward()
         optimizer.step()
@@ -251,13 +281,17 @@ def check_ddp_options(rank: int) -> None:
     assert_same_weights(model, expected, "accumulation")
 
     # every rank caches its own rows; they come again after three steps. Tiny blocks may cost less
-    # than any cache, which is not asked here, and with torch 2.10 and transformers 5.0 buffers that
-    # are broadcast count as a change of the prefix
+    # than any cache, which is not asked here. DDP of torch 2.10 lets versions count its broadcasts
     models = []
-    with mock.patch.object(BreakEven, "verdict", lambda self, rows: None):
+    with (
+        mock.patch.object(BreakEven, "verdict", lambda self, rows: None),
+        mock.patch.object(torch.autograd, "_unsafe_preserve_version_counter", nullcontext),
+    ):
         for options in ({}, {"cache": PrefixCache(1 << 24)}):
             model = tiny_model("bert-sequence").train()
-            ddp = DistributedDataParallel(model, broadcast_buffers=False)
+            buffer = torch.ones(3)
+            model.bert.encoder.layer[0].register_buffer("scale", buffer)
+            ddp = DistributedDataParallel(model)
             handle = patch_model(model, MilestoneSchedule({0: 2}), **options)
             optimizer, _ = optimizer_of(handle)
             for step in range(STEPS):
@@ -266,7 +300,11 @@ def check_ddp_options(rank: int) -> None:
                 optimizer.zero_grad()
                 handle.advance()
             models.append(model)
-    assert handle.cache_report().hits > 0
+        assert buffer._version >= STEPS
+        assert handle.cache_report().hits == (STEPS - 3) * ROWS // WORLD
+        buffer.mul_(2)
+        ddp(**batch(0, rank))
+        assert handle.cache_report().hits == (STEPS - 3) * ROWS // WORLD, "other bytes, other rows"
     assert_same_weights(*models, "cache")
 
     # compiled as a whole, DDP is not seen in the forward: it has to be attached
@@ -275,6 +313,16 @@ def check_ddp_options(rank: int) -> None:
     handle = patch_model(model, ProgressiveSchedule(3, STEPS)).attach(compiled)
     train(compiled, handle, *optimizer_of(handle), rank)
     assert_same_weights(model, expected, "compiled")
+
+
+def prepare_shards(accelerator: Accelerator) -> None:
+    """On a CPU Accelerate takes DDP whatever the plugin says; its code for shards runs there."""
+    accelerator.state.distributed_type = DistributedType.FSDP
+    accelerator.state.fsdp_plugin = FullyShardedDataParallelPlugin(
+        fsdp_version=2,
+        auto_wrap_policy="transformer_based_wrap",
+        transformer_cls_names_to_wrap=["BertLayer"],
+    )
 
 
 def check_wrapped(rank: int) -> None:
@@ -309,6 +357,18 @@ def check_wrapped(rank: int) -> None:
         assert handle.boundary == 2 and same_on_ranks(model), order
         assert_same_weights(model, expected, order)
         handle.unpatch()
+    for order in ("before", "after"):
+        model, optimizer = start()
+        if order == "before":
+            handle = patch_model(model, ProgressiveSchedule(3, STEPS))
+        accelerator.free_memory()
+        prepare_shards(accelerator)
+        called, optimizer = accelerator.prepare(model, optimizer)
+        if order == "after":
+            handle = patch_model(called, ProgressiveSchedule(3, STEPS))
+        assert called is model and any(hasattr(p, "full_tensor") for p in model.parameters())
+        run(called, optimizer, handle, rank, accelerator.backward)
+        assert_same_weights(model, expected, f"shards, patched {order}")
 
     model, optimizer = start()
     called = DistributedDataParallel(torch.compile(model, backend="eager"))
@@ -418,12 +478,6 @@ def check_fsdp2(rank: int) -> None:
     assert frozen_blocks and handle.boundary == 0
     for module in model.modules():
         assert not any(cls in derived_classes() for cls in type(module).__mro__[1:])
-
-    model = tiny_model("bert-sequence")
-    patch_model(model, ProgressiveSchedule(2, 4), cache=PrefixCache(1 << 20))
-    shard(model)
-    with pytest.raises(UnsupportedModelError, match="prefix cache"):
-        model(**batch(0, rank))
 
 
 def check_fsdp1(rank: int) -> None:
@@ -723,21 +777,24 @@ def test_a_killed_rank_ends_the_others_and_the_run_resumes(tmp_path):
     assert_same_weights(model, expected, "resumed")
 
 
-def test_the_accelerate_example_runs_under_torchrun(model_folders, tmp_path):
+def run_example(rank: int, folder: str, example: str, arguments: list[str]) -> None:
+    """As torchrun starts it, in a fork that has imported everything; it ends its group itself."""
+    torch.set_num_threads(1)
+    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(WORLD)}
+    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29400"}
+    store = dist.FileStore(f"{folder}/store", WORLD)
+    dist.init_process_group("gloo", store=store, rank=rank, world_size=WORLD)
+    sys.argv = [example, *arguments]
+    runpy.run_path(example, run_name="__main__")
+
+
+def test_the_accelerate_example_runs_on_two_ranks(model_folders, tmp_path):
     rows = [{"text": f"w{i % 90} w3 w7", "label": int(i % 90 < 45)} for i in range(48)]
     (tmp_path / "rows.jsonl").write_text("\n".join(map(json.dumps, rows)))
     example = Path(__file__).parent.parent / "examples" / "accelerate_loop.py"
-    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
     arguments = ["--model", model_folders["bert"], "--train-file", tmp_path / "rows.jsonl"]
     arguments += ["--output", tmp_path / "out", "--batch-size", 4, "--cpu"]
-    done = subprocess.run(
-        [*launch, *map(str, [example, *arguments])],
-        capture_output=True,
-        text=True,
-        timeout=120,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-    )
-    assert done.returncode == 0, done.stderr
+    run_ranks(run_example, str(tmp_path), str(example), [*map(str, arguments)])
     model = AutoModelForSequenceClassification.from_pretrained(tmp_path / "out")
     start = AutoModelForSequenceClassification.from_pretrained(model_folders["bert"])
     changed = model.bert.encoder.layer[0].output.dense.weight

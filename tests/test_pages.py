@@ -41,6 +41,10 @@ def test_table_of_families_is_that_of_the_tests():
     assert _between("families") == family_table()
 
 
+def test_table_of_ranks_is_what_the_planner_computes():
+    assert _between("ranks") == load_script("planned_ranks").table()
+
+
 @pytest.mark.parametrize(
     ("script", "marker"), [("predicted_times", "predicted"), ("ceilings", "ceilings")]
 )

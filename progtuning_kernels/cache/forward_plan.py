@@ -6,8 +6,8 @@ them and ends at the boundary; then the model runs on from the activations of th
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Collection, Sequence
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
@@ -41,27 +41,66 @@ class ForwardPlan:
     served: bool = False  # some rows were there
     # a row that was not: its place, boundary activations (1, T, C) and span
     computed: tuple[int, Tensor, tuple[int, int]] | None = None
+    _best: list[int] = field(default_factory=list)  # for each row, the level that it is at
+    _found: dict[int, Tensor] = field(default_factory=dict)  # (rows, T, C), read at each level
 
-    def read_rows(self) -> Swaps | None:
-        """Stand-ins of a forward without gradients: one level has all rows, or the prefix runs."""
-        level, *others = set(self._best_levels())
-        if others or not level or (hidden := self._read(level, self.rows)) is None:
+    def look_up(self) -> set[int]:
+        """Read what is stored of the rows; the levels that they are at, 0 for new ones."""
+        self._best = self._best_levels()
+        for level in sorted(set(self._best) - {0}):
+            chosen = self._rows_at(level)
+            hidden = self._read(level, self.rows.take(chosen))
+            if hidden is None:
+                self._best = [0 if at == level else at for at in self._best]
+            else:
+                self._found[level] = hidden
+        return set(self._best)
+
+    def compute_again(self, levels: Collection[int]) -> None:
+        """Take the rows at these levels for new ones."""
+        for level in levels:
+            if chosen := self._rows_at(level):
+                self.stored.drop(level, self.rows.take(chosen))
+        self._best = [0 if at in levels else at for at in self._best]
+
+    def stand_ins_of_read(self, levels: Collection[int]) -> Swaps | None:
+        """Stand-ins of a forward without gradients: one level has all rows, or the prefix runs.
+
+        Args:
+            levels: that rows are at, on any rank.
+        """
+        level, *others = levels
+        if others or not level:
             return None
+        hidden = self._found[level]
         if level == self.level and not self.still_hold(hidden):
             return None
         self.served = True
         return self.path.levels[level].feed(hidden)
 
-    def read_and_compute_rows(self, *, proved: bool) -> Swaps | None:
-        """Stand-ins of a training forward; the first of a plan, until `proved`, gets none."""
-        best, size = self._best_levels(), self.call.size
+    def stand_ins_of_training(
+        self, levels: Collection[int], *, proved: bool, together: bool
+    ) -> Swaps | None:
+        """Stand-ins of a training forward; the first of a plan, until `proved`, gets none.
+
+        Args:
+            levels: that rows are at, on any rank.
+            together: there are other ranks, whose forwards run the blocks that ours run.
+        """
+        best, size = self._best, self.call.size
         missing = best.count(0)
         self.counts.hits += size - missing
         self.counts.misses += missing
+        if set(levels) == {self.level} and not self.still_hold(self._found[self.level]):
+            self._best = best = [0] * size
+            levels = [0]
         whole: Tensor | None = None
-        for level in sorted(set(best)):
-            chosen = [i for i, at in enumerate(best) if at == level]
-            hidden = self._hidden(level, chosen)
+        for level in sorted(levels):
+            chosen = self._rows_at(level)
+            if not chosen:
+                self._run_for_others(level)
+                continue
+            hidden = self._found.pop(level) if level == self.level else self._compute(level, chosen)
             if whole is None:
                 whole = hidden if len(chosen) == size else hidden.new_empty(size, *hidden.shape[1:])
             if hidden is not whole:
@@ -69,8 +108,11 @@ class ForwardPlan:
                 whole.index_copy_(0, sent(index, whole.device), hidden)
         if not proved:
             return None
-        self.served = missing < size
+        self.served = set(levels) == {self.level} if together else missing < size
         return self.path.levels[self.level].feed(whole)
+
+    def _rows_at(self, level: int) -> list[int]:
+        return [i for i, at in enumerate(self._best) if at == level]
 
     def _best_levels(self) -> list[int]:
         """For each row, the highest level that holds it; 0 where none does."""
@@ -93,14 +135,22 @@ class ForwardPlan:
             self.watch.stop(started, lambda ms: self.counts.add_read(ms + hash_ms, count))
         return hidden
 
-    def _hidden(self, level: int, chosen: Sequence[int]) -> Tensor:
-        """Boundary activations (rows, T, C) of some rows, which are at `level`."""
+    def _run_for_others(self, level: int) -> None:
+        """Have one row run from `level` as rows of other ranks do, whose gathers wait for ours."""
+        if level == self.level:
+            return
+        call, source = self.call.take([0]), None
+        if level:
+            shape = (1, self.path.length(call), self.path.width)
+            source = level, torch.zeros(shape, dtype=self.path.dtype, device=call.device)
+        self.side.boundary_activations(
+            self.path.levels, self.level, call, source, draws=self.path.draws
+        )
+
+    def _compute(self, level: int, chosen: Sequence[int]) -> Tensor:
+        """Boundary activations (rows, T, C) of some rows, which are at a lower `level`."""
         path, rows, whole = self.path, self.rows.take(chosen), len(chosen) == self.call.size
-        read = self._read(level, rows) if level else None
-        if level == self.level and read is not None:
-            if not whole or self.still_hold(read):
-                return read
-            read = None
+        read = self._found.pop(level) if level else None
         call = self.call if whole else self.call.take(chosen)
         started = self.watch.now()
         hidden = self.side.boundary_activations(

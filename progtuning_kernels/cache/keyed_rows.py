@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import os
 import warnings
+from collections.abc import Collection
 
 import torch
 from torch import Tensor, nn
@@ -36,8 +37,17 @@ class KeyedRows:
         self._foreign: set[int] = set()  # levels with rows of an earlier process
         self._expected: str | None = None  # fingerprint that those should be bound to
 
-    def bind_level(self, level: int) -> None:
-        """Tell the store whose rows it holds; only a folder on disk makes that expensive."""
+    def unbound(self, level: int) -> bool:
+        """Whether `bind_level` has anything to do."""
+        below = (at for at in {level, *self.store.levels()} if at <= level)
+        return self._bound is None or any(at not in self._tokens for at in below)
+
+    def bind_level(self, level: int, others: Collection[int] = ()) -> None:
+        """Tell the store whose rows it holds; only a folder on disk makes that expensive.
+
+        Args:
+            others: levels that another rank has rows of: all ranks make the same tokens, together.
+        """
         if self._bound is None:
             config = getattr(self._model, "config", None)
             about = f"{type(self._model).__name__}{self._layout.block_paths}{config!r}".encode()
@@ -53,7 +63,7 @@ class KeyedRows:
                     stacklevel=6,
                 )
             self._expected = None
-        for at in {level, *self.store.levels()}:
+        for at in sorted({level, *others, *self.store.levels()}):
             if at <= level and at not in self._tokens:
                 token = self._weights.fingerprint(at) if self.on_disk else os.urandom(16)
                 self._tokens[at] = token

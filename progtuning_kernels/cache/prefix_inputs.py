@@ -55,7 +55,8 @@ class Follow(TorchDispatchMode):
     """Knows, in one forward, which arguments every tensor is computed or written from.
 
     It names too many at times (zeros in an argument's shape count as computed from it), never too
-    few. Tensors that are `known` are no arguments, and their changes are noticed anyway.
+    few. Tensors that are `known` are no arguments, and their changes are noticed anyway; those that
+    are `gathered` are written from known ones, in one copy with others, within the forward.
 
     Attributes:
         escaped: names of the arguments whose values left the tensors, for a number, a branch or a
@@ -63,13 +64,18 @@ class Follow(TorchDispatchMode):
     """
 
     def __init__(
-        self, arguments: Mapping[str, torch.Tensor], known: Iterable[torch.Tensor]
+        self,
+        arguments: Mapping[str, torch.Tensor],
+        known: Iterable[torch.Tensor],
+        gathered: Iterable[torch.Tensor] = (),
     ) -> None:
         super().__init__()
         self._names: dict[int, frozenset[str]] = {}  # by storage
+        gathered = list(gathered)
+        self._gathered = {_storage(tensor) for tensor in gathered}
         for name, tensor in arguments.items():
             self._mark(tensor, self._names.get(_storage(tensor), _NONE) | {name})
-        for tensor in known:
+        for tensor in (*known, *gathered):
             self._names.setdefault(_storage(tensor), _NONE)
         self.escaped: frozenset[str] = _NONE
         self._foreign: dict[str, torch.Tensor] = {}
@@ -109,7 +115,8 @@ class Follow(TorchDispatchMode):
         output = func(*args, **kwargs)
         for tensor in _tensors(output):
             storage = _storage(tensor)  # an address may be that of a tensor that has gone
-            self._names[storage] = names | (self._of([tensor]) if storage in before else _NONE)
+            held = self._of([tensor]) if storage in before else _NONE
+            self._mark(tensor, names | held)
         if names:
             if func._schema.is_mutable:  # in place, or into `out`
                 for tensor in read:
@@ -119,7 +126,8 @@ class Follow(TorchDispatchMode):
         return output
 
     def _mark(self, tensor: torch.Tensor, names: frozenset[str]) -> None:
-        self._names[_storage(tensor)] = names
+        storage = _storage(tensor)
+        self._names[storage] = _NONE if storage in self._gathered else names
 
     def _of(self, tensors: Iterable[torch.Tensor]) -> frozenset[str]:
         return _NONE.union(*(self._names.get(_storage(t), _NONE) for t in tensors))

@@ -37,6 +37,7 @@ class RowCheck:
     Attributes:
         sample: a row that was computed in this stage.
         doubted: a setting of the model has changed since a row was looked at.
+        on_any_rank: whether something holds on one of the ranks that look together.
         problem: why rows were dropped last.
     """
 
@@ -47,6 +48,7 @@ class RowCheck:
     sample: Sample | None = None
     doubted: bool = False
     problem: str = ""
+    on_any_rank: Callable[[bool], bool] = bool
     _level: int = 0
     _settings: list[tuple[str, Any]] | None = None  # after the last forward
     _grads_before: bool | None = None
@@ -93,7 +95,9 @@ class RowCheck:
         changed = self._grads_before not in (None, grads)
         self._grads_before = grads
         due = changed or not (served + 1) % _PROBE_EVERY
-        if not due or self._holds(sample(), STORED_TOLERANCE[self.dtype]):
+        if not due:
+            return True
+        if not self.on_any_rank(not self._holds(sample(), STORED_TOLERANCE[self.dtype])):
             return True
         self.drop_all_rows()
         self.rows.bind_level(self._level)

@@ -10,8 +10,9 @@ from __future__ import annotations
 import time
 import warnings
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -21,6 +22,8 @@ from torch import Tensor, nn
 from ..model.call import Call, UnknownContent, argument_names
 from ..model.host_copies import HostCopies
 from ..model.layout import Layout
+from ..packing.ranks import shared_calls
+from .agreement import ANOTHER_RANK, Ranks, Vote, any_rank
 from .break_even import BreakEven, Stopwatch
 from .content_keys import Rows, digest_rows, read_content, signature
 from .forward_plan import ForwardPlan
@@ -70,8 +73,10 @@ class PrefixServer:
         self._served = 0
         self._counts = BreakEven()
         self._watch = Stopwatch("cpu")
+        self._ranks: Ranks | None = None  # that gather together
+        self._changed: int | None = None  # lowest unit that has, which they do not know yet
         self._stand_ins: Swaps | None = None  # of the forward that comes
-        self._failed: tuple[Any, str] | None = None  # what could not be learnt for it, and why
+        self._failed: Any = None  # the kind of arguments whose trial has raised before it
 
     @property
     def busy(self) -> bool:
@@ -94,6 +99,17 @@ class PrefixServer:
         self._reason = stage_reason(
             self._model, self._layout, self._weights, level, fixed=self._fixed
         )
+
+    def share_gathers(self, run_inside: Callable[[Call], Any], ranks: Ranks | None) -> None:
+        """Follow a model whose parameters are shards, before its stage begins again.
+
+        Args:
+            run_inside: runs the model's own forward inside one that has begun.
+            ranks: that gather together; None for one alone.
+        """
+        self._side.call_model = run_inside
+        self._ranks = ranks
+        self._check.on_any_rank = any_rank(ranks)
 
     def close(self) -> None:
         self.remove_stand_ins()
@@ -135,9 +151,9 @@ class PrefixServer:
         if self._reason is None and not self._paused:
             self._check.compare_settings()
             call = Call(self._names, args, kwargs, host)
+            prepare = self._prepare if self._ranks is None else self._prepare_together
             try:
-                reason = call_reason(self._model, self._weights, call)
-                reason = reason or self._prepare(call, proved=proved)
+                reason = prepare(call, proved=proved)
             except (UnknownContent, UnservableError) as error:
                 reason = str(error)
             if reason is not None:
@@ -159,51 +175,116 @@ class PrefixServer:
         """Put every module in its own place again, and note what the forward has shown."""
         if self.busy:
             return
-        if self._failed is not None and not raised:
-            kind, reason = self._failed
-            self._paths[kind] = Path(reason)
+        if self._failed is not None and raised:
+            self._paths.pop(self._failed, None)
         if self._reason is None and not self._paused:  # what a forward itself sets does not count
             self._check.note_settings()
         self.remove_stand_ins()
 
     def _prepare(self, call: Call, *, proved: bool) -> str | None:
         """Plan the forward; why it runs as without a cache, if it does."""
+        if (reason := call_reason(self._model, self._weights, call)) is not None:
+            return reason
         grads = torch.is_grad_enabled()
-        self._watch.poll()
-        self._forget_changed()
-        store = self.rows.store
-        if self._reason is None and grads:
-            if verdict := self._counts.verdict(store.rows(self.level)):
-                self._switch_off(verdict)
-        if self._reason is not None or not (grads or store.levels()):
+        self._look()
+        if self._reason is not None or not (grads or self.rows.store.levels()):
             return None  # or read-only, and nothing to read
-        precision = _precision(self._model, call.device.type)
-        salt = repr(precision).encode() + self._weights.adapters()
-        context = (salt, self._model.training)
         if self._check.doubted:
-            if (holds := self._check.resolve_doubt(context)) is None:
+            if (holds := self._check.resolve_doubt(self._context(call))) is None:
                 return "a setting of the model has changed: rows are looked at in training first"
             if not holds:
                 self._paths.clear()
-        path = self._find_path(call, (signature(call), precision, self._model.training))
-        if path is None or path.reason is not None:
-            return None if path is None else path.reason
-        if not grads and path.keys_and_values:
-            return "the output holds keys and values of all blocks: pass use_cache=False"
-        rows, hash_ms = _recognise(call, path, salt)
+        path = self._known_path(call)
+        if path is None:
+            lower = [at for at in self.rows.known_levels() if at < self.level]
+            path = self._learn_path(call, lower)
+        if (reason := _reason_against(path, grads=grads)) is not None:
+            return reason
         self.rows.bind_level(self.level)
+        plan = self._plan(call, path, grads=grads)
+        self._follow(plan, plan.look_up(), grads=grads, proved=proved)
+        return None
 
-        def sample(row: int, hidden: Tensor, span: tuple[int, int]) -> Sample:
-            return Sample(path, context, call.take([row]), hidden, span)
+    def _prepare_together(self, call: Call, *, proved: bool) -> str | None:
+        """The same, with all ranks that gather together: each comes here in every forward."""
+        grads = torch.is_grad_enabled()
+        while True:
+            vote, plan, reason = self._vote(call, grads=grads)
+            agreed = vote.together(self._ranks)
+            if agreed.changed is not None:
+                self._forget_from(agreed.changed)
+            if agreed.off:
+                if self._reason is None:
+                    self._switch_off("another rank has switched it off: its report says why")
+                return None
+            if agreed.bypass:
+                return reason if vote.bypass else ANOTHER_RANK
+            if agreed.doubted:
+                self._check.drop_all_rows()
+                self._check.doubted = False
+            elif agreed.unbound:
+                self.rows.bind_level(self.level, agreed.stored)
+            elif agreed.teacher is not None:
+                self._learn_together(call, agreed.teacher, agreed.stored)
+            elif agreed.changed is None:
+                break
+        levels = agreed.levels
+        if grads and (out_of_reach := levels & agreed.lacking):
+            plan.compute_again(out_of_reach)
+            levels = levels - out_of_reach | {0}
+        self._follow(plan, levels, grads=grads, proved=proved)
+        return None
+
+    def _vote(self, call: Call, *, grads: bool) -> tuple[Vote, ForwardPlan | None, str | None]:
+        """What this rank's forward needs, the plan for it, and why it bypasses the cache."""
+        self._look()
+        vote, plan, reason = Vote(self.level), None, None
+        vote.off = self._reason is not None
+        vote.doubted = self._check.doubted
+        vote.changed, self._changed = self._changed, None
+        vote.unbound = self.rows.unbound(self.level)
+        vote.stored = {at for at in self.rows.store.levels() if at < self.level}
+        try:
+            reason = call_reason(self._model, self._weights, call)
+            if reason is None and (path := self._known_path(call)) is None:
+                vote.teacher = self._ranks.rank
+            elif reason is None:
+                reason = _reason_against(path, grads=grads)
+                if reason is None and not vote.unbound:
+                    plan = self._plan(call, path, grads=grads)
+                    vote.levels = plan.look_up()
+                    known = set() if path.length(call) is None else {*path.levels}
+                    vote.lacking = {*range(1, self.level)} - known
+        except (UnknownContent, UnservableError) as error:
+            reason = str(error)
+        vote.bypass = reason is not None or not (grads or self.rows.store.levels())
+        return vote, plan, reason
+
+    def _look(self) -> None:
+        """Look at what was measured and what has changed."""
+        self._watch.poll()
+        self._forget_changed()
+        if self._reason is None and torch.is_grad_enabled():
+            if verdict := self._counts.verdict(self.rows.store.rows(self.level)):
+                self._switch_off(verdict)
+
+    def _context(self, call: Call) -> tuple[bytes, bool]:
+        """What boundary activations depend on beside the call and the weights."""
+        precision = _precision(self._model, call.device.type)
+        return repr(precision).encode() + self._weights.adapters(), self._model.training
+
+    def _plan(self, call: Call, path: Path, *, grads: bool) -> ForwardPlan:
+        context = self._context(call)
+        rows, hash_ms = _recognise(call, path, context[0])
 
         def still_hold(hidden: Tensor) -> bool:
-            first = partial(sample, 0, hidden[:1], rows.spans[0])
+            first = partial(Sample, path, context, call.take([0]), hidden[:1], rows.spans[0])
             if self._check.probe(first, grads=grads, served=self._served):
                 return True
             self._bypasses[self._check.problem] += 1
             return False
 
-        plan = ForwardPlan(
+        return ForwardPlan(
             self.level,
             call,
             path,
@@ -215,19 +296,31 @@ class PrefixServer:
             self._watch,
             still_hold,
         )
+
+    def _follow(
+        self, plan: ForwardPlan, levels: Collection[int], *, grads: bool, proved: bool
+    ) -> None:
+        """Do as planned with rows that are, on any rank, at these levels."""
         if grads:
-            self._stand_ins = plan.read_and_compute_rows(proved=proved)
+            together = self._ranks is not None
+            self._stand_ins = plan.stand_ins_of_training(levels, proved=proved, together=together)
             if self._check.sample is None and plan.computed is not None:
-                self._check.sample = sample(*plan.computed)
+                row, hidden, span = plan.computed
+                context = self._context(plan.call)
+                self._check.sample = Sample(plan.path, context, plan.call.take([row]), hidden, span)
         else:
-            self._stand_ins = plan.read_rows()
+            self._stand_ins = plan.stand_ins_of_read(levels)
         if plan.served:
             self._served += 1
             self._changes.clear()
-        return None
 
-    def _find_path(self, call: Call, kind: tuple[Any, ...]) -> Path | None:
-        """How forwards of a kind go, learnt if need be; None where a trial raises."""
+    def _kind(self, call: Call) -> tuple[Any, ...]:
+        precision = _precision(self._model, call.device.type)
+        return signature(call), precision, self._model.training
+
+    def _known_path(self, call: Call) -> Path | None:
+        """How forwards of a kind go; None if that is to be learnt."""
+        kind = self._kind(call)
         known = [(s, p) for (other, s), p in self._paths.items() if other == kind]
         if not known or any(path.reason is None for _, path in known):
             read_content(call, frozenset().union(*(path.consumed for _, path in known)))
@@ -238,17 +331,34 @@ class PrefixServer:
                 return path
         if len(self._paths) >= _MAX_PATHS:
             return Path(f"more than {_MAX_PATHS} kinds of arguments")
+        return None
+
+    def _learn_path(self, call: Call, lower: Collection[int]) -> Path:
+        """Learn from one batch how forwards of its kind go, from `lower` levels too."""
+        kind, padding = self._kind(call), _padding(call)
         trial = Trial(self._model, self._layout, self._weights, self._side, self.level)
-        lower = [at for at in self.rows.known_levels() if at < self.level]
         try:
             path = trial.learn_path(call, lower, padded=bool(padding))
         except Exception as error:  # the forward itself is about to raise the same; or else
-            self._failed = (kind, padding), f"a trial of its forward raises {error_line(error)}"
-            return None
+            path = Path(f"a trial of its forward raises {error_line(error)}")
+            self._failed = kind, padding
         if path.place_found and self.rows.on_disk:  # their keys were made without it
             self._check.drop_all_rows()
         self._paths[kind, padding] = path
         return path
+
+    def _learn_together(self, call: Call, teacher: int, lower: Collection[int]) -> None:
+        """Have all ranks learn from the batch of one: they gather for as many forwards."""
+        mine = self._ranks.rank == teacher
+        share = partial(self._ranks.share, source=teacher)
+        given = [replace(call, host=HostCopies())] if mine else ""
+        calls = shared_calls(given, share, call.device)
+        if isinstance(calls, str):
+            if mine:
+                self._paths[self._kind(call), _padding(call)] = Path(calls)
+            return
+        read_content(calls[0])
+        self._learn_path(calls[0], lower)
 
     def _forget_changed(self) -> None:
         """Drop what was computed from weights that are not there any more."""
@@ -257,13 +367,17 @@ class PrefixServer:
             return
         unit, name = change
         self._changes[name] += 1
+        self._changed = unit if self._changed is None else min(unit, self._changed)
+        self._forget_from(unit)
+        self._weights.watch(self.level)
+        if self._changes[name] > _MAX_CHANGES and self._reason is None:
+            self._switch_off(f"what the prefix reads ({name}) changes between forwards")
+
+    def _forget_from(self, unit: int) -> None:
         self.rows.forget_above(unit)
         if self.level > unit:
             self._check.sample = None
         self._paths.clear()
-        self._weights.watch(self.level)
-        if self._changes[name] > _MAX_CHANGES and self._reason is None:
-            self._switch_off(f"what the prefix reads ({name}) changes between forwards")
 
     def _switch_off(self, verdict: str) -> None:
         self._reason, self._off = verdict, True
@@ -299,6 +413,12 @@ class PrefixServer:
             bypasses=dict(self._bypasses),
             warnings=tuple(warned),
         )
+
+
+def _reason_against(path: Path, *, grads: bool) -> str | None:
+    if path.reason is None and not grads and path.keys_and_values:
+        return "the output holds keys and values of all blocks: pass use_cache=False"
+    return path.reason
 
 
 def _recognise(call: Call, path: Path, salt: bytes) -> tuple[Rows, float]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
@@ -19,12 +19,18 @@ from .stand_ins import StopForward, UnservableError
 
 
 class SideForwards:
-    """Forwards beside those of the training loop; what wraps the model's forward applies."""
+    """Forwards beside those of the training loop; what wraps the model's forward applies.
+
+    Attributes:
+        call_model: calls the model with the arguments of a `Call`.
+        busy: one is under way; the hooks of the patched model leave it alone.
+    """
 
     def __init__(self, model: nn.Module, layout: Layout) -> None:
         self._model = model
+        self.call_model: Callable[[Call], Any] = lambda call: model(*call.args, **call.kwargs)
         self._around = [model.get_submodule(path) for path in layout.containers]
-        self.busy = False  # one is under way; the hooks of the patched model leave it alone
+        self.busy = False
 
     @contextmanager
     def without_trace(self) -> Iterator[None]:
@@ -55,7 +61,7 @@ class SideForwards:
         own = call.cloned()
         forwards = [(vars(m), vars(m).get("forward")) for m in self._model.modules()]
         try:
-            return self._model(*own.args, **own.kwargs)
+            return self.call_model(own)
         except BaseException:
             # transformers 5.0 gives blocks a forward that captures hidden states, and takes it back
             # only where nothing raises

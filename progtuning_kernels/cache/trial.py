@@ -142,7 +142,7 @@ class Trial:
         return self.side.boundary_activations(path.levels, self.level, call, draws=path.draws)
 
     def _watched(self, path: Path, call: Call) -> tuple[Tensor, Follow]:
-        follow = Follow(call.tensors, self.weights.tensors)
+        follow = Follow(call.tensors, self.weights.tensors, self.weights.gathered)
         with follow.watching():
             return self._compute(path, call), follow
 

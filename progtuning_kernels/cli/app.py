@@ -112,6 +112,10 @@ def predict(device: str, **options: Any) -> None:
 )
 @click.option("--memory", help="What has to suffice, such as 24GiB.")
 @click.option("--calibrate", is_flag=True, help="Time two blocks, embeddings and head here.")
+@click.option("--ranks", **_positive(1), help="Processes: bytes are those of one of them.")
+@click.option(
+    "--strategy", type=click.Choice(["ddp", "fsdp2", "zero2"]), help="Of several; ddp unless given."
+)
 @click.option("--json", "as_json", is_flag=True, help="Print JSON instead of the table.")
 def plan(options: TrainOptions, **more: Any) -> None:
     """Show what every stage of a run would cost: operations, memory, time.

@@ -93,10 +93,18 @@ class ActiveSet:
         return self._flags != before
 
     def take_switched(self, plan: FreezePlan) -> bool:
-        """Note what was switched on since the last plan; whether `plan` trains some of it."""
+        """Note what was switched on since the last plan; whether `plan` trains some of it.
+
+        What it freezes above the lowest active unit is frozen again: autograd would reach it there.
+        """
         chosen = [slot for slot, on in self._switched() if on]
         self._user_trainable.update((slot.name, True) for slot in chosen)
-        return any(self.active_units(slot, plan) for slot in chosen)
+        if any(self.active_units(slot, plan) for slot in chosen):
+            return True
+        for slot in chosen:
+            if slot.units[0] > min(self.units):
+                slot.parameter.requires_grad_(False)
+        return False
 
     def freeze_again(self) -> None:
         """Freeze what was switched on since the last plan; drop gradients of what is frozen."""

@@ -64,7 +64,8 @@ class Forwards:
             if freezer.cache.busy:
                 return freezer.packer.begin(args, kwargs, self._host, aside=True)
             self._host.clear()  # torch calls no hook after a KeyboardInterrupt
-            freezer.cache.before_forward(args, kwargs, self._host, proved=freezer.proved)
+            if trains or freezer.follows_shards:
+                freezer.cache.before_forward(args, kwargs, self._host, proved=freezer.proved)
         self.end_proof()
         if trains:
             freezer.follow_surroundings()

@@ -19,7 +19,7 @@ from torch import nn
 
 from .. import freeze_events
 from ..cache import PrefixServer
-from ..distributed import Wrapper, refuse_flat_parameters, surrounding
+from ..distributed import Wrapper, refuse_flat_parameters, shards_of, surrounding
 from ..graphs import Graph, StageGraphs
 from ..model.adapters import adapter_configs, check_adapters, rank_allocation_end
 from ..model.derived_classes import without_derived_ancestors
@@ -111,6 +111,11 @@ class Freezer:
     @property
     def sharded(self) -> bool:
         return self._wrapper is not None and self._wrapper.sharded
+
+    @property
+    def follows_shards(self) -> bool:
+        """False between `fully_shard` and the first training forward."""
+        return self._wrapper is not None or not shards_of(self.model)
 
     @property
     def wrapped(self) -> bool:
@@ -208,11 +213,6 @@ class Freezer:
     def attach(self, wrapped: nn.Module, timeout: timedelta | None = None) -> None:
         """See `PatchHandle.attach`."""
         wrapper = Wrapper(self.model, self.layout, wrapped, timeout)
-        if wrapper.sharded and self.cache is not None:
-            raise UnsupportedModelError(
-                "a prefix cache takes blocks out of the model, which fully_shard gathers all the "
-                "same: patch without cache=, or use DistributedDataParallel"
-            )
         if wrapper.engine is not None and self.norms is not None:
             raise UnsupportedModelError(
                 f"{self.norms.schedule!r} decides by whole gradients, and under DeepSpeed no rank "
@@ -228,6 +228,10 @@ class Freezer:
             if self.norms is not None:
                 self.norms.install_norm_hooks()
         wrapper.follow(step=self.step, boundary=self.boundary)
+        if wrapper.sharded and self.cache is not None:
+            ranks = wrapper if wrapper.on_several_ranks else None
+            self.cache.share_gathers(self.packer.run_inside, ranks)
+            self.cache.begin_stage(self.boundary)
 
     def load_call_costs(self, costs: dict[str, Any]) -> None:
         """Choose the sizes from which on ops run by what another run, or rank, has measured."""

@@ -15,12 +15,12 @@ import torch
 import torch.utils.checkpoint
 from torch import nn
 
+from ..distributed import forms_of_shards
 from ..model.call_stack import called_from
 from ..model.cures import cure_for
 from ..model.families import UnsupportedModelError, register_call
 from ..model.forward_hooks import ForwardHooks, tensors_in
 from ..model.layout import EMBEDDINGS, Layout, parameter_slots
-from ..sharding import is_sharded
 
 
 class GradientPaths:
@@ -56,7 +56,7 @@ class GradientPaths:
         self._freezes = freezes
         self._slots = {id(slot.parameter): slot for slot in parameter_slots(model, layout)}
         # fully_shard puts other tensors in the places of parameters for as long as a block runs
-        self._sharded = any(is_sharded(s.parameter) for s in self._slots.values())
+        self._forms: dict[int, int] = {}  # id of each to that of the one which was there first
         self._unruled = {id(p): name for name, p in layout.unruled(model).items()}
         self._checked: dict[Any, int] = {}  # lowest unit that a node was followed for
         self._readers: dict[int, int] = {}  # lowest unit computed from a parameter, by its id
@@ -97,8 +97,9 @@ class GradientPaths:
         if EMBEDDINGS not in self._freezes or self._blind:
             return
         for leaf in _leaves(tensors_in(output), self._checked):
-            slot = self._slots.get(id(leaf))
-            if slot is None or id(leaf) in self._unruled or id(leaf) in self._readers:
+            key = self._key_of(leaf)
+            slot = self._slots.get(key)
+            if slot is None or key in self._unruled or key in self._readers:
                 continue
             if slot.units == (EMBEDDINGS,):
                 pattern = rf"^{re.escape(slot.name.rpartition('.')[0])}\."
@@ -125,13 +126,21 @@ class GradientPaths:
                 "reentrant checkpointing makes it: pass use_reentrant=False"
             )
 
+    def _key_of(self, leaf: torch.Tensor) -> int:
+        if id(leaf) not in self._slots and id(leaf) not in self._forms:
+            for forms in forms_of_shards(self._model):  # some are made as blocks run
+                for key in {id(p) for p in forms} & self._slots.keys():
+                    self._forms.update((id(p), key) for p in forms)
+        return self._forms.get(id(leaf), id(leaf))
+
     def _check(self, leaf: torch.Tensor, unit: int, path: str) -> None:
         """`path`, a module of `unit`, is computed from `leaf`, a parameter or another tensor."""
-        slot = self._slots.get(id(leaf))
+        key = self._key_of(leaf)
+        slot = self._slots.get(key)
         label = self._layout.unit_label(unit)
         if slot is not None:
-            self._readers[id(leaf)] = min(unit, self._readers.get(id(leaf), unit))
-            if id(leaf) not in self._unruled and slot.units[0] > unit:
+            self._readers[key] = min(unit, self._readers.get(key, unit))
+            if key not in self._unruled and slot.units[0] > unit:
                 later = self._layout.unit_label(slot.units[0])
                 raise UnsupportedModelError(
                     f"{type(self._model).__name__}: {path} ({label}) is computed from {slot.name} "
@@ -139,8 +148,7 @@ class GradientPaths:
                     f"{cure_for(self._model, self._layout, slot, path, self._ran)}"
                 )
             return
-        outside = isinstance(leaf, nn.Parameter) and not self._sharded
-        if outside and unit in self._freezes:
+        if isinstance(leaf, nn.Parameter) and unit in self._freezes:
             raise UnsupportedModelError(
                 f"{type(self._model).__name__}: {path} ({label}) is computed from a parameter of "
                 f"shape {tuple(leaf.shape)} that is none of the model's, whose gradient freezing "

@@ -199,8 +199,9 @@ class PatchHandle:
 
         Call it once per optimizer step, after `optimizer.step()`. What something else switched on
         below the boundary in the meantime (PEFT does, on leaving `disable_adapter()`) is frozen
-        again; what was switched on where the plan trains is the user's own choice, and trains. What
-        was switched off stays off until the plan changes, and is then taken for such a choice.
+        again, above it already before the next training forward; what was switched on where the
+        plan trains is the user's own choice, and trains. What was switched off stays off until the
+        plan changes, and is then taken for such a choice.
 
         Returns:
             True when the plan changed.
@@ -280,7 +281,7 @@ class PatchHandle:
         Raises:
             ValueError: `wrapped` does not hold the model.
             UnsupportedModelError: FSDP1, ZeRO-3 or DataParallel, what DeepSpeed has beside ZeRO-1
-                and ZeRO-2; FSDP2 with a prefix cache.
+                and ZeRO-2.
             RuntimeError: the ranks do not train the same. So do `advance()` and `seek()` later.
         """
         self.freezer.attach(wrapped, timeout)

@@ -225,6 +225,16 @@ class Packer:
             kwargs = {**kwargs, "use_cache": False}
         return args, kwargs
 
+    def run_inside(self, call: Call) -> Any:
+        """What the model's own forward returns, beside one of the loop that has begun already: the
+        hooks of a sharded model expect no other call in it.
+        """
+        args, kwargs = self.begin(call.args, dict(call.kwargs), call.host, aside=True)
+        try:
+            return self._model.forward(*args, **kwargs)
+        finally:
+            self.end()
+
     def fed(self) -> list[FedTokens]:
         """The tokens of the forward that was begun; nothing where it runs padded."""
         if not self._packed:

@@ -33,6 +33,7 @@ from ..schedules.progressive import scales_with_length
 from .calibration import CannotCalibrate, UnitCosts, measure_units
 from .example_batch import example_batch, on_meta
 from .meta_step import meta_copy
+from .ranks import Strategy, ranks_of
 from .stage_meter import MeasuredStage, OptimizerName, Options, StageMeter
 from .training_plan import Remedy, StagePlan, TrainingPlan
 
@@ -82,6 +83,8 @@ def plan_training(
     tied: TiedPolicy = "frozen",
     blocks: str | Sequence[str] | None = None,
     calibrate: bool = False,
+    ranks: int = 1,
+    strategy: Strategy | None = None,
 ) -> TrainingPlan:
     """Say what every stage of a run costs, without weights and without training.
 
@@ -122,13 +125,17 @@ def plan_training(
         blocks: as for `patch_model`.
         calibrate: time real steps of two blocks, embeddings and head on `device`, for about two
             seconds (four rounds at least), and compose stages from that.
+        ranks: processes that train together, each on micro-batches of its own. Bytes are then those
+            of one rank.
+        strategy: "ddp", which None means; "fsdp2": `fully_shard` on every block, and on the model;
+            "zero2": DeepSpeed's ZeRO-2, with its bucket of 500 million elements.
 
     Raises:
         UnsupportedModelError: the model cannot be cut into units.
-        ValueError: a setting out of range; autocast of weights that are not in float32; a schedule
-            that does not fit, has no length, has more than 64 different plans, or decides while it
-            trains; a model that is patched, or that asks for values of its data and so cannot run
-            on the meta device.
+        ValueError: a setting out of range; autocast of weights that are not in float32; a strategy
+            for one rank; a schedule that does not fit, has no length, has more than 64 different
+            plans, or decides while it trains; a model that is patched, or that asks for values of
+            its data and so cannot run on the meta device.
         TypeError: not a module, such as a config; not a schedule, such as its class.
 
     Example:
@@ -172,6 +179,7 @@ def plan_training(
         device=target,
         autocast=autocast,
         real_tokens=real_tokens,
+        ranks=ranks_of(ranks, strategy),
     )
     copied = meta_copy(model, dtype)
     layout = find_layout(copied, blocks)
@@ -252,6 +260,7 @@ def plan_training(
         notes=tuple(notes),
         calibrated=costs is not None,
         length_known=length_known,
+        ranks=options.ranks,
     )
 
 

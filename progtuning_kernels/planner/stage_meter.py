@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Literal
 
 import torch
@@ -16,10 +16,12 @@ from ..freezing.freezer import Freezer, StageState
 from ..freezing.unit_use import measure_forward
 from ..model.layout import EMBEDDINGS, Layout, parameter_slots
 from ..optim import MaskedAdamW
-from ..optim.masked_adamw import STATE_DTYPES
+from ..optim.masked_adamw import SMALLEST_8BIT, STATE_DTYPES
+from ..optim.moments import MOMENT_KEYS, new_moments
 from ..schedules import FreezePlan
 from .example_batch import on_meta
 from .meta_step import StepFlops, TargetKernels, count_flops, peak_live_bytes
+from .ranks import Ranks
 from .training_plan import StagePlan
 
 OptimizerName = Literal["adamw", "adamw-bf16", "adamw-8bit"]
@@ -41,6 +43,7 @@ class Options:
     device: torch.device
     autocast: torch.dtype | None = None
     real_tokens: float = 1.0
+    ranks: Ranks = field(default_factory=Ranks)
 
 
 @dataclass(frozen=True)
@@ -96,17 +99,26 @@ class StageMeter:
             boundary=state.boundary,
             trains=trained.units_in_words(),
             trainable_params=state.trainable_params,
-            weight_bytes=self._weight_bytes(),
-            gradient_bytes=self._gradient_bytes(in_backward=self.options.in_backward),
-            state_bytes=self.state_bytes(plan, self.options.optimizer),
             activation_bytes=activation_bytes - padding_bytes,
             peak_bytes=self.peak_bytes(plan),
             forward_flops=flops.forward,
             backward_flops=flops.backward,
             step_ratio=1.0,
             cache_bytes_per_sample=self._cache_bytes(flops),
+            **self.bytes_without_a_step(plan),
         )
         return MeasuredStage(state, flops, figures)
+
+    def bytes_without_a_step(self, plan: FreezePlan) -> dict[str, Any]:
+        """The fields of `StagePlan` that shapes and flags alone decide."""
+        boundary, where = freeze_quietly(self.freezer, plan).boundary, (self.model, self.layout)
+        return {
+            "weight_bytes": self.options.ranks.weight_bytes(self.model),
+            "gradient_bytes": self._gradient_bytes(),
+            "state_bytes": self.state_bytes(plan, self.options.optimizer),
+            "buffer_bytes": self.options.ranks.buffer_bytes(*where),
+            "traffic": self.options.ranks.traffic(*where, boundary),
+        }
 
     def peak_bytes(
         self,
@@ -117,7 +129,9 @@ class StageMeter:
     ) -> int:
         """Of a step under `plan`, if need be with other inputs or with updates inside backward."""
         state_bytes = self.state_bytes(plan, self.options.optimizer)
-        inputs, in_backward = inputs or self.inputs, in_backward or self.options.in_backward
+        inputs, ranks = inputs or self.inputs, self.options.ranks
+        # gradients are cut unit by unit, too
+        in_backward = in_backward or self.options.in_backward or ranks.cuts_gradients
         live = peak_live_bytes(
             self.model,
             self.layout,
@@ -129,9 +143,12 @@ class StageMeter:
         if self.options.real_tokens < 1:
             # where gradients make the peak, padding is gone by then
             kept, padding = self._activation_bytes(inputs)
-            gradients = self._gradient_bytes(in_backward=in_backward)
+            gradients = self._whole_gradient_bytes(in_backward=in_backward)
             live = max(live - padding, kept - padding, gradients)
-        return self._weight_bytes() + state_bytes + live
+        live += ranks.buffer_bytes(self.model, self.layout)
+        if ranks.cuts_gradients:
+            live += self._gradient_bytes()
+        return ranks.weight_bytes(self.model) + state_bytes + live
 
     def _activation_bytes(self, inputs: Mapping[str, Any]) -> tuple[int, int]:
         """What a forward keeps on padded rows, and how much of it is padding in blocks."""
@@ -151,7 +168,12 @@ class StageMeter:
         kept = {unit: use.activation_bytes for unit, use in uses.items()}
         return sum(kept.values()), sum(kept.get(i, 0) for i in range(self.layout.num_blocks))
 
-    def _gradient_bytes(self, *, in_backward: bool) -> int:
+    def _gradient_bytes(self) -> int:
+        if self.options.in_backward and self.options.ranks.strategy is None:
+            return self._whole_gradient_bytes(in_backward=True)
+        return sum(t.nbytes for t in self.options.ranks.updated(self.model))
+
+    def _whole_gradient_bytes(self, *, in_backward: bool) -> int:
         units = dict.fromkeys(self.layout.units, 0)
         for slot in parameter_slots(self.model, self.layout):
             if slot.parameter.requires_grad:
@@ -160,16 +182,25 @@ class StageMeter:
 
     def state_bytes(self, plan: FreezePlan, optimizer: OptimizerName) -> int:
         freeze_quietly(self.freezer, plan)
-        active = [p for p in self.model.parameters() if p.requires_grad]
+        updated = self.options.ranks.updated(self.model)
         masked = MaskedAdamW(
-            active,
+            updated,
             state_dtype=state_dtype_of(optimizer),
             master_weights=self.options.master_weights,
         )
-        return sum(t.nbytes for p in active for t in masked.init_state(p).values())
-
-    def _weight_bytes(self) -> int:
-        return sum(t.nbytes for t in (*self.model.parameters(), *self.model.buffers()))
+        masters = sum(t.nbytes for t in updated) if self.options.ranks.kept_beside_state else 0
+        whole = updated
+        if self.options.ranks.strategy == "fsdp2":
+            whole = [p for p in self.model.parameters() if p.requires_grad]
+        states = []
+        for part, p in zip(updated, whole, strict=True):
+            state = masked.init_state(part)
+            # whether moments have 8 bits is decided by the tensor, not by its shard
+            if masked.state_dtype == "8bit" and part.numel() < SMALLEST_8BIT <= p.numel():
+                state = {k: t for k, t in state.items() if k not in MOMENT_KEYS}
+                state |= new_moments(part, "8bit")
+            states.append(state)
+        return masters + sum(t.nbytes for state in states for t in state.values())
 
     def _cache_bytes(self, flops: StepFlops) -> int | None:
         """Of one row, the real ones of `seq_len` tokens; it is stored without its padding."""

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import textwrap
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, astuple, dataclass, field
 from typing import Any
 
 from ..text_table import Table, as_html, as_text
+from .ranks import Ranks, Traffic
 
 _WIDTH = 80  # columns of a terminal
 
@@ -23,7 +24,8 @@ class StagePlan:
         trains: units that train, in words.
         trainable_params: elements that an optimizer step updates.
         weight_bytes: of all parameters and buffers.
-        gradient_bytes: of the trained parameters; under in_backward those of the largest unit.
+        gradient_bytes: of the trained parameters; under in_backward, in one process, those of the
+            largest unit.
         state_bytes: of the optimizer, with master weights.
         activation_bytes: of distinct tensors that a forward keeps for backward.
         peak_bytes: weights, state, and the most that activations, temporaries and gradients take
@@ -37,6 +39,10 @@ class StagePlan:
         cache_bytes_per_sample: of one row's boundary activations; None without cache, and in a
             stage without prefix.
         cached_step_ratio: of a step whose rows are all in the cache; None as above.
+        buffer_bytes: of what communication between ranks keeps: DDP's buckets, weights that FSDP2
+            gathers at a time, or DeepSpeed's bucket; 0 for one rank.
+        traffic: what each of several ranks sends in a step; None for one. All bytes are those of
+            the first rank, whose shards are the largest.
     """
 
     first_step: int
@@ -55,6 +61,8 @@ class StagePlan:
     step_ms: float | None = None
     cache_bytes_per_sample: int | None = None
     cached_step_ratio: float | None = None
+    buffer_bytes: int = 0
+    traffic: Traffic | None = None
 
     @property
     def graph_bytes(self) -> int:
@@ -95,6 +103,7 @@ class TrainingPlan:
         notes: what was assumed, a line each.
         calibrated: whether times come from a measurement on this machine.
         length_known: whether `steps` are those of the run; otherwise they are in its proportions.
+        ranks: number of ranks, and what spreads the model over them.
     """
 
     title: str
@@ -105,6 +114,7 @@ class TrainingPlan:
     notes: tuple[str, ...]
     calibrated: bool
     length_known: bool = True
+    ranks: Ranks = field(default_factory=Ranks)
 
     @property
     def total_steps(self) -> int:
@@ -166,7 +176,8 @@ class TrainingPlan:
     def _parts(self) -> list[str | Table]:
         named = [(str(i + 1), stage) for i, stage in enumerate(self.stages)]
         named.append(("full", self.full))
-        title = "memory of a step in MiB" + "; of a row in the cache in KiB" * self._cached
+        on = f" on each of {self.ranks.count:,} ranks" if self.ranks.count > 1 else ""
+        title = f"memory of a step{on} in MiB" + "; of a row in the cache in KiB" * self._cached
         return [
             self.title,
             "",
@@ -176,6 +187,7 @@ class TrainingPlan:
             f"{title}:",
             Table(self._memory(named), left=[0]),
             "",
+            *self._traffic(named),
             *self._conclusions(),
         ]
 
@@ -198,10 +210,13 @@ class TrainingPlan:
         return rows
 
     def _memory(self, named: Sequence[tuple[str, StagePlan]]) -> list[list[str]]:
-        rows = [["stage", "weights", "gradients", "state", "activations", "peak"]]
+        several = self.ranks.count > 1
+        rows = [["stage", "weights", "gradients", "state", "activations"]]
+        rows[0] += ["buffers"] * several + ["peak"]
         rows[0] += ["cache row"] * self._cached + ["fits"] * (self.memory_bytes is not None)
         for name, s in named:
-            sizes = (s.weight_bytes, s.gradient_bytes, s.state_bytes, s.activation_bytes)
+            sizes = [s.weight_bytes, s.gradient_bytes, s.state_bytes, s.activation_bytes]
+            sizes += [s.buffer_bytes] * several
             row = [name, *(f"{size / 2**20:,.1f}" for size in (*sizes, s.peak_bytes))]
             if self._cached:
                 size = s.cache_bytes_per_sample
@@ -210,6 +225,16 @@ class TrainingPlan:
                 row.append("yes" if s.peak_bytes <= self.memory_bytes else "NO")
             rows.append(row)
         return rows
+
+    def _traffic(self, named: Sequence[tuple[str, StagePlan]]) -> list[str | Table]:
+        if self.ranks.count == 1:
+            return []
+        rows = [["stage", "gradients", "weights", "again in backward", "sent"]]
+        for name, s in named:
+            assert s.traffic is not None
+            rows.append([name, *(f"{size / 2**20:,.1f}" for size in astuple(s.traffic))])
+        title = f"what each of {self.ranks.count:,} ranks reduces, gathers and sends in MiB"
+        return [f"{title} ({self.ranks.strategy}):", Table(rows, left=[0]), ""]
 
     def _conclusions(self) -> list[str]:
         how = "measured unit costs" if self.calibrated else "operations, the optimizer left out"
@@ -225,6 +250,10 @@ class TrainingPlan:
         if self.remedies:
             lines.append(f"stage {number} would take at its peak:")
             lines += [f"  {_size(r.peak_bytes):>9}  with {r.option}" for r in self.remedies]
+        if (count := self.ranks.count) > 1:
+            share = f"{count - 1}/{count}"
+            twice = "" if self.ranks.strategy == "fsdp2" else ", twice that of gradients"
+            lines.append(f"sent: {share} of what is reduced and gathered{twice}, as a ring sends")
         return [*lines, *self.notes]
 
 

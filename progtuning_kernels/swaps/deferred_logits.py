@@ -26,7 +26,10 @@ class _Head(NamedTuple):
     hidden: Tensor
     weight: Tensor
     bias: Tensor | None
-    versions: tuple[int, ...]  # of weight and bias when the model ran
+    updated: tuple[Tensor, ...]  # what an update of the head leaves a trace in
+    versions: tuple[int, ...]  # of these when the model ran
+    # FSDP2's, which gather the root's weights and begin its backward; for the loss, or the logits
+    hooks: list[Callable[[Tensor], Any]]
 
 
 class _Capping(NamedTuple):
@@ -87,27 +90,39 @@ class DeferredLogits(Tensor):
         )
 
 
-def defer(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> DeferredLogits:
-    """The logits of `F.linear(hidden, weight, bias)`, in autocast's dtype where that is on."""
+def defer(
+    hidden: Tensor, weight: Tensor, bias: Tensor | None, shards: Sequence[Tensor] = ()
+) -> DeferredLogits:
+    """The logits of `F.linear(hidden, weight, bias)`, in autocast's dtype where that is on.
+
+    Args:
+        shards: that weight and bias were gathered from.
+    """
     device_type = hidden.device.type
-    versions = _versions(weight, bias)
+    updated = tuple(t for t in (weight, bias, *shards) if t is not None)
     if torch.is_autocast_enabled(device_type):
         low = torch.get_autocast_dtype(device_type)
         hidden, weight = hidden.to(low), weight.to(low)
         bias = None if bias is None else bias.to(low)
-        versions = ()  # a copy, which no optimizer changes
-    return DeferredLogits(_Head(hidden, weight, bias, versions), hidden.dtype)
+        updated = ()  # a copy, which no optimizer changes
+    head = _Head(hidden, weight, bias, updated, _versions(updated), [])
+    return DeferredLogits(head, hidden.dtype)
 
 
 def materialise(deferred: DeferredLogits) -> Tensor:
     """The logits (..., V) as an ordinary tensor, computed at the first call.
 
     Raises:
-        RuntimeError: the head's weight has changed since the model ran.
+        RuntimeError: the head's weight has changed since the model ran, or is freed.
     """
     if deferred._logits is not None:
         return deferred._logits
     head = deferred._head
+    if _is_gone(head):
+        raise RuntimeError(
+            "these logits were not computed when the model ran, and fully_shard has freed the head "
+            'since: read them before backward(), or pass kernels="off" to patch_model'
+        )
     if _is_stale(head):
         raise RuntimeError(
             "these logits were not computed when the model ran, and the head has been updated "
@@ -123,16 +138,35 @@ def materialise(deferred: DeferredLogits) -> Tensor:
         logits = logits.to(deferred.dtype)
     if torch.is_grad_enabled():  # without it they have no graph, which a later reader may need
         deferred._logits = logits
+        _hook(logits, head)
     return logits
 
 
-def _versions(*parameters: Tensor | None) -> tuple[int, ...]:
-    return tuple(t._version for t in parameters if t is not None)
+def _versions(tensors: Sequence[Tensor]) -> tuple[int, ...]:
+    return tuple(t._version for t in tensors)
+
+
+def _is_gone(head: _Head) -> bool:
+    """Whether the weight's storage is empty: FSDP2 has freed what it had gathered."""
+    return head.weight.numel() > 0 and head.weight.untyped_storage().nbytes() == 0
+
+
+def _hook(result: Tensor, head: _Head) -> None:
+    for hook in head.hooks if result.requires_grad else ():
+        result.register_hook(hook)
+
+
+def _register_hook(deferred: DeferredLogits, hook: Callable[[Tensor], Any]) -> Any:
+    """Keep a hook of FSDP2 for what is computed; any other wants the logits."""
+    if not (getattr(hook, "__module__", None) or "").startswith("torch.distributed."):
+        return None
+    deferred._head.hooks.append(hook)
+    return deferred._head.hooks  # no handle, which FSDP2 does not want
 
 
 def _is_stale(head: _Head) -> bool:
     """Whether weight or bias changed since the model ran."""
-    return bool(head.versions) and head.versions != _versions(head.weight, head.bias)
+    return head.versions != _versions(head.updated)
 
 
 def _derived(
@@ -243,6 +277,7 @@ def _cross_entropy(
         or target.device != head.hidden.device
         or (capping is not None and capping.steps != 3)
         or _is_stale(head)
+        or _is_gone(head)
     ):
         return None
     with torch.autocast(head.hidden.device.type, enabled=False):
@@ -257,6 +292,7 @@ def _cross_entropy(
             class_weight=weight,
             reduction=reduction,
         )
+    _hook(loss, head)
     # cross-entropy of bf16 logits is bf16, except under autocast
     with torch._C.DisableTorchFunctionSubclass():
         dtype = deferred.dtype
@@ -264,6 +300,7 @@ def _cross_entropy(
 
 
 _HANDLERS: dict[Callable[..., Any], Callable[..., Any]] = {
+    Tensor.register_hook: _register_hook,
     Tensor.float: lambda deferred: _derived(deferred, dtype=torch.float32),
     Tensor.to: _to,
     Tensor.contiguous: _same,
@@ -283,7 +320,7 @@ _HANDLERS: dict[Callable[..., Any], Callable[..., Any]] = {
     F.cross_entropy: _cross_entropy,
 }
 _PROPERTIES = ("shape", "dtype", "device", "ndim", "layout", "requires_grad", "itemsize", "is_cpu")
-_PROPERTIES += ("is_cuda", "is_sparse", "is_quantized", "is_meta", "is_nested")
+_PROPERTIES += ("is_cuda", "is_sparse", "is_quantized", "is_meta", "is_nested", "_base")
 _METADATA = {
     Tensor.size,
     Tensor.dim,

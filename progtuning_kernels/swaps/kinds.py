@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from .. import backend
 from ..ops import activation, geglu, gelu, layer_norm, rms_norm, swiglu
 from ..ops import norm as norms
+from ..sharding import Sharding, is_sharded
 from .deferred_logits import defer
 
 HEAD = "language-model head and loss"
@@ -72,17 +73,21 @@ def recognise(module: nn.Module) -> Swap | None:
     return None
 
 
-def language_model_head(module: nn.Linear) -> Swap:
-    """The swap for a head over a vocabulary: see `deferred_logits.py`."""
+def language_model_head(module: nn.Linear, sharding: Sharding | None = None) -> Swap:
+    """The swap for a head over a vocabulary: see `deferred_logits.py`.
+
+    Args:
+        sharding: None where its weight is whole; else it may be gone when its forward is over.
+    """
     own_class = type(module)
 
     def forward(self: nn.Linear, hidden: Tensor) -> Tensor:
         demanded = hidden.requires_grad or self.weight.requires_grad
-        # FSDP2 takes the weight away again as soon as the module's own forward is over
-        sharded = hasattr(type(self), "_get_fsdp_state") or type(self.weight) not in _PLAIN
-        if sharded or not (torch.is_grad_enabled() and demanded and hidden.dim() > 1):
+        kept = type(self.weight) in _PLAIN and (sharding is None or sharding.stays)
+        if not (kept and torch.is_grad_enabled() and demanded and hidden.dim() > 1):
             return own_class.forward(self, hidden)
-        return defer(hidden, self.weight, self.bias)
+        shards = () if sharding is None else sharding.shards
+        return defer(hidden, self.weight, self.bias, shards)
 
     return Swap(
         HEAD,
@@ -286,15 +291,33 @@ def _written_out_gelu(module: nn.Module) -> Swap | None:
 
 
 def without_hooks(module: nn.Module) -> nn.Module:
-    """The same parameters in modules of their own, which call nobody else's code."""
-    twin = object.__new__(type(module))  # copy.copy refuses one with parametrizations
+    """The same parameters in modules of their own, which call nobody else's code; random numbers in
+    the place of shards, which no rank can gather alone.
+    """
+    # FSDP2's class cannot be copied; copy.copy refuses a module with parametrizations
+    cls = next(cls for cls in type(module).__mro__ if not hasattr(cls, "_get_fsdp_state"))
+    twin = object.__new__(cls)
     hooks = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
-    twin.__dict__ |= module.__dict__ | {kind: OrderedDict() for kind in hooks}
+    states = ("_state_dict_pre_hooks", "_load_state_dict_pre_hooks")  # FSDP2 has some of its own
+    twin.__dict__ |= module.__dict__ | {kind: OrderedDict() for kind in (*hooks, *states)}
+    for name in [name for name in twin.__dict__ if name.startswith("__composable_api")]:
+        del twin.__dict__[name]
+    twin.__dict__["_parameters"] = {
+        name: _random_like(p) if p is not None and is_sharded(p) else p
+        for name, p in module._parameters.items()
+    }
     twin.__dict__["_modules"] = {
         name: None if child is None else without_hooks(child)
         for name, child in module._modules.items()
     }
     return twin
+
+
+def _random_like(shard: Tensor) -> nn.Parameter:
+    """A parameter of the whole shape, of the size that linear layers have."""
+    generator = torch.Generator(shard.device).manual_seed(1)
+    whole = torch.randn(shard.shape, generator=generator, dtype=torch.float32, device=shard.device)
+    return nn.Parameter((whole / shard.shape[-1] ** 0.5).to(shard.dtype), shard.requires_grad)
 
 
 def activation_kind(module: nn.Module) -> activation.Kind | None:

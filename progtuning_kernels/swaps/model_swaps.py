@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections import defaultdict
-from collections.abc import Callable, Hashable, Iterator
+from collections.abc import Callable, Hashable, Iterator, Mapping
 from dataclasses import dataclass
 from itertools import chain
 from typing import Any, Literal, NamedTuple
@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from .. import backend
 from ..model.derived_classes import base_of, derive
 from ..model.layout import Layout
+from ..sharding import Sharding, fsdp_groups, fsdp_records
 from ..text_table import Table, as_html, as_text
 from . import checks, cpu_dropout
 from .call_costs import CallCosts
@@ -24,6 +25,11 @@ Kernels = Literal["auto", "on", "off"]
 
 # Of logits. Deferring them saves memory, not time, and a short loss is not worth the machinery.
 _LEAST_LOGITS_BYTES = 64 * 2**20
+
+_FREED = (
+    "fully_shard frees its weight when a forward ends: pass reshard_after_forward=False to the "
+    "call that shards it"
+)
 
 
 @dataclass(frozen=True)
@@ -208,17 +214,25 @@ class KernelSwaps:
         """Path, module, kind, and swap or reason against one, of all but parts of a swapped one."""
         bypassed_ids: set[int] = set()
         heads = {id(module) for module in self._heads()}
+        records = fsdp_records(self._model)
         for path, module in self._model.named_modules():
             if id(module) in bypassed_ids:
                 continue
             try:
-                swap = language_model_head(module) if id(module) in heads else recognise(module)
+                if id(module) in heads:
+                    sharding = Sharding.of(module, self._model)
+                    swap = language_model_head(module, sharding)
+                    if sharding is not None and not sharding.may_stay(self._model):
+                        yield path, module, swap.kind, _FREED
+                        continue
+                else:
+                    swap = recognise(module)
             except CannotSwap as error:
                 yield path, module, type(module).__name__, str(error)
                 continue
             if swap is None:
                 continue
-            reason = _reason_against(module, swap)
+            reason = _reason_against(module, swap, records)
             if reason is None:
                 bypassed_ids |= {id(module._modules[name]) for name in swap.inner}
             yield path, module, swap.kind, swap if reason is None else reason
@@ -230,7 +244,8 @@ class KernelSwaps:
         sizes = {getattr(c, "vocab_size", None) for c in configs} - {None}
         for path in self._layout.module_paths(self._layout.head):
             for module in self._model.get_submodule(path).modules():
-                if type(module) is nn.Linear and module.out_features in sizes:
+                plain = type(module) is nn.Linear or fsdp_groups(module)
+                if plain and getattr(module, "out_features", None) in sizes:
                     yield module
 
     def _judge(self, module: nn.Module, swap: Swap, device: torch.device) -> _Verdict:
@@ -307,13 +322,21 @@ def _own_forward(module: nn.Module) -> str | None:
     return None
 
 
-def _reason_against(module: nn.Module, swap: Swap) -> str | None:
+def _reason_against(
+    module: nn.Module, swap: Swap, records: Mapping[tuple[int, str], Any]
+) -> str | None:
     if (own := _own_forward(module)) is not None:
         return own
     if module._compiled_call_impl is not None:
         return "it is compiled"
-    for parameter in module.parameters():
-        if type(parameter) not in (Tensor, nn.Parameter):
+    held = ((part._parameters, name) for part in module.modules() for name in part._parameters)
+    for parameters, name in held:
+        parameter, record = parameters[name], records.get((id(parameters), name))
+        if parameter is None:
+            continue
+        # a shard of FSDP2 alone is a plain tensor in the module's forward
+        gathered = record is not None and not record.is_dtensor
+        if not gathered and type(parameter) not in (Tensor, nn.Parameter):
             return f"its parameters are of type {type(parameter).__name__}"
         if parameter.is_meta:
             return "its parameters are on the meta device"

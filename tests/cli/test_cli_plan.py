@@ -37,6 +37,24 @@ def test_table_of_a_folder(model_folders, capsys):
     assert max(map(len, out.splitlines())) <= 80
 
 
+def test_ranks_share_the_model_and_the_memory_that_is_needed(model_folders, capsys):
+    model = ["--model", str(model_folders["bert"])]
+    alone = _planned(capsys, *model)["stages"][0]
+    ddp = _planned(capsys, *model, "--ranks", 4)["stages"][0]
+    assert alone["traffic"] is None and ddp["weight_bytes"] == alone["weight_bytes"]
+    assert ddp["peak_bytes"] == alone["peak_bytes"] + alone["gradient_bytes"]  # the buckets
+    assert ddp["traffic"]["sent_bytes"] == 1.5 * alone["gradient_bytes"]
+    main(["plan", *model, *_SMALL, "--ranks", "4", "--strategy", "fsdp2", "--memory", "1GiB"])
+    out = capsys.readouterr().out
+    assert "on each of 4 ranks" in out and "again in backward" in out and "sent: 3/4 of" in out
+    assert max(map(len, out.splitlines())) <= 80
+    memory = next(
+        line.split() for line in out.splitlines() if line.startswith("1  ") and "yes" in line
+    )
+    weights, peak = float(memory[1]), float(memory[-2])
+    assert weights < alone["weight_bytes"] / 2**20 / 3 and peak < alone["peak_bytes"] / 2**20
+
+
 def test_a_config_file_is_enough(model_folders, tmp_path, capsys):
     shutil.copy(model_folders["gpt2"] / "config.json", tmp_path / "config.json")
     whole = _planned(capsys, "--model", model_folders["gpt2"])
@@ -139,6 +157,7 @@ def test_a_dry_run_of_train_shows_the_shares_of_the_plan(model_folders, tmp_path
         (["--batch-size", "0"], "--batch-size"),
         (["--real-tokens", "0"], "--real-tokens"),
         (["--real-tokens", "nan"], "--real-tokens"),
+        (["--strategy", "fsdp2"], "strategy='fsdp2' is for several ranks: give ranks="),
     ],
 )
 def test_bad_calls_get_one_line(model_folders, capsys, extra, message):

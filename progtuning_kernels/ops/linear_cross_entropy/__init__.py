@@ -226,7 +226,8 @@ def linear_cross_entropy(
         else:
             found = _LinearCrossEntropy.apply(chosen, *tensors, options)
     loss, of_z, accuracy = found[:3]
-    loss = loss.view(shape)
+    if loss.shape != shape:  # no view where none is needed: hooks are lost with writes to one
+        loss = loss.view(shape)
     if not (return_z_loss or return_token_accuracy):
         return loss
     return CrossEntropyOutput(
