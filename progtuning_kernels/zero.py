@@ -33,6 +33,11 @@ def is_engine(module: object) -> bool:
     return any(cls.__name__ == "DeepSpeedEngine" for cls in type(module).__mro__)
 
 
+def is_partitioned(model: nn.Module) -> bool:
+    """Whether ZeRO keeps the optimizer's state of a model in slices, one on every rank."""
+    return any(getattr(p, "_hp_mapping", None) is not None for p in model.parameters())
+
+
 def running_engine(model: nn.Module) -> Any | None:
     """The engine whose method, its forward as a rule, is under way and that holds `model`."""
     deepspeed = sys.modules.get("deepspeed.runtime.engine")

@@ -34,7 +34,9 @@ from progtuning_kernels import (
     ProgressiveSchedule,
     RandomBlockSchedule,
     patch_model,
+    save_checkpoint,
 )
+from progtuning_kernels.checkpoints import CheckpointError
 from progtuning_kernels.freezing.decay_groups import decay_groups
 from progtuning_kernels.integrations.hf_trainer import ProgtuningCallback
 from progtuning_kernels.model.families import UnsupportedModelError
@@ -506,6 +508,8 @@ def check_refusals(rank: int) -> None:
     engine = engine_of(2)
     with patch_model(engine, SCHEDULES["random"]()) as handle:
         train(engine, handle, rank, until=3)
+        with pytest.raises(CheckpointError, match="engine.save_checkpoint"):
+            save_checkpoint("none", handle, engine.basic_optimizer)
     held = sum(p.numel() for group in engine.optimizer.bit16_groups for p in group)
     assert held == sum(p.numel() for p in engine.module.parameters())
     for group in engine.optimizer.param_groups:

@@ -26,6 +26,7 @@ from ..distributed import unwrap
 from ..patch import PatchHandle
 from ..random_state import random_state, seed_generators, set_random_state
 from ..sharding import is_sharded, local_of
+from ..zero import is_partitioned
 from . import files
 from .files import CheckpointError
 
@@ -64,7 +65,7 @@ def save_checkpoint(
 
     Raises:
         CheckpointError: the folder holds a checkpoint of a later step, so that it is another
-            run's; or another rank has failed.
+            run's; or another rank has failed; or the model trains under DeepSpeed's ZeRO.
         TypeError: something that cannot be loaded safely is to be saved.
         ValueError: `keep` is below 1, or there is no step.
         OSError: from the disk.
@@ -133,15 +134,16 @@ def load_checkpoint(
 
     Raises:
         CheckpointError: none can be read, or it is of another model, schedule, optimizer or
-            version of this package; or `folder` is a checkpoint, and not the folder of a run.
+            version of this package; or `folder` is a checkpoint, and not the folder of a run; or
+            the model trains under DeepSpeed's ZeRO.
     """
+    model, patched = _model_and_handle(handle)
     found = files.newest(Path(folder))
     if found is None:
         return None
     path, content = found
     if check is not None:
         check(content["extra"])
-    model, patched = _model_and_handle(handle)
     files.together(_compare, path, content, _facts(model, patched, optimizer, scheduler), model)
     ranks, state = content["ranks"], content["state"]
     same_ranks = len(ranks) == files.world_size()
@@ -167,7 +169,15 @@ def load_checkpoint(
 
 
 def _model_and_handle(handle: PatchHandle | nn.Module) -> tuple[nn.Module, PatchHandle | None]:
-    return (handle.model, handle) if isinstance(handle, PatchHandle) else (unwrap(handle), None)
+    patched = handle if isinstance(handle, PatchHandle) else None
+    model = unwrap(handle) if patched is None else patched.model
+    if is_partitioned(model):
+        raise CheckpointError(
+            "DeepSpeed's ZeRO keeps a slice of the optimizer's state on every rank: call "
+            "engine.save_checkpoint and engine.load_checkpoint, then "
+            "handle.seek(engine.global_steps)"
+        )
+    return model, patched
 
 
 def _has_shards(model: nn.Module) -> bool:
