@@ -156,6 +156,7 @@ def test_all_ranks_choose_by_what_the_first_one_has_measured(monkeypatch):
         """Of a rank that is not the first: what surrounds its model."""
 
         sharded, on_several_ranks, ddp, engine = False, True, None, None
+        awaits_rebuild = False
 
         def __init__(self, *arguments: Any) -> None:
             pass
