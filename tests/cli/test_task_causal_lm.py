@@ -74,9 +74,8 @@ def test_of_messages_all_is_learnt_or_what_an_assistant_says():
     assert found["input_ids"][0] == found["labels"][0] == ids(text)
     names = {"user": "human", "assistant": "gpt"}  # of ShareGPT
     spoken = [{"from": names[m["role"]], "value": m["content"]} for m in row["messages"]]
-    rows = [{"conversations": row["messages"]}, {"conversations": spoken}]
-    _, found = encoded(rows, chat_tokenizer())
-    assert [*found["labels"]] == [ids(text)] * 2
+    _, found = encoded([{"conversations": spoken}], chat_tokenizer())
+    assert found["labels"][0] == ids(text)
     pair = {"prompt": row["messages"][:3], "completion": row["messages"][3:]}
     _, found = encoded([pair], chat_tokenizer())
     assert found["input_ids"][0] == ids(text)
