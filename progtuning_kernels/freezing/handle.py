@@ -15,7 +15,7 @@ import torch
 from torch import nn
 
 from ..cache import CacheReport, PrefixCache, PrefixServer
-from ..distributed import shards_of
+from ..distributed import put_shards_back, shards_of
 from ..graphs import Graph, GraphReport
 from ..model.layout import Layout, parameter_slots
 from ..packing import Packing, PackingReport
@@ -120,6 +120,7 @@ class PatchHandle:
         model.__dict__[_HANDLE] = self
         live_handles.add(self)
         try:
+            put_shards_back(model)
             self.freezer.freeze(plan, step)
             if shards_of(model):
                 self.attach(model)
@@ -320,6 +321,7 @@ class PatchHandle:
             Groups with "params", "param_names", "weight_decay" and "lr" as far as they are set; a
             group without parameters is left out.
         """
+        put_shards_back(self.model)
         slots = list(parameter_slots(self.model, self.layout))
         names = {id(slot.parameter): slot.name for slot in slots}
         if by_unit:
@@ -329,6 +331,7 @@ class PatchHandle:
                 groups += [{**group, "unit": unit} for group in decay_groups(own, weight_decay)]
         else:
             groups = decay_groups([slot.parameter for slot in slots], weight_decay)
+        self.freezer.give(slot.parameter for slot in slots)
         for group in groups:
             group["param_names"] = [names[id(p)] for p in group["params"]]
             if lr is not None:
