@@ -233,7 +233,6 @@ class Freezer:
             self.norms.reduced_at_end = wrapper.ddp is not None
             self.norms.sharded = wrapper.sharded
         if wrapper.sharded:  # `fully_shard` has replaced parameters
-            self.active.set_flags(self.plan)  # and lets go of those that were there before
             self._reinstall_swaps()
             if self.norms is not None:
                 self.norms.install_norm_hooks()
