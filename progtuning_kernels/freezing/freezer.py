@@ -254,7 +254,7 @@ class Freezer:
         self._given = [weakref.ref(p) for p in parameters]
 
     def _refuse_optimizer_of_whole_weights(self) -> None:
-        """Raise `RuntimeError` if one is left with what `fully_shard` has put shards in place of."""
+        """Raise `RuntimeError` if one holds what `fully_shard` has put shards in place of."""
         here = {id(p) for forms in forms_of_shards(self.model) for p in forms}
         here |= {id(p) for p in self.model.parameters()}
         held = [p for ref in self._given if (p := ref()) is not None]
