@@ -65,6 +65,14 @@ def forms_of_shards(model: nn.Module) -> Iterator[list[nn.Parameter]]:
                 yield [p for p in known if p is not None]
 
 
+def put_shards_back(model: nn.Module) -> None:
+    """Put shards in the place of gathered weights, which an evaluation leaves: flags are set on
+    what a module holds, and FSDP2 copies them from the shard when it gathers, not back.
+    """
+    for module in shards_of(model):
+        module.reshard()
+
+
 def refuse_flat_parameters(model: nn.Module) -> None:
     """Raise `UnsupportedModelError` for FSDP1 and ZeRO-3: their flat pieces of parameters cannot
     freeze block by block.
@@ -192,19 +200,22 @@ class Wrapper:
         return self.engine is not None and awaits_partition(self.engine)
 
     def reshard(self) -> None:
-        """Put shards in the place of gathered weights, which an evaluation leaves: flags are set on
-        what a module holds, and FSDP2 copies them from the shard when it gathers, not back.
-        """
-        for module in shards_of(self._model) if self.sharded else ():
-            module.reshard()
+        if self.sharded:
+            put_shards_back(self._model)
 
-    def follow(self, *, step: int, boundary: int) -> None:
+    def follow(self, *, step: int, boundary: int, options: Sequence[str]) -> None:
         """Follow a change of plan, on every rank before its first forward under it: `RuntimeError`
         on all ranks that come if another trains something else or does not come in time.
+
+        Args:
+            options: with which ranks of a sharded model gather in other forwards.
         """
         slots = parameter_slots(self._model, self._layout)
         names = [slot.name for slot in slots if slot.parameter.requires_grad]
-        self._agree(step, f"step {step}, boundary {boundary}, {len(names)} active tensors", names)
+        what = [f"step {step}, boundary {boundary}, {len(names)} active tensors"]
+        if self.sharded:
+            what += options
+        self._agree(step, ", ".join(what), [*names, *what])
         self._rebuild(boundary)
 
     @property
@@ -215,8 +226,8 @@ class Wrapper:
         """The largest of all ranks of a sharded model, entry by entry, by one collective for each
         dimension of its mesh.
         """
-        device = next(self._model.parameters()).device
-        found = torch.tensor(numbers, dtype=torch.int32, device=device)
+        # that of the collectives: under CPUOffloadPolicy, shards are elsewhere
+        found = torch.tensor(numbers, dtype=torch.int32, device=self._mesh.device_type)
         for dimension in range(self._mesh.ndim):
             dist.all_reduce(found, dist.ReduceOp.MAX, self._mesh.get_group(dimension))
         return found.tolist()
@@ -319,6 +330,7 @@ class Wrapper:
         return (
             f"ranks do not train the same: {descriptions}. Every rank needs the same schedule and "
             "seed, the same frozen layers, and one handle.advance() per optimizer step"
+            + ("; under fully_shard also a cache and packing, or none" if self.sharded else "")
         )
 
     def _all_ranks(self) -> list[int]:
@@ -332,8 +344,10 @@ class Wrapper:
         if len(self._ranks) < 2:
             return timedelta(0)
         group = dist.group.WORLD if self.ddp is None else self.ddp.process_group
-        device = next(self._model.parameters()).device
-        return group._get_backend(torch.device(device.type)).options._timeout
+        kind = next(self._model.parameters()).device.type
+        if self._mesh is not None:  # under CPUOffloadPolicy, shards are on another
+            kind = self._mesh.device_type
+        return group._get_backend(torch.device(kind)).options._timeout
 
     def _stop_gathering_below(self, boundary: int) -> None:
         """Backward ends in block `boundary`; FSDP2 would gather the one below it ahead of time."""

@@ -199,7 +199,61 @@ def check_disk(rank: int) -> None:
             assert (report.hits, report.misses) == (2 + 2 * run, 2 - 2 * run), report
 
 
-CHECKS = (check_schedules, check_ranks_that_differ, check_disk)
+def check_saved_after_an_evaluation(rank: int) -> None:
+    """It leaves weights gathered: the checkpoint has the shards of all ranks all the same."""
+    models = [tiny_model("bert-sequence", seed=seed).train() for seed in range(2)]
+    for model in models:
+        for block in (*model.bert.encoder.layer, model):
+            fully_shard(block, reshard_after_forward=False)
+    first, second = (patch_model(m, MilestoneSchedule({0: 1, 2: 3})) for m in models)
+    optimizers = [optimizer_of(handle)[0] for handle in (first, second)]
+    for step in range(2):
+        models[0](**batch(step, rank)).loss.backward()
+        optimizers[0].step()
+        optimizers[0].zero_grad()
+        first.advance()
+    models[0].eval()
+    with torch.no_grad():
+        models[0](**batch(0, rank))
+    models[0].train()
+    save_checkpoint("after-an-evaluation", first, optimizers[0])
+    load_checkpoint("after-an-evaluation", second, optimizers[1])
+    expected = {n: p.full_tensor().detach() for n, p in models[0].named_parameters()}
+    for name, p in models[1].named_parameters():
+        assert torch.equal(p.full_tensor(), expected[name]), name
+    for model in models:
+        model(**batch(2, rank)).loss.backward()
+
+
+def check_what_is_refused(rank: int) -> None:
+    """What would train nothing, and ranks that would wait for each other's forwards."""
+    model = tiny_model("bert-sequence").train()
+    handle = patch_model(model, MilestoneSchedule({0: 2}))
+    old = optimizer_of(handle)[0]
+    shard(model)
+    with pytest.raises(RuntimeError, match="make the optimizer after fully_shard"):
+        model(**batch(0, rank))
+    optimizer = optimizer_of(handle)[0]  # of shards, though the forward has gathered
+    shards = [local_of(p.detach()) for group in optimizer.param_groups for p in group["params"]]
+    before = [p.clone() for p in shards]
+    model(**batch(0, rank)).loss.backward()
+    optimizer.step()
+    moved = sum(not torch.equal(p, was) for p, was in zip(shards, before, strict=True))
+    assert moved == sum(p.requires_grad and local_of(p).numel() > 0 for p in model.parameters())
+    del old  # it was there until now
+    handle.unpatch()
+    for options in ({"cache": PrefixCache(1 << 24)}, {"packing": "off"}):
+        with pytest.raises(RuntimeError, match="under fully_shard also a cache and packing"):
+            patch_model(model, MilestoneSchedule({0: 2}), **(options if rank else {}))
+
+
+CHECKS = (
+    check_schedules,
+    check_ranks_that_differ,
+    check_disk,
+    check_saved_after_an_evaluation,
+    check_what_is_refused,
+)
 
 
 def run(rank: int, folder: str) -> None:

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from ..backend import one_line
-from ..distributed import unwrap
+from ..distributed import put_shards_back, unwrap
 from ..patch import PatchHandle
 from ..random_state import random_state, seed_generators, set_random_state
 from ..sharding import is_sharded, local_of
@@ -177,6 +177,7 @@ def _model_and_handle(handle: PatchHandle | nn.Module) -> tuple[nn.Module, Patch
             "engine.save_checkpoint and engine.load_checkpoint, then "
             "handle.seek(engine.global_steps)"
         )
+    put_shards_back(model)
     return model, patched
 
 

@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import json
 import warnings
-from collections.abc import Callable, Iterator
+import weakref
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from datetime import timedelta
 from itertools import zip_longest
@@ -19,7 +20,13 @@ from torch import nn
 
 from .. import freeze_events
 from ..cache import PrefixServer
-from ..distributed import Wrapper, refuse_flat_parameters, shards_of, surrounding
+from ..distributed import (
+    Wrapper,
+    forms_of_shards,
+    refuse_flat_parameters,
+    shards_of,
+    surrounding,
+)
 from ..graphs import Graph, StageGraphs
 from ..model.adapters import adapter_configs, check_adapters, rank_allocation_end
 from ..model.derived_classes import without_derived_ancestors
@@ -90,6 +97,7 @@ class Freezer:
         self.state = StageState(0, frozenset(layout.units), 0)
         self.proved = self.trained = False
         self._schedule = schedule
+        self._packing = packing
         self._structure = Structure(model, layout)
         self._boundary = Boundary(model, layout, frozen_mode)
         self.graphs = StageGraphs(model, layout, graph, self._boundary.graph_blocks)
@@ -98,6 +106,7 @@ class Freezer:
         self._wrapper: Wrapper | None = None
         self._device_type = ""  # that the swaps were chosen for
         self._costs_are_own = True  # until the first rank's are taken over
+        self._given: list[weakref.ref[nn.Parameter]] = []  # to an optimizer
 
     @property
     def boundary(self) -> int:
@@ -185,7 +194,7 @@ class Freezer:
     def follow_wrapper(self) -> None:
         """Before anything is tried in a training forward: attach what surrounds it."""
         if self._wrapper is not None and self._wrapper.awaits_rebuild:
-            self._wrapper.follow(step=self.step, boundary=self.boundary)
+            self._follow_plan(self._wrapper)
         if not self.proved:
             refuse_flat_parameters(self.model)
             found = surrounding(self.model)
@@ -227,11 +236,33 @@ class Freezer:
             self._reinstall_swaps()
             if self.norms is not None:
                 self.norms.install_norm_hooks()
-        wrapper.follow(step=self.step, boundary=self.boundary)
+        self._follow_plan(wrapper)
         if wrapper.sharded and self.cache is not None:
             ranks = wrapper if wrapper.on_several_ranks else None
             self.cache.share_gathers(self.packer.run_inside, ranks)
             self.cache.begin_stage(self.boundary)
+        if wrapper.sharded:
+            self._refuse_optimizer_of_whole_weights()
+
+    def _follow_plan(self, wrapper: Wrapper) -> None:
+        cache = "without a cache" if self.cache is None else "with a cache"
+        options = [cache, f'packing="{self._packing}"']
+        wrapper.follow(step=self.step, boundary=self.boundary, options=options)
+
+    def give(self, parameters: Iterable[nn.Parameter]) -> None:
+        """Note the parameters that an optimizer is about to get."""
+        self._given = [weakref.ref(p) for p in parameters]
+
+    def _refuse_optimizer_of_whole_weights(self) -> None:
+        """Raise `RuntimeError` if one holds what `fully_shard` has put shards in place of."""
+        here = {id(p) for forms in forms_of_shards(self.model) for p in forms}
+        here |= {id(p) for p in self.model.parameters()}
+        held = [p for ref in self._given if (p := ref()) is not None]
+        if any(id(p) not in here for p in held):
+            raise RuntimeError(
+                "the optimizer holds the weights as they were before fully_shard, and would train "
+                "nothing: call handle.param_groups() and make the optimizer after fully_shard"
+            )
 
     def load_call_costs(self, costs: dict[str, Any]) -> None:
         """Choose the sizes from which on ops run by what another run, or rank, has measured."""
@@ -301,7 +332,7 @@ class Freezer:
         if self.norms is not None:
             self.norms.install_norm_hooks()
         if self._wrapper is not None:
-            self._wrapper.follow(step=self.step, boundary=boundary)
+            self._follow_plan(self._wrapper)
         freeze_events.announce()
         if self.cache is not None:
             self.cache.begin_stage(boundary)

@@ -57,6 +57,7 @@ class GradientPaths:
         self._slots = {id(slot.parameter): slot for slot in parameter_slots(model, layout)}
         # fully_shard puts other tensors in the places of parameters for as long as a block runs
         self._forms: dict[int, int] = {}  # id of each to that of the one which was there first
+        self._note_forms()  # the shards among fewer ranks that are there now are gone by then
         self._unruled = {id(p): name for name, p in layout.unruled(model).items()}
         self._checked: dict[Any, int] = {}  # lowest unit that a node was followed for
         self._readers: dict[int, int] = {}  # lowest unit computed from a parameter, by its id
@@ -128,10 +129,13 @@ class GradientPaths:
 
     def _key_of(self, leaf: torch.Tensor) -> int:
         if id(leaf) not in self._slots and id(leaf) not in self._forms:
-            for forms in forms_of_shards(self._model):  # some are made as blocks run
-                for key in {id(p) for p in forms} & self._slots.keys():
-                    self._forms.update((id(p), key) for p in forms)
+            self._note_forms()  # some are made as blocks run
         return self._forms.get(id(leaf), id(leaf))
+
+    def _note_forms(self) -> None:
+        for forms in forms_of_shards(self._model):
+            for key in {id(p) for p in forms} & self._slots.keys():
+                self._forms.update((id(p), key) for p in forms)
 
     def _check(self, leaf: torch.Tensor, unit: int, path: str) -> None:
         """`path`, a module of `unit`, is computed from `leaf`, a parameter or another tensor."""

@@ -15,11 +15,12 @@ import torch
 from torch import nn
 
 from ..cache import CacheReport, PrefixCache, PrefixServer
-from ..distributed import shards_of
+from ..distributed import put_shards_back, shards_of
 from ..graphs import Graph, GraphReport
 from ..model.layout import Layout, parameter_slots
 from ..packing import Packing, PackingReport
 from ..schedules import FreezePlan, Schedule, units_by_stage, whole_number
+from ..sharding import fsdp_records
 from ..swaps import KernelReport, Kernels
 from ..text_table import Table, as_html
 from .active_set import TiedPolicy
@@ -120,6 +121,7 @@ class PatchHandle:
         model.__dict__[_HANDLE] = self
         live_handles.add(self)
         try:
+            put_shards_back(model)
             self.freezer.freeze(plan, step)
             if shards_of(model):
                 self.attach(model)
@@ -321,14 +323,23 @@ class PatchHandle:
             group without parameters is left out.
         """
         slots = list(parameter_slots(self.model, self.layout))
-        names = {id(slot.parameter): slot.name for slot in slots}
+        records = fsdp_records(self.model)
+        shards = {  # a forward, also one that has raised, may leave gathered weights in their place
+            id(s.parameter): records[place].sharded_param
+            for s in slots
+            if (place := (id(s.owner._parameters), s.attribute)) in records
+        }
+        held = [shards.get(id(slot.parameter), slot.parameter) for slot in slots]
+        names = {id(p): slot.name for p, slot in zip(held, slots, strict=True)}
         if by_unit:
+            units = [self.freezer.active.freezes_with(slot) for slot in slots]
             groups = []
             for unit in self.layout.units:
-                own = [s.parameter for s in slots if self.freezer.active.freezes_with(s) == unit]
+                own = [p for p, freezes in zip(held, units, strict=True) if freezes == unit]
                 groups += [{**group, "unit": unit} for group in decay_groups(own, weight_decay)]
         else:
-            groups = decay_groups([slot.parameter for slot in slots], weight_decay)
+            groups = decay_groups(held, weight_decay)
+        self.freezer.give(held)
         for group in groups:
             group["param_names"] = [names[id(p)] for p in group["params"]]
             if lr is not None:
