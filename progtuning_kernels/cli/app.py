@@ -7,6 +7,7 @@ import sys
 import textwrap
 from collections.abc import Sequence
 from contextlib import nullcontext, redirect_stdout
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, NoReturn, get_args
 
@@ -214,8 +215,12 @@ def contribution(options: TrainOptions) -> None:
 def demo(options: TrainOptions, **more: Any) -> None:
     """Fine-tune a pretrained model with several methods, and compare.
 
-    --output is emptied; it gets runs and report.
+    --output is emptied; it gets runs and report. --train-file takes the place of the docstrings.
     """
+    if options.resume or options.predict_file or options.of_trainer("push_to_hub"):
+        raise UserError("the demo has no --resume, --predict-file or --push-to-hub: train has them")
+    if options.train_file and options.dataset == "docstrings":
+        options = replace(options, dataset=None)
     options.check()
     choose_device(options.device)
     from . import demo as command

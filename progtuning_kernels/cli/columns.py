@@ -62,7 +62,8 @@ def find_columns(
     for split, rows in others:
         for role, name in found.items():
             if name not in rows.column_names and not (split == "predict" and role in targets):
-                raise UserError(f"{split} row 1 has no value for column {name!r}")
+                there = ", ".join(rows.column_names)
+                raise UserError(f"{split} row 1 has no value for column {name!r}, only for {there}")
     return found
 
 

@@ -26,10 +26,7 @@ def run(options: TrainOptions, *, methods: Sequence[Method], seeds: int, lora_lr
     nothing of this library.
     """
     console, output = Console(), options.output
-    console.print(
-        f"Fine-tuning {options.model} on {options.dataset}: {', '.join(methods)} "
-        f"({options.stages} stages)."
-    )
+    console.print(f"Fine-tuning {options.model}: {', '.join(methods)} ({options.stages} stages).")
     missing = backend.native_reason(torch.device("cpu"))
     if missing is not None:
         console.print(f"Without the native extension ({missing}): slower.", soft_wrap=True)
@@ -41,7 +38,8 @@ def run(options: TrainOptions, *, methods: Sequence[Method], seeds: int, lora_lr
     folders, failures = [], []
     data = read_rows(options)  # the same for every run
     console.print(data.summary(), soft_wrap=True, markup=False)
-    for seed in range(seeds):
+    first = options.of_trainer("seed")
+    for seed in range(first, first + seeds):
         for method in methods:
             folder = output / f"{method}-seed{seed}"
             own = {"seed": seed, "output_dir": str(folder)}

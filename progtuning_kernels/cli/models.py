@@ -233,7 +233,7 @@ def check_length(model: nn.Module, length: int, option: str, tokenizer: Any = No
     limits = (positions, getattr(tokenizer, "model_max_length", None))  # XLNet has -1 for both
     limit = min((limit for limit in limits if limit and limit > 0), default=length)
     if length > limit:
-        raise UserError(f"{option} {length} is above the model's {limit} tokens")
+        raise UserError(f"{option} {length} is above the model's {limit} tokens: give {limit}")
 
 
 def check_rows(model: nn.Module, tokenizer: Any, splits: dict[str, Dataset]) -> list[str]:

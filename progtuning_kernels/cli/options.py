@@ -188,7 +188,9 @@ class TrainOptions:
         given = self.of_trainer
         for name in _NOT_OF_TRAINER:
             if name in self.trainer:
-                raise UserError(f"{_dashed(name)} is left to the command, which makes the batches")
+                raise UserError(
+                    f"{_dashed(name)} is left to the command, which makes batches and figures"
+                )
         if "resume_from_checkpoint" in self.trainer:
             raise UserError("--resume goes on from the newest checkpoint; no other can be given")
         if self.tokens_per_batch and given("per_device_train_batch_size") != _BATCH_SIZE:
@@ -222,7 +224,10 @@ class TrainOptions:
                 "torch's AdamW and no schedule"
             )
         if self.schedule != "progressive" and {"stages", "embeddings"} & changed:
-            raise UserError("--stages and --embeddings are for the progressive schedule alone")
+            raise UserError(
+                "--stages and --embeddings are for the progressive schedule; others have their own "
+                "settings, in a file"
+            )
         if self.load_in_4bit and not self.uses_lora:
             raise UserError("--load-in-4bit needs --method lora or progressive-lora")
         if self.master_weights and self.precision != "bf16-pure":

@@ -90,7 +90,7 @@ def read_rows(options: TrainOptions, wanted: Sequence[str] = ("train", "validati
     foreign = options.columns.keys() - task.columns.keys() - {"label"}
     if foreign and "train" in wanted:
         taken = ", ".join(task.columns)
-        raise UserError(f"--column {foreign.pop()}: {options.task} reads {taken} alone")
+        raise UserError(f"--column {foreign.pop()}: {options.task} reads only {taken}")
     if options.dataset is not None:
         description = f"data set {options.dataset}"
     else:

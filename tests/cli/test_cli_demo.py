@@ -6,6 +6,7 @@ import json
 import sys
 
 import pytest
+from cli_calls import one_line_error
 
 from progtuning_kernels import backend
 from progtuning_kernels.cli.app import main
@@ -76,6 +77,17 @@ def test_demo_again_and_with_other_options(tmp_path, capsys, monkeypatch):
             run(*small)
         assert "holds other files" in capsys.readouterr().err and (output / name).exists()
         (output / name).unlink()
+
+
+def test_demo_on_files_and_from_a_seed(call, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(document, "CHARTS", {})
+    arguments = ["demo", *call()[1:], "--seed", "7", "--method", "progressive", "--steps", "3"]
+    main(arguments)
+    assert (tmp_path / "run/progressive-seed7/metrics.json").exists()
+    assert "96 train rows" in capsys.readouterr().out
+    for more in (["--resume"], ["--predict-file", "x"], ["--push-to-hub"]):
+        assert "train has them" in one_line_error(capsys, [*arguments, *more])
+    assert (tmp_path / "run/progressive-seed7/metrics.json").exists()
 
 
 def test_demo_deletes_nothing_of_yours(tmp_path, capsys):

@@ -92,7 +92,7 @@ class CausalLM:
         roles = {"tools": "tools"} | {name: role for role, name in self.columns.items()}
         roles = {name: role for name, role in roles.items() if name in rows.column_names}
         rows = rows.select_columns([*roles]).rename_columns(roles)
-        if self.kind == "messages" and "from" in rows[0]["messages"][0]:
+        if self.kind == "messages" and any("from" in m for row in rows["messages"] for m in row):
             return rows.map(lambda row: {"messages": _messages(row["messages"])})
         return rows
 

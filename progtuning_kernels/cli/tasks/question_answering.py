@@ -200,7 +200,9 @@ def _answers(rows: Dataset, columns: dict[str, str], split: str) -> list[list[tu
             if not isinstance(place, int) or isinstance(place, bool):
                 raise UserError(f"{where}: {short(place)} is no answer_start, a whole number")
             if place < 0 or context[place : place + len(text)] != text:
-                raise UserError(f"{where}: {short(text)} is not at character {place}")
+                raise UserError(
+                    f"{where}: {short(text)} is not at character {place} of the context"
+                )
             own.append((text.strip(), place + len(text) - len(text.lstrip())))
     return found
 

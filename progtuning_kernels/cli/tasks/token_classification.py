@@ -98,7 +98,7 @@ class TokenClassification:
         return DataCollatorForTokenClassification(processor)
 
     def preprocess_logits(self, logits: Any, labels: Any) -> Any:
-        """The classes.likeliest class of every token: (B, T)."""
+        """The likeliest class of every token: (B, T)."""
         return (logits[0] if isinstance(logits, tuple) else logits).argmax(-1)
 
     def figures(self, predictions: Any, labels: Any) -> dict[str, float]:
