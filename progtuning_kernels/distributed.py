@@ -31,6 +31,7 @@ from .zero import (
     awaits_partition,
     is_engine,
     partition_active,
+    partition_at_next_forward,
     ranks_of,
     refuse_engine,
     running_engine,
@@ -181,6 +182,7 @@ class Wrapper:
         self._timeout = timeout or self._group_timeout()
         self._meeting = f"progtuning/{next(_meetings)}/{min(self._ranks, default=0)}"
         self._round = self._shared = 0
+        self._behind = False  # a change of plan that was not followed to the end
 
     @property
     def sharded(self) -> bool:
@@ -196,8 +198,10 @@ class Wrapper:
 
     @property
     def awaits_rebuild(self) -> bool:
-        """Whether a checkpoint was loaded that may have been written under another plan."""
-        return self.engine is not None and awaits_partition(self.engine)
+        """Whether the last change of plan ended in an error, or a checkpoint was loaded that may
+        have been written under another plan.
+        """
+        return self._behind or (self.engine is not None and awaits_partition(self.engine))
 
     def reshard(self) -> None:
         if self.sharded:
@@ -210,6 +214,7 @@ class Wrapper:
         Args:
             options: with which ranks of a sharded model gather in other forwards.
         """
+        self._behind = True
         slots = parameter_slots(self._model, self._layout)
         names = [slot.name for slot in slots if slot.parameter.requires_grad]
         what = [f"step {step}, boundary {boundary}, {len(names)} active tensors"]
@@ -217,6 +222,7 @@ class Wrapper:
             what += options
         self._agree(step, ", ".join(what), [*names, *what])
         self._rebuild(boundary)
+        self._behind = False
 
     @property
     def rank(self) -> int:
@@ -258,7 +264,12 @@ class Wrapper:
 
     def release(self) -> None:
         """Have everything reduced and gathered again, for a model that is not patched any more."""
-        if dist.is_initialized():  # a script may end its process group first
+        if not dist.is_initialized():  # a script may end its process group first
+            return
+        if self.engine is not None and sys.exc_info()[0] is not None:
+            # gradients may wait, and the other ranks need not have come to an end
+            partition_at_next_forward(self.engine)
+        else:
             self._rebuild(boundary=0, patched=False)
 
     def _rebuild(self, boundary: int, *, patched: bool = True) -> None:

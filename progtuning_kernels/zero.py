@@ -72,7 +72,8 @@ def _refuse_partitioned(engine: Any) -> None:
     bases = [cls.__name__ for cls in type(base).__mro__]
     # MaskedOptimizer would clip by the norm of one rank's slice, Adagrad has its state before a
     # step, the others want whole tensors
-    others = ("MaskedOptimizer", "Adagrad", "Muon", "Onebit", "ZeroOneAdam")
+    others = ("MaskedOptimizer", "Adagrad", "Adafactor", "Muon", "Onebit", "ZeroOneAdam")
+    others += ("Lamb", "FusedLamb")
     for there, what, cure in (
         (zero.cpu_offload, "ZeRO-Offload", "GPU memory: leave offload_optimizer out"),
         (
@@ -108,6 +109,17 @@ def partition_active(engine: Any, *, patched: bool = True) -> None:
     partitioned = _partitioned(engine)
     if partitioned is not None:
         partitioned.follow_flags(patched=patched)
+
+
+def partition_at_next_forward(engine: Any) -> None:
+    """As `partition_active` for a model that is patched no more, where all ranks train on."""
+
+    def partition(module: nn.Module, _: object) -> None:
+        if module.training:
+            partition_active(engine, patched=False)
+            hook.remove()
+
+    hook = engine.module.register_forward_pre_hook(partition)
 
 
 def awaits_partition(engine: Any) -> bool:
@@ -287,7 +299,7 @@ class PartitionedOptimizer:
                 f"DeepSpeed: {min(self._names.get(p, '?') for p in unknown)} trains from here on, "
                 "and was in no group of the optimizer that trained when DeepSpeed started: call "
                 "deepspeed.initialize before patch_model, or make the groups by "
-                "handle.param_groups()"
+                "handle.param_groups(); freeze it before that if it shall not train"
             )
         active -= unknown
         if held == active:

@@ -517,6 +517,38 @@ def check_refusals(rank: int) -> None:
     assert {group["lr"] for group in engine.basic_optimizer.param_groups} == {0.125}
     assert {group["lr"] for group in engine.optimizer.param_groups} == {0.125}
 
+    # a plan that was refused is followed once the update is made
+    engine = engine_of(2, accumulate=2)
+    handle = patch_model(engine, schedule)
+    for part in range(2):
+        engine.backward(engine(**half(0, rank, part)).loss)
+        engine.step()
+        if not part:
+            with pytest.raises(RuntimeError, match="accumulated gradients"):
+                handle.seek(5)
+    engine(**half(0, rank, 0))
+    held = sum(p.numel() for group in engine.optimizer.bit16_groups for p in group)
+    assert held == handle.active_params < handle.trainable_params
+
+
+def check_exceptions(rank: int) -> None:
+    """Unpatching after an exception sends nothing and raises nothing; the next forward sees to it
+    that everything trains.
+    """
+    engine = engine_of(2)
+    with pytest.raises(KeyError), patch_model(engine, SCHEDULES["random-truncated"]()) as handle:
+        train(engine, handle, rank, until=2)
+        raise KeyError
+    held = sum(p.numel() for group in engine.optimizer.bit16_groups for p in group)
+    assert held < handle.trainable_params
+    engine(**batch(2, rank))
+    held = sum(p.numel() for group in engine.optimizer.bit16_groups for p in group)
+    assert held == handle.trainable_params
+
+    with pytest.raises(KeyError), patch_model(engine, SCHEDULES["random"]()):
+        engine.backward(engine(**batch(2, rank)).loss)
+        raise KeyError  # while gradients wait
+
 
 CHECKS = (
     check_stages,
@@ -527,6 +559,7 @@ CHECKS = (
     check_accelerate,
     check_trainer,
     check_refusals,
+    check_exceptions,
 )
 
 

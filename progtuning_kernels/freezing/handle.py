@@ -234,7 +234,8 @@ class PatchHandle:
         """
         self._check_patched()
         step = whole_number("step", step, 0)
-        self._missed.told(step)
+        if step != self.step:
+            self._missed.told(step)
         plan, before = self.schedule.plan(step, self.num_blocks), self.plan
         if self.freezer.enter_step(step, plan):
             for listener in self._listeners:

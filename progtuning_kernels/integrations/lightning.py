@@ -19,9 +19,11 @@ from .plan_numbers import costs, plan_numbers, release, smaller_norm
 
 try:
     from lightning.pytorch import Callback
+    from lightning.pytorch.utilities.model_helpers import is_overridden
 except ImportError:
     try:
         from pytorch_lightning import Callback
+        from pytorch_lightning.utilities.model_helpers import is_overridden
     except ImportError:
         raise ImportError(
             "progtuning_kernels.integrations.lightning needs Lightning 2: pip install lightning"
@@ -60,7 +62,8 @@ class ProgtuningCallback(Callback):
             single module to patch, or a number of steps that nobody knows.
         UnsupportedModelError: when training begins, as from `patch_model`.
         RuntimeError: when training begins, as from `patch_model`; several optimizers, a strategy
-            that is neither one device nor DDP, or `in_backward=True` in manual optimization.
+            that is neither one device nor DDP, or `in_backward=True` in manual optimization, with
+            clipping by value or with a `configure_gradient_clipping` of the module's own.
 
     Example:
         ```python
@@ -109,8 +112,9 @@ class ProgtuningCallback(Callback):
         if isinstance(optimizer, MaskedOptimizer):
             # an update inside backward waits for the last micro-batch of a window
             optimizer.accumulating = trainer.fit_loop._should_accumulate
-            norm, by_value = trainer.gradient_clip_val, trainer.gradient_clip_algorithm == "value"
-            if norm and not by_value:  # it clips in its own pass; the Trainer must not do it again
+            norm, by_value = trainer.gradient_clip_val, _by_value(trainer)
+            # it clips in its own pass, and the Trainer must not do it again
+            if norm and not by_value and not _clips_by_itself(pl_module):
                 optimizer.max_grad_norm = smaller_norm(optimizer, norm)
                 self._clip, trainer.gradient_clip_val = norm, None
 
@@ -183,4 +187,21 @@ def _the_optimizer(trainer: Any, pl_module: Any) -> Optimizer:
             "ProgtuningCallback: in manual optimization nobody says which backward is the last of "
             "a step: leave in_backward=True out"
         )
+    if getattr(optimizer, "in_backward", False) and (
+        _clips_by_itself(pl_module) or (trainer.gradient_clip_val and _by_value(trainer))
+    ):
+        raise RuntimeError(
+            "ProgtuningCallback: clipping by value and configure_gradient_clipping come after "
+            "backward, and find no gradients: leave in_backward=True out, or clip by norm with the "
+            "Trainer's gradient_clip_val"
+        )
     return optimizer
+
+
+def _by_value(trainer: Any) -> bool:
+    return trainer.gradient_clip_algorithm == "value"
+
+
+def _clips_by_itself(pl_module: Any) -> bool:
+    """Whether the module decides when and how gradients are clipped."""
+    return is_overridden("configure_gradient_clipping", pl_module)

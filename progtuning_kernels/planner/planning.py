@@ -133,9 +133,10 @@ def plan_training(
     Raises:
         UnsupportedModelError: the model cannot be cut into units.
         ValueError: a setting out of range; autocast of weights that are not in float32; a strategy
-            for one rank; a schedule that does not fit, has no length, has more than 64 different
-            plans, or decides while it trains; a model that is patched, or that asks for values of
-            its data and so cannot run on the meta device.
+            for one rank, or "zero2" with what only `MaskedAdamW` has; a schedule that does not fit,
+            has no length, has more than 64 different plans, or decides while it trains; a model
+            that is patched, or that asks for values of its data and so cannot run on the meta
+            device.
         TypeError: not a module, such as a config; not a schedule, such as its class.
 
     Example:
@@ -181,6 +182,12 @@ def plan_training(
         real_tokens=real_tokens,
         ranks=ranks_of(ranks, strategy),
     )
+    if strategy == "zero2" and (optimizer != "adamw" or master_weights or in_backward):
+        raise ValueError(
+            f"strategy='zero2' with optimizer={optimizer!r}, {master_weights=}, {in_backward=}: "
+            "ZeRO takes torch.optim.AdamW, and keeps its state and weights in float32: leave them "
+            "out, or plan 'fsdp2'"
+        )
     copied = meta_copy(model, dtype)
     layout = find_layout(copied, blocks)
     starts = list(stage_starts(timed, total_steps))
@@ -311,11 +318,10 @@ def _with_times(
 def _remedies(meter: StageMeter, plan: FreezePlan, stage: StagePlan, rows: int) -> list[Remedy]:
     """What each option alone makes of the peak of a stage, where it lowers it."""
     stateless = stage.peak_bytes - stage.state_bytes
-    peaks = {
-        "8-bit state": stateless + meter.state_bytes(plan, "adamw-8bit"),
-        "bf16 moments": stateless + meter.state_bytes(plan, "adamw-bf16"),
-        "in_backward (without exact clipping)": meter.peak_bytes(plan, in_backward=True),
-    }
+    peaks = {"in_backward (without exact clipping)": meter.peak_bytes(plan, in_backward=True)}
+    if meter.options.ranks.strategy != "zero2":  # which does not take MaskedAdamW
+        peaks["8-bit state"] = stateless + meter.state_bytes(plan, "adamw-8bit")
+        peaks["bf16 moments"] = stateless + meter.state_bytes(plan, "adamw-bf16")
     if plan.embeddings:
         peaks['embeddings="never"'] = meter.peak_bytes(replace(plan, embeddings=False))
     if rows > 1:

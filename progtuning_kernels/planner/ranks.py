@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from ..freezing.decay_groups import decay_groups
 from ..model.layout import Layout
-from ..schedules.plan import check_choice
+from ..schedules.plan import check_choice, whole_number
 
 Strategy = Literal["ddp", "fsdp2", "zero2"]
 _REDUCE_BUCKET_SIZE = 500_000_000  # elements, as DeepSpeed has it by default
@@ -131,9 +131,8 @@ class Ranks:
 
 
 def ranks_of(count: int, strategy: Strategy | None) -> Ranks:
-    """As `plan_training` takes them; `ValueError` where they do not fit."""
-    if count < 1:
-        raise ValueError(f"ranks={count} must be positive")
+    """As `plan_training` takes them; `ValueError` for what does not fit, or `TypeError`."""
+    count = whole_number("ranks", count, 1)
     if strategy is not None:
         check_choice("strategy", strategy, Strategy)
         if count == 1:

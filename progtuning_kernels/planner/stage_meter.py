@@ -130,8 +130,9 @@ class StageMeter:
         """Of a step under `plan`, if need be with other inputs or with updates inside backward."""
         state_bytes = self.state_bytes(plan, self.options.optimizer)
         inputs, ranks = inputs or self.inputs, self.options.ranks
-        # gradients are cut unit by unit, too
-        in_backward = in_backward or self.options.in_backward or ranks.cuts_gradients
+        # gradients are cut unit by unit, too; DDP keeps all of them until step()
+        alone = ranks.strategy is None and (in_backward or self.options.in_backward)
+        in_backward = alone or ranks.cuts_gradients
         live = peak_live_bytes(
             self.model,
             self.layout,

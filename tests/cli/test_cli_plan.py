@@ -158,6 +158,10 @@ def test_a_dry_run_of_train_shows_the_shares_of_the_plan(model_folders, tmp_path
         (["--real-tokens", "0"], "--real-tokens"),
         (["--real-tokens", "nan"], "--real-tokens"),
         (["--strategy", "fsdp2"], "strategy='fsdp2' is for several ranks: give ranks="),
+        (
+            ["--ranks", "2", "--strategy", "zero2", "--state-dtype", "8bit"],
+            "ZeRO takes torch.optim.AdamW",
+        ),
     ],
 )
 def test_bad_calls_get_one_line(model_folders, capsys, extra, message):

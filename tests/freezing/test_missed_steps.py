@@ -74,6 +74,16 @@ def test_a_loop_without_advance_is_told_so_once(schedule, optimizer):
     assert "still at step 0: call handle.advance() once per optimizer step" in message
 
 
+def test_a_loop_that_seeks_a_step_that_stands_still_is_told_so():
+    def step(handle, backward, made):
+        backward()
+        made.step()
+        handle.seek(0)  # of a counter that counts another optimizer
+
+    (message,) = _loop(ProgressiveSchedule(4, 8), step)
+    assert "still at step 0" in message
+
+
 def test_an_advance_once_in_a_while_is_no_advance_per_step():
     def step(handle, backward, made):
         for _ in range(4):

@@ -171,6 +171,19 @@ def test_a_masked_optimizer_clips_once(tmp_path, monkeypatch, in_backward):
     assert not passes and trainer.gradient_clip_val == 0.05
 
 
+class Clipping(Module):
+    def configure_gradient_clipping(self, optimizer, gradient_clip_val, gradient_clip_algorithm):
+        if self.trainer.current_epoch:
+            self.clip_gradients(optimizer, gradient_clip_val, gradient_clip_algorithm)
+
+
+def test_a_module_that_clips_by_itself_does_so_with_a_masked_optimizer(tmp_path):
+    plain, masked = (
+        fit(tmp_path, Clipping(options), gradient_clip_val=0.05)[0] for options in (None, {})
+    )
+    same(weights_of(masked), weights_of(plain), **CLOSE)
+
+
 class Stop(L.Callback):
     def __init__(self, at: int) -> None:
         self.at = at
@@ -216,6 +229,15 @@ def test_manual_optimization(tmp_path):
     assert [boundary for _, boundary in module.seen] == [0, 0, 1, 1, 2, 2, 3, 3]
 
 
+def test_an_optimizer_whose_steps_lightning_does_not_count_is_told(tmp_path):
+    class Uncounted(Manual):
+        def optimizers(self):
+            return super().optimizers(use_pl_optimizer=False)
+
+    with pytest.warns(UserWarning, match="still at step 0"):
+        fit(tmp_path, Uncounted())
+
+
 def test_what_is_refused(tmp_path):
     class Two(Manual):
         def configure_optimizers(self):
@@ -233,6 +255,9 @@ def test_what_is_refused(tmp_path):
     fit(tmp_path, Heads(), options={"module": "model"}, max_epochs=1)
     with pytest.raises(RuntimeError, match="in_backward"):
         fit(tmp_path, Manual({"in_backward": True}))
+    for module, by_value in ((Clipping, {}), (Module, {"gradient_clip_algorithm": "value"})):
+        with pytest.raises(RuntimeError, match="come after backward, and find no gradients"):
+            fit(tmp_path, module({"in_backward": True}), gradient_clip_val=0.05, **by_value)
     with pytest.raises(ValueError, match="number of steps is not known"):
         fit(tmp_path, max_epochs=-1)
 

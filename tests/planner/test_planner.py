@@ -474,6 +474,7 @@ def test_refusals():
             lambda: plan_training(model, schedule, batch_size=0, seq_len=1),
         ),
         (ValueError, "frozen_mode must be", lambda: _plan(model, schedule, frozen_mode="off")),
+        (ValueError, "ranks must be 1 or more", lambda: _plan(model, schedule, ranks=2.5)),
         (ValueError, "tied must be", lambda: _plan(model, schedule, tied="head")),
         (ValueError, "total_steps must be 1", lambda: _plan(model, schedule, steps=0)),
         (TypeError, "not its class", lambda: _plan(model, ProgressiveSchedule)),
