@@ -18,7 +18,7 @@ import argparse
 import statistics
 import tempfile
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -51,13 +51,14 @@ EPS, MOVEMENT_TOLERANCE = 1e-3, 1e-3
 
 @dataclass(frozen=True)
 class Settings:
-    """Rows are those of one rank; `steps` of a stage are timed, after one that pays its change."""
-
-    shape: str = "MiniLM"
-    rows: int = 8
-    tokens: int = 64
-    stages: int = 3
-    steps: int = 20
+    shape: str = field(default="MiniLM", metadata={"help": "of the model"})
+    rows: int = field(default=8, metadata={"help": "of a batch, on each rank"})
+    tokens: int = field(default=64, metadata={"help": "of a row"})
+    stages: int = field(default=3, metadata={"help": "of the progressive schedule"})
+    steps: int = field(
+        default=20,
+        metadata={"help": "that are timed in a stage, after one that pays its change"},
+    )
 
     @property
     def work(self) -> Work:
@@ -187,9 +188,14 @@ def table(content: Mapping[str, Any]) -> str:
     stages = range(1, content["settings"]["stages"] + 1)
     lines = [f"| | {' | '.join(f'stage {stage}' for stage in stages)} |"]
     lines.append(f"|---|{'---:|' * len(stages)}")
+    shares = []
     for way, entry in content["ways"].items():
         cells = (f"{s['step_ms']:.1f} ms, {s['share']:.0%}" for s in entry["stages"])
         lines.append(f"| {way} | {' | '.join(cells)} |")
+        shares += [s["share"] for s in entry["stages"]]
+    lines += ["", "ms: a step of two ranks; %: the part of it that communication takes"]
+    if min(shares) < 0:
+        lines.append("a share below 0 is noise: repeat it with more --steps on a quiet machine")
     return "\n".join(lines)
 
 
@@ -209,9 +215,9 @@ def _rank(rank: int, folder: str, settings: Settings, output: Path | None) -> No
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    for field in fields(Settings):
-        kind = type(field.default)
-        parser.add_argument(f"--{field.name}", type=kind, default=field.default)
+    for setting in fields(Settings):
+        kind, about = type(setting.default), f"{setting.metadata['help']} (%(default)s)"
+        parser.add_argument(f"--{setting.name}", type=kind, default=setting.default, help=about)
     parser.add_argument("--output", type=Path, help="write communication.json in this folder")
     options = vars(parser.parse_args())
     output = options.pop("output")

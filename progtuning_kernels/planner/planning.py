@@ -253,8 +253,8 @@ def plan_training(
         remedies = _remedies(meter, plans[peak], stages[peak], batch_size)
     return TrainingPlan(
         title=(
-            f"{type(model).__name__}, {layout.num_blocks} blocks, {batch_size} rows of {seq_len} "
-            f"tokens, {_short(dtype)}, "
+            f"{type(model).__name__}, {layout.num_blocks} blocks, {batch_size} "
+            f"row{'s' * (batch_size != 1)} of {seq_len} tokens, {_short(dtype)}, "
             + ("" if autocast is None else f"autocast to {_short(autocast)}, ")
             + optimizer
             + ", master weights" * master_weights

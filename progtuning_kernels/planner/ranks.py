@@ -136,5 +136,5 @@ def ranks_of(count: int, strategy: Strategy | None) -> Ranks:
     if strategy is not None:
         check_choice("strategy", strategy, Strategy)
         if count == 1:
-            raise ValueError(f"strategy={strategy!r} is for several ranks: give ranks=")
+            raise ValueError(f"strategy {strategy!r} is for several ranks: give ranks, too")
     return Ranks(count, (strategy or "ddp") if count > 1 else None)

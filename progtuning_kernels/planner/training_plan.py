@@ -233,6 +233,8 @@ class TrainingPlan:
         for name, s in named:
             assert s.traffic is not None
             rows.append([name, *(f"{size / 2**20:,.1f}" for size in astuple(s.traffic))])
+        if self.ranks.strategy != "fsdp2":  # the others gather nothing in backward
+            rows = [[*row[:3], row[4]] for row in rows]
         title = f"what each of {self.ranks.count:,} ranks reduces, gathers and sends in MiB"
         return [f"{title} ({self.ranks.strategy}):", Table(rows, left=[0]), ""]
 

@@ -157,7 +157,7 @@ def test_a_dry_run_of_train_shows_the_shares_of_the_plan(model_folders, tmp_path
         (["--batch-size", "0"], "--batch-size"),
         (["--real-tokens", "0"], "--real-tokens"),
         (["--real-tokens", "nan"], "--real-tokens"),
-        (["--strategy", "fsdp2"], "strategy='fsdp2' is for several ranks: give ranks="),
+        (["--strategy", "fsdp2"], "strategy 'fsdp2' is for several ranks: give ranks, too"),
         (
             ["--ranks", "2", "--strategy", "zero2", "--state-dtype", "8bit"],
             "ZeRO takes torch.optim.AdamW",
