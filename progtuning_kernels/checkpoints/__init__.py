@@ -169,8 +169,10 @@ def load_checkpoint(
 
 
 def _model_and_handle(handle: PatchHandle | nn.Module) -> tuple[nn.Module, PatchHandle | None]:
-    patched = handle if isinstance(handle, PatchHandle) else None
-    model = unwrap(handle) if patched is None else patched.model
+    if isinstance(handle, PatchHandle):
+        model, patched = handle.model, handle
+    else:
+        model, patched = unwrap(handle), None
     if is_partitioned(model):
         raise CheckpointError(
             "DeepSpeed's ZeRO keeps a slice of the optimizer's state on every rank: call "
