@@ -36,7 +36,7 @@ def test_cells_run_in_order_and_show_what_is_stored(tmp_path, monkeypatch, capsy
     word_tokenizer().save_pretrained(tmp_path)
     labels = ["low", "middle", "high"]
     rows = [(f"w{i % 90} w3" + " w7" * (i % 5), i % 90 // 30) for i in range(96)]
-    data = docstrings.DocstringDataset(labels, rows, rows[:40], [], [], "tiny rows")
+    data = docstrings.DocstringDataset(labels, rows, rows[:40])
     monkeypatch.setattr(models, "minilm_folder", lambda: tmp_path)
     monkeypatch.setattr(docstrings, "load_docstrings", lambda **sizes: data)
     monkeypatch.setattr("matplotlib.pyplot.show", lambda: None)

@@ -270,7 +270,10 @@ def test_dry_run_prints_options_and_plan_and_writes_nothing(call, tmp_path, caps
             ["--optim", "sgd", "--precision", "bf16-pure", "--master-weights"],
             "are MaskedAdamW's: leave out --optim",
         ),
-        (["--column", "second=text"], "--column second: text-classification reads text"),
+        (
+            ["--column", "second=text"],
+            "--column second: text-classification reads only text, label",
+        ),
         (["--blocks", "bert.layers"], "has no module at 'bert.layers'"),
         (["--model", "nowhere/at-all"], "cannot load model 'nowhere/at-all'"),
         (["--dataset", "docstrings"], "--dataset and --train-file exclude each other"),
