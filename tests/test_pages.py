@@ -56,7 +56,12 @@ def test_what_is_counted_without_a_gpu_is_stored(script, marker):
 
 @pytest.mark.parametrize(
     ("script", "marker"),
-    [("optimizer", "optimizer"), ("prefix_cache", "cache"), ("dropout", "dropout")],
+    [
+        ("optimizer", "optimizer"),
+        ("prefix_cache", "cache"),
+        ("dropout", "dropout"),
+        ("communication", "communication"),
+    ],
 )
 def test_table_of_a_benchmark_is_that_of_the_stored_results(script, marker):
     benchmark = load_script(script)
