@@ -57,13 +57,9 @@ def forms_of_shards(model: nn.Module) -> Iterator[list[nn.Parameter]]:
     autograd sees the gathered one.
     """
     forms = ("sharded_param", "_unsharded_param", "_sharded_post_forward_param")
-    for state in {module._get_fsdp_state() for module in shards_of(model)}:
-        # a list from torch 2.11 on: before, one group at most
-        groups = getattr(state, "_fsdp_param_groups", None)
-        for group in filter(None, [state._fsdp_param_group] if groups is None else groups):
-            for shard in group.fsdp_params:
-                known = [getattr(shard, form, None) for form in forms]
-                yield [p for p in known if p is not None]
+    for shard in fsdp_records(model).values():
+        known = [getattr(shard, form, None) for form in forms]
+        yield [p for p in known if p is not None]
 
 
 def put_shards_back(model: nn.Module) -> None:

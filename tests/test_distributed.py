@@ -22,8 +22,8 @@ import torch
 import torch.distributed as dist
 from accelerate import Accelerator
 from accelerate.utils import DistributedType, FullyShardedDataParallelPlugin
-from ranks import forks, process_group, run_ranks
-from tiny_models import tiny_inputs, tiny_model
+from ranks import ROWS, WORLD, batch, forks, process_group, run_ranks
+from tiny_models import tiny_model
 from torch import nn
 from torch.nn.parallel import DataParallel, DistributedDataParallel
 from torch.optim.lr_scheduler import LambdaLR
@@ -58,7 +58,7 @@ from progtuning_kernels.model.families import UnsupportedModelError
 from progtuning_kernels.model.layout import parameter_slots
 from progtuning_kernels.schedules import annealed_lr
 
-WORLD, STEPS, ROWS = 2, 9, 4
+STEPS = 9
 OPTIONS = dict(lr=0.02, betas=(0.8, 0.95), eps=1e-3, weight_decay=0.1, max_grad_norm=0.5)
 SCHEDULES = {
     "progressive": lambda: ProgressiveSchedule(3, STEPS),
@@ -72,16 +72,6 @@ SCHEDULES = {
     "adaptive": lambda: AdaptiveSchedule(2, percentile=60),
     "annealed": lambda: ProgressiveSchedule(3, STEPS),
 }
-
-
-def batch(step: int, rank: int | None) -> dict[str, torch.Tensor]:
-    """`ROWS` rows of a step: all of them, or those of a rank."""
-    inputs = [tiny_inputs("bert-sequence", seed=10 * step + i) for i in range(2)]
-    rows = {k: torch.cat([x[k] for x in inputs])[:ROWS] for k in inputs[0]}
-    if rank is None:
-        return rows
-    share = ROWS // WORLD
-    return {k: v[rank * share : (rank + 1) * share] for k, v in rows.items()}
 
 
 def optimizer_of(handle, *, annealed=False, **options):

@@ -16,8 +16,8 @@ import quick_interpreter
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
-from ranks import forks, process_group, run_ranks
-from test_distributed import Collectives, assert_same_weights, batch, optimizer_of, shard
+from ranks import batch, forks, process_group, run_ranks
+from test_distributed import Collectives, assert_same_weights, optimizer_of, shard
 from tiny_models import tiny_inputs, tiny_model
 from torch import nn
 from torch.distributed.fsdp import fully_shard

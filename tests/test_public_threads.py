@@ -19,7 +19,7 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
-from ranks import process_group, run_ranks
+from ranks import ROWS, WORLD, batch, process_group, run_ranks
 from safetensors.torch import load_file
 from tiny_models import tiny_inputs, tiny_model
 from torch import nn
@@ -47,21 +47,10 @@ from progtuning_kernels import (
 from progtuning_kernels.integrations.hf_trainer import ProgtuningCallback
 from progtuning_kernels.model.families import UnsupportedModelError
 
-WORLD, ROWS = 2, 4
 # a step follows the size of its gradient, so that rounding stays what it is
 ADAM = dict(lr=0.02, betas=(0.8, 0.95), eps=1e-3, weight_decay=0.0)
 # of a step each; -1: everything trains
 FREEZES, THAWS = (-1, -1, 2, 2), (2, 2, -1, -1)
-
-
-def batch(step: int, rank: int | None = None) -> dict[str, torch.Tensor]:
-    """`ROWS` rows of a step: all of them, or those of a rank."""
-    inputs = [tiny_inputs("bert-sequence", seed=10 * step + i) for i in range(2)]
-    rows = {k: torch.cat([x[k] for x in inputs])[:ROWS] for k in inputs[0]}
-    if rank is None:
-        return rows
-    share = ROWS // WORLD
-    return {k: v[rank * share : (rank + 1) * share] for k, v in rows.items()}
 
 
 def bert() -> nn.Module:

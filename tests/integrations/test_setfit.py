@@ -13,6 +13,7 @@ from progtuning_kernels.patch import handle_of
 
 setfit = pytest.importorskip("setfit")
 datasets = pytest.importorskip("datasets")
+# below what skips this file: they are missing where that is
 from sentence_transformers import SentenceTransformer  # noqa: E402
 from sentence_transformers.sentence_transformer import modules  # noqa: E402
 from sklearn.linear_model import LogisticRegression  # noqa: E402

@@ -6,7 +6,7 @@ import peft
 import pytest
 import torch
 from tiny_models import tiny_model
-from trainers import sft_trainer
+from trainers import QUIET, sft_trainer
 from transformers import TrainerCallback
 
 from progtuning_kernels import ProgressiveSchedule
@@ -100,14 +100,9 @@ def _trainer(kind, folder, tokenizer, callback):
     arguments = config(
         output_dir=str(folder),
         max_steps=4,
-        learning_rate=1e-2,
         adam_epsilon=1e-3,
-        logging_steps=1,
-        save_strategy="no",
-        report_to="none",
-        disable_tqdm=True,
-        use_cpu=True,
         bf16=False,
+        **QUIET,
         per_device_train_batch_size=4,
         **({"max_completion_length": 4} if online else {}),
         **more,

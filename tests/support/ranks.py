@@ -17,7 +17,9 @@ from typing import Any
 from unittest import mock
 
 import torch
+from tiny_models import tiny_inputs
 
+WORLD, ROWS = 2, 4
 PRELOADED = [
     "accelerate",
     "torch.distributed.fsdp",
@@ -27,6 +29,16 @@ PRELOADED = [
     "tiny_models",
     "progtuning_kernels.integrations.hf_trainer",
 ]
+
+
+def batch(step: int, rank: int | None = None) -> dict[str, torch.Tensor]:
+    """`ROWS` rows of a step: all of them, or those of a rank."""
+    inputs = [tiny_inputs("bert-sequence", seed=10 * step + i) for i in range(2)]
+    rows = {k: torch.cat([x[k] for x in inputs])[:ROWS] for k in inputs[0]}
+    if rank is None:
+        return rows
+    share = ROWS // WORLD
+    return {k: v[rank * share : (rank + 1) * share] for k, v in rows.items()}
 
 
 def forks() -> BaseContext:

@@ -12,6 +12,14 @@ from transformers import Trainer, TrainerCallback, TrainingArguments
 from progtuning_kernels.optim import state_bytes
 from progtuning_kernels.patch import handle_of
 
+QUIET = dict(
+    learning_rate=1e-2,
+    logging_steps=1,
+    save_strategy="no",
+    report_to="none",
+    disable_tqdm=True,
+    use_cpu=True,
+)
 STEPS = 8
 
 
@@ -94,13 +102,8 @@ def sft_trainer(folder, tokenizer, *, callbacks, peft_config=None, **arguments):
         model=tiny_model("llama-causal-lm"),
         args=trl.SFTConfig(
             output_dir=str(folder),
-            learning_rate=1e-2,
-            logging_steps=1,
-            save_strategy="no",
-            report_to="none",
-            disable_tqdm=True,
-            use_cpu=True,
             bf16=False,
+            **QUIET,
             **arguments,
         ),
         train_dataset=datasets.Dataset.from_list(rows),
