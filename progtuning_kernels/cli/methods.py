@@ -51,11 +51,11 @@ def optimizer_and_rates(
     if not options.is_scheduled:
         return None, None
     if "optim" in options.trainer:
-        own = (options.anneal, options.in_backward, options.master_weights)
+        own = (options.anneal, options.in_backward, options.master_weights, options.state_device)
         if any(own) or options.state_dtype != "fp32":
             raise UserError(
-                "--anneal, --in-backward, --master-weights and --state-dtype are MaskedAdamW's: "
-                "leave out --optim"
+                "--anneal, --in-backward, --master-weights, --state-device and --state-dtype are "
+                "MaskedAdamW's: leave out --optim"
             )
         return None, None
     with as_user_error():
@@ -77,6 +77,7 @@ def optimizer_and_rates(
             # "exact" would keep all gradients to the end
             clip_mode="previous_norm" if options.in_backward else "exact",
             seed=args.seed,
+            **({} if options.state_device is None else {"state_device": options.state_device}),
         )
         if not options.anneal:
             return optimizer, None

@@ -91,6 +91,7 @@ class TrainOptions:
         state_dtype: Of AdamW's moments; full and lora have fp32 only.
         master_weights: bf16-pure: the optimizer keeps fp32 copies of the weights.
         in_backward: Update inside backward, unit by unit.
+        state_device: cpu: AdamW's moments and masters stay in host memory, where the update runs.
         load_in_4bit: Load the model in 4 bits (QLoRA); needs bitsandbytes and a LoRA method.
 
     Evaluation:
@@ -139,6 +140,7 @@ class TrainOptions:
     state_dtype: Literal["fp32", "bf16", "8bit"] = "fp32"
     master_weights: bool = False
     in_backward: bool = False
+    state_device: Literal["cpu"] | None = None
     load_in_4bit: bool = False
 
     metric: str | None = None
@@ -238,7 +240,9 @@ def _dashed(name: str) -> str:
     return f"--{name.replace('_', '-')}"
 
 
-_FOR_SCHEDULED = ("anneal", "state_dtype", "master_weights", "in_backward", "cache", "graph")
+_FOR_SCHEDULED = """
+anneal state_dtype master_weights in_backward state_device cache graph
+""".split()
 _BATCH_SIZE = 32
 # What would train or evaluate on other rows than the command says, or change nothing.
 _NOT_OF_TRAINER = """
@@ -325,8 +329,8 @@ TRAINER_DEFAULTS: dict[str, Any] = {
 # What decides the cost of a step or of a run.
 PLANNED = """
 model task max_length method schedule stages embeddings frozen_mode tied blocks packing cache
-lora_rank precision state_dtype master_weights in_backward gradient_checkpointing bf16 max_steps
-per_device_train_batch_size device
+lora_rank precision state_dtype master_weights in_backward state_device gradient_checkpointing bf16
+max_steps per_device_train_batch_size device
 """.split()
 CONTRIBUTION = """
 model task dataset train_file validation_file validation_split separator columns problem_type
