@@ -16,7 +16,7 @@ import click
 from .. import __version__
 from .config import RunCommand, as_yaml, choose_device, finite
 from .errors import UserError, as_user_error, end_with
-from .options import CONTRIBUTION, DEMO, PLANNED, Method, TrainOptions
+from .options import CONTRIBUTION, DEMO, DTYPES, OPTIMIZERS, PLANNED, Method, TrainOptions
 from .tasks import TASKS
 
 _PATH = click.Path(path_type=Path)
@@ -24,6 +24,11 @@ _PATH = click.Path(path_type=Path)
 
 def _positive(default: int | None = None) -> dict[str, Any]:
     return {"type": click.IntRange(min=1), "default": default}
+
+
+def _rate(default: float) -> dict[str, Any]:
+    kind = click.FloatRange(0, min_open=True)
+    return {"type": kind, "default": default, "metavar": "GBPS", "callback": finite}
 
 
 def _choice(*values: str) -> dict[str, Any]:
@@ -101,6 +106,10 @@ def predict(device: str, **options: Any) -> None:
     "--batch-size 4 --precision bf16-pure --state-dtype 8bit --device cuda --memory 80GB",
 )
 @click.option(
+    "--dtype", type=click.Choice([*DTYPES]), help="Of the weights: --precision fp32 or bf16-pure."
+)
+@click.option("--optimizer", type=click.Choice([*OPTIMIZERS]), help="The same as --state-dtype.")
+@click.option(
     "--padding/--no-padding", default=True, help="Whether rows are padded, and attention masked."
 )
 @click.option(
@@ -113,17 +122,30 @@ def predict(device: str, **options: Any) -> None:
 )
 @click.option("--memory", help="What has to suffice, such as 24GiB.")
 @click.option("--calibrate", is_flag=True, help="Time two blocks, embeddings and head here.")
+@click.option(
+    "--pcie",
+    "pcie_gbps",
+    **_rate(25.0),
+    help="--state-device cpu: GB/s between host and device, each way.",
+)
+@click.option(
+    "--host-bandwidth",
+    "host_gbps",
+    **_rate(40.0),
+    help="--state-device cpu: GB/s of host memory, unless --calibrate times the update.",
+)
 @click.option("--ranks", **_positive(1), help="Processes: bytes are those of one of them.")
 @click.option(
     "--strategy", type=click.Choice(["ddp", "fsdp2", "zero2"]), help="Of several; ddp unless given."
 )
 @click.option("--json", "as_json", is_flag=True, help="Print JSON instead of the table.")
-def plan(options: TrainOptions, **more: Any) -> None:
+def plan(options: TrainOptions, dtype: str | None, optimizer: str | None, **more: Any) -> None:
     """Show what every stage of a run would cost: operations, memory, time.
 
     No weights are needed: --model may be a config.json. CONFIG is a file of options as train takes
     it; what decides no cost is left aside.
     """
+    options = options.by_names_of_python(dtype, optimizer)
     options.check()
     from . import plan_command
 

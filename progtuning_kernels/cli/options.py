@@ -6,7 +6,7 @@
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from inspect import cleandoc
 from pathlib import Path
 from typing import Any, Literal
@@ -15,6 +15,9 @@ from .errors import UserError
 
 Method = Literal["progressive", "progressive-cache", "full", "lora", "progressive-lora"]
 Strategy = Literal["stage", "no", "steps", "epoch"]
+# names that `plan_training` has, and what the fields here call the same
+DTYPES = {"fp32": "fp32", "bf16": "bf16-pure"}
+OPTIMIZERS = {"adamw": "fp32", "adamw-bf16": "bf16", "adamw-8bit": "8bit"}
 
 
 def option(default: Any, *names: str, least: float | None = None, most: float | None = None) -> Any:
@@ -178,6 +181,22 @@ class TrainOptions:
     def cache_size(self) -> str | None:
         """Size of the prefix cache as it was given, or "auto"; None: there is no cache."""
         return self.cache or ("auto" if self.method == "progressive-cache" else None)
+
+    def by_names_of_python(self, dtype: str | None, optimizer: str | None) -> TrainOptions:
+        """With the `dtype` and the `optimizer` that `plan_training` takes, where they are given."""
+        changed = {}
+        for name, field_name, values in (
+            (dtype, "precision", DTYPES),
+            (optimizer, "state_dtype", OPTIMIZERS),
+        ):
+            if name is None:
+                continue
+            changed[field_name], before = values[name], getattr(self, field_name)
+            if before not in (values[name], getattr(TrainOptions, field_name)):
+                raise UserError(
+                    f"{name} and {_dashed(field_name)} {before} exclude each other: leave one out"
+                )
+        return replace(self, **changed)
 
     def check(self) -> None:
         """Refuse options that exclude each other, before anything is loaded."""

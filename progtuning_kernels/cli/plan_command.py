@@ -20,10 +20,10 @@ from ..schedules.progressive import scales_with_length
 from .config import autocast_dtype, build_schedule, choose_device
 from .errors import UserError, as_user_error
 from .models import auto_class, check_length, model_path, quiet_transformers, wrap_lora
-from .options import TrainOptions
+from .options import OPTIMIZERS, TrainOptions
 from .sizes import parse_bytes
 
-_OPTIMIZERS = {"fp32": "adamw", "bf16": "adamw-bf16", "8bit": "adamw-8bit"}
+_OPTIMIZERS: dict[str, Any] = {dtype: name for name, dtype in OPTIMIZERS.items()}
 _MOST_STAGES = 20  # of a table: a random schedule may have a stage every few steps
 _CAUSAL = re.compile(r"(ForCausalLM|LMHeadModel)$")
 
@@ -101,6 +101,7 @@ def plan_run(
             optimizer=_OPTIMIZERS[options.state_dtype],
             master_weights=options.master_weights,
             in_backward=options.in_backward,
+            state_device=options.state_device,
             cache=False if size is None else size == "auto" or PrefixCache(parse_bytes(size)),
             tied=options.tied,
             frozen_mode=options.frozen_mode,
@@ -113,7 +114,9 @@ def plan_run(
 
 def run(options: TrainOptions, *, memory: str | None, as_json: bool, **more: Any) -> None:
     memory_bytes = None if memory is None else parse_bytes(memory)
-    device = "cuda" if options.device == "cuda" else choose_device(options.device)
+    # state on the host is apart from the weights, which are then planned on a GPU
+    assumed = options.state_device is not None and options.device == "auto"
+    device = "cuda" if assumed or options.device == "cuda" else choose_device(options.device)
     if device == "cuda" and more["calibrate"] and not torch.cuda.is_available():
         raise UserError("--calibrate on cuda needs a GPU")
     model, task = model_without_weights(options.model, options.task)

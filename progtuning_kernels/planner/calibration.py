@@ -23,9 +23,11 @@ from ..model.layout import EMBEDDINGS, Layout, find_layout
 from ..optim import MaskedAdamW
 from ..schedules import FreezePlan
 from .example_batch import on_device
+from .host_plan import update_bytes_of
 from .meta_step import loss_of, meta_copy
 from .stage_meter import Options, freeze_quietly, state_dtype_of
 
+_UPDATED = 2**24  # elements, more than caches hold
 _SECONDS, _MIN_ROUNDS = 2.0, 3  # after a round that warms up; it takes longer where it must
 
 
@@ -160,6 +162,24 @@ def _timed_step(
         optimizer.step()
         clock.end(f"{name} update")
         optimizer.zero_grad()
+
+
+def measure_update(options: Options, dtype: torch.dtype) -> float:
+    """Bytes of host memory a second that an update reads and writes on this machine's CPU."""
+    p = nn.Parameter(torch.zeros(_UPDATED, dtype=dtype))
+    p.grad = torch.full_like(p, 0.01)
+    optimizer = MaskedAdamW(
+        [p],
+        state_dtype=state_dtype_of(options.optimizer),
+        master_weights=options.master_weights,
+        nonfinite="ignore",
+    )
+    clock = _Sections(torch.device("cpu"))
+    for _ in range(1 + _MIN_ROUNDS):
+        clock.start()
+        optimizer.step()
+        clock.end("update")
+    return update_bytes_of(p, optimizer.state[p]) / clock.least("update")
 
 
 def measure_units(

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import copy
 import weakref
-from collections import defaultdict
+from collections import Counter, defaultdict, deque
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
@@ -23,7 +23,10 @@ from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
-from ..model.layout import Layout, parameter_slots
+from ..freezing.decay_groups import decay_groups
+from ..model.layout import Layout
+from ..optim.active_buckets import Member
+from ..optim.in_backward import block_of
 from .autocast import Autocast
 
 aten = torch.ops.aten
@@ -195,6 +198,9 @@ class _SaysCpu(TorchFunctionMode):
         module.register_forward_hook(lambda *_: self.__exit__(None, None, None), always_call=True)
 
 
+Kind = tuple[str, int]  # dtype and shape of a tensor in words, and the bytes of its storage
+
+
 class LiveBytes(TorchDispatchMode):
     """Counts bytes of storages that are alive and were not there before."""
 
@@ -205,6 +211,8 @@ class LiveBytes(TorchDispatchMode):
         tensors = [t for t in before if isinstance(t, torch.Tensor)]
         self._before = [t.untyped_storage() for t in tensors]  # held: addresses are used again
         self._known: dict[int, Any] = {storage._cdata: None for storage in self._before}
+        self._kinds: dict[int, Kind] = {}  # of what is alive
+        self._at_peak: Counter[Kind] | None = None  # None: what is alive is the most so far
 
     def __torch_dispatch__(
         self, func: Callable[..., Any], types: Any, args: Any = (), kwargs: Any = None
@@ -212,21 +220,30 @@ class LiveBytes(TorchDispatchMode):
         output = func(*args, **(kwargs or {}))
         for t in pytree.tree_leaves(output):
             if isinstance(t, torch.Tensor):
-                self._note(t.untyped_storage())
+                self._note(t)
         return output
 
-    def _note(self, storage: torch.UntypedStorage) -> None:
+    def _note(self, t: torch.Tensor) -> None:
+        storage = t.untyped_storage()
         key, size = storage._cdata, storage.nbytes()
         if key in self._known:
             return
 
         def freed(_: Any) -> None:
-            del self._known[key]
+            if self._at_peak is None:
+                self._at_peak = self.at_peak()
+            del self._known[key], self._kinds[key]
             self.live -= size
 
         self._known[key] = weakref.ref(storage, freed)
+        self._kinds[key] = f"{str(t.dtype).removeprefix('torch.')} {tuple(t.shape)}", size
         self.live += size
-        self.peak = max(self.peak, self.live)
+        if self.live > self.peak:
+            self.peak, self._at_peak = self.live, None
+
+    def at_peak(self) -> Counter[Kind]:
+        """What was alive when it was most."""
+        return Counter(self._kinds.values()) if self._at_peak is None else self._at_peak
 
 
 @dataclass(frozen=True)
@@ -280,28 +297,39 @@ def _backward(loss: torch.Tensor) -> None:
     run((loss,), (start,), False, False, (), allow_unreachable=True, accumulate_grad=True)
 
 
-@contextmanager
-def _gradients_dropped_per_unit(model: nn.Module, layout: Layout) -> Iterator[None]:
-    """Drop a unit's gradients when its last one has come, as an update inside backward does."""
-    units: dict[int, set[nn.Parameter]] = defaultdict(set)
-    for slot in parameter_slots(model, layout):
-        if slot.parameter.requires_grad:
-            units[slot.home].add(slot.parameter)
+def update_blocks(model: nn.Module) -> list[list[nn.Parameter]]:
+    """Trained parameters, in the parts that an update inside backward takes at a time, in the order
+    of `handle.param_groups()`.
+    """
+    blocks: dict[str, list[nn.Parameter]] = defaultdict(list)
+    names = {p: name for name, p in model.named_parameters() if p.requires_grad}
+    for group in decay_groups([*names], None):
+        for p in group["params"]:
+            blocks[block_of(Member(p, 0, 0, names[p]))].append(p)
+    return [*blocks.values()]
 
-    def dropping(members: set[nn.Parameter]) -> Callable[[nn.Parameter], None]:
+
+@contextmanager
+def _gradients_dropped(model: nn.Module, blocks_alive: int) -> Iterator[None]:
+    """Drop a block's gradients when so many blocks, itself included, have all of theirs."""
+    complete: deque[list[nn.Parameter]] = deque()
+
+    def awaiting(members: list[nn.Parameter]) -> Callable[[nn.Parameter], None]:
         waiting = set(members)
 
         def note(arrived: nn.Parameter) -> None:
             waiting.discard(arrived)
             if not waiting:
-                for member in members:
+                complete.append(members)
+            if len(complete) == blocks_alive:
+                for member in complete.popleft():
                     member.grad = None
 
         return note
 
     with ExitStack() as stack:
-        for members in units.values():
-            note = dropping(members)
+        for members in update_blocks(model):
+            note = awaiting(members)
             for parameter in members:
                 stack.callback(parameter.register_post_accumulate_grad_hook(note).remove)
         yield
@@ -358,25 +386,29 @@ def count_flops(
     return StepFlops(forward, prefix, hidden, backward, frozenset(kernels.attention))
 
 
-def peak_live_bytes(
+def live_at_peak(
     model: nn.Module,
-    layout: Layout,
     inputs: Mapping[str, Any],
     *,
     device: torch.device,
     autocast: torch.dtype | None = None,
-    in_backward: bool,
-) -> int:
-    """The most that activations, temporaries and gradients take together in one step."""
+    gradient_blocks: int | None,
+) -> Counter[Kind]:
+    """Activations, temporaries and gradients that are alive in one step when they are most.
+
+    Args:
+        gradient_blocks: the blocks whose gradients are alive at a time; None: all.
+    """
     # a step of its own: torch's counter of operations keeps what a checkpoint computes again alive
     memory = LiveBytes(model, inputs)
     with ExitStack() as stack:
-        if in_backward:
-            stack.enter_context(_gradients_dropped_per_unit(model, layout))
+        if gradient_blocks is not None:
+            stack.enter_context(_gradients_dropped(model, gradient_blocks))
         kernels = stack.enter_context(TargetKernels(device, autocast))
         stack.enter_context(memory)
         with kernels.forward():
             loss = loss_of(model(**inputs))
         _backward(loss)
+    found = memory.at_peak()
     model.zero_grad(set_to_none=True)
-    return memory.peak
+    return found

@@ -8,7 +8,7 @@ import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import nn
@@ -21,6 +21,7 @@ from ..freezing.freezer import Freezer
 from ..freezing.handle import handle_of
 from ..model.derived_classes import derived_classes
 from ..model.layout import find_layout
+from ..optim.in_backward import ClipMode
 from ..schedules import (
     FreezePlan,
     Schedule,
@@ -30,8 +31,9 @@ from ..schedules import (
 )
 from ..schedules.plan import check_choice
 from ..schedules.progressive import scales_with_length
-from .calibration import CannotCalibrate, UnitCosts, measure_units
+from .calibration import CannotCalibrate, UnitCosts, measure_units, measure_update
 from .example_batch import example_batch, on_meta
+from .host_plan import HostRates
 from .meta_step import meta_copy
 from .ranks import Strategy, ranks_of
 from .stage_meter import MeasuredStage, OptimizerName, Options, StageMeter
@@ -42,6 +44,7 @@ _MOST_PLANS = 64
 # Length of a run that no one has named: every number of stages up to 12 divides it.
 _ANY_LENGTH = math.lcm(*range(1, 13))
 
+_IN_BACKWARD = "in_backward (without exact clipping)"
 _AUTOCASTS = {(torch.float32, torch.bfloat16), (torch.float32, torch.float16)}
 
 
@@ -70,8 +73,12 @@ def plan_training(
     dtype: torch.dtype = torch.float32,
     autocast: torch.dtype | None = None,
     optimizer: OptimizerName = "adamw",
-    master_weights: bool = False,
+    master_weights: bool | Literal["8bit"] = False,
     in_backward: bool = False,
+    clip_mode: ClipMode | None = None,
+    state_device: Literal["cpu"] | None = None,
+    pcie_gbps: float = 25.0,
+    host_gbps: float = 40.0,
     cache: bool | PrefixCache = False,
     steps: int | None = None,
     memory_bytes: int | None = None,
@@ -105,8 +112,17 @@ def plan_training(
             include the copies of weights that backward reads. None: no autocast.
         optimizer: "adamw", "adamw-bf16" or "adamw-8bit": `MaskedAdamW` with moments in float32,
             bfloat16 or 8 bits.
-        master_weights: the optimizer keeps float32 copies of bfloat16 and float16 weights.
-        in_backward: it updates inside backward, so that one unit's gradients are alive at a time.
+        master_weights: as for `MaskedAdamW`: float32 copies of bfloat16 and float16 weights, or
+            "8bit".
+        in_backward: it updates inside backward, so that one block's gradients are alive at a time.
+        clip_mode: how gradients are clipped there. "exact" keeps all of them until backward ends,
+            on the device, or with `state_device` on the host; None: as the others, or not at all.
+        state_device: "cpu": the state is in host memory, and the update runs there. Nothing changes
+            where `device` is a CPU.
+        pcie_gbps: with `state_device`: 10⁹ bytes a second that go to the host, and as many back at
+            the same time. 25 is what 16 lanes of PCIe 4.0 reach.
+        host_gbps: with `state_device`: 10⁹ bytes a second that the update reads and writes in host
+            memory, unless `calibrate` times it. 40 is what two channels of memory reach.
         cache: count what a `PrefixCache` would keep of a row, in its `dtype`, and time steps
             without the prefix.
         steps: optimizer steps of the run; None: as the schedule says, or equal stages.
@@ -124,7 +140,8 @@ def plan_training(
         tied: as for `patch_model`.
         blocks: as for `patch_model`.
         calibrate: time real steps of two blocks, embeddings and head on `device`, for about two
-            seconds (four rounds at least), and compose stages from that.
+            seconds (four rounds at least), and compose stages from that. With `state_device`, time
+            an update on this machine's CPU, too.
         ranks: processes that train together, each on micro-batches of its own. Bytes are then those
             of one rank.
         strategy: "ddp", which None means; "fsdp2": `fully_shard` on every block, and on the model;
@@ -133,7 +150,8 @@ def plan_training(
     Raises:
         UnsupportedModelError: the model cannot be cut into units.
         ValueError: a setting out of range; autocast of weights that are not in float32; a strategy
-            for one rank, or "zero2" with what only `MaskedAdamW` has; a schedule that does not fit,
+            for one rank, or "zero2" with what only `MaskedAdamW` has; `state_device` with several
+            ranks; `clip_mode` without `in_backward`; a schedule that does not fit,
             has no length, has more than 64 different plans, or decides while it trains; a model
             that is patched, or that asks for values of its data and so cannot run on the meta
             device.
@@ -156,6 +174,7 @@ def plan_training(
     check_choice("optimizer", optimizer, OptimizerName)
     check_choice("frozen_mode", frozen_mode, FrozenMode)
     check_choice("tied", tied, TiedPolicy)
+    _check_placement(state_device, in_backward, clip_mode, ranks, pcie_gbps, host_gbps)
     if batch_size < 1 or seq_len < 1:
         raise ValueError(f"batch_size={batch_size} and seq_len={seq_len} must be positive")
     if autocast is not None and (dtype, autocast) not in _AUTOCASTS:
@@ -163,10 +182,7 @@ def plan_training(
             f"autocast={autocast} with dtype={dtype}: autocast is to bfloat16 or float16, of "
             "weights in float32"
         )
-    if not 0 < real_tokens <= 1:
-        raise ValueError(f"real_tokens={real_tokens} must be above 0 and at most 1")
-    if real_tokens < 1 and not padding:
-        raise ValueError(f"real_tokens={real_tokens} leaves padding out, and there is none")
+    _check_real_tokens(real_tokens, padding=padding)
     if device is None:
         here = next(model.parameters()).device
         device = ("cuda" if torch.cuda.is_available() else "cpu") if here.type == "meta" else here
@@ -181,13 +197,14 @@ def plan_training(
         autocast=autocast,
         real_tokens=real_tokens,
         ranks=ranks_of(ranks, strategy),
+        clip_mode=clip_mode,
     )
-    if strategy == "zero2" and (optimizer != "adamw" or master_weights or in_backward):
-        raise ValueError(
-            f"strategy='zero2' with optimizer={optimizer!r}, {master_weights=}, {in_backward=}: "
-            "ZeRO takes torch.optim.AdamW, and keeps its state and weights in float32: leave them "
-            "out, or plan 'fsdp2'"
-        )
+    if state_device is not None and target.type != "cpu":
+        if calibrate:
+            host_gbps = measure_update(options, dtype) / 1e9
+        options = replace(options, host=HostRates(pcie_gbps * 1e9, host_gbps * 1e9))
+    if strategy == "zero2":
+        _check_zero2(optimizer, master_weights, in_backward)
     copied = meta_copy(model, dtype)
     layout = find_layout(copied, blocks)
     starts = list(stage_starts(timed, total_steps))
@@ -213,6 +230,7 @@ def plan_training(
     measured = [by_plan[plan] for plan in plans]
 
     notes = [_attention_note(target, full, padding=padding)]
+    notes += _notes_of_host(state_device, options.host, calibrate=calibrate)
     if real_tokens < 1:
         notes.append(
             f"packed: blocks compute on {real_tokens:.0%} of the places, full training on all"
@@ -250,14 +268,15 @@ def plan_training(
     ]
     peak = max(range(len(stages)), key=lambda i: stages[i].peak_bytes)
     with without_data(model):
-        remedies = _remedies(meter, plans[peak], stages[peak], batch_size)
+        remedies = _remedies(meter, plans[peak], stages[peak], batch_size, memory_bytes)
     return TrainingPlan(
         title=(
             f"{type(model).__name__}, {layout.num_blocks} blocks, {batch_size} "
             f"row{'s' * (batch_size != 1)} of {seq_len} tokens, {_short(dtype)}, "
             + ("" if autocast is None else f"autocast to {_short(autocast)}, ")
             + optimizer
-            + ", master weights" * master_weights
+            + " on the host" * (options.host is not None)
+            + ", master weights" * bool(master_weights)
             + ", in backward" * in_backward
         ),
         stages=tuple(stages),
@@ -269,6 +288,52 @@ def plan_training(
         length_known=length_known,
         ranks=options.ranks,
     )
+
+
+def _check_real_tokens(share: float, *, padding: bool) -> None:
+    if not 0 < share <= 1:
+        raise ValueError(f"real_tokens={share} must be above 0 and at most 1")
+    if share < 1 and not padding:
+        raise ValueError(f"real_tokens={share} leaves padding out, and there is none")
+
+
+def _check_zero2(optimizer: str, master_weights: object, in_backward: bool) -> None:
+    if optimizer != "adamw" or master_weights or in_backward:
+        raise ValueError(
+            f"strategy='zero2' with {optimizer=}, {master_weights=}, {in_backward=}: ZeRO takes "
+            "torch.optim.AdamW, and keeps its state and weights in float32: leave them out, or "
+            "plan 'fsdp2'"
+        )
+
+
+def _check_placement(
+    state_device: str | None,
+    in_backward: bool,
+    clip_mode: ClipMode | None,
+    ranks: int,
+    pcie_gbps: float,
+    host_gbps: float,
+) -> None:
+    """Raise `ValueError` for settings of where state lies that exclude each other."""
+    if clip_mode is not None:
+        check_choice("clip_mode", clip_mode, ClipMode)
+        if not in_backward:
+            raise ValueError(f"{clip_mode=} is for in_backward=True")
+    if state_device not in (None, "cpu"):
+        raise ValueError(f"state_device must be None or 'cpu', got {state_device!r}")
+    if state_device is not None and ranks != 1:
+        raise ValueError(f"{state_device=} is planned for one rank: leave {ranks=} out")
+    if not (pcie_gbps > 0 and host_gbps > 0):
+        raise ValueError(f"{pcie_gbps=} and {host_gbps=} must be positive")
+
+
+def _notes_of_host(device: str | None, rates: HostRates | None, *, calibrate: bool) -> list[str]:
+    if rates is None:
+        nothing = f"state_device={device!r} changes nothing where the device is a CPU"
+        return [nothing] if device is not None else []
+    timed = " (an update, timed here)" if calibrate else ""
+    pcie, memory = (f"{rate / 1e9:.3g} GB/s" for rate in (rates.pcie, rates.memory))
+    return [f"PCIe at {pcie} each way, host memory at {memory}{timed}"]
 
 
 def _short(dtype: torch.dtype) -> str:
@@ -315,22 +380,81 @@ def _with_times(
     )
 
 
-def _remedies(meter: StageMeter, plan: FreezePlan, stage: StagePlan, rows: int) -> list[Remedy]:
-    """What each option alone makes of the peak of a stage, where it lowers it."""
-    stateless = stage.peak_bytes - stage.state_bytes
-    peaks = {"in_backward (without exact clipping)": meter.peak_bytes(plan, in_backward=True)}
-    if meter.options.ranks.strategy != "zero2":  # which does not take MaskedAdamW
-        peaks["8-bit state"] = stateless + meter.state_bytes(plan, "adamw-8bit")
-        peaks["bf16 moments"] = stateless + meter.state_bytes(plan, "adamw-bf16")
+def _remedies(
+    meter: StageMeter, plan: FreezePlan, stage: StagePlan, rows: int, memory_bytes: int | None
+) -> list[Remedy]:
+    """What each option alone makes of the peak of a stage, where it lowers it; and several
+    together, where none alone suffices.
+    """
+    options, stateless = meter.options, stage.peak_bytes - stage.state_bytes
+    peaks, states = {}, _other_states(meter, plan)
+    if options.gradient_blocks is None:
+        within = replace(options, in_backward=True, clip_mode=None)
+        peaks[_IN_BACKWARD] = replace(meter, options=within).peak_bytes(plan)
+    for name, (size, rates) in states.items():
+        peaks[name] = stateless + size
+        if rates is not None and options.in_backward:  # more gradients are on their way
+            peaks[name] = replace(meter, options=replace(options, host=rates)).peak_bytes(plan)
     if plan.embeddings:
         peaks['embeddings="never"'] = meter.peak_bytes(replace(plan, embeddings=False))
     if rows > 1:
         half = on_meta(meter.inputs, rows, rows // 2)
         peaks[f"a micro-batch of {rows // 2}"] = meter.peak_bytes(plan, inputs=half)
-    if switch_checkpointing_on(meter.model):  # last, as it stays on in the copy
+    checkpoints = switch_checkpointing_on(meter.model)  # last, as it stays on in the copy
+    if checkpoints:
         peaks["gradient checkpointing"] = meter.peak_bytes(plan)
-    found = (Remedy(*item) for item in peaks.items() if item[1] < stage.peak_bytes)
+    found = [Remedy(*item) for item in peaks.items() if item[1] < stage.peak_bytes]
+    if memory_bytes is not None and all(r.peak_bytes > memory_bytes for r in found):
+        if stage.peak_bytes > memory_bytes and options.ranks.strategy is None:
+            names = ["gradient checkpointing"] * checkpoints
+            found += _together(meter, plan, rows, memory_bytes, names, states)
     return sorted(found, key=lambda remedy: remedy.peak_bytes)
+
+
+_States = dict[str, tuple[int, HostRates | None]]
+
+
+def _other_states(meter: StageMeter, plan: FreezePlan) -> _States:
+    """Forms of the state that take less of the device, with their bytes there."""
+    options, found = meter.options, {}
+    if options.host is None and options.ranks.strategy != "zero2":  # it takes no MaskedAdamW
+        found["bf16 moments"] = meter.state_bytes(plan, "adamw-bf16"), None
+        found["8-bit state"] = meter.state_bytes(plan, "adamw-8bit"), None
+        if options.device.type != "cpu" and options.ranks.strategy is None:
+            found['state_device="cpu"'] = 0, HostRates(1.0, 1.0)
+    return found
+
+
+def _together(
+    meter: StageMeter,
+    plan: FreezePlan,
+    rows: int,
+    memory_bytes: int,
+    names: list[str],
+    states: _States,
+) -> list[Remedy]:
+    """The first options that suffice beside those of `names`, which are in force; if none do, all
+    of them.
+    """
+    options, size = meter.options, meter.device_state_bytes(plan, meter.options.optimizer)
+    forms = {"": (size, options.host)} | {
+        name: form for name, form in states.items() if form[0] < size
+    }
+    for smaller in (False, True)[: 1 + (rows > 1)]:
+        inputs = on_meta(meter.inputs, rows, 1) if smaller else meter.inputs
+        for form, (state_bytes, rates) in forms.items():
+            for within in sorted({options.gradient_blocks is not None, True}):
+                clip = None if within else options.clip_mode
+                changed = replace(options, in_backward=within, clip_mode=clip, host=rates)
+                tried = replace(meter, options=changed)
+                peak = tried.peak_bytes(plan, inputs=inputs) + state_bytes
+                peak -= tried.device_state_bytes(plan, options.optimizer)
+                more = [form] * bool(form) + ["a micro-batch of 1"] * smaller
+                more += [_IN_BACKWARD] * (within and options.gradient_blocks is None)
+                found = Remedy(", ".join([*names, *more]), peak)
+                if peak <= memory_bytes:
+                    return [found]
+    return [found]
 
 
 def switch_checkpointing_on(model: Any) -> bool:

@@ -8,22 +8,25 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from ..cache import PrefixCache
 from ..freezing.freezer import Freezer, StageState
 from ..freezing.unit_use import measure_forward
-from ..model.layout import EMBEDDINGS, Layout, parameter_slots
+from ..model.layout import EMBEDDINGS, Layout
 from ..optim import MaskedAdamW
+from ..optim.in_backward import ClipMode
 from ..optim.masked_adamw import SMALLEST_8BIT, STATE_DTYPES
 from ..optim.moments import MOMENT_KEYS, new_moments
 from ..schedules import FreezePlan
 from .example_batch import on_meta
-from .meta_step import StepFlops, TargetKernels, count_flops, peak_live_bytes
+from .host_plan import HostPlan, HostRates, plan_host
+from .meta_step import StepFlops, TargetKernels, count_flops, live_at_peak, update_blocks
 from .ranks import Ranks
-from .training_plan import StagePlan
+from .training_plan import Part, StagePlan
 
+_MOST_PARTS = 8  # of a peak, as far as a table shows them
 OptimizerName = Literal["adamw", "adamw-bf16", "adamw-8bit"]
 
 
@@ -37,13 +40,26 @@ class Options:
     """What decides the bytes of a step, beside the model and its inputs; see `plan_training`."""
 
     optimizer: OptimizerName
-    master_weights: bool
+    master_weights: bool | Literal["8bit"]
     in_backward: bool
     cache: PrefixCache | None
     device: torch.device
     autocast: torch.dtype | None = None
     real_tokens: float = 1.0
     ranks: Ranks = field(default_factory=Ranks)
+    clip_mode: ClipMode | None = None
+    host: HostRates | None = None  # None: state lies beside the weights
+
+    @property
+    def gradient_blocks(self) -> int | None:
+        """The blocks whose gradients are alive at a time; None: all, until `step()`."""
+        if self.ranks.cuts_gradients:  # unit by unit
+            return 1
+        if not self.in_backward or self.ranks.strategy == "ddp":
+            return None
+        if self.host is not None:
+            return 3  # that of the block at hand, and two on their way
+        return None if self.clip_mode == "exact" else 1
 
 
 @dataclass(frozen=True)
@@ -87,6 +103,7 @@ class StageMeter:
             real_tokens=self.options.real_tokens,
         )
         activation_bytes, padding_bytes = self._activation_bytes(self.inputs)
+        peak_bytes, parts = self._peak(plan, self.inputs)
         blocks = range(self.layout.num_blocks)
         trained = FreezePlan(
             tuple(i in state.active for i in blocks),
@@ -100,7 +117,8 @@ class StageMeter:
             trains=trained.units_in_words(),
             trainable_params=state.trainable_params,
             activation_bytes=activation_bytes - padding_bytes,
-            peak_bytes=self.peak_bytes(plan),
+            peak_bytes=peak_bytes,
+            peak_parts=parts,
             forward_flops=flops.forward,
             backward_flops=flops.backward,
             step_ratio=1.0,
@@ -115,41 +133,46 @@ class StageMeter:
         return {
             "weight_bytes": self.options.ranks.weight_bytes(self.model),
             "gradient_bytes": self._gradient_bytes(),
-            "state_bytes": self.state_bytes(plan, self.options.optimizer),
+            "state_bytes": self.device_state_bytes(plan, self.options.optimizer),
+            "host": self._host_plan(),
             "buffer_bytes": self.options.ranks.buffer_bytes(*where),
             "traffic": self.options.ranks.traffic(*where, boundary),
         }
 
-    def peak_bytes(
-        self,
-        plan: FreezePlan,
-        *,
-        inputs: Mapping[str, Any] | None = None,
-        in_backward: bool = False,
-    ) -> int:
-        """Of a step under `plan`, if need be with other inputs or with updates inside backward."""
-        state_bytes = self.state_bytes(plan, self.options.optimizer)
-        inputs, ranks = inputs or self.inputs, self.options.ranks
-        # gradients are cut unit by unit, too; DDP keeps all of them until step()
-        alone = ranks.strategy is None and (in_backward or self.options.in_backward)
-        in_backward = alone or ranks.cuts_gradients
-        live = peak_live_bytes(
+    def peak_bytes(self, plan: FreezePlan, *, inputs: Mapping[str, Any] | None = None) -> int:
+        """Of a step under `plan`, if need be with other inputs."""
+        return self._peak(plan, inputs or self.inputs)[0]
+
+    def _peak(self, plan: FreezePlan, inputs: Mapping[str, Any]) -> tuple[int, tuple[Part, ...]]:
+        """Bytes on the device, and their parts."""
+        ranks = self.options.ranks
+        parts = {"state": self.device_state_bytes(plan, self.options.optimizer)}
+        kinds = live_at_peak(
             self.model,
-            self.layout,
             inputs,
             device=self.options.device,
             autocast=self.options.autocast,
-            in_backward=in_backward,
+            gradient_blocks=self.options.gradient_blocks,
         )
+        parts["weights"] = ranks.weight_bytes(self.model)
+        parts["buffers of communication"] = ranks.buffer_bytes(self.model, self.layout)
+        if ranks.cuts_gradients:
+            parts["gradients of a rank"] = self._gradient_bytes()
         if self.options.real_tokens < 1:
             # where gradients make the peak, padding is gone by then
+            live = sum(count * size for (_, size), count in kinds.items())
             kept, padding = self._activation_bytes(inputs)
-            gradients = self._whole_gradient_bytes(in_backward=in_backward)
-            live = max(live - padding, kept - padding, gradients)
-        live += ranks.buffer_bytes(self.model, self.layout)
-        if ranks.cuts_gradients:
-            live += self._gradient_bytes()
-        return ranks.weight_bytes(self.model) + state_bytes + live
+            gradients = self._whole_gradient_bytes()
+            return sum(parts.values()) + max(live - padding, kept - padding, gradients), ()
+        for kind in {kind for kind, _ in kinds}:
+            same = {size: count for (other, size), count in kinds.items() if other == kind}
+            times = f"{number} x " if (number := sum(same.values())) > 1 else ""
+            parts[times + kind] = sum(size * count for size, count in same.items())
+        found = sorted((Part(*p) for p in parts.items() if p[1]), key=lambda p: -p.nbytes)
+        peak_bytes = sum(part.nbytes for part in found)
+        shown = [part for part in found[:_MOST_PARTS] if part.nbytes > peak_bytes / 1000]
+        small = peak_bytes - sum(part.nbytes for part in shown)
+        return peak_bytes, (*shown, *([Part("smaller ones", small)] if small else []))
 
     def _activation_bytes(self, inputs: Mapping[str, Any]) -> tuple[int, int]:
         """What a forward keeps on padded rows, and how much of it is padding in blocks."""
@@ -170,38 +193,64 @@ class StageMeter:
         return sum(kept.values()), sum(kept.get(i, 0) for i in range(self.layout.num_blocks))
 
     def _gradient_bytes(self) -> int:
-        if self.options.in_backward and self.options.ranks.strategy is None:
-            return self._whole_gradient_bytes(in_backward=True)
-        return sum(t.nbytes for t in self.options.ranks.updated(self.model))
+        if self.options.ranks.cuts_gradients:
+            return sum(t.nbytes for t in self.options.ranks.updated(self.model))
+        return self._whole_gradient_bytes()
 
-    def _whole_gradient_bytes(self, *, in_backward: bool) -> int:
-        units = dict.fromkeys(self.layout.units, 0)
-        for slot in parameter_slots(self.model, self.layout):
-            if slot.parameter.requires_grad:
-                units[slot.home] += slot.parameter.nbytes
-        return (max if in_backward else sum)(units.values())
+    def _whole_gradient_bytes(self) -> int:
+        """Of the blocks whose gradients are alive at a time, as backward goes through them."""
+        places = {p: i for i, p in enumerate(self.model.parameters())}
+        blocks = sorted(update_blocks(self.model), key=lambda block: places[block[0]])
+        sizes = [sum(p.nbytes for p in block) for block in blocks]
+        alive = self.options.gradient_blocks or len(sizes)
+        return max(sum(sizes[i : i + alive]) for i in range(len(sizes)))
 
     def state_bytes(self, plan: FreezePlan, optimizer: OptimizerName) -> int:
+        """Of the optimizer's state, wherever it lies."""
         freeze_quietly(self.freezer, plan)
+        masters = 0
+        if self.options.ranks.kept_beside_state:
+            masters = sum(t.nbytes for t in self.options.ranks.updated(self.model))
+        states = self._states(optimizer).values()
+        return masters + sum(t.nbytes for state in states for t in state.values())
+
+    def device_state_bytes(self, plan: FreezePlan, optimizer: OptimizerName) -> int:
+        """The part of `state_bytes` that lies beside the weights."""
+        nbytes = self.state_bytes(plan, optimizer)
+        return nbytes if self.options.host is None else 0
+
+    def _states(self, optimizer: OptimizerName) -> dict[Tensor, dict[str, Tensor]]:
+        """What the optimizer keeps for every tensor that it updates, under the flags there are."""
         updated = self.options.ranks.updated(self.model)
         masked = MaskedAdamW(
             updated,
             state_dtype=state_dtype_of(optimizer),
             master_weights=self.options.master_weights,
         )
-        masters = sum(t.nbytes for t in updated) if self.options.ranks.kept_beside_state else 0
         whole = updated
         if self.options.ranks.strategy == "fsdp2":
             whole = [p for p in self.model.parameters() if p.requires_grad]
-        states = []
+        states = {}
         for part, p in zip(updated, whole, strict=True):
             state = masked.init_state(part)
             # whether moments have 8 bits is decided by the tensor, not by its shard
             if masked.state_dtype == "8bit" and part.numel() < SMALLEST_8BIT <= p.numel():
                 state = {k: t for k, t in state.items() if k not in MOMENT_KEYS}
                 state |= new_moments(part, "8bit")
-            states.append(state)
-        return masters + sum(t.nbytes for state in states for t in state.values())
+            states[part] = state
+        return states
+
+    def _host_plan(self) -> HostPlan | None:
+        options = self.options
+        if options.host is None:
+            return None
+        return plan_host(
+            update_blocks(self.model),
+            self._states(options.optimizer),
+            options.host,
+            in_backward=options.in_backward,
+            exact=options.clip_mode == "exact",
+        )
 
     def _cache_bytes(self, flops: StepFlops) -> int | None:
         """Of one row, the real ones of `seq_len` tokens; it is stored without its padding."""

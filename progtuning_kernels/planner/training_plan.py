@@ -3,14 +3,28 @@
 from __future__ import annotations
 
 import textwrap
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, astuple, dataclass, field
 from typing import Any
 
 from ..text_table import Table, as_html, as_text
+from .host_plan import HostPlan
 from .ranks import Ranks, Traffic
 
 _WIDTH = 80  # columns of a terminal
+
+
+@dataclass(frozen=True)
+class Part:
+    """Some of the bytes of a peak.
+
+    Attributes:
+        what: in words; of tensors that come and go their number, dtype and shape.
+        nbytes: of all of them.
+    """
+
+    what: str
+    nbytes: int
 
 
 @dataclass(frozen=True)
@@ -25,8 +39,9 @@ class StagePlan:
         trainable_params: elements that an optimizer step updates.
         weight_bytes: of all parameters and buffers.
         gradient_bytes: of the trained parameters; under in_backward, in one process, those of the
-            largest unit.
-        state_bytes: of the optimizer, with master weights.
+            largest block of `MaskedAdamW`, or of three that follow each other where state is on the
+            host.
+        state_bytes: of the optimizer, with master weights, beside the weights.
         activation_bytes: of distinct tensors that a forward keeps for backward.
         peak_bytes: weights, state, and the most that activations, temporaries and gradients take
             together. An allocator's rounding, workspaces of libraries and a GPU's context (about
@@ -43,6 +58,9 @@ class StagePlan:
             gathers at a time, or DeepSpeed's bucket; 0 for one rank.
         traffic: what each of several ranks sends in a step; None for one. All bytes are those of
             the first rank, whose shards are the largest.
+        host: what is kept in host memory and goes there and back in a step; None where the state
+            lies beside the weights.
+        peak_parts: what `peak_bytes` is the sum of; empty where padding was taken off it.
     """
 
     first_step: int
@@ -63,6 +81,8 @@ class StagePlan:
     cached_step_ratio: float | None = None
     buffer_bytes: int = 0
     traffic: Traffic | None = None
+    host: HostPlan | None = None
+    peak_parts: tuple[Part, ...] = ()
 
     @property
     def graph_bytes(self) -> int:
@@ -177,7 +197,8 @@ class TrainingPlan:
         named = [(str(i + 1), stage) for i, stage in enumerate(self.stages)]
         named.append(("full", self.full))
         on = f" on each of {self.ranks.count:,} ranks" if self.ranks.count > 1 else ""
-        title = f"memory of a step{on} in MiB" + "; of a row in the cache in KiB" * self._cached
+        memory, unit = self._memory(named)
+        title = f"memory of a step{on} in {unit}" + "; of a row in the cache in KiB" * self._cached
         return [
             self.title,
             "",
@@ -185,9 +206,11 @@ class TrainingPlan:
             Table(self._times(named), left=[0, 2]),
             "",
             f"{title}:",
-            Table(self._memory(named), left=[0]),
+            Table(memory, left=[0]),
             "",
             *self._traffic(named),
+            *self._host(named),
+            *self._arithmetic(),
             *self._conclusions(),
         ]
 
@@ -209,34 +232,72 @@ class TrainingPlan:
             rows.append(row)
         return rows
 
-    def _memory(self, named: Sequence[tuple[str, StagePlan]]) -> list[list[str]]:
+    def _memory(self, named: Sequence[tuple[str, StagePlan]]) -> tuple[list[list[str]], str]:
         several = self.ranks.count > 1
+        unit, shown = _unit(max(s.peak_bytes for _, s in named))
         rows = [["stage", "weights", "gradients", "state", "activations"]]
         rows[0] += ["buffers"] * several + ["peak"]
         rows[0] += ["cache row"] * self._cached + ["fits"] * (self.memory_bytes is not None)
         for name, s in named:
             sizes = [s.weight_bytes, s.gradient_bytes, s.state_bytes, s.activation_bytes]
             sizes += [s.buffer_bytes] * several
-            row = [name, *(f"{size / 2**20:,.1f}" for size in (*sizes, s.peak_bytes))]
+            row = [name, *map(shown, (*sizes, s.peak_bytes))]
             if self._cached:
                 size = s.cache_bytes_per_sample
                 row.append("" if size is None else f"{size / 2**10:,.1f}")
             if self.memory_bytes is not None:
                 row.append("yes" if s.peak_bytes <= self.memory_bytes else "NO")
             rows.append(row)
-        return rows
+        return rows, unit
 
     def _traffic(self, named: Sequence[tuple[str, StagePlan]]) -> list[str | Table]:
         if self.ranks.count == 1:
             return []
         rows = [["stage", "gradients", "weights", "again in backward", "sent"]]
-        for name, s in named:
-            assert s.traffic is not None
-            rows.append([name, *(f"{size / 2**20:,.1f}" for size in astuple(s.traffic))])
+        traffic = {name: astuple(s.traffic) for name, s in named if s.traffic is not None}
+        unit, shown = _unit(max(map(max, traffic.values())))
+        rows += [[name, *map(shown, sizes)] for name, sizes in traffic.items()]
         if self.ranks.strategy != "fsdp2":  # the others gather nothing in backward
             rows = [[*row[:3], row[4]] for row in rows]
-        title = f"what each of {self.ranks.count:,} ranks reduces, gathers and sends in MiB"
+        title = f"what each of {self.ranks.count:,} ranks reduces, gathers and sends in {unit}"
         return [f"{title} ({self.ranks.strategy}):", Table(rows, left=[0]), ""]
+
+    def _host(self, named: Sequence[tuple[str, StagePlan]]) -> list[str | Table]:
+        hosts = [(name, s, s.host) for name, s in named if s.host is not None]
+        if not hosts:
+            return []
+        unit, shown = _unit(max(host.update_bytes for *_, host in hosts))
+        sizes = [["stage", "state", "weights", "staging", "to host", "to device", "updates"]]
+        times = [["stage", "to host", "to device", "update", "in backward", "after it"]]
+        times[0].append("hidden" if self.calibrated else "hidden below")
+        for name, s, host in hosts:
+            sizes.append([name, *map(shown, astuple(host)[:6])])
+            times.append([name, *(f"{seconds:.2f}" for seconds in astuple(host)[6:])])
+            if s.step_ms is not None:
+                backward_s = s.step_ms / 1e3 * s.backward_flops / s.flops
+                times[-1].append("yes" if host.beside_backward_s <= backward_s else "NO")
+            elif host.beside_backward_s:
+                rate = s.backward_flops / host.beside_backward_s
+                times[-1].append(f"{rate / 1e12:,.1f} TFLOP/s")
+            else:
+                times[-1].append("")
+        return [
+            f"in host memory, and what a step sends and updates, in {unit}:",
+            Table(sizes, left=[0]),
+            "",
+            "seconds for that:",
+            Table(times, left=[0]),
+            "",
+        ]
+
+    def _arithmetic(self) -> list[str | Table]:
+        parts = self.stages[self.peak_stage].peak_parts
+        if self.memory_bytes is None or not parts:
+            return []
+        unit, shown = _unit(self.peak_bytes)
+        rows = [[shown(part.nbytes), part.what] for part in parts]
+        title = f"the peak of stage {self.peak_stage + 1}, in {unit}:"
+        return [title, Table(rows, left=[1], head=False), ""]
 
     def _conclusions(self) -> list[str]:
         how = "measured unit costs" if self.calibrated else "operations, the optimizer left out"
@@ -249,14 +310,31 @@ class TrainingPlan:
             verdict = "fits in" if self.fits else "does NOT fit in"
             peak += f", which {verdict} {_size(self.memory_bytes)}"
         lines.append(f"{peak}; later stages lower the mean, not the peak")
+        if self.memory_bytes is not None and self.fits:
+            left = _size(self.memory_bytes - self.peak_bytes)
+            lines.append(
+                f"{left} are left for what is not counted: a GPU's context (about 0.5 GiB), "
+                "workspaces, and what its allocator rounds and cannot use again"
+            )
+        if (host := self.stages[self.peak_stage].host) is not None:
+            lines.append(f"stage {number} takes {_size(host.host_bytes)} of host memory")
         if self.remedies:
             lines.append(f"stage {number} would take at its peak:")
             lines += [f"  {_size(r.peak_bytes):>9}  with {r.option}" for r in self.remedies]
+        if self.fits is False and all(r.peak_bytes > self.memory_bytes for r in self.remedies):
+            lines.append("none of them fits: it takes a smaller model, or several ranks (fsdp2)")
         if (count := self.ranks.count) > 1:
             share = f"{count - 1}/{count}"
             twice = "" if self.ranks.strategy == "fsdp2" else ", twice that of gradients"
             lines.append(f"sent: {share} of what is reduced and gathered{twice}, as a ring sends")
         return [*lines, *self.notes]
+
+
+def _unit(largest: int) -> tuple[str, Callable[[int], str]]:
+    """The unit of a table, and how a size looks in it."""
+    if largest >= 10 * 2**30:
+        return "GiB", lambda count: f"{count / 2**30:,.2f}"
+    return "MiB", lambda count: f"{count / 2**20:,.1f}"
 
 
 def _size(count: int) -> str:
