@@ -77,7 +77,7 @@ def optimizer_and_rates(
             # "exact" would keep all gradients to the end
             clip_mode="previous_norm" if options.in_backward else "exact",
             seed=args.seed,
-            **({} if options.state_device is None else {"state_device": options.state_device}),
+            state_device=options.state_device,
         )
         if not options.anneal:
             return optimizer, None

@@ -89,7 +89,9 @@ def plan_host(
         sum(sizes) if in_backward and exact else sum(max(sizes[i::2], default=0) for i in (0, 1))
     )
     kinds = [{p.dtype for p in block} for block in blocks]
-    norms = sum(map(len, kinds)) if in_backward else len(set().union(*kinds))
+    # one a block and dtype; the norm of gradients that wait on the host is taken there
+    norms = 0 if exact else sum(map(len, kinds))
+    norms = norms if in_backward else len(set().union(*kinds))
     weights = sum(p.nbytes for p in states)
     down, update = (
         weights + _NORM_BYTES * norms,
