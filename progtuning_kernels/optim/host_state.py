@@ -236,7 +236,8 @@ class HostState:
         active = {member.parameter for table in tables for member in table.members}
         self._weights = {p: weight for p, weight in self._weights.items() if p in active}
         self._slots = max(1, len(tables)) if all_at_once else 2
-        self._buffers = {}
+        buffers = self._buffers.items()
+        self._buffers = {i: one for i, one in buffers if one.nbytes == self._slot_bytes(i)}
 
     def copy_of(self, p: Tensor) -> Tensor:
         """What the kernel updates in a parameter's place: itself, where it is of the host."""
@@ -255,10 +256,12 @@ class HostState:
             wait([self._busy.pop(slot)])
         needed = self._gradient_bytes(table)
         if slot not in self._buffers or self._buffers[slot].nbytes < needed:
-            most = max(map(self._gradient_bytes, self.tables[slot :: self._slots]))
-            like = torch.empty(most, dtype=torch.uint8, device="meta")
+            like = torch.empty(self._slot_bytes(slot), dtype=torch.uint8, device="meta")
             self._buffers[slot] = self.copies.memory_like(like)
         return slot, self._buffers[slot]
+
+    def _slot_bytes(self, slot: int) -> int:
+        return max(map(self._gradient_bytes, self.tables[slot :: self._slots]), default=0)
 
     def _gradient_bytes(self, table: BucketTable) -> int:
         parameters = (member.parameter for member in table.members)
@@ -331,12 +334,14 @@ class HostState:
             seed: of the random numbers.
         """
         pairs: Pairs = []
+        back: Pairs = []
         for p in filter(self.copies.is_away, work.staged):
             weight = self._weights[p]
             if not weight.equals(p):
-                weight.equals_now(p)
                 pairs.append((weight.copy, p.detach()))
                 self._count("weight_bytes_to_host", p)
+            back.append((p.detach(), weight.copy))
+            self._count("weight_bytes_to_device", p)
         rates = [h.lr for some in hypers for h in some if isinstance(h.lr, Tensor)]
         sent = iter(self._queue_numbers(rates, pairs))
         hypers = [
@@ -352,17 +357,14 @@ class HostState:
             decision = decide(work.norms)
             for bucket, some in zip(buckets, hypers, strict=True):
                 bucket.follow_parameters()
-                grads = [work.staged.get(p) for p in bucket.parameters]
-                factors = {"grad_factor": decision.grad_factor, "found_inf": decision.found_inf}
-                bucket.bucket.update(grads, some, **factors, seed=seed)
-                back = [
-                    (p.detach(), self._weights[p].copy)
-                    for p in bucket.parameters
-                    if p in work.staged and self.copies.is_away(p)
-                ]
-                self.copies.to_device(back)
-                for p, _ in back:
-                    self._count("weight_bytes_to_device", p)
+                bucket.bucket.update(
+                    [work.staged.get(p) for p in bucket.parameters],
+                    some,
+                    grad_factor=decision.grad_factor,
+                    found_inf=decision.found_inf,
+                    seed=seed,
+                )
+            self.copies.to_device(back)
             return decision
 
         if self._worker is None:
@@ -386,9 +388,12 @@ class HostState:
         self._busy = {}
         wait([future for _, future in running])
         self.copies.join()
-        for work, _ in running:
+        for work, future in running:
             for p in filter(self.copies.is_away, work.staged):
-                self._weights[p].equals_now(p)
+                if future.exception() is None:
+                    self._weights[p].equals_now(p)
+                else:
+                    del self._weights[p]
         return [future.result() for _, future in running]
 
     def end_of_step(self) -> None:

@@ -530,8 +530,8 @@ class MaskedOptimizer(Optimizer):
         members = self._table.members
         grads = {p: grad for work in kept for p, grad in work.staged.items()}
         if not kept:
-            present = [m.parameter for m in members if m.parameter.grad is not None]
-            grads = {p: alike(p.grad, p.detach()) for p in present}
+            present = ((m.parameter, m.parameter.grad) for m in members)
+            grads = {p: alike(grad, p.detach()) for p, grad in present if grad is not None}
         started = [m for m in members if m.parameter in grads or self.state.get(m.parameter)]
         norms = norms_of(started, grads) if self.takes_norm else []
         del grads
