@@ -117,7 +117,8 @@ def run(options: TrainOptions, *, memory: str | None, as_json: bool, **more: Any
     # state on the host is apart from the weights, which are then planned on a GPU
     assumed = options.state_device is not None and options.device == "auto"
     device = "cuda" if assumed or options.device == "cuda" else choose_device(options.device)
-    if device == "cuda" and more["calibrate"] and not torch.cuda.is_available():
+    timed = more["calibrate"] and options.state_device is None  # else the host's update is
+    if device == "cuda" and timed and not torch.cuda.is_available():
         raise UserError("--calibrate on cuda needs a GPU")
     model, task = model_without_weights(options.model, options.task)
     check_length(model, options.max_length, "--max-length")

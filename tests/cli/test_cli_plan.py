@@ -95,6 +95,30 @@ def test_options_reach_the_plan(model_folders, capsys):
     assert calibrated["calibrated"] and calibrated["stages"][0]["step_ms"] > 0
 
 
+def test_state_on_the_host_by_the_names_of_python(model_folders, capsys):
+    model = ["--model", model_folders["bert"]]
+    same = [
+        ["--dtype", "bf16", "--optimizer", "adamw-8bit"],
+        ["--precision", "bf16-pure", "--state-dtype", "8bit"],
+    ]
+    moved = ["--state-device", "cpu", "--device", "auto", "--pcie", "2", "--host-bandwidth", "4"]
+    one, other = (_planned(capsys, *model, *names, *moved, "--in-backward") for names in same)
+    assert one == other and "bfloat16, adamw-8bit on the host, in backward" in one["title"]
+    stage = one["stages"][0]
+    host = stage["host"]
+    assert stage["state_bytes"] == 0 and host["weight_bytes"] == 2 * stage["trainable_params"]
+    assert host["to_device_s"] == pytest.approx(host["to_device_bytes"] / 2e9)
+    assert host["update_s"] == pytest.approx(host["update_bytes"] / 4e9)
+    assert "attention on cuda" in one["notes"][0]  # auto is a GPU, as the state is apart from it
+    main(
+        ["plan", *map(str, [*model, *_SMALL, *moved]), "--memory", "1GB", "--method", "progressive"]
+    )
+    out = capsys.readouterr().out
+    assert "in host memory, and what a step sends and updates, in MiB:" in out
+    assert "the peak of stage 1, in MiB:" in out and "of host memory" in out
+    assert max(map(len, out.splitlines())) <= 80
+
+
 def test_methods_and_schedules(model_folders, tmp_path, capsys):
     model = ["--model", model_folders["bert"]]
     full = _planned(capsys, *model, "--method", "full", "--steps", 9)
@@ -125,8 +149,10 @@ def test_a_dry_run_of_train_shows_the_shares_of_the_plan(model_folders, tmp_path
     common = ["--model", model_folders["bert"], "--stages", 4, "--batch-size", 4]
     data = ["--train-file", file, "--validation-file", file, "--epochs", 2, "--max-length", 32]
     capsys.readouterr()
-    main(["train", *map(str, [*common, *data]), "--device", "cpu", "--dry-run"])
+    host = ["--state-device", "cpu"]
+    main(["train", *map(str, [*common, *data]), "--device", "cpu", "--dry-run", *host])
     out = capsys.readouterr().out
+    assert "state_device='cpu' changes nothing where the device is a CPU" in out
     whole = yaml.safe_load(out)  # the table is a comment
     assert whole["stages"] == 4 and whole["train_file"] == [str(file)]
     table = re.findall(r"^# (\d) +(\d+) .*M +\S+ +([\d.]+)$", out, re.MULTILINE)
@@ -157,6 +183,10 @@ def test_a_dry_run_of_train_shows_the_shares_of_the_plan(model_folders, tmp_path
         (["--batch-size", "0"], "--batch-size"),
         (["--real-tokens", "0"], "--real-tokens"),
         (["--real-tokens", "nan"], "--real-tokens"),
+        (["--dtype", "fp32", "--precision", "bf16"], "--precision bf16 exclude each other"),
+        (["--state-device", "cpu", "--ranks", "2"], "is planned for one rank: leave ranks=2 out"),
+        (["--state-device", "cpu", "--method", "full"], "--state-device is for the progressive"),
+        (["--pcie", "nan"], "--pcie"),
         (["--strategy", "fsdp2"], "strategy 'fsdp2' is for several ranks: give ranks, too"),
         (
             ["--ranks", "2", "--strategy", "zero2", "--state-dtype", "8bit"],

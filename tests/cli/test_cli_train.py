@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import csv
 import json
+from typing import Any
 
 import pytest
 import torch
 import transformers
 from cli_calls import metrics_of, one_line_error, rows_of, weights_of
 
+from progtuning_kernels import MaskedAdamW
+from progtuning_kernels.cli import methods
 from progtuning_kernels.cli.app import main
 from progtuning_kernels.cli.errors import UserError
 from progtuning_kernels.cli.train import errors_of_writing
@@ -75,9 +78,16 @@ def test_the_cache_serves_later_epochs_of_a_stage_and_moves_with_the_boundary(ca
     assert "cache" not in plain["stages"][0]
 
 
-def test_moments_in_bfloat16_take_half_the_state_and_train_alike(call, tmp_path):
+def test_moments_in_bfloat16_take_half_the_state_and_train_alike(call, tmp_path, monkeypatch):
+    given: list[dict[str, Any]] = []
+    monkeypatch.setattr(
+        methods,
+        "MaskedAdamW",
+        lambda *args, **more: given.append(more) or MaskedAdamW(*args, **more),
+    )
     for kind in ("fp32", "bf16"):
-        main(call("--max-steps", 9, "--state-dtype", kind, output=kind))
+        main(call("--max-steps", 9, "--state-dtype", kind, "--state-device", "cpu", output=kind))
+    assert [more["state_device"] for more in given] == ["cpu", "cpu"]
     full, half = (metrics_of(tmp_path / kind) for kind in ("fp32", "bf16"))
     for a, b in zip(full["stages"], half["stages"], strict=True):
         assert b["state_bytes"] == pytest.approx(a["state_bytes"] / 2, rel=0.05)

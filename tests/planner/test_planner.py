@@ -13,6 +13,7 @@ from tiny_models import tiny_model
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
+import progtuning_kernels.planner.calibration as calibration
 import progtuning_kernels.planner.planning as planning
 from progtuning_kernels import (
     AdaptiveSchedule,
@@ -225,6 +226,68 @@ def test_updates_in_backward_hold_the_gradients_of_one_unit():
     assert "in backward" in within.title
 
 
+def _wide(layers: int) -> torch.nn.Module:
+    sizes = dict(hidden_size=64, num_attention_heads=2, intermediate_size=512, vocab_size=97)
+    return _meta(hf.BertForSequenceClassification, hf.BertConfig(**sizes, num_hidden_layers=layers))
+
+
+def test_gradients_that_are_alive_are_those_of_the_clip_mode_and_of_the_state_device():
+    model, schedule = _wide(4), ProgressiveSchedule(1, 2)
+    kept, exact, alone, moved = (
+        plan_training(model, schedule, batch_size=1, seq_len=4, device="cuda", **more).full
+        for more in (
+            {},
+            dict(in_backward=True, clip_mode="exact"),
+            dict(in_backward=True, clip_mode="previous_norm"),
+            dict(in_backward=True, state_device="cpu"),
+        )
+    )
+    block = 4 * sum(p.numel() for p in model.bert.encoder.layer[0].parameters())
+    assert exact.gradient_bytes == kept.gradient_bytes > 4 * block
+    assert exact.peak_bytes == kept.peak_bytes
+    assert (alone.gradient_bytes, moved.gradient_bytes) == (block, 3 * block)
+    assert moved.state_bytes == 0 and moved.host.state_bytes == alone.state_bytes
+    more = moved.peak_bytes - (alone.peak_bytes - alone.state_bytes)
+    assert more == pytest.approx(2 * block, rel=0.1)
+
+
+def test_options_that_fit_together_are_found_where_none_fits_alone():
+    model, schedule = _wide(3), ProgressiveSchedule(1, 2)
+    options = dict(batch_size=4, seq_len=16, device="cuda")
+    plain = plan_training(model, schedule, **options, memory_bytes=1)
+    assert "none of them fits: it takes a smaller model" in str(plain)
+    least = min(plain.remedies, key=lambda r: r.peak_bytes)
+    assert "gradient checkpointing" in least.option and "a micro-batch of 1" in least.option
+    memory = min(r.peak_bytes for r in plain.remedies if "," not in r.option) - 1
+    plan = plan_training(model, schedule, **options, memory_bytes=memory)
+    (cure,) = (r for r in plan.remedies if "," in r.option)
+    assert cure.option == (
+        "gradient checkpointing, 8-bit state, in_backward (without exact clipping)"
+    )
+    assert least.peak_bytes < cure.peak_bytes <= memory and "none of them" not in str(plan)
+    planning.switch_checkpointing_on(model)
+    options |= dict(optimizer="adamw-8bit", in_backward=True)
+    cured = plan_training(model, schedule, **options, memory_bytes=memory)
+    assert cured.fits and cured.peak_bytes == cure.peak_bytes
+
+
+def test_the_rate_of_an_update_here_takes_the_place_of_the_stated_one(monkeypatch):
+    model = tiny_model("bert-sequence")
+    options = dict(state_device="cpu", device="cuda", pcie_gbps=2, host_gbps=1)
+    stated = _plan(model, ProgressiveSchedule(1, 2), **options)
+    assert "PCIe at 2 GB/s each way, host memory at 1 GB/s" in str(stated)
+    monkeypatch.setattr(calibration, "_UPDATED", 4096)
+    timed = _plan(model, ProgressiveSchedule(1, 2), **options, calibrate=True)
+    assert "(an update, timed here)" in str(timed)
+    a, b = stated.full.host, timed.full.host
+    assert b.update_bytes == a.update_bytes and b.update_s not in (0, a.update_s)
+    assert b.to_host_s == a.to_host_s == a.to_host_bytes / 2e9
+    assert a.after_backward_s == a.update_s and a.beside_backward_s == 0
+    here = _plan(model, ProgressiveSchedule(1, 2), state_device="cpu", device="cpu")
+    assert here.full.host is None and here.full.state_bytes == a.state_bytes
+    assert "changes nothing where the device is a CPU" in str(here)
+
+
 def test_the_run_is_what_its_stages_make_of_it():
     model = tiny_model("llama-causal-lm")
     plan = _plan(model, MilestoneSchedule({0: 0, 2: 3}), steps=8)
@@ -328,7 +391,7 @@ def test_memory_of_a_gpu_that_is_not_there():
     assert gpu.full.flops == pytest.approx(cpu.full.flops, rel=0.06)  # scores twice
 
 
-def test_a_llama_of_8_billion_parameters_is_planned_without_its_memory():
+def test_a_llama_of_8_billion_parameters_fits_in_24_gb_with_its_state_on_the_host():
     config = hf.LlamaConfig(
         hidden_size=4096,
         num_hidden_layers=32,
@@ -337,20 +400,43 @@ def test_a_llama_of_8_billion_parameters_is_planned_without_its_memory():
         intermediate_size=14336,
         vocab_size=128256,
     )
+    model = _meta(hf.LlamaForCausalLM, config)
+    planning.switch_checkpointing_on(model)
     plan = plan_training(
-        _meta(hf.LlamaForCausalLM, config),
-        ProgressiveSchedule(4, 1000),
+        model,
+        ProgressiveSchedule(1, 1000),
         batch_size=1,
         seq_len=2048,
         dtype=torch.bfloat16,
         optimizer="adamw-8bit",
+        state_device="cpu",
+        in_backward=True,
+        memory_bytes=24 * 10**9,
         device="cuda",
     )
     assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss < 2e6  # KiB
-    assert plan.full.trainable_params == 8_030_261_248
-    matrices = 2 * 2048 * (8_030_261_248 - 128256 * 4096)
+    params = 8_030_261_248
+    assert plan.full.trainable_params == params
+    matrices = 2 * 2048 * (params - 128256 * 4096)
     attention = 32 * 4 * 2048**2 * 4096
     assert plan.full.forward_flops == pytest.approx(matrices + attention, rel=0.001)
+    weights, checkpoints, logits = 2 * params, 32 * 2048 * 4096 * 2, 3 * 2048 * 128256 * 4
+    assert plan.peak_bytes == pytest.approx(weights + checkpoints + logits, rel=0.01)
+    parts = {part.what: part.nbytes for part in plan.full.peak_parts}
+    assert parts["weights"] == pytest.approx(weights, rel=1e-6)  # and the rotary embedding's
+    assert parts["3 x float32 (2048, 128256)"] == logits
+    assert sum(parts.values()) == plan.peak_bytes and plan.fits
+    host = plan.full.host
+    assert host.weight_bytes == host.to_device_bytes == weights
+    # 2 bytes of gradient, 2 x (2 + 8 / 256) of moments, 2 x 2 of weights
+    assert host.update_bytes == pytest.approx((2 + 2 * (2 + 8 / 256) + 4) * params, rel=1e-3)
+    assert (host.to_host_s, host.update_s) == pytest.approx(
+        (weights / 25e9, host.update_bytes / 40e9), rel=1e-6
+    )
+    text = " ".join(str(plan).split())
+    assert "which fits in 22.35 GiB" in text and "adamw-8bit on the host" in text
+    assert f"{plan.full.backward_flops / host.update_s / 1e12:.1f} TFLOP/s" in text
+    assert f"takes {host.host_bytes / 2**30:.2f} GiB of host memory" in text
 
 
 def test_a_step_is_the_sum_of_its_units():
@@ -490,6 +576,14 @@ def test_refusals():
             "of weights in float32",
             lambda: _plan(model, schedule, autocast=torch.bfloat16, dtype=torch.bfloat16),
         ),
+        (ValueError, "for in_backward=True", lambda: _plan(model, schedule, clip_mode="exact")),
+        (ValueError, "must be None or 'cpu'", lambda: _plan(model, schedule, state_device="gpu")),
+        (
+            ValueError,
+            "is planned for one rank: leave ranks=2 out",
+            lambda: _plan(model, schedule, state_device="cpu", ranks=2),
+        ),
+        (ValueError, "pcie_gbps=0", lambda: _plan(model, schedule, pcie_gbps=0)),
         (ValueError, "without data", lambda: _plan(_Asking(), ProgressiveSchedule(2, 4))),
     ):
         with pytest.raises(error, match=match):
