@@ -267,6 +267,12 @@ class HostState:
         parameters = (member.parameter for member in table.members)
         return sum(_padded(p.nbytes) for p in parameters if self.copies.is_away(p))
 
+    def keep(self, table: BucketTable) -> None:
+        """`send` a block whose gradients wait for their norm."""
+        for work in self.kept[-2:-1]:
+            work.arrived()  # or else gradients pile up where copies are slower than backward
+        self.kept.append(self.send(table, takes_norm=False))
+
     def send(self, table: BucketTable, *, takes_norm: bool) -> Work:
         """Queue the gradients of a block; it waits until there is room for them.
 

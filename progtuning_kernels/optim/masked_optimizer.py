@@ -479,10 +479,10 @@ class MaskedOptimizer(Optimizer):
         """Have the host update a block, or keep its gradients for an exact norm."""
         assert self._host is not None
         table.buckets(self.state, self._build_bucket)  # checks, and makes state
-        work = self._host.send(table, takes_norm=self.takes_norm and not self._clips_exactly)
         if self._clips_exactly:
-            self._host.kept.append(work)
+            self._host.keep(table)
         else:
+            work = self._host.send(table, takes_norm=self.takes_norm)
             self._submit(work, partial(self._decider(), previous_norm=previous))
         for member in table.members:
             member.parameter.grad = None

@@ -29,6 +29,7 @@ class LateCopies:
 
     def __init__(self, on_host: tuple[Tensor, ...] = ()) -> None:
         self.bytes: Counter[str] = Counter()
+        self.under_way, self.most_under_way = 0, 0  # copies to the host that nobody waited for
         self._on_host = set(map(id, on_host))
         self._random = random.Random(1)
         self._ways = {way: ThreadPoolExecutor(1) for way in ("to_host", "to_device")}
@@ -53,11 +54,17 @@ class LateCopies:
         return self._ways[way].submit(run)
 
     def to_host(self, pairs: list[tuple[Tensor, Tensor]]) -> Callable[[], Any]:
-        copied, delay_s = self._later("to_host", pairs), self._random.random() * 1e-3
+        if not pairs:
+            return lambda: None
+        self.under_way += 1
+        self.most_under_way = max(self.most_under_way, self.under_way)
+        copied, delays_s = self._later("to_host", pairs), [self._random.random() * 1e-3]
 
         def arrived() -> None:
             copied.result()
-            time.sleep(delay_s)
+            while delays_s:
+                time.sleep(delays_s.pop())
+                self.under_way -= 1
 
         return arrived
 
@@ -217,6 +224,18 @@ def test_exact_clipping_in_backward_keeps_the_gradients_on_the_host():
     before = [p.detach().clone() for p in model.parameters()]
     optimizer.step()
     assert all(map(torch.equal, model.parameters(), before))
+
+
+@pytest.mark.parametrize("options", [PREVIOUS, EXACT | {"in_backward": True}])
+def test_gradients_of_two_blocks_are_on_their_way_at_most(options):
+    """More would pile up on the device where copies are slower than backward."""
+    model = make()
+    optimizer = on_host(model, **options)
+    for step in range(3):
+        optimizer._host.copies.most_under_way = 0
+        loss_of(model, step).backward()
+        optimizer.step()
+    assert optimizer._host.copies.most_under_way == 2
 
 
 @pytest.mark.parametrize("frozen", [False, True])
