@@ -187,8 +187,11 @@ class TrainingPlan:
         }
 
     def __str__(self) -> str:
-        lines = (textwrap.fill(p, _WIDTH) if isinstance(p, str) else p for p in self._parts())
-        return as_text(lines)
+        def filled(line: str) -> str:
+            # of what is set in, below its text and not below its size
+            return textwrap.fill(line, _WIDTH, subsequent_indent=" " * 18 * line.startswith("  "))
+
+        return as_text(filled(p) if isinstance(p, str) else p for p in self._parts())
 
     def _repr_html_(self) -> str:
         return as_html(self._parts())
@@ -268,24 +271,23 @@ class TrainingPlan:
             return []
         unit, shown = _unit(max(host.update_bytes for *_, host in hosts))
         sizes = [["stage", "state", "weights", "staging", "to host", "to device", "updates"]]
-        times = [["stage", "to host", "to device", "update", "in backward", "after it"]]
-        times[0].append("hidden" if self.calibrated else "hidden below")
+        times = [["stage", "to host", "to device", "update", "in backward", "after it", "hidden"]]
         for name, s, host in hosts:
             sizes.append([name, *map(shown, astuple(host)[:6])])
             times.append([name, *(f"{seconds:.2f}" for seconds in astuple(host)[6:])])
-            if s.step_ms is not None:
+            if not host.beside_backward_s:
+                times[-1].append("NO")
+            elif s.step_ms is None:
+                rate = s.backward_flops / host.beside_backward_s
+                times[-1].append(f"below {rate / 1e12:,.1f} TFLOP/s")
+            else:
                 backward_s = s.step_ms / 1e3 * s.backward_flops / s.flops
                 times[-1].append("yes" if host.beside_backward_s <= backward_s else "NO")
-            elif host.beside_backward_s:
-                rate = s.backward_flops / host.beside_backward_s
-                times[-1].append(f"{rate / 1e12:,.1f} TFLOP/s")
-            else:
-                times[-1].append("")
         return [
             f"in host memory, and what a step sends and updates, in {unit}:",
             Table(sizes, left=[0]),
             "",
-            "seconds for that:",
+            "seconds of a step for that, and whether backward hides what runs beside it:",
             Table(times, left=[0]),
             "",
         ]
@@ -310,18 +312,18 @@ class TrainingPlan:
             verdict = "fits in" if self.fits else "does NOT fit in"
             peak += f", which {verdict} {_size(self.memory_bytes)}"
         lines.append(f"{peak}; later stages lower the mean, not the peak")
-        if self.memory_bytes is not None and self.fits:
-            left = _size(self.memory_bytes - self.peak_bytes)
+        memory_bytes = self.memory_bytes or 0
+        if self.fits:
             lines.append(
-                f"{left} are left for what is not counted: a GPU's context (about 0.5 GiB), "
-                "workspaces, and what its allocator rounds and cannot use again"
+                f"{_size(memory_bytes - self.peak_bytes)} are left for what is not counted: a GPU's "
+                "context (about 0.5 GiB), workspaces, and what an allocator cannot use again"
             )
         if (host := self.stages[self.peak_stage].host) is not None:
             lines.append(f"stage {number} takes {_size(host.host_bytes)} of host memory")
         if self.remedies:
             lines.append(f"stage {number} would take at its peak:")
             lines += [f"  {_size(r.peak_bytes):>9}  with {r.option}" for r in self.remedies]
-        if self.fits is False and all(r.peak_bytes > self.memory_bytes for r in self.remedies):
+        if self.fits is False and all(r.peak_bytes > memory_bytes for r in self.remedies):
             lines.append("none of them fits: it takes a smaller model, or several ranks (fsdp2)")
         if (count := self.ranks.count) > 1:
             share = f"{count - 1}/{count}"
