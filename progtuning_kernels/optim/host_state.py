@@ -219,9 +219,9 @@ class HostState:
             return False
         if any(map(is_sharded, parameters)):
             raise ValueError(
-                "state_device='cpu' has no shards on a GPU: leave it out, and give fully_shard "
-                "offload_policy=CPUOffloadPolicy(), which keeps shards, gradients and state on the "
-                "host (with init_process_group('cpu:gloo,cuda:nccl') if you clip)"
+                "state_device='cpu' is not for shards on a GPU: leave it and in_backward out, and "
+                "give fully_shard offload_policy=CPUOffloadPolicy(), which keeps shards, gradients "
+                "and state on the host (norms then need init_process_group('cpu:gloo,cuda:nccl'))"
             )
         return True
 
