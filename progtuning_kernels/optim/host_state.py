@@ -15,9 +15,10 @@ float32 weights:
   tensors, in the order of the groups; a block's bytes are those of its gradients, each rounded up
   to a multiple of 64.
 - a step moves, for tensors that have a gradient: the gradient to the host (p), the new weight back
-  (p), and 4 bytes per norm (one per block and dtype under `in_backward`, one per dtype otherwise,
-  none without clipping and with `nonfinite="ignore"`). The first step of a tensor, and the next one
-  after its weight was written from outside, fetches the weight as well (p).
+  (p), and 4 bytes per norm (one per block and dtype under `in_backward`, one per dtype otherwise;
+  none without clipping and with `nonfinite="ignore"`, or where gradients wait on the host, which
+  takes their norm). The first step of a tensor, and the next one after its weight was written from
+  outside, fetches the weight as well (p), and makes the master of another copy of it.
 
 Only what travels is pinned: the copy of the weight and the staging. torch's allocator rounds each
 pinned tensor up to a power of two; `host_report` counts what was asked for. State is never read by
@@ -219,9 +220,9 @@ class HostState:
             return False
         if any(map(is_sharded, parameters)):
             raise ValueError(
-                "state_device='cpu' has no shards on a GPU: leave it out, and give fully_shard "
-                "offload_policy=CPUOffloadPolicy(), which keeps shards, gradients and state on the "
-                "host (with init_process_group('cpu:gloo,cuda:nccl') if you clip)"
+                "state_device='cpu' is not for shards on a GPU: leave it and in_backward out, and "
+                "give fully_shard offload_policy=CPUOffloadPolicy(), which keeps shards, gradients "
+                "and state on the host (norms then need init_process_group('cpu:gloo,cuda:nccl'))"
             )
         return True
 

@@ -205,6 +205,7 @@ class MaskedOptimizer(Optimizer):
 
     def _arrange_host(self, active: list[Member]) -> None:
         if self._host is not None:
+            self._on_host = self._host.covers(active)
             tables = block_tables(active) if self._hooks is None else self._hooks.tables
             self._host.arrange(tables, all_at_once=self.in_backward and self._clips_exactly)
 
@@ -307,7 +308,11 @@ class MaskedOptimizer(Optimizer):
         }
 
     def state_device_of(self, p: Tensor) -> torch.device:
-        """Where a parameter's state lies."""
+        """Where a parameter's state lies.
+
+        Args:
+            p: the parameter.
+        """
         away = self._host is not None and self._host.copies.is_away(p)
         return torch.device("cpu") if away else p.device
 

@@ -13,9 +13,10 @@ from typing import Any
 import pytest
 import torch
 from pretend_cuda import PretendCuda
+from tiny_models import tiny_inputs, tiny_model
 from torch import Tensor, nn
 
-from progtuning_kernels import MaskedAdamW
+from progtuning_kernels import CyclicBlockSchedule, MaskedAdamW, patch_model
 from progtuning_kernels.ops.masked_update.bucket import Bucket
 from progtuning_kernels.optim import state_bytes
 
@@ -224,6 +225,32 @@ def test_exact_clipping_in_backward_keeps_the_gradients_on_the_host():
     before = [p.detach().clone() for p in model.parameters()]
     optimizer.step()
     assert all(map(torch.equal, model.parameters(), before))
+
+
+def test_stages_of_a_patched_model():
+    inputs, results = tiny_inputs("bert-sequence"), []
+    for state_device in ("cpu", None):
+        model = tiny_model("bert-sequence")
+        handle = patch_model(model, CyclicBlockSchedule(1, 2))
+        optimizer = MaskedAdamW(
+            handle.param_groups(weight_decay=0.1),
+            **OPTIONS | PREVIOUS,
+            state_dtype="8bit",
+            on_freeze="offload",
+            state_device=state_device,
+        )
+        if state_device is not None:
+            optimizer._host.copies = LateCopies()
+        for _ in range(9):
+            torch.manual_seed(3)
+            model(**inputs).loss.backward()
+            optimizer.step()
+            optimizer.zero_grad()
+            handle.advance()
+        results.append((model, optimizer))
+    (model, moved), (twin, stays) = results
+    assert_same(model, twin)
+    assert_same_state(moved, stays)
 
 
 @pytest.mark.parametrize("options", [PREVIOUS, EXACT | {"in_backward": True}])
