@@ -54,7 +54,7 @@ def table() -> str:
                 )
                 meter = StageMeter(model, layout, freezer, {}, options)
                 stages = [meter.bytes_without_a_step(plan) for plan in plans]
-                kept = (sum(v for k, v in stage.items() if k != "traffic") for stage in stages)
+                kept = (sum(v for v in stage.values() if isinstance(v, int)) for stage in stages)
                 sent = (stage["traffic"].sent_bytes for stage in stages)
                 cells = [f"{size / 2**30:,.1f}" for size in (*sent, *kept)]
                 lines.append(f"| {' | '.join([name, f'{count:,}', strategy, *cells])} |")

@@ -315,8 +315,8 @@ class TrainingPlan:
         memory_bytes = self.memory_bytes or 0
         if self.fits:
             lines.append(
-                f"{_size(memory_bytes - self.peak_bytes)} are left for what is not counted: a GPU's "
-                "context (about 0.5 GiB), workspaces, and what an allocator cannot use again"
+                f"{_size(memory_bytes - self.peak_bytes)} are left for what is not counted: a "
+                "GPU's context (about 0.5 GiB), workspaces, and what an allocator cannot use again"
             )
         if (host := self.stages[self.peak_stage].host) is not None:
             lines.append(f"stage {number} takes {_size(host.host_bytes)} of host memory")
