@@ -70,7 +70,8 @@ class Ledger:
 
 def model_of(dtype: torch.dtype) -> nn.Module:
     model = tiny_model("llama-causal-lm")
-    model.config.intermediate_size = 150  # matrices of 4,800 elements, whose moments have 8 bits
+    # matrices of 4,832 elements, whose moments have 8 bits, and gradients of 302 bytes
+    model.config.intermediate_size, model.config.mlp_bias = 151, True
     torch.manual_seed(0)
     return type(model)(model.config).to(dtype)
 
