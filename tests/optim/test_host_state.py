@@ -484,6 +484,11 @@ def test_options_that_are_refused():
         MaskedAdamW(make().parameters(), state_device="disk")
     with pytest.raises(ValueError, match="state_device is a setting of the whole optimizer"):
         MaskedAdamW([{"params": make().parameters(), "state_device": "cpu"}])
+    embedding = nn.Embedding(5, 3, sparse=True)
+    optimizer = on_host(embedding)
+    embedding(torch.tensor([1])).sum().backward()
+    with pytest.raises(RuntimeError, match="sparse=False"):
+        optimizer.step()
 
 
 class AtOnce:
