@@ -6,7 +6,7 @@ from __future__ import annotations
 
 import operator
 from collections import Counter, defaultdict
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import chain
 from typing import Any
@@ -111,20 +111,11 @@ class ActiveBucket:
 
     def gather(self) -> Gradients:
         """The gradients of this moment; `RuntimeError` for a sparse one."""
-        return self.bucket.gather(self.grads())
-
-    def grads(self) -> list[Tensor | None]:
-        """The gradients of this moment, local ones; `RuntimeError` for a sparse one."""
         grads = [p.grad for p in self.parameters]
         if self.sharded:
             grads = [None if grad is None else local_of(grad) for grad in grads]
-        for grad in grads:
-            if grad is not None and grad.is_sparse:
-                raise RuntimeError(
-                    f"a parameter of shape {tuple(grad.shape)} has a sparse gradient; build the "
-                    "embedding with sparse=False"
-                )
-        return grads
+        refuse_sparse(grads)
+        return self.bucket.gather(grads)
 
     def is_current(self, state: Mapping[Any, dict[str, Tensor]]) -> bool:
         """Whether everything still lies where the table of addresses says: `.data =`, `.to`,
@@ -145,6 +136,16 @@ class ActiveBucket:
     def _places_of_states(self) -> list[int]:
         tensors = [t for own in self.states for t in own.values() if isinstance(t, Tensor)]
         return [t.data_ptr() for t in (map(local_of, tensors) if self.sharded else tensors)]
+
+
+def refuse_sparse(grads: Iterable[Tensor | None]) -> None:
+    """Raise `RuntimeError` for a sparse gradient."""
+    for grad in grads:
+        if grad is not None and grad.is_sparse:
+            raise RuntimeError(
+                f"a parameter of shape {tuple(grad.shape)} has a sparse gradient; build the "
+                "embedding with sparse=False"
+            )
 
 
 class BucketTable:

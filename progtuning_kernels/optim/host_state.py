@@ -39,7 +39,7 @@ from ..ops.masked_norm import masked_norm
 from ..ops.masked_update.bucket import Hyper, alike, in_memory_order
 from ..ops.masked_update.grad_decision import GradDecision
 from ..sharding import is_sharded
-from .active_buckets import ActiveBucket, BucketTable, Member, launches
+from .active_buckets import ActiveBucket, BucketTable, Member, launches, refuse_sparse
 
 Pairs = list[tuple[Tensor, Tensor]]  # target and source of a copy, of one shape and dtype
 _ALIGNMENT = 64  # bytes, of a gradient in its staging buffer
@@ -233,6 +233,7 @@ class HostState:
             tables: the active members of each block.
             all_at_once: the gradients of all blocks wait on the host.
         """
+        wait([future for _, future in self._running])  # of a backward that broke off
         self.tables = list(tables)
         active = {member.parameter for table in tables for member in table.members}
         self._weights = {p: weight for p, weight in self._weights.items() if p in active}
@@ -282,11 +283,7 @@ class HostState:
             takes_norm: take the norms of these gradients on their devices.
         """
         slot, buffer = self._staging(table)
-        grads = {
-            m.parameter: alike(m.parameter.grad, m.parameter.detach())
-            for m in table.members
-            if m.parameter.grad is not None
-        }
+        grads = grads_of(table.members)
         pairs: Pairs = []
         staged, at = {}, 0
         for p, grad in grads.items():
@@ -342,13 +339,17 @@ class HostState:
         """
         pairs: Pairs = []
         back: Pairs = []
-        for p in filter(self.copies.is_away, work.staged):
-            weight = self._weights[p]
-            if not weight.equals(p):
-                pairs.append((weight.copy, p.detach()))
-                self._count("weight_bytes_to_host", p)
-            back.append((p.detach(), weight.copy))
-            self._count("weight_bytes_to_device", p)
+        for bucket in buckets:
+            for p, copy in zip(bucket.parameters, bucket.bucket.params, strict=True):
+                if p not in work.staged or not self.copies.is_away(p):
+                    continue
+                weight = self._weights.get(p)
+                if weight is None or weight.copy is not copy or not weight.equals(p):
+                    self._weights[p] = _Weight(copy)
+                    pairs.append((copy, p.detach()))
+                    self._count("weight_bytes_to_host", p)
+                back.append((p.detach(), copy))
+                self._count("weight_bytes_to_device", p)
         rates = [h.lr for some in hypers for h in some if isinstance(h.lr, Tensor)]
         sent = iter(self._queue_numbers(rates, pairs))
         hypers = [
@@ -396,7 +397,7 @@ class HostState:
         wait([future for _, future in running])
         self.copies.join()
         for work, future in running:
-            for p in filter(self.copies.is_away, work.staged):
+            for p in work.staged.keys() & self._weights.keys():
                 if future.exception() is None:
                     self._weights[p].equals_now(p)
                 else:
@@ -415,8 +416,18 @@ class HostState:
         self.moved[name] = self.moved.get(name, 0) + t.nbytes
 
 
+def grads_of(members: Iterable[Member]) -> dict[Tensor, Tensor]:
+    """The gradients of this moment in their parameters' dtype and order of memory."""
+    found = {}
+    for p in (member.parameter for member in members):
+        refuse_sparse([p.grad])
+        if p.grad is not None:
+            found[p] = alike(p.grad, p.detach())
+    return found
+
+
 def norms_of(members: Sequence[Member], grads: Mapping[Tensor, Tensor]) -> list[Tensor]:
-    """Norms of gradients in their parameters' order of memory, one per device and dtype."""
+    """Norms of what `grads_of` gives for some of them, one per device and dtype."""
     found = []
     for part in launches(members):
         if present := [grads[m.parameter] for m in part if m.parameter in grads]:

@@ -20,7 +20,7 @@ from torch.optim import Optimizer
 
 from .. import freeze_events
 from ..ops.masked_norm import masked_norm
-from ..ops.masked_update.bucket import Bucket, Hyper, alike
+from ..ops.masked_update.bucket import Bucket, Hyper
 from ..ops.masked_update.grad_decision import GradDecision, decide, decide_by, norm_over_ranks
 from ..sharding import local_of
 from .active_buckets import (
@@ -31,7 +31,7 @@ from .active_buckets import (
     members_of,
     parameters_of,
 )
-from .host_state import HostReport, HostState, Work, norms_of
+from .host_state import HostReport, HostState, Work, grads_of, norms_of
 from .in_backward import BackwardHooks, ClipMode, block_tables, refuse_distributed
 from .state import (
     OnFreeze,
@@ -533,10 +533,7 @@ class MaskedOptimizer(Optimizer):
         if not kept and not waiting:
             return None
         members = self._table.members
-        grads = {p: grad for work in kept for p, grad in work.staged.items()}
-        if not kept:
-            present = ((m.parameter, m.parameter.grad) for m in members)
-            grads = {p: alike(grad, p.detach()) for p, grad in present if grad is not None}
+        grads = {p: grad for work in kept for p, grad in work.staged.items()} or grads_of(members)
         started = [m for m in members if m.parameter in grads or self.state.get(m.parameter)]
         norms = norms_of(started, grads) if self.takes_norm else []
         del grads

@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 import torch
-from pretend_cuda import PretendCuda
+from pretend_cuda import CPU, PretendCuda
 from tiny_models import tiny_inputs, tiny_model
 from torch import Tensor, nn
 
@@ -484,6 +484,11 @@ def test_options_that_are_refused():
         MaskedAdamW(make().parameters(), state_device="disk")
     with pytest.raises(ValueError, match="state_device is a setting of the whole optimizer"):
         MaskedAdamW([{"params": make().parameters(), "state_device": "cpu"}])
+    embedding = nn.Embedding(5, 3, sparse=True)
+    optimizer = on_host(embedding)
+    embedding(torch.tensor([1])).sum().backward()
+    with pytest.raises(RuntimeError, match="sparse=False"):
+        optimizer.step()
 
 
 class AtOnce:
@@ -498,30 +503,35 @@ class AtOnce:
 @pytest.mark.parametrize(
     ("options", "norms"), [({}, 1), (PREVIOUS, 4), (EXACT | {"in_backward": True}, 0)]
 )
-def test_on_a_gpu_only_the_thread_waits(options, norms):
-    """Real values through streams, events and pinned memory, which are pretended."""
+def test_on_a_gpu_the_host_waits_for_events_alone(options, norms):
+    """Real values through streams, events and pinned memory, which are pretended; the model comes
+    from the CPU, and goes back.
+    """
     twin = make()
     stays = MaskedAdamW(twin.named_parameters(), **OPTIONS | options)
-    for step in range(3):
+    for step in range(4):
         loss_of(twin, step).backward()
         stays.step()
         stays.zero_grad()
     with PretendCuda() as pretend:
-        model = pretend.put(make())
+        model = make()
         optimizer = MaskedAdamW(model.named_parameters(), **OPTIONS | options, state_device="cpu")
         optimizer._host._worker = AtOnce()
-        optimizer.param_groups[0]["lr"] = pretend.put(torch.tensor(0.05))
-        for step in range(3):
+        for step, device in enumerate(("cpu", "cuda", "cuda", "cpu")):
+            model.to(device)
+            optimizer.param_groups[0]["lr"] = torch.tensor(0.05, device=device)
             pretend.events.clear()
-            x = torch.randn(5, 64, generator=torch.Generator().manual_seed(step)).cuda()
+            x = torch.randn(5, 64, generator=torch.Generator().manual_seed(step)).to(device)
             (model(x).float().square().mean() * 3).backward()
             optimizer.step()
             optimizer.zero_grad()
-        waits = [event for event in pretend.events if event.kind != "pinned"]
-        own = [event for event in waits if event.owner == "ours"]
-        assert own and {event.what for event in own} == {"Event.synchronize"}
-        assert all(t.device.type == "cpu" for s in optimizer.state.values() for t in s.values())
-        report = optimizer.host_report()
-        assert report.number_bytes_to_host == 4 * (norms + 4)  # and the rate, of four blocks
+            assert all(t.device == CPU for s in optimizer.state.values() for t in s.values())
+            waits = [e for e in pretend.events if e.kind != "pinned" and e.owner == "ours"]
+            assert {event.what for event in waits} == (
+                {"Event.synchronize"} if device == "cuda" else set()
+            )
+            # norms, and the rate of each of four blocks
+            moved = optimizer.host_report().number_bytes_to_host
+            assert moved == (4 * (norms + 4) if device == "cuda" else 0)
     for p, q in zip(model.parameters(), twin.parameters(), strict=True):
         torch.testing.assert_close(p, q, rtol=1e-5, atol=1e-6)  # a GPU takes norms in its own way
