@@ -172,6 +172,8 @@ def measure_update(options: Options, dtype: torch.dtype) -> float:
         [p],
         state_dtype=state_dtype_of(options.optimizer),
         master_weights=options.master_weights,
+        # as `progtuning train` has it, whose weights would lose most updates otherwise
+        stochastic_rounding=dtype == torch.bfloat16 and not options.master_weights,
         nonfinite="ignore",
     )
     clock = _Sections(torch.device("cpu"))

@@ -73,7 +73,7 @@ def plan_training(
     dtype: torch.dtype = torch.float32,
     autocast: torch.dtype | None = None,
     optimizer: OptimizerName = "adamw",
-    master_weights: bool = False,
+    master_weights: bool | Literal["8bit"] = False,
     in_backward: bool = False,
     clip_mode: ClipMode | None = None,
     state_device: Literal["cpu"] | None = None,
@@ -112,7 +112,7 @@ def plan_training(
             include the copies of weights that backward reads. None: no autocast.
         optimizer: "adamw", "adamw-bf16" or "adamw-8bit": `MaskedAdamW` with moments in float32,
             bfloat16 or 8 bits.
-        master_weights: the optimizer keeps float32 copies of bfloat16 and float16 weights.
+        master_weights: as for `MaskedAdamW`.
         in_backward: it updates inside backward, so that one block's gradients are alive at a time.
         clip_mode: how gradients are clipped there. "exact" keeps all of them until backward ends,
             on the device, or with `state_device` on the host; None: as the others, or not at all.

@@ -40,7 +40,7 @@ class Options:
     """What decides the bytes of a step, beside the model and its inputs; see `plan_training`."""
 
     optimizer: OptimizerName
-    master_weights: bool
+    master_weights: Any  # as `MaskedAdamW` takes it
     in_backward: bool
     cache: PrefixCache | None
     device: torch.device

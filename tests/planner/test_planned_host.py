@@ -32,6 +32,7 @@ class Ledger:
 
     def __init__(self, *, takes_norms: bool) -> None:
         self._takes_norms = takes_norms
+        self._under_way_bytes = self.most_under_way_bytes = 0  # of gradients, on the device
         self.to_host_bytes = self.to_device_bytes = 0
         self._memory: list[weakref.ref[Tensor]] = []
 
@@ -50,7 +51,15 @@ class Ledger:
 
     def to_host(self, pairs: list[tuple[Tensor, Tensor]]) -> Callable[[], Any]:
         self.to_host_bytes += self._copy(pairs)
-        return lambda: None
+        gradients = [t for _, t in pairs if t.ndim and not isinstance(t, nn.Parameter)]
+        self._under_way_bytes += sum(t.nbytes for t in gradients)
+        self.most_under_way_bytes = max(self.most_under_way_bytes, self._under_way_bytes)
+
+        def arrived() -> None:
+            self._under_way_bytes -= sum(t.nbytes for t in gradients)
+            gradients.clear()
+
+        return arrived
 
     def to_device(self, pairs: list[tuple[Tensor, Tensor]]) -> None:
         self.to_device_bytes += self._copy(pairs)
@@ -80,8 +89,9 @@ def planned_stages(dtype: torch.dtype, **options: Any) -> list[SimpleNamespace]:
     model, device = meta_copy(model_of(dtype), dtype), torch.device("cuda")
     layout = find_layout(model)
     freezer = Freezer(model, layout, tied="frozen", frozen_mode="eval")
-    options = Options(cache=None, device=device, host=HostRates(25e9, 40e9), **options)
-    meter = StageMeter(model, layout, freezer, {}, options)
+    rates = HostRates(25e9, 40e9)
+    planned = Options(cache=None, device=device, host=rates, **options)
+    meter = StageMeter(model, layout, freezer, {}, planned)
     plans = (SCHEDULE.plan(step, layout.num_blocks) for step in range(0, 8, 2))
     return [SimpleNamespace(**meter.bytes_without_a_step(plan)) for plan in plans]
 
@@ -101,6 +111,7 @@ EXACT = {"max_grad_norm": 1.0}
         (BFLOAT16, "8bit", EXACT | {"in_backward": True}),
         (BFLOAT16, "fp32", {"in_backward": True, "master_weights": True}),
         (BFLOAT16, "8bit", PREVIOUS | {"master_weights": True}),
+        (BFLOAT16, "8bit", PREVIOUS | {"master_weights": "8bit"}),
     ],
 )
 def test_the_ledger_of_every_stage_is_that_of_the_plan(dtype, moments, options):
@@ -121,7 +132,7 @@ def test_the_ledger_of_every_stage_is_that_of_the_plan(dtype, moments, options):
     inputs = tiny_inputs("llama-causal-lm")
     for stage in stages:
         for _ in range(2):  # the first of a run sends the weights, too
-            ledger.to_host_bytes = ledger.to_device_bytes = 0
+            ledger.to_host_bytes = ledger.to_device_bytes = ledger.most_under_way_bytes = 0
             model(**inputs).loss.backward()
             gradients = sum(p.grad.nbytes for p in model.parameters() if p.grad is not None)
             optimizer.step()
@@ -141,5 +152,6 @@ def test_the_ledger_of_every_stage_is_that_of_the_plan(dtype, moments, options):
             host.staging_bytes,
         )
         assert gradients == (0 if in_backward else stage.gradient_bytes)
+        assert 0 < ledger.most_under_way_bytes <= stage.gradient_bytes
         assert stage.weight_bytes == sum(t.nbytes for t in (*model.parameters(), *model.buffers()))
         assert stage.state_bytes == 0
