@@ -32,7 +32,8 @@ class Ledger:
 
     def __init__(self, *, takes_norms: bool) -> None:
         self._takes_norms = takes_norms
-        self._under_way_bytes = self.most_under_way_bytes = 0  # of gradients, on the device
+        self._under_way: list[list[Tensor]] = []  # gradients that the device cannot give up yet
+        self.most_under_way_bytes = 0
         self.to_host_bytes = self.to_device_bytes = 0
         self._memory: list[weakref.ref[Tensor]] = []
 
@@ -52,14 +53,10 @@ class Ledger:
     def to_host(self, pairs: list[tuple[Tensor, Tensor]]) -> Callable[[], Any]:
         self.to_host_bytes += self._copy(pairs)
         gradients = [t for _, t in pairs if t.ndim and not isinstance(t, nn.Parameter)]
-        self._under_way_bytes += sum(t.nbytes for t in gradients)
-        self.most_under_way_bytes = max(self.most_under_way_bytes, self._under_way_bytes)
-
-        def arrived() -> None:
-            self._under_way_bytes -= sum(t.nbytes for t in gradients)
-            gradients.clear()
-
-        return arrived
+        self._under_way.append(gradients)
+        under_way = sum(t.nbytes for some in self._under_way for t in [*some])
+        self.most_under_way_bytes = max(self.most_under_way_bytes, under_way)
+        return gradients.clear  # another thread calls it
 
     def to_device(self, pairs: list[tuple[Tensor, Tensor]]) -> None:
         self.to_device_bytes += self._copy(pairs)
