@@ -53,8 +53,7 @@ class _Product(torch.autograd.Function):
     @staticmethod
     def forward(ctx, hidden, weight, bias, rows, ids):
         ctx.save_for_backward(hidden, weight, ids)
-        output = F.linear(hidden, weight, bias)
-        return output.detach() if output._is_view() else output  # which may be written into
+        return F.linear(hidden, weight, bias).detach()  # no view: it may be written into
 
     @staticmethod
     def backward(ctx, upstream):
@@ -107,29 +106,28 @@ class _Routing(TorchFunctionMode):
     def _product(self, input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
         for rows, own, leaf in self._routes:
             if weight is own:
-                return product(rows, input, own, bias, leaf)
+                return product(input, own, bias, leaf, rows.on(own.device)[0])
         return F.linear(input, weight, bias)
 
 
 def lookup(
     rows: Rows, tokens: Tensor, table: Tensor, leaf: Tensor, padding_idx: int | None
 ) -> Tensor:
-    """`F.embedding(tokens, table)` with the gradient of `leaf`, its rows that train."""
+    """`F.embedding(tokens, table)` with the gradient of `leaf`, the rows of table that train."""
     padding = -1 if padding_idx is None else padding_idx % len(table)
     _, places = rows.on(table.device)
     return _Lookup.apply(tokens, table.detach(), leaf, places, padding)
 
 
 def product(
-    rows: Rows, hidden: Tensor, weight: Tensor, bias: Tensor | None, leaf: Tensor
+    hidden: Tensor, weight: Tensor, bias: Tensor | None, leaf: Tensor, ids: Tensor
 ) -> Tensor:
-    """`F.linear(hidden, weight, bias)` with the gradient of `leaf`, its rows that train."""
+    """`F.linear(hidden, weight, bias)` with the gradient of `leaf`, the rows `ids` of weight."""
     kind, weight = hidden.device.type, weight.detach()
     if torch.is_autocast_enabled(kind) and hidden.dtype != torch.float64:
         low = torch.get_autocast_dtype(kind)  # as autocast does, which a custom Function hides
         hidden, weight = hidden.to(low), weight.to(low)
         bias = None if bias is None else bias.to(low)
-    ids, _ = rows.on(weight.device)
     return _Product.apply(hidden, weight, bias, leaf, ids)
 
 
@@ -308,6 +306,25 @@ def rows_of(module: nn.Module) -> Mapping[str, Rows]:
     return module.__dict__.get(_RECORDS, {})
 
 
+def routes_of(module: nn.Module) -> list[tuple[Rows, Tensor, Tensor]]:
+    """In a forward of the module: rows, tensor and leaf of every tensor of its own of which rows
+    want a gradient.
+    """
+    routes = []
+    for attribute, rows in rows_of(module).items():
+        weight, leaf = module._parameters[attribute], module._parameters[attribute + _SUFFIX]
+        if rows.sharded and not is_sharded(leaf):
+            rows.write_gathered(weight, leaf)
+        if torch.is_grad_enabled() and leaf.requires_grad:
+            routes.append((rows, weight, leaf))
+    return routes
+
+
+def only_routes(cls: type) -> bool:
+    """Whether a class differs from the one that it is derived from in its gradients alone."""
+    return cls in _layers
+
+
 def held_as_rows(owner: nn.Module, attribute: str) -> bool:
     """Whether a parameter holds the rows of another that train."""
     return attribute.endswith(_SUFFIX) and attribute.removesuffix(_SUFFIX) in rows_of(owner)
@@ -320,13 +337,7 @@ def trained_by_rows(owner: nn.Module, attribute: str) -> bool:
 
 def _members(base: type) -> dict[str, Any]:
     def forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
-        routes = []
-        for attribute, rows in rows_of(self).items():
-            weight, leaf = self._parameters[attribute], self._parameters[attribute + _SUFFIX]
-            if rows.sharded and not is_sharded(leaf):
-                rows.write_gathered(weight, leaf)
-            if torch.is_grad_enabled() and leaf.requires_grad:
-                routes.append((rows, weight, leaf))
+        routes = routes_of(self)
         if not routes:
             return base.forward(self, *args, **kwargs)
         with _Routing(routes):
