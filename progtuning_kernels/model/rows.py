@@ -8,6 +8,7 @@ the tensor send their gradient to this leaf, and nothing of the tensor's size is
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from itertools import pairwise
@@ -19,12 +20,13 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from ..sharding import is_sharded, local_of
+from ..sharding import forget, is_sharded, local_of
 from .derived_classes import derive, root_of, without_derived_ancestors
 from .families import UnsupportedModelError
 
 _RECORDS = "_progtuning_rows"  # of a module: by the name of the tensor, what is known of its rows
 _SUFFIX = "_rows"  # of the name under which they are held
+_IDLE_STEPS = 4  # of an optimizer; a loss scale that is too large makes it skip the first two or so
 
 
 class _Lookup(torch.autograd.Function):
@@ -146,6 +148,8 @@ class Rows:
         self.sharded = False
         self._wish = self.weight.requires_grad
         self._on: tuple[Tensor, Tensor] | None = None
+        self._begun = self._ran = False  # a training forward: ever, and under the step at hand
+        self._idle_steps: int | None = 0  # without an update; None once there was one
         with torch.no_grad():
             leaf = nn.Parameter(self.weight[ids.to(self.weight.device)].clone())
         for module, attribute in holders:
@@ -208,19 +212,33 @@ class Rows:
         if self.leaf.requires_grad:
             self.weight.requires_grad_(True)
 
-    def synchronise(self, *, settle: bool = False) -> None:
-        """Bring the tensor and the leaf together, whichever was written since the last time.
-
-        Args:
-            settle: the optimizer's step is over: it may have written past the version counters.
+    def begin_training(self) -> None:
+        """Before a training forward. Before the first the rows are taken from the tensor: nothing
+        has trained yet, and who gives new tokens a start may write past the version counters.
         """
+        if not (self._begun or self.sharded or is_sharded(self.leaf)):
+            self.follow_weight()
+        self._begun = self._ran = True
+
+    def end_step(self) -> None:
+        """After the optimizer's step, which may write past the version counters, too. Under FSDP2
+        all ranks call this together.
+        """
+        if self._ran and self._idle_steps is not None and self.leaf.requires_grad:
+            self._count_idle_step()
+        self._ran = False
+        self.synchronise(settle=True)
+
+    def synchronise(self, *, settle: bool = False) -> None:
+        """Bring the tensor and the leaf together, whichever was written since the last time."""
         if is_sharded(self.leaf):
-            if settle and self.leaf.requires_grad:
+            if settle and self.leaf.requires_grad and torch.distributed.is_initialized():
                 self._write_shards()
             return
         if self.sharded:
             return  # gathered for the moment; the forward has brought them together
-        leaf_moved = self.leaf._version != self._seen[0]
+        if leaf_moved := self.leaf._version != self._seen[0]:
+            self._idle_steps = None
         if not leaf_moved and self._versions() != self._seen:
             self.follow_weight()
         elif leaf_moved or (settle and self.leaf.requires_grad):
@@ -263,6 +281,20 @@ class Rows:
             if not module.__dict__[_RECORDS]:
                 del module.__dict__[_RECORDS]
                 module.__class__ = root_of(without_derived_ancestors(type(module)))
+
+    def _count_idle_step(self) -> None:
+        self._idle_steps += 1
+        if self._idle_steps < _IDLE_STEPS or is_sharded(self.leaf):
+            return
+        ids, _ = self.on(self.weight.device)
+        if self.leaf._version == self._seen[0] and torch.equal(self.leaf, self.weight[ids]):
+            warnings.warn(
+                f"the rows of {self.name} have not changed in {self._idle_steps} steps: an "
+                "optimizer made before patch_model does not hold them: make it from "
+                "handle.param_groups()",
+                stacklevel=6,
+            )
+        self._idle_steps = None
 
     def _weights(self) -> Iterator[Tensor]:
         """The tensor; several where something has untied it."""
@@ -403,9 +435,17 @@ class TrainedRows:
         for rows in self.of_tensors:
             rows.hold()
 
-    def synchronise(self, *, settle: bool = False) -> None:
+    def synchronise(self) -> None:
         for rows in self.of_tensors:
-            rows.synchronise(settle=settle)
+            rows.synchronise()
+
+    def begin_training(self) -> None:
+        for rows in self.of_tensors:
+            rows.begin_training()
+
+    def end_step(self) -> None:
+        for rows in self.of_tensors:
+            rows.end_step()
 
     def show_uses(self) -> None:
         for rows in self.of_tensors:
@@ -439,6 +479,7 @@ class TrainedRows:
 
     def remove(self) -> None:
         for rows in self.of_tensors:
+            forget(self._model, rows.leaf)
             rows.remove()
         self.of_tensors = []
 
