@@ -26,6 +26,7 @@ from .families import UnsupportedModelError
 
 _RECORDS = "_progtuning_rows"  # of a module: by the name of the tensor, what is known of its rows
 _SUFFIX = "_rows"  # of the name under which they are held
+_CURE = "call handle.unpatch() before that, and patch_model again after it"
 _IDLE_STEPS = 4  # of an optimizer; a loss scale that is too large makes it skip the first two or so
 
 
@@ -108,7 +109,7 @@ class _Routing(TorchFunctionMode):
     def _product(self, input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
         for rows, own, leaf in self._routes:
             if weight is own:
-                return product(input, own, bias, leaf, rows.on(own.device)[0])
+                return product(input, own, bias, leaf, rows.on(own)[0])
         return F.linear(input, weight, bias)
 
 
@@ -117,7 +118,7 @@ def lookup(
 ) -> Tensor:
     """`F.embedding(tokens, table)` with the gradient of `leaf`, the rows of table that train."""
     padding = -1 if padding_idx is None else padding_idx % len(table)
-    _, places = rows.on(table.device)
+    _, places = rows.on(table)
     return _Lookup.apply(tokens, table.detach(), leaf, places, padding)
 
 
@@ -182,13 +183,18 @@ class Rows:
                 runs.append([i, i])
         return runs
 
-    def on(self, device: torch.device) -> tuple[Tensor, Tensor]:
-        """On a device: ids, and (V,) the place of every row among the leaf's, k for the others."""
-        if self._on is None or self._on[0].device != device:
-            module, attribute = self.holders[0]
-            places = torch.full((len(module._parameters[attribute]),), len(self.ids))
-            places[self.ids] = torch.arange(len(self.ids))
-            self._on = self.ids.to(device), places.to(device)
+    def on(self, weight: Tensor) -> tuple[Tensor, Tensor]:
+        """On the device of the tensor: ids, and (V,) the place of every row among those of the
+        leaf, k for the others.
+        """
+        if self._on is None or self._on[1].shape != weight.shape[:1]:
+            if self.ids[-1] >= len(weight):
+                raise RuntimeError(f"{self.name} has lost rows that train: {_CURE}")
+            places = torch.full((len(weight),), len(self.ids), device="cpu")
+            places[self.ids] = torch.arange(len(self.ids), device="cpu")
+            self._on = self.ids, places
+        if self._on[0].device != weight.device:
+            self._on = self._on[0].to(weight.device), self._on[1].to(weight.device)
         return self._on
 
     def derive_classes(self) -> None:
@@ -250,7 +256,7 @@ class Rows:
         weight, leaf = self.weight, self.leaf
         if is_sharded(weight):
             weight = weight.full_tensor()
-        values = weight.detach()[self.on(weight.device)[0]]
+        values = weight.detach()[self.on(weight)[0]]
         if is_sharded(leaf):
             from torch.distributed.tensor import distribute_tensor
 
@@ -269,7 +275,7 @@ class Rows:
         """Write the rows that FSDP2 has gathered into the tensor that it has gathered."""
         # the same values where a forward whose graph is alive has written them: no new version
         with torch.autograd._unsafe_preserve_version_counter(weight):
-            weight.index_copy_(0, self.on(weight.device)[0], leaf.detach())
+            weight.index_copy_(0, self.on(weight)[0], leaf.detach())
 
     def remove(self) -> None:
         """Leave every holder as it was found, with the rows as they are now."""
@@ -286,8 +292,9 @@ class Rows:
         self._idle_steps += 1
         if self._idle_steps < _IDLE_STEPS or is_sharded(self.leaf):
             return
-        ids, _ = self.on(self.weight.device)
-        if self.leaf._version == self._seen[0] and torch.equal(self.leaf, self.weight[ids]):
+        weight = self.weight
+        unmoved = self.leaf._version == self._seen[0]
+        if unmoved and torch.equal(self.leaf, weight[self.on(weight)[0]]):
             warnings.warn(
                 f"the rows of {self.name} have not changed in {self._idle_steps} steps: an "
                 "optimizer made before patch_model does not hold them: make it from "
@@ -311,7 +318,7 @@ class Rows:
     @torch.no_grad()
     def _write(self) -> None:
         for weight in self._weights():
-            weight.index_copy_(0, self.on(weight.device)[0], self.leaf.detach())
+            weight.index_copy_(0, self.on(weight)[0], self.leaf.detach())
         self._note()
 
     @torch.no_grad()
@@ -466,10 +473,7 @@ class TrainedRows:
         modules = set(self._model.modules())
         for rows in self.of_tensors:
             if not all(module in modules for module, _ in rows.holders):
-                raise RuntimeError(
-                    f"{rows.name}, of which rows train, has been replaced since the model was "
-                    "patched: call handle.unpatch() before that, then patch_model again"
-                )
+                raise RuntimeError(f"{rows.name}, of which rows train, was replaced: {_CURE}")
 
     def state_dict(self) -> dict[str, list[list[int]]]:
         """By name of the tensor: runs of ids that train, first and last of each."""
