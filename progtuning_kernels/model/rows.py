@@ -55,7 +55,7 @@ class _Product(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, hidden, weight, bias, rows, ids):
-        ctx.save_for_backward(hidden, weight, ids)
+        ctx.save_for_backward(hidden, weight if ctx.needs_input_grad[0] else None, ids)
         return F.linear(hidden, weight, bias).detach()  # no view: it may be written into
 
     @staticmethod
@@ -127,7 +127,8 @@ def product(
 ) -> Tensor:
     """`F.linear(hidden, weight, bias)` with the gradient of `leaf`, the rows `ids` of weight."""
     kind, weight = hidden.device.type, weight.detach()
-    if torch.is_autocast_enabled(kind) and hidden.dtype != torch.float64:
+    autocast = torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind)
+    if autocast and hidden.dtype != torch.float64:
         low = torch.get_autocast_dtype(kind)  # as autocast does, which a custom Function hides
         hidden, weight = hidden.to(low), weight.to(low)
         bias = None if bias is None else bias.to(low)
@@ -201,7 +202,8 @@ class Rows:
         """Put every holder into the class that routes gradients, if it is in none."""
         for module, _ in self.holders:
             if _layers.isdisjoint(type(module).__mro__):
-                made = derive(type(module), "rows", _members(type(module)))
+                own = "forward" in module.__dict__  # as accelerate's hooks give it
+                made = derive(type(module), ("rows", own), _members(type(module), own))
                 _layers.add(made)
                 module.__class__ = made
 
@@ -230,10 +232,10 @@ class Rows:
         """After the optimizer's step, which may write past the version counters, too. Under FSDP2
         all ranks call this together.
         """
-        if self._ran and self._idle_steps is not None and self.leaf.requires_grad:
+        ran, self._ran = self._ran, False
+        if ran and self._idle_steps is not None and self.leaf.requires_grad:
             self._count_idle_step()
-        self._ran = False
-        self.synchronise(settle=True)
+        self.synchronise(settle=ran)
 
     def synchronise(self, *, settle: bool = False) -> None:
         """Bring the tensor and the leaf together, whichever was written since the last time."""
@@ -374,13 +376,16 @@ def trained_by_rows(owner: nn.Module, attribute: str) -> bool:
     return attribute in rows_of(owner)
 
 
-def _members(base: type) -> dict[str, Any]:
-    def forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
+def _members(base: type, own_forward: bool) -> dict[str, Any]:
+    name = "__call__" if own_forward else "forward"
+    run = getattr(base, name)
+
+    def routed(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
         routes = routes_of(self)
         if not routes:
-            return base.forward(self, *args, **kwargs)
+            return run(self, *args, **kwargs)
         with _Routing(routes):
-            return base.forward(self, *args, **kwargs)
+            return run(self, *args, **kwargs)
 
     def save(self: nn.Module, *args: Any, **kwargs: Any) -> None:
         for rows in rows_of(self).values():
@@ -410,7 +415,7 @@ def _members(base: type) -> dict[str, Any]:
         return state
 
     return {
-        "forward": forward,
+        name: routed,
         "_save_to_state_dict": save,
         "_load_from_state_dict": load,
         "__getstate__": state_of_a_copy,
