@@ -27,7 +27,7 @@ from .families import UnsupportedModelError
 _RECORDS = "_progtuning_rows"  # of a module: by the name of the tensor, what is known of its rows
 _SUFFIX = "_rows"  # of the name under which they are held
 _CURE = "call handle.unpatch() before that, and patch_model again after it"
-_IDLE_STEPS = 4  # of an optimizer; a loss scale that is too large makes it skip the first two or so
+_IDLE_STEPS = 8  # of an optimizer; a loss scale that is too large makes it skip the first few
 
 
 class _Lookup(torch.autograd.Function):

@@ -25,13 +25,15 @@ from progtuning_kernels import (
     MaskedAdamW,
     MilestoneSchedule,
     PatchHandle,
+    PrefixCache,
     ProgressiveSchedule,
     load_checkpoint,
     patch_model,
     save_checkpoint,
 )
 from progtuning_kernels.model.families import UnsupportedModelError
-from progtuning_kernels.swaps.deferred_logits import defer
+from progtuning_kernels.swaps.deferred_logits import DeferredLogits, defer
+from progtuning_kernels.swaps.kinds import language_model_head
 
 NEW = [96, 5, 9, 40, 41, 3]  # of which the inputs hold some, and some twice
 OTHERS = sorted({*range(VOCABULARY)} - {*NEW})
@@ -330,12 +332,29 @@ def test_a_run_that_goes_on_has_the_same_bits_and_other_rows_are_refused(tmp_pat
         other.load_state_dict(handle.state_dict())
 
 
+def test_a_cache_serves_the_rows_as_they_were_trained():
+    losses = []
+    for cache in (None, PrefixCache(1 << 24)):
+        model, inputs = example("llama-causal-lm", torch.float32)
+        handle = patch_model(model, ProgressiveSchedule(2, 8), rows=BOTH, cache=cache)
+        optimizer = torch.optim.SGD(handle.param_groups(), lr=0.5)
+        for _ in range(8):
+            loss = model(**inputs).loss
+            loss.backward()
+            optimizer.step()
+            optimizer.zero_grad()
+            handle.advance()
+            losses.append(loss.item())
+    assert handle.cache_report().hits == 9, handle.cache_report()
+    assert losses[:8] == losses[8:]
+
+
 def test_an_optimizer_that_does_not_hold_the_rows_is_warned_of():
     model, inputs = example("llama-causal-lm")
     optimizer = torch.optim.SGD(model.parameters(), lr=1e-2)
     handle = patch_model(model, ALL, rows={"embed_tokens": NEW})
-    with pytest.warns(UserWarning, match="embed_tokens.weight have not changed in 4 steps") as seen:
-        for _ in range(8):
+    with pytest.warns(UserWarning, match="embed_tokens.weight have not changed in 8 steps") as seen:
+        for _ in range(9):
             model(**inputs).loss.backward()
             optimizer.step()
             handle.advance()
@@ -429,6 +448,24 @@ def test_a_deferred_head_gives_the_gradient_of_its_rows(reduction, reader):
     found = grads(deferred if reader == "loss" else deferred + 0, leaf)
     for a, b in zip(found, (expected[0], expected[1][ids], expected[2]), strict=True):
         torch.testing.assert_close(a, b, rtol=1e-10, atol=1e-12)
+
+
+def test_a_swapped_head_defers_the_logits_of_its_rows():
+    model, _ = example("llama-causal-lm")
+    hidden = torch.randn(5, 7, 32, dtype=torch.float64, requires_grad=True)
+    labels = torch.arange(35)
+    patch_model(model, ALL, rows=BOTH)
+    leaf = model.lm_head.weight_rows
+    found = []
+    for logits in (
+        model.lm_head(hidden),
+        language_model_head(model.lm_head).forward(model.lm_head, hidden),
+    ):
+        loss = F.cross_entropy(logits.view(35, -1), labels)
+        found.append(torch.autograd.grad(loss, [hidden, leaf]))
+    assert isinstance(logits, DeferredLogits) and logits._logits is None
+    for a, b in zip(*found, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-10, atol=1e-14)
 
 
 @pytest.mark.parametrize(
