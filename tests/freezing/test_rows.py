@@ -31,6 +31,7 @@ from progtuning_kernels import (
     patch_model,
     save_checkpoint,
 )
+from progtuning_kernels.cache.break_even import BreakEven
 from progtuning_kernels.model.families import UnsupportedModelError
 from progtuning_kernels.swaps.deferred_logits import DeferredLogits, defer
 from progtuning_kernels.swaps.kinds import language_model_head
@@ -332,9 +333,10 @@ def test_a_run_that_goes_on_has_the_same_bits_and_other_rows_are_refused(tmp_pat
         other.load_state_dict(handle.state_dict())
 
 
-def test_a_cache_serves_the_rows_as_they_were_trained():
+def test_a_cache_serves_the_rows_as_they_were_trained(monkeypatch):
+    monkeypatch.setattr(BreakEven, "verdict", lambda self, rows: None)  # on, whatever it saves
     losses = []
-    for cache in (None, PrefixCache(1 << 24)):
+    for cache in (None, PrefixCache(1 << 24, device="cpu")):
         model, inputs = example("llama-causal-lm", torch.float32)
         handle = patch_model(model, ProgressiveSchedule(2, 8), rows=BOTH, cache=cache)
         optimizer = torch.optim.SGD(handle.param_groups(), lr=0.5)
