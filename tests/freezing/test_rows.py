@@ -7,6 +7,7 @@ from __future__ import annotations
 import copy
 import pickle
 from contextlib import nullcontext
+from functools import partial
 from typing import Any
 
 import hypothesis
@@ -182,7 +183,9 @@ def test_backward_makes_nothing_of_the_size_of_the_tensor(rows):
         assert (len(rows), 32) in shapes.seen and model.transformer.wte.weight.grad is None
 
 
-@pytest.mark.parametrize("mode", ["reentrant", "checkpointed", "autocast", "compiled", "packed"])
+@pytest.mark.parametrize(
+    "mode", ["reentrant", "checkpointed", "autocast", "compiled", "packed", "hooked"]
+)
 def test_gradients_are_the_same_in_every_mode(mode):
     model, inputs = example("llama-causal-lm", torch.float32)
     around = torch.autocast("cpu", torch.bfloat16) if mode == "autocast" else nullcontext()
@@ -196,6 +199,9 @@ def test_gradients_are_the_same_in_every_mode(mode):
                 ("lm_head", "lm_head.weight"),
             )
         }
+    if mode == "hooked":  # as by accelerate
+        for part in (model.model.embed_tokens, model.lm_head):
+            part.forward = partial(type(part).forward, part)
     handle = patch_model(model, ALL, rows=BOTH, packing="on" if mode == "packed" else "off")
     gradients(model, inputs)
     if mode != "autocast":
@@ -205,8 +211,10 @@ def test_gradients_are_the_same_in_every_mode(mode):
     if mode == "compiled":
         for part in (model.model.embed_tokens, model.lm_head):
             part.compile(backend="eager", fullgraph=True)
-    if mode == "packed":
+    if mode in ("packed", "hooked"):
         handle.unpatch()
+        for part in (model.model.embed_tokens, model.lm_head):
+            vars(part).pop("forward", None)
         patch_model(model, ALL, rows=BOTH, packing="off")
     with around:
         found = gradients(model, inputs)
