@@ -36,6 +36,7 @@ def patch_model(
     graph: Graph = "off",
     cache: PrefixCache | Literal["auto"] | None = None,
     blocks: str | Sequence[str] | None = None,
+    rows: Mapping[str, Any] | None = None,
     step: int = 0,
 ) -> PatchHandle:
     """Patch `model` in place so that it trains only what `schedule` says.
@@ -79,6 +80,12 @@ def patch_model(
             does not pay; `handle.cache_report()` says so.
         blocks: qualified name of the block list where discovery cannot choose; several, in the
             order in which they run, of lists or of single modules that are a block each.
+        rows: by name of a parameter, or of a module with a `weight` (the end of a name does where
+            it is the only one): row numbers, as a list, range or 1-D tensor of integers. Of that
+            tensor these rows alone train, such as those of new tokens in embedding and head: there
+            is gradient, optimizer state and update for no other, and all others keep their bits.
+            Make the optimizer after patching, from `handle.param_groups()`. A tied tensor is named
+            once. What is named trains though it was frozen, as PEFT freezes a base.
         step: number of optimizer steps done. An optimizer that has its state already would
             otherwise lose that of tensors that the plan of step 0 freezes.
 
@@ -128,7 +135,7 @@ def patch_model(
     refuse_flat_parameters(inner)
     layout = find_layout(inner, blocks)
     cache = automatic_cache() if cache == "auto" else cache
-    handle = PatchHandle(inner, schedule, layout, **options, cache=cache, step=step)
+    handle = PatchHandle(inner, schedule, layout, **options, cache=cache, rows=rows, step=step)
     if inner is model:
         return handle
     try:

@@ -55,6 +55,7 @@ class Forwards:
         freezer.graphs.forbid()
         if freezer.packer.busy:
             return args, kwargs
+        freezer.rows.synchronise()
         if trains:
             freezer.follow_changes()
             freezer.follow_wrapper()
@@ -72,6 +73,7 @@ class Forwards:
             freezer.follow_surroundings()
             if not freezer.proved:
                 self._paths = self._watch_paths(inputs=(args, kwargs))
+                freezer.rows.show_uses()
             if self.last is None or not _answered(args):
                 self.last = _inputs_of(args, kwargs, freezer.active.device.type)
             freezer.graphs.look()
@@ -110,6 +112,7 @@ class Forwards:
         if paths is None:
             return
         paths.remove()
+        self._freezer.rows.hold()
         if output is not None:
             if paths.finish(output):
                 self._freezer.freeze_moved()

@@ -7,7 +7,7 @@ read it.
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from datetime import timedelta
 from typing import Any
 
@@ -18,6 +18,7 @@ from ..cache import CacheReport, PrefixCache, PrefixServer
 from ..distributed import put_shards_back, shards_of
 from ..graphs import Graph, GraphReport
 from ..model.layout import Layout, parameter_slots
+from ..model.rows import TrainedRows, trained_by_rows
 from ..packing import Packing, PackingReport
 from ..schedules import FreezePlan, Schedule, units_by_stage, whole_number
 from ..sharding import fsdp_records
@@ -93,6 +94,7 @@ class PatchHandle:
         packing: Packing,
         graph: Graph,
         cache: PrefixCache | None,
+        rows: Mapping[str, Any] | None,
         step: int,
     ) -> None:
         self.model = model
@@ -102,11 +104,15 @@ class PatchHandle:
         self._listeners: list[Callable[[PatchHandle], object]] = []
         self._missed = MissedSteps(model, layout, schedule)
         options: dict[str, Any] = {"frozen_mode": frozen_mode, "tied": tied, "kernels": kernels}
-        self.freezer = Freezer(
-            model, layout, schedule, **options, packing=packing, graph=graph, step=step
-        )
-        plan = schedule.plan(step, layout.num_blocks)
-        self.freezer.check_known_plans()
+        options |= {"packing": packing, "graph": graph}
+        trained = TrainedRows(model, rows)
+        try:
+            self.freezer = Freezer(model, layout, schedule, **options, rows=trained, step=step)
+            plan = schedule.plan(step, layout.num_blocks)
+            self.freezer.check_known_plans()
+        except BaseException:
+            trained.remove()
+            raise
         if cache is not None:
             fixed = frozen_mode == "eval"
             self.freezer.cache = PrefixServer(model, layout, cache, fixed=fixed)
@@ -255,6 +261,7 @@ class PatchHandle:
         """
         self._check_patched()
         self.freezer.end_step()
+        self.freezer.rows.synchronise(settle=True)
         self.freezer.freeze_again()
 
     def _check_patched(self) -> None:
@@ -323,7 +330,11 @@ class PatchHandle:
             Groups with "params", "param_names", "weight_decay" and "lr" as far as they are set; a
             group without parameters is left out.
         """
-        slots = list(parameter_slots(self.model, self.layout))
+        slots = [
+            slot
+            for slot in parameter_slots(self.model, self.layout)
+            if not trained_by_rows(slot.owner, slot.attribute)
+        ]
         records = fsdp_records(self.model)
         shards = {  # a forward, also one that has raised, may leave gathered weights in their place
             id(s.parameter): records[place].sharded_param
@@ -393,6 +404,8 @@ class PatchHandle:
         }
         if padded := self.freezer.packer.state_dict():
             state["padded"] = padded
+        if rows := self.freezer.rows.state_dict():
+            state["rows"] = rows
         if costs := self.freezer.swaps.state_dict():
             state["call_costs"] = costs
         if (norms := self.freezer.norms) is not None:
@@ -419,6 +432,7 @@ class PatchHandle:
             )
         if state["schedule"] != repr(self.schedule):
             raise ValueError(f"saved under {state['schedule']}, this run has {self.schedule!r}")
+        self.freezer.rows.load_state_dict(state.get("rows", {}))
         if (norms := self.freezer.norms) is not None:
             norms.schedule.load_state_dict(state["decisions"])
         self.freezer.packer.load_state_dict(state.get("padded", {}))
@@ -434,6 +448,7 @@ class PatchHandle:
         """
         if handle_of(self.model) is not self:
             return
+        self.freezer.rows.synchronise(settle=True)
         self.freezer.restore_model()
         for hook in self._hooks:
             hook.remove()

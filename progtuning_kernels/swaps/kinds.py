@@ -17,6 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .. import backend
+from ..model.rows import rows_of as trains_rows
 from ..ops import activation, geglu, gelu, layer_norm, rms_norm, swiglu
 from ..ops import norm as norms
 from ..sharding import Sharding, is_sharded
@@ -83,6 +84,8 @@ def language_model_head(module: nn.Linear, sharding: Sharding | None = None) -> 
 
     def forward(self: nn.Linear, hidden: Tensor) -> Tensor:
         demanded = hidden.requires_grad or self.weight.requires_grad
+        if trains_rows(self):
+            return own_class.forward(self, hidden)
         kept = type(self.weight) in _PLAIN and (sharding is None or sharding.stays)
         if not (kept and torch.is_grad_enabled() and demanded and hidden.dim() > 1):
             return own_class.forward(self, hidden)
