@@ -12,12 +12,23 @@ import pytest
 import torch
 import torch.distributed as dist
 from ranks import WORLD, process_group, run_ranks
-from test_rows_threads import ADAM, NEW, OTHERS, VOCABULARY, embeddings, extended, head, rows_alone
+from test_rows_threads import (
+    ADAM,
+    NEW,
+    OTHERS,
+    VOCABULARY,
+    embeddings,
+    extended,
+    head,
+    only_embeddings,
+    rows_alone,
+)
 from torch import Tensor, nn
 from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
 
 from progtuning_kernels import MaskedAdamW, MilestoneSchedule, patch_model
+from progtuning_kernels.model.families import UnsupportedModelError
 
 STEPS = 3
 EMBEDDINGS, BOTH = {"embed_tokens": NEW}, {"embed_tokens": NEW, "lm_head": NEW}
@@ -33,7 +44,8 @@ def batch(step: int, rank: int | None = None) -> dict[str, Tensor]:
 
 
 def model_of(tied: bool) -> nn.Module:
-    return extended(tied=tied).requires_grad_(False)
+    """Embeddings require grad, as DDP takes no model that is frozen as a whole."""
+    return only_embeddings(extended(tied=tied))
 
 
 def sharded(model: nn.Module) -> nn.Module:
@@ -94,20 +106,23 @@ def same_on_ranks(model: nn.Module) -> bool:
 
 
 CASES = [
-    (wrap, patch_after, tied, rows)
-    for wrap in (DistributedDataParallel, sharded)
-    for patch_after in (False, True)
-    for tied, rows in ((True, EMBEDDINGS), (False, EMBEDDINGS), (False, BOTH))
+    (DistributedDataParallel, True, EMBEDDINGS, False),
+    (DistributedDataParallel, False, BOTH, True),
+    (sharded, True, EMBEDDINGS, False),
+    (sharded, False, BOTH, False),
 ]
 
 
 def ranks_train_rows(rank: int, folder: str) -> None:
     with process_group(rank, f"{folder}/store"):
-        truths = {tied + len(rows): truth_of(tied, rows) for *_, tied, rows in CASES[:3]}
-        for wrap, patch_after, tied, rows in CASES:
-            model = train(rank, wrap, tied=tied, rows=rows, patch_after=patch_after)
-            assert same_on_ranks(model)
-            assert_trained_as(model, truths[tied + len(rows)])
+        for wrap, tied, rows, patch_after in CASES:
+            truth = truth_of(tied, rows)
+            for options in ({}, {"in_backward": True, "clip_mode": "previous_norm"}):
+                model = train(rank, wrap, tied=tied, rows=rows, patch_after=patch_after, **options)
+                assert same_on_ranks(model)
+                assert_trained_as(model, truth)
+        with pytest.raises(UnsupportedModelError, match="call patch_model before fully_shard"):
+            train(rank, sharded, tied=True, rows=EMBEDDINGS, patch_after=True)
 
 
 def test_two_ranks_train_the_rows_that_one_process_trains(tmp_path):

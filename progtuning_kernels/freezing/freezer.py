@@ -318,7 +318,8 @@ class Freezer:
         self.swaps.remove_swaps()
         self.graphs.remove()
         self.active.restore_flags()
-        self.rows.remove()
+        if not self.rows.outlives_patch:
+            self.rows.remove()
         self._checkpointing.restore_checkpointing()
         if self.norms is not None:
             self.norms.remove_norm_hooks()

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from ..sharding import is_sharded, local_of
+from .adapters import save_with_adapter
 from .derived_classes import derive, root_of, without_derived_ancestors
 from .families import UnsupportedModelError
 
@@ -378,14 +379,23 @@ class TrainedRows:
 
     Args:
         wanted: ids by the name of a module or parameter, as `patch_model` takes them.
+        outlives_patch: who made this removes it, after the model is unpatched.
 
     Raises:
         TypeError, ValueError, UnsupportedModelError: as `patch_model`.
     """
 
-    def __init__(self, model: nn.Module, wanted: Mapping[str, Any] | None = None) -> None:
+    def __init__(
+        self,
+        model: nn.Module,
+        wanted: Mapping[str, Any] | None = None,
+        *,
+        outlives_patch: bool = False,
+    ) -> None:
+        self.outlives_patch = outlives_patch
         self._model = model
         found = _find(model, wanted or {})
+        save_with_adapter(model, [(name, m._parameters[a]) for name, _, ((m, a), *_) in found])
         self.of_tensors = [Rows(*one) for one in found]
 
     def hold(self) -> None:
