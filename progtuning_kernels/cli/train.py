@@ -285,6 +285,7 @@ class Run:
             self.prepared.model,
             steps=self.total_steps,
             device=self.args.device.type,
+            rows=self.prepared.rows_to_train,
             batch_size=shape[0],
             seq_len=shape[1],
             inputs=widest,

@@ -126,7 +126,8 @@ def product(
 ) -> Tensor:
     """`F.linear(hidden, weight, bias)` with the gradient of `leaf`, its rows that train."""
     kind, weight = hidden.device.type, weight.detach()
-    if torch.is_autocast_enabled(kind) and hidden.dtype != torch.float64:
+    autocast = torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind)
+    if autocast and hidden.dtype != torch.float64:
         low = torch.get_autocast_dtype(kind)  # as autocast does, which a custom Function hides
         hidden, weight = hidden.to(low), weight.to(low)
         bias = None if bias is None else bias.to(low)
