@@ -85,7 +85,9 @@ def test_what_a_run_says_of_its_tokens(run, tmp_path, capsys):
     assert "tokens added: 5, from id 94 on" in said
     assert "in no training row: 3 of the 5 tokens added" in said
     metrics = json.loads((tmp_path / "run/metrics.json").read_text())
-    whole = sum(p.numel() for p in AutoModelForCausalLM.from_pretrained(tmp_path / "run/model").parameters())
+    whole = sum(
+        p.numel() for p in AutoModelForCausalLM.from_pretrained(tmp_path / "run/model").parameters()
+    )
     # embeddings and LM head of 99 rows of 32, of which 5 train
     assert metrics["stages"][0]["active_params"] == whole - 2 * 94 * 32
 
