@@ -26,6 +26,7 @@ from torch.nn.parallel import DataParallel, DistributedDataParallel
 from .model.call_stack import called_from
 from .model.families import UnsupportedModelError
 from .model.layout import Layout, parameter_slots
+from .model.rows import rows_of
 from .sharding import fsdp_records
 from .zero import (
     awaits_partition,
@@ -211,12 +212,13 @@ class Wrapper:
             options: with which ranks of a sharded model gather in other forwards.
         """
         self._behind = True
-        slots = parameter_slots(self._model, self._layout)
+        slots = list(parameter_slots(self._model, self._layout))
         names = [slot.name for slot in slots if slot.parameter.requires_grad]
+        which = [str(r.runs) for slot in slots for r in rows_of(slot.owner).values()]
         what = [f"step {step}, boundary {boundary}, {len(names)} active tensors"]
         if self.sharded:
             what += options
-        self._agree(step, ", ".join(what), [*names, *what])
+        self._agree(step, ", ".join(what), [*names, *which, *what])
         self._rebuild(boundary)
         self._behind = False
 

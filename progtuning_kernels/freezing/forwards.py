@@ -57,6 +57,7 @@ class Forwards:
             return args, kwargs
         freezer.rows.synchronise()
         if trains:
+            freezer.rows.begin_training()
             freezer.follow_changes()
             freezer.follow_wrapper()
             freezer.packer.learn(args, kwargs, freezer.boundary, freezer.share)

@@ -143,7 +143,7 @@ class Freezer:
     def enter_step(self, step: int, plan: FreezePlan) -> bool:
         """Go to optimizer step `step`, under `plan`; whether flags were set anew."""
         self.rows.hold()
-        self.rows.synchronise(settle=True)
+        self.rows.end_step()
         rebuilt = self._rebuilt()
         if rebuilt:
             self._note_modules()
@@ -318,6 +318,8 @@ class Freezer:
         self.swaps.remove_swaps()
         self.graphs.remove()
         self.active.restore_flags()
+        if self._wrapper is not None:
+            self._wrapper.reshard()
         if not self.rows.outlives_patch:
             self.rows.remove()
         self._checkpointing.restore_checkpointing()

@@ -6,6 +6,7 @@ read it.
 
 from __future__ import annotations
 
+import sys
 import weakref
 from collections.abc import Callable, Mapping
 from datetime import timedelta
@@ -261,7 +262,7 @@ class PatchHandle:
         """
         self._check_patched()
         self.freezer.end_step()
-        self.freezer.rows.synchronise(settle=True)
+        self.freezer.rows.end_step()
         self.freezer.freeze_again()
 
     def _check_patched(self) -> None:
@@ -448,7 +449,9 @@ class PatchHandle:
         """
         if handle_of(self.model) is not self:
             return
-        self.freezer.rows.synchronise(settle=True)
+        if sys.exc_info()[0] is None:  # else other ranks need not have come to an end
+            self.freezer.rows.end_step()
+        self.freezer.rows.synchronise()
         self.freezer.restore_model()
         for hook in self._hooks:
             hook.remove()

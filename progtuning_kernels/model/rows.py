@@ -8,6 +8,7 @@ the tensor send their gradient to this leaf, and nothing of the tensor's size is
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from itertools import pairwise
@@ -19,13 +20,14 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from ..sharding import is_sharded, local_of
+from ..sharding import forget, is_sharded, local_of
 from .adapters import save_with_adapter
 from .derived_classes import derive, root_of, without_derived_ancestors
 from .families import UnsupportedModelError
 
 _RECORDS = "_progtuning_rows"  # of a module: by the name of the tensor, what is known of its rows
 _SUFFIX = "_rows"  # of the name under which they are held
+_IDLE_STEPS = 4  # of an optimizer; a loss scale that is too large makes it skip the first two or so
 
 
 class _Lookup(torch.autograd.Function):
@@ -54,8 +56,7 @@ class _Product(torch.autograd.Function):
     @staticmethod
     def forward(ctx, hidden, weight, bias, rows, ids):
         ctx.save_for_backward(hidden, weight, ids)
-        output = F.linear(hidden, weight, bias)
-        return output.detach() if output._is_view() else output  # which may be written into
+        return F.linear(hidden, weight, bias).detach()  # no view: it may be written into
 
     @staticmethod
     def backward(ctx, upstream):
@@ -108,30 +109,29 @@ class _Routing(TorchFunctionMode):
     def _product(self, input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
         for rows, own, leaf in self._routes:
             if weight is own:
-                return product(rows, input, own, bias, leaf)
+                return product(input, own, bias, leaf, rows.on(own.device)[0])
         return F.linear(input, weight, bias)
 
 
 def lookup(
     rows: Rows, tokens: Tensor, table: Tensor, leaf: Tensor, padding_idx: int | None
 ) -> Tensor:
-    """`F.embedding(tokens, table)` with the gradient of `leaf`, its rows that train."""
+    """`F.embedding(tokens, table)` with the gradient of `leaf`, the rows of table that train."""
     padding = -1 if padding_idx is None else padding_idx % len(table)
     _, places = rows.on(table.device)
     return _Lookup.apply(tokens, table.detach(), leaf, places, padding)
 
 
 def product(
-    rows: Rows, hidden: Tensor, weight: Tensor, bias: Tensor | None, leaf: Tensor
+    hidden: Tensor, weight: Tensor, bias: Tensor | None, leaf: Tensor, ids: Tensor
 ) -> Tensor:
-    """`F.linear(hidden, weight, bias)` with the gradient of `leaf`, its rows that train."""
+    """`F.linear(hidden, weight, bias)` with the gradient of `leaf`, the rows `ids` of weight."""
     kind, weight = hidden.device.type, weight.detach()
     autocast = torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind)
     if autocast and hidden.dtype != torch.float64:
         low = torch.get_autocast_dtype(kind)  # as autocast does, which a custom Function hides
         hidden, weight = hidden.to(low), weight.to(low)
         bias = None if bias is None else bias.to(low)
-    ids, _ = rows.on(weight.device)
     return _Product.apply(hidden, weight, bias, leaf, ids)
 
 
@@ -150,6 +150,8 @@ class Rows:
         self.sharded = False
         self._wish = self.weight.requires_grad
         self._on: tuple[Tensor, Tensor] | None = None
+        self._begun = self._ran = False  # a training forward: ever, and under the step at hand
+        self._idle_steps: int | None = 0  # without an update; None once there was one
         with torch.no_grad():
             leaf = nn.Parameter(self.weight[ids.to(self.weight.device)].clone())
         for module, attribute in holders:
@@ -212,19 +214,33 @@ class Rows:
         if self.leaf.requires_grad:
             self.weight.requires_grad_(True)
 
-    def synchronise(self, *, settle: bool = False) -> None:
-        """Bring the tensor and the leaf together, whichever was written since the last time.
-
-        Args:
-            settle: the optimizer's step is over: it may have written past the version counters.
+    def begin_training(self) -> None:
+        """Before a training forward. Before the first the rows are taken from the tensor: nothing
+        has trained yet, and who gives new tokens a start may write past the version counters.
         """
+        if not (self._begun or self.sharded or is_sharded(self.leaf)):
+            self.follow_weight()
+        self._begun = self._ran = True
+
+    def end_step(self) -> None:
+        """After the optimizer's step, which may write past the version counters, too. Under FSDP2
+        all ranks call this together.
+        """
+        if self._ran and self._idle_steps is not None and self.leaf.requires_grad:
+            self._count_idle_step()
+        self._ran = False
+        self.synchronise(settle=True)
+
+    def synchronise(self, *, settle: bool = False) -> None:
+        """Bring the tensor and the leaf together, whichever was written since the last time."""
         if is_sharded(self.leaf):
-            if settle and self.leaf.requires_grad:
+            if settle and self.leaf.requires_grad and torch.distributed.is_initialized():
                 self._write_shards()
             return
         if self.sharded:
             return  # gathered for the moment; the forward has brought them together
-        leaf_moved = self.leaf._version != self._seen[0]
+        if leaf_moved := self.leaf._version != self._seen[0]:
+            self._idle_steps = None
         if not leaf_moved and self._versions() != self._seen:
             self.follow_weight()
         elif leaf_moved or (settle and self.leaf.requires_grad):
@@ -268,6 +284,20 @@ class Rows:
                 del module.__dict__[_RECORDS]
                 module.__class__ = root_of(without_derived_ancestors(type(module)))
 
+    def _count_idle_step(self) -> None:
+        self._idle_steps += 1
+        if self._idle_steps < _IDLE_STEPS or is_sharded(self.leaf):
+            return
+        ids, _ = self.on(self.weight.device)
+        if self.leaf._version == self._seen[0] and torch.equal(self.leaf, self.weight[ids]):
+            warnings.warn(
+                f"the rows of {self.name} have not changed in {self._idle_steps} steps: an "
+                "optimizer made before patch_model does not hold them: make it from "
+                "handle.param_groups()",
+                stacklevel=6,
+            )
+        self._idle_steps = None
+
     def _weights(self) -> Iterator[Tensor]:
         """The tensor; several where something has untied it."""
         yield from {
@@ -310,6 +340,25 @@ def rows_of(module: nn.Module) -> Mapping[str, Rows]:
     return module.__dict__.get(_RECORDS, {})
 
 
+def routes_of(module: nn.Module) -> list[tuple[Rows, Tensor, Tensor]]:
+    """In a forward of the module: rows, tensor and leaf of every tensor of its own of which rows
+    want a gradient.
+    """
+    routes = []
+    for attribute, rows in rows_of(module).items():
+        weight, leaf = module._parameters[attribute], module._parameters[attribute + _SUFFIX]
+        if rows.sharded and not is_sharded(leaf):
+            rows.write_gathered(weight, leaf)
+        if torch.is_grad_enabled() and leaf.requires_grad:
+            routes.append((rows, weight, leaf))
+    return routes
+
+
+def only_routes(cls: type) -> bool:
+    """Whether a class differs from the one that it is derived from in its gradients alone."""
+    return cls in _layers
+
+
 def held_as_rows(owner: nn.Module, attribute: str) -> bool:
     """Whether a parameter holds the rows of another that train."""
     return attribute.endswith(_SUFFIX) and attribute.removesuffix(_SUFFIX) in rows_of(owner)
@@ -322,13 +371,7 @@ def trained_by_rows(owner: nn.Module, attribute: str) -> bool:
 
 def _members(base: type) -> dict[str, Any]:
     def forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
-        routes = []
-        for attribute, rows in rows_of(self).items():
-            weight, leaf = self._parameters[attribute], self._parameters[attribute + _SUFFIX]
-            if rows.sharded and not is_sharded(leaf):
-                rows.write_gathered(weight, leaf)
-            if torch.is_grad_enabled() and leaf.requires_grad:
-                routes.append((rows, weight, leaf))
+        routes = routes_of(self)
         if not routes:
             return base.forward(self, *args, **kwargs)
         with _Routing(routes):
@@ -403,9 +446,17 @@ class TrainedRows:
         for rows in self.of_tensors:
             rows.hold()
 
-    def synchronise(self, *, settle: bool = False) -> None:
+    def synchronise(self) -> None:
         for rows in self.of_tensors:
-            rows.synchronise(settle=settle)
+            rows.synchronise()
+
+    def begin_training(self) -> None:
+        for rows in self.of_tensors:
+            rows.begin_training()
+
+    def end_step(self) -> None:
+        for rows in self.of_tensors:
+            rows.end_step()
 
     def show_uses(self) -> None:
         for rows in self.of_tensors:
@@ -439,6 +490,7 @@ class TrainedRows:
 
     def remove(self) -> None:
         for rows in self.of_tensors:
+            forget(self._model, rows.leaf)
             rows.remove()
         self.of_tensors = []
 
