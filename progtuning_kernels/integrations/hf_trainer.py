@@ -237,12 +237,12 @@ class ProgtuningCallback(TrainerCallback):
             self.schedule.bind(state.max_steps)
         self._clean_up(args, model)  # after an earlier train() that ended in an exception
         rows = self.hold_rows(model)
+        if rows is not None:
+            refuse_without_rows(optimizer, rows)
         # the optimizer of a resumed run has its state by now, and keeps what this plan trains
         self.handle = patch_model(
             model, self.schedule, step=state.global_step, rows=rows, **self._patch_options
         )
-        if rows is not None:
-            refuse_without_rows(optimizer, rows)
         _rates[self.handle] = TokenRate(trainer or caller(Trainer))
         if trainer is not None and trainer.model_wrapped is not None and args.world_size > 1:
             self.handle.attach(trainer.model_wrapped)

@@ -2,10 +2,22 @@
 
 from __future__ import annotations
 
+from types import MethodType, SimpleNamespace
+
 import peft
 import pytest
 import torch
-from test_rows_threads import NEW, OTHERS, embeddings, extended, head
+import torch.nn.functional as F
+from test_rows_threads import (
+    NEW,
+    OTHERS,
+    assert_rows,
+    embeddings,
+    extended,
+    head,
+    rows_alone,
+    with_this_library,
+)
 from tiny_folders import word_tokenizer
 from tiny_models import VOCABULARY, tiny_model
 from trainers import sft_trainer, trainer_of
@@ -112,6 +124,23 @@ def test_a_callback_that_trained_nothing_leaves_no_rows_to_the_next(tmp_path):
     trainer_of(tmp_path, model=model, callbacks=[ProgtuningCallback(schedule)])
     assert [*model.state_dict()] == [*extended().state_dict()]
     assert {n for n, _ in model.named_parameters()} == {n for n, _ in extended().named_parameters()}
+
+
+def test_a_loss_that_takes_the_weight_of_the_head_trains_its_rows():
+    """As TRL's: it calls the backbone, and multiplies by `lm_head.weight` itself."""
+    model, truth = (extended(tied=False).requires_grad_(False) for _ in range(2))
+
+    def by_hand(self, input_ids, labels, **kwargs):
+        hidden = self.model(input_ids, **kwargs).last_hidden_state[:, :-1]
+        logits = hidden @ self.lm_head.weight.T
+        return SimpleNamespace(loss=F.cross_entropy(logits.flatten(0, 1), labels[:, 1:].flatten()))
+
+    for m in (model, truth):
+        m.forward = MethodType(by_hand, m)
+    with_this_library(model, rows=BOTH)
+    rows_alone(truth, [embeddings(truth), head(truth)])
+    assert_rows(model, truth)
+    assert_rows_alone_have_moved(model)
 
 
 def test_sft_with_lora_trains_and_saves_the_rows(tmp_path):
