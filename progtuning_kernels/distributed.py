@@ -338,7 +338,7 @@ class Wrapper:
         )
         return (
             f"ranks do not train the same: {descriptions}. Every rank needs the same schedule and "
-            "seed, the same frozen layers, and one handle.advance() per optimizer step"
+            "seed, the same frozen layers and rows, and one handle.advance() per optimizer step"
             + ("; under fully_shard also a cache and packing, or none" if self.sharded else "")
         )
 

@@ -420,7 +420,11 @@ def _members(base: type) -> dict[str, Any]:
         with _without_rows(self):
             base._save_to_state_dict(self, *args, **kwargs)
 
-    def load(self: nn.Module, state: Mapping[str, Any], prefix: str, *args: Any) -> None:
+    def load(self: nn.Module, state: dict[str, Any], prefix: str, *args: Any) -> None:
+        # torch's checkpoints of shards add every parameter that a model has to what they load
+        for name in self._parameters:
+            if held_as_rows(self, name):
+                state.pop(prefix + name, None)
         with _without_rows(self):
             base._load_from_state_dict(self, state, prefix, *args)
         for attribute, rows in rows_of(self).items():
