@@ -600,6 +600,11 @@ def _refuse(name: str, module: nn.Module, weight: Tensor) -> None:
         raise UnsupportedModelError(
             f"rows: {name} is sharded already: call patch_model before fully_shard"
         )
+    if getattr(weight, "_hp_mapping", None) is not None:
+        raise UnsupportedModelError(
+            f"rows: {name} is in DeepSpeed's partitions already: call patch_model before "
+            "deepspeed.initialize, and give it handle.param_groups()"
+        )
     if weight.ndim != 2 or not weight.is_floating_point():
         raise UnsupportedModelError(
             f"rows: {name} is no matrix of floating-point numbers, but {weight.dtype} "
