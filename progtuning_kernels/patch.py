@@ -94,13 +94,16 @@ def patch_model(
         The handle; call `handle.advance()` once per optimizer step.
 
     Raises:
-        TypeError: no model, no schedule, a `step` that is no number, or `blocks` that are no names.
+        TypeError: no model, no schedule, a `step` that is no number, `blocks` that are no names, or
+            `rows` that are no mapping.
         UnsupportedModelError: no block list can be found, the blocks share weights, or the model
             has adapters that cannot freeze with their blocks, or is in a wrapper that does not
-            follow changes of what trains; from the first training forward, if a unit turns out to
-            be computed from a later one.
+            follow changes of what trains, or a tensor whose rows cannot train alone is named; from
+            the first training forward, if a unit turns out to be computed from a later one, or a
+            tensor of which rows train to be used by code outside the modules that hold it.
         ValueError: the model, a part of it or one that it is a part of is patched already, the
-            schedule does not fit it, or an option has a value that is not named here.
+            schedule does not fit it, an option has a value that is not named here, or `rows` names
+            no tensor of the model, or no rows of it.
         RuntimeError: ranks do not train the same; from the first training forward, if a frozen
             block cuts off the gradient of an input, or checkpointing that of a trained block.
 

@@ -316,6 +316,7 @@ class PatchHandle:
         """Two groups over all parameters, frozen ones included: they never change afterwards.
 
         `param_names` of a group tells an optimizer that updates inside backward what a block is.
+        Of a tensor that `rows` names, the rows that train are in its place.
 
         Args:
             lr: learning rate to write into the groups; None leaves it to the optimizer.

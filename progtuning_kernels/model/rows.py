@@ -27,6 +27,7 @@ from .families import UnsupportedModelError
 
 _RECORDS = "_progtuning_rows"  # of a module: by the name of the tensor, what is known of its rows
 _SUFFIX = "_rows"  # of the name under which they are held
+_CURE = "call handle.unpatch() before that, and patch_model again after it"
 _IDLE_STEPS = 4  # of an optimizer; a loss scale that is too large makes it skip the first two or so
 
 
@@ -55,7 +56,7 @@ class _Product(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, hidden, weight, bias, rows, ids):
-        ctx.save_for_backward(hidden, weight, ids)
+        ctx.save_for_backward(hidden, weight if ctx.needs_input_grad[0] else None, ids)
         return F.linear(hidden, weight, bias).detach()  # no view: it may be written into
 
     @staticmethod
@@ -133,7 +134,7 @@ class _Routing(TorchFunctionMode):
     def _product(self, input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
         for rows, own, leaf in self._routes:
             if weight is own:
-                return product(input, own, bias, leaf, rows.on(own.device)[0])
+                return product(input, own, bias, leaf, rows.on(own)[0])
         return F.linear(input, weight, bias)
 
 
@@ -142,7 +143,7 @@ def lookup(
 ) -> Tensor:
     """`F.embedding(tokens, table)` with the gradient of `leaf`, the rows of table that train."""
     padding = -1 if padding_idx is None else padding_idx % len(table)
-    _, places = rows.on(table.device)
+    _, places = rows.on(table)
     return _Lookup.apply(tokens, table.detach(), leaf, places, padding)
 
 
@@ -211,20 +212,26 @@ class Rows:
                 runs.append([i, i])
         return runs
 
-    def on(self, device: torch.device) -> tuple[Tensor, Tensor]:
-        """On a device: ids, and (V,) the place of every row among the leaf's, k for the others."""
-        if self._on is None or self._on[0].device != device:
-            module, attribute = self.holders[0]
-            places = torch.full((len(module._parameters[attribute]),), len(self.ids))
-            places[self.ids] = torch.arange(len(self.ids))
-            self._on = self.ids.to(device), places.to(device)
+    def on(self, weight: Tensor) -> tuple[Tensor, Tensor]:
+        """On the device of the tensor: ids, and (V,) the place of every row among those of the
+        leaf, k for the others.
+        """
+        if self._on is None or self._on[1].shape != weight.shape[:1]:
+            if self.ids[-1] >= len(weight):
+                raise RuntimeError(f"{self.name} has lost rows that train: {_CURE}")
+            places = torch.full((len(weight),), len(self.ids), device="cpu")
+            places[self.ids] = torch.arange(len(self.ids), device="cpu")
+            self._on = self.ids, places
+        if self._on[0].device != weight.device:
+            self._on = self._on[0].to(weight.device), self._on[1].to(weight.device)
         return self._on
 
     def derive_classes(self) -> None:
         """Put every holder into the class that routes gradients, if it is in none."""
         for module, _ in self.holders:
             if _layers.isdisjoint(type(module).__mro__):
-                made = derive(type(module), "rows", _members(type(module)))
+                own = "forward" in module.__dict__  # as accelerate's hooks give it
+                made = derive(type(module), ("rows", own), _members(type(module), own))
                 _layers.add(made)
                 module.__class__ = made
 
@@ -253,10 +260,10 @@ class Rows:
         """After the optimizer's step, which may write past the version counters, too. Under FSDP2
         all ranks call this together.
         """
-        if self._ran and self._idle_steps is not None and self.leaf.requires_grad:
+        ran, self._ran = self._ran, False
+        if ran and self._idle_steps is not None and self.leaf.requires_grad:
             self._count_idle_step()
-        self._ran = False
-        self.synchronise(settle=True)
+        self.synchronise(settle=ran)
 
     def synchronise(self, *, settle: bool = False) -> None:
         """Bring the tensor and the leaf together, whichever was written since the last time."""
@@ -279,7 +286,7 @@ class Rows:
         weight, leaf = self.weight, self.leaf
         if is_sharded(weight):
             weight = weight.full_tensor()
-        values = weight.detach()[self.on(weight.device)[0]]
+        values = weight.detach()[self.on(weight)[0]]
         if is_sharded(leaf):
             from torch.distributed.tensor import distribute_tensor
 
@@ -298,7 +305,7 @@ class Rows:
         """Write the rows that FSDP2 has gathered into the tensor that it has gathered."""
         # the same values where a forward whose graph is alive has written them: no new version
         with torch.autograd._unsafe_preserve_version_counter(weight):
-            weight.index_copy_(0, self.on(weight.device)[0], leaf.detach())
+            weight.index_copy_(0, self.on(weight)[0], leaf.detach())
 
     def remove(self) -> None:
         """Leave every holder as it was found, with the rows as they are now."""
@@ -315,8 +322,9 @@ class Rows:
         self._idle_steps += 1
         if self._idle_steps < _IDLE_STEPS or is_sharded(self.leaf):
             return
-        ids, _ = self.on(self.weight.device)
-        if self.leaf._version == self._seen[0] and torch.equal(self.leaf, self.weight[ids]):
+        weight = self.weight
+        unmoved = self.leaf._version == self._seen[0]
+        if unmoved and torch.equal(self.leaf, weight[self.on(weight)[0]]):
             warnings.warn(
                 f"the rows of {self.name} have not changed in {self._idle_steps} steps: an "
                 "optimizer made before patch_model does not hold them: make it from "
@@ -340,7 +348,7 @@ class Rows:
     @torch.no_grad()
     def _write(self) -> None:
         for weight in self._weights():
-            weight.index_copy_(0, self.on(weight.device)[0], self.leaf.detach())
+            weight.index_copy_(0, self.on(weight)[0], self.leaf.detach())
         self._note()
 
     @torch.no_grad()
@@ -396,13 +404,16 @@ def trained_by_rows(owner: nn.Module, attribute: str) -> bool:
     return attribute in rows_of(owner)
 
 
-def _members(base: type) -> dict[str, Any]:
-    def forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
+def _members(base: type, own_forward: bool) -> dict[str, Any]:
+    name = "__call__" if own_forward else "forward"
+    run = getattr(base, name)
+
+    def routed(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
         routes = routes_of(self)
         if not routes:
-            return base.forward(self, *args, **kwargs)
+            return run(self, *args, **kwargs)
         with _Routing(routes):
-            return base.forward(self, *args, **kwargs)
+            return run(self, *args, **kwargs)
 
     def read(self: nn.Module, name: str) -> Any:
         # by other code, such as TRL's loss, which is given the head's weight
@@ -442,7 +453,7 @@ def _members(base: type) -> dict[str, Any]:
         return state
 
     return {
-        "forward": forward,
+        name: routed,
         "__getattr__": read,
         "_save_to_state_dict": save,
         "_load_from_state_dict": load,
@@ -519,10 +530,7 @@ class TrainedRows:
         modules = set(self._model.modules())
         for rows in self.of_tensors:
             if not all(module in modules for module, _ in rows.holders):
-                raise RuntimeError(
-                    f"{rows.name}, of which rows train, has been replaced since the model was "
-                    "patched: call handle.unpatch() before that, then patch_model again"
-                )
+                raise RuntimeError(f"{rows.name}, of which rows train, was replaced: {_CURE}")
 
     def state_dict(self) -> dict[str, list[list[int]]]:
         """By name of the tensor: runs of ids that train, first and last of each."""

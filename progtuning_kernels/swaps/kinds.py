@@ -92,7 +92,7 @@ def language_model_head(module: nn.Linear, sharding: Sharding | None = None) -> 
         if not routes:
             return defer(hidden, self.weight, self.bias, shards)
         rows, weight, leaf = routes[0]
-        return defer(hidden, weight.detach(), self.bias, shards, (leaf, rows.on(weight.device)[0]))
+        return defer(hidden, weight.detach(), self.bias, shards, (leaf, rows.on(weight)[0]))
 
     return Swap(
         HEAD,
