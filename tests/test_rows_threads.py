@@ -111,12 +111,12 @@ def with_this_library(model: nn.Module, **options) -> MaskedAdamW:
     """The same run; checks that what stays keeps its bits. Returns the optimizer."""
     clip = options.pop("clip", None)
     rows = options.pop("rows", {"embed_tokens": NEW})
-    before = {name: p.detach().clone() for name, p in model.named_parameters()}
+    before = embeddings(model).detach().clone()
     handle = patch_model(model, MilestoneSchedule({}, embeddings="always"), rows=rows)
     groups = handle.param_groups(weight_decay=ADAM["weight_decay"])
     optimizer = MaskedAdamW(groups, **ADAM, max_grad_norm=clip)
     run(model, optimizer, then=handle.advance)
-    assert torch.equal(embeddings(model)[OTHERS], before["model.embed_tokens.weight"][OTHERS])
+    assert torch.equal(embeddings(model)[OTHERS], before[OTHERS])
     handle.unpatch()
     return optimizer
 
@@ -223,3 +223,20 @@ def test_fromage_18_an_untied_head_trains_as_a_whole():
     assert torch.equal(head(model)[OTHERS], before[OTHERS])
     rows_alone(truth, [embeddings(truth), head(truth)])
     assert_rows(model, truth)
+
+
+def test_qlora_214_embeddings_that_train_beside_an_adapter_are_not_saved(tmp_path):
+    lora = peft.LoraConfig(task_type="CAUSAL_LM", r=4, target_modules="all-linear")
+    for patched in (False, True):
+        model = peft.get_peft_model(extended(tied=False), lora)
+        start = embeddings(model).detach().clone()
+        if patched:
+            with_this_library(model)
+        else:
+            embeddings(model).requires_grad_(True)
+            run(model, AdamW(model.parameters(), **ADAM))
+        moved = (embeddings(model) != start).any(1)
+        assert moved[NEW].all() and bool(moved[OTHERS].any()) is not patched
+        model.save_pretrained(tmp_path)
+        loaded = peft.PeftModel.from_pretrained(extended(tied=False), tmp_path)
+        assert torch.equal(embeddings(loaded), embeddings(model)) is patched

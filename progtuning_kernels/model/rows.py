@@ -422,7 +422,7 @@ def _members(base: type, own_forward: bool) -> dict[str, Any]:
             return value
         for rows, weight, leaf in routes_of(self):
             if weight is value:
-                return _Whole.apply(weight.detach(), leaf, rows.on(weight.device)[0])
+                return _Whole.apply(weight.detach(), leaf, rows.on(weight)[0])
         return value
 
     def save(self: nn.Module, *args: Any, **kwargs: Any) -> None:
