@@ -28,7 +28,7 @@ from .families import UnsupportedModelError
 _RECORDS = "_progtuning_rows"  # of a module: by the name of the tensor, what is known of its rows
 _SUFFIX = "_rows"  # of the name under which they are held
 _CURE = "call handle.unpatch() before that, and patch_model again after it"
-_IDLE_STEPS = 4  # of an optimizer; a loss scale that is too large makes it skip the first two or so
+_IDLE_STEPS = 8  # of an optimizer; a loss scale that is too large makes it skip the first few
 
 
 class _Lookup(torch.autograd.Function):
@@ -561,10 +561,11 @@ def _find(
             if parameter is not None:
                 name = f"{path}.{attribute}".lstrip(".")
                 holders.setdefault(id(parameter), []).append((name, module, attribute))
+    names = {place[0]: of for of, places in holders.items() for place in places}
+    embeddings = [path for path, m in model.named_modules() if isinstance(m, nn.Embedding)]
     found: dict[int, tuple[str, Tensor]] = {}
     for key, ids in wanted.items():
-        names = {place[0]: of for of, places in holders.items() for place in places}
-        of = _parameter_named(key, names)
+        of = _parameter_named(key, names, embeddings)
         name, module, attribute = holders[of][0]
         weight = module._parameters[attribute]
         for _, owner, own in holders[of]:
@@ -580,8 +581,11 @@ def _find(
     return result
 
 
-def _parameter_named(key: Any, names: Mapping[str, int]) -> int:
-    """The parameter of this name or ending, or the `weight` of such a module; its id."""
+def _parameter_named(key: Any, names: Mapping[str, int], embeddings: Sequence[str]) -> int:
+    """The parameter of this name or ending, or the `weight` of such a module; its id.
+
+    `embeddings` are proposed where there is none.
+    """
     matches: dict[int, str] = {}
     for name, of in names.items():
         module, _, attribute = name.rpartition(".")
@@ -594,11 +598,14 @@ def _parameter_named(key: Any, names: Mapping[str, int]) -> int:
     if len(matches) == 1:
         return next(iter(matches))
     if matches:
+        several = ", ".join([*matches.values()][:3])
         raise ValueError(
-            f"rows: {key!r} is the end of several names: {', '.join(matches.values())}"
+            f"rows: {len(matches)} names end in {key!r}, such as {several}: write more of the one "
+            "that is meant"
         )
     raise ValueError(
-        f"rows: the model has no parameter {key!r}, and no module of that name with a weight"
+        f"rows: the model has no parameter {key!r}, and no module of that name with a weight; its "
+        f"embeddings are {', '.join(embeddings) or 'none'}"
     )
 
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 import copy
 import pickle
 from contextlib import nullcontext
+from functools import partial
 from typing import Any
 
 import hypothesis
@@ -25,13 +26,16 @@ from progtuning_kernels import (
     MaskedAdamW,
     MilestoneSchedule,
     PatchHandle,
+    PrefixCache,
     ProgressiveSchedule,
     load_checkpoint,
     patch_model,
     save_checkpoint,
 )
+from progtuning_kernels.cache.break_even import BreakEven
 from progtuning_kernels.model.families import UnsupportedModelError
-from progtuning_kernels.swaps.deferred_logits import defer
+from progtuning_kernels.swaps.deferred_logits import DeferredLogits, defer
+from progtuning_kernels.swaps.kinds import language_model_head
 
 NEW = [96, 5, 9, 40, 41, 3]  # of which the inputs hold some, and some twice
 OTHERS = sorted({*range(VOCABULARY)} - {*NEW})
@@ -179,7 +183,9 @@ def test_backward_makes_nothing_of_the_size_of_the_tensor(rows):
         assert (len(rows), 32) in shapes.seen and model.transformer.wte.weight.grad is None
 
 
-@pytest.mark.parametrize("mode", ["reentrant", "checkpointed", "autocast", "compiled", "packed"])
+@pytest.mark.parametrize(
+    "mode", ["reentrant", "checkpointed", "autocast", "compiled", "packed", "hooked"]
+)
 def test_gradients_are_the_same_in_every_mode(mode):
     model, inputs = example("llama-causal-lm", torch.float32)
     around = torch.autocast("cpu", torch.bfloat16) if mode == "autocast" else nullcontext()
@@ -193,6 +199,9 @@ def test_gradients_are_the_same_in_every_mode(mode):
                 ("lm_head", "lm_head.weight"),
             )
         }
+    if mode == "hooked":  # as by accelerate
+        for part in (model.model.embed_tokens, model.lm_head):
+            part.forward = partial(type(part).forward, part)
     handle = patch_model(model, ALL, rows=BOTH, packing="on" if mode == "packed" else "off")
     gradients(model, inputs)
     if mode != "autocast":
@@ -202,8 +211,10 @@ def test_gradients_are_the_same_in_every_mode(mode):
     if mode == "compiled":
         for part in (model.model.embed_tokens, model.lm_head):
             part.compile(backend="eager", fullgraph=True)
-    if mode == "packed":
+    if mode in ("packed", "hooked"):
         handle.unpatch()
+        for part in (model.model.embed_tokens, model.lm_head):
+            vars(part).pop("forward", None)
         patch_model(model, ALL, rows=BOTH, packing="off")
     with around:
         found = gradients(model, inputs)
@@ -329,12 +340,30 @@ def test_a_run_that_goes_on_has_the_same_bits_and_other_rows_are_refused(tmp_pat
         other.load_state_dict(handle.state_dict())
 
 
+def test_a_cache_serves_the_rows_as_they_were_trained(monkeypatch):
+    monkeypatch.setattr(BreakEven, "verdict", lambda self, rows: None)  # on, whatever it saves
+    losses = []
+    for cache in (None, PrefixCache(1 << 24, device="cpu")):
+        model, inputs = example("llama-causal-lm", torch.float32)
+        handle = patch_model(model, ProgressiveSchedule(2, 8), rows=BOTH, cache=cache)
+        optimizer = torch.optim.SGD(handle.param_groups(), lr=0.5)
+        for _ in range(8):
+            loss = model(**inputs).loss
+            loss.backward()
+            optimizer.step()
+            optimizer.zero_grad()
+            handle.advance()
+            losses.append(loss.item())
+    assert handle.cache_report().hits == 9, handle.cache_report()
+    assert losses[:8] == losses[8:]
+
+
 def test_an_optimizer_that_does_not_hold_the_rows_is_warned_of():
     model, inputs = example("llama-causal-lm")
     optimizer = torch.optim.SGD(model.parameters(), lr=1e-2)
     handle = patch_model(model, ALL, rows={"embed_tokens": NEW})
-    with pytest.warns(UserWarning, match="embed_tokens.weight have not changed in 4 steps") as seen:
-        for _ in range(8):
+    with pytest.warns(UserWarning, match="embed_tokens.weight have not changed in 8 steps") as seen:
+        for _ in range(9):
             model(**inputs).loss.backward()
             optimizer.step()
             handle.advance()
@@ -430,6 +459,24 @@ def test_a_deferred_head_gives_the_gradient_of_its_rows(reduction, reader):
         torch.testing.assert_close(a, b, rtol=1e-10, atol=1e-12)
 
 
+def test_a_swapped_head_defers_the_logits_of_its_rows():
+    model, _ = example("llama-causal-lm")
+    hidden = torch.randn(5, 7, 32, dtype=torch.float64, requires_grad=True)
+    labels = torch.arange(35)
+    patch_model(model, ALL, rows=BOTH)
+    leaf = model.lm_head.weight_rows
+    found = []
+    for logits in (
+        model.lm_head(hidden),
+        language_model_head(model.lm_head).forward(model.lm_head, hidden),
+    ):
+        loss = F.cross_entropy(logits.view(35, -1), labels)
+        found.append(torch.autograd.grad(loss, [hidden, leaf]))
+    assert isinstance(logits, DeferredLogits) and logits._logits is None
+    for a, b in zip(*found, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-10, atol=1e-14)
+
+
 @pytest.mark.parametrize(
     "rows, error, said",
     [
@@ -443,8 +490,8 @@ def test_a_deferred_head_gives_the_gradient_of_its_rows(reduction, reader):
         ({"embed_tokens": torch.tensor(3)}, ValueError, "not iterable"),
         ({"embed_tokens": torch.ones(2, 2, dtype=torch.int64)}, ValueError, "list"),
         ({"embed_tokens": "12"}, ValueError, "str"),
-        ({"nothing": [1]}, ValueError, "no parameter 'nothing'"),
-        ({"q_proj": [1]}, ValueError, "the end of several names"),
+        ({"nothing": [1]}, ValueError, "no parameter 'nothing'.*embeddings are model.embed_tokens"),
+        ({"q_proj": [1]}, ValueError, "4 names end in 'q_proj', such as model.layers.0"),
         ({"model.norm": [1]}, UnsupportedModelError, "no matrix"),
         ({"embed_tokens": [1], "model.embed_tokens.weight": [2]}, ValueError, "name it once"),
     ],
