@@ -21,6 +21,7 @@ from ..freezing.freezer import Freezer
 from ..freezing.handle import handle_of
 from ..model.derived_classes import derived_classes
 from ..model.layout import find_layout
+from ..model.rows import TrainedRows
 from ..optim.in_backward import ClipMode
 from ..schedules import (
     FreezePlan,
@@ -89,6 +90,7 @@ def plan_training(
     frozen_mode: FrozenMode = "eval",
     tied: TiedPolicy = "frozen",
     blocks: str | Sequence[str] | None = None,
+    rows: Mapping[str, Any] | None = None,
     calibrate: bool = False,
     ranks: int = 1,
     strategy: Strategy | None = None,
@@ -138,6 +140,7 @@ def plan_training(
         frozen_mode: as for `patch_model`.
         tied: as for `patch_model`.
         blocks: as for `patch_model`.
+        rows: as for `patch_model`. The step of full training trains all rows.
         calibrate: time real steps of two blocks, embeddings and head on `device`, for about two
             seconds (four rounds at least), and compose stages from that. With `state_device`, time
             an update on this machine's CPU, too.
@@ -207,12 +210,7 @@ def plan_training(
     copied = meta_copy(model, dtype)
     layout = find_layout(copied, blocks)
     starts = list(stage_starts(timed, total_steps))
-    plans = [timed.plan(start, layout.num_blocks) for start in starts]
-    if len(set(plans)) > _MOST_PLANS:
-        raise ValueError(
-            f"{len(set(plans))} different plans in {total_steps:,} steps, more than the "
-            f"{_MOST_PLANS} that a table holds: give fewer steps="
-        )
+    plans = _plans_at(starts, timed, layout.num_blocks, total_steps)
     everything = FreezePlan((True,) * layout.num_blocks, embeddings=True)
     freezer = Freezer(copied, layout, tied=tied, frozen_mode=frozen_mode)
     with without_data(model):
@@ -222,7 +220,11 @@ def plan_training(
             batch = on_meta(inputs, batch_size, batch_size)
         meter = StageMeter(copied, layout, freezer, batch, options)
         full = replace(meter, options=replace(options, real_tokens=1.0)).measure(everything)
-        by_plan = {everything: full} if real_tokens == 1 else {}
+        by_plan = {everything: full} if real_tokens == 1 and not rows else {}
+        if rows:
+            held = TrainedRows(copied, rows)
+            freezer = Freezer(copied, layout, tied=tied, frozen_mode=frozen_mode, rows=held)
+            meter = replace(meter, freezer=freezer)
         by_plan |= {
             plan: meter.measure(plan) for plan in dict.fromkeys(plans) if plan not in by_plan
         }
@@ -303,6 +305,18 @@ def _check_zero2(optimizer: str, master_weights: object, in_backward: bool) -> N
             "torch.optim.AdamW, and keeps its state and weights in float32: leave them out, or "
             "plan 'fsdp2'"
         )
+
+
+def _plans_at(
+    starts: Sequence[int], schedule: Schedule, num_blocks: int, total_steps: int
+) -> list[FreezePlan]:
+    plans = [schedule.plan(start, num_blocks) for start in starts]
+    if len(set(plans)) > _MOST_PLANS:
+        raise ValueError(
+            f"{len(set(plans))} different plans in {total_steps:,} steps, more than the "
+            f"{_MOST_PLANS} that a table holds: give fewer steps="
+        )
+    return plans
 
 
 def _check_placement(

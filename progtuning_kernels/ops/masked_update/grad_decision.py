@@ -10,7 +10,7 @@ from torch import Tensor
 
 from ...sharding import is_sharded, local_of
 from ..masked_norm import masked_norm
-from .bucket import Bucket, Gradients
+from .bucket import Bucket, Gradients, in_memory_order
 
 
 class GradDecision(NamedTuple):
@@ -131,7 +131,7 @@ def _norm(
         if own is not None and bucket.device.type == "cpu":
             norms.append(own(bucket, some))
         else:
-            present = [grad for grad in some.given if grad is not None]
+            present = [in_memory_order(grad) for grad in some.ordered if grad is not None]
             rest.setdefault(bucket.device, []).extend(present)
     norms += [masked_norm(same) for same in rest.values()]
     norms = [norm.to(device) for norm in norms]
