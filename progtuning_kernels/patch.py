@@ -17,6 +17,7 @@ from .freezing.handle import PatchHandle, handle_of, live_handles
 from .graphs import Graph
 from .model.families import UnsupportedModelError
 from .model.layout import find_layout
+from .model.rows import TrainedRows
 from .packing import Packing
 from .schedules import Schedule, check_schedule, decides_by_gradients, whole_number
 from .schedules.plan import check_choice
@@ -36,7 +37,7 @@ def patch_model(
     graph: Graph = "off",
     cache: PrefixCache | Literal["auto"] | None = None,
     blocks: str | Sequence[str] | None = None,
-    rows: Mapping[str, Any] | None = None,
+    rows: Mapping[str, Any] | TrainedRows | None = None,
     step: int = 0,
 ) -> PatchHandle:
     """Patch `model` in place so that it trains only what `schedule` says.

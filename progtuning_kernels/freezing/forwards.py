@@ -99,6 +99,7 @@ class Forwards:
         if self._freezer.packer.busy:
             return
         self._freezer.packer.end()
+        self._freezer.rows.end_forward()
         self._freezer.graphs.forbid()
         if cache is not None:
             if cache.busy:

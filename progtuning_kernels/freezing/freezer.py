@@ -320,7 +320,8 @@ class Freezer:
         self.active.restore_flags()
         if self._wrapper is not None:
             self._wrapper.reshard()
-        self.rows.remove()
+        if not self.rows.outlives_patch:
+            self.rows.remove()
         self._checkpointing.restore_checkpointing()
         if self.norms is not None:
             self.norms.remove_norm_hooks()

@@ -95,7 +95,7 @@ class PatchHandle:
         packing: Packing,
         graph: Graph,
         cache: PrefixCache | None,
-        rows: Mapping[str, Any] | None,
+        rows: Mapping[str, Any] | TrainedRows | None,
         step: int,
     ) -> None:
         self.model = model
@@ -106,7 +106,7 @@ class PatchHandle:
         self._missed = MissedSteps(model, layout, schedule)
         options: dict[str, Any] = {"frozen_mode": frozen_mode, "tied": tied, "kernels": kernels}
         options |= {"packing": packing, "graph": graph}
-        trained = TrainedRows(model, rows)
+        trained = rows if isinstance(rows, TrainedRows) else TrainedRows(model, rows)
         try:
             self.freezer = Freezer(model, layout, schedule, **options, rows=trained, step=step)
             plan = schedule.plan(step, layout.num_blocks)

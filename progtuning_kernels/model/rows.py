@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from ..sharding import forget, is_sharded, local_of
+from .adapters import save_with_adapter
 from .derived_classes import derive, root_of, without_derived_ancestors
 from .families import UnsupportedModelError
 
@@ -71,6 +72,20 @@ class _Product(torch.autograd.Function):
         return d_hidden, None, d_bias, d_rows, None
 
 
+class _Whole(torch.autograd.Function):
+    """The tensor, for code that computes with it as a whole: its rows get theirs of the gradient."""
+
+    @staticmethod
+    def forward(ctx, weight, rows, ids):
+        ctx.save_for_backward(ids)
+        return weight.detach()
+
+    @staticmethod
+    def backward(ctx, upstream):
+        (ids,) = ctx.saved_tensors
+        return None, upstream.index_select(0, ids), None
+
+
 class _Routing(TorchFunctionMode):
     """In the forward of a module: lookups in its tensors, and products with them, give a gradient
     to the rows that train. Any other use of the tensors gives none.
@@ -79,6 +94,16 @@ class _Routing(TorchFunctionMode):
     def __init__(self, routes: Sequence[tuple[Rows, Tensor, Tensor]]) -> None:
         super().__init__()
         self._routes = routes  # rows, the tensor and the leaf of each
+
+    def __enter__(self) -> Any:
+        for rows, *_ in self._routes:
+            rows.routed_inside += 1
+        return super().__enter__()
+
+    def __exit__(self, *exc: Any) -> None:
+        super().__exit__(*exc)
+        for rows, *_ in self._routes:
+            rows.routed_inside -= 1
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
         kwargs = kwargs or {}
@@ -143,11 +168,14 @@ class Rows:
         ids: (k,) int64, on the CPU, ascending.
         holders: the modules that hold the tensor, and their names for it.
         sharded: whether FSDP2 puts gathered tensors in the places of tensor and leaf in a forward.
+        in_forward: whether a training forward of the model is under way.
+        routed_inside: how many forwards of holders, which route by themselves, are under way.
     """
 
     def __init__(self, name: str, ids: Tensor, holders: Sequence[tuple[nn.Module, str]]) -> None:
         self.name, self.ids, self.holders = name, ids, holders
-        self.sharded = False
+        self.sharded = self.in_forward = False
+        self.routed_inside = 0
         self._wish = self.weight.requires_grad
         self._on: tuple[Tensor, Tensor] | None = None
         self._begun = self._ran = False  # a training forward: ever, and under the step at hand
@@ -226,7 +254,7 @@ class Rows:
         """
         if not (self._begun or self.sharded or is_sharded(self.leaf)):
             self.follow_weight()
-        self._begun = self._ran = True
+        self._begun = self._ran = self.in_forward = True
 
     def end_step(self) -> None:
         """After the optimizer's step, which may write past the version counters, too. Under FSDP2
@@ -387,6 +415,16 @@ def _members(base: type, own_forward: bool) -> dict[str, Any]:
         with _Routing(routes):
             return run(self, *args, **kwargs)
 
+    def read(self: nn.Module, name: str) -> Any:
+        # by other code, such as TRL's loss, which is given the head's weight
+        value, rows = base.__getattr__(self, name), rows_of(self).get(name)
+        if rows is None or not rows.in_forward or rows.routed_inside:
+            return value
+        for rows, weight, leaf in routes_of(self):
+            if weight is value:
+                return _Whole.apply(weight.detach(), leaf, rows.on(weight)[0])
+        return value
+
     def save(self: nn.Module, *args: Any, **kwargs: Any) -> None:
         for rows in rows_of(self).values():
             rows.synchronise()
@@ -416,6 +454,7 @@ def _members(base: type, own_forward: bool) -> dict[str, Any]:
 
     return {
         name: routed,
+        "__getattr__": read,
         "_save_to_state_dict": save,
         "_load_from_state_dict": load,
         "__getstate__": state_of_a_copy,
@@ -437,14 +476,23 @@ class TrainedRows:
 
     Args:
         wanted: ids by the name of a module or parameter, as `patch_model` takes them.
+        outlives_patch: who made this removes it, after the model is unpatched.
 
     Raises:
         TypeError, ValueError, UnsupportedModelError: as `patch_model`.
     """
 
-    def __init__(self, model: nn.Module, wanted: Mapping[str, Any] | None = None) -> None:
+    def __init__(
+        self,
+        model: nn.Module,
+        wanted: Mapping[str, Any] | None = None,
+        *,
+        outlives_patch: bool = False,
+    ) -> None:
+        self.outlives_patch = outlives_patch
         self._model = model
         found = _find(model, wanted or {})
+        save_with_adapter(model, [(name, m._parameters[a]) for name, _, ((m, a), *_) in found])
         self.of_tensors = [Rows(*one) for one in found]
 
     def hold(self) -> None:
@@ -458,6 +506,10 @@ class TrainedRows:
     def begin_training(self) -> None:
         for rows in self.of_tensors:
             rows.begin_training()
+
+    def end_forward(self) -> None:
+        for rows in self.of_tensors:
+            rows.in_forward = False
 
     def end_step(self) -> None:
         for rows in self.of_tensors:
@@ -562,6 +614,11 @@ def _refuse(name: str, module: nn.Module, weight: Tensor) -> None:
     if is_sharded(weight):
         raise UnsupportedModelError(
             f"rows: {name} is sharded already: call patch_model before fully_shard"
+        )
+    if getattr(weight, "_hp_mapping", None) is not None:
+        raise UnsupportedModelError(
+            f"rows: {name} is in DeepSpeed's partitions already: call patch_model before "
+            "deepspeed.initialize, and give it handle.param_groups()"
         )
     if weight.ndim != 2 or not weight.is_floating_point():
         raise UnsupportedModelError(

@@ -237,9 +237,8 @@ def test_outputs_may_be_written_into_and_evaluation_is_as_ever():
 
 def test_a_use_that_gives_the_rows_no_gradient_is_refused():
     model, inputs = example("llama-causal-lm")
-    model.lm_head.register_forward_hook(
-        lambda module, args, output: output + model.model.embed_tokens.weight.sum()
-    )
+    kept = model.model.embed_tokens.weight  # read in a forward, the module would give it a route
+    model.lm_head.register_forward_hook(lambda module, args, output: output + kept.sum())
     handle = patch_model(model, ALL, rows={"embed_tokens": NEW})
     with pytest.raises(UnsupportedModelError, match="embed_tokens.weight is used by other code"):
         model(**inputs)
