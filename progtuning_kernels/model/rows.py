@@ -411,7 +411,7 @@ def _reader(base: type) -> Callable[[nn.Module, str], Any]:
         if rows is None or not rows.in_forward or rows.routed_inside:
             return value
         for rows, weight, leaf in routes_of(self):
-            if weight is value:
+            if weight is value and not is_sharded(leaf):
                 return _Whole.apply(weight.detach(), leaf, rows.on(weight)[0])
         return value
 
