@@ -15,8 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from picture_style import CARD, INK, MUTED, STYLE, method_colour, new_figure, save
-from plot import place_labels
+from picture_style import CARD, INK, MUTED, STYLE, method_colour, new_figure, place_labels, save
 from study_plan import Study
 
 from progtuning_kernels.cli.errors import UserError

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import gc
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
@@ -35,31 +35,44 @@ from progtuning_kernels.schedules import Schedule
 
 LORA_RANK = 8
 CHECKPOINT_S = 300
+FIRST_BATCHES = 8  # of a run, on which a budget is spent
 Settings = Mapping[str, Any]
+Batches = Sequence[Mapping[str, torch.Tensor]]
 
 
-def _progressive(settings: Settings, blocks: int, steps: int) -> Schedule:
+def _progressive(settings: Settings, steps: int, model: nn.Module, batches: Batches) -> Schedule:
     return ProgressiveSchedule(settings["stages"], steps, embeddings=settings["embeddings"])
 
 
-def _frozen_third(settings: Settings, blocks: int, steps: int) -> Schedule:
+def _frozen_third(settings: Settings, steps: int, model: nn.Module, batches: Batches) -> Schedule:
     """A step costs what one of three progressive stages costs on average: 7/9 of a full one."""
-    return MilestoneSchedule({0: blocks // 3}, embeddings="never")
+    return MilestoneSchedule({0: find_layout(model).num_blocks // 3}, embeddings="never")
 
 
-def _from_the_top(settings: Settings, blocks: int, steps: int) -> Schedule:
+def _from_the_top(settings: Settings, steps: int, model: nn.Module, batches: Batches) -> Schedule:
     """Progressive training upside down: gradients run through what is frozen."""
-    if (fixed := getattr(progtuning_kernels, "FixedBlockSchedule", None)) is None:
-        raise UserError("from-the-top needs a version with FixedBlockSchedule")
-    third = blocks // 3
-    tops = {0: blocks - 1, steps // 3: blocks - 1 - third, 2 * steps // 3: blocks - 1 - 2 * third}
-    return fixed({step: f"0-{top},embeddings" for step, top in tops.items()})
+    blocks = find_layout(model).num_blocks
+    tops = {stage * steps // 3: blocks - 1 - stage * (blocks // 3) for stage in range(3)}
+    sets = {step: f"0-{top},embeddings" for step, top in tops.items()}
+    return _of_library("FixedBlockSchedule")(sets)
 
 
-SCHEDULES: dict[str, Callable[[Settings, int, int], Schedule]] = {
+def _budget(settings: Settings, steps: int, model: nn.Module, batches: Batches) -> Schedule:
+    """The units of most gradient, at the cost of three progressive stages."""
+    return _of_library("budget_schedule")(model, 7 / 9, steps, batches=batches)
+
+
+def _of_library(name: str) -> Any:
+    if (found := getattr(progtuning_kernels, name, None)) is None:
+        raise UserError(f"this version of progtuning_kernels has no {name}")
+    return found
+
+
+SCHEDULES: dict[str, Callable[[Settings, int, nn.Module, Batches], Schedule]] = {
     "progressive": _progressive,
     "frozen-third": _frozen_third,
     "from-the-top": _from_the_top,
+    "budget": _budget,
 }
 
 
@@ -78,10 +91,16 @@ class Trainee:
     """A patched model with its optimizer and rates."""
 
     def __init__(
-        self, model: nn.Module, settings: Settings, rate: float, steps: int, packing: Any
+        self,
+        model: nn.Module,
+        settings: Settings,
+        rate: float,
+        steps: int,
+        first: Batches,
+        *,
+        packing: Any = "auto",
     ) -> None:
-        layout = find_layout(model)
-        schedule = SCHEDULES[settings["schedule"]](settings, layout.num_blocks, steps)
+        schedule = SCHEDULES[settings["schedule"]](settings, steps, model, first)
         cache = "auto" if settings["cache"] else None
         self.handle = patch_model(model, schedule, packing=packing, cache=cache)
         decay, by_unit = settings["weight_decay"], settings["layer_decay"] != 1.0
@@ -90,7 +109,7 @@ class Trainee:
             max_grad_norm=settings["clip"],
         )
         self.peaks = [  # rates of the groups; the head is unit L
-            rate * settings["layer_decay"] ** (layout.num_blocks - group.get("unit", 0))
+            rate * settings["layer_decay"] ** (self.handle.num_blocks - group["unit"])
             if by_unit
             else rate
             for group in self.optimizer.param_groups
@@ -129,6 +148,10 @@ def epoch_batches(task: Task, settings: Settings, seed: int, epoch: int) -> list
     return make(task.train, settings["rows"], 1000 * seed + epoch)
 
 
+def first_batches(task: Task, settings: Settings, seed: int) -> Batches:
+    return [task.batch(rows) for rows in epoch_batches(task, settings, seed, 0)[:FIRST_BATCHES]]
+
+
 def train(
     job: Job, settings: Settings, task: Task, steps: int, *, cache: Path, work: Path
 ) -> dict[str, Any]:
@@ -136,7 +159,8 @@ def train(
     assert job.rate is not None
     started = time.perf_counter()
     model = make_model(job, settings, task, cache)
-    trainee = Trainee(model, settings, job.rate, steps, "auto")
+    first = first_batches(task, settings, job.seed)
+    trainee = Trainee(model, settings, job.rate, steps, first)
     handle, optimizer = trainee.handle, trainee.optimizer
     found = {"updates": 0, "peak_state_bytes": 0, "seconds_before": 0.0}
     found |= load_checkpoint(work, handle, optimizer) or {}
@@ -253,4 +277,5 @@ def _timed(
     model = make_model(job, settings, task, cache)
     if way == "hf":
         return plain_session(Rule(1e-5, settings["clip"]), model)
-    return Trainee(model, settings, 1e-5, steps, "off" if way == "padded" else "auto")
+    first, packing = first_batches(task, settings, 0), "off" if way == "padded" else "auto"
+    return Trainee(model, settings, 1e-5, steps, first, packing=packing)
