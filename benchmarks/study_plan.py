@@ -180,21 +180,24 @@ def run_seconds(timed: Mapping[str, Any], steps: int) -> float:
     return (steps * step_ms + sum(stage["first_extra_ms"] for stage in stages)) / 1e3
 
 
-def by_stage(stages: Sequence[int], rounds_ms: Sequence[Sequence[float]]) -> list[dict[str, Any]]:
+def by_stage(
+    stages: Sequence[int], warm: Sequence[bool], rounds_ms: Sequence[Sequence[float]]
+) -> list[dict[str, Any]]:
     """What is stored of a method's times: a median over rounds for every step, a mean for a stage.
 
-    In the first two steps of a stage packing and cache are tried: what they take longer is apart.
+    What the first two steps of a stage take longer, in which packing and cache are tried, is apart.
 
     Args:
         stages: of every step.
+        warm: of every step, whether it is left out of the mean.
         rounds_ms: milliseconds of every step, in every round.
     """
     times_ms = [statistics.median(of_step) for of_step in zip(*rounds_ms, strict=True)]
     found = []
     for stage in sorted(set(stages)):
-        own = [ms for s, ms in zip(stages, times_ms, strict=True) if s == stage]
-        step_ms = statistics.mean(own[2:] or own)
-        extra_ms = sum(own[:2]) - 2 * step_ms if own[2:] else 0.0
+        own = [i for i, s in enumerate(stages) if s == stage]
+        step_ms = statistics.mean(times_ms[i] for i in own if not warm[i])
+        extra_ms = sum(times_ms[i] - step_ms for i in own[:2] if warm[i])
         share = len(own) / len(stages)
         found.append({"share": share, "step_ms": step_ms, "first_extra_ms": extra_ms})
     return found

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from real_rows import grouped_batches, random_batches, sample
+from real_rows import grouped_batches, places_and_tokens, random_batches, sample
 from study_models import load_model
 from study_plan import Job, by_stage
 from study_tasks import Row, Task, evaluate
@@ -212,22 +212,24 @@ def time_methods(
 ) -> dict[str, Any]:
     """Seconds of short runs with the stages of whole ones, step by step in turn.
 
-    An epoch has `batches` batches, which stand for all of them (`real_rows.sample`). Models are
-    made anew in every round, and the order of the methods turns.
+    An epoch has `batches` batches, which stand for all of them (`real_rows.sample`), after two that
+    warm up. Models are made anew in every round, and the order of the methods turns.
 
     Args:
         methods: name -> settings and way.
     """
     first = next(iter(methods.values()))[0]
     epochs, whole = first["epochs"], steps_per_epoch(task, first)
-    batches = min(batches, whole)
+    batches = min(batches, whole - 2)
     chosen = {
         order: [
-            sample(epoch_batches(task, {**first, "order": order}, 1, epoch), batches, seed=2)
+            _short_epoch(epoch_batches(task, {**first, "order": order}, 1, epoch), batches)
             for epoch in range(epochs)
         ]
         for order in ("random", "grouped")
     }
+    batches += 2
+    warm = [number % batches < 2 for number in range(epochs * batches)]
     stages: dict[str, list[int]] = {}
     rounds_ms: dict[str, list[list[float]]] = {name: [] for name in methods}
     evaluation_s = 0.0
@@ -264,10 +266,22 @@ def time_methods(
         "train_rows": len(task.train),
         "evaluation_s": evaluation_s,
         "methods": {
-            name: {"way": methods[name][1], "stages": by_stage(stages[name], times)}
+            name: {"way": methods[name][1], "stages": by_stage(stages[name], warm, times)}
             for name, times in rounds_ms.items()
         },
     }
+
+
+def _short_epoch(batches: list[list[Row]], count: int) -> list[list[Row]]:
+    """Two batches of about the mean number of tokens, and others that stand for all."""
+    chosen = sample(batches, count, seed=2)
+    taken = {id(batch) for batch in chosen}
+    tokens = places_and_tokens(batches)[1]
+    spare = sorted(
+        (batch for batch in batches if id(batch) not in taken),
+        key=lambda batch: abs(places_and_tokens([batch])[1] - tokens),
+    )
+    return [*spare[:2], *chosen]
 
 
 def _timed(

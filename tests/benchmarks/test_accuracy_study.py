@@ -88,10 +88,13 @@ def test_stored_runs_are_not_made_again_and_a_line_cut_off_costs_one(tmp_path):
 
 
 def test_seconds_are_steps_times_measured_steps(tmp_path):
-    stages = PLAN.by_stage([0] * 3 + [1] * 3, [[90, 10, 10, 90, 20, 20], [70, 10, 10, 70, 20, 22]])
+    rounds_ms = [[90, 12, 10, 40, 90, 20, 20], [70, 12, 10, 60, 70, 20, 22]]
+    warm = [True, True, False, True, True, True, False]
+    stages = PLAN.by_stage([0] * 4 + [1] * 3, warm, rounds_ms)
     assert [s["step_ms"] for s in stages] == [10, 21]
-    assert [s["first_extra_ms"] for s in stages] == [80 + 10 - 20, 80 + 20 - 42]
-    assert PLAN.run_seconds({"stages": stages}, 200) == pytest.approx((3100 + 128) / 1e3)
+    assert [s["first_extra_ms"] for s in stages] == [70 + 2, 59 - 1]
+    seconds = (700 * (4 / 7 * 10 + 3 / 7 * 21) + 72 + 58) / 1e3
+    assert PLAN.run_seconds({"stages": stages}, 700) == pytest.approx(seconds)
     one = {"share": 1.0, "first_extra_ms": 0.0}
     methods = {
         name: {"stages": [one | {"step_ms": ms}]}
