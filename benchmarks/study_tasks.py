@@ -89,9 +89,11 @@ def read_task(
     order = random.Random(0).sample(range(len(train)), min(settings["train_rows"], len(train)))
     train = [train[i] for i in order]
     if name == "stdlib":
-        rows = [_chat(tokenizer, row["ask"], row["answer"], settings["tokens"]) for row in train]
         asked = random.Random(0).sample(validation, min(ANSWERED, len(validation)))
-        scored = _with_choices(tokenizer, asked, settings["tokens"])
+        # those that train have choices too: tuning holds some of them out
+        rows, scored = (
+            _with_choices(tokenizer, part, settings["tokens"]) for part in (train, asked)
+        )
         return Task(name, rows, scored, None, tokenizer.pad_token_id, digest)
     labels = {row["label"] for row in train}
     classes = 1 if settings["metric"] == "pearson" else len(labels)
@@ -166,18 +168,21 @@ def _chat(tokenizer: Any, ask: str, answer: str, tokens: int) -> Row:
     asked = f"<|im_start|>user\n{ask}<|im_end|>\n<|im_start|>assistant\n"
     prompt = tokenizer(asked, add_special_tokens=False)["input_ids"]
     said = tokenizer(answer, add_special_tokens=False)["input_ids"]
-    said = said[: tokens - len(prompt) - 1] + [tokenizer.eos_token_id]
+    said = said[: max(1, tokens - len(prompt) - 1)] + [tokenizer.eos_token_id]
     return {"input_ids": prompt + said, "labels": [-100] * len(prompt) + said}
 
 
 def _with_choices(tokenizer: Any, rows: Sequence[Row], tokens: int) -> list[Row]:
     """Every row with its own answer first, and three others, of its file if there are as many."""
-    draw = random.Random(0)
+    draw, near = random.Random(0), defaultdict(set)
+    for row in rows:
+        near[row["file"]].add(row["answer"])
+    everywhere = sorted(set().union(*near.values()))
     found = []
     for row in rows:
-        others = sorted({r["answer"] for r in rows} - {row["answer"]})
-        near = sorted({r["answer"] for r in rows if r["file"] == row["file"]} - {row["answer"]})
-        wrong = draw.sample(near if len(near) >= CHOICES - 1 else others, CHOICES - 1)
+        close = sorted(near[row["file"]])
+        pool = close if len(close) >= CHOICES else everywhere
+        wrong = [a for a in draw.sample(pool, CHOICES) if a != row["answer"]][: CHOICES - 1]
         choices = [_chat(tokenizer, row["ask"], a, tokens) for a in (row["answer"], *wrong)]
         found.append(choices[0] | {"choices": choices})
     return found

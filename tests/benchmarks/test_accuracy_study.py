@@ -312,6 +312,15 @@ def test_decoders_choose_among_answers():
     assert found["perplexity"] == pytest.approx(torch.tensor(losses[0]).exp().item(), rel=1e-5)
 
 
+class _Letters:
+    """A tokenizer of one token per character."""
+
+    eos_token_id = 2
+
+    def __call__(self, text: str, add_special_tokens: bool) -> dict:
+        return {"input_ids": [*map(ord, text)]}
+
+
 def test_answers_of_a_library_stand_in_one_part(tmp_path):
     doc = '"""Give back the number {}.\n\n    More."""'
     for i in range(10):
@@ -323,5 +332,11 @@ def test_answers_of_a_library_stand_in_one_part(tmp_path):
     train, validation = TASKS.stdlib_answers(tmp_path)
     assert (len(train), len(validation)) == (8, 4)
     assert not {r["answer"] for r in train} & {r["answer"] for r in validation}
-    shown = next(row for row in train if row["file"] == "m0.py" or True)
-    assert shown["ask"].startswith("What does shown(a, b=") and shown["answer"].endswith(".")
+    assert all(row["ask"].startswith("What does shown(a, b=") for row in train)
+    rows = [{"file": f"{i % 2}", "ask": "?", "answer": f"{i}"} for i in range(8)]
+    rows += [{"file": "alone", "ask": "?", "answer": "8"}]
+    for row, made in zip(rows, TASKS._with_choices(_Letters(), rows, 128), strict=True):
+        said = [c["input_ids"][-2] for c in made["choices"]]
+        assert len({*said}) == 4 and said[0] == ord(row["answer"]) and made["labels"][-1] == 2
+        if row["file"] != "alone":
+            assert {chr(c) for c in said} == {r["answer"] for r in rows if r["file"] == row["file"]}
