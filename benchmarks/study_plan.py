@@ -144,7 +144,10 @@ class Study:
         limit_s = self.seconds(model, task, other, whole)
         own_s = self.seconds(model, task, method, whole)
         if limit_s is None or own_s is None:
-            raise ValueError(f"how many steps {method} makes, the times of {model}, {task} say")
+            raise ValueError(
+                f"{method} takes the seconds of {other}: accuracy_study.py times first, for "
+                f"--model {model} --task {task}"
+            )
         return max(1, min(whole, round(whole * limit_s / own_s)))
 
     def about_seconds(self, job: Job) -> float | None:
