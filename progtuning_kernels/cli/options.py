@@ -373,7 +373,7 @@ TRAINER_DEFAULTS: dict[str, Any] = {
 }
 # What decides the cost of a step or of a run.
 PLANNED = """
-model task max_length add_tokens train_new_tokens method schedule stages embeddings frozen_mode tied
+model task max_length add_tokens method schedule stages embeddings frozen_mode tied train_new_tokens
 blocks packing cache lora_rank precision state_dtype master_weights in_backward state_device
 gradient_checkpointing bf16 max_steps per_device_train_batch_size device
 """.split()
