@@ -74,6 +74,7 @@ class TrainOptions:
         embeddings: When the embeddings train in it; under always, backward is never truncated.
         frozen_mode: Mode of frozen blocks: eval has no dropout.
         tied: What a weight shared by embeddings and LM head does once the embeddings are frozen.
+        only: Regular expression: only parameters whose names match it train, such as "mlp|lm_head".
         blocks: Path of the block list where it cannot be found; several with commas, in order.
         packing: auto leaves padding out of what blocks compute where a batch has more than a little
             of it, on wherever it has any.
@@ -127,6 +128,7 @@ class TrainOptions:
     embeddings: Literal["first_stage", "always", "never"] = "first_stage"
     frozen_mode: Literal["eval", "train"] = "eval"
     tied: Literal["frozen", "head_only"] = "frozen"
+    only: str | None = None
     blocks: str | None = None
     packing: Literal["auto", "on", "off"] = "auto"
     cache: str | None = None
@@ -239,7 +241,15 @@ def _dashed(name: str) -> str:
     return f"--{name.replace('_', '-')}"
 
 
-_FOR_SCHEDULED = ("anneal", "state_dtype", "master_weights", "in_backward", "cache", "graph")
+_FOR_SCHEDULED = (
+    "only",
+    "anneal",
+    "state_dtype",
+    "master_weights",
+    "in_backward",
+    "cache",
+    "graph",
+)
 _BATCH_SIZE = 32
 # What would train or evaluate on other rows than the command says, or change nothing.
 _NOT_OF_TRAINER = """
@@ -325,7 +335,7 @@ TRAINER_DEFAULTS: dict[str, Any] = {
 }
 # What decides the cost of a step or of a run.
 PLANNED = """
-model task max_length method schedule stages embeddings frozen_mode tied blocks packing cache
+model task max_length method schedule stages embeddings frozen_mode tied only blocks packing cache
 lora_rank precision state_dtype master_weights in_backward gradient_checkpointing bf16 max_steps
 per_device_train_batch_size device
 """.split()

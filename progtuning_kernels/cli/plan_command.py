@@ -103,6 +103,7 @@ def plan_run(
             in_backward=options.in_backward,
             cache=False if size is None else size == "auto" or PrefixCache(parse_bytes(size)),
             tied=options.tied,
+            only=options.only if options.is_scheduled else None,
             frozen_mode=options.frozen_mode,
             blocks=options.block_lists,
             real_tokens=real_tokens if options.is_scheduled and options.packing != "off" else 1.0,

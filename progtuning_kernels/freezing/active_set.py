@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import weakref
 from collections.abc import Iterator
 from typing import Literal
@@ -12,6 +13,7 @@ from torch import nn
 from ..model.adapters import adapter_configs
 from ..model.layout import EMBEDDINGS, Layout, ParameterSlot, parameter_slots
 from ..schedules import FreezePlan
+from .only import check_only, compile_only, matches
 
 TiedPolicy = Literal["frozen", "head_only"]
 
@@ -19,7 +21,9 @@ TiedPolicy = Literal["frozen", "head_only"]
 class ActiveSet:
     """Sets `requires_grad` of one model's parameters, and nothing else of the model."""
 
-    def __init__(self, model: nn.Module, layout: Layout, tied: TiedPolicy) -> None:
+    def __init__(
+        self, model: nn.Module, layout: Layout, tied: TiedPolicy, only: str | None = None
+    ) -> None:
         self._model = model
         self._layout = layout
         self._tied = tied
@@ -29,7 +33,11 @@ class ActiveSet:
         self._flags: list[bool] = []  # of the plan in force, one a slot
         self._user_trainable: dict[str, bool] = {}
         self._adapted = bool(adapter_configs(model))
+        self._only: re.Pattern[str] | None = None
+        self._masked: set[str] = set()  # names of parameters that `only` leaves out
         self._scan()
+        if only is not None:
+            self.keep_only(only)
 
     @property
     def device(self) -> torch.device:
@@ -47,9 +55,23 @@ class ActiveSet:
         flags = zip(self._slots, self._flags, strict=True)
         return sum(slot.parameter.numel() for slot, on in flags if on)
 
+    @property
+    def only(self) -> str | None:
+        """The regular expression that says which parameters may train."""
+        return None if self._only is None else self._only.pattern
+
+    def keep_only(self, only: str) -> None:
+        """Freeze all parameters whose names `only` is not found in, under every plan from the next
+        on; `ValueError` if that leaves nothing.
+        """
+        pattern = compile_only(only)
+        check_only(pattern, self._model, [n for n, on in self._user_trainable.items() if on])
+        self._only = pattern
+        self._scan()
+
     def active_units(self, slot: ParameterSlot, plan: FreezePlan) -> tuple[int, ...]:
         """Units in which the parameter is active under `plan`; () when it is frozen."""
-        if not self._user_trainable[slot.name]:
+        if not self._user_trainable[slot.name] or slot.name in self._masked:
             return ()
         trained = tuple(unit for unit in slot.units if self.trains(unit, plan))
         if trained == slot.units:
@@ -73,6 +95,7 @@ class ActiveSet:
             raise ValueError(
                 f"the plan with boundary {plan.boundary} of {self._layout.num_blocks} blocks "
                 "freezes everything that was trainable when the model was patched"
+                + (f" and that only={self.only!r} matches" if self._only else "")
             )
 
     def rescan_parameters(self) -> list[str]:
@@ -95,14 +118,14 @@ class ActiveSet:
     def take_switched(self, plan: FreezePlan) -> bool:
         """Note what was switched on since the last plan; whether `plan` trains some of it.
 
-        What it freezes above the lowest active unit is frozen again: autograd would reach it there.
+        What it freezes in the lowest active unit or above is frozen again: autograd would reach it there.
         """
         chosen = [slot for slot, on in self._switched() if on]
         self._user_trainable.update((slot.name, True) for slot in chosen)
         if any(self.active_units(slot, plan) for slot in chosen):
             return True
         for slot in chosen:
-            if slot.units[0] > min(self.units):
+            if slot.units[0] >= min(self.units):
                 slot.parameter.requires_grad_(False)
         return False
 
@@ -136,8 +159,22 @@ class ActiveSet:
         else:
             users = f"{label(slot.units[0])} to {label(slot.units[-1])}"
             why = "trains only while all of them do"
+        if slot.name in self._masked:
+            why = f"only={self.only!r}"
         state = "trains" if slot.parameter.requires_grad else "is frozen"
         return f"tied: {slot.name} is used by {users}; it {state} ({why})"
+
+    def explain_only(self) -> str | None:
+        """One line of the report on what `only` freezes; None without it."""
+        if self._only is None:
+            return None
+        own = [slot for slot in self._slots if self._user_trainable[slot.name]]
+        out = [slot for slot in own if slot.name in self._masked]
+        elements = sum(slot.parameter.numel() for slot in out)
+        return (
+            f"only={self.only!r}: freezes {len(out)} of {len(own)} trainable tensors, {elements:,} "
+            "parameters, under every plan"
+        )
 
     def trains(self, unit: int, plan: FreezePlan) -> bool:
         if unit == EMBEDDINGS:
@@ -180,6 +217,8 @@ class ActiveSet:
             wishes[slot.name] = wish
         self._slots, self._user_trainable, self._flags = slots, wishes, []
         self._objects = [weakref.ref(slot.parameter) for slot in slots]
+        if (only := self._only) is not None:
+            self._masked = {slot.name for slot in slots if not matches(only, slot.name)}
         return new
 
     def _switched(self) -> Iterator[tuple[ParameterSlot, bool]]:

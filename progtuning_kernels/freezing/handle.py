@@ -29,6 +29,7 @@ from .decay_groups import decay_groups
 from .forwards import Forwards
 from .freezer import Freezer
 from .missed_steps import MissedSteps
+from .only import check_same_only
 from .truncation import TruncationReport, report_truncation
 
 _HANDLE = "_progtuning_handle"
@@ -89,6 +90,7 @@ class PatchHandle:
         *,
         frozen_mode: FrozenMode,
         tied: TiedPolicy,
+        only: str | None,
         kernels: Kernels,
         packing: Packing,
         graph: Graph,
@@ -103,7 +105,7 @@ class PatchHandle:
         self._missed = MissedSteps(model, layout, schedule)
         options: dict[str, Any] = {"frozen_mode": frozen_mode, "tied": tied, "kernels": kernels}
         self.freezer = Freezer(
-            model, layout, schedule, **options, packing=packing, graph=graph, step=step
+            model, layout, schedule, **options, only=only, packing=packing, graph=graph, step=step
         )
         plan = schedule.plan(step, layout.num_blocks)
         self.freezer.check_known_plans()
@@ -190,6 +192,11 @@ class PatchHandle:
     def trainable_params(self) -> int:
         """Number of parameter elements that were trainable when the model was patched."""
         return self.freezer.active.trainable_params
+
+    @property
+    def only(self) -> str | None:
+        """The regular expression that says which parameters may train; None: all."""
+        return self.freezer.active.only
 
     @property
     def cache(self) -> PrefixServer | None:
@@ -391,6 +398,8 @@ class PatchHandle:
             "num_blocks": self.num_blocks,
             "schedule": repr(self.schedule),
         }
+        if self.only is not None:
+            state["only"] = self.only
         if padded := self.freezer.packer.state_dict():
             state["padded"] = padded
         if costs := self.freezer.swaps.state_dict():
@@ -407,8 +416,8 @@ class PatchHandle:
             state: what `state_dict` has returned.
 
         Raises:
-            ValueError: the state belongs to a model or a schedule other than this one, or its step
-                has no plan.
+            ValueError: the state belongs to a model, a schedule or an `only` other than this one,
+                or its step has no plan.
             RuntimeError: as `seek`.
         """
         if state.get("format") != 1:
@@ -419,6 +428,7 @@ class PatchHandle:
             )
         if state["schedule"] != repr(self.schedule):
             raise ValueError(f"saved under {state['schedule']}, this run has {self.schedule!r}")
+        check_same_only(state.get("only"), self.only)
         if (norms := self.freezer.norms) is not None:
             norms.schedule.load_state_dict(state["decisions"])
         self.freezer.packer.load_state_dict(state.get("padded", {}))

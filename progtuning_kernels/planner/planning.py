@@ -6,7 +6,7 @@ import copy
 import math
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import replace
 from typing import Any
 
@@ -81,6 +81,7 @@ def plan_training(
     inputs: Mapping[str, Any] | None = None,
     frozen_mode: FrozenMode = "eval",
     tied: TiedPolicy = "frozen",
+    only: str | None = None,
     blocks: str | Sequence[str] | None = None,
     calibrate: bool = False,
     ranks: int = 1,
@@ -122,6 +123,8 @@ def plan_training(
         inputs: arguments of the model in place of tokens and labels, `batch_size` in dimension 0.
         frozen_mode: as for `patch_model`.
         tied: as for `patch_model`.
+        only: as for `patch_model`. The step of full training, which stages are compared with,
+            trains everything; nothing is calibrated.
         blocks: as for `patch_model`.
         calibrate: time real steps of two blocks, embeddings and head on `device`, for about two
             seconds (four rounds at least), and compose stages from that.
@@ -134,9 +137,9 @@ def plan_training(
         UnsupportedModelError: the model cannot be cut into units.
         ValueError: a setting out of range; autocast of weights that are not in float32; a strategy
             for one rank, or "zero2" with what only `MaskedAdamW` has; a schedule that does not fit,
-            has no length, has more than 64 different plans, or decides while it trains; a model
-            that is patched, or that asks for values of its data and so cannot run on the meta
-            device.
+            has no length, has more than 64 different plans, or decides while it trains; an `only`
+            that matches nothing that trains, or leaves nothing to a plan; a model that is patched,
+            or that asks for values of its data and so cannot run on the meta device.
         TypeError: not a module, such as a config; not a schedule, such as its class.
 
     Example:
@@ -206,13 +209,17 @@ def plan_training(
             batch = on_meta(inputs, batch_size, batch_size)
         meter = StageMeter(copied, layout, freezer, batch, options)
         full = replace(meter, options=replace(options, real_tokens=1.0)).measure(everything)
-        by_plan = {everything: full} if real_tokens == 1 else {}
+        by_plan = {everything: full} if real_tokens == 1 and only is None else {}
+        if only is not None:
+            freezer.active.keep_only(only)
         by_plan |= {
             plan: meter.measure(plan) for plan in dict.fromkeys(plans) if plan not in by_plan
         }
     measured = [by_plan[plan] for plan in plans]
 
     notes = [_attention_note(target, full, padding=padding)]
+    if only is not None:
+        notes.append(f"{freezer.active.explain_only()}; full training has them")
     if real_tokens < 1:
         notes.append(
             f"packed: blocks compute on {real_tokens:.0%} of the places, full training on all"
@@ -221,7 +228,9 @@ def plan_training(
     if not length_known:
         notes.append("the run has no length yet: steps are shares of it")
     costs = None
-    if calibrate:
+    if calibrate and only is not None:
+        notes.append(f"not calibrated: only={only!r} trains parts of blocks, and these are whole")
+    elif calibrate:
         try:
             costs = measure_units(
                 model,
@@ -323,7 +332,8 @@ def _remedies(meter: StageMeter, plan: FreezePlan, stage: StagePlan, rows: int) 
         peaks["8-bit state"] = stateless + meter.state_bytes(plan, "adamw-8bit")
         peaks["bf16 moments"] = stateless + meter.state_bytes(plan, "adamw-bf16")
     if plan.embeddings:
-        peaks['embeddings="never"'] = meter.peak_bytes(replace(plan, embeddings=False))
+        with suppress(ValueError):  # there may be nothing else that trains
+            peaks['embeddings="never"'] = meter.peak_bytes(replace(plan, embeddings=False))
     if rows > 1:
         half = on_meta(meter.inputs, rows, rows // 2)
         peaks[f"a micro-batch of {rows // 2}"] = meter.peak_bytes(plan, inputs=half)
