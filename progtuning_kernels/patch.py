@@ -19,7 +19,7 @@ from .graphs import Graph
 from .model.families import UnsupportedModelError
 from .model.layout import find_layout
 from .packing import Packing
-from .schedules import Schedule, check_schedule, decides_by_gradients, whole_number
+from .schedules import Schedule, check_schedule, decides_in_training, whole_number
 from .schedules.plan import check_choice
 from .swaps import Kernels
 
@@ -128,7 +128,7 @@ def patch_model(
         )
     inner = unwrap(model)
     _refuse_patched(inner)
-    if decides_by_gradients(schedule) and any(h.schedule is schedule for h in list(live_handles)):
+    if decides_in_training(schedule) and any(h.schedule is schedule for h in list(live_handles)):
         raise ValueError(
             f"{schedule!r} decides for a model that is patched already: give each model its own"
         )

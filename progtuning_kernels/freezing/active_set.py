@@ -36,8 +36,7 @@ class ActiveSet:
         self._only: re.Pattern[str] | None = None
         self._masked: set[str] = set()  # names of parameters that `only` leaves out
         self._scan()
-        if only is not None:
-            self.keep_only(only)
+        self.keep_only(only)
 
     @property
     def device(self) -> torch.device:
@@ -60,10 +59,12 @@ class ActiveSet:
         """The regular expression that says which parameters may train."""
         return None if self._only is None else self._only.pattern
 
-    def keep_only(self, only: str) -> None:
+    def keep_only(self, only: str | None) -> None:
         """Freeze all parameters whose names `only` is not found in, under every plan from the next
         on; `ValueError` if that leaves nothing.
         """
+        if only is None:
+            return
         pattern = compile_only(only)
         check_only(pattern, self._model, [n for n, on in self._user_trainable.items() if on])
         self._only = pattern
@@ -82,6 +83,10 @@ class ActiveSet:
         """The unit whose freezing is the parameter's, under a schedule that freezes upwards."""
         both = slot.units == (EMBEDDINGS, self._layout.head)
         return slot.units[-1] if both and self._tied == "head_only" else slot.units[0]
+
+    def active_slots(self) -> list[ParameterSlot]:
+        """Parameters that the plan in force trains."""
+        return [slot for slot, on in zip(self._slots, self._flags, strict=True) if on]
 
     def frozen_by(self, plan: FreezePlan) -> Iterator[ParameterSlot]:
         """Parameters that were trainable when the model was patched and that `plan` freezes."""
@@ -118,7 +123,8 @@ class ActiveSet:
     def take_switched(self, plan: FreezePlan) -> bool:
         """Note what was switched on since the last plan; whether `plan` trains some of it.
 
-        What it freezes in the lowest active unit or above is frozen again: autograd would reach it there.
+        What it freezes in the lowest active unit or above is frozen again: autograd would reach it
+        there.
         """
         chosen = [slot for slot, on in self._switched() if on]
         self._user_trainable.update((slot.name, True) for slot in chosen)

@@ -38,6 +38,7 @@ from ..schedules import (
     FreezePlan,
     Schedule,
     decides_by_gradients,
+    decides_by_score,
     stage_starts,
     steps_to_check,
 )
@@ -46,7 +47,6 @@ from .active_set import ActiveSet, TiedPolicy
 from .boundary import Boundary, FrozenMode
 from .checkpointing import Checkpointing
 from .gradient_norms import GradientNorms
-
 
 _MOST_STAGES = 256  # whose plans are looked at before training; 0.3 ms each with 400 tensors
 
@@ -237,6 +237,15 @@ class Freezer:
                 f"{self.norms.schedule!r} decides by whole gradients, and under DeepSpeed no rank "
                 "has them: use another schedule, or DistributedDataParallel"
             )
+        if (
+            decides_by_score(self._schedule)
+            and self._schedule.restore_best
+            and (wrapper.sharded or wrapper.engine)
+        ):
+            raise UnsupportedModelError(
+                f"{self._schedule!r} puts whole tensors back, and no rank has them under "
+                "fully_shard or DeepSpeed: restore_best=False, or DistributedDataParallel"
+            )
         self._wrapper = wrapper
         self.packer.sharded = wrapper.sharded
         if self.norms is not None:
@@ -389,6 +398,8 @@ class Freezer:
             steps |= set(range(min(total, self._allocation_end + 1)))
         for step in sorted(steps):
             yield step, self._schedule.plan(step, self.layout.num_blocks)
+        if decides_by_score(self._schedule):
+            yield from ((self.step, p) for p in self._schedule.plans(self.layout.num_blocks))
 
     def _note_adapters(self) -> None:
         check_adapters(self.model)

@@ -25,7 +25,7 @@ from ..schedules import (
     FreezePlan,
     Schedule,
     check_schedule,
-    decides_by_gradients,
+    decides_in_training,
     stage_starts,
 )
 from ..schedules.plan import check_choice
@@ -48,7 +48,7 @@ _AUTOCASTS = {(torch.float32, torch.bfloat16), (torch.float32, torch.float16)}
 def _with_length(schedule: Schedule, steps: int | None) -> tuple[Schedule, int]:
     """The schedule, or a copy of it that knows how long the run is, and that length."""
     check_schedule(schedule, "plan_training")
-    if decides_by_gradients(schedule):
+    if decides_in_training(schedule):
         raise ValueError(
             f"{type(schedule).__name__} decides while it trains: plan a MilestoneSchedule that "
             "freezes as you expect it to"
@@ -210,16 +210,14 @@ def plan_training(
         meter = StageMeter(copied, layout, freezer, batch, options)
         full = replace(meter, options=replace(options, real_tokens=1.0)).measure(everything)
         by_plan = {everything: full} if real_tokens == 1 and only is None else {}
-        if only is not None:
-            freezer.active.keep_only(only)
+        freezer.active.keep_only(only)
         by_plan |= {
             plan: meter.measure(plan) for plan in dict.fromkeys(plans) if plan not in by_plan
         }
     measured = [by_plan[plan] for plan in plans]
 
     notes = [_attention_note(target, full, padding=padding)]
-    if only is not None:
-        notes.append(f"{freezer.active.explain_only()}; full training has them")
+    notes += filter(None, [freezer.active.explain_only()])
     if real_tokens < 1:
         notes.append(
             f"packed: blocks compute on {real_tokens:.0%} of the places, full training on all"
@@ -228,9 +226,7 @@ def plan_training(
     if not length_known:
         notes.append("the run has no length yet: steps are shares of it")
     costs = None
-    if calibrate and only is not None:
-        notes.append(f"not calibrated: only={only!r} trains parts of blocks, and these are whole")
-    elif calibrate:
+    if calibrate:
         try:
             costs = measure_units(
                 model,
@@ -239,6 +235,7 @@ def plan_training(
                 options,
                 dtype=dtype,
                 tied=tied,
+                only=only,
                 frozen_mode=frozen_mode,
                 between=any(
                     i not in m.state.active
