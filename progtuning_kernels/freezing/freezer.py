@@ -240,7 +240,7 @@ class Freezer:
         if (
             decides_by_score(self._schedule)
             and self._schedule.restore_best
-            and (wrapper.sharded or wrapper.engine)
+            and (wrapper.sharded or wrapper.engine is not None)
         ):
             raise UnsupportedModelError(
                 f"{self._schedule!r} puts whole tensors back, and no rank has them under "

@@ -360,7 +360,8 @@ class ProgtuningCallback(TrainerCallback):
     ) -> None:
         if self.handle not in _rates:
             return
-        if decides_by_score(self.schedule) and (score := _found_score(args, kwargs)) is not None:
+        own, _ = _of_the_trainer(args, kwargs)
+        if decides_by_score(self.schedule) and (score := _found_score(own, kwargs)) is not None:
             self.handle.seek(state.global_step)
             self.handle.report_score(score)
             release(kwargs["optimizer"])
@@ -373,7 +374,7 @@ class ProgtuningCallback(TrainerCallback):
     ) -> None:
         if self.handle not in _rates:
             return
-        folder = Path(args.output_dir, f"checkpoint-{state.global_step}")
+        folder = Path(f"{args.output_dir}/checkpoint-{state.global_step}")
         best = self.handle.state_dict().get("best") if decides_by_score(self.schedule) else None
         if best is not None and state.is_world_process_zero and folder.is_dir():
             torch.save(best, folder / _BEST)

@@ -179,17 +179,19 @@ class ScoredSchedule(DecidingSchedule, Protocol):
 
     Attributes:
         restore_best: whether the weights of the best score are put back when a stage ends.
-        best: (steps done, score) of the best score so far; None before the first.
-        finished: whether the last stage has ended.
     """
 
     restore_best: bool
 
     @property
-    def best(self) -> tuple[int, float] | None: ...
+    def best(self) -> tuple[int, float] | None:
+        """(steps done, score) of the best score so far; None before the first."""
+        ...
 
     @property
-    def finished(self) -> bool: ...
+    def finished(self) -> bool:
+        """Whether the last stage has ended."""
+        ...
 
     def report(self, step: int, score: float) -> bool:
         """Count a score; whether it is the best so far.

@@ -266,7 +266,17 @@ def _on_a_rank(rank: int, folder: str) -> None:
             fully_shard(module)
         with pytest.raises(UnsupportedModelError, match="no rank has them .* restore_best=False"):
             patch_model(sharded, PlateauSchedule(2))
-        handle = patch_model(sharded, PlateauSchedule(2, restore_best=False, patience=1))
+        options = dict(restore_best=False, patience=1)
+        handle = patch_model(sharded, PlateauSchedule(2, **options), only="output|classifier")
+        optimizer = MaskedAdamW(handle.param_groups(lr=3e-3, weight_decay=0.1))
+        before = {n: p.to_local().clone() for n, p in sharded.named_parameters()}
+        sharded(**batch(0, rank)).loss.backward()
+        optimizer.step()
+        for n, p in sharded.named_parameters():
+            same = torch.equal(p.to_local(), before[n])
+            assert same != ("output" in n or "classifier" in n) or not p.to_local().numel(), n
+        optimizer.zero_grad()
+        handle.advance()
         handle.report_score(0.5)
         assert handle.report_score([0.6, 0.4][rank]) and handle.stage == 1
 
