@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 import weakref
 from collections.abc import Iterator
 from typing import Literal
@@ -12,6 +11,7 @@ from torch import nn
 
 from ..model.adapters import adapter_configs
 from ..model.layout import EMBEDDINGS, Layout, ParameterSlot, parameter_slots
+from ..model.rows import held_as_rows
 from ..schedules import FreezePlan
 from .only import check_only, compile_only, matches
 
@@ -33,10 +33,12 @@ class ActiveSet:
         self._flags: list[bool] = []  # of the plan in force, one a slot
         self._user_trainable: dict[str, bool] = {}
         self._adapted = bool(adapter_configs(model))
-        self._only: re.Pattern[str] | None = None
+        self._only = None if only is None else compile_only(only)
         self._masked: set[str] = set()  # names of parameters that `only` leaves out
         self._scan()
-        self.keep_only(only)
+        if self._only is not None:
+            trainable = {name for name, on in self._user_trainable.items() if on}
+            check_only(self._only, model, trainable - self._masked)
 
     @property
     def device(self) -> torch.device:
@@ -58,17 +60,6 @@ class ActiveSet:
     def only(self) -> str | None:
         """The regular expression that says which parameters may train."""
         return None if self._only is None else self._only.pattern
-
-    def keep_only(self, only: str | None) -> None:
-        """Freeze all parameters whose names `only` is not found in, under every plan from the next
-        on; `ValueError` if that leaves nothing.
-        """
-        if only is None:
-            return
-        pattern = compile_only(only)
-        check_only(pattern, self._model, [n for n, on in self._user_trainable.items() if on])
-        self._only = pattern
-        self._scan()
 
     def active_units(self, slot: ParameterSlot, plan: FreezePlan) -> tuple[int, ...]:
         """Units in which the parameter is active under `plan`; () when it is frozen."""
@@ -209,7 +200,8 @@ class ActiveSet:
         new = [slot.name for slot in slots if id(slot.parameter) not in known]
         owners = {name.rpartition(".")[0] for name, was in withheld.items() if was}
         adapted, self._adapted = self._adapted, bool(adapter_configs(self._model))
-        if self._adapted and not adapted:
+        peft_came = self._adapted and not adapted
+        if peft_came:
             # PEFT has just frozen the whole base: every flag is its word
             known, withheld, owners = {}, {}, set()
         wishes = {}
@@ -219,12 +211,17 @@ class ActiveSet:
                 inherited = withheld.get(slot.name)
                 if inherited is None:
                     inherited = not owners.isdisjoint(_ancestors(slot.name))
-                wish = slot.parameter.requires_grad or inherited
+                named = peft_came and held_as_rows(slot.owner, slot.attribute)
+                wish = slot.parameter.requires_grad or inherited or named
             wishes[slot.name] = wish
         self._slots, self._user_trainable, self._flags = slots, wishes, []
         self._objects = [weakref.ref(slot.parameter) for slot in slots]
         if (only := self._only) is not None:
-            self._masked = {slot.name for slot in slots if not matches(only, slot.name)}
+            self._masked = {
+                slot.name
+                for slot in slots
+                if not (matches(only, slot.name) or held_as_rows(slot.owner, slot.attribute))
+            }
         return new
 
     def _switched(self) -> Iterator[tuple[ParameterSlot, bool]]:

@@ -28,12 +28,12 @@ def matches(pattern: re.Pattern[str], name: str) -> bool:
     return any(map(pattern.search, {name, _WRAPPED.sub("", name)}))
 
 
-def check_only(pattern: re.Pattern[str], model: nn.Module, trainable: Collection[str]) -> None:
+def check_only(pattern: re.Pattern[str], model: nn.Module, left: Collection[str]) -> None:
     """Raise `ValueError` if it lets nothing train; warn of a tied parameter that it matches by
     another name than its first, by which `named_parameters` calls it.
 
     Args:
-        trainable: names of the parameters that were trainable when the model was patched.
+        left: names of the parameters that it leaves trainable, with rows that train by themselves.
     """
     only, names = f"only={pattern.pattern!r}", defaultdict(list)
     for name, parameter in model.named_parameters(remove_duplicate=False):
@@ -46,16 +46,16 @@ def check_only(pattern: re.Pattern[str], model: nn.Module, trainable: Collection
         if first not in found and matches(pattern, other)
     ]
     hint = "; ".join(["", *hints])
-    if not found:
+    if not found and not left:
         example = next((first for first, *_ in names.values()), "none")
         raise ValueError(f"{only} matches no parameter, of names like {example}{hint}")
-    if not set(found) & set(trainable):
+    if not left:
         raise ValueError(
             f"{only} matches {len(found)} parameters, such as {found[0]}, and none of them was "
             f"trainable when the model was patched{hint}"
         )
     if hints:
-        warnings.warn(f"{only} freezes a tied parameter{hint}: add that to train it", stacklevel=7)
+        warnings.warn(f"{only} freezes a tied parameter{hint}: add that to train it", stacklevel=6)
 
 
 def check_same_only(saved: str | None, only: str | None) -> None:

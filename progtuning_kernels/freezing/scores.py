@@ -52,6 +52,7 @@ class Scores:
         for slot in self._freezer.active.active_slots():
             if slot.name in self.best:  # an adapter may have come since
                 slot.parameter.copy_(self.best[slot.name])
+        self._freezer.rows.synchronise()
 
     def state_dict(self) -> dict[str, Any]:
         return {} if self.best is None else {"best": self.best}

@@ -21,6 +21,7 @@ from ..freezing.freezer import Freezer
 from ..freezing.handle import handle_of
 from ..model.derived_classes import derived_classes
 from ..model.layout import find_layout
+from ..model.rows import TrainedRows
 from ..schedules import (
     FreezePlan,
     Schedule,
@@ -83,6 +84,7 @@ def plan_training(
     tied: TiedPolicy = "frozen",
     only: str | None = None,
     blocks: str | Sequence[str] | None = None,
+    rows: Mapping[str, Any] | None = None,
     calibrate: bool = False,
     ranks: int = 1,
     strategy: Strategy | None = None,
@@ -126,6 +128,7 @@ def plan_training(
         only: as for `patch_model`. The step of full training, which stages are compared with,
             trains everything; nothing is calibrated.
         blocks: as for `patch_model`.
+        rows: as for `patch_model`. The step of full training trains all rows.
         calibrate: time real steps of two blocks, embeddings and head on `device`, for about two
             seconds (four rounds at least), and compose stages from that.
         ranks: processes that train together, each on micro-batches of its own. Bytes are then those
@@ -209,8 +212,10 @@ def plan_training(
             batch = on_meta(inputs, batch_size, batch_size)
         meter = StageMeter(copied, layout, freezer, batch, options)
         full = replace(meter, options=replace(options, real_tokens=1.0)).measure(everything)
-        by_plan = {everything: full} if real_tokens == 1 and only is None else {}
-        freezer.active.keep_only(only)
+        by_plan = {everything: full} if real_tokens == 1 and not rows and only is None else {}
+        held = TrainedRows(copied, rows)  # and `only` are not in the step of full training
+        freezer = Freezer(copied, layout, tied=tied, only=only, frozen_mode=frozen_mode, rows=held)
+        meter = replace(meter, freezer=freezer)
         by_plan |= {
             plan: meter.measure(plan) for plan in dict.fromkeys(plans) if plan not in by_plan
         }

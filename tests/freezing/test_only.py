@@ -230,3 +230,16 @@ def test_the_planner_counts_what_matches():
     assert plan.stages[0].step_ratio < 0.9
     assert plan.full.trainable_params == sum(p.numel() for p in model.parameters())
     assert "only='intermediate|classifier': freezes" in str(plan)
+
+
+def test_rows_train_beside_the_mask():
+    rows = {"embed_tokens": [5, 6], "lm_head": [5]}
+    handle = patch_model(
+        tiny_model(LLAMA), FixedBlockSchedule("-1", embeddings="always"), only="mlp", rows=rows
+    )
+    found = gradients(handle.model, tiny_inputs(LLAMA))
+    beside = {"model.embed_tokens.weight_rows", "lm_head.weight_rows"}
+    assert {n for n in found if "mlp" not in n} == beside and len(found) == 5
+    handle.unpatch()
+    handle = patch_model(tiny_model(LLAMA), FixedBlockSchedule("-1"), only="none", rows=rows)
+    assert handle.active_params == 32 and handle.boundary == 4  # the row of the head
