@@ -213,16 +213,14 @@ def plan_training(
         meter = StageMeter(copied, layout, freezer, batch, options)
         full = replace(meter, options=replace(options, real_tokens=1.0)).measure(everything)
         by_plan = {everything: full} if real_tokens == 1 and not rows and only is None else {}
-        held = TrainedRows(copied, rows)  # and `only` are not in the step of full training
-        freezer = Freezer(copied, layout, tied=tied, only=only, frozen_mode=frozen_mode, rows=held)
-        meter = replace(meter, freezer=freezer)
+        meter = _with_masks(meter, rows, only, tied=tied, frozen_mode=frozen_mode)
         by_plan |= {
             plan: meter.measure(plan) for plan in dict.fromkeys(plans) if plan not in by_plan
         }
     measured = [by_plan[plan] for plan in plans]
 
     notes = [_attention_note(target, full, padding=padding)]
-    notes += filter(None, [freezer.active.explain_only()])
+    notes += filter(None, [meter.freezer.active.explain_only()])
     if real_tokens < 1:
         notes.append(
             f"packed: blocks compute on {real_tokens:.0%} of the places, full training on all"
@@ -284,6 +282,16 @@ def plan_training(
 
 def _short(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
+
+
+def _with_masks(
+    meter: StageMeter, rows: Mapping[str, Any] | None, only: str | None, **options: Any
+) -> StageMeter:
+    """A meter of the same model, of which parts train alone; after that of full training."""
+    if not rows and only is None:
+        return meter
+    options |= {"rows": TrainedRows(meter.model, rows), "only": only}
+    return replace(meter, freezer=Freezer(meter.model, meter.layout, **options))
 
 
 @contextmanager
