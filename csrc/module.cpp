@@ -36,7 +36,7 @@ struct type_caster<At<T>> {
 };
 
 template <typename Code>
-struct type_caster<Code, std::enable_if_t<std::is_same_v<Code, DType> || std::is_same_v<Code, Master>>> {
+struct code_caster {
   PYBIND11_TYPE_CASTER(Code, const_name("int"));
   bool load(handle source, bool) {
     const bool is_int = PyLong_Check(source.ptr());
@@ -44,6 +44,10 @@ struct type_caster<Code, std::enable_if_t<std::is_same_v<Code, DType> || std::is
     return is_int;
   }
 };
+template <>
+struct type_caster<DType> : code_caster<DType> {};
+template <>
+struct type_caster<Master> : code_caster<Master> {};
 
 }  // namespace pybind11::detail
 
