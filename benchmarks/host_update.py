@@ -1,4 +1,4 @@
-"""The optimizer's update on the host: this library's kernel, DeepSpeed's CPUAdam, torch's fused AdamW.
+"""The optimizer's update on the host: ours, DeepSpeed's CPUAdam, torch's fused AdamW.
 
     python benchmarks/host_update.py [--threads 2] [--output FOLDER]
     python benchmarks/host_update.py --table FOLDER       # the stored numbers in Markdown
@@ -72,7 +72,7 @@ class Way:
 
 
 def shapes_of(hidden: int, blocks: int) -> list[tuple[int, ...]]:
-    """Of a Llama-3-8B block (4096 wide, keys and values of 1024, MLP of 14336), scaled to hidden."""
+    """Of a Llama-3-8B block (4096 wide, keys and values 1024, MLP 14336), scaled to hidden."""
     kv, wide = hidden // 4, hidden * 7 // 2
     block = [(hidden, hidden), (kv, hidden), (kv, hidden), (hidden, hidden)]
     block += [(wide, hidden), (wide, hidden), (hidden, wide), (hidden,), (hidden,)]
@@ -290,8 +290,12 @@ def table(content: Mapping[str, Any]) -> str:
         cells = (row["name"], row["formats"], f"{row['bytes']:.4g}", f"{row['step_ms']:.1f}")
         cells += (f"{row['gb_per_s']:.1f}", f"{row['share_of_copy']:.2f}", speedup)
         lines.append(f"| {' | '.join(cells)} |")
-    lines += ["", f"{content['parameters'] / 1e6:.1f} M parameters, {content['threads']} threads; a "]
-    lines[-1] += f"copy: {content['copy_gb_per_s']:.1f} GB/s; speedup: over CPUAdam in fp32"
+    size, threads = content["parameters"] / 1e6, content["threads"]
+    copy = f"a copy: {content['copy_gb_per_s']:.1f} GB/s"
+    lines += [
+        "",
+        f"{size:.1f} M parameters, {threads} threads; {copy}; speedup: over CPUAdam in fp32",
+    ]
     return "\n".join(lines)
 
 

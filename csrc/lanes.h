@@ -1,6 +1,6 @@
-// A vector register's worth of float32, or of their bits, with AVX-512 (16 lanes) or AVX2 (8): what
-// update_whole_runs.h is written with. The compilers' own vectors bring arithmetic, comparison and
-// conversion; loads and stores of narrow elements go by four vectors, which fill one of them.
+// 16 float32 of AVX-512, or their bits: what masked_update_avx512.cpp is written with. The
+// compilers' own vectors bring arithmetic, comparison and conversion; loads and stores of narrow
+// elements go by four vectors.
 #pragma once
 
 #include <immintrin.h>
@@ -12,9 +12,7 @@ namespace progtuning {
 
 #define PROGTUNING_LANE_OP inline __attribute__((always_inline))
 
-// The file that includes this says it: g++ reads all of a file before `#pragma GCC target` counts, so
-// that the macros of instruction sets are not there.
-constexpr int kLanes = PROGTUNING_LANES;
+constexpr int kLanes = 16;
 constexpr int kGroup = 4 * kLanes;  // elements
 
 typedef float Floats __attribute__((vector_size(4 * kLanes)));
@@ -32,12 +30,8 @@ PROGTUNING_LANE_OP Ints signed_of(Words x) { return (Ints)x; }
 // times its inverse are at most 1 + 2^-22, whose root has the bits of that of 1.
 PROGTUNING_LANE_OP Floats at_most_one(Floats x) { return x; }
 
-PROGTUNING_LANE_OP Floats all(float x) { return Floats{} + x; }
-
 PROGTUNING_LANE_OP void load(const float* x, Floats (&out)[4]) { std::memcpy(out, x, sizeof out); }
 PROGTUNING_LANE_OP void store(const Floats (&x)[4], float* out) { std::memcpy(out, x, sizeof x); }
-
-#if PROGTUNING_LANES == 16
 
 PROGTUNING_LANE_OP Floats root(Floats x) { return (Floats)_mm512_sqrt_ps((__m512)x); }
 PROGTUNING_LANE_OP Words larger(Words a, Words b) {
@@ -75,9 +69,9 @@ PROGTUNING_LANE_OP void load_upper(const uint16_t* x, Words (&out)[4]) {
 
 // The upper halves of 32 lanes, in their order.
 PROGTUNING_LANE_OP __m512i upper_halves(Words a, Words b) {
-  const __m512i odd = _mm512_set_epi16(63, 61, 59, 57, 55, 53, 51, 49, 47, 45, 43, 41, 39, 37, 35,
-                                       33, 31, 29, 27, 25, 23, 21, 19, 17, 15, 13, 11, 9, 7, 5, 3,
-                                       1);
+  const __m512i odd =
+      _mm512_set_epi16(63, 61, 59, 57, 55, 53, 51, 49, 47, 45, 43, 41, 39, 37, 35, 33, 31, 29, 27,
+                       25, 23, 21, 19, 17, 15, 13, 11, 9, 7, 5, 3, 1);
   return _mm512_permutex2var_epi16((__m512i)a, odd, (__m512i)b);
 }
 PROGTUNING_LANE_OP void store_upper(const Words (&x)[4], uint16_t* out) {
@@ -102,69 +96,5 @@ PROGTUNING_LANE_OP void store_second(const Words (&x)[4], void* out) {
     _mm_storeu_si128((__m128i*)out + i, _mm512_cvtepi32_epi8((__m512i)(x[i] >> 8)));
   }
 }
-
-#else
-
-PROGTUNING_LANE_OP Floats root(Floats x) { return (Floats)_mm256_sqrt_ps((__m256)x); }
-PROGTUNING_LANE_OP Words larger(Words a, Words b) {
-  return (Words)_mm256_max_epu32((__m256i)a, (__m256i)b);
-}
-PROGTUNING_LANE_OP uint32_t largest(Words x) {
-  uint32_t result = 0;
-  for (int i = 0; i < kLanes; ++i) result = x[i] > result ? x[i] : result;
-  return result;
-}
-
-PROGTUNING_LANE_OP void load(const uint16_t* x, Words (&out)[4]) {
-  for (int i = 0; i < 4; ++i) {
-    out[i] = (Words)_mm256_cvtepu16_epi32(_mm_loadu_si128((const __m128i*)(x + 8 * i)));
-  }
-}
-PROGTUNING_LANE_OP void load(const int8_t* x, Ints (&out)[4]) {
-  for (int i = 0; i < 4; ++i) {
-    out[i] = (Ints)_mm256_cvtepi8_epi32(_mm_loadl_epi64((const __m128i*)(x + 8 * i)));
-  }
-}
-PROGTUNING_LANE_OP void load(const uint8_t* x, Ints (&out)[4]) {
-  for (int i = 0; i < 4; ++i) {
-    out[i] = (Ints)_mm256_cvtepu8_epi32(_mm_loadl_epi64((const __m128i*)(x + 8 * i)));
-  }
-}
-
-PROGTUNING_LANE_OP void load_upper(const uint16_t* x, Words (&out)[4]) {
-  load(x, out);
-  for (int i = 0; i < 4; ++i) out[i] <<= 16;
-}
-PROGTUNING_LANE_OP void store_upper(const Words (&x)[4], uint16_t* out) {
-  for (int i = 0; i < 2; ++i) {
-    const __m256i halves =
-        _mm256_packus_epi32((__m256i)(x[2 * i] >> 16), (__m256i)(x[2 * i + 1] >> 16));
-    _mm256_storeu_si256((__m256i*)out + i, _mm256_permute4x64_epi64(halves, 0xD8));
-  }
-}
-// The lanes' low bytes, from lanes of 0 to 255 or of -128 to 127; packing mixes the halves of a
-// register, and the permutation puts them right.
-PROGTUNING_LANE_OP void store_first(const Ints (&x)[4], void* out) {
-  const __m256i mask = _mm256_set1_epi32(0xff);
-  const __m256i a = _mm256_packus_epi32(_mm256_and_si256((__m256i)x[0], mask),
-                                        _mm256_and_si256((__m256i)x[1], mask));
-  const __m256i b = _mm256_packus_epi32(_mm256_and_si256((__m256i)x[2], mask),
-                                        _mm256_and_si256((__m256i)x[3], mask));
-  const __m256i order = _mm256_setr_epi32(0, 4, 1, 5, 2, 6, 3, 7);
-  _mm256_storeu_si256((__m256i*)out,
-                      _mm256_permutevar8x32_epi32(_mm256_packus_epi16(a, b), order));
-}
-PROGTUNING_LANE_OP void store_second(const Words (&x)[4], void* out) {
-  Ints bytes[4];
-  for (int i = 0; i < 4; ++i) bytes[i] = (Ints)(x[i] >> 8);
-  store_first(bytes, out);
-}
-PROGTUNING_LANE_OP void store_third(const Words (&x)[4], void* out) {
-  Ints bytes[4];
-  for (int i = 0; i < 4; ++i) bytes[i] = (Ints)(x[i] >> 16);
-  store_first(bytes, out);
-}
-
-#endif
 
 }  // namespace progtuning

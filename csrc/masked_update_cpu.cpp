@@ -212,7 +212,7 @@ PROGTUNING_RULE void update(const Chunk& chunk) {
   PROGTUNING_KERNEL(name##_float32, Param, Float32, kMaster)             \
   PROGTUNING_KERNEL(name##_bfloat16, Param, StochasticBFloat16, kMaster) \
   PROGTUNING_KERNEL(name##_8bit, Param, EightBit, kMaster)               \
-  UpdateKernel name(DType moments) {                                           \
+  UpdateKernel name(DType moments) {                                     \
     return moments == DType::kFloat32    ? name##_float32                \
            : moments == DType::kBFloat16 ? name##_bfloat16               \
            : moments == DType::kInt8     ? name##_8bit                   \
@@ -253,7 +253,6 @@ UpdateKernel find_whole_runs(const UpdateVariant& variant) {
       __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl")) {
     return whole_runs_avx512(variant);
   }
-  if (__builtin_cpu_supports("avx2")) return whole_runs_avx2(variant);
 #endif
   return nullptr;
 }

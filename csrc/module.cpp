@@ -122,7 +122,8 @@ void update_cpu(At<const UpdateRecord> table, const Grads& grads, const std::vec
                          made<UpdateStep>(step), threads)) {
     throw std::invalid_argument("masked_update: no kernel for parameters of dtype code " +
                                 number(variant.param) + " with moments of code " +
-                                number(variant.moments) + (variant.master == Master::kNone ? "" : " and a master"));
+                                number(variant.moments) +
+                                (variant.master == Master::kNone ? "" : " and a master"));
   }
 }
 

@@ -1,5 +1,4 @@
-// What the loops of masked_update on the CPU work on, and how their bodies for one instruction set
-// are found.
+// What the loops of masked_update on the CPU work on, and the vectors of AVX-512.
 #pragma once
 
 #include <cstdint>
@@ -29,8 +28,7 @@ struct Chunk {
 using UpdateKernel = void (*)(const Chunk&);
 
 // Updates the whole runs of a chunk, all but its last n % 256 elements; null: not written for this
-// variant. Needs the processor that its name says.
-UpdateKernel whole_runs_avx2(const UpdateVariant& variant);
+// variant.
 UpdateKernel whole_runs_avx512(const UpdateVariant& variant);
 
 }  // namespace progtuning

@@ -102,15 +102,15 @@ def copy_master(target: Mapping[str, Tensor], saved: Mapping[str, Any], p: Tenso
     """Fill what `new_master` has made for p from a saved master, of either kind, where there is
     one.
     """
-    for key in target.keys() & set(MASTER_KEYS):
+    kinds = {"residual": ("master", torch.float32, residual_of)}
+    kinds["master"] = ("residual", torch.int8, with_residual)
+    for key in target.keys() & kinds.keys():
+        other, dtype, convert = kinds[key]
         if key in saved:
             target[key].copy_(saved[key])
-            continue
-        for other in saved.keys() & set(MASTER_KEYS):
-            same = torch.empty_like(target[key], dtype=torch.float32 if key == "residual" else torch.int8)
-            theirs = local_of(same.copy_(saved[other]))
+        elif other in saved:
+            theirs = local_of(torch.empty_like(target[key], dtype=dtype).copy_(saved[other]))
             own = local_of(p).detach().to(theirs.device)
-            convert = residual_of if key == "residual" else with_residual
             local_of(target[key]).copy_(convert(own, theirs))
 
 

@@ -377,11 +377,6 @@ def test_instruction_sets_do_not_change_the_bits(tmp_path):
     if "avx2" in flags and "fma" in flags:
         names.append("avx2")
         builds.append(_compiled(tmp_path, "avx2", UPDATE_SHIM, "-mavx2", "-mfma", *one))
-        # as on a processor that has AVX2 and no more
-        most = "-D__builtin_cpu_supports(name)=(name[3]=='2')"
-        files = [CSRC / f"masked_update_{of}.cpp" for of in ("cpu", "avx2", "avx512")]
-        names.append("vectors")
-        builds.append(_compiled(tmp_path, "vectors", UPDATE_SHIM, most, *map(str, files)))
     assert not any(build.wait() for build in builds)
 
     draws = ctypes.CDLL(str(tmp_path / "draws.so")).draw
