@@ -120,7 +120,8 @@ def _first_tensor(handle: PatchHandle, unit: int) -> torch.Tensor:
     return next(p for p in module.parameters() if p.ndim == 2)
 
 
-@pytest.mark.parametrize("name", ["bert-sequence", "bert-token", "llama-causal-lm"])
+# token types of BERT, rows per token of Llama; "bert-token", 10 s more, has both at once
+@pytest.mark.parametrize("name", ["bert-sequence", "llama-causal-lm"])
 def test_cached_and_plain_runs_are_twins(name):
     @_SETTINGS
     @given(_STEPS, st.sampled_from([1 << 24, 3000]))

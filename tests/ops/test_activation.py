@@ -19,7 +19,7 @@ import torch.nn.functional as F
 from accuracy import assert_at_least_as_accurate, in_fp64
 from own_process import interpreted as own_process  # noqa: F401  (runs check_*)
 from torch import Tensor
-from triton_builds import compile_for, resources
+from triton_builds import ARCHITECTURES, compile_for, resources
 
 from progtuning_kernels import backend
 from progtuning_kernels.ops import activation
@@ -393,7 +393,7 @@ STRIDES = ("grad_stride", "x_stride", "up_stride")  # of rows, multiples of 16 i
 
 @pytest.mark.filterwarnings("error")
 @pytest.mark.skipif(in_interpreter, reason="compiles nothing")
-@pytest.mark.parametrize("architecture", [80, 90, 100, 120])
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
 def test_compiles_without_spills(architecture, tmp_path, monkeypatch, capfd):
     pytest.importorskip("triton")
     from progtuning_kernels.ops import row_partials

@@ -23,7 +23,7 @@ from own_process import interpreted as own_process  # noqa: F401  (runs check_*)
 from torch import Tensor
 from torch.nn import functional as F
 from torch.profiler import ProfilerActivity, profile
-from triton_builds import compile_for, resources
+from triton_builds import ARCHITECTURES, compile_for, resources
 
 from progtuning_kernels import backend
 from progtuning_kernels.ops.linear_cross_entropy import (
@@ -823,7 +823,7 @@ def test_compiled(dtype, variant, monkeypatch):
 
 @pytest.mark.filterwarnings("error")
 @pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") == "1", reason="compiles nothing")
-@pytest.mark.parametrize("architecture", [80, 90, 100, 120])
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
 def test_compiles_without_spills(architecture, tmp_path, monkeypatch, capfd):
     pytest.importorskip("triton")
     from progtuning_kernels.ops.linear_cross_entropy import triton as triton_module

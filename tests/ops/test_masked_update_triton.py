@@ -17,7 +17,7 @@ import test_gpu_masked_update as on_a_gpu
 import torch
 from own_process import interpreted as own_process  # noqa: F401  (runs check_*)
 from torch import Tensor
-from triton_builds import compile_for, resources
+from triton_builds import ARCHITECTURES, compile_for, resources
 
 from progtuning_kernels import MaskedAdamW, backend
 from progtuning_kernels.ops import masked_norm
@@ -381,7 +381,7 @@ def test_found_inf_changes_nothing_on_a_gpu(found, zero_grads):
 
 @pytest.mark.filterwarnings("error")
 @pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") == "1", reason="compiles nothing")
-@pytest.mark.parametrize("architecture", [80, 90, 100, 120])
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
 def test_compiles_without_spills(architecture, tmp_path, monkeypatch, capfd):
     monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path / "cache"))
     tl = triton.language

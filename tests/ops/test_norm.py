@@ -21,7 +21,7 @@ from accuracy import assert_at_least_as_accurate, in_fp64
 from own_process import interpreted as own_process  # noqa: F401  (runs check_*)
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
-from triton_builds import compile_for, resources
+from triton_builds import ARCHITECTURES, compile_for, resources
 
 from progtuning_kernels.ops import norm as norms
 from progtuning_kernels.ops.masked_update.low_precision import philox
@@ -722,7 +722,7 @@ def _variants(columns: int) -> dict[str, tuple]:
 
 @pytest.mark.filterwarnings("error")
 @pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") == "1", reason="compiles nothing")
-@pytest.mark.parametrize("architecture", [80, 90, 100, 120])
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
 def test_compiles_without_spills(architecture, tmp_path, monkeypatch, capfd):
     pytest.importorskip("triton")
     monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path / "cache"))

@@ -31,8 +31,8 @@ from progtuning_kernels.swaps.kinds import CannotSwap, recognise
 
 pytestmark = pytest.mark.usefixtures("padded")  # a trial of packing is slow in the interpreter
 
-STEPS = 4
-# Of the largest loss, and of the way that a tensor has come, after 4 steps at lr 3e-3.
+STEPS = 3
+# Of the largest loss, and of the way that a tensor has come, after 3 steps at lr 3e-3.
 LOSS_TOLERANCE = 1e-4
 WEIGHT_TOLERANCE = 2e-2
 # It shifts all scores of a query alike: its gradient is rounding noise, AdamW's first steps are
@@ -74,7 +74,7 @@ def _short_inputs(name: str, step: int) -> dict[str, Any]:
 
 def _train(model: nn.Module, name: str, kernels: str) -> list[float]:
     """Three stages: full, then ever less; losses."""
-    schedule = MilestoneSchedule({0: 0, 2: 1, 3: 3})  # one inside either stack of T5
+    schedule = MilestoneSchedule({0: 0, 1: 1, 2: 3})  # one inside either stack of T5
     losses = []
     with patch_model(model, schedule, kernels=kernels) as handle:
         optimizer = MaskedAdamW(handle.param_groups(lr=3e-3, weight_decay=0.1), max_grad_norm=1.0)
