@@ -80,8 +80,8 @@ def check_shapes(saved: Mapping[str, Any], p: Tensor, label: str) -> None:
             )
 
 
-def new_master(p: Tensor, kind: MasterWeights) -> dict[str, Tensor]:
-    """What is kept of one parameter beside itself, so that small updates are not lost.
+def new_master(p: Tensor, like: Tensor, kind: MasterWeights) -> dict[str, Tensor]:
+    """What is kept of one parameter beside itself, so that small updates are not lost; as `like`.
 
     Raises:
         ValueError: a residual for a float16 parameter.
@@ -89,13 +89,13 @@ def new_master(p: Tensor, kind: MasterWeights) -> dict[str, Tensor]:
     if not kind or p.dtype not in (torch.bfloat16, torch.float16):
         return {}
     if kind is True:
-        return {"master": p.detach().to(torch.float32)}
+        return {"master": p.detach().to(like.device).float()}
     if p.dtype == torch.float16:
         raise ValueError(
             'master_weights="8bit" is for bfloat16 parameters, and one is float16: set '
             "master_weights=True"
         )
-    return {"residual": torch.zeros_like(p, dtype=torch.int8)}
+    return {"residual": torch.zeros_like(like, dtype=torch.int8)}
 
 
 def copy_master(target: Mapping[str, Tensor], saved: Mapping[str, Any], p: Tensor) -> None:
