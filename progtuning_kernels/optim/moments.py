@@ -102,8 +102,10 @@ def copy_master(target: Mapping[str, Tensor], saved: Mapping[str, Any], p: Tenso
     """Fill what `new_master` has made for p from a saved master, of either kind, where there is
     one.
     """
-    kinds = {"residual": ("master", torch.float32, residual_of)}
-    kinds["master"] = ("residual", torch.int8, with_residual)
+    kinds: dict[str, tuple[str, torch.dtype, Callable[[Tensor, Tensor], Tensor]]] = {
+        "residual": ("master", torch.float32, residual_of),
+        "master": ("residual", torch.int8, with_residual),
+    }
     for key in target.keys() & kinds.keys():
         other, dtype, convert = kinds[key]
         if key in saved:

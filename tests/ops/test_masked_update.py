@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import itertools
 import math
 import platform
 import shutil
@@ -522,8 +523,10 @@ def test_stochastic_rounding_is_unbiased_and_keeps_special_values():
 
 @both
 def test_nan_and_infinity_survive_every_rounding(implementation):
-    for moment_dtype in (torch.bfloat16, "8bit"):
-        bucket, grads = make(torch.bfloat16, moment_dtype, "stochastic", implementation, [(300,)])
+    for moment_dtype, extra in itertools.product(
+        (torch.bfloat16, "8bit"), ("stochastic", "residual")
+    ):
+        bucket, grads = make(torch.bfloat16, moment_dtype, extra, implementation, [(300,)])
         grads[0][3] = math.nan
         grads[0][290] = math.inf
         bucket.update(grads, hypers())
