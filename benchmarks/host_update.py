@@ -39,6 +39,7 @@ from progtuning_kernels.ops.masked_update.low_precision import with_residual
 
 HYPER = dict(lr=1e-3, betas=(0.9, 0.999), eps=1e-8, weight_decay=0.01)
 GATE_STEPS, SAMPLED = 3, 2**18
+COPIED = 2**25  # float32
 LEAST_SHARE, LEAST_SPEEDUP = 0.7, 1.5
 OURS = "MaskedAdamW"
 BFLOAT16, FLOAT32 = torch.bfloat16, torch.float32
@@ -229,7 +230,7 @@ def measure(hidden: int, blocks: int, rounds: int) -> dict[str, Any]:
         except Exception as error:
             row["reason"] = f"{type(error).__name__}: {backend.one_line(error)}"
         built.append(None)
-    source, target = torch.ones(2**25), torch.empty(2**25)
+    source, target = torch.ones(COPIED), torch.empty(COPIED)
     copies: list[float] = []
     times: list[list[float]] = [[] for _ in built]
     for _ in track(range(rounds + 1), description=f"{count / 1e6:.1f} M parameters"):
