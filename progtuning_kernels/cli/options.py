@@ -350,9 +350,9 @@ TRAINER_DEFAULTS: dict[str, Any] = {
 }
 # What decides the cost of a step or of a run.
 PLANNED = """
-model task max_length add_tokens train_new_tokens method schedule stages embeddings frozen_mode tied blocks packing cache
-lora_rank precision state_dtype master_weights in_backward gradient_checkpointing bf16 max_steps
-per_device_train_batch_size device
+model task max_length add_tokens method schedule stages embeddings frozen_mode tied train_new_tokens
+blocks packing cache lora_rank precision state_dtype master_weights in_backward
+gradient_checkpointing bf16 max_steps per_device_train_batch_size device
 """.split()
 CONTRIBUTION = """
 model task dataset train_file validation_file validation_split separator columns problem_type

@@ -112,7 +112,8 @@ class PatchHandle:
             plan = schedule.plan(step, layout.num_blocks)
             self.freezer.check_known_plans()
         except BaseException:
-            trained.remove()
+            if not trained.outlives_patch:
+                trained.remove()
             raise
         if cache is not None:
             fixed = frozen_mode == "eval"

@@ -210,10 +210,7 @@ def plan_training(
         meter = StageMeter(copied, layout, freezer, batch, options)
         full = replace(meter, options=replace(options, real_tokens=1.0)).measure(everything)
         by_plan = {everything: full} if real_tokens == 1 and not rows else {}
-        if rows:
-            held = TrainedRows(copied, rows)
-            freezer = Freezer(copied, layout, tied=tied, frozen_mode=frozen_mode, rows=held)
-            meter = replace(meter, freezer=freezer)
+        meter = _with_rows(meter, rows, tied=tied, frozen_mode=frozen_mode)
         by_plan |= {
             plan: meter.measure(plan) for plan in dict.fromkeys(plans) if plan not in by_plan
         }
@@ -280,6 +277,14 @@ def plan_training(
 
 def _short(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
+
+
+def _with_rows(meter: StageMeter, rows: Mapping[str, Any] | None, **options: Any) -> StageMeter:
+    """A meter of the same model, of which rows train alone; after that of full training."""
+    if not rows:
+        return meter
+    held = TrainedRows(meter.model, rows)
+    return replace(meter, freezer=Freezer(meter.model, meter.layout, rows=held, **options))
 
 
 @contextmanager
