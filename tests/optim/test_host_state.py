@@ -265,6 +265,20 @@ def test_gradients_of_two_blocks_are_on_their_way_at_most(options):
     assert optimizer._host.copies.most_under_way == 2
 
 
+def test_clipping_may_begin_and_end_later():
+    """As under the Trainer, whose callback hands its norm over."""
+    model, twin = make(), make()
+    moved = on_host(model, in_backward=True)
+    stays = MaskedAdamW(twin.named_parameters(), **OPTIONS, in_backward=True)
+    for step, max_grad_norm in enumerate((None, 0.5, 0.5, None, 0.5)):
+        for m, optimizer in ((model, moved), (twin, stays)):
+            optimizer.max_grad_norm = max_grad_norm
+            loss_of(m, step).backward()
+            optimizer.step()
+            optimizer.zero_grad()
+        assert_same(model, twin)
+
+
 @pytest.mark.parametrize("frozen", [False, True])
 def test_what_happens_to_kept_gradients_before_the_step(frozen):
     """A rate, a state that is loaded and a tensor that freezes count as they do on the device."""
