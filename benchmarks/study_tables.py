@@ -168,7 +168,7 @@ def _notes(study: Study) -> list[str]:
         + (f"; {dirty} with uncommitted changes" if dirty else "")
         + ".",
         f"- Intervals are of {experiment['confidence']:.0%}, by seed, not corrected for the number "
-        f"of methods. The margin is {experiment['margin_points']:g} points.",
+        f"of methods. The margin is {experiment['margin_points']:.1f} points.",
     ]
     edges = [
         f"{model}, {experiment['methods'][method]['title']} ({rate:g})"
@@ -180,6 +180,14 @@ def _notes(study: Study) -> list[str]:
     ]
     if edges:
         notes.append(f"- Tuned to the lowest or highest rate of three: {'; '.join(edges)}.")
+    perplexities: dict[str, list[float]] = {}
+    for job, record in study.records.items():
+        found = record.get("figures", {}).get("perplexity")
+        if found is not None and job.rate == study.rate(job.model, job.method) and not job.tunes:
+            perplexities.setdefault(experiment["methods"][job.method]["title"], []).append(found)
+    if perplexities:
+        shown = (f"{name} {statistics.mean(own):.2f}" for name, own in perplexities.items())
+        notes.append(f"- Perplexity of the answers, mean over seeds: {', '.join(shown)}.")
     missing = sum(job not in study.records for job in study.jobs())
     if missing:
         notes.append(f"- {missing} planned runs are missing.")

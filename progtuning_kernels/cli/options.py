@@ -72,12 +72,14 @@ class TrainOptions:
     Method and schedule:
         method: progressive-cache keeps what frozen blocks compute for a row and reads it in later
             epochs; full and lora are there to compare with.
-        schedule: progressive, random (LISA), cyclic (BAdam), adaptive (AutoFreeze), or a .toml,
-            .yaml or .json file (examples/random_blocks.toml).
+        schedule: progressive, random (LISA), cyclic (BAdam), adaptive (AutoFreeze), plateau (stages
+            end when evaluations get no better), the blocks that train (0-3,8; -1 is the last), or a
+            .toml, .yaml or .json file (examples/random_blocks.toml).
         stages: Stages of the progressive schedule.
         embeddings: When the embeddings train in it; under always, backward is never truncated.
         frozen_mode: Mode of frozen blocks: eval has no dropout.
         tied: What a weight shared by embeddings and LM head does once the embeddings are frozen.
+        only: Regular expression: only parameters whose names match it train, such as "mlp|lm_head".
         train_new_tokens: Of embeddings and LM head, only the rows of --add-tokens train.
         blocks: Path of the block list where it cannot be found; several with commas, in order.
         packing: auto leaves padding out of what blocks compute where a batch has more than a little
@@ -134,6 +136,7 @@ class TrainOptions:
     embeddings: Literal["first_stage", "always", "never"] = "first_stage"
     frozen_mode: Literal["eval", "train"] = "eval"
     tied: Literal["frozen", "head_only"] = "frozen"
+    only: str | None = None
     train_new_tokens: bool = False
     blocks: str | None = None
     packing: Literal["auto", "on", "off"] = "auto"
@@ -286,7 +289,7 @@ def _dashed(name: str) -> str:
 
 
 _FOR_SCHEDULED = """
-anneal state_dtype master_weights in_backward state_device cache graph
+only anneal state_dtype master_weights in_backward state_device cache graph
 """.split()
 _BATCH_SIZE = 32
 # What would train or evaluate on other rows than the command says, or change nothing.
@@ -374,7 +377,7 @@ TRAINER_DEFAULTS: dict[str, Any] = {
 # What decides the cost of a step or of a run.
 PLANNED = """
 model task max_length add_tokens method schedule stages embeddings frozen_mode tied train_new_tokens
-blocks packing cache lora_rank precision state_dtype master_weights in_backward state_device
+only blocks packing cache lora_rank precision state_dtype master_weights in_backward state_device
 gradient_checkpointing bf16 max_steps per_device_train_batch_size device
 """.split()
 CONTRIBUTION = """

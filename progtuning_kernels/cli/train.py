@@ -36,6 +36,7 @@ from transformers import (
 from ..backend import one_line
 from ..integrations.hf_trainer import ProgtuningCallback
 from ..planner import TrainingPlan
+from ..schedules import decides_by_score
 from . import methods
 from .config import build_schedule
 from .errors import UserError, as_user_error, end_with
@@ -124,6 +125,10 @@ class Run:
             raise UserError(f"{error} (--stages, --epochs and --batch-size set them)") from error
         self.num_params = sum(p.numel() for p in self.prepared.model.parameters())
         self.evaluates_stages = options.of_trainer("eval_strategy") == "stage"
+        if decides_by_score(self.schedule) and self.evaluates_stages:
+            raise UserError(
+                "a plateau schedule ends its stages by evaluations: --eval-strategy epoch, or steps"
+            )
         if dry_run:
             return
         self.trainer = self._make_trainer()
@@ -342,7 +347,7 @@ class Run:
             "steps": [
                 {
                     "step": log["step"],
-                    "stage": self.schedule.stage(log["step"] - 1),
+                    "stage": record.schedule.stage(log["step"] - 1),
                     "loss": float(log["loss"]),
                     "lr": float(log["learning_rate"]),
                 }

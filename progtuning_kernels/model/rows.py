@@ -619,7 +619,7 @@ def _refuse(name: str, module: nn.Module, weight: Tensor) -> None:
         raise UnsupportedModelError(
             f"rows: {name} is sharded already: call patch_model before fully_shard"
         )
-    if getattr(weight, "_hp_mapping", None) is not None:
+    if hasattr(weight, "_hp_mapping"):  # None on ranks whose slice has nothing of it
         raise UnsupportedModelError(
             f"rows: {name} is in DeepSpeed's partitions already: call patch_model before "
             "deepspeed.initialize, and give it handle.param_groups()"

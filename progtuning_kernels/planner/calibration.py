@@ -192,14 +192,17 @@ def measure_units(
     *,
     dtype: torch.dtype,
     tied: TiedPolicy,
+    only: str | None,
     frozen_mode: FrozenMode,
     between: bool,
 ) -> UnitCosts:
     """The least times of real steps of a copy with two blocks and other weights.
 
     `between`: measure frozen blocks that the gradient passes as well. CannotCalibrate is raised for
-    blocks that differ, and where a step fails.
+    blocks that differ or train in part, as `only` makes them, and where a step fails.
     """
+    if only is not None:
+        raise CannotCalibrate(f"only={only!r} trains parts of blocks, and whole ones are timed")
     device = options.device
     if device.type == "cuda" and not torch.cuda.is_available():
         raise CannotCalibrate("there is no GPU here")

@@ -147,6 +147,7 @@ RUNS = [
     (BFLOAT16, EXACT | {"in_backward": True, "state_dtype": "8bit", "stochastic_rounding": True}),
     (BFLOAT16, PREVIOUS | {"state_dtype": BFLOAT16, "stochastic_rounding": True}),
     (BFLOAT16, PREVIOUS | {"state_dtype": "8bit", "master_weights": True}),
+    (BFLOAT16, {"in_backward": True, "state_dtype": "8bit", "master_weights": "8bit"}),
     (torch.float64, EXACT),
 ]
 
