@@ -49,7 +49,8 @@ def some_batches() -> Iterator[dict[str, Tensor]]:
     """Each with two of the new tokens, one of which is a target alone."""
     for step in range(STEPS):
         batch = tiny_inputs("llama-causal-lm", seed=step)
-        batch["input_ids"][0, 3], batch["labels"][1, 5] = NEW[step % 2], NEW[2]
+        batch["input_ids"][0, 3] = batch["labels"][0, 3] = NEW[step % 2]
+        batch["labels"][1, 5] = NEW[2]
         yield batch
 
 
