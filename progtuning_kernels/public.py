@@ -12,6 +12,7 @@ from .planner import TrainingPlan, plan_training
 from .schedules import (
     AdaptiveSchedule,
     CyclicBlockSchedule,
+    FixedBlockSchedule,
     FreezePlan,
     MilestoneSchedule,
     ProgressiveSchedule,
@@ -26,6 +27,7 @@ __all__ = [
     "CheckpointError",
     "Contribution",
     "CyclicBlockSchedule",
+    "FixedBlockSchedule",
     "FreezePlan",
     "MaskedAdamW",
     "MilestoneSchedule",

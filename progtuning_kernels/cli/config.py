@@ -311,6 +311,7 @@ def as_yaml(options: TrainOptions) -> str:
 def build_schedule(options: TrainOptions, total_steps: int | None) -> Schedule:
     """The schedule that `--schedule` asks for, bound to the length of the run if that is known."""
     from ..schedules import ProgressiveSchedule
+    from ..schedules.blocks import is_block_set
     from ..schedules.files import KINDS, make_schedule, schedule_from_file
 
     wanted = options.schedule
@@ -321,9 +322,13 @@ def build_schedule(options: TrainOptions, total_steps: int | None) -> Schedule:
             schedule = make_schedule(wanted, Path())
         elif wanted in _NAMED_SCHEDULES:
             schedule = make_schedule({"schedule": wanted, **_NAMED_SCHEDULES[wanted]})
+        elif is_block_set(wanted):
+            schedule = make_schedule({"schedule": "fixed", "blocks": wanted})
         elif wanted in KINDS or "." not in wanted:
             names = ", ".join(("progressive", *_NAMED_SCHEDULES))
-            raise UserError(f"--schedule is {names} or a file, got {wanted!r}")
+            raise UserError(
+                f"--schedule is {names}, a set of blocks as in 0-3,8, or a file, got {wanted!r}"
+            )
         else:
             schedule = schedule_from_file(wanted)
         if schedule.total_steps is None and total_steps is not None:

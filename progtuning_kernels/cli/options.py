@@ -67,8 +67,9 @@ class TrainOptions:
     Method and schedule:
         method: progressive-cache keeps what frozen blocks compute for a row and reads it in later
             epochs; full and lora are there to compare with.
-        schedule: progressive, random (LISA), cyclic (BAdam), adaptive (AutoFreeze), or a .toml,
-            .yaml or .json file (examples/random_blocks.toml).
+        schedule: progressive, random (LISA), cyclic (BAdam), adaptive (AutoFreeze), the blocks that
+            train (0-3,8; -1 is the last), or a .toml, .yaml or .json file
+            (examples/random_blocks.toml).
         stages: Stages of the progressive schedule.
         embeddings: When the embeddings train in it; under always, backward is never truncated.
         frozen_mode: Mode of frozen blocks: eval has no dropout.

@@ -7,7 +7,14 @@ recorded, which travel with `PatchHandle.state_dict`. CONTRIBUTING.md says how t
 
 from .adaptive import AdaptiveSchedule
 from .annealing import annealed_lr
-from .blocks import BlockOrder, CyclicBlockSchedule, RandomBlockSchedule, UnitPolicy
+from .blocks import (
+    BlockOrder,
+    BlockSet,
+    CyclicBlockSchedule,
+    FixedBlockSchedule,
+    RandomBlockSchedule,
+    UnitPolicy,
+)
 from .plan import (
     FreezePlan,
     ObservingSchedule,
@@ -25,8 +32,10 @@ from .progressive import EmbeddingPolicy, MilestoneSchedule, ProgressiveSchedule
 __all__ = [
     "AdaptiveSchedule",
     "BlockOrder",
+    "BlockSet",
     "CyclicBlockSchedule",
     "EmbeddingPolicy",
+    "FixedBlockSchedule",
     "FreezePlan",
     "MilestoneSchedule",
     "ObservingSchedule",

@@ -1,8 +1,10 @@
-"""Schedules that train a few blocks at a time: LISA and BAdam."""
+"""Schedules that train some of the blocks: sets given in advance, LISA and BAdam."""
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator
+import re
+from bisect import bisect_right
+from collections.abc import Collection, Iterator, Mapping, Set
 from dataclasses import KW_ONLY, dataclass, field
 from hashlib import blake2b
 from itertools import count
@@ -12,6 +14,106 @@ from .plan import FreezePlan, bind_length, check_choice, check_step, whole_numbe
 
 UnitPolicy = Literal["always", "never"]
 BlockOrder = Literal["ascending", "descending", "random"]
+BlockSet = str | int | Collection[int | str]
+_PART = re.compile(r"(-?\d+)(?:-(-?\d+))?|embeddings|head")
+
+
+@dataclass(eq=False)
+class FixedBlockSchedule:
+    """Sets of blocks that are given in advance: one for the whole run, or one from each of some
+    steps on. Blocks may thaw and freeze in any order.
+
+    A set is a text like "0-3,8,-1" or a list like [0, 1, 8, -1]. A range includes both ends, and
+    a negative number counts from the top: -1 is the last block, "4--1" is from block 4 to the last.
+    The words "embeddings" and "head" in a set stand for these units. An empty set is the head
+    alone.
+
+    `FixedBlockSchedule("0-3")` trains the lowest four blocks, with the head; gradients run through
+    the frozen ones above them. `FixedBlockSchedule({0: "-1", 100: "-2--1", 200: "-3--1"})` thaws
+    from the top down, as ULMFiT does (arXiv 1801.06146).
+
+    Args:
+        blocks: a set, or {step: set}, from step 0 on.
+        embeddings: "never", except in sets that name them, or "always".
+        head: "always", or "never", except in sets that name it.
+
+    Raises:
+        ValueError: no such set, no set from step 0 on; from `plan`, a block that the model has not.
+        TypeError: no number where one belongs.
+
+    Example:
+        ```python
+        schedule = FixedBlockSchedule({0: "8-11", 100: "0-11,embeddings"})
+        assert schedule.plan(99, num_blocks=12).boundary == 8
+        assert schedule.plan(100, num_blocks=12).embeddings
+        ```
+    """
+
+    blocks: BlockSet | Mapping[int, BlockSet]
+    _: KW_ONLY
+    embeddings: UnitPolicy = "never"
+    head: UnitPolicy = "always"
+    total_steps: int | None = field(default=None, init=False, repr=False)
+    milestones: dict[int, str] = field(init=False, repr=False)
+
+    def __post_init__(self) -> None:
+        check_choice("embeddings", self.embeddings, UnitPolicy)
+        check_choice("head", self.head, UnitPolicy)
+        given = self.blocks if isinstance(self.blocks, Mapping) else {0: self.blocks}
+        sets = {
+            whole_number("a milestone's step", step, 0): text_of(s) for step, s in given.items()
+        }
+        if 0 not in sets:
+            raise ValueError(f"blocks must say what trains from step 0 on, got {self.blocks!r}")
+        self.milestones = dict(sorted(sets.items()))
+        self.blocks = sets[0] if len(sets) == 1 else self.milestones
+
+    bind = bind_length
+
+    def stage(self, step: int) -> int:
+        check_step(step)
+        return bisect_right([*self.milestones], step) - 1
+
+    def plan(self, step: int, num_blocks: int) -> FreezePlan:
+        chosen = [*self.milestones.values()][self.stage(step)]
+        return _plan(self, units_in(chosen, num_blocks), num_blocks)
+
+
+def is_block_set(text: str) -> bool:
+    return all(map(_PART.fullmatch, text.split(",")))
+
+
+def text_of(blocks: BlockSet) -> str:
+    """A set of blocks as a text without spaces; "" for none."""
+    if not isinstance(blocks, str):
+        items = blocks if isinstance(blocks, Collection) else [blocks]
+        if isinstance(items, Set):  # all ranks, and a resumed run, must write it alike
+            items = sorted(items, key=str)
+        blocks = ",".join(
+            i if isinstance(i, str) else str(whole_number("a block", i)) for i in items
+        )
+    text = "".join(blocks.split())
+    if text and not is_block_set(text):
+        raise ValueError(f"blocks must be like '0-3,8,-1' or [0, 1, 8], got {blocks!r}")
+    return text
+
+
+def units_in(text: str, num_blocks: int) -> set[int | str]:
+    """The blocks of a set, counted from the input, and the words in it."""
+    units: set[int | str] = set()
+    for part in filter(None, text.split(",")):
+        first, last = _PART.fullmatch(part).groups()  # pyright: ignore[reportOptionalMemberAccess]
+        if first is None:
+            units.add(part)
+            continue
+        ends = [int(first), int(last or first)]
+        if not all(-num_blocks <= end < num_blocks for end in ends):
+            raise ValueError(f"block {part} is none of the {num_blocks} blocks there are")
+        low, high = (end % num_blocks for end in ends)
+        if low > high:
+            raise ValueError(f"blocks {part} of {num_blocks} are none: write the lower one first")
+        units.update(range(low, high + 1))
+    return units
 
 
 def _stage(schedule: RandomBlockSchedule | CyclicBlockSchedule, step: int) -> int:
@@ -125,12 +227,14 @@ def _check_fits(blocks: int, num_blocks: int) -> None:
 
 
 def _plan(
-    schedule: RandomBlockSchedule | CyclicBlockSchedule, group: Collection[int], num_blocks: int
+    schedule: RandomBlockSchedule | CyclicBlockSchedule | FixedBlockSchedule,
+    group: Collection[int | str],
+    num_blocks: int,
 ) -> FreezePlan:
     return FreezePlan(
         tuple(i in group for i in range(num_blocks)),
-        embeddings=schedule.embeddings == "always",
-        head=schedule.head == "always",
+        embeddings=schedule.embeddings == "always" or "embeddings" in group,
+        head=schedule.head == "always" or "head" in group,
     )
 
 

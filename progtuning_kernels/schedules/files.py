@@ -12,6 +12,7 @@ from ..backend import one_line
 from . import (
     AdaptiveSchedule,
     CyclicBlockSchedule,
+    FixedBlockSchedule,
     MilestoneSchedule,
     ProgressiveSchedule,
     RandomBlockSchedule,
@@ -23,6 +24,7 @@ KINDS: dict[str, type] = {
     "milestones": MilestoneSchedule,
     "random": RandomBlockSchedule,
     "cyclic": CyclicBlockSchedule,
+    "fixed": FixedBlockSchedule,
     "adaptive": AdaptiveSchedule,
 }
 
@@ -40,7 +42,9 @@ def make_schedule(settings: Mapping[str, Any], folder: Path = Path()) -> Schedul
     cls = KINDS[kind]
     if cls is MilestoneSchedule:
         steps = settings.pop("steps", None)
-        settings["milestones"] = _milestones(settings.get("milestones", steps))
+        settings["milestones"] = _by_step(settings.get("milestones", steps), "boundary")
+    if isinstance(settings.get("blocks"), Mapping):
+        settings["blocks"] = _by_step(settings["blocks"], "blocks", "blocks")
     parameters = inspect.signature(cls).parameters
     if "anneal" in settings:
         raise ValueError("anneal is no setting of a schedule: progtuning train --anneal")
@@ -60,8 +64,9 @@ def make_schedule(settings: Mapping[str, Any], folder: Path = Path()) -> Schedul
 def schedule_from_file(path: str | Path) -> Schedule:
     """Read a schedule from a .toml (Python 3.11), .yaml, .yml or .json file.
 
-    `schedule` is "progressive", "milestones", "random", "cyclic" or "adaptive"; the other keys are
-    the arguments of its class (`steps` of milestones is a table of step = boundary). The weights of
+    `schedule` is "progressive", "milestones", "random", "cyclic", "fixed" or "adaptive"; the other
+    keys are the arguments of its class (`steps` of milestones is a table of step = boundary, and
+    `blocks` of fixed may be one of step = set of blocks). The weights of
     progressive may come from what `progtuning contribution` has written: `weights_from` is its path
     from the schedule's own folder, `measure` the one to take where it has several.
 
@@ -128,9 +133,9 @@ def _with_weights(settings: Mapping[str, Any], folder: Path) -> dict[str, Any]:
     return settings
 
 
-def _milestones(steps: Any) -> dict[Any, Any]:
-    """The milestones of a file, whose keys are texts in TOML and JSON."""
+def _by_step(steps: Any, value: str, name: str = "steps") -> dict[Any, Any]:
+    """A table of a file by steps, which are texts in TOML and JSON."""
     try:
         return {int(key) if isinstance(key, str) else key: n for key, n in steps.items()}
     except (AttributeError, ValueError):
-        raise ValueError(f"steps must be a table of step = boundary, got {steps!r}") from None
+        raise ValueError(f"{name} must be a table of step = {value}, got {steps!r}") from None

@@ -20,6 +20,7 @@ from hypothesis import strategies as st
 from progtuning_kernels import (
     AdaptiveSchedule,
     CyclicBlockSchedule,
+    FixedBlockSchedule,
     FreezePlan,
     MilestoneSchedule,
     ProgressiveSchedule,
@@ -199,6 +200,14 @@ def test_unbound_schedule_plans_its_first_step_and_refuses_the_second():
         (lambda: CyclicBlockSchedule(1, 5, head="sometimes"), "head must be one of"),
         (lambda: CyclicBlockSchedule(1, 5).plan(-1, 6), "0 or more"),
         (lambda: CyclicBlockSchedule(9, 5).plan(0, 6), "more than the 6 blocks"),
+        (lambda: FixedBlockSchedule({4: "0"}), "must say what trains from step 0 on"),
+        (lambda: FixedBlockSchedule("0..3"), "blocks must be like '0-3,8,-1'"),
+        (lambda: FixedBlockSchedule("0,,1"), "blocks must be like"),
+        (lambda: FixedBlockSchedule("0-3", head="first"), "head must be one of"),
+        (lambda: FixedBlockSchedule("0,6").plan(0, 6), "block 6 is none of the 6 blocks there are"),
+        (lambda: FixedBlockSchedule([-7]).plan(0, 6), "block -7 is none of the 6 blocks"),
+        (lambda: FixedBlockSchedule("-1-2").plan(0, 6), "write the lower one first"),
+        (lambda: FixedBlockSchedule("1").plan(-1, 6), "0 or more"),
         (lambda: AdaptiveSchedule(0), "interval must be 1 or more"),
         (lambda: AdaptiveSchedule(5, window=6), "window=6 is more than interval=5"),
         (lambda: AdaptiveSchedule(5, percentile=101), "percentile must be 0 to 100"),
@@ -240,6 +249,8 @@ _NUMBERS = {
     "blocks of cyclic": lambda n: CyclicBlockSchedule(n, 5),
     "period of cyclic": lambda n: CyclicBlockSchedule(1, n),
     "seed of cyclic": lambda n: CyclicBlockSchedule(1, 5, seed=n),
+    "total_steps of fixed": lambda n: FixedBlockSchedule("0").bind(n),
+    "milestone's step of fixed": lambda n: FixedBlockSchedule({0: "0", n: "1"}),
     "interval": lambda n: AdaptiveSchedule(n),
     "window": lambda n: AdaptiveSchedule(5, window=n),
     "percentile": lambda n: AdaptiveSchedule(5, percentile=n),
@@ -289,7 +300,7 @@ def test_schedules_are_asked_what_is_known_of_them_ahead():
 def test_schedules_fulfil_the_protocol_and_need_the_standard_library_only():
     assert isinstance(ProgressiveSchedule(2), Schedule)
     assert isinstance(MilestoneSchedule({}), Schedule)
-    for schedule in (RandomBlockSchedule(1, 5), CyclicBlockSchedule(1, 5)):
+    for schedule in (RandomBlockSchedule(1, 5), CyclicBlockSchedule(1, 5), FixedBlockSchedule("")):
         assert isinstance(schedule, Schedule) and not isinstance(schedule, ObservingSchedule)
     assert isinstance(AdaptiveSchedule(5), Schedule)
     assert isinstance(AdaptiveSchedule(5), ObservingSchedule)
@@ -419,6 +430,44 @@ def test_a_cycle_trains_every_block_once(drawn, cycle):
         assert all(first[-schedule.blocks :])
 
 
+@given(
+    st.dictionaries(st.integers(1, 40), st.sets(st.integers(-9, 8)), max_size=4),
+    st.sets(st.integers(-9, 8) | st.sampled_from(["embeddings", "head"])),
+    _POLICIES,
+    _POLICIES,
+    st.integers(0, 50),
+)
+def test_given_sets_hold_from_their_step_on(later, first, embeddings, head, step):
+    schedule = FixedBlockSchedule({0: first, **later}, embeddings=embeddings, head=head)
+    chosen = ({0: first, **later})[max(s for s in (0, *later) if s <= step)]
+    plan = schedule.plan(step, 9)
+    assert plan.trainable == tuple(i in chosen or i - 9 in chosen for i in range(9))
+    assert plan.embeddings == (embeddings == "always" or "embeddings" in chosen)
+    assert plan.head == (head == "always" or "head" in chosen)
+    assert schedule.stage(step) == sum(s <= step for s in later)
+    same = eval(repr(schedule), {"FixedBlockSchedule": FixedBlockSchedule})
+    assert same.plan(step, 9) == plan and repr(same) == repr(schedule)
+    assert steps_to_check(schedule) == {0, *later}
+
+
+@pytest.mark.parametrize(
+    ("given", "blocks"),
+    [
+        ("0-2, 4", [0, 1, 2, 4]),
+        ("4--1", [4, 5]),
+        ("-3--2,0-0", [0, 3, 4]),
+        (range(2), [0, 1]),
+        (np.int64(3), [3]),
+        ([2.0, "3-4"], [2, 3, 4]),
+        ("", []),
+        ((), []),
+    ],
+)
+def test_sets_of_blocks_are_texts_or_numbers(given, blocks):
+    plan = FixedBlockSchedule(given).plan(7, 6)
+    assert plan == FreezePlan(tuple(i in blocks for i in range(6)))
+
+
 def test_random_cycles_differ_from_each_other():
     schedule = CyclicBlockSchedule(1, 1, order="random", seed=1)
     plans = [schedule.plan(step, 8).trainable.index(True) for step in range(40)]
@@ -527,6 +576,11 @@ _FILES = {
         '{"schedule": "milestones", "steps": {"0": 2, "10": 0, "20": -1}}',
         MilestoneSchedule({0: 2, 10: 0, 20: -1}),
     ),
+    "h.json": (
+        '{"schedule": "fixed", "blocks": {"0": "-1", "9": [0, "embeddings"]}, "head": "never"}',
+        FixedBlockSchedule({0: "-1", 9: "0,embeddings"}, head="never"),
+    ),
+    "i.yaml": ("schedule: fixed\nblocks: 0-3,8\n", FixedBlockSchedule("0-3, 8")),
     "f.toml": (
         'schedule = "milestones"\n[steps]\n5 = 2\n',
         MilestoneSchedule({5: 2}),
@@ -557,6 +611,8 @@ def test_files_say_what_their_class_says(name, tmp_path):
         ("a.json", '{"schedule": "milestones", "steps": {"3": 1.5}}', "milestone 3 must be -1 or"),
         ("a.json", '{"schedule": "milestones", "steps": {"3": true}}', "milestone 3 must be -1 or"),
         ("a.json", '{"schedule": "milestones", "steps": {"3": "1"}}', "milestone 3 must be -1 or"),
+        ("a.json", '{"schedule": "fixed", "blocks": {"x": 1}}', "table of step = blocks"),
+        ("a.json", '{"schedule": "fixed", "blocks": [[1]]}', "wrong type"),
         ("a.json", '{"schedule": "random", "blocks": 2, "period": 2.5}', "period must be 1 or"),
         ("a.json", '{"schedule": "progressive", "stages": 2, "anneal": true}', "train --anneal"),
         ("a.json", "{", "Expecting property name"),

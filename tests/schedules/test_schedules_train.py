@@ -26,6 +26,7 @@ from transformers import TrainerCallback
 from progtuning_kernels import (
     AdaptiveSchedule,
     CyclicBlockSchedule,
+    FixedBlockSchedule,
     FreezePlan,
     MaskedAdamW,
     PatchHandle,
@@ -49,6 +50,9 @@ SCHEDULES: dict[str, Schedule] = {
     "badam, head too": CyclicBlockSchedule(1, 2, order="descending", head="never"),
     "random cycles of three and one": CyclicBlockSchedule(3, 2, order="random", seed=5),
     "two groups in turn": CyclicBlockSchedule(2, 2),
+    "from the bottom, then from the top": FixedBlockSchedule(
+        {0: "embeddings,0-1", 3: "0,2", 6: "-1,head", 9: "-2--1,head"}, head="never"
+    ),
     "adaptive": AdaptiveSchedule(2, percentile=80),
     "weighted": ProgressiveSchedule(3, 12, weights=[1, 1, 1, 9]),
     "a stage per block": ProgressiveSchedule(4, 12),
