@@ -22,11 +22,12 @@ from ..freezing.freezer import Freezer, StageState
 from ..model.layout import EMBEDDINGS, Layout, find_layout
 from ..optim import MaskedAdamW
 from ..schedules import FreezePlan
+from ..swaps import Kernels
 from .example_batch import on_device
 from .meta_step import loss_of, meta_copy
 from .stage_meter import Options, freeze_quietly, state_dtype_of
 
-_SECONDS, _MIN_ROUNDS = 2.0, 3  # after a round that warms up; it takes longer where it must
+_SECONDS, _MIN_ROUNDS = 2.0, 6  # after a round that warms up; it takes longer where it must
 
 
 class CannotCalibrate(Exception):
@@ -158,8 +159,8 @@ def _timed_step(
         loss.backward()
         clock.end(f"{name} last backward")
         optimizer.step()
+        optimizer.zero_grad()  # which gives the memory of gradients back
         clock.end(f"{name} update")
-        optimizer.zero_grad()
 
 
 def measure_units(
@@ -172,6 +173,7 @@ def measure_units(
     tied: TiedPolicy,
     frozen_mode: FrozenMode,
     between: bool,
+    kernels: Kernels = "off",
 ) -> UnitCosts:
     """The least times of real steps of a copy with two blocks and other weights.
 
@@ -183,10 +185,12 @@ def measure_units(
     blocks = find_layout(small, [layout.stacks[0].path])
     vocabulary = getattr(getattr(model, "config", None), "vocab_size", None)
     batch = on_device(inputs, device, vocabulary)
-    freezer = Freezer(small, blocks, tied=tied, frozen_mode=frozen_mode)
+    freezer = Freezer(small, blocks, tied=tied, frozen_mode=frozen_mode, kernels=kernels)
     optimizer = MaskedAdamW(
         small.parameters(),
         lr=1e-6,
+        max_grad_norm=1.0,  # as the Trainer has it: a norm reads every gradient once more
+        on_freeze="keep",  # plans take turns: state that comes and goes would be timed
         state_dtype=state_dtype_of(options.optimizer),
         master_weights=options.master_weights,
     )
