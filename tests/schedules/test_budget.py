@@ -8,10 +8,12 @@ import json
 import math
 import pickle
 import random
+import re
 from fractions import Fraction
 
 import pytest
 import torch
+from cli_calls import broken_off
 from proofs import frozen_by_hand, gradients
 from ranks import run_ranks
 from tiny_models import tiny_inputs, tiny_model
@@ -29,6 +31,7 @@ from progtuning_kernels import (
 from progtuning_kernels.budget import step_costs
 from progtuning_kernels.budget.importance import signal_to_noise
 from progtuning_kernels.budget.knapsack import StepCosts, choose_units
+from progtuning_kernels.cli.app import main
 from progtuning_kernels.model.layout import EMBEDDINGS, find_layout, parameter_slots
 from progtuning_kernels.planner.calibration import UnitCosts
 
@@ -371,3 +374,37 @@ def test_ranks_take_what_the_first_one_chooses(tmp_path):
     assert first == second
     alone = budget_schedule(tiny_model("bert-sequence"), 0.7, importance=[9, 1, 1, 1], **SHAPE)
     assert first == repr(alone)
+
+
+def test_command_line_chooses_trains_and_resumes(model_folders, text_files, tmp_path, capsys):
+    def call(name, *extra):
+        files = ["--train-file", text_files[0], "--validation-file", text_files[1]]
+        sizes = ["--batch-size", 8, "--max-length", 16, "--max-steps", 6, "--checkpoint-every", 3]
+        where = ["--model", model_folders["bert"], "--output", tmp_path / name]
+        options = ["train", *files, *where, *sizes, "--schedule", "budget", "--rho", 0.7, *extra]
+        main([str(option) for option in options])
+
+    call("run", "--dry-run")
+    planned = " ".join(capsys.readouterr().out.split())
+    with broken_off(4):
+        call("run")
+    before = (tmp_path / "run" / "schedule.json").read_text()
+    call("run", "--resume")
+    assert (tmp_path / "run" / "schedule.json").read_text() == before
+    chosen = schedule_from_file(tmp_path / "run" / "schedule.json").plan(0, 4)
+    assert f"# 1 6 {chosen.units_in_words()} " in planned
+    (stage,) = json.loads((tmp_path / "run" / "metrics.json").read_text())["stages"]
+    assert tuple(stage["trainable"]) == chosen.trainable and stage["last_step"] == 6
+    capsys.readouterr()
+    plan = ["plan", "--model", str(model_folders["bert"]), "--schedule", "budget"]
+    main([*plan, "--max-steps", "6", "--rho", "0.7", "--importance", "snr"])
+    (ratio,) = re.findall(r"^1 .*head .* ([0-9.]+)$", capsys.readouterr().out, re.MULTILINE)[:1]
+    assert 0 < float(ratio) <= 0.7
+    for extra, message in (
+        (("--rho", "0.7"), "take --importance snr, or progtuning train --dry-run"),
+        ((), "--schedule budget and --rho need each other"),
+        (("--rho", "0.01", "--importance", "snr"), "pass rho="),
+    ):
+        with pytest.raises(SystemExit):
+            main([*plan, *extra])
+        assert message in capsys.readouterr().err

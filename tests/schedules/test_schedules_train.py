@@ -562,7 +562,7 @@ def test_command_line_names_and_errors(model_folders, text_files, tmp_path, caps
     thaws = tmp_path / "thaws.json"
     thaws.write_text('{"schedule": "cyclic", "blocks": 1, "period": 3}')
     for extra, message in (
-        (("--schedule", "lisa"), "--schedule is progressive, random, cyclic, adaptive or a file"),
+        (("--schedule", "lisa"), "--schedule is progressive, random, cyclic, adaptive, budget"),
         (("--schedule", tmp_path / "none.toml"), "No such file"),
         (("--schedule", bad), "blocks=9 is more than the 4 blocks"),
         (("--schedule", thaws, "--anneal"), "thaws at step 3"),
