@@ -19,7 +19,7 @@ from torch.utils import _pytree as pytree
 from ..freezing.active_set import TiedPolicy
 from ..freezing.boundary import FrozenMode
 from ..freezing.freezer import Freezer, StageState
-from ..model.layout import EMBEDDINGS, Layout, find_layout
+from ..model.layout import EMBEDDINGS, Layout, find_layout, parameter_slots
 from ..optim import MaskedAdamW
 from ..schedules import FreezePlan
 from ..swaps import Kernels
@@ -46,6 +46,7 @@ class UnitCosts:
     block_between: float  # frozen, the gradient passes to what trains below; 0: not measured
     head: float  # forward, loss and backward
     update: float  # of the optimizer, per parameter
+    head_alone: float = 0.0  # a weight tied to frozen embeddings is frozen; 0: no weight is tied
 
     def with_real_tokens(self, share: float) -> UnitCosts:
         """Where blocks compute on this share of the places."""
@@ -54,7 +55,9 @@ class UnitCosts:
 
     def step_s(self, state: StageState, num_blocks: int, *, cached: bool = False) -> float:
         """Seconds of one step in a stage; `cached`: without the prefix."""
-        seconds = self.head + self.update * state.trainable_params
+        is_alone = bool(self.head_alone) and EMBEDDINGS not in state.active
+        seconds = self.head_alone if is_alone else self.head
+        seconds += self.update * state.trainable_params
         if EMBEDDINGS in state.active:
             seconds += self.embeddings
         elif not (cached and state.boundary):
@@ -220,6 +223,9 @@ def measure_units(
     block = clock.least("full block 0 forward")
     block += clock.least("full block 0 backward", "full block 1 backward") / 2
     passed = clock.least("between block 0 forward", "between block 0 backward") if between else 0.0
+    tied_weights = any(
+        len(s.units) > 1 and s.home == blocks.head for s in parameter_slots(small, blocks)
+    )
     return UnitCosts(
         embeddings=clock.least("full embeddings forward", "full last backward"),
         embeddings_frozen=clock.least("lowest embeddings forward"),
@@ -229,4 +235,7 @@ def measure_units(
         block_between=passed,
         head=clock.least("full head forward", "full head backward"),
         update=clock.least("full update") / params,
+        head_alone=(
+            clock.least("lowest head forward", "lowest head backward") if tied_weights else 0.0
+        ),
     )
