@@ -85,7 +85,9 @@ def _costs(model: nn.Module, layout: Layout, work: Work, *, calibrate: bool) -> 
         layout,
         shape=(work.rows, work.tokens),
         inputs=None,
-        options=Options("adamw", False, False, None, CPU),
+        options=Options(
+            optimizer="adamw", master_weights=False, in_backward=False, cache=None, device=CPU
+        ),
         calibrate=calibrate,
         tied="frozen",
         frozen_mode="eval",

@@ -132,7 +132,14 @@ def budget_schedule(
             layout,
             shape=shape,
             inputs=given[0] if shape is None else None,
-            options=Options(optimizer, False, False, None, target, autocast),
+            options=Options(
+                optimizer=optimizer,
+                master_weights=False,
+                in_backward=False,
+                cache=None,
+                device=target,
+                autocast=autocast,
+            ),
             calibrate=calibrate,
             tied=tied,
             frozen_mode=frozen_mode,
@@ -168,7 +175,7 @@ def _shares(rho: Any, total_steps: int | None) -> tuple[list[float], int | None]
     for share in shares:
         if isinstance(share, bool) or not isinstance(share, Real):
             raise TypeError(f"rho must be above 0 and at most 1, got {share!r}: pass a number")
-        if not 0 < share <= 1:
+        if not 0 < float(share) <= 1:
             raise ValueError(f"rho must be above 0 and at most 1, got {share!r}")
     if not shares:
         raise ValueError("rho is empty: give one number, or one for each stage")
