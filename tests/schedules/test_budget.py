@@ -97,6 +97,16 @@ def test_the_chosen_set_is_the_best_of_all_sets(small):
                 before = best[0]
 
 
+def test_blocks_that_are_alike_are_taken_from_the_top():
+    base = {(0, True): Fraction(8), (5, True): Fraction(1)}
+    costs = StepCosts(base, dict.fromkeys(range(1, 5), Fraction(1)), Fraction(12))
+    for more, blocks in ((1, (0, 4)), (2, (0, 3, 4)), (4, (0, 1, 2, 3, 4))):
+        found = choose_units(
+            costs, [Fraction(w) for w in (0, 9, 1, 1, 1, 1, 0)], Fraction(8 + more)
+        )
+        assert found == FreezePlan(tuple(i in blocks for i in range(5)))
+
+
 def test_many_blocks_take_no_time():
     """A set is kept for each number of blocks where they cost the same, of 2^80 sets in all."""
     base = {(i, True): Fraction(100 - i) for i in range(-1, 81)}
@@ -172,7 +182,7 @@ def _measured(monkeypatch, model, **options) -> list[float]:
 @pytest.mark.parametrize("tied", ["frozen", "head_only"])
 def test_gradient_importance_is_torch_s(monkeypatch, tied):
     for name in ("bert-sequence", "gpt2-causal-lm"):
-        model = tiny_model(name).train()
+        model = tiny_model(name, dropout=True).train()
         batches = [tiny_inputs(name, seed=seed) for seed in range(2)]
         model.get_submodule(find_layout(model).block_paths[1]).requires_grad_(False)
         flags, state = [p.requires_grad for p in model.parameters()], torch.get_rng_state()
