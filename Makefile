@@ -9,7 +9,7 @@ CONSTRAINTS ?= constraints.txt
 BIN := .venv/bin
 SOURCES := pyproject.toml setup.py $(CONSTRAINTS) $(wildcard csrc/*)
 
-.PHONY: demo test lint types docs serve bench bench-packing bench-ranks bench-budget bench-compare gpu-suite accuracy clean
+.PHONY: demo test lint types docs serve bench bench-packing bench-ranks bench-rows bench-budget bench-compare gpu-suite accuracy clean
 
 demo: .venv/.demo ## fine-tune a pretrained model fully and progressively, and compare
 	$(BIN)/progtuning demo $(ARGS)
@@ -47,6 +47,9 @@ bench-ranks: .venv/.bench ## two processes on this CPU: the share of a step that
 
 bench-budget: .venv/.bench ## this machine's CPU: steps within a budget, predicted and measured; 5 minutes
 	$(BIN)/python benchmarks/budget.py --output $(OUT) $(ARGS)
+
+bench-rows: .venv/.bench ## the rows of 300 new tokens: this library, torch and PEFT in turn, on this CPU
+	$(BIN)/python benchmarks/rows.py --output $(OUT) $(ARGS)
 
 bench-compare: .venv/.bench ## this commit against a saved one: ARGS="--benchmark-save=NAME", then ARGS="--benchmark-compare"
 	$(BIN)/python -m pytest benchmarks/test_speed.py $(ARGS)

@@ -26,6 +26,7 @@ from torch.nn.parallel import DataParallel, DistributedDataParallel
 from .model.call_stack import called_from
 from .model.families import UnsupportedModelError
 from .model.layout import Layout, parameter_slots
+from .model.rows import rows_of
 from .sharding import fsdp_records
 from .zero import (
     awaits_partition,
@@ -211,12 +212,13 @@ class Wrapper:
             options: with which ranks of a sharded model gather in other forwards.
         """
         self._behind = True
-        slots = parameter_slots(self._model, self._layout)
+        slots = list(parameter_slots(self._model, self._layout))
         names = [slot.name for slot in slots if slot.parameter.requires_grad]
+        which = [str(r.runs) for slot in slots for r in rows_of(slot.owner).values()]
         what = [f"step {step}, boundary {boundary}, {len(names)} active tensors"]
         if self.sharded:
             what += options
-        self._agree(step, ", ".join(what), [*names, *what])
+        self._agree(step, ", ".join(what), [*names, *which, *what])
         self._rebuild(boundary)
         self._behind = False
 
@@ -336,7 +338,7 @@ class Wrapper:
         )
         return (
             f"ranks do not train the same: {descriptions}. Every rank needs the same schedule and "
-            "seed, the same frozen layers, and one handle.advance() per optimizer step"
+            "seed, the same frozen layers and rows, and one handle.advance() per optimizer step"
             + ("; under fully_shard also a cache and packing, or none" if self.sharded else "")
         )
 

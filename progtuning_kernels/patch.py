@@ -17,6 +17,7 @@ from .freezing.handle import PatchHandle, handle_of, live_handles
 from .graphs import Graph
 from .model.families import UnsupportedModelError
 from .model.layout import find_layout
+from .model.rows import TrainedRows
 from .packing import Packing
 from .schedules import Schedule, check_schedule, decides_by_gradients, whole_number
 from .schedules.plan import check_choice
@@ -36,6 +37,7 @@ def patch_model(
     graph: Graph = "off",
     cache: PrefixCache | Literal["auto"] | None = None,
     blocks: str | Sequence[str] | None = None,
+    rows: Mapping[str, Any] | TrainedRows | None = None,
     step: int = 0,
 ) -> PatchHandle:
     """Patch `model` in place so that it trains only what `schedule` says.
@@ -79,6 +81,12 @@ def patch_model(
             does not pay; `handle.cache_report()` says so.
         blocks: qualified name of the block list where discovery cannot choose; several, in the
             order in which they run, of lists or of single modules that are a block each.
+        rows: by name of a parameter, or of a module with a `weight` (the end of a name does where
+            it is the only one): row numbers, as a list, range or 1-D tensor of integers. Of that
+            tensor these rows alone train, such as those of new tokens in embedding and head: there
+            is gradient, optimizer state and update for no other, and all others keep their bits.
+            Make the optimizer after patching, from `handle.param_groups()`. A tied tensor is named
+            once. What is named trains though it was frozen, as PEFT freezes a base.
         step: number of optimizer steps done. An optimizer that has its state already would
             otherwise lose that of tensors that the plan of step 0 freezes.
 
@@ -86,13 +94,16 @@ def patch_model(
         The handle; call `handle.advance()` once per optimizer step.
 
     Raises:
-        TypeError: no model, no schedule, a `step` that is no number, or `blocks` that are no names.
+        TypeError: no model, no schedule, a `step` that is no number, `blocks` that are no names, or
+            `rows` that are no mapping.
         UnsupportedModelError: no block list can be found, the blocks share weights, or the model
             has adapters that cannot freeze with their blocks, or is in a wrapper that does not
-            follow changes of what trains; from the first training forward, if a unit turns out to
-            be computed from a later one.
+            follow changes of what trains, or a tensor whose rows cannot train alone is named; from
+            the first training forward, if a unit turns out to be computed from a later one, or a
+            tensor of which rows train to be used by code outside the modules that hold it.
         ValueError: the model, a part of it or one that it is a part of is patched already, the
-            schedule does not fit it, or an option has a value that is not named here.
+            schedule does not fit it, an option has a value that is not named here, or `rows` names
+            no tensor of the model, or no rows of it.
         RuntimeError: ranks do not train the same; from the first training forward, if a frozen
             block cuts off the gradient of an input, or checkpointing that of a trained block.
 
@@ -128,7 +139,7 @@ def patch_model(
     refuse_flat_parameters(inner)
     layout = find_layout(inner, blocks)
     cache = automatic_cache() if cache == "auto" else cache
-    handle = PatchHandle(inner, schedule, layout, **options, cache=cache, step=step)
+    handle = PatchHandle(inner, schedule, layout, **options, cache=cache, rows=rows, step=step)
     if inner is model:
         return handle
     try:

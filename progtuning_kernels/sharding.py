@@ -42,6 +42,12 @@ def fsdp_records(model: nn.Module) -> dict[tuple[int, str], Any]:
     return records
 
 
+def forget(model: nn.Module, shard: Tensor) -> None:
+    """Have FSDP2 gather one of its parameters no more, which leaves the model."""
+    for group in (group for module in model.modules() for group in fsdp_groups(module)):
+        group.fsdp_params = [r for r in group.fsdp_params if r.sharded_param is not shard]
+
+
 @dataclass(frozen=True)
 class Sharding:
     """How FSDP2 gathers the parameters of one module."""

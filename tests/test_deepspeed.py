@@ -57,10 +57,10 @@ def half(step: int, rank: int, part: int) -> dict[str, torch.Tensor]:
     return {k: v[part : part + 1] for k, v in batch(step, rank).items()}
 
 
-def reference(schedule, *, annealed: bool = True) -> nn.Module:
+def reference(schedule, *, annealed: bool = True, rows=None) -> nn.Module:
     """The run of one process, with plain AdamW that forgets what is frozen."""
     model = tiny_model("bert-sequence").train()
-    handle = patch_model(model, schedule)
+    handle = patch_model(model, schedule, rows=rows)
     optimizer, scheduler = adamw(handle.param_groups(weight_decay=0.1))
     while handle.step < STEPS:
         model(**batch(handle.step, None)).loss.backward()
@@ -74,13 +74,13 @@ def reference(schedule, *, annealed: bool = True) -> nn.Module:
     return model
 
 
-def engine_of(stage: int, *, groups=None, optimizer=None, accumulate=1, **config):
+def engine_of(stage: int, *, groups=None, rows=None, optimizer=None, accumulate=1, **config):
     import deepspeed
 
     model = tiny_model("bert-sequence").train()
     handle = None
     if groups is not None:  # patched first
-        handle = patch_model(model, groups)
+        handle = patch_model(model, groups, rows=rows)
         made = handle.param_groups(weight_decay=0.1)
     else:
         made = decay_groups(list(model.parameters()), 0.1)
@@ -188,6 +188,21 @@ def check_stages(rank: int) -> None:
             train(engine, handle, rank)
             assert_same_weights(engine.module, expected, f"{name} under ZeRO-{stage}")
             assert same_on_ranks(engine.module)
+
+
+def check_rows(rank: int) -> None:
+    rows = {"word_embeddings": [9, 5]}
+    engine, handle = engine_of(2, groups=SCHEDULES["progressive"](), rows=rows)
+    train(engine, handle, rank)
+    expected = reference(SCHEDULES["progressive"](), rows=rows)
+    assert_same_weights(engine.module, expected, "rows")
+    found, start = (
+        m.bert.embeddings.word_embeddings.weight
+        for m in (engine.module, tiny_model("bert-sequence"))
+    )
+    assert (found != start).any(1).nonzero().flatten().tolist() == [5, 9]
+    with pytest.raises(UnsupportedModelError, match="call patch_model before deepspeed.initialize"):
+        patch_model(engine_of(2), ProgressiveSchedule(2, 4), rows=rows)
 
 
 def check_bytes(rank: int) -> None:
@@ -554,6 +569,7 @@ def check_exceptions(rank: int) -> None:
 
 CHECKS = (
     check_stages,
+    check_rows,
     check_cache,
     check_bytes,
     check_bf16,

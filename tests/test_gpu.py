@@ -68,6 +68,37 @@ def test_step_never_waits_for_the_device_and_skips_there():
         assert optimizer.state[p]["step"] == 1
 
 
+@pytest.mark.parametrize("clip_mode", [None, "exact", "previous_norm"])
+def test_state_on_the_host_trains_as_state_on_the_gpu(clip_mode):
+    """Blocks of 16 MiB: a copy takes longer than the launches after it."""
+    runs = []
+    for state_device in ("cpu", None):
+        before = torch.cuda.memory_allocated()
+        torch.manual_seed(0)
+        model = nn.Sequential(*(nn.Linear(2048, 2048) for _ in range(6))).cuda()
+        optimizer = MaskedAdamW(
+            model.named_parameters(),
+            eps=1e-3,
+            max_grad_norm=0.5,
+            in_backward=clip_mode is not None,
+            clip_mode=clip_mode or "exact",
+            state_device=state_device,
+        )
+        for step in range(6):
+            model[0].requires_grad_(step % 3 != 1)
+            x = torch.randn(4, 2048, generator=torch.Generator().manual_seed(step)).cuda()
+            model(x).square().sum().backward()
+            optimizer.step()
+            optimizer.zero_grad()
+        runs.append([p.detach().cpu() for p in model.parameters()])
+        weights = sum(p.nbytes for p in model.parameters())
+        held = torch.cuda.memory_allocated() - before
+        assert (held < 1.5 * weights) == (state_device == "cpu")
+        del model, optimizer
+    for p, q in zip(*runs, strict=True):
+        torch.testing.assert_close(p, q, rtol=2e-5, atol=2e-6)
+
+
 @pytest.mark.captures
 def test_triton_is_tried_once_and_never_in_a_capture(monkeypatch):
     pytest.importorskip("triton")

@@ -93,6 +93,12 @@ def test_pinned_copies_wait_only_if_asked_to(pretend):
     pretend.put(torch.zeros(2)).copy_(torch.ones(2, pin_memory=True), non_blocking=True)
     pinned.to("cuda")
     assert [event.kind for event in pretend.events] == ["pinned", "pinned", "awaited"]
+    pretend.events.clear()
+    on_gpu = torch.ones(2, device="cuda")
+    pinned.copy_(on_gpu, non_blocking=True)
+    pinned.copy_(on_gpu)
+    torch.ones(2).copy_(on_gpu, non_blocking=True)
+    assert [event.kind for event in pretend.events] == ["pinned", "read", "read"]
 
 
 def test_places_follow_the_memory(pretend):

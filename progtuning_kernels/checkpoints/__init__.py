@@ -220,6 +220,8 @@ def _facts(
         "the schedule": "none" if patched is None else repr(patched.schedule),
         "the learning rate scheduler": "none" if scheduler is None else "some",
     }
+    rows = {} if patched is None else patched.freezer.rows.state_dict()
+    facts |= {f"what trains of {name}": f"rows {runs}" for name, runs in rows.items()}
     # other entries have any shape: bitsandbytes writes descriptions of changing length for 4-bit
     # layers, and does not take them back
     named = (model.named_parameters, model.named_buffers)

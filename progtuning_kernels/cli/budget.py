@@ -32,6 +32,8 @@ def chosen_schedule(
             options.rho or 1.0,
             total_steps,
             importance=options.importance,
+            # new tokens train with the embeddings
+            embeddings="always" if options.train_new_tokens else "chosen",
             frozen_mode=options.frozen_mode,
             tied=options.tied,
             blocks=options.block_lists,

@@ -11,6 +11,7 @@ from transformers import TrainingArguments
 
 from ..cache import PrefixCache
 from ..model.layout import Layout
+from ..model.rows import TrainedRows
 from ..optim import MaskedAdamW
 from ..optim.masked_adamw import STATE_DTYPES
 from ..patch import patch_model
@@ -43,6 +44,7 @@ def optimizer_and_rates(
     args: TrainingArguments,
     schedule: Schedule,
     layout: Layout,
+    rows: TrainedRows | None = None,
 ) -> tuple[torch.optim.Optimizer | None, torch.optim.lr_scheduler.LRScheduler | None]:
     """`MaskedAdamW` over all that will ever train, and the rates of `--anneal`.
 
@@ -60,7 +62,8 @@ def optimizer_and_rates(
         return None, None
     with as_user_error():
         # for its parameter groups alone: the callback patches when training begins
-        handle = patch_model(model, schedule, **patch_options(options, layout) | _WITHOUT_STORES)
+        patch = patch_options(options, layout) | _WITHOUT_STORES
+        handle = patch_model(model, schedule, **patch, rows=rows)
         groups = handle.param_groups(weight_decay=args.weight_decay, by_unit=options.anneal)
         handle.unpatch()
         optimizer = MaskedAdamW(

@@ -16,6 +16,7 @@ from torch import nn
 
 from ..backend import one_line
 from .errors import UserError, as_user_error
+from .new_tokens import add_to_vocabulary, make_room, read_tokens
 from .options import TrainOptions
 from .tasks import KINDS
 from .tasks.classes import own_classes, same_classes
@@ -75,10 +76,12 @@ def load_model(
     quiet_transformers()
     path, auto = model_path(options.model), auto_class(options.task)
     more = _four_bits(device) if options.load_in_4bit else {}
+    tokens = read_tokens(options.add_tokens)
     dtype = torch.bfloat16 if options.precision == "bf16-pure" else torch.float32
     try:
         config = transformers.AutoConfig.from_pretrained(path)
         processor = getattr(transformers, task.processor).from_pretrained(path)
+        ids = add_to_vocabulary(processor, tokens) if tokens else []
         own = own_classes(config)
         names = None if task.names is None else [*task.names]
         task.configure(config)
@@ -100,6 +103,9 @@ def load_model(
         raise
     except Exception as error:  # missing, damaged, of other labels: there is no common class
         raise UserError(cannot_load(options.model, error)) from error
+    if ids:
+        make_room(model, len(processor), weights=weights)
+        notes.append(f"tokens added: {len(ids):,}, from id {min(ids)} on")
     if task.processor == "AutoTokenizer":
         _settle_padding(model, processor)
     return model, processor, notes
@@ -184,8 +190,13 @@ def check_peft() -> None:
         raise UserError("LoRA needs peft: pip install peft accelerate") from None
 
 
-def wrap_lora(model: nn.Module, task: str, rank: int) -> nn.Module:
-    """LoRA on every linear layer but the head, by PEFT; a classification head trains as it is."""
+def wrap_lora(
+    model: nn.Module, task: str, rank: int, rows: dict[str, list[int]] | None = None
+) -> nn.Module:
+    """LoRA on every linear layer but the head, by PEFT; a classification head trains as it is.
+
+    PEFT trains `rows` of embeddings and LM head, too.
+    """
     check_peft()
     from peft import LoraConfig, TaskType, get_peft_model, prepare_model_for_kbit_training
 
@@ -202,6 +213,7 @@ def wrap_lora(model: nn.Module, task: str, rank: int) -> nn.Module:
         lora_alpha=2 * rank,
         lora_dropout=0.0,
         target_modules="all-linear",
+        trainable_token_indices=rows,
     )
     if getattr(model, "is_quantized", False):
         model = prepare_model_for_kbit_training(model, use_gradient_checkpointing=False)

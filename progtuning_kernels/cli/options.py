@@ -60,6 +60,8 @@ class TrainOptions:
         max_train_rows: Use the first rows only.
         max_validation_rows: Use the first rows only.
         max_length: Tokens of a row at most.
+        add_tokens: Tokens to add to the vocabulary, with commas, or a file of one a line;
+            repeatable.
         max_new_tokens: Tokens of a target or a generated text at most.
         mlm_probability: masked-lm: share of the tokens to guess.
         doc_stride: question-answering: tokens that two windows of a text share.
@@ -78,6 +80,7 @@ class TrainOptions:
         embeddings: When the embeddings train in it; under always, backward is never truncated.
         frozen_mode: Mode of frozen blocks: eval has no dropout.
         tied: What a weight shared by embeddings and LM head does once the embeddings are frozen.
+        train_new_tokens: Of embeddings and LM head, only the rows of --add-tokens train.
         blocks: Path of the block list where it cannot be found; several with commas, in order.
         packing: auto leaves padding out of what blocks compute where a batch has more than a little
             of it, on wherever it has any.
@@ -121,6 +124,7 @@ class TrainOptions:
     max_train_rows: int | None = option(None, "train-rows", least=1)
     max_validation_rows: int | None = option(None, "validation-rows", least=1)
     max_length: int = option(128, "seq-len", least=2)
+    add_tokens: tuple[str, ...] = ()
     max_new_tokens: int = option(128, least=1)
     mlm_probability: float = option(0.15, least=0, most=1)
     doc_stride: int = option(128, least=0)
@@ -133,6 +137,7 @@ class TrainOptions:
     embeddings: Literal["first_stage", "always", "never"] = "first_stage"
     frozen_mode: Literal["eval", "train"] = "eval"
     tied: Literal["frozen", "head_only"] = "frozen"
+    train_new_tokens: bool = False
     blocks: str | None = None
     packing: Literal["auto", "on", "off"] = "auto"
     cache: str | None = None
@@ -239,10 +244,31 @@ class TrainOptions:
             raise UserError("--importance is for --schedule budget")
         if (self.schedule == "budget") != (self.rho is not None):
             raise UserError("--schedule budget and --rho need each other: --rho 0.5")
+        self._check_tokens()
         if self.load_in_4bit and not self.uses_lora:
             raise UserError("--load-in-4bit needs --method lora or progressive-lora")
         if self.master_weights and self.precision != "bf16-pure":
             raise UserError("--master-weights needs --precision bf16-pure")
+
+    def _check_tokens(self) -> None:
+        if self.add_tokens and self.task == "image-classification":
+            raise UserError("--add-tokens: image-classification has no vocabulary")
+        if self.train_new_tokens and not self.add_tokens:
+            raise UserError("--train-new-tokens trains the rows of --add-tokens: give them")
+        if self.train_new_tokens and self.method == "full":
+            raise UserError(
+                "--train-new-tokens is for the progressive and LoRA methods; --method full trains "
+                "every row: leave it out"
+            )
+        if self.add_tokens and self.uses_lora and not self.train_new_tokens:
+            raise UserError(
+                f"--method {self.method} trains no embeddings, and tokens of --add-tokens would "
+                "stay as they were drawn: give --train-new-tokens"
+            )
+        if self.add_tokens and self.is_scheduled and self.embeddings == "never":
+            raise UserError(
+                "--embeddings never trains no row of --add-tokens: take first_stage or always"
+            )
 
 
 def _dashed(name: str) -> str:
@@ -335,9 +361,9 @@ TRAINER_DEFAULTS: dict[str, Any] = {
 }
 # What decides the cost of a step or of a run.
 PLANNED = """
-model task max_length method schedule rho importance stages embeddings frozen_mode tied blocks
-packing cache lora_rank precision state_dtype master_weights in_backward gradient_checkpointing
-bf16 max_steps per_device_train_batch_size device
+model task max_length add_tokens train_new_tokens method schedule rho importance stages embeddings
+frozen_mode tied blocks packing cache lora_rank precision state_dtype master_weights in_backward
+gradient_checkpointing bf16 max_steps per_device_train_batch_size device
 """.split()
 CONTRIBUTION = """
 model task dataset train_file validation_file validation_split separator columns problem_type

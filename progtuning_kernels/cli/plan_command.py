@@ -22,6 +22,7 @@ from .budget import chosen_schedule
 from .config import autocast_dtype, build_schedule, choose_device
 from .errors import UserError, as_user_error
 from .models import auto_class, check_length, model_path, quiet_transformers, wrap_lora
+from .new_tokens import make_room, read_tokens, rows_of
 from .options import TrainOptions
 from .sizes import parse_bytes
 
@@ -69,6 +70,7 @@ def plan_run(
     *,
     steps: int | None,
     device: str,
+    rows: dict[str, list[int]] | None = None,
     real_tokens: float = 1.0,
     choose: Callable[[nn.Module], Schedule] | None = None,
     **more: Any,
@@ -79,6 +81,7 @@ def plan_run(
         model: with or without weights; it gets checkpointing and adapters if the options say so.
         steps: optimizer steps of the run; None: as long as the schedule says.
         device: "cpu" or "cuda"; it need not be here.
+        rows: of embeddings and LM head that train alone; None: all.
         real_tokens: share of a micro-batch's places that are no padding, where packing is on.
         choose: gives the schedule of the model as it trains, instead of the options.
     """
@@ -87,7 +90,8 @@ def plan_run(
     if options.of_trainer("gradient_checkpointing") and not switch_checkpointing_on(model):
         raise UserError(f"{type(model).__name__} has no gradient checkpointing")
     if options.uses_lora:
-        model = wrap_lora(model, options.task, options.lora_rank)
+        of_peft = None if options.is_scheduled else rows
+        model = wrap_lora(model, options.task, options.lora_rank, of_peft)
     size = options.cache_size if options.is_scheduled else None
     with as_user_error():
         chosen = None if choose is None else choose(model)
@@ -114,6 +118,7 @@ def plan_run(
             tied=options.tied,
             frozen_mode=options.frozen_mode,
             blocks=options.block_lists,
+            rows=rows if options.is_scheduled else None,
             real_tokens=real_tokens if options.is_scheduled and options.packing != "off" else 1.0,
             **more,
         )
@@ -149,6 +154,12 @@ def run(options: TrainOptions, *, memory: str | None, as_json: bool, **more: Any
     options = dataclasses.replace(options, task=task)
     if options.schedule == "budget":
         model, more["choose"] = _with_weights(options)
+    rows = None
+    if tokens := read_tokens(options.add_tokens):
+        old = model.get_input_embeddings().weight.shape[0]  # of which the tokenizer may use fewer
+        make_room(model, old + len(tokens), weights=False)
+        new = range(old, old + len(tokens))
+        rows = rows_of(model, new) if options.train_new_tokens else None
     plan = plan_run(
         options,
         model,
@@ -156,6 +167,7 @@ def run(options: TrainOptions, *, memory: str | None, as_json: bool, **more: Any
         seq_len=options.max_length,
         steps=options.of_trainer("max_steps"),
         device=device,
+        rows=rows,
         memory_bytes=memory_bytes,
         **more,
     )

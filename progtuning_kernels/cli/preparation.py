@@ -17,6 +17,7 @@ from . import models
 from .config import training_arguments
 from .data import digest, load_splits
 from .errors import UserError, as_user_error
+from .new_tokens import read_tokens, rows_of
 from .options import TrainOptions
 from .tasks import Task, task_class
 from .tasks.causal_lm import sft_classes
@@ -57,9 +58,21 @@ class Prepared:
     def task(self) -> Task:
         return self.rows.task
 
+    @property
+    def new_ids(self) -> list[int]:
+        """Ids of the tokens that were added."""
+        tokens = read_tokens(self.options.add_tokens)
+        return self.processor.convert_tokens_to_ids(tokens) if tokens else []
+
+    @property
+    def rows_to_train(self) -> dict[str, list[int]] | None:
+        """`rows` of `patch_model`; None: whole weights train."""
+        return rows_of(self.model, self.new_ids) if self.options.train_new_tokens else None
+
     def adapt(self, rank: int) -> None:
-        """Put LoRA on the model."""
-        self.model = models.wrap_lora(self.model, self.options.task, rank)
+        """Put LoRA on the model; without a schedule PEFT trains the rows of new tokens, too."""
+        rows = None if self.options.is_scheduled else self.rows_to_train
+        self.model = models.wrap_lora(self.model, self.options.task, rank, rows)
         paths = [f"base_model.model.{stack.path}" for stack in self.layout.stacks]
         self.layout = find_layout(self.model, paths)
 
@@ -138,6 +151,10 @@ def prepare(
     prepared = Prepared(options, rows, args, model, processor, layout, encoded, collate, notes)
     if all("input_ids" in own.column_names for own in encoded.values()):
         notes += models.check_rows(model, processor, encoded)
+    if "train" in encoded and (ids := prepared.new_ids):
+        absent = {*ids}.difference(*encoded["train"]["input_ids"])
+        if absent:
+            notes.append(f"in no training row: {len(absent):,} of the {len(ids):,} tokens added")
     if not weights:
         return prepared
     # the longest row, and one that has to be padded

@@ -44,6 +44,7 @@ from .budget import BATCHES, choice_of, chosen_schedule, write_choice
 from .config import build_schedule
 from .errors import UserError, as_user_error, end_with
 from .length_batches import EpochOfBatches, LengthBatches
+from .new_tokens import read_tokens
 from .options import TrainOptions
 from .output import RUN_FILES, check_run_folder, empty_folder
 from .plan_command import plan_run
@@ -152,15 +153,18 @@ class Run:
 
     def _make_trainer(self) -> Trainer:
         options, args, prepared = self.options, self.args, self.prepared
-        self.initial_active_params = sum(
-            p.numel() for p in prepared.model.parameters() if p.requires_grad
-        )
         callbacks = []
+        rows = None
         self.callback: ProgtuningCallback | None = None
         if options.is_scheduled:
             patch = methods.patch_options(options, prepared.layout)
+            patch["rows"] = prepared.rows_to_train
             self.callback = ProgtuningCallback(self.schedule, **patch)
+            rows = self.callback.hold_rows(prepared.model)
             callbacks.append(self.callback)
+        self.initial_active_params = sum(
+            p.numel() for p in prepared.model.parameters() if p.requires_grad
+        )
         if options.early_stopping_patience is not None:
             callbacks.append(early := EarlyStoppingCallback(options.early_stopping_patience))
             # instead of a check, which knows no "stage"
@@ -172,7 +176,7 @@ class Run:
         self._places = numpy.argsort(order)  # of the rows among those sorted by length
         self._use_cache = getattr(prepared.model.config, "use_cache", None)
         optimizers = methods.optimizer_and_rates(
-            prepared.model, options, args, self.schedule, prepared.layout
+            prepared.model, options, args, self.schedule, prepared.layout, rows
         )
         # options that exclude each other, as padding_free of TRL; a tracker that is not installed
         with as_user_error(RuntimeError):
@@ -302,6 +306,7 @@ class Run:
             self.prepared.model,
             steps=self.total_steps,
             device=self.args.device.type,
+            rows=self.prepared.rows_to_train,
             batch_size=shape[0],
             seq_len=shape[1],
             inputs=widest,
@@ -391,6 +396,7 @@ class Run:
     def identity(self) -> dict[str, Any]:
         """What decides the numbers of a run: a resumed run must have the same."""
         own = {k: v for k, v in dataclasses.asdict(self.options).items() if k not in _FREE}
+        own["add_tokens"] = read_tokens(self.options.add_tokens)  # what a file names may change
         numbers = {name: str(self.options.of_trainer(name)) for name in _NUMBERS}
         schedule = re.sub(r"total_steps=\d+", "", repr(self.schedule))  # a run may be extended
         more = {"schedule": schedule, "data": self.rows.digest, "processes": self.args.world_size}

@@ -11,6 +11,7 @@ from torch import nn
 
 from ..model.adapters import adapter_configs
 from ..model.layout import EMBEDDINGS, Layout, ParameterSlot, parameter_slots
+from ..model.rows import held_as_rows
 from ..schedules import FreezePlan
 
 TiedPolicy = Literal["frozen", "head_only"]
@@ -166,7 +167,8 @@ class ActiveSet:
         new = [slot.name for slot in slots if id(slot.parameter) not in known]
         owners = {name.rpartition(".")[0] for name, was in withheld.items() if was}
         adapted, self._adapted = self._adapted, bool(adapter_configs(self._model))
-        if self._adapted and not adapted:
+        peft_came = self._adapted and not adapted
+        if peft_came:
             # PEFT has just frozen the whole base: every flag is its word
             known, withheld, owners = {}, {}, set()
         wishes = {}
@@ -176,7 +178,8 @@ class ActiveSet:
                 inherited = withheld.get(slot.name)
                 if inherited is None:
                     inherited = not owners.isdisjoint(_ancestors(slot.name))
-                wish = slot.parameter.requires_grad or inherited
+                named = peft_came and held_as_rows(slot.owner, slot.attribute)
+                wish = slot.parameter.requires_grad or inherited or named
             wishes[slot.name] = wish
         self._slots, self._user_trainable, self._flags = slots, wishes, []
         self._objects = [weakref.ref(slot.parameter) for slot in slots]

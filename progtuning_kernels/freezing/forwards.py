@@ -55,7 +55,9 @@ class Forwards:
         freezer.graphs.forbid()
         if freezer.packer.busy:
             return args, kwargs
+        freezer.rows.synchronise()
         if trains:
+            freezer.rows.begin_training()
             freezer.follow_changes()
             freezer.follow_wrapper()
             freezer.packer.learn(args, kwargs, freezer.boundary, freezer.share)
@@ -72,6 +74,7 @@ class Forwards:
             freezer.follow_surroundings()
             if not freezer.proved:
                 self._paths = self._watch_paths(inputs=(args, kwargs))
+                freezer.rows.show_uses()
             if self.last is None or not _answered(args):
                 self.last = _inputs_of(args, kwargs, freezer.active.device.type)
             freezer.graphs.look()
@@ -96,6 +99,7 @@ class Forwards:
         if self._freezer.packer.busy:
             return
         self._freezer.packer.end()
+        self._freezer.rows.end_forward()
         self._freezer.graphs.forbid()
         if cache is not None:
             if cache.busy:
@@ -110,6 +114,7 @@ class Forwards:
         if paths is None:
             return
         paths.remove()
+        self._freezer.rows.hold()
         if output is not None:
             if paths.finish(output):
                 self._freezer.freeze_moved()

@@ -32,6 +32,7 @@ from ..model.adapters import adapter_configs, check_adapters, rank_allocation_en
 from ..model.derived_classes import without_derived_ancestors
 from ..model.families import UnsupportedModelError
 from ..model.layout import EMBEDDINGS, Layout
+from ..model.rows import TrainedRows
 from ..model.structure import Structure
 from ..packing import Packer, Packing
 from ..schedules import FreezePlan, Schedule, decides_by_gradients, steps_to_check
@@ -57,6 +58,7 @@ class Freezer:
     Args:
         schedule: where the plans come from, to look ahead in it; None to plan without training.
         frozen_mode, tied, kernels, packing, graph: as for `patch_model`.
+        rows: rows of tensors that train, installed before.
 
     Attributes:
         norms: gradient norms, for a schedule that decides by them.
@@ -80,10 +82,12 @@ class Freezer:
         kernels: Kernels = "off",
         packing: Packing = "off",
         graph: Graph = "off",
+        rows: TrainedRows | None = None,
         step: int = 0,
     ) -> None:
         self.model = model
         self.layout = layout
+        self.rows = TrainedRows(model) if rows is None else rows
         self._note_adapters()
         self.active = ActiveSet(model, layout, tied)
         self.swaps = KernelSwaps(model, layout, kernels)
@@ -138,6 +142,8 @@ class Freezer:
 
     def enter_step(self, step: int, plan: FreezePlan) -> bool:
         """Go to optimizer step `step`, under `plan`; whether flags were set anew."""
+        self.rows.hold()
+        self.rows.end_step()
         rebuilt = self._rebuilt()
         if rebuilt:
             self._note_modules()
@@ -178,6 +184,7 @@ class Freezer:
 
     def freeze_again(self) -> None:
         """Freeze what was switched on behind the plan; drop gradients of frozen parameters."""
+        self.rows.hold()
         if not self._follow_switches():
             self.active.freeze_again()
 
@@ -187,6 +194,7 @@ class Freezer:
         """
         self._put_back_stand_ins()
         self._structure.check_blocks()
+        self.rows.hold()
         if not self._follow_switches() and not self.proved and self._rebuilt():
             self._note_modules()
             self._freeze_anew()
@@ -310,6 +318,10 @@ class Freezer:
         self.swaps.remove_swaps()
         self.graphs.remove()
         self.active.restore_flags()
+        if self._wrapper is not None:
+            self._wrapper.reshard()
+        if not self.rows.outlives_patch:
+            self.rows.remove()
         self._checkpointing.restore_checkpointing()
         if self.norms is not None:
             self.norms.remove_norm_hooks()
@@ -347,6 +359,7 @@ class Freezer:
                 cls = without_derived_ancestors(type(module))
                 if cls is not type(module):
                     module.__class__ = cls
+            self.rows.follow_shards()
         self._device_type = self.active.device.type
         self._costs_are_own = True
         self.swaps.install_swaps(self.active.device)
@@ -396,6 +409,7 @@ class Freezer:
     def _note_modules(self) -> None:
         self.packer.remove()
         self._structure.check()
+        self.rows.check()
         self.layout.guess_unruled(self.model)
         new = self.active.rescan_parameters()
         self._structure.note()

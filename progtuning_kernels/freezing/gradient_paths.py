@@ -21,6 +21,7 @@ from ..model.cures import cure_for
 from ..model.families import UnsupportedModelError, register_call
 from ..model.forward_hooks import ForwardHooks, tensors_in
 from ..model.layout import EMBEDDINGS, Layout, parameter_slots
+from ..model.rows import trained_by_rows
 
 
 class GradientPaths:
@@ -82,6 +83,7 @@ class GradientPaths:
 
     def finish(self, output: Any) -> bool:
         """Write the units of bare parameters into `layout.found`; whether any has changed."""
+        self._refuse_other_uses(output)
         found = self._layout.found
         before = dict(found)
         for key, name in self._unruled.items():
@@ -93,6 +95,17 @@ class GradientPaths:
                 found.pop(name, None)
         self._refuse_late_embeddings(output)
         return found != before
+
+    def _refuse_other_uses(self, output: Any) -> None:
+        """Of tensors of which rows train: uses that give these no gradient."""
+        rows = {k: s for k, s in self._slots.items() if trained_by_rows(s.owner, s.attribute)}
+        for leaf in _leaves(tensors_in(output)) if rows else ():
+            if (slot := rows.get(self._key_of(leaf))) is not None:
+                raise UnsupportedModelError(
+                    f"{type(self._model).__name__}: {slot.name} is used by other code than lookups "
+                    "and linear layers of the modules that hold it, where its rows get no "
+                    "gradient: train it as a whole, without rows"
+                )
 
     def _refuse_late_embeddings(self, output: Any) -> None:
         if EMBEDDINGS not in self._freezes or self._blind:

@@ -6,8 +6,9 @@ read it.
 
 from __future__ import annotations
 
+import sys
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from datetime import timedelta
 from typing import Any
 
@@ -18,6 +19,7 @@ from ..cache import CacheReport, PrefixCache, PrefixServer
 from ..distributed import put_shards_back, shards_of
 from ..graphs import Graph, GraphReport
 from ..model.layout import Layout, parameter_slots
+from ..model.rows import TrainedRows, trained_by_rows
 from ..packing import Packing, PackingReport
 from ..schedules import FreezePlan, Schedule, units_by_stage, whole_number
 from ..sharding import fsdp_records
@@ -93,6 +95,7 @@ class PatchHandle:
         packing: Packing,
         graph: Graph,
         cache: PrefixCache | None,
+        rows: Mapping[str, Any] | TrainedRows | None,
         step: int,
     ) -> None:
         self.model = model
@@ -102,11 +105,15 @@ class PatchHandle:
         self._listeners: list[Callable[[PatchHandle], object]] = []
         self._missed = MissedSteps(model, layout, schedule)
         options: dict[str, Any] = {"frozen_mode": frozen_mode, "tied": tied, "kernels": kernels}
-        self.freezer = Freezer(
-            model, layout, schedule, **options, packing=packing, graph=graph, step=step
-        )
-        plan = schedule.plan(step, layout.num_blocks)
-        self.freezer.check_known_plans()
+        options |= {"packing": packing, "graph": graph}
+        trained = rows if isinstance(rows, TrainedRows) else TrainedRows(model, rows)
+        try:
+            self.freezer = Freezer(model, layout, schedule, **options, rows=trained, step=step)
+            plan = schedule.plan(step, layout.num_blocks)
+            self.freezer.check_known_plans()
+        except BaseException:
+            trained.remove()
+            raise
         if cache is not None:
             fixed = frozen_mode == "eval"
             self.freezer.cache = PrefixServer(model, layout, cache, fixed=fixed)
@@ -255,6 +262,7 @@ class PatchHandle:
         """
         self._check_patched()
         self.freezer.end_step()
+        self.freezer.rows.end_step()
         self.freezer.freeze_again()
 
     def _check_patched(self) -> None:
@@ -308,6 +316,7 @@ class PatchHandle:
         """Two groups over all parameters, frozen ones included: they never change afterwards.
 
         `param_names` of a group tells an optimizer that updates inside backward what a block is.
+        Of a tensor that `rows` names, the rows that train are in its place.
 
         Args:
             lr: learning rate to write into the groups; None leaves it to the optimizer.
@@ -323,7 +332,11 @@ class PatchHandle:
             Groups with "params", "param_names", "weight_decay" and "lr" as far as they are set; a
             group without parameters is left out.
         """
-        slots = list(parameter_slots(self.model, self.layout))
+        slots = [
+            slot
+            for slot in parameter_slots(self.model, self.layout)
+            if not trained_by_rows(slot.owner, slot.attribute)
+        ]
         records = fsdp_records(self.model)
         shards = {  # a forward, also one that has raised, may leave gathered weights in their place
             id(s.parameter): records[place].sharded_param
@@ -393,6 +406,8 @@ class PatchHandle:
         }
         if padded := self.freezer.packer.state_dict():
             state["padded"] = padded
+        if rows := self.freezer.rows.state_dict():
+            state["rows"] = rows
         if costs := self.freezer.swaps.state_dict():
             state["call_costs"] = costs
         if (norms := self.freezer.norms) is not None:
@@ -419,6 +434,7 @@ class PatchHandle:
             )
         if state["schedule"] != repr(self.schedule):
             raise ValueError(f"saved under {state['schedule']}, this run has {self.schedule!r}")
+        self.freezer.rows.load_state_dict(state.get("rows", {}))
         if (norms := self.freezer.norms) is not None:
             norms.schedule.load_state_dict(state["decisions"])
         self.freezer.packer.load_state_dict(state.get("padded", {}))
@@ -434,6 +450,9 @@ class PatchHandle:
         """
         if handle_of(self.model) is not self:
             return
+        if sys.exc_info()[0] is None:  # else other ranks need not have come to an end
+            self.freezer.rows.end_step()
+        self.freezer.rows.synchronise()
         self.freezer.restore_model()
         for hook in self._hooks:
             hook.remove()

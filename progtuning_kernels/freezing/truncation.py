@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from ..model.layout import parameter_slots
+from ..model.rows import held_as_rows, trained_by_rows
 from ..text_table import Table, as_html, as_text
 from .freezer import Freezer
 from .unit_use import UnitUse
@@ -157,7 +158,7 @@ def report_truncation(freezer: Freezer, uses: Mapping[int, UnitUse]) -> Truncati
         units.append(
             UnitReport(
                 layout.unit_label(unit),
-                sum(slot.parameter.numel() for slot in own),
+                sum(s.parameter.numel() for s in own if not held_as_rows(s.owner, s.attribute)),
                 sum(slot.parameter.numel() for slot in active),
                 tuple(slot.name for slot in active),
                 **(vars(uses[unit]) if unit in uses else {}),
@@ -166,7 +167,11 @@ def report_truncation(freezer: Freezer, uses: Mapping[int, UnitUse]) -> Truncati
     return TruncationReport(
         tuple(units),
         freezer.boundary,
-        tuple(freezer.active.explain(slot) for slot in slots if len(slot.units) > 1),
+        tuple(
+            freezer.active.explain(slot)
+            for slot in slots
+            if len(slot.units) > 1 and not trained_by_rows(slot.owner, slot.attribute)
+        ),
         kernels=freezer.swaps.report.summary(),
         cache=None if cache is None else cache.report().summary(),
     )

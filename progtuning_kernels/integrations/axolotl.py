@@ -58,4 +58,5 @@ class ProgtuningPlugin(BasePlugin):
     def add_callbacks_post_trainer(self, cfg: Any, trainer: Any) -> list[ProgtuningCallback]:
         callback = make_callback(cfg.progtuning or {})
         callback.attach(trainer)
+        callback.hold_rows(trainer.model)
         return [callback]

@@ -21,11 +21,20 @@ from transformers.trainer_callback import CallbackHandler
 from transformers.utils import logging
 
 from ..model.call_stack import caller
+from ..model.rows import TrainedRows
 from ..optim import MaskedOptimizer
 from ..patch import PatchHandle, check_options, handle_of, patch_model
 from ..schedules import Schedule, check_schedule, decides_by_gradients, stage_count
 from ..zero import follow_loads
-from .plan_numbers import costs, device_of, inner_optimizer, plan_numbers, release, smaller_norm
+from .plan_numbers import (
+    costs,
+    device_of,
+    inner_optimizer,
+    plan_numbers,
+    refuse_without_rows,
+    release,
+    smaller_norm,
+)
 from .token_rate import TokenRate
 
 # Where the Trainer's own clipping is kept while a masked optimizer clips in its place: on the
@@ -38,6 +47,8 @@ _DECISIONS = "progtuning"
 _rates: weakref.WeakKeyDictionary[PatchHandle, TokenRate] = weakref.WeakKeyDictionary()
 _give_norm_back: weakref.WeakKeyDictionary[PatchHandle, Callable[[], None]]
 _give_norm_back = weakref.WeakKeyDictionary()
+# By model: rows that callbacks have given parameters of their own, before an optimizer was made.
+_held_rows: weakref.WeakKeyDictionary[nn.Module, TrainedRows] = weakref.WeakKeyDictionary()
 # below transformers' root, so that its verbosity decides
 logger = logging.get_logger("transformers.progtuning_kernels")
 
@@ -113,8 +124,9 @@ class ProgtuningCallback(TrainerCallback):
 
     Args:
         schedule: copied; one without `total_steps` is bound to the Trainer's number of steps.
-        **patch_options: `frozen_mode`, `tied`, `kernels`, `packing`, `graph`, `cache`, `blocks` of
-            `patch_model`.
+        **patch_options: `frozen_mode`, `tied`, `kernels`, `packing`, `graph`, `cache`, `blocks` and
+            `rows` of `patch_model`. The Trainer's constructor gives `rows` parameters of their own,
+            which an optimizer that is made before does not hold: call `hold_rows` before that.
 
     Attributes:
         handle: the `PatchHandle` of the run under way, and after it of the last one, whose
@@ -143,6 +155,8 @@ class ProgtuningCallback(TrainerCallback):
     def __init__(self, schedule: Schedule, **patch_options: Any) -> None:
         check_schedule(schedule, "ProgtuningCallback")
         check_options(patch_options, "ProgtuningCallback")
+        self._rows = patch_options.pop("rows", None)
+        self._held: TrainedRows | None = None
         self._given = copy.deepcopy(schedule)
         self.schedule = copy.deepcopy(schedule)
         self.handle: PatchHandle | None = None
@@ -168,8 +182,33 @@ class ProgtuningCallback(TrainerCallback):
         # Trainer makes an optimizer, which is over what requires grad
         args, model = _of_the_trainer(args, kwargs)
         self._clean_up(args, model)
+        self.hold_rows(model)
         if "deepspeed" in sys.modules:  # the Trainer has it load before training begins
             follow_loads(model)
+
+    def hold_rows(self, model: nn.Module) -> TrainedRows | None:
+        """Give the rows of `rows=` parameters of their own, for an optimizer that is made later.
+
+        The Trainer's constructor calls this. Call it yourself where the optimizer is made before,
+        or where the callback joins a Trainer later.
+
+        Args:
+            model: the Trainer's, without a wrapper.
+
+        Returns:
+            What `patch_model` takes as its `rows`, until the end of training.
+
+        Raises:
+            TypeError, ValueError, UnsupportedModelError: as `patch_model`.
+        """
+        held = _held_rows.get(model)
+        if held is not None and held is not self._held:  # of a callback that trained nothing
+            _held_rows.pop(model).remove()
+            held = None
+        if held is None and self._rows is not None:
+            held = TrainedRows(model, self._rows, outlives_patch=True)
+            _held_rows[model] = self._held = held
+        return held
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -197,9 +236,12 @@ class ProgtuningCallback(TrainerCallback):
         if self._binds:
             self.schedule.bind(state.max_steps)
         self._clean_up(args, model)  # after an earlier train() that ended in an exception
+        rows = self.hold_rows(model)
+        if rows is not None:
+            refuse_without_rows(optimizer, rows)
         # the optimizer of a resumed run has its state by now, and keeps what this plan trains
         self.handle = patch_model(
-            model, self.schedule, step=state.global_step, **self._patch_options
+            model, self.schedule, step=state.global_step, rows=rows, **self._patch_options
         )
         _rates[self.handle] = TokenRate(trainer or caller(Trainer))
         if trainer is not None and trainer.model_wrapped is not None and args.world_size > 1:
@@ -320,6 +362,8 @@ class ProgtuningCallback(TrainerCallback):
             _give_norm_back.pop(handle, lambda: None)()
             logger.info(str(handle.packing_report()))
             handle.unpatch()
+            if (rows := _held_rows.pop(model, None)) is not None:
+                rows.remove()
         if hasattr(args, _PARKED):
             args.max_grad_norm = getattr(args, _PARKED)
             delattr(args, _PARKED)

@@ -12,10 +12,11 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 
+from ..model.rows import TrainedRows
 from ..optim import MaskedOptimizer
 from ..patch import PatchHandle, check_options, handle_of, patch_model
 from ..schedules import Schedule, check_schedule, decides_by_gradients
-from .plan_numbers import costs, plan_numbers, release, smaller_norm
+from .plan_numbers import costs, plan_numbers, refuse_without_rows, release, smaller_norm
 
 try:
     from lightning.pytorch import Callback
@@ -48,8 +49,8 @@ class ProgtuningCallback(Callback):
         schedule: copied; one without `total_steps` is bound to the Trainer's number of steps.
         module: name of the module to patch in the LightningModule, whose `training_step` calls it;
             None takes its only child with parameters.
-        **patch_options: `frozen_mode`, `tied`, `kernels`, `packing`, `graph`, `cache`, `blocks` of
-            `patch_model`.
+        **patch_options: `frozen_mode`, `tied`, `kernels`, `packing`, `graph`, `cache`, `blocks` and
+            `rows` of `patch_model`. With `rows` the module is there when `setup` is called.
 
     Attributes:
         handle: the `PatchHandle` of the run under way, and after it of the last one; None before.
@@ -81,15 +82,23 @@ class ProgtuningCallback(Callback):
         self.schedule = copy.deepcopy(schedule)
         self.handle: PatchHandle | None = None
         self._module = module
+        self._rows = patch_options.pop("rows", None)
+        self._held: TrainedRows | None = None
         self._patch_options = patch_options
         self._saved: dict[str, Any] | None = None  # the decisions that a checkpoint has
         self._clip: float | None = None  # at what the Trainer clips where it is not asked to
+
+    def setup(self, trainer: Any, pl_module: Any, stage: str) -> None:
+        if stage == "fit" and self._rows is not None:  # configure_optimizers comes after this
+            self._held = TrainedRows(self._find_module(pl_module), self._rows, outlives_patch=True)
 
     def on_load_checkpoint(self, trainer: Any, pl_module: Any, checkpoint: dict[str, Any]) -> None:
         self._saved = checkpoint.get(_DECISIONS)
 
     def on_train_start(self, trainer: Any, pl_module: Any) -> None:
         optimizer = _the_optimizer(trainer, pl_module)
+        if self._held is not None:
+            refuse_without_rows(optimizer, self._held)
         self.schedule = copy.deepcopy(self._given)
         if self.schedule.total_steps is None:
             total = trainer.estimated_stepping_batches
@@ -102,7 +111,11 @@ class ProgtuningCallback(Callback):
         module = self._find_module(pl_module)
         # the optimizer of a resumed run has its state by now, and keeps what this plan trains
         self.handle = patch_model(
-            module, self.schedule, step=trainer.global_step, **self._patch_options
+            module,
+            self.schedule,
+            step=trainer.global_step,
+            rows=self._held,
+            **self._patch_options,
         )
         if isinstance(trainer.strategy.model, DistributedDataParallel):
             self.handle.attach(trainer.strategy.model)
@@ -145,6 +158,9 @@ class ProgtuningCallback(Callback):
     def _clean_up(self, trainer: Any) -> None:
         if self.handle is not None:
             self.handle.unpatch()
+        if self._held is not None:
+            self._held.remove()
+            self._held = None
         if self._clip is not None:
             self._clip, trainer.gradient_clip_val = None, self._clip
 

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch.optim import Optimizer
 
+from ..model.rows import TrainedRows
 from ..optim import MaskedOptimizer, release_frozen_state, state_bytes
 
 if sys.platform != "win32":
@@ -45,6 +46,19 @@ def costs(handle: Any, optimizer: Optimizer | None) -> dict[str, Any]:
 def smaller_norm(masked: MaskedOptimizer, norm: float) -> float:
     """At what a masked optimizer clips in the place of a trainer, which clips at `norm`."""
     return norm if masked.max_grad_norm is None else min(norm, masked.max_grad_norm)
+
+
+def refuse_without_rows(optimizer: Any, rows: TrainedRows) -> None:
+    """Raise `RuntimeError` if rows train of which the optimizer does not know."""
+    held = {id(p) for group in inner_optimizer(optimizer).param_groups for p in group["params"]}
+    for one in rows.of_tensors:
+        # ZeRO's groups have flat tensors, and it says itself what they leave out
+        if id(one.leaf) not in held and getattr(one.leaf, "_hp_mapping", None) is None:
+            raise RuntimeError(
+                f"ProgtuningCallback: the optimizer was made without the rows of {one.name} that "
+                "train: call callback.hold_rows(model) before it is made, or give the callback to "
+                "a new Trainer's constructor and let that make the optimizer"
+            )
 
 
 def release(optimizer: Optimizer) -> None:

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from functools import partial
+from inspect import signature
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
 from .families import UnsupportedModelError
 
@@ -35,6 +38,35 @@ def check_adapters(model: nn.Module) -> None:
             f"{kind.lower()} trains only what enters below block 0, so it would stop training at "
             "the first block that freezes: use LoRA or IA3"
         )
+
+
+def save_with_adapter(model: Any, tensors: Sequence[tuple[str, Tensor]]) -> None:
+    """Have PEFT save tensors of the base beside the adapter, from now on, and also once unpatched.
+
+    It takes embeddings and LM head along (`save_embedding_layers`), and loads them.
+
+    Args:
+        tensors: with their names.
+
+    Raises:
+        UnsupportedModelError: for a tensor that `save_pretrained` would leave out.
+    """
+    if not (tensors and adapter_configs(model) and hasattr(model, "save_pretrained")):
+        return
+    if "save_embedding_layers" not in signature(model.save_pretrained).parameters:
+        raise UnsupportedModelError(
+            f"rows: save_pretrained of {type(model).__name__} leaves out what trains beside "
+            "adapters of add_adapter: use peft.get_peft_model(model, config)"
+        )
+    layers = [getattr(model, f"get_{kind}_embeddings", list)() for kind in ("input", "output")]
+    saved = {id(p) for layer in layers if layer for p in layer.parameters()}
+    for name, tensor in tensors:
+        if id(tensor) not in saved and ".modules_to_save." not in name:
+            raise UnsupportedModelError(
+                f"rows: PEFT saves embeddings and LM head, and would leave out {name}: name its "
+                "module in modules_to_save of the adapter's config"
+            )
+    model.save_pretrained = partial(model.save_pretrained, save_embedding_layers=True)
 
 
 def rank_allocation_end(model: nn.Module) -> int | None:

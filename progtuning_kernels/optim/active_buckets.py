@@ -6,7 +6,7 @@ from __future__ import annotations
 
 import operator
 from collections import Counter, defaultdict
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import chain
 from typing import Any
@@ -81,7 +81,10 @@ class GroupSnapshot:
 
 @dataclass(eq=False)
 class ActiveBucket:
-    """A bucket together with the parameters whose gradients it wants, DTensors included."""
+    """A bucket together with the parameters whose gradients it wants, DTensors included.
+
+    With state on the host, the bucket is of the host's copies of parameters.
+    """
 
     parameters: list[Tensor]
     states: list[dict[str, Tensor]]
@@ -90,6 +93,7 @@ class ActiveBucket:
 
     def __post_init__(self) -> None:
         self.sharded = any(map(is_sharded, self.parameters))
+        self._addresses = self._addresses_now()
         self._places = self._places_of_states()
         self._written: list[int] | None = None  # versions after the last update, with masters
 
@@ -110,30 +114,38 @@ class ActiveBucket:
         grads = [p.grad for p in self.parameters]
         if self.sharded:
             grads = [None if grad is None else local_of(grad) for grad in grads]
-        for grad in grads:
-            if grad is not None and grad.is_sparse:
-                raise RuntimeError(
-                    f"a parameter of shape {tuple(grad.shape)} has a sparse gradient; build the "
-                    "embedding with sparse=False"
-                )
+        refuse_sparse(grads)
         return self.bucket.gather(grads)
 
     def is_current(self, state: Mapping[Any, dict[str, Tensor]]) -> bool:
         """Whether everything still lies where the table of addresses says: `.data =`, `.to`,
         `share_memory_` and FSDP move tensors, and entries of the state may be replaced.
         """
-        locals_ = map(local_of, self.parameters) if self.sharded else self.parameters
         return (
-            self.bucket.addresses == [p.data_ptr() for p in locals_]
+            self._addresses == self._addresses_now()
             and all(
                 state.get(p) is own for p, own in zip(self.parameters, self.states, strict=True)
             )
             and self._places == self._places_of_states()
         )
 
+    def _addresses_now(self) -> list[int]:
+        locals_ = map(local_of, self.parameters) if self.sharded else self.parameters
+        return [p.data_ptr() for p in locals_]
+
     def _places_of_states(self) -> list[int]:
         tensors = [t for own in self.states for t in own.values() if isinstance(t, Tensor)]
         return [t.data_ptr() for t in (map(local_of, tensors) if self.sharded else tensors)]
+
+
+def refuse_sparse(grads: Iterable[Tensor | None]) -> None:
+    """Raise `RuntimeError` for a sparse gradient."""
+    for grad in grads:
+        if grad is not None and grad.is_sparse:
+            raise RuntimeError(
+                f"a parameter of shape {tuple(grad.shape)} has a sparse gradient; build the "
+                "embedding with sparse=False"
+            )
 
 
 class BucketTable:
@@ -164,13 +176,13 @@ class BucketTable:
                     f"a parameter of shape {tuple(p.shape)} has a gradient of shape "
                     f"{tuple(p.grad.shape)}, of before it was replaced: call zero_grad() first"
                 )
-        self._buckets = [build(part) for part in _launches(started)]
+        self._buckets = [build(part) for part in launches(started)]
         known = {member.index for member in started}
         self._waiting = [m for m in self.members if m.index not in known]
         return self._buckets
 
 
-def _launches(members: Sequence[Member]) -> Iterator[list[Member]]:
+def launches(members: Sequence[Member]) -> Iterator[list[Member]]:
     """Members of one device and dtype, in parts that one launch can take."""
     kinds: dict[tuple[Any, ...], list[Member]] = defaultdict(list)
     for member in members:

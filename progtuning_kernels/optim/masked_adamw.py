@@ -12,7 +12,7 @@ from torch import Tensor
 from ..ops.masked_update.bucket import Bucket, Hyper
 from .active_buckets import Member, parameters_of
 from .in_backward import ClipMode
-from .masked_optimizer import MaskedOptimizer, Nonfinite
+from .masked_optimizer import MaskedOptimizer, Nonfinite, StateDevice
 from .moments import (
     MOMENT_KEYS,
     StateDtype,
@@ -93,13 +93,18 @@ class MaskedAdamW(MaskedOptimizer):
         zero_grads: leave zeros in the gradients, in the same pass; for gradients that are kept.
         seed: of stochastic rounding, 64 bits; the same seed gives the same bits, on a resumed run
             too.
+        state_device: "cpu": state of parameters on a GPU lies on the host, and the host updates;
+            with `in_backward` each block while backward goes on. `host_report` counts the bytes.
+            Under `in_backward`, GradScaler is then refused in every `clip_mode`. None: state lies
+            with the parameters.
 
     Raises:
         ValueError: a hyper-parameter outside its range, options that exclude each other, a complex
             parameter or one that is there twice, or an option in a group that would be ignored
             although it changes the result (`amsgrad`, `maximize`, `max_grad_norm`, ...), also from
             `step` and `load_state_dict`; from `step`, 8-bit moments of parameters that are sharded
-            along another dimension than their first, or along two.
+            along another dimension than their first, or along two, and shards on a GPU, or another
+            device than CPU and CUDA, with `state_device`.
 
     Example:
         ```python
@@ -127,6 +132,7 @@ class MaskedAdamW(MaskedOptimizer):
         nonfinite: Nonfinite = "skip",
         zero_grads: bool = False,
         seed: int = 0,
+        state_device: StateDevice | None = None,
     ) -> None:
         if state_dtype not in STATE_DTYPES.values():
             dtypes = tuple(STATE_DTYPES.values())
@@ -151,6 +157,7 @@ class MaskedAdamW(MaskedOptimizer):
             clip_mode=clip_mode,
             zero_grads=zero_grads,
             seed=seed,
+            state_device=state_device,
         )
 
     def _has_master(self, p: Tensor) -> bool:
@@ -162,10 +169,13 @@ class MaskedAdamW(MaskedOptimizer):
             dtype = torch.float32
         if p.dtype == torch.float64:
             dtype = torch.float64
-        state = {"step": torch.zeros((), dtype=torch.float32, device=p.device)}
-        state |= new_moments(p, dtype)
+        device = self.state_device_of(p)
+        # memory of the host that is not written to costs nothing
+        like = p if device == p.device else torch.empty_like(p, device=device)
+        state = {"step": torch.zeros((), dtype=torch.float32, device=device)}
+        state |= new_moments(like, dtype)
         if self._has_master(p):
-            state["master"] = p.detach().to(torch.float32)
+            state["master"] = p.detach().to(device).float()
         return state
 
     def hyper(self, group: dict[str, Any]) -> Hyper:
@@ -258,7 +268,8 @@ class MaskedAdamW(MaskedOptimizer):
                     f"the saved state of {member.label} has no {key} but "
                     f"{', '.join(map(str, saved))}: it is of another kind of optimizer"
                 )
-        step = torch.as_tensor(saved["step"], dtype=torch.float32, device=p.device)
+        device = self.state_device_of(p)
+        step = torch.as_tensor(saved["step"], dtype=torch.float32, device=device)
         step = step.reshape(()) if step.shape == (1,) else step
         saved = with_whole_scales(saved)
         check_shapes(saved | {"step": step}, p, member.label)

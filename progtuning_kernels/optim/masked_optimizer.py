@@ -9,8 +9,9 @@ of a step's 180, for 200 small tensors in 2 groups on a CPU.
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from functools import partial
 from typing import Any, Literal, get_args
 
 import torch
@@ -18,8 +19,9 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from .. import freeze_events
+from ..ops.masked_norm import masked_norm
 from ..ops.masked_update.bucket import Bucket, Hyper
-from ..ops.masked_update.grad_decision import GradDecision, decide, norm_over_ranks
+from ..ops.masked_update.grad_decision import GradDecision, decide, decide_by, norm_over_ranks
 from ..sharding import local_of
 from .active_buckets import (
     ActiveBucket,
@@ -29,10 +31,19 @@ from .active_buckets import (
     members_of,
     parameters_of,
 )
-from .in_backward import BackwardHooks, ClipMode, refuse_distributed
-from .state import OnFreeze, load_state_dict, open_state, save_state_dict, settle_frozen_state
+from .host_state import HostReport, HostState, Work, grads_of, norms_of
+from .in_backward import BackwardHooks, ClipMode, block_tables, refuse_distributed
+from .state import (
+    OnFreeze,
+    load_state_dict,
+    open_state,
+    save_state_dict,
+    settle_frozen_state,
+    state_bytes,
+)
 
 Nonfinite = Literal["skip", "ignore"]
+StateDevice = Literal["cpu"]
 
 
 class MaskedOptimizer(Optimizer):
@@ -47,7 +58,7 @@ class MaskedOptimizer(Optimizer):
     _step_supports_amp_scaling = True
     # of the whole optimizer: in a group they would be ignored
     _SETTINGS = frozenset({"max_grad_norm", "on_freeze", "nonfinite", "in_backward", "seed"})
-    _SETTINGS |= {"clip_mode", "zero_grads"}
+    _SETTINGS |= {"clip_mode", "zero_grads", "state_device"}
     # What a subclass defines:
     init_state: Callable[[Tensor], dict[str, Tensor]]  # fresh state of one parameter
     # (params, states, indices, groups) of a launch, local shards where they are DTensors
@@ -66,6 +77,7 @@ class MaskedOptimizer(Optimizer):
         clip_mode: ClipMode,
         zero_grads: bool,
         seed: int,
+        state_device: StateDevice | None = None,
     ) -> None:
         if max_grad_norm is not None and not max_grad_norm > 0:
             raise ValueError(f"max_grad_norm must be above 0, got {max_grad_norm}")
@@ -80,6 +92,8 @@ class MaskedOptimizer(Optimizer):
             raise ValueError(f"clip_mode={clip_mode!r} is for in_backward=True")
         if zero_grads and in_backward:  # step() would use the zeros once more
             raise ValueError("zero_grads keeps the gradients that in_backward=True gives up")
+        if state_device not in (None, "cpu"):
+            raise ValueError(f"state_device must be None or 'cpu', got {state_device!r}")
         if not 0 <= seed < 2**64:
             raise ValueError(f"seed must have 64 bits, got {seed}")
         super().__init__(params, defaults)
@@ -90,6 +104,7 @@ class MaskedOptimizer(Optimizer):
         self.clip_mode = clip_mode
         self.zero_grads = zero_grads
         self.seed = seed
+        self.state_device: StateDevice | None = state_device
         self._norm: Tensor | None = None
         self._previous_norm: Tensor | None = None  # of the last good step of `in_backward`
         self._skipped: Tensor | int = 0
@@ -99,11 +114,15 @@ class MaskedOptimizer(Optimizer):
         self.accumulating: Callable[[], bool] = lambda: False
         self._control: Tensor | None = None
         self._settled = True  # False: the state loaded for frozen tensors is still there
+        self._host = None if self.state_device is None else HostState()
+        self._on_host = False  # whether the host updates tensors of another device in this step
         self._hooks: BackwardHooks | None = None
         if self.in_backward:
             own = weakref.proxy(self)  # a dropped optimizer goes at once, and updates no more
             self._hooks = BackwardHooks(
-                lambda: own._begin_backward(), lambda table: own._update_block(table)
+                lambda: own._begin_backward(),
+                lambda table: own._update_block(table),
+                lambda: own._join_host(),
             )
         self._make_tables()
         freeze_events.listen(self)
@@ -181,14 +200,25 @@ class MaskedOptimizer(Optimizer):
         self._table = BucketTable(active)
         if self._hooks is not None:
             self._hooks.install_hooks(active)
+        self._arrange_host(active)
         self._snapshot = GroupSnapshot(self.param_groups)
+
+    def _arrange_host(self, active: list[Member]) -> None:
+        if self._host is not None:
+            self._on_host = self._host.covers(active)
+            tables = block_tables(active) if self._hooks is None else self._hooks.tables
+            self._host.arrange(tables, all_at_once=self.in_backward and self._clips_exactly)
 
     def on_flags_changed(self) -> None:
         """Called when `requires_grad` has changed somewhere, perhaps on another model."""
         if self._snapshot.differs_from(self.param_groups):
             self._make_tables()
             if self._settled:
-                settle_frozen_state(self, self.on_freeze)
+                self._settle_frozen_state()
+
+    def _settle_frozen_state(self) -> None:
+        offloaded = self.on_freeze == "offload" and self._host is not None  # it is there already
+        settle_frozen_state(self, "keep" if offloaded else self.on_freeze)
 
     def check_groups(self, groups: Iterable[Mapping[str, Any]] | None = None) -> None:
         """Look for what a group asks for and this optimizer would not do.
@@ -258,6 +288,8 @@ class MaskedOptimizer(Optimizer):
         super().zero_grad(set_to_none)
         if self._hooks is not None:
             self._hooks.forget_backward()
+        if self._host is not None:
+            self._host.kept.clear()
 
     def state_from(self, saved: dict[str, Any], member: Member) -> dict[str, Any]:
         """A copy of one parameter's saved state, as this optimizer keeps it, on its device.
@@ -269,11 +301,20 @@ class MaskedOptimizer(Optimizer):
         Raises:
             ValueError: this is not what a parameter's state looks like here.
         """
-        device = member.parameter.device
+        device = self.state_device_of(member.parameter)
         return {
             key: value.to(device, copy=True) if isinstance(value, Tensor) else value
             for key, value in saved.items()
         }
+
+    def state_device_of(self, p: Tensor) -> torch.device:
+        """Where a parameter's state lies.
+
+        Args:
+            p: the parameter.
+        """
+        away = self._host is not None and self._host.copies.is_away(p)
+        return torch.device("cpu") if away else p.device
 
     def active_buckets(self) -> list[ActiveBucket]:
         """The buckets of this moment, with fresh state for what has its first gradient."""
@@ -289,12 +330,15 @@ class MaskedOptimizer(Optimizer):
                 state.update(self.init_state(p))
             states.append(state)
         bucket = self.make_bucket(
-            [local_of(p).detach() for p in parameters],
+            [self._updated(local_of(p)) for p in parameters],
             [{key: local_of(value) for key, value in state.items()} for state in states],
             [member.index for member in members],
             [groups.index(member.group) for member in members],
         )
         return ActiveBucket(parameters, states, bucket, groups)
+
+    def _updated(self, p: Tensor) -> Tensor:
+        return p.detach() if self._host is None else self._host.copy_of(p)
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
@@ -316,23 +360,29 @@ class MaskedOptimizer(Optimizer):
             with torch.enable_grad():
                 loss = closure()
         scale, found_inf = getattr(self, "grad_scale", None), getattr(self, "found_inf", None)
+        self._on_host = self._host is not None and self._host.covers(self._table.members)
         hooks = self._early_hooks()
         if hooks is not None and scale is not None:
+            cure = "in_backward=False" if self._on_host else "clip with clip_mode='exact'"
             raise RuntimeError(
-                f"{type(self).__name__}: in_backward=True has updated with scaled gradients before "
-                "GradScaler said so: train in bfloat16, or clip with clip_mode='exact'"
+                f"{type(self).__name__}: in_backward=True has taken scaled gradients before "
+                f"GradScaler said so: train in bfloat16, or {cure}"
             )
         self.check_groups()
         self.on_flags_changed()  # where nobody announced it
         if not self._settled:
             self._settled = True
-            settle_frozen_state(self, self.on_freeze)
-        if hooks is None or any(p.grad is not None for p in parameters_of(self.param_groups)):
+            self._settle_frozen_state()
+        if self._on_host:
+            decision = self._update_on_host(scale, found_inf)
+        elif hooks is None or any(p.grad is not None for p in parameters_of(self.param_groups)):
             decision = self._update(self.active_buckets(), scale, found_inf, keeps_control=True)
-            if decision is not None:
-                self._norm = decision.norm
-                if decision.found_inf is not None and not decision.counted:
-                    self._skipped = self._skipped + decision.found_inf
+        else:
+            decision = None
+        if decision is not None:
+            self._norm = decision.norm
+            if decision.found_inf is not None and not decision.counted:
+                self._skipped = self._skipped + decision.found_inf
         if hooks is not None:
             norm, skipped = hooks.end_of_step()
             if norm is not None:
@@ -342,6 +392,8 @@ class MaskedOptimizer(Optimizer):
                 self._previous_norm = torch.where(norm.isfinite(), norm, before)
             if skipped is not None:
                 self._skipped = self._skipped + skipped
+        if self._host is not None:
+            self._host.end_of_step()
         return loss
 
     def _update(
@@ -375,7 +427,7 @@ class MaskedOptimizer(Optimizer):
             bucket.follow_parameters()
             bucket.bucket.update(
                 some,
-                [self.hyper(self.param_groups[group]) for group in bucket.groups],
+                self._hypers(bucket),
                 grad_factor=_on(decision.grad_factor, bucket.bucket.device),
                 found_inf=_on(decision.found_inf, bucket.bucket.device),
                 seed=self.seed,
@@ -383,36 +435,138 @@ class MaskedOptimizer(Optimizer):
             )
         return decision
 
+    def _hypers(self, bucket: ActiveBucket) -> list[Hyper]:
+        return [self.hyper(self.param_groups[group]) for group in bucket.groups]
+
     @property
     def takes_norm(self) -> bool:
         """Whether a step takes the norm of its gradients, which is `grad_norm` after it."""
         return self.max_grad_norm is not None or self.nonfinite == "skip"
 
+    @property
+    def _clips_exactly(self) -> bool:
+        return self.max_grad_norm is not None and self.clip_mode == "exact"
+
     def _early_hooks(self) -> BackwardHooks | None:
-        """Those that update inside backward; None where clipping needs every gradient first."""
-        exact = self.max_grad_norm is not None and self.clip_mode == "exact"
-        return None if exact else self._hooks
+        """Those that take gradients inside backward, and update, unless clipping needs all first.
+
+        None where such gradients stay; those for the host leave their device nevertheless.
+        """
+        return None if self._clips_exactly and not self._on_host else self._hooks
 
     def _begin_backward(self) -> bool:
+        active = self._table.members
+        self._on_host = self._host is not None and self._host.covers(active)
         hooks = self._early_hooks()
         if hooks is None or self.accumulating():
             return False
         self.check_groups()
-        active = self._table.members
         if self._snapshot.differs_from(self.param_groups):
             active = self._active_members()
             hooks.arrange_blocks(active)
+            self._arrange_host(active)
         refuse_distributed(active, needs_norm=self.takes_norm)
         return True
 
     @torch.no_grad()
     def _update_block(self, table: BucketTable) -> GradDecision | None:
         previous = self._previous_norm if self.clip_mode == "previous_norm" else None
+        if self._on_host:
+            self._send_block(table, previous)
+            return None
         active = table.buckets(self.state, self._build_bucket)
         decision = self._update(active, previous_norm=previous)
         for member in table.members:
             member.parameter.grad = None
         return decision
+
+    def _send_block(self, table: BucketTable, previous: Tensor | None) -> None:
+        """Have the host update a block, or keep its gradients for an exact norm."""
+        assert self._host is not None
+        table.buckets(self.state, self._build_bucket)  # checks, and makes state
+        if self._clips_exactly:
+            self._host.keep(table)
+        else:
+            work = self._host.send(table, takes_norm=self.takes_norm)
+            self._submit(work, partial(self._decider(), previous_norm=previous))
+        for member in table.members:
+            member.parameter.grad = None
+
+    def _decider(self) -> Callable[..., GradDecision]:
+        """What decides by the norms of gradients, in a thread that is not to look at `self`."""
+        max_grad_norm, skips = self.max_grad_norm, self.nonfinite == "skip"
+
+        def decides(norms: Sequence[Tensor], **known: Tensor | None) -> GradDecision:
+            norm = None
+            if norms:
+                norm = norms[0] if len(norms) == 1 else masked_norm(norms)
+            return decide_by(norm, max_grad_norm=max_grad_norm, skip_nonfinite=skips, **known)
+
+        return decides
+
+    def _submit(self, work: Work, decides: Callable[..., GradDecision]) -> None:
+        assert self._host is not None
+        for p in work.staged:
+            if not self.state[p]:  # of gradients that were kept, while a state was loaded
+                self.state[p].update(self.init_state(p))
+        buckets = work.table.buckets(self.state, self._build_bucket)
+        hypers = [self._hypers(bucket) for bucket in buckets]
+        self._host.submit(work, buckets, hypers, decides, self.seed)
+
+    def _update_on_host(
+        self, scale: Tensor | None, found_inf: Tensor | None
+    ) -> GradDecision | None:
+        """One decision for all gradients that are here or kept; None without any."""
+        host = self._host
+        assert host is not None
+        host.copies.follow_device()
+        waiting = [
+            table
+            for table in host.tables
+            if any(member.parameter.grad is not None for member in table.members)
+        ]
+        if self.in_backward and self._clips_exactly:
+            for table in waiting:
+                self._send_block(table, None)
+            waiting = []
+        kept = host.take_kept()
+        if not kept and not waiting:
+            return None
+        members = self._table.members
+        grads = {p: grad for work in kept for p, grad in work.staged.items()} or grads_of(members)
+        started = [m for m in members if m.parameter in grads or self.state.get(m.parameter)]
+        norms = norms_of(started, grads) if self.takes_norm else []
+        del grads
+        known = {"grad_scale": scale, "found_inf": found_inf}
+        known = {name: t for name, t in known.items() if t is not None}
+        fetched = host.fetch([*norms, *known.values()])
+        norms, rest = fetched[: len(norms)], fetched[len(norms) :]
+        decides = partial(self._decider(), **dict(zip(known, rest, strict=True)))
+        for work in kept:
+            self._submit(work._replace(norms=norms), decides)
+        for table in waiting:
+            table.buckets(self.state, self._build_bucket)
+            work = host.send(table, takes_norm=False)
+            self._submit(work._replace(norms=norms), decides)
+        decision = host.join()[-1]
+        if self.zero_grads:
+            for p in (m.parameter for m in members):
+                if p.grad is not None:
+                    p.grad.zero_()
+        return decision
+
+    def _join_host(self) -> list[GradDecision]:
+        return [] if self._host is None else self._host.join()
+
+    def host_report(self) -> HostReport:
+        """Bytes that `state_device="cpu"` keeps on the host, and moved in the last step.
+
+        Raises:
+            ValueError: the state lies with the parameters.
+        """
+        if self._host is None:
+            raise ValueError("host_report is of an optimizer with state_device='cpu'")
+        return self._host.report(state_bytes(self))
 
 
 def _on(t: Tensor | None, device: torch.device) -> Tensor | None:

@@ -17,6 +17,7 @@ from torch.utils.hooks import RemovableHandle
 from ..model.derived_classes import base_of
 from ..model.forward_hooks import foreign_hook, own_forward
 from ..model.layout import Layout
+from ..model.rows import only_routes
 from .blocks import tokens_of
 from .submodules import UncopiedHook
 
@@ -60,7 +61,8 @@ def run_head_packed(module: nn.Module) -> list[RemovableHandle]:
 def reason_for_padding(module: nn.Module) -> str | None:
     """Why a head gets padding though its forward is packed, None if it does not."""
     for part in module.modules():
-        if isinstance(part, nn.Linear) and base_of(type(part)) is not None:
+        swapped = base_of(type(part)) is not None and not only_routes(type(part))
+        if isinstance(part, nn.Linear) and swapped:
             return "its logits are computed where they are read"  # see swaps/deferred_logits.py
         if own_forward(part) is not None:
             return "it has a forward of its own"

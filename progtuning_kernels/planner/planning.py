@@ -21,6 +21,7 @@ from ..freezing.freezer import Freezer
 from ..freezing.handle import handle_of
 from ..model.derived_classes import derived_classes
 from ..model.layout import find_layout
+from ..model.rows import TrainedRows
 from ..schedules import (
     FreezePlan,
     Schedule,
@@ -82,6 +83,7 @@ def plan_training(
     frozen_mode: FrozenMode = "eval",
     tied: TiedPolicy = "frozen",
     blocks: str | Sequence[str] | None = None,
+    rows: Mapping[str, Any] | None = None,
     calibrate: bool = False,
     ranks: int = 1,
     strategy: Strategy | None = None,
@@ -123,6 +125,7 @@ def plan_training(
         frozen_mode: as for `patch_model`.
         tied: as for `patch_model`.
         blocks: as for `patch_model`.
+        rows: as for `patch_model`. The step of full training trains all rows.
         calibrate: time real steps of two blocks, embeddings and head on `device`, for about two
             seconds (four rounds at least), and compose stages from that.
         ranks: processes that train together, each on micro-batches of its own. Bytes are then those
@@ -206,7 +209,11 @@ def plan_training(
             batch = on_meta(inputs, batch_size, batch_size)
         meter = StageMeter(copied, layout, freezer, batch, options)
         full = replace(meter, options=replace(options, real_tokens=1.0)).measure(everything)
-        by_plan = {everything: full} if real_tokens == 1 else {}
+        by_plan = {everything: full} if real_tokens == 1 and not rows else {}
+        if rows:
+            held = TrainedRows(copied, rows)
+            freezer = Freezer(copied, layout, tied=tied, frozen_mode=frozen_mode, rows=held)
+            meter = replace(meter, freezer=freezer)
         by_plan |= {
             plan: meter.measure(plan) for plan in dict.fromkeys(plans) if plan not in by_plan
         }

@@ -17,6 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ..model.rows import product
 from ..ops import linear_cross_entropy
 
 
@@ -30,6 +31,7 @@ class _Head(NamedTuple):
     versions: tuple[int, ...]  # of these when the model ran
     # FSDP2's, which gather the root's weights and begin its backward; for the loss, or the logits
     hooks: list[Callable[[Tensor], Any]]
+    rows: tuple[Tensor, Tensor] | None  # leaf (k, H) and ids (k,): these rows of weight train
 
 
 class _Capping(NamedTuple):
@@ -91,21 +93,26 @@ class DeferredLogits(Tensor):
 
 
 def defer(
-    hidden: Tensor, weight: Tensor, bias: Tensor | None, shards: Sequence[Tensor] = ()
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    shards: Sequence[Tensor] = (),
+    rows: tuple[Tensor, Tensor] | None = None,
 ) -> DeferredLogits:
     """The logits of `F.linear(hidden, weight, bias)`, in autocast's dtype where that is on.
 
     Args:
         shards: that weight and bias were gathered from.
+        rows: leaf (k, H) and ids (k,), where the gradient of these rows of weight is the leaf's.
     """
     device_type = hidden.device.type
-    updated = tuple(t for t in (weight, bias, *shards) if t is not None)
+    updated = tuple(t for t in (weight, bias, *shards, *(rows or ())) if t is not None)
     if torch.is_autocast_enabled(device_type):
         low = torch.get_autocast_dtype(device_type)
         hidden, weight = hidden.to(low), weight.to(low)
         bias = None if bias is None else bias.to(low)
         updated = ()  # a copy, which no optimizer changes
-    head = _Head(hidden, weight, bias, updated, _versions(updated), [])
+    head = _Head(hidden, weight, bias, updated, _versions(updated), [], rows)
     return DeferredLogits(head, hidden.dtype)
 
 
@@ -129,7 +136,10 @@ def materialise(deferred: DeferredLogits) -> Tensor:
             'since: read them before optimizer.step(), or pass kernels="off" to patch_model'
         )
     with torch.autocast(head.hidden.device.type, enabled=False):
-        logits = F.linear(head.hidden, head.weight, head.bias)
+        if head.rows is None:
+            logits = F.linear(head.hidden, head.weight, head.bias)
+        else:
+            logits = product(head.hidden, head.weight, head.bias, *head.rows)
         if (capping := deferred._capping) is not None:
             logits = logits / capping.cap
             logits = torch.tanh(logits) if capping.steps >= 2 else logits
@@ -291,6 +301,7 @@ def _cross_entropy(
             softcap=None if capping is None else capping.cap,
             class_weight=weight,
             reduction=reduction,
+            weight_rows=head.rows,
         )
     _hook(loss, head)
     # cross-entropy of bf16 logits is bf16, except under autocast

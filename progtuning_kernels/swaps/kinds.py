@@ -17,6 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .. import backend
+from ..model.rows import routes_of
 from ..ops import activation, geglu, gelu, layer_norm, rms_norm, swiglu
 from ..ops import norm as norms
 from ..sharding import Sharding, is_sharded
@@ -82,12 +83,16 @@ def language_model_head(module: nn.Linear, sharding: Sharding | None = None) -> 
     own_class = type(module)
 
     def forward(self: nn.Linear, hidden: Tensor) -> Tensor:
-        demanded = hidden.requires_grad or self.weight.requires_grad
+        routes = routes_of(self)
+        demanded = hidden.requires_grad or self.weight.requires_grad or routes
         kept = type(self.weight) in _PLAIN and (sharding is None or sharding.stays)
         if not (kept and torch.is_grad_enabled() and demanded and hidden.dim() > 1):
             return own_class.forward(self, hidden)
         shards = () if sharding is None else sharding.shards
-        return defer(hidden, self.weight, self.bias, shards)
+        if not routes:
+            return defer(hidden, self.weight, self.bias, shards)
+        rows, weight, leaf = routes[0]
+        return defer(hidden, weight.detach(), self.bias, shards, (leaf, rows.on(weight)[0]))
 
     return Swap(
         HEAD,

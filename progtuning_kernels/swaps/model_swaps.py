@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from .. import backend
-from ..model.derived_classes import base_of, derive
+from ..model.derived_classes import base_of, derive, root_of
 from ..model.layout import Layout
 from ..sharding import Sharding, fsdp_groups, fsdp_records
 from ..text_table import Table, as_html, as_text
@@ -244,7 +244,7 @@ class KernelSwaps:
         sizes = {getattr(c, "vocab_size", None) for c in configs} - {None}
         for path in self._layout.module_paths(self._layout.head):
             for module in self._model.get_submodule(path).modules():
-                plain = type(module) is nn.Linear or fsdp_groups(module)
+                plain = root_of(type(module)) is nn.Linear or fsdp_groups(module)
                 if plain and getattr(module, "out_features", None) in sizes:
                     yield module
 

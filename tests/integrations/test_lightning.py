@@ -210,6 +210,20 @@ def test_resumed_run_ends_with_the_same_bits(tmp_path, schedule, masked):
         same(weights_of(resumed), weights_of(straight), rtol=0, atol=0)
 
 
+def test_rows_train_and_a_resumed_run_ends_with_the_same_bits(tmp_path):
+    options = {"rows": {"word_embeddings": [7, 5]}}
+    straight, *_ = fit(tmp_path, Module({}), options=options)
+    with pytest.raises(KeyError):
+        fit(tmp_path, Module({}), options=options, callbacks=[Stop(1)])
+    resumed, *_ = fit(tmp_path, Module({}), options=options, ckpt_path=tmp_path / "stopped.ckpt")
+    same(weights_of(resumed), weights_of(straight), rtol=0, atol=0)
+    found, start = (
+        m.bert.embeddings.word_embeddings.weight for m in (resumed.model, tiny_model(NAME))
+    )
+    moved = (found != start).any(1).nonzero().flatten().tolist()
+    assert moved == [5, 7]
+
+
 class Manual(Module):
     def __init__(self, *args) -> None:
         super().__init__(*args)

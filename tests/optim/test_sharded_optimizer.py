@@ -90,6 +90,13 @@ def check_fsdp2(rank: int) -> None:
     early = MaskedAdamW(model.named_parameters(), **OPTIONS, in_backward=True)
     with pytest.raises(RuntimeError, match="nonfinite='ignore' without clipping"):
         early._begin_backward()
+    host = MaskedAdamW(model.named_parameters(), **OPTIONS, state_device="cpu")
+    assert not host._host.covers(host._table.members)  # of the host itself, as without
+    host._host.copies.is_away = lambda t: True
+    with pytest.raises(ValueError, match="not for shards on a GPU.*CPUOffloadPolicy"):
+        host._begin_backward()
+    with pytest.raises(ValueError, match="CPUOffloadPolicy"):
+        host.step()
     columns = nn.Linear(80, 60)
     fully_shard(columns, shard_placement_fn=lambda p: Shard(1) if p.ndim == 2 else None)
     with pytest.raises(ValueError, match="only rows.*use state_dtype=torch.bfloat16"):

@@ -414,7 +414,8 @@ class _Operations(TorchDispatchMode):
         if on_gpu(target) and not on_gpu(source):
             self._pretend.note_copy(source, "copy_ to the GPU", non_blocking=non_blocking)
         elif on_gpu(source) and not on_gpu(target):
-            self._pretend.note("read", "copy_ to the host")
+            waits = not non_blocking or _place(target) != "pinned"
+            self._pretend.note("read" if waits else "pinned", "copy_ to the host")
 
     def _look_at_index(self, name: str, args: Any) -> None:
         if not on_gpu(args[0]):

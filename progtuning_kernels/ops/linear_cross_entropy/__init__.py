@@ -60,10 +60,13 @@ def _outputs(ctx: Any, formed: chunks.Formed) -> tuple[Tensor | None, ...]:
 
 class _LinearCrossEntropy(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, chosen, hidden, weight, bias, labels, class_weight, num_items, options):
-        demand = ctx.needs_input_grad[1:4]
+    def forward(
+        ctx, chosen, hidden, weight, bias, labels, class_weight, num_items, options, leaf, row_ids
+    ):
+        demand = _demanded(ctx.needs_input_grad, leaf, 8)
         tensors = (hidden, weight, bias, labels, class_weight, num_items)
-        formed = chunks.form(chosen, *tensors, demand, options)
+        formed = chunks.form(chosen, *tensors, demand, options, row_ids=row_ids)
+        ctx.of_rows = leaf is not None
         ctx.save_for_backward(*formed.gradients, formed.unscale)
         ctx.dtype, ctx.chosen, ctx.handed_over = hidden.dtype, chosen, False
         return _outputs(ctx, formed)
@@ -82,32 +85,46 @@ class _LinearCrossEntropy(torch.autograd.Function):
         for gradient in gradients:
             if gradient is not None:
                 ctx.chosen.scale(gradient, factor)
-        given = (None if gradient is None else gradient.to(ctx.dtype) for gradient in gradients)
-        return None, *given, None, None, None, None
+        given = [None if gradient is None else gradient.to(ctx.dtype) for gradient in gradients]
+        return None, *_placed(given, ctx.of_rows, 4)
 
 
 class _RowsOfLinearCrossEntropy(torch.autograd.Function):
     """The loss of every row; the backward, which knows what is upstream, forms the gradients."""
 
     @staticmethod
-    def forward(ctx, chosen, hidden, weight, bias, labels, class_weight, options):
+    def forward(ctx, chosen, hidden, weight, bias, labels, class_weight, options, leaf, row_ids):
         tensors = (hidden, weight, bias, labels, class_weight)
-        ctx.save_for_backward(*tensors)
-        ctx.chosen, ctx.options = chosen, options
+        ctx.save_for_backward(*tensors, row_ids)
+        ctx.chosen, ctx.options, ctx.of_rows = chosen, options, leaf is not None
         formed = chunks.form(chosen, *tensors, None, (False, False, False), options)
         return _outputs(ctx, formed)
 
     @staticmethod
     @once_differentiable
     def backward(ctx, upstream, *of_metrics):
-        tensors, demand = ctx.saved_tensors, ctx.needs_input_grad[1:4]
-        formed = chunks.form(ctx.chosen, *tensors, None, demand, ctx.options, upstream)
+        *tensors, row_ids = ctx.saved_tensors
+        demand = _demanded(ctx.needs_input_grad, row_ids, 7)
+        formed = chunks.form(ctx.chosen, *tensors, None, demand, ctx.options, upstream, row_ids)
         dtype = tensors[0].dtype
         for gradient in formed.gradients if dtype == torch.float16 else ():
             if gradient is not None:
                 ctx.chosen.scale(gradient, formed.unscale)
-        given = (None if gradient is None else gradient.to(dtype) for gradient in formed.gradients)
-        return None, *given, None, None, None
+        given = [None if gradient is None else gradient.to(dtype) for gradient in formed.gradients]
+        return None, *_placed(given, ctx.of_rows, 3)
+
+
+def _demanded(needed: Sequence[bool], leaf: Tensor | None, place: int) -> list[bool]:
+    """Whether hidden, weight and bias want gradients: the leaf's is that of weight."""
+    of_hidden, of_weight, of_bias = needed[1:4]
+    return [of_hidden, of_weight if leaf is None else needed[place], of_bias]
+
+
+def _placed(given: Sequence[Tensor | None], of_rows: bool, between: int) -> list[Tensor | None]:
+    """The gradients in the order of the inputs behind the first."""
+    of_hidden, of_weight, of_bias = given
+    ends = (None, of_weight) if of_rows else (of_weight, None)
+    return [of_hidden, ends[0], of_bias, *[None] * between, ends[1], None]
 
 
 def linear_cross_entropy(
@@ -127,6 +144,7 @@ def linear_cross_entropy(
     return_z_loss: bool = False,
     return_token_accuracy: bool = False,
     max_logits_bytes: int | None = None,
+    weight_rows: tuple[Tensor, Tensor] | None = None,
     implementation: str | None = None,
 ) -> Tensor | CrossEntropyOutput:
     """Cross-entropy of `hidden @ weight.T + bias`, without the logits of all rows at once.
@@ -164,6 +182,8 @@ def linear_cross_entropy(
             Where the Triton kernels run and the weight needs a gradient, None is as many bytes as
             the sum of this gradient takes in accum_dtype, if this is more, and all rows run at
             once where this takes no more memory than chunks and their sum.
+        weight_rows: a leaf (k, H) and ids (k,): the gradient of these rows of weight is the leaf's,
+            and weight gets none; the leaf holds what they hold.
         implementation: "triton" or "reference"; None chooses.
 
     Returns:
@@ -212,7 +232,9 @@ def linear_cross_entropy(
     hidden, labels = hidden.reshape(-1, hidden.shape[-1]), labels.reshape(-1)
     class_weight = None if class_weight is None else class_weight.detach()
     recorded = torch.is_grad_enabled()
-    demand = [recorded and t is not None and t.requires_grad for t in (hidden, weight, bias)]
+    weight, leaf, row_ids = _with_leaf(weight, weight_rows)
+    wanting = (hidden, weight if leaf is None else leaf, bias)
+    demand = [recorded and t is not None and t.requires_grad for t in wanting]
     tensors = (hidden, weight, bias, labels, class_weight, num_items)
     if torch.compiler.is_compiling():
         formed = demand if reduction != "none" else [False] * 3
@@ -222,9 +244,9 @@ def linear_cross_entropy(
         if not any(demand):
             found = chunks.form(chosen, *tensors, demand, options)
         elif reduction == "none":
-            found = _RowsOfLinearCrossEntropy.apply(chosen, *tensors[:5], options)
+            found = _RowsOfLinearCrossEntropy.apply(chosen, *tensors[:5], options, leaf, row_ids)
         else:
-            found = _LinearCrossEntropy.apply(chosen, *tensors, options)
+            found = _LinearCrossEntropy.apply(chosen, *tensors, options, leaf, row_ids)
     loss, of_z, accuracy = found[:3]
     if loss.shape != shape:  # no view where none is needed: hooks are lost with writes to one
         loss = loss.view(shape)
@@ -235,6 +257,24 @@ def linear_cross_entropy(
         of_z.view(shape) if return_z_loss else None,
         accuracy.view(shape) if return_token_accuracy else None,
     )
+
+
+def _with_leaf(
+    weight: Tensor, rows: tuple[Tensor, Tensor] | None
+) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    """Weight, leaf and ids; in compiled code a weight of which the leaf is a part, and no leaf."""
+    if rows is None:
+        return weight, None, None
+    leaf, row_ids = rows
+    if leaf.shape != (len(row_ids), weight.shape[1]):
+        raise ValueError(
+            f"linear_cross_entropy: {len(row_ids)} rows of weight {tuple(weight.shape)} need a "
+            f"leaf {(len(row_ids), weight.shape[1])}, got {tuple(leaf.shape)}"
+        )
+    weight = weight.detach()
+    if torch.compiler.is_compiling():
+        return weight.index_copy(0, row_ids, leaf.to(weight.dtype)), None, None
+    return weight, leaf, row_ids
 
 
 @torch.library.custom_op("progtuning::linear_cross_entropy", mutates_args=())

@@ -126,12 +126,14 @@ def form(
     demand: Sequence[bool],
     options: Options,
     upstream: Tensor | None = None,
+    row_ids: Tensor | None = None,
 ) -> Formed:
     """Loss and gradients of (N, H) hidden.
 
     Args:
         demand: of the gradients of hidden, weight, bias.
         upstream: (N,), of the rows' losses; None: 1 for what the reduction makes of them.
+        row_ids: (k,), where the gradient of weight is (k, H), of these rows.
     """
     need_hidden, need_weight, need_bias = demand
     n, classes, dtype, device = len(hidden), len(weight), hidden.dtype, hidden.device
@@ -153,7 +155,8 @@ def form(
     if budget is None:
         budget = LEAST_LOGITS_BYTES
         # the reference takes up to twelve times the bytes of the logits for itself
-        if need_weight and chosen is not backend.OPS["linear_cross_entropy"].reference:
+        whole = need_weight and row_ids is None
+        if whole and chosen is not backend.OPS["linear_cross_entropy"].reference:
             budget = logits_budget(n, *weight.shape, dtype, accum_dtype)
     chunk_rows = rows_per_chunk(n, classes, dtype.itemsize, budget)
     weight_dtype = accum_dtype if chunk_rows < n else stored_dtypes(dtype, accum_dtype)[1]
@@ -187,7 +190,8 @@ def form(
             if need_hidden:
                 torch.mm(logits, weight, out=d_hidden[span])
             if need_weight:
-                d_weight = _add_product(d_weight, logits.t(), part, weight_dtype)
+                wanted = logits if row_ids is None else logits.index_select(1, row_ids)
+                d_weight = _add_product(d_weight, wanted.t(), part, weight_dtype)
             if need_bias:
                 sums = logits.sum(dim=0, dtype=wide(dtype))
                 d_bias = sums.to(accum_dtype) if d_bias is None else d_bias.add_(sums)

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from ...sharding import is_sharded, local_of
 from ..masked_norm import masked_norm
-from .bucket import Bucket, Gradients
+from .bucket import Bucket, Gradients, in_memory_order
 
 
 class GradDecision(NamedTuple):
@@ -58,10 +58,9 @@ def decide(
         grad_scale = grad_scale.to(device, torch.float32)
     if found_inf is not None:
         found_inf = found_inf.to(device, torch.float32)
-    if max_grad_norm is None and not skip_nonfinite:
-        factor = None if grad_scale is None else grad_scale.reciprocal()
-        return GradDecision(None, factor, found_inf)
-    if known_norm is None and previous_norm is None and _decided_on_device(buckets):
+    takes_norm = max_grad_norm is not None or skip_nonfinite
+    on_device = takes_norm and known_norm is None and previous_norm is None
+    if on_device and _decided_on_device(buckets):
         counted = control is not None
         if control is None:
             control = torch.zeros(4, dtype=torch.float32, device=device)
@@ -74,7 +73,35 @@ def decide(
             control=control,
         )
         return GradDecision(control[0], control[1], control[2], counted)
-    norm = _norm(buckets, gradients, device) if known_norm is None else known_norm.to(device)
+    if takes_norm and known_norm is None:
+        known_norm = _norm(buckets, gradients, device)
+    return decide_by(
+        None if known_norm is None else known_norm.to(device),
+        max_grad_norm=max_grad_norm,
+        skip_nonfinite=skip_nonfinite,
+        grad_scale=grad_scale,
+        found_inf=found_inf,
+        previous_norm=previous_norm,
+    )
+
+
+def decide_by(
+    norm: Tensor | None,
+    *,
+    max_grad_norm: float | None,
+    skip_nonfinite: bool,
+    grad_scale: Tensor | None = None,
+    found_inf: Tensor | None = None,
+    previous_norm: Tensor | None = None,
+) -> GradDecision:
+    """`decide` by a norm that is known; its tensors lie on the norm's device.
+
+    Args:
+        norm: 0-dim, of the gradients as they are (scaled); None where nothing needs it.
+    """
+    if norm is None or (max_grad_norm is None and not skip_nonfinite):
+        factor = None if grad_scale is None else grad_scale.reciprocal()
+        return GradDecision(None, factor, found_inf)
     if grad_scale is not None:
         norm = norm / grad_scale
     found = None if found_inf is None else found_inf != 0
@@ -84,7 +111,7 @@ def decide(
     if max_grad_norm is not None:
         clip_by = norm
         if previous_norm is not None:  # not finite where there was no good step yet
-            previous = previous_norm.to(device)
+            previous = previous_norm.to(norm.device)
             clip_by = torch.where(previous.isfinite(), previous, norm)
         factor = (max_grad_norm / (clip_by + 1e-6)).clamp(max=1.0)
         if not factor.is_cuda and factor == 1.0:
@@ -104,7 +131,7 @@ def _norm(
         if own is not None and bucket.device.type == "cpu":
             norms.append(own(bucket, some))
         else:
-            present = [grad for grad in some.given if grad is not None]
+            present = [in_memory_order(grad) for grad in some.ordered if grad is not None]
             rest.setdefault(bucket.device, []).extend(present)
     norms += [masked_norm(same) for same in rest.values()]
     norms = [norm.to(device) for norm in norms]
