@@ -9,7 +9,7 @@ CONSTRAINTS ?= constraints.txt
 BIN := .venv/bin
 SOURCES := pyproject.toml setup.py $(CONSTRAINTS) $(wildcard csrc/*)
 
-.PHONY: demo test lint types docs serve bench bench-packing bench-ranks bench-rows bench-budget bench-compare gpu-suite accuracy clean
+.PHONY: demo test lint types docs serve bench bench-packing bench-ranks bench-rows bench-host bench-budget bench-compare gpu-suite accuracy accuracy-runs clean
 
 demo: .venv/.demo ## fine-tune a pretrained model fully and progressively, and compare
 	$(BIN)/progtuning demo $(ARGS)
@@ -51,11 +51,20 @@ bench-budget: .venv/.bench ## this machine's CPU: steps within a budget, predict
 bench-rows: .venv/.bench ## the rows of 300 new tokens: this library, torch and PEFT in turn, on this CPU
 	$(BIN)/python benchmarks/rows.py --output $(OUT) $(ARGS)
 
+bench-host: .venv/.bench ## the update on the host beside DeepSpeed's CPUAdam and torch's, where they are installed
+	$(BIN)/python benchmarks/host_update.py --output $(OUT) $(ARGS)
+
 bench-compare: .venv/.bench ## this commit against a saved one: ARGS="--benchmark-save=NAME", then ARGS="--benchmark-compare"
 	$(BIN)/python -m pytest benchmarks/test_speed.py $(ARGS)
 
-accuracy: .venv/.demo ## every method and schedule on GLUE tasks, in pieces: make accuracy DATA=FOLDER ARGS="--task cola"
-	$(BIN)/python benchmarks/accuracy_study.py --data $(DATA) --output $(OUT) $(ARGS)
+accuracy accuracy-runs: OUT = runs/accuracy
+accuracy: .venv/.bench ## the accuracy study's table and figure, from the runs that OUT holds
+	$(BIN)/python benchmarks/accuracy_study.py table --output $(OUT) --picture $(OUT)/study.png $(ARGS)
+
+accuracy-runs: .venv/.bench ## its runs that OUT lacks, one at a time, for days: make accuracy-runs DATA=FOLDER, of <task>/*.jsonl
+	$(BIN)/python benchmarks/accuracy_study.py prepare
+	$(BIN)/python benchmarks/accuracy_study.py times --data $(DATA) --output $(OUT)
+	$(BIN)/python benchmarks/accuracy_study.py runs --data $(DATA) --output $(OUT) $(ARGS)
 
 # not in .venv: the GPU's machine has a torch of its own, and may have no network
 gpu-suite: OUT = runs/gpu-suite

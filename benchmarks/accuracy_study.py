@@ -1,116 +1,225 @@
-"""The accuracy study: GLUE tasks, every method, several seeds, from files given by a path.
+"""The accuracy study: many methods on many tasks, in paired runs that are stored one by one.
 
-    python benchmarks/accuracy_study.py --data FOLDER [--task cola] [--method full] [--seeds 3]
+    python benchmarks/accuracy_study.py prepare                   # models and BBC News, once
+    python benchmarks/accuracy_study.py times --data FOLDER       # on a quiet machine, before runs
+    python benchmarks/accuracy_study.py plan                      # what is left to run, in hours
+    python benchmarks/accuracy_study.py runs --data FOLDER        # what is missing, one at a time
+    python benchmarks/accuracy_study.py table --page PAGE --picture PNG
 
-`FOLDER/<task>/train.jsonl` and `validation.jsonl` hold the rows (`text`, or `text_a` and `text_b`,
-and `label`). What trains is in `benchmarks/experiments/accuracy.toml`. A finished run is one JSON
-in `<output>/accuracy/<task>/`; finished ones are skipped and a stopped one goes on from its newest
-checkpoint, so that the study can be run in pieces. `benchmarks/plot.py <output>` makes tables and
-the figure from them.
-
-Every method sees the same rows in the same order and starts from the same head.
+`experiments/study.toml` says what is trained. Every run of a seed begins with the same head and
+sees the same rows in the same order. A run is stored as one line of `<output>/runs.jsonl`, and not
+made again; one that is stopped goes on from its newest checkpoint. Seconds in the table are those
+of the steps that `times` has measured, step by step in turn, not those of the runs.
 """
 
 from __future__ import annotations
 
 import argparse
+import fcntl
+import gc
+import os
 import shutil
 import sys
-from collections.abc import Mapping
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
-from rich.console import Console
+import torch
+from stored_results import store
+from study_models import CACHE, prepare
+from study_plan import EXPERIMENT, TIMES, Job, Study
+from study_tables import draw, fill, table
+from study_tasks import Task, read_task
+from study_training import steps_per_epoch, time_methods, train
 
-from progtuning_kernels.cli.app import train
+from progtuning_kernels.backend import one_line
 from progtuning_kernels.cli.errors import UserError
-from progtuning_kernels.cli.options import TrainOptions
-from progtuning_kernels.cli.preparation import read_rows
-from progtuning_kernels.cli.train import Run, write_json
+from progtuning_kernels.cli.provenance import provenance
 from progtuning_kernels.schedules.files import read_settings
 
-EXPERIMENT = Path(__file__).resolve().parent / "experiments" / "accuracy.toml"
+
+def with_rows(experiment: dict[str, Any], rows: int | None) -> dict[str, Any]:
+    """The same with few training rows in small batches; its runs count for nothing else."""
+    for scope in (experiment["common"], *experiment["tasks"].values()) if rows else ():
+        scope |= {"train_rows": rows, "rows": max(1, rows // 4)}
+    return experiment
 
 
-def options_of(
-    experiment: Mapping[str, Any], task: str, method: str, seed: int, *, data: Path, work: Path
-) -> TrainOptions:
-    """One run's options."""
-    chosen = {**experiment["common"], **experiment["tasks"][task], **experiment["methods"][method]}
-    if "." in chosen.get("schedule", ""):
-        chosen["schedule"] = str(EXPERIMENT.parent / chosen["schedule"])
-    chosen |= {
-        "train-file": data / task / "train.jsonl",
-        "validation-file": data / task / "validation.jsonl",
-        "seed": seed,
-        "output": work / f"{task}-{method}-seed{seed}",
-        "checkpoint-every": 200,
-        "keep-checkpoints": 1,
-    }
-    arguments = [
-        f"--{name.replace('_', '-')}" + ("" if value is True else f"={value}")
-        for name, value in chosen.items()
+def task_reader(study: Study, options: argparse.Namespace) -> Callable[[Job], Task]:
+    """Reads the rows of a run; those of the last one are kept."""
+
+    @lru_cache(maxsize=2)
+    def read(model: str, name: str) -> Task:
+        settings = {**study.experiment["common"], **study.experiment["tasks"][name]}
+        return read_task(name, settings, model, data=options.data, cache=options.cache)
+
+    def of_job(job: Job) -> Task:
+        task = read(job.model, job.task)
+        if job.tunes:
+            rows = study.experiment["models"][job.model].get("tuning_rows", len(task.train))
+            task = task.split(study.experiment["tuning"]["share"], rows)
+        return task
+
+    return of_job
+
+
+def show_plan(study: Study, jobs: list[Job]) -> None:
+    """Count and minutes of what is missing, by model, task and kind."""
+    total_s, unknown = 0.0, 0
+    counts: dict[tuple[str, str, str], list[float | None]] = {}
+    for job in jobs:
+        place = job.model, job.task, "tuning" if job.tunes else "runs"
+        counts.setdefault(place, []).append(study.about_seconds(job))
+    for (model, task, kind), seconds in counts.items():
+        timed = [s for s in seconds if s is not None]
+        total_s, unknown = total_s + sum(timed), unknown + len(seconds) - len(timed)
+        minutes = f"{sum(timed) / len(timed) / 60:6.1f} min" if timed else "not timed"
+        print(f"{model:8} {task:7} {kind:7} {len(seconds):4} x {minutes}")
+    print(
+        f"{len(study.records)} stored, {len(jobs)} to run: about {total_s / 3600:.1f} hours", end=""
+    )
+    print(f", and {unknown} runs that `times` has not timed" if unknown else "")
+    if study.strangers:
+        print(f"{study.strangers} stored runs have other settings, and do not count")
+
+
+def missing(study: Study, options: argparse.Namespace) -> list[Job]:
+    return [
+        job
+        for job in study.jobs()
+        if job not in study.records
+        and (not options.model or job.model in options.model)
+        and (not options.task or job.task in options.task or job.tunes)
+        and (not options.method or job.method in options.method)
     ]
-    options, _ = train.options(train.make_context("train", [*arguments, "--resume"]))
-    return options
 
 
-def stored(result: Mapping[str, Any], method: str) -> dict[str, Any]:
-    """What is kept of a run's metrics.json: no step by step record, no path of a machine."""
-    config = {k: v for k, v in result["config"].items() if k not in ("resume", "overwrite")}
-    config["schedule"] = Path(config["schedule"]).name
-    for key in ("train_file", "validation_file"):
-        config[key] = [Path(one).name for one in config[key]]
-    kept = {key: value for key, value in result.items() if key not in ("steps", "config")}
-    return kept | {"name": method, "config": config}
+@contextmanager
+def alone(folder: Path) -> Iterator[None]:
+    """One command at a time writes runs into a folder."""
+    folder.mkdir(parents=True, exist_ok=True)
+    with (folder / ".lock").open("w") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise UserError(f"another command is making runs in {folder}") from None
+        yield
 
 
-def run(arguments: argparse.Namespace) -> None:
-    # a script's folder is on the path: transformers would take kernels.py for a package it knows
-    sys.path[:] = [entry for entry in sys.path if Path(entry).resolve() != EXPERIMENT.parents[1]]
-    experiment = read_settings(EXPERIMENT)
-    tasks = arguments.task or [*experiment["tasks"]]
-    methods = arguments.method or [*experiment["methods"]]
-    for kind, chosen in (("tasks", tasks), ("methods", methods)):
-        unknown = [name for name in chosen if name not in experiment[kind]]
-        if unknown:
-            raise UserError(
-                f"no {unknown[0]!r} in {EXPERIMENT.name}: {', '.join(experiment[kind])}"
-            )
-    console = Console()
-    wanted = [(s, t, m) for s in arguments.seed for t in tasks for m in methods]
-    for number, (seed, task, method) in enumerate(wanted, 1):
-        path = arguments.output / "accuracy" / task / f"{method}-seed{seed}.json"
-        if path.exists():
+def make_runs(study: Study, options: argparse.Namespace) -> None:
+    meta = provenance(torch.device("cpu"))
+    if meta["dirty"] and not options.dirty:
+        raise UserError("the tree has uncommitted changes: commit them, or give --dirty")
+    read, failed, done = task_reader(study, options), {}, 0
+    show_plan(study, missing(study, options))
+    while options.limit is None or done < options.limit:
+        jobs = [j for j in missing(study, options) if j.rate is not None and j not in failed]
+        if not jobs:
+            break
+        job = jobs[0]
+        settings = study.settings(job.model, job.task, job.method)
+        work = options.output / "work" / "-".join(map(str, vars(job).values()))
+        started = time.perf_counter()
+        try:
+            task = read(job)
+            whole = settings["epochs"] * steps_per_epoch(task, settings)
+            steps = study.steps(job.model, job.task, job.method, whole)
+            found = train(job, settings, task, steps, cache=options.cache, work=work)
+        except Exception as error:  # of one run: those after it are hours of their own
+            failed[job] = one_line(error)
+            print(f"{job.name}: left out: {failed[job]}", flush=True)
             continue
-        console.print(f"[bold]{number} of {len(wanted)}: {task}, {method}, seed {seed}")
-        options = options_of(
-            experiment, task, method, seed, data=arguments.data, work=arguments.work
+        study.add(job, {**found, "meta": meta})
+        shutil.rmtree(work, ignore_errors=True)
+        gc.collect()
+        done += 1
+        minutes = (time.perf_counter() - started) / 60
+        print(
+            f"{job.name}: {found['score']:.2f}, {minutes:.1f} min, {len(jobs) - 1} left", flush=True
         )
-        result = Run(options, read_rows(options), name=method, console=console).train()
-        if (failure := result["summary"]["failure"]) is not None:
-            raise UserError(f"{task}, {method}, seed {seed}: {failure}")
-        path.parent.mkdir(parents=True, exist_ok=True)
-        write_json(path, stored(result, method))
-        shutil.rmtree(options.output)  # figures alone are wanted; a model is 90 MB
+    if failed:
+        raise UserError(
+            f"{len(failed)} runs were left out, the first: {next(iter(failed.values()))}"
+        )
+
+
+def measure_times(study: Study, options: argparse.Namespace) -> None:
+    experiment, places = study.experiment, {}
+    for part in experiment["parts"]:
+        for task in part["tasks"]:
+            places.setdefault((part["model"], task), []).extend(part["methods"])
+    read = task_reader(study, options)
+    for (model, name), methods in places.items():
+        wanted = (not options.model or model in options.model) and (
+            not options.task or name in options.task
+        )
+        path = options.output / TIMES / f"{model}-{name}.json"
+        if not wanted or path.exists():
+            continue
+        started, settings = time.perf_counter(), experiment["models"][model]
+        found = time_methods(
+            {
+                m: (study.settings(model, name, m), experiment["methods"][m]["way"])
+                for m in methods
+                if not options.method or m in options.method
+            },
+            model,
+            read(Job(model, name, methods[0], 0, None)),
+            batches=settings["timed_batches"],
+            rounds=settings["timed_rounds"],
+            cache=options.cache,
+        )
+        meta = provenance(torch.device("cpu"))
+        store({"meta": meta, "model": model, "task": name, **found}, path)
+        print(f"{path}: {(time.perf_counter() - started) / 60:.1f} min", flush=True)
+
+
+def show_table(study: Study, options: argparse.Namespace) -> None:
+    if not study.records:
+        raise UserError(f"no runs in {options.output}")
+    shown = table(study)
+    print(shown)
+    if options.page is not None:
+        fill(options.page, shown)
+    if options.picture is not None:
+        draw(study, options.picture)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument(
-        "--data", type=Path, required=True, help="folder with one folder of JSONL per task"
-    )
-    parser.add_argument("--task", action="append", help="a task; all without it")
-    parser.add_argument("--method", action="append", help="a method; all without it")
-    parser.add_argument("--seeds", type=int, default=3, help="seeds 0 to N-1")
-    parser.add_argument("--seed", type=int, action="append", help="this one only")
-    parser.add_argument("--output", type=Path, default=Path("runs/accuracy"), help="for the JSON")
-    parser.add_argument("--work", type=Path, default=Path("runs/accuracy"), help="for checkpoints")
-    arguments = parser.parse_args()
-    arguments.seed = arguments.seed or [*range(arguments.seeds)]
+    parser.add_argument("command", choices=["prepare", "times", "plan", "runs", "table"])
+    parser.add_argument("--data", type=Path, help="folder of <task>/train.jsonl, validation.jsonl")
+    parser.add_argument("--output", type=Path, default=Path("runs/accuracy"), help="(%(default)s)")
+    parser.add_argument("--cache", type=Path, default=CACHE, help="of models (%(default)s)")
+    parser.add_argument("--threads", type=int, default=os.cpu_count(), help="(%(default)s)")
+    for name in ("model", "task", "method"):
+        parser.add_argument(f"--{name}", action="append", help=f"this {name} alone; repeatable")
+    parser.add_argument("--limit", type=int, help="of runs")
+    parser.add_argument("--rows", type=int, help="training rows: a try")
+    parser.add_argument("--dirty", action="store_true", help="run with uncommitted changes")
+    parser.add_argument("--page", type=Path, help="fill its table between the study's markers")
+    parser.add_argument("--picture", type=Path, help="draw the figure into this file")
+    options = parser.parse_args()
+    options.cache = options.cache.expanduser()
+    # a script's folder is on the path: transformers would take kernels.py for a package it knows
+    sys.path[:] = [entry for entry in sys.path if Path(entry).resolve() != EXPERIMENT.parents[1]]
+    torch.set_num_threads(options.threads)
     try:
-        run(arguments)
-    except (UserError, OSError, ValueError) as error:
+        if options.command == "prepare":
+            prepare(options.cache)
+            return
+        study = Study(with_rows(read_settings(EXPERIMENT), options.rows), options.output)
+        if options.command == "plan":
+            show_plan(study, missing(study, options))
+        elif options.command == "table":
+            show_table(study, options)
+        else:
+            with alone(options.output):
+                {"times": measure_times, "runs": make_runs}[options.command](study, options)
+    except (UserError, OSError) as error:
         raise SystemExit(f"error: {error}") from error
 
 

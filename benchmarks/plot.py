@@ -5,7 +5,8 @@
 
 Nothing is measured here and no figure is typed in: all is read from `training/*.json`, which
 `benchmarks/run.py` wrote, from `packing/*.json`, of `benchmarks/packing.py`, from the runs of the
-demo in `demo/`, those of `benchmarks/accuracy_study.py` in `accuracy/`, and `contribution/*.json`.
+demo in `demo/`, those of `benchmarks/accuracy_study.py` in `study/`, older ones in `accuracy/`, and
+`contribution/*.json`.
 `benchmarks/diagrams.py` draws the pictures that need no results.
 """
 
@@ -25,10 +26,10 @@ from picture_style import (
     INK,
     KINDS,
     MUTED,
-    POINTS,
     STYLE,
     method_colour,
     new_figure,
+    place_labels,
     save,
 )
 from result_tables import (
@@ -49,14 +50,16 @@ from result_tables import (
     verdict_lines,
     whole_run_s,
 )
+from study_plan import EXPERIMENT, Study
+from study_tables import figure as study_figure
 from training import SHAPES
 
 from progtuning_kernels import FreezePlan, report
+from progtuning_kernels.schedules.files import read_settings
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
-    from matplotlib.transforms import Bbox
 
     from progtuning_kernels.report.runs import Row
 
@@ -257,68 +260,6 @@ def accuracy_figure(tasks: Mapping[str, Mapping[str, Sequence[Mapping[str, Any]]
     return figure
 
 
-def place_labels(ax: Axes) -> None:
-    """Write each point's name beside it, where it covers no other name, marker or error bar."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.transforms import Bbox
-
-    canvas = FigureCanvasAgg(ax.figure)
-    canvas.draw()  # settles the layout
-    point = ax.figure.dpi / POINTS
-    taken, anchors = [], []
-    for container in ax.containers:
-        marker, _, bars = container.lines
-        ((x, y),) = ax.transData.transform(marker.get_xydata())
-        anchors.append((container.get_label(), x, y, marker.get_color()))
-        taken.append(Bbox.from_extents(x, y, x, y).padded(5 * point))
-        taken += [
-            Bbox(ax.transData.transform(bar.get_segments()[0])).padded(3 * point) for bar in bars
-        ]
-    inside = ax.get_window_extent()
-    sides = [(1, 0), (-1, 0), (0, 1), (0, -1), (1, 1), (-1, 1), (1, -1), (-1, -1)]
-
-    def covered(box: Bbox) -> float:
-        outside = box.width * box.height - overlap(box, inside)
-        return outside + sum(overlap(box, other) for other in taken)
-
-    for name, x, y, colour in anchors:
-        measure = ax.text(0, 0, name)
-        size = measure.get_window_extent()
-        measure.remove()
-        centres = [
-            (far * point * dx + size.width / 2 * dx, far * point * dy + size.height / 2 * dy)
-            for far in (8, 13, 20, 30, 42)
-            for dx, dy in sides
-        ]
-        boxes = {
-            centre: Bbox.from_bounds(
-                x + centre[0] - size.width / 2,
-                y + centre[1] - size.height / 2,
-                size.width,
-                size.height,
-            )
-            for centre in centres
-        }
-        best = min(boxes, key=lambda centre: covered(boxes[centre]))
-        taken.append(boxes[best].padded(point))
-        is_far = centres.index(best) >= len(sides)
-        ax.annotate(
-            name,
-            ax.transData.inverted().transform((x, y)),
-            (best[0] / point, best[1] / point),
-            textcoords="offset points",
-            ha="center",
-            va="center",
-            arrowprops={"arrowstyle": "-", "color": colour, "lw": 0.8} if is_far else None,
-        ).set_in_layout(False)
-
-
-def overlap(one: Bbox, other: Bbox) -> float:
-    width = min(one.x1, other.x1) - max(one.x0, other.x0)
-    height = min(one.y1, other.y1) - max(one.y0, other.y0)
-    return max(0.0, width) * max(0.0, height)
-
-
 def _plans(run: report.Run) -> list[tuple[FreezePlan, list[int]]]:
     """The plans of a run in order, each with the indices of the stored stages that have it."""
     found: list[tuple[FreezePlan, list[int]]] = []
@@ -453,6 +394,9 @@ def figures_of(results: Path) -> dict[str, Callable[[], Figure | None]]:
         found["front"] = lambda: front_figure(packing, contents[0])
     if accuracy := load_accuracy(results):
         found["accuracy"] = lambda: accuracy_figure(accuracy)
+    if (results / "study").exists():
+        study = Study(read_settings(EXPERIMENT), results / "study")
+        found["study"] = lambda: study_figure(study)
     if demo := sorted(results.glob("demo/*.json")):
         rows = report.group_runs([report.load_run(path) for path in demo])
         compared = [row.runs[0] for row in rows if row.method in ("full", "progressive")]

@@ -16,7 +16,7 @@ moved at all is in the table: torch's ways move all of them.
 Prediction, V = 128,556 rows of d = 512 in float32, k = 300 of them new: W = V d 4 = 263 MB, R = k d
 4 = 0.61 MB. torch keeps 2 W of state and W of gradients, of each weight; PEFT and this library 2 R
 and R. PEFT puts the rows into a copy of W for every use, keeps the head's until backward, and
-makes a dense gradient of each: a peak of at least 2 W more. This library makes none: what a step
+makes a dense gradient of each: at least W more at the peak. This library makes none: what a step
 allocates are the logits (256 tokens x V x 4 = 132 MB) with their gradient and what the loss makes
 of them. Of the head's three products torch and PEFT compute the weight's gradient (2 x 256 V d
 operations) for all rows, this library for k of V: at most 3 / 2 = 1.5 x faster where the head is

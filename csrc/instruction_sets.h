@@ -2,6 +2,8 @@
 // PROGTUNING_CLONES lets the compiler make them, PROGTUNING_VERSIONS says that they can be written.
 #pragma once
 
+#include <cstdint>  // defines __GLIBC__
+
 // Needs ifunc, hence glibc. The levels of x86-64 ask the processor for features, where a name such
 // as haswell would ask for its maker; compilers before GCC 12 do not know them, and avx512f alone
 // lacks the 16-bit arithmetic. No level changes a bit: nothing is contracted (setup.py).

@@ -31,6 +31,10 @@ bool masked_norm_cpu(const void* const* tensors, const int64_t* sizes, int64_t n
 int masked_norm_cuda(const void* const* tensors, const int64_t* sizes, int64_t num_tensors,
                      DType dtype, float* partials, float* out, void* stream);
 
+// What is updated in the parameter's place, rounded to it afterwards: a float32 copy, or the
+// bfloat16 parameter and 8 more bits (update_rules.h).
+enum class Master : int { kNone = 0, kFloat32 = 1, kResidual = 2 };
+
 // One active tensor of a bucket, as it lies in the bucket's table: 9 words of 8 bytes, which
 // progtuning_kernels/ops/masked_update/bucket.py fills. The table is in the memory of the device
 // and holds for a whole stage; only the gradients' addresses come anew with every step.
@@ -38,7 +42,7 @@ struct UpdateRecord {
   void* param;
   void* exp_avg;
   void* exp_avg_sq;
-  float* master;            // float32 copy that is updated in param's place; null: none
+  void* master;             // float32, or int8 residuals; null: none
   float* exp_avg_scale;     // one per 256 elements where moments are 8-bit codes; null: they are
   float* exp_avg_sq_scale;  // float32 in this tensor
   float* step;              // updates it has had
@@ -51,7 +55,7 @@ struct UpdateRecord {
 struct UpdateVariant {
   DType param;
   DType moments;
-  bool master;
+  Master master;
   bool stochastic_rounding;  // of bfloat16 parameters; bfloat16 and 8-bit moments always are
 };
 
@@ -70,7 +74,8 @@ struct UpdateStep {
 };
 
 // AdamW on every tensor of the table whose gradient is not null, and *step + 1 for each of them.
-// float32, bfloat16, float64 (moments float64), float16 (with master); grads as param.
+// float32, bfloat16 (also with residuals), float64 (moments float64), float16 (with a float32
+// master); grads as param.
 // Returns false for any other variant, having done nothing.
 bool masked_update_cpu(const UpdateRecord* table, int64_t num_tensors, void* const* grads,
                        const UpdateHyper* groups, const UpdateVariant& variant,
@@ -105,7 +110,7 @@ struct UpdateBucket {
 };
 
 // masked_update_cpu on the current CUDA device, where what `step` points to lies; at most
-// kUpdateGroups groups, read here and now. float32, bfloat16, float16 (with master).
+// kUpdateGroups groups, read here and now. float32, bfloat16, float16 (with master); no residuals.
 int masked_update_cuda(const UpdateBucket& bucket, const UpdateHyper* groups, int64_t num_groups,
                        const UpdateVariant& variant, const UpdateStep& step, void* stream);
 

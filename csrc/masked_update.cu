@@ -252,15 +252,17 @@ Variant with_moments(DType moments, bool few) {
 Variant find(const UpdateVariant& variant, int64_t num_tensors) {
   const DType moments = variant.moments;
   const bool few = num_tensors <= kFewUpdateTensors;
-  if (variant.param == DType::kFloat32 && !variant.master) {
+  if (variant.master == Master::kResidual) return {};
+  const bool master = variant.master == Master::kFloat32;
+  if (variant.param == DType::kFloat32 && !master) {
     return with_moments<Float32, false>(moments, few);
   }
   if (variant.param == DType::kBFloat16) {
-    return variant.master                ? with_moments<BFloat16, true>(moments, few)
+    return master                        ? with_moments<BFloat16, true>(moments, few)
            : variant.stochastic_rounding ? with_moments<StochasticBFloat16, false>(moments, few)
                                          : with_moments<BFloat16, false>(moments, few);
   }
-  const bool half = variant.param == DType::kFloat16 && variant.master;
+  const bool half = variant.param == DType::kFloat16 && master;
   return half ? with_moments<Float16, true>(moments, few) : Variant{};
 }
 

@@ -7,8 +7,7 @@
 #include "formats.h"
 #include "instruction_sets.h"
 #include "launchers.h"
-#include "random_run.h"
-#include "update_rules.h"
+#include "update_chunk.h"
 
 namespace progtuning {
 namespace {
@@ -19,17 +18,6 @@ static_assert(kRun == kQuantBlock && kUpdateChunk % kRun == 0, "a chunk is a who
 
 // Below this one thread needs about 10 us: too little to wake a team for.
 constexpr int64_t kSerialElements = 16384;
-
-// A chunk of one tensor, n elements from element `start`.
-struct Chunk {
-  const UpdateRecord* tensor;
-  void* grad;
-  int64_t start;
-  int64_t n;
-  const UpdateStep* step;
-  AdamW<float> at;
-  AdamW<double> at_double;
-};
 
 template <typename Compute>
 PROGTUNING_RULE const AdamW<Compute>& numbers(const Chunk& chunk) {
@@ -42,9 +30,7 @@ PROGTUNING_RULE const AdamW<Compute>& numbers(const Chunk& chunk) {
 
 PROGTUNING_RULE void draw(const Chunk& chunk, int64_t first, RandomStream stream,
                           uint16_t (&random)[kRun]) {
-  const uint32_t step = static_cast<uint32_t>(*chunk.tensor->step) + 1;
-  draw_run({chunk.step->seed, static_cast<uint64_t>(first) / 8, stream, chunk.tensor->index, step},
-           random);
+  draw_run(chunk.run(first, stream), random);
 }
 
 // Loops that convert stand apart from the loop that computes: mixed, the compilers vectorise them
@@ -73,27 +59,45 @@ PROGTUNING_RULE void narrow(const typename Format::Compute* x, const uint16_t* r
 }
 
 // What is read and written of a run's parameters, in the type that computes.
-template <typename Param, bool kMaster>
+template <typename Param, Master kMaster>
 struct Params {
   using Compute = typename Param::Compute;
   using Stored = typename Param::Stored;
 
   PROGTUNING_RULE Params(const Chunk& chunk, int64_t first, int n)
       : stored(static_cast<Stored*>(chunk.tensor->param) + first) {
-    if constexpr (kMaster) {
-      p = chunk.tensor->master + first;
+    if constexpr (kMaster == Master::kFloat32) {
+      p = static_cast<float*>(chunk.tensor->master) + first;
     } else {
       p = widened<Param>(stored, n, p_buffer);
+    }
+    if constexpr (kMaster == Master::kResidual) {
+      const int8_t* residual = residuals(chunk, first);
+      for (int i = 0; i < n; ++i) p[i] = float_of(with_residual(bits_of(p[i]), +residual[i]));
     }
     g = widened<Param>(static_cast<Stored*>(chunk.grad) + first, n, g_buffer);
   }
 
   PROGTUNING_RULE void store(const Chunk& chunk, int64_t first, int n) {
     uint16_t random[kRun];
+    if constexpr (kMaster == Master::kResidual) {
+      draw(chunk, first, RandomStream::kMoments, random);
+      int8_t* residual = residuals(chunk, first);
+      for (int i = 0; i < n; ++i) {
+        const uint32_t bits = rounded_to_24_bits<uint32_t>(bits_of(p[i]), random[i]);
+        stored[i] = static_cast<Stored>(nearest_of_24_bits(bits) >> 16);
+        residual[i] = static_cast<int8_t>(bits >> 8);
+      }
+      return;
+    }
     if constexpr (std::is_same_v<Param, StochasticBFloat16>) {
       draw(chunk, first, RandomStream::kParam, random);
     }
     narrow<Param>(p, random, n, stored);
+  }
+
+  static PROGTUNING_RULE int8_t* residuals(const Chunk& chunk, int64_t first) {
+    return static_cast<int8_t*>(chunk.tensor->master) + first;
   }
 
   Stored* stored;
@@ -120,7 +124,7 @@ PROGTUNING_RULE void mixed_run(const Chunk& chunk, int64_t first, int n) {
   }
 }
 
-template <typename Param, typename Moment, bool kMaster>
+template <typename Param, typename Moment, Master kMaster>
 PROGTUNING_RULE void plain_run(const Chunk& chunk, int64_t first, int n) {
   using Compute = typename Param::Compute;
   using Stored = typename Moment::Stored;
@@ -150,7 +154,7 @@ PROGTUNING_RULE void plain_run(const Chunk& chunk, int64_t first, int n) {
 
 PROGTUNING_RULE uint32_t larger(uint32_t a, uint32_t b) { return a > b ? a : b; }
 
-template <typename Param, bool kMaster>
+template <typename Param, Master kMaster>
 PROGTUNING_RULE void eight_bit_run(const Chunk& chunk, int64_t first, int n) {
   const UpdateRecord& tensor = *chunk.tensor;
   int8_t* m_code = static_cast<int8_t*>(tensor.exp_avg) + first;
@@ -183,7 +187,7 @@ PROGTUNING_RULE void eight_bit_run(const Chunk& chunk, int64_t first, int n) {
   }
 }
 
-template <typename Param, typename Moment, bool kMaster>
+template <typename Param, typename Moment, Master kMaster>
 PROGTUNING_RULE void update(const Chunk& chunk) {
   for (int64_t done = 0; done < chunk.n; done += kRun) {
     const int n = static_cast<int>(std::min<int64_t>(kRun, chunk.n - done));
@@ -200,8 +204,6 @@ PROGTUNING_RULE void update(const Chunk& chunk) {
   }
 }
 
-using Kernel = void (*)(const Chunk&);
-
 // A function each, because only functions can be cloned.
 #define PROGTUNING_KERNEL(name, Param, Moment, kMaster) \
   PROGTUNING_CLONES void name(const Chunk& chunk) { update<Param, Moment, kMaster>(chunk); }
@@ -210,35 +212,49 @@ using Kernel = void (*)(const Chunk&);
   PROGTUNING_KERNEL(name##_float32, Param, Float32, kMaster)             \
   PROGTUNING_KERNEL(name##_bfloat16, Param, StochasticBFloat16, kMaster) \
   PROGTUNING_KERNEL(name##_8bit, Param, EightBit, kMaster)               \
-  Kernel name(DType moments) {                                           \
+  UpdateKernel name(DType moments) {                                     \
     return moments == DType::kFloat32    ? name##_float32                \
            : moments == DType::kBFloat16 ? name##_bfloat16               \
            : moments == DType::kInt8     ? name##_8bit                   \
                                          : nullptr;                      \
   }
 
-PROGTUNING_KERNEL(update_float64, Float64, Float64, false)
-PROGTUNING_KERNELS(update_float32, Float32, false)
-PROGTUNING_KERNELS(update_bfloat16, BFloat16, false)
-PROGTUNING_KERNELS(update_bfloat16_stochastic, StochasticBFloat16, false)
-PROGTUNING_KERNELS(update_bfloat16_master, BFloat16, true)
-PROGTUNING_KERNELS(update_float16_master, Float16, true)
+PROGTUNING_KERNEL(update_float64, Float64, Float64, Master::kNone)
+PROGTUNING_KERNELS(update_float32, Float32, Master::kNone)
+PROGTUNING_KERNELS(update_bfloat16, BFloat16, Master::kNone)
+PROGTUNING_KERNELS(update_bfloat16_stochastic, StochasticBFloat16, Master::kNone)
+PROGTUNING_KERNELS(update_bfloat16_master, BFloat16, Master::kFloat32)
+PROGTUNING_KERNELS(update_bfloat16_residual, BFloat16, Master::kResidual)
+PROGTUNING_KERNELS(update_float16_master, Float16, Master::kFloat32)
 
-Kernel find_kernel(const UpdateVariant& variant) {
+UpdateKernel find_kernel(const UpdateVariant& variant) {
+  const DType moments = variant.moments;
+  const bool plain = variant.master == Master::kNone;
   switch (variant.param) {
     case DType::kFloat64:
-      return variant.moments == DType::kFloat64 && !variant.master ? update_float64 : nullptr;
+      return moments == DType::kFloat64 && plain ? update_float64 : nullptr;
     case DType::kFloat32:
-      return variant.master ? nullptr : update_float32(variant.moments);
+      return plain ? update_float32(moments) : nullptr;
     case DType::kBFloat16:
-      if (variant.master) return update_bfloat16_master(variant.moments);
-      return variant.stochastic_rounding ? update_bfloat16_stochastic(variant.moments)
-                                         : update_bfloat16(variant.moments);
+      return variant.master == Master::kFloat32    ? update_bfloat16_master(moments)
+             : variant.master == Master::kResidual ? update_bfloat16_residual(moments)
+             : variant.stochastic_rounding         ? update_bfloat16_stochastic(moments)
+                                                   : update_bfloat16(moments);
     case DType::kFloat16:
-      return variant.master ? update_float16_master(variant.moments) : nullptr;
+      return variant.master == Master::kFloat32 ? update_float16_master(moments) : nullptr;
     default:
       return nullptr;
   }
+}
+
+UpdateKernel find_whole_runs(const UpdateVariant& variant) {
+#ifdef PROGTUNING_VERSIONS
+  if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+      __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl")) {
+    return whole_runs_avx512(variant);
+  }
+#endif
+  return nullptr;
 }
 
 size_t element_size(DType dtype) {
@@ -250,7 +266,7 @@ size_t element_size(DType dtype) {
 bool masked_update_cpu(const UpdateRecord* table, int64_t num_tensors, void* const* grads,
                        const UpdateHyper* groups, const UpdateVariant& variant,
                        const UpdateStep& step, int num_threads) {
-  const Kernel kernel = find_kernel(variant);
+  const UpdateKernel kernel = find_kernel(variant), whole_runs = find_whole_runs(variant);
   if (kernel == nullptr) return false;
   const bool skip = step.found_inf != nullptr && *step.found_inf != 0;
   if (skip && !step.zero_grads) return true;
@@ -283,7 +299,17 @@ bool masked_update_cpu(const UpdateRecord* table, int64_t num_tensors, void* con
     Chunk chunk = tensors[tensor];
     chunk.start = (i - first_chunk[tensor]) * kUpdateChunk;
     chunk.n = std::min(kUpdateChunk, chunk.tensor->size - chunk.start);
-    if (!skip) kernel(chunk);
+    if (!skip) {
+      Chunk rest = chunk;
+      // in a bucket with codes, a tensor without scales has none
+      if (whole_runs != nullptr &&
+          (variant.moments != DType::kInt8 || chunk.tensor->exp_avg_scale != nullptr)) {
+        whole_runs(chunk);
+        rest.start += chunk.n / kRun * kRun;
+        rest.n %= kRun;
+      }
+      kernel(rest);
+    }
     if (step.zero_grads) {
       const size_t bytes = element_size(variant.param);
       std::memset(static_cast<char*>(chunk.grad) + chunk.start * bytes, 0, chunk.n * bytes);

@@ -35,15 +35,19 @@ struct type_caster<At<T>> {
   }
 };
 
-template <>
-struct type_caster<DType> {
-  PYBIND11_TYPE_CASTER(DType, const_name("int"));
+template <typename Code>
+struct code_caster {
+  PYBIND11_TYPE_CASTER(Code, const_name("int"));
   bool load(handle source, bool) {
     const bool is_int = PyLong_Check(source.ptr());
-    if (is_int) value = static_cast<DType>(source.cast<int>());
+    if (is_int) value = static_cast<Code>(source.cast<int>());
     return is_int;
   }
 };
+template <>
+struct type_caster<DType> : code_caster<DType> {};
+template <>
+struct type_caster<Master> : code_caster<Master> {};
 
 }  // namespace pybind11::detail
 
@@ -54,7 +58,7 @@ using Grads = std::vector<At<void>>;
 using Sizes = std::vector<int64_t>;
 // The members of UpdateHyper, UpdateVariant and UpdateStep, in their order.
 using Hyper = std::tuple<double, double, double, double, double, At<const float>>;
-using Variant = std::tuple<DType, DType, bool, bool>;
+using Variant = std::tuple<DType, DType, Master, bool>;
 using Step = std::tuple<At<const float>, At<const float>, uint64_t, bool>;
 
 template <typename Struct, typename... T>
@@ -118,7 +122,8 @@ void update_cpu(At<const UpdateRecord> table, const Grads& grads, const std::vec
                          made<UpdateStep>(step), threads)) {
     throw std::invalid_argument("masked_update: no kernel for parameters of dtype code " +
                                 number(variant.param) + " with moments of code " +
-                                number(variant.moments) + (variant.master ? " and a master" : ""));
+                                number(variant.moments) +
+                                (variant.master == Master::kNone ? "" : " and a master"));
   }
 }
 

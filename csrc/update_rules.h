@@ -1,6 +1,7 @@
 // The per-element formulas of the optimizers, for host and device: the single C++ home of each.
 // Plain +, *, / and sqrt, which IEEE 754 rounds correctly and nothing contracts, so that the CPU,
-// every instruction set of it, and the GPU give the same bits (but for those of a NaN).
+// every instruction set of it, and the GPU give the same bits (but for those of a NaN). Templates
+// take numbers or, where lanes.h comes first, vectors of them.
 #pragma once
 
 #include <cmath>
@@ -41,6 +42,8 @@ PROGTUNING_RULE float float_of(uint32_t bits) {
 
 PROGTUNING_RULE float root(float x) { return sqrtf(x); }
 PROGTUNING_RULE double root(double x) { return sqrt(x); }
+PROGTUNING_RULE int truncated(float x) { return static_cast<int>(x); }
+PROGTUNING_RULE int signed_of(uint32_t x) { return static_cast<int>(x); }
 
 // 1 - beta^step, from log(beta). `1 - powf(beta2, step)` is off by 1e-5 in the first hundred steps,
 // where beta^step is nearly 1; the Taylor series of 1 - e^x, taken at x / 2^k > -1/2, is not: its
@@ -117,8 +120,8 @@ PROGTUNING_RULE AdamW<Float> adamw_at(const AdamWHyper<Float>& hyper, Float lr, 
 
 // Loshchilov and Hutter, arXiv 1711.05101, with decay and update in one subtraction: multiplying p
 // by 1 - lr * weight_decay does nothing in float32 once that product is below 3e-8.
-template <typename Float>
-PROGTUNING_RULE void adamw(const AdamW<Float>& at, Float grad, Float& p, Float& m, Float& v) {
+template <typename Number, typename Float>
+PROGTUNING_RULE void adamw(const AdamW<Number>& at, Float grad, Float& p, Float& m, Float& v) {
   const Float g = grad * at.grad_factor;
   m = at.beta1 * m + at.one_minus_beta1 * g;
   v = at.beta2 * v + at.one_minus_beta2 * (g * g);
@@ -151,11 +154,18 @@ PROGTUNING_RULE float widen_bfloat16(uint16_t x) {
   return float_of(static_cast<uint32_t>(x) << 16);
 }
 
-// NaN is left out of the rounding: 0x7fffffff + 1 would be -0.0. Infinities may take part, because
-// at most 16 bits are added to the 16 that are dropped.
-PROGTUNING_RULE uint16_t drop_low_half(uint32_t bits, uint32_t added) {
-  const bool nan = (bits & 0x7fffffffu) > 0x7f800000u;
-  return static_cast<uint16_t>((nan ? (bits | 0x00400000u) : (bits + added)) >> 16);
+// Bits of a float32 whose upper half is the bfloat16. NaN is left out of the rounding: 0x7fffffff +
+// 1 would be -0.0. Infinities may take part, because at most 16 bits are added to the 16 that are
+// dropped.
+template <typename Bits>
+PROGTUNING_RULE Bits rounded(Bits bits, Bits added) {
+  return (bits & 0x7fffffffu) > 0x7f800000u ? (bits | 0x00400000u) : (bits + added);
+}
+
+template <typename Bits>
+PROGTUNING_RULE Bits rounded_to_nearest(Bits bits) {
+  const Bits added = 0x7fffu + ((bits >> 16) & 1u);
+  return rounded(bits, added);
 }
 
 // To the nearest, ties to even. The hardware's conversions differ in the bits of a NaN only, and
@@ -164,14 +174,39 @@ PROGTUNING_RULE uint16_t nearest_bfloat16(float x) {
 #ifdef __CUDA_ARCH__
   return __bfloat16_as_ushort(__float2bfloat16_rn(x));
 #else
-  const uint32_t bits = bits_of(x);
-  return drop_low_half(bits, 0x7fffu + ((bits >> 16) & 1u));
+  return static_cast<uint16_t>(rounded_to_nearest(bits_of(x)) >> 16);
 #endif
 }
 
 // random: 16 random bits. Rounds away from zero with the probability that makes the mean exact.
 PROGTUNING_RULE uint16_t stochastic_bfloat16(float x, uint32_t random) {
-  return drop_low_half(bits_of(x), random);
+  return static_cast<uint16_t>(rounded(bits_of(x), random) >> 16);
+}
+
+// 24-bit weights: a float32 without its low 8 bits is a bfloat16 and, signed, the residual, its
+// distance from it in units of 1/256 of a unit in the bfloat16's last place.
+//
+// Bits of the float32. A zero is one whatever its residual, which is another's if the weight was
+// written from outside: bits below those of zero would be a NaN.
+template <typename Bits, typename Int>
+PROGTUNING_RULE Bits with_residual(Bits upper, Int residual) {
+  return (upper & 0x7fffffffu) == 0u ? upper : upper + (Bits)(residual * 256);
+}
+
+// Rounds up with the probability that makes the mean exact: updates of less than 2^-16 of a weight
+// are not lost. Takes what random numbers of 16 bits the moments take as they are and swapped; its
+// 8 are independent of the leading ones of each. Residual: byte 1 of the result.
+template <typename Bits>
+PROGTUNING_RULE Bits rounded_to_24_bits(Bits bits, Bits random) {
+  const Bits folded = (random ^ (random >> 8)) & 0xffu;
+  return (bits & 0x7fffffffu) > 0x7f800000u ? ((bits & 0xffff0000u) | 0x00400000u)
+                                            : (bits + folded);
+}
+
+// In the upper half of the result. The tie goes away from zero: a residual is -128 to 127.
+template <typename Bits>
+PROGTUNING_RULE Bits nearest_of_24_bits(Bits bits) {
+  return bits + 0x8000u;
 }
 
 // IEEE half precision as its 16 bits, without the instructions that not every CPU has.
@@ -209,7 +244,8 @@ PROGTUNING_RULE uint16_t nearest_float16(float x) {
 enum class RandomStream : uint32_t { kParam = 0, kMoments = 1, kDropout = 2 };
 
 // bfloat16 moments share a number: m takes its 16 bits as they are, v with the two bytes swapped.
-PROGTUNING_RULE uint32_t swapped_bytes(uint32_t random) {
+template <typename Bits>
+PROGTUNING_RULE Bits swapped_bytes(Bits random) {
   return ((random & 0xffu) << 8) | (random >> 8);
 }
 
@@ -281,8 +317,8 @@ PROGTUNING_RULE float inverse_of_largest(float largest) {
 }
 
 // Bits of the 2^kShift-th power of a ratio: of what has `bits` to what has `unit`.
-template <int kShift>
-PROGTUNING_RULE uint32_t power_of_ratio(uint32_t bits, uint32_t unit) {
+template <int kShift, typename Bits>
+PROGTUNING_RULE Bits power_of_ratio(Bits bits, uint32_t unit) {
   return (bits << kShift) + (kOneBits - (unit << kShift));
 }
 
@@ -298,31 +334,35 @@ PROGTUNING_RULE float at_most_one(float x) {
 
 // The inverse: what has the ratio `root of x` to what has `unit`.
 // kOneBits is a multiple of 2^kShift, so the difference may be taken after the shift.
-template <int kShift>
-PROGTUNING_RULE float root_times(float x, uint32_t unit) {
+template <int kShift, typename Float>
+PROGTUNING_RULE Float root_times(Float x, uint32_t unit) {
   return float_of((bits_of(at_most_one(x)) >> kShift) + (unit - (kOneBits >> kShift)));
 }
 
-PROGTUNING_RULE float decode_exp_avg(float code, float largest) {
-  const uint32_t bits = bits_of(code);  // the shift drops the sign
-  const uint32_t power = code == 0 ? 0u : power_of_ratio<2>(bits, kBits127);
+template <typename Float>
+PROGTUNING_RULE Float decode_exp_avg(Float code, float largest) {
+  const auto bits = bits_of(code);  // the shift drops the sign
+  const auto power = code == 0.0f ? 0u : power_of_ratio<2>(bits, kBits127);
   return float_of(power | (bits & 0x80000000u)) * largest;
 }
 
-PROGTUNING_RULE float decode_exp_avg_sq(float code, float largest) {
+template <typename Float>
+PROGTUNING_RULE Float decode_exp_avg_sq(Float code, float largest) {
   return float_of(power_of_ratio<3>(bits_of(code), kBits255)) * largest;
 }
 
-PROGTUNING_RULE int encode_exp_avg(float m, float inverse) {
-  const float magnitude = float_of(bits_of(m) & 0x7fffffffu) * inverse;
-  const float code = root_times<2>(magnitude, kBits127) + 0.5f;
-  return static_cast<int>(float_of(bits_of(code) | (bits_of(m) & 0x80000000u)));
+template <typename Float>
+PROGTUNING_RULE auto encode_exp_avg(Float m, float inverse) {
+  const Float magnitude = float_of(bits_of(m) & 0x7fffffffu) * inverse;
+  const Float code = root_times<2>(magnitude, kBits127) + 0.5f;
+  return truncated(float_of(bits_of(code) | (bits_of(m) & 0x80000000u)));
 }
 
 // The code and 16 bits behind its point, into which random, 16 random bits, was added.
-PROGTUNING_RULE int encode_exp_avg_sq(float v, float inverse, uint32_t random) {
-  const int fixed = static_cast<int>(root_times<3>(v * inverse, kBits255 + kTimes65536));
-  const int sum = fixed + static_cast<int>(random);
+template <typename Float, typename Bits>
+PROGTUNING_RULE auto encode_exp_avg_sq(Float v, float inverse, Bits random) {
+  const auto fixed = truncated(root_times<3>(Float(v * inverse), kBits255 + kTimes65536));
+  const auto sum = fixed + signed_of(random);
   return sum < 1 << 16 ? 1 << 16 : sum;
 }
 

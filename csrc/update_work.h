@@ -110,7 +110,7 @@ __device__ __forceinline__ void prepare(const Launch<kTensors>& launch, Work& wo
   work.exp_avg_sq = moved(tensor.exp_avg_sq, start * moment_bytes);
   askew |= reinterpret_cast<uintptr_t>(tensor.param) | reinterpret_cast<uintptr_t>(grad);
   if constexpr (kMaster) {
-    work.master = tensor.master + start;
+    work.master = moved(tensor.master, start * sizeof(float));
     askew |= reinterpret_cast<uintptr_t>(tensor.master);
   }
   // start is a multiple of 16 bytes in every array, so this asks about the tensor, not the chunk

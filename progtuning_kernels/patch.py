@@ -14,12 +14,13 @@ from .distributed import refuse_flat_parameters, unwrap
 from .freezing.active_set import TiedPolicy
 from .freezing.boundary import FrozenMode
 from .freezing.handle import PatchHandle, handle_of, live_handles
+from .freezing.only import compile_only
 from .graphs import Graph
 from .model.families import UnsupportedModelError
 from .model.layout import find_layout
 from .model.rows import TrainedRows
 from .packing import Packing
-from .schedules import Schedule, check_schedule, decides_by_gradients, whole_number
+from .schedules import Schedule, check_schedule, decides_in_training, whole_number
 from .schedules.plan import check_choice
 from .swaps import Kernels
 
@@ -32,6 +33,7 @@ def patch_model(
     *,
     frozen_mode: FrozenMode = "eval",
     tied: TiedPolicy = "frozen",
+    only: str | None = None,
     kernels: Kernels = "auto",
     packing: Packing = "auto",
     graph: Graph = "off",
@@ -56,6 +58,9 @@ def patch_model(
         tied: what happens to a weight shared by embeddings and LM head once the embeddings are
             frozen: "frozen" freezes it, "head_only" goes on training it with the gradient of its
             use in the head (the lookup is then not differentiated).
+        only: a regular expression, as `re.search` takes it. A parameter whose qualified name, as
+            `named_parameters` gives it, does not match is frozen under every plan until
+            `handle.unpatch()`. A tied parameter goes by its first name. `rows` train in any case.
         kernels: "auto" lets norms, gated MLPs, BERT's output layers and the head with its loss, on
             a CPU dropout instead, run freeze-aware ops where these are there and pay, which the
             size of every call decides; "on" takes them at any size; "off" leaves all modules
@@ -94,16 +99,17 @@ def patch_model(
         The handle; call `handle.advance()` once per optimizer step.
 
     Raises:
-        TypeError: no model, no schedule, a `step` that is no number, `blocks` that are no names, or
-            `rows` that are no mapping.
+        TypeError: no model, no schedule, a `step` that is no number, `blocks` that are no names, an
+            `only` that is no text, or `rows` that are no mapping.
         UnsupportedModelError: no block list can be found, the blocks share weights, or the model
             has adapters that cannot freeze with their blocks, or is in a wrapper that does not
             follow changes of what trains, or a tensor whose rows cannot train alone is named; from
             the first training forward, if a unit turns out to be computed from a later one, or a
             tensor of which rows train to be used by code outside the modules that hold it.
         ValueError: the model, a part of it or one that it is a part of is patched already, the
-            schedule does not fit it, an option has a value that is not named here, or `rows` names
-            no tensor of the model, or no rows of it.
+            schedule does not fit it, an option has a value that is not named here, `only` is no
+            regular expression, matches nothing that trains or leaves nothing to a plan, or `rows`
+            names no tensor of the model, or no rows of it.
         RuntimeError: ranks do not train the same; from the first training forward, if a frozen
             block cuts off the gradient of an input, or checkpointing that of a trained block.
 
@@ -122,7 +128,7 @@ def patch_model(
         raise TypeError(f"patch_model takes a model, an nn.Module, and a schedule, got {model!r}")
     check_schedule(schedule, "patch_model")
     options: dict[str, Any] = {"frozen_mode": frozen_mode, "tied": tied, "kernels": kernels}
-    options |= {"packing": packing, "graph": graph}
+    options |= {"packing": packing, "graph": graph, "only": only}
     _check_values({**options, "cache": cache})
     step = whole_number("step", step, 0)
     if isinstance(model, torch.jit.ScriptModule):
@@ -132,7 +138,7 @@ def patch_model(
         )
     inner = unwrap(model)
     _refuse_patched(inner)
-    if decides_by_gradients(schedule) and any(h.schedule is schedule for h in list(live_handles)):
+    if decides_in_training(schedule) and any(h.schedule is schedule for h in list(live_handles)):
         raise ValueError(
             f"{schedule!r} decides for a model that is patched already: give each model its own"
         )
@@ -171,6 +177,8 @@ def _check_values(options: Mapping[str, Any]) -> None:
     }
     for name in choices.keys() & options:
         check_choice(name, options[name], choices[name])
+    if (only := options.get("only")) is not None:
+        compile_only(only)
     cache = options.get("cache")
     if not (cache is None or cache == "auto" or isinstance(cache, PrefixCache)):
         raise ValueError(f"cache must be a PrefixCache, 'auto' or None, got {cache!r}")

@@ -11,6 +11,7 @@ from benchmark_scripts import load_script
 from family_table import family_table
 
 from progtuning_kernels import report
+from progtuning_kernels.schedules.files import read_settings
 
 ROOT = Path(__file__).parent.parent
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
@@ -91,6 +92,13 @@ def test_study_tables_are_those_of_the_stored_results():
     folders = [folder.parent for folder in RESULTS.glob("*/contribution")]
     shown = _between("contribution")
     assert folders and all(study.contribution_table(folder) in shown for folder in folders)
+
+
+def test_table_of_the_accuracy_study_is_that_of_the_stored_runs():
+    tables, plan = load_script("study_tables"), load_script("study_plan")
+    for folder in RESULTS.glob("*/study"):
+        study = plan.Study(read_settings(plan.EXPERIMENT), folder)
+        assert tables.table(study) in _between("study")
 
 
 def test_survey_of_architectures_is_the_stored_one():

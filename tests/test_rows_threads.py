@@ -11,7 +11,6 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator
 
 import peft
-import pytest
 import torch
 from tiny_models import VOCABULARY, tiny_inputs, tiny_model
 from torch import Tensor, nn

@@ -95,6 +95,7 @@ def save_checkpoint(
             "facts": _facts(model, patched, optimizer, scheduler),
             "state": {"model": model.state_dict(), "optimizer": _optimizer_state(optimizer)},
             "scheduler": None if scheduler is None else scheduler.state_dict(),
+            "best": None if patched is None else patched.state_dict().get("best"),
             "extra": extra or {},
         }
     if sharded:
@@ -154,7 +155,7 @@ def load_checkpoint(
             was_sharded, sharded = path.is_dir(), _has_shards(model)
             if was_sharded != sharded or (sharded and not same_ranks):
                 own["handle"]["gradient_norms"] = {"sums": None}  # those were of other shards
-            patched.load_state_dict(own["handle"])
+            patched.load_state_dict(own["handle"] | {"best": content.get("best")})
         optimizer.load_state_dict(state["optimizer"])
         if scheduler is not None:
             scheduler.load_state_dict(content["scheduler"])
@@ -267,10 +268,11 @@ def _optimizer_state(optimizer: Optimizer) -> dict[str, Any]:
 
 
 def _state_of_rank(model: nn.Module, patched: PatchHandle | None) -> dict[str, Any]:
-    """What differs between ranks."""
+    """What differs between ranks: not the weights of the best score."""
+    handle = None if patched is None else patched.state_dict()
     return {
         "random": random_state(model),
-        "handle": None if patched is None else patched.state_dict(),
+        "handle": handle and {k: v for k, v in handle.items() if k != "best"},
         "cache": None if patched is None or not patched.cache else patched.cache.rows.manifest(),
     }
 

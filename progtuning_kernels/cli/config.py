@@ -30,6 +30,7 @@ _NAMED_SCHEDULES = {
     "random": {"blocks": 2, "period": 20},
     "cyclic": {"blocks": 1, "period": 50},
     "adaptive": {"interval": 50, "percentile": 50},
+    "plateau": {"stages": 3},
 }
 
 

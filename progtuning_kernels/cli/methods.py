@@ -31,6 +31,7 @@ def patch_options(options: TrainOptions, layout: Layout) -> dict[str, Any]:
     return {
         "frozen_mode": options.frozen_mode,
         "tied": options.tied,
+        "only": options.only,
         "packing": options.packing,
         "graph": options.graph,
         "cache": cache,

@@ -69,9 +69,9 @@ class TrainOptions:
     Method and schedule:
         method: progressive-cache keeps what frozen blocks compute for a row and reads it in later
             epochs; full and lora are there to compare with.
-        schedule: progressive, random (LISA), cyclic (BAdam), adaptive (AutoFreeze), budget (--rho),
-            the blocks that train (0-3,8; -1 is the last), or a .toml, .yaml or .json file
-            (examples/random_blocks.toml).
+        schedule: progressive, random (LISA), cyclic (BAdam), adaptive (AutoFreeze), plateau (stages
+            end when evaluations get no better), budget (--rho), the blocks that train (0-3,8; -1 is
+            the last), or a .toml, .yaml or .json file (examples/random_blocks.toml).
         rho: For --schedule budget, which trains the units that are worth most of those whose step
             costs at most this share of a full one.
         importance: For --schedule budget, what units are worth: by eight batches, or, snr, by
@@ -80,6 +80,7 @@ class TrainOptions:
         embeddings: When the embeddings train in it; under always, backward is never truncated.
         frozen_mode: Mode of frozen blocks: eval has no dropout.
         tied: What a weight shared by embeddings and LM head does once the embeddings are frozen.
+        only: Regular expression: only parameters whose names match it train, such as "mlp|lm_head".
         train_new_tokens: Of embeddings and LM head, only the rows of --add-tokens train.
         blocks: Path of the block list where it cannot be found; several with commas, in order.
         packing: auto leaves padding out of what blocks compute where a batch has more than a little
@@ -137,6 +138,7 @@ class TrainOptions:
     embeddings: Literal["first_stage", "always", "never"] = "first_stage"
     frozen_mode: Literal["eval", "train"] = "eval"
     tied: Literal["frozen", "head_only"] = "frozen"
+    only: str | None = None
     train_new_tokens: bool = False
     blocks: str | None = None
     packing: Literal["auto", "on", "off"] = "auto"
@@ -275,7 +277,16 @@ def _dashed(name: str) -> str:
     return f"--{name.replace('_', '-')}"
 
 
-_FOR_SCHEDULED = ("rho", "anneal", "state_dtype", "master_weights", "in_backward", "cache", "graph")
+_FOR_SCHEDULED = (
+    "only",
+    "rho",
+    "anneal",
+    "state_dtype",
+    "master_weights",
+    "in_backward",
+    "cache",
+    "graph",
+)
 _BATCH_SIZE = 32
 # What would train or evaluate on other rows than the command says, or change nothing.
 _NOT_OF_TRAINER = """
@@ -361,9 +372,9 @@ TRAINER_DEFAULTS: dict[str, Any] = {
 }
 # What decides the cost of a step or of a run.
 PLANNED = """
-model task max_length add_tokens train_new_tokens method schedule rho importance stages embeddings
-frozen_mode tied blocks packing cache lora_rank precision state_dtype master_weights in_backward
-gradient_checkpointing bf16 max_steps per_device_train_batch_size device
+model task max_length add_tokens method schedule rho importance stages embeddings frozen_mode tied
+train_new_tokens only blocks packing cache lora_rank precision state_dtype master_weights
+in_backward gradient_checkpointing bf16 max_steps per_device_train_batch_size device
 """.split()
 CONTRIBUTION = """
 model task dataset train_file validation_file validation_split separator columns problem_type

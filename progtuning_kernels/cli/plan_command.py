@@ -16,7 +16,13 @@ from transformers import AutoConfig
 from ..cache import PrefixCache
 from ..planner import TrainingPlan, plan_training
 from ..planner.planning import switch_checkpointing_on
-from ..schedules import MilestoneSchedule, Schedule, decides_by_gradients, stage_starts
+from ..schedules import (
+    MilestoneSchedule,
+    PlateauSchedule,
+    Schedule,
+    decides_in_training,
+    stage_starts,
+)
 from ..schedules.progressive import scales_with_length
 from .budget import chosen_schedule
 from .config import autocast_dtype, build_schedule, choose_device
@@ -59,7 +65,10 @@ def _schedule_to_plan(
     if not options.is_scheduled:
         return MilestoneSchedule({}, embeddings="always"), []
     schedule = build_schedule(options, steps)
-    if decides_by_gradients(schedule):
+    if isinstance(schedule, PlateauSchedule):
+        schedule.of_stages.total_steps = schedule.of_stages.total_steps or schedule.stages
+        return schedule.of_stages, ["how long a stage lasts is decided in training, by the score"]
+    if decides_in_training(schedule):
         return MilestoneSchedule({}), ["what an adaptive schedule freezes is decided in training"]
     return schedule, []
 
@@ -116,6 +125,7 @@ def plan_run(
             in_backward=options.in_backward,
             cache=False if size is None else size == "auto" or PrefixCache(parse_bytes(size)),
             tied=options.tied,
+            only=options.only if options.is_scheduled else None,
             frozen_mode=options.frozen_mode,
             blocks=options.block_lists,
             rows=rows if options.is_scheduled else None,

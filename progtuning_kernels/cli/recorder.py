@@ -18,7 +18,7 @@ from ..integrations.hf_trainer import ProgtuningCallback
 from ..model.layout import EMBEDDINGS, parameter_slots
 from ..optim import state_bytes
 from ..random_state import random_state_kept
-from ..schedules import FreezePlan, stage_count
+from ..schedules import FreezePlan, Schedule, stage_count
 
 if TYPE_CHECKING:
     from .train import Run
@@ -35,13 +35,18 @@ class Recorder(TrainerCallback):
         self.evaluations: list[dict[str, Any]] = []
         self.updates = 0
         self.signal: int | None = None  # that asked the run to stop
-        self._run, self._callback, self._schedule = run, callback, run.schedule
+        self._run, self._callback = run, callback
         self._tokens = run.tokens_by_step()
         self._step_ms: list[float] = []  # of the stage
         self._mark = 0.0  # when the last step ended, or what is no training after it
         self._packed_before = 0, 0  # places and tokens of the stages before
         self._next_line = 0
         self._rate = 0.0
+
+    @property
+    def schedule(self) -> Schedule:
+        """The one with the decisions of the run, if it makes any."""
+        return self._run.schedule if self._callback is None else self._callback.schedule
 
     @property
     def train_seconds(self) -> float:
@@ -60,7 +65,7 @@ class Recorder(TrainerCallback):
     def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         # of the head, where units have rates of their own; the Trainer logs that of the first
         self._rate = kwargs["lr_scheduler"].get_last_lr()[-1]
-        stage = self._schedule.stage(state.global_step)
+        stage = self.schedule.stage(state.global_step)
         if self.stages and self.stages[-1]["stage"] == stage:
             return
         started = time.perf_counter()
@@ -79,7 +84,7 @@ class Recorder(TrainerCallback):
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         stage, step = self.stages[-1], state.global_step
         last = step == state.max_steps or control.should_training_stop
-        ends = last or self._schedule.stage(step) != stage["stage"]
+        ends = last or self.schedule.stage(step) != stage["stage"]
         if ends and args.device.type == "cuda":
             torch.cuda.synchronize(args.device)  # the stage's seconds are the device's
         elapsed = time.perf_counter() - self._mark
@@ -134,8 +139,9 @@ class Recorder(TrainerCallback):
                 }
             )
             self.stages[-1] |= {key: figures[key] for key in ("metric", "loss")}
-            stopped_early = control.should_training_stop
-            if stopped_early and self.stages[-1].get("last_step") != state.global_step:
+            ends = self.schedule.stage(state.global_step) != self.stages[-1]["stage"]
+            ends |= control.should_training_stop  # early
+            if ends and self.stages[-1].get("last_step") != state.global_step:
                 self._finish(state.global_step)
             shown = ", ".join(f"{k} {v:.4f}" for k, v in figures.items() if k != "metric")
             self._say(state, f"step {state.global_step}{self._stage_text()}: {shown}")
@@ -159,7 +165,7 @@ class Recorder(TrainerCallback):
     def _stage_text(self) -> str:
         if self._callback is None:
             return ""
-        count = stage_count(self._schedule, self._schedule.total_steps)
+        count = stage_count(self.schedule, self.schedule.total_steps)
         return f", stage {self.stages[-1]['stage'] + 1}" + (f"/{count}" if count else "")
 
     def _stop_asked(self, args: TrainingArguments, step: int) -> bool:

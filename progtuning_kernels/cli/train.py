@@ -38,7 +38,7 @@ from transformers import (
 from ..backend import one_line
 from ..integrations.hf_trainer import ProgtuningCallback
 from ..planner import TrainingPlan
-from ..schedules import FixedBlockSchedule
+from ..schedules import FixedBlockSchedule, decides_by_score
 from . import methods
 from .budget import BATCHES, choice_of, chosen_schedule, write_choice
 from .config import build_schedule
@@ -120,6 +120,7 @@ class Run:
             steps_per_epoch = -(-len(self.batches) // self._per_step)
             self.total_steps = math.ceil(args.num_train_epochs * steps_per_epoch)
         self.num_params = sum(p.numel() for p in self.prepared.model.parameters())
+        self.evaluates_stages = options.of_trainer("eval_strategy") == "stage"
         if options.uses_lora and not dry_run:
             self.prepared.adapt(options.lora_rank)
         if options.schedule != "budget":
@@ -127,7 +128,6 @@ class Run:
         elif not dry_run:  # a plan chooses when the model has its adapters
             before = choice_of(self.output, self.total_steps) if options.resume else None
             self.schedule = before or self._choose(self.prepared.model)
-        self.evaluates_stages = options.of_trainer("eval_strategy") == "stage"
         if dry_run:
             return
         self.trainer = self._make_trainer()
@@ -144,6 +144,10 @@ class Run:
             if "total_steps" not in str(error):
                 raise
             raise UserError(f"{error} (--stages, --epochs and --batch-size set them)") from error
+        if decides_by_score(self.schedule) and self.evaluates_stages:
+            raise UserError(
+                "a plateau schedule ends its stages by evaluations: --eval-strategy epoch, or steps"
+            )
 
     def _choose(self, model: nn.Module) -> FixedBlockSchedule:
         """What a budget lets train of the model as it is."""
@@ -364,7 +368,7 @@ class Run:
             "steps": [
                 {
                     "step": log["step"],
-                    "stage": self.schedule.stage(log["step"] - 1),
+                    "stage": record.schedule.stage(log["step"] - 1),
                     "loss": float(log["loss"]),
                     "lr": float(log["learning_rate"]),
                 }

@@ -13,6 +13,7 @@ from ..model.adapters import adapter_configs
 from ..model.layout import EMBEDDINGS, Layout, ParameterSlot, parameter_slots
 from ..model.rows import held_as_rows
 from ..schedules import FreezePlan
+from .only import check_only, compile_only, matches
 
 TiedPolicy = Literal["frozen", "head_only"]
 
@@ -20,7 +21,9 @@ TiedPolicy = Literal["frozen", "head_only"]
 class ActiveSet:
     """Sets `requires_grad` of one model's parameters, and nothing else of the model."""
 
-    def __init__(self, model: nn.Module, layout: Layout, tied: TiedPolicy) -> None:
+    def __init__(
+        self, model: nn.Module, layout: Layout, tied: TiedPolicy, only: str | None = None
+    ) -> None:
         self._model = model
         self._layout = layout
         self._tied = tied
@@ -30,7 +33,12 @@ class ActiveSet:
         self._flags: list[bool] = []  # of the plan in force, one a slot
         self._user_trainable: dict[str, bool] = {}
         self._adapted = bool(adapter_configs(model))
+        self._only = None if only is None else compile_only(only)
+        self._masked: set[str] = set()  # names of parameters that `only` leaves out
         self._scan()
+        if self._only is not None:
+            trainable = {name for name, on in self._user_trainable.items() if on}
+            check_only(self._only, model, trainable - self._masked)
 
     @property
     def device(self) -> torch.device:
@@ -48,9 +56,14 @@ class ActiveSet:
         flags = zip(self._slots, self._flags, strict=True)
         return sum(slot.parameter.numel() for slot, on in flags if on)
 
+    @property
+    def only(self) -> str | None:
+        """The regular expression that says which parameters may train."""
+        return None if self._only is None else self._only.pattern
+
     def active_units(self, slot: ParameterSlot, plan: FreezePlan) -> tuple[int, ...]:
         """Units in which the parameter is active under `plan`; () when it is frozen."""
-        if not self._user_trainable[slot.name]:
+        if not self._user_trainable[slot.name] or slot.name in self._masked:
             return ()
         trained = tuple(unit for unit in slot.units if self.trains(unit, plan))
         if trained == slot.units:
@@ -61,6 +74,10 @@ class ActiveSet:
         """The unit whose freezing is the parameter's, under a schedule that freezes upwards."""
         both = slot.units == (EMBEDDINGS, self._layout.head)
         return slot.units[-1] if both and self._tied == "head_only" else slot.units[0]
+
+    def active_slots(self) -> list[ParameterSlot]:
+        """Parameters that the plan in force trains."""
+        return [slot for slot, on in zip(self._slots, self._flags, strict=True) if on]
 
     def frozen_by(self, plan: FreezePlan) -> Iterator[ParameterSlot]:
         """Parameters that were trainable when the model was patched and that `plan` freezes."""
@@ -74,6 +91,7 @@ class ActiveSet:
             raise ValueError(
                 f"the plan with boundary {plan.boundary} of {self._layout.num_blocks} blocks "
                 "freezes everything that was trainable when the model was patched"
+                + (f" and that only={self.only!r} matches" if self._only else "")
             )
 
     def rescan_parameters(self) -> list[str]:
@@ -96,14 +114,15 @@ class ActiveSet:
     def take_switched(self, plan: FreezePlan) -> bool:
         """Note what was switched on since the last plan; whether `plan` trains some of it.
 
-        What it freezes above the lowest active unit is frozen again: autograd would reach it there.
+        What it freezes in the lowest active unit or above is frozen again: autograd would reach it
+        there.
         """
         chosen = [slot for slot, on in self._switched() if on]
         self._user_trainable.update((slot.name, True) for slot in chosen)
         if any(self.active_units(slot, plan) for slot in chosen):
             return True
         for slot in chosen:
-            if slot.units[0] > min(self.units):
+            if slot.units[0] >= min(self.units):
                 slot.parameter.requires_grad_(False)
         return False
 
@@ -137,8 +156,22 @@ class ActiveSet:
         else:
             users = f"{label(slot.units[0])} to {label(slot.units[-1])}"
             why = "trains only while all of them do"
+        if slot.name in self._masked:
+            why = f"only={self.only!r}"
         state = "trains" if slot.parameter.requires_grad else "is frozen"
         return f"tied: {slot.name} is used by {users}; it {state} ({why})"
+
+    def explain_only(self) -> str | None:
+        """One line of the report on what `only` freezes; None without it."""
+        if self._only is None:
+            return None
+        own = [slot for slot in self._slots if self._user_trainable[slot.name]]
+        out = [slot for slot in own if slot.name in self._masked]
+        elements = sum(slot.parameter.numel() for slot in out)
+        return (
+            f"only={self.only!r}: freezes {len(out)} of {len(own)} trainable tensors, {elements:,} "
+            "parameters, under every plan"
+        )
 
     def trains(self, unit: int, plan: FreezePlan) -> bool:
         if unit == EMBEDDINGS:
@@ -183,6 +216,12 @@ class ActiveSet:
             wishes[slot.name] = wish
         self._slots, self._user_trainable, self._flags = slots, wishes, []
         self._objects = [weakref.ref(slot.parameter) for slot in slots]
+        if (only := self._only) is not None:
+            self._masked = {
+                slot.name
+                for slot in slots
+                if not (matches(only, slot.name) or held_as_rows(slot.owner, slot.attribute))
+            }
         return new
 
     def _switched(self) -> Iterator[tuple[ParameterSlot, bool]]:

@@ -13,7 +13,7 @@ import weakref
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from datetime import timedelta
-from itertools import zip_longest
+from itertools import islice, zip_longest
 from typing import Any
 
 from torch import nn
@@ -35,12 +35,21 @@ from ..model.layout import EMBEDDINGS, Layout
 from ..model.rows import TrainedRows
 from ..model.structure import Structure
 from ..packing import Packer, Packing
-from ..schedules import FreezePlan, Schedule, decides_by_gradients, steps_to_check
+from ..schedules import (
+    FreezePlan,
+    Schedule,
+    decides_by_gradients,
+    decides_by_score,
+    stage_starts,
+    steps_to_check,
+)
 from ..swaps import Kernels, KernelSwaps
 from .active_set import ActiveSet, TiedPolicy
 from .boundary import Boundary, FrozenMode
 from .checkpointing import Checkpointing
 from .gradient_norms import GradientNorms
+
+_MOST_STAGES = 256  # whose plans are looked at before training; 0.3 ms each with 400 tensors
 
 
 @dataclass(frozen=True)
@@ -57,7 +66,7 @@ class Freezer:
 
     Args:
         schedule: where the plans come from, to look ahead in it; None to plan without training.
-        frozen_mode, tied, kernels, packing, graph: as for `patch_model`.
+        frozen_mode, tied, only, kernels, packing, graph: as for `patch_model`.
         rows: rows of tensors that train, installed before.
 
     Attributes:
@@ -79,6 +88,7 @@ class Freezer:
         *,
         frozen_mode: FrozenMode,
         tied: TiedPolicy,
+        only: str | None = None,
         kernels: Kernels = "off",
         packing: Packing = "off",
         graph: Graph = "off",
@@ -89,7 +99,7 @@ class Freezer:
         self.layout = layout
         self.rows = TrainedRows(model) if rows is None else rows
         self._note_adapters()
-        self.active = ActiveSet(model, layout, tied)
+        self.active = ActiveSet(model, layout, tied, only)
         self.swaps = KernelSwaps(model, layout, kernels)
         self.norms: GradientNorms | None = None
         if schedule is not None and decides_by_gradients(schedule):
@@ -234,6 +244,15 @@ class Freezer:
             raise UnsupportedModelError(
                 f"{self.norms.schedule!r} decides by whole gradients, and under DeepSpeed no rank "
                 "has them: use another schedule, or DistributedDataParallel"
+            )
+        if (
+            decides_by_score(self._schedule)
+            and self._schedule.restore_best
+            and (wrapper.sharded or wrapper.engine is not None)
+        ):
+            raise UnsupportedModelError(
+                f"{self._schedule!r} puts whole tensors back, and no rank has them under "
+                "fully_shard or DeepSpeed: restore_best=False, or DistributedDataParallel"
             )
         self._wrapper = wrapper
         self.packer.sharded = wrapper.sharded
@@ -385,10 +404,15 @@ class Freezer:
     def _known_plans(self) -> Iterator[tuple[int, FreezePlan]]:
         """Plans of this step, of those to check, and of all before AdaLoRA's ranks are fixed."""
         steps = {self.step, *steps_to_check(self._schedule)}
+        if self.active.only is not None and (total := self._schedule.total_steps):
+            # a plan in the middle may train just what `only` leaves out
+            steps |= {*islice(stage_starts(self._schedule, total), _MOST_STAGES)}
         if self._allocation_end is not None and (total := self._schedule.total_steps):
             steps |= set(range(min(total, self._allocation_end + 1)))
         for step in sorted(steps):
             yield step, self._schedule.plan(step, self.layout.num_blocks)
+        if decides_by_score(self._schedule):
+            yield from ((self.step, p) for p in self._schedule.plans(self.layout.num_blocks))
 
     def _note_adapters(self) -> None:
         check_adapters(self.model)

@@ -21,7 +21,7 @@ from ..graphs import Graph, GraphReport
 from ..model.layout import Layout, parameter_slots
 from ..model.rows import TrainedRows, trained_by_rows
 from ..packing import Packing, PackingReport
-from ..schedules import FreezePlan, Schedule, units_by_stage, whole_number
+from ..schedules import FreezePlan, Schedule, decides_by_score, units_by_stage, whole_number
 from ..sharding import fsdp_records
 from ..swaps import KernelReport, Kernels
 from ..text_table import Table, as_html
@@ -31,6 +31,8 @@ from .decay_groups import decay_groups
 from .forwards import Forwards
 from .freezer import Freezer
 from .missed_steps import MissedSteps
+from .only import check_same_only
+from .scores import Scores
 from .truncation import TruncationReport, report_truncation
 
 _HANDLE = "_progtuning_handle"
@@ -91,6 +93,7 @@ class PatchHandle:
         *,
         frozen_mode: FrozenMode,
         tied: TiedPolicy,
+        only: str | None,
         kernels: Kernels,
         packing: Packing,
         graph: Graph,
@@ -105,18 +108,20 @@ class PatchHandle:
         self._listeners: list[Callable[[PatchHandle], object]] = []
         self._missed = MissedSteps(model, layout, schedule)
         options: dict[str, Any] = {"frozen_mode": frozen_mode, "tied": tied, "kernels": kernels}
-        options |= {"packing": packing, "graph": graph}
+        options |= {"packing": packing, "graph": graph, "only": only}
         trained = rows if isinstance(rows, TrainedRows) else TrainedRows(model, rows)
         try:
             self.freezer = Freezer(model, layout, schedule, **options, rows=trained, step=step)
             plan = schedule.plan(step, layout.num_blocks)
             self.freezer.check_known_plans()
         except BaseException:
-            trained.remove()
+            if not trained.outlives_patch:
+                trained.remove()
             raise
         if cache is not None:
             fixed = frozen_mode == "eval"
             self.freezer.cache = PrefixServer(model, layout, cache, fixed=fixed)
+        self._scores = Scores(self.freezer, schedule) if decides_by_score(schedule) else None
         self.forwards = Forwards(self.freezer, self._missed)
         # they stay to the end: one that removed itself while torch iterates over the hooks after an
         # exception would hide that exception behind one of its own
@@ -199,6 +204,11 @@ class PatchHandle:
         return self.freezer.active.trainable_params
 
     @property
+    def only(self) -> str | None:
+        """The regular expression that says which parameters may train; None: all."""
+        return self.freezer.active.only
+
+    @property
     def cache(self) -> PrefixServer | None:
         """Serves forwards without their prefix; None without `cache=`."""
         return self.freezer.cache
@@ -248,6 +258,40 @@ class PatchHandle:
             for listener in self._listeners:
                 listener(self)
         return plan != before
+
+    def report_score(self, score: float) -> bool:
+        """Tell a schedule that decides by a validation score the one of the weights as they are.
+
+        Call it between optimizer steps, after `advance()`, on all ranks; the score of the first
+        rank counts. If it ends a stage, the weights of the best score are put back (unless the
+        schedule has `restore_best=False`) and the plan of the next stage is in force at once: what
+        freezes loses its optimizer state, what goes on training keeps its moments. After the last
+        stage `finished` is True, and nothing more changes.
+
+        Args:
+            score: a number, such as the loss of an evaluation.
+
+        Returns:
+            True when the plan changed.
+
+        Raises:
+            RuntimeError: the schedule decides by no score; the weights to put back are not there,
+                as a state without them was loaded; or as `advance`.
+            ValueError: as `advance`.
+        """
+        if self._scores is None:
+            raise RuntimeError(f"{self.schedule!r} decides by no score: pass a PlateauSchedule")
+        self._check_patched()
+        if not self._scores.report(score):
+            return False
+        changed = self.seek(self.step)
+        self._scores.keep()  # a stage begins with the weights of the best score
+        return changed
+
+    @property
+    def finished(self) -> bool:
+        """Whether a schedule that decides by a score has ended its last stage."""
+        return self._scores is not None and self._scores.schedule.finished
 
     def settle(self) -> None:
         """Call this before a checkpoint that is written between `optimizer.step()` and `advance`.
@@ -396,7 +440,8 @@ class PatchHandle:
 
     def state_dict(self) -> dict[str, Any]:
         """Everything a resumed run needs: the plan is a function of the step, and of the decisions
-        of a schedule that makes any. Numbers, strings, lists and dicts only.
+        of a schedule that makes any. Numbers, strings, lists and dicts only, and tensors under
+        "best", the weights of the best score of one that puts them back.
         """
         state = {
             "format": 1,
@@ -404,6 +449,8 @@ class PatchHandle:
             "num_blocks": self.num_blocks,
             "schedule": repr(self.schedule),
         }
+        if self.only is not None:
+            state["only"] = self.only
         if padded := self.freezer.packer.state_dict():
             state["padded"] = padded
         if rows := self.freezer.rows.state_dict():
@@ -413,6 +460,9 @@ class PatchHandle:
         if (norms := self.freezer.norms) is not None:
             state["decisions"] = norms.schedule.state_dict()
             state["gradient_norms"] = norms.state_dict()
+        if self._scores is not None:
+            state["decisions"] = self._scores.schedule.state_dict()
+            state |= self._scores.state_dict()
         return state
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -422,8 +472,8 @@ class PatchHandle:
             state: what `state_dict` has returned.
 
         Raises:
-            ValueError: the state belongs to a model or a schedule other than this one, or its step
-                has no plan.
+            ValueError: the state belongs to a model, a schedule or an `only` other than this one,
+                or its step has no plan.
             RuntimeError: as `seek`.
         """
         if state.get("format") != 1:
@@ -434,7 +484,11 @@ class PatchHandle:
             )
         if state["schedule"] != repr(self.schedule):
             raise ValueError(f"saved under {state['schedule']}, this run has {self.schedule!r}")
+        check_same_only(state.get("only"), self.only)
         self.freezer.rows.load_state_dict(state.get("rows", {}))
+        if self._scores is not None:
+            self._scores.schedule.load_state_dict(state["decisions"])
+            self._scores.best = state.get("best")
         if (norms := self.freezer.norms) is not None:
             norms.schedule.load_state_dict(state["decisions"])
         self.freezer.packer.load_state_dict(state.get("padded", {}))

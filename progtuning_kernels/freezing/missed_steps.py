@@ -11,7 +11,7 @@ from torch.optim import Optimizer
 
 from ..model.call_stack import called_from
 from ..model.layout import Layout
-from ..schedules import Schedule, decides_by_gradients, stage_count
+from ..schedules import Schedule, decides_in_training, stage_count
 
 
 class MissedSteps:
@@ -76,7 +76,7 @@ class MissedSteps:
             )
 
     def _comes_to_more(self) -> bool:
-        if not decides_by_gradients(self._schedule):
+        if not decides_in_training(self._schedule):
             with suppress(Exception):  # a schedule of the user's own may know no such step
                 return self._schedule.stage(10**9) != self._schedule.stage(0)
         return True

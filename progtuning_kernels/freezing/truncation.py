@@ -55,6 +55,7 @@ class TruncationReport:
         tied: which parameters several units use and what follows from it, a line each.
         kernels: how many modules run freeze-aware ops, in one line.
         cache: what the prefix cache does, in one line; None without one.
+        only: what `only` freezes, in one line; None without it.
     """
 
     units: tuple[UnitReport, ...]
@@ -62,6 +63,7 @@ class TruncationReport:
     tied: tuple[str, ...] = ()
     kernels: str | None = None
     cache: str | None = None
+    only: str | None = None
 
     @property
     def saved_bytes(self) -> int | None:
@@ -139,7 +141,7 @@ class TruncationReport:
                 rows.append(("-- boundary", *[""] * len(columns)))
             rows.append((unit.label, *(cell(getattr(unit, column)) for column in columns)))
         rows.append(("total", *(cell(self._total(column)) for column in columns)))
-        notes = filter(None, [self.kernels, self.cache])
+        notes = filter(None, [self.only, self.kernels, self.cache])
         return [Table(rows, left=[0]), *self.tied, *notes]
 
 
@@ -174,4 +176,5 @@ def report_truncation(freezer: Freezer, uses: Mapping[int, UnitUse]) -> Truncati
         ),
         kernels=freezer.swaps.report.summary(),
         cache=None if cache is None else cache.report().summary(),
+        only=freezer.active.explain_only(),
     )

@@ -9,8 +9,10 @@ import math
 import sys
 import weakref
 from collections.abc import Callable
-from typing import Any
+from pathlib import Path
+from typing import Any, Literal
 
+import torch
 from accelerate import Accelerator
 from accelerate.state import GradientState
 from torch import nn
@@ -20,11 +22,19 @@ from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState,
 from transformers.trainer_callback import CallbackHandler
 from transformers.utils import logging
 
-from ..model.call_stack import caller
+from ..freezing.only import check_same_only
+from ..model.call_stack import caller, caller_local
 from ..model.rows import TrainedRows
 from ..optim import MaskedOptimizer
 from ..patch import PatchHandle, check_options, handle_of, patch_model
-from ..schedules import Schedule, check_schedule, decides_by_gradients, stage_count
+from ..schedules import (
+    PlateauSchedule,
+    Schedule,
+    check_schedule,
+    decides_by_score,
+    decides_in_training,
+    stage_count,
+)
 from ..zero import follow_loads
 from .plan_numbers import (
     costs,
@@ -40,9 +50,10 @@ from .token_rate import TokenRate
 # Where the Trainer's own clipping is kept while a masked optimizer clips in its place: on the
 # arguments, so that a run that ended in an exception can be put right by the next one.
 _PARKED = "_progtuning_max_grad_norm"
-# Where the decisions of an adaptive schedule are in `state.stateful_callbacks`, which is saved. No
-# name of a class: the Trainer would look for a callback of that class.
+# Where the decisions of a schedule are in `state.stateful_callbacks`, which is saved. No name of a
+# class: the Trainer would look for a callback of that class.
 _DECISIONS = "progtuning"
+_BEST = "progtuning_best.pt"  # in a checkpoint: the weights of the best score, which are no numbers
 # Of handles that callbacks made, not the user.
 _rates: weakref.WeakKeyDictionary[PatchHandle, TokenRate] = weakref.WeakKeyDictionary()
 _give_norm_back: weakref.WeakKeyDictionary[PatchHandle, Callable[[], None]]
@@ -108,6 +119,53 @@ def _refuse_missed_weights(trainer: Any, optimizer: Optimizer) -> None:
                 )
 
 
+def _score_of(args: TrainingArguments) -> tuple[str, Literal["min", "max"]]:
+    """The name of the score, as evaluations have it, and which is better, as the Trainer does."""
+    name = args.metric_for_best_model or "loss"
+    greater = args.greater_is_better
+    if greater is None:
+        greater = not name.endswith("loss")
+    return name if name.startswith("eval_") else f"eval_{name}", "max" if greater else "min"
+
+
+def _follow_score(schedule: PlateauSchedule, args: TrainingArguments) -> None:
+    """Have the schedule and the Trainer agree on which score is better."""
+    name, mode = _score_of(args)
+    if args.eval_strategy == "no":
+        raise ValueError(
+            f"ProgtuningCallback: {schedule!r} goes on by {name}, and the Trainer never evaluates: "
+            "give TrainingArguments eval_strategy='steps' and eval_steps, or 'epoch'"
+        )
+    if schedule.mode not in (None, mode):
+        raise ValueError(
+            f"ProgtuningCallback: mode={schedule.mode!r}, and the Trainer takes {mode!r} for "
+            f"{name}: give both the same (metric_for_best_model, greater_is_better)"
+        )
+    schedule.mode = mode
+
+
+def _found_score(args: TrainingArguments, given: dict[str, Any]) -> float | None:
+    """The score among the metrics of an evaluation; None if that was of other rows than it is."""
+    name, metrics = _score_of(args)[0], given["metrics"]
+    if name in metrics:
+        return metrics[name]
+    rows = getattr(caller(Trainer), "eval_dataset", None)
+    sets = [f"eval_{key}_" for key in rows] if isinstance(rows, dict) else []
+    own = next((prefix for prefix in sets if name.startswith(prefix)), "eval_")
+    if any(key.startswith(own) for key in metrics):
+        raise ValueError(
+            f"ProgtuningCallback: the evaluation has no {name}, by which the schedule goes on; it "
+            f"has {', '.join(metrics)}: set metric_for_best_model to one of them"
+        )
+    return None
+
+
+def _checkpoint_of(args: TrainingArguments, step: int) -> Path:
+    """The folder of the checkpoint that this run goes on from, which no attribute says."""
+    found = caller_local(Trainer, "resume_from_checkpoint")
+    return Path(found if isinstance(found, str) else f"{args.output_dir}/checkpoint-{step}")
+
+
 class ProgtuningCallback(TrainerCallback):
     """Patches the model when training begins, applies each plan in time, unpatches it at the end.
 
@@ -115,6 +173,10 @@ class ProgtuningCallback(TrainerCallback):
     parameters is released from whichever optimizer it is. The plan is a function of
     `state.global_step`, so a resumed run is where it was without anything saved; the decisions of a
     schedule that makes any are in the Trainer's own state.
+
+    A `PlateauSchedule` gets the `metric_for_best_model` (the loss unless given) of every
+    evaluation, and the Trainer stops when its last stage has ended. The weights of the best score
+    are in the checkpoint folder, in `progtuning_best.pt`.
 
     Every log of a training loss gets `stage` (counted from 1), `boundary`, `active_share` (of what
     was trainable when training began), `state_bytes`, `peak_memory_bytes`, `real_tokens_per_second`
@@ -124,9 +186,10 @@ class ProgtuningCallback(TrainerCallback):
 
     Args:
         schedule: copied; one without `total_steps` is bound to the Trainer's number of steps.
-        **patch_options: `frozen_mode`, `tied`, `kernels`, `packing`, `graph`, `cache`, `blocks` and
-            `rows` of `patch_model`. The Trainer's constructor gives `rows` parameters of their own,
-            which an optimizer that is made before does not hold: call `hold_rows` before that.
+        **patch_options: `frozen_mode`, `tied`, `only`, `kernels`, `packing`, `graph`, `cache`,
+            `blocks` and `rows` of `patch_model`. The Trainer's constructor gives `rows` parameters
+            of their own, which an optimizer that is made before does not hold: call `hold_rows`
+            before that.
 
     Attributes:
         handle: the `PatchHandle` of the run under way, and after it of the last one, whose
@@ -136,7 +199,9 @@ class ProgtuningCallback(TrainerCallback):
     Raises:
         TypeError: no schedule, or an option that `patch_model` has not; when training begins, a
             model that is no `nn.Module`.
-        ValueError: a value that `patch_model` does not take; when training begins, as from it.
+        ValueError: a value that `patch_model` does not take; when training begins, as from it, or
+            another `only` than the checkpoint's, or a `PlateauSchedule` without evaluations, or
+            with another `mode` than the Trainer's.
         UnsupportedModelError: when training begins, as from `patch_model`.
         RuntimeError: when training begins, as from `patch_model`, with several GPUs in one process,
             or with `torch_compile` on several processes without `attach`.
@@ -235,6 +300,8 @@ class ProgtuningCallback(TrainerCallback):
         self.schedule = copy.deepcopy(self._given)  # without the decisions of an earlier train()
         if self._binds:
             self.schedule.bind(state.max_steps)
+        if isinstance(self.schedule, PlateauSchedule):
+            _follow_score(self.schedule, args)
         self._clean_up(args, model)  # after an earlier train() that ended in an exception
         rows = self.hold_rows(model)
         if rows is not None:
@@ -248,7 +315,12 @@ class ProgtuningCallback(TrainerCallback):
             self.handle.attach(trainer.model_wrapped)
         decisions: Any = state.stateful_callbacks  # a dict by now, typed as the list it was
         saved = decisions.get(_DECISIONS) if state.global_step else None
-        if decides_by_gradients(self.schedule) and saved is not None:
+        if state.global_step:
+            check_same_only((saved or {}).get("only"), self.handle.only)
+        if decides_in_training(self.schedule) and saved is not None:
+            if saved.get("kept_best"):
+                best = _checkpoint_of(args, state.global_step) / _BEST
+                saved["best"] = torch.load(best, map_location="cpu", weights_only=True)
             self.handle.load_state_dict(saved)
         release(optimizer)  # a checkpoint is older than the plan of the step that follows it
         masked = inner_optimizer(optimizer)
@@ -294,10 +366,16 @@ class ProgtuningCallback(TrainerCallback):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         self._rate.trained()
-        if decides_by_gradients(self.schedule):
-            saved = self.handle.state_dict()
-            decisions: Any = state.stateful_callbacks
-            decisions[_DECISIONS] = saved | {"step": state.global_step}
+        self._note_decisions(state)
+
+    def _note_decisions(self, state: TrainerState) -> None:
+        decisions: Any = state.stateful_callbacks
+        if decides_in_training(self.schedule):
+            saved = self.handle.state_dict() | {"step": state.global_step}
+            kept = saved.pop("best", None) is not None
+            decisions[_DECISIONS] = saved | ({"kept_best": True} if kept else {})
+        elif self.handle.only is not None:
+            decisions[_DECISIONS] = {"only": self.handle.only}
 
     def on_log(
         self,
@@ -323,10 +401,27 @@ class ProgtuningCallback(TrainerCallback):
     def on_evaluate(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        if self.handle in _rates:
-            self._rate.did_not_train()
+        if self.handle not in _rates:
+            return
+        own, _ = _of_the_trainer(args, kwargs)
+        if decides_by_score(self.schedule) and (score := _found_score(own, kwargs)) is not None:
+            self.handle.seek(state.global_step)
+            self.handle.report_score(score)
+            release(kwargs["optimizer"])
+            self._note_decisions(state)  # a checkpoint may be written before another step
+            control.should_training_stop |= self.handle.finished
+        self._rate.did_not_train()
 
-    on_save = on_evaluate
+    def on_save(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        if self.handle not in _rates:
+            return
+        folder = Path(f"{args.output_dir}/checkpoint-{state.global_step}")
+        best = self.handle.state_dict().get("best") if decides_by_score(self.schedule) else None
+        if best is not None and state.is_world_process_zero and folder.is_dir():
+            torch.save(best, folder / _BEST)
+        self._rate.did_not_train()
 
     def on_train_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any

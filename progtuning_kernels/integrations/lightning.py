@@ -12,10 +12,11 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 
+from ..freezing.only import check_same_only
 from ..model.rows import TrainedRows
 from ..optim import MaskedOptimizer
 from ..patch import PatchHandle, check_options, handle_of, patch_model
-from ..schedules import Schedule, check_schedule, decides_by_gradients
+from ..schedules import Schedule, check_schedule, decides_by_score, decides_in_training
 from .plan_numbers import costs, plan_numbers, refuse_without_rows, release, smaller_norm
 
 try:
@@ -49,8 +50,11 @@ class ProgtuningCallback(Callback):
         schedule: copied; one without `total_steps` is bound to the Trainer's number of steps.
         module: name of the module to patch in the LightningModule, whose `training_step` calls it;
             None takes its only child with parameters.
-        **patch_options: `frozen_mode`, `tied`, `kernels`, `packing`, `graph`, `cache`, `blocks` and
-            `rows` of `patch_model`. With `rows` the module is there when `setup` is called.
+        monitor: name of the logged score by which a `PlateauSchedule` goes on after every
+            validation; the Trainer stops when its last stage has ended.
+        **patch_options: `frozen_mode`, `tied`, `only`, `kernels`, `packing`, `graph`, `cache`,
+            `blocks` and `rows` of `patch_model`. With `rows` the module is there when `setup` is
+            called.
 
     Attributes:
         handle: the `PatchHandle` of the run under way, and after it of the last one; None before.
@@ -59,8 +63,10 @@ class ProgtuningCallback(Callback):
     Raises:
         ImportError: from the import, without Lightning.
         TypeError: no schedule, or an option that `patch_model` has not.
-        ValueError: a value that `patch_model` does not take; when training begins, as from it, no
-            single module to patch, or a number of steps that nobody knows.
+        ValueError: a value that `patch_model` does not take, a `PlateauSchedule` without `monitor`;
+            when training begins, as from `patch_model`, no single module to patch, a number of
+            steps that nobody knows, or another `only` than the checkpoint's; after a validation
+            that has not logged `monitor`.
         UnsupportedModelError: when training begins, as from `patch_model`.
         RuntimeError: when training begins, as from `patch_model`; several optimizers, a strategy
             that is neither one device nor DDP, or `in_backward=True` in manual optimization, with
@@ -74,14 +80,22 @@ class ProgtuningCallback(Callback):
     """
 
     def __init__(
-        self, schedule: Schedule, *, module: str | None = None, **patch_options: Any
+        self,
+        schedule: Schedule,
+        *,
+        module: str | None = None,
+        monitor: str | None = None,
+        **patch_options: Any,
     ) -> None:
         check_schedule(schedule, "ProgtuningCallback")
+        if decides_by_score(schedule) and monitor is None:
+            raise ValueError(f"ProgtuningCallback: {schedule!r} goes on by a score: give monitor=")
         check_options(patch_options, "ProgtuningCallback")
         self._given = copy.deepcopy(schedule)
         self.schedule = copy.deepcopy(schedule)
         self.handle: PatchHandle | None = None
         self._module = module
+        self._monitor = monitor
         self._rows = patch_options.pop("rows", None)
         self._held: TrainedRows | None = None
         self._patch_options = patch_options
@@ -119,7 +133,9 @@ class ProgtuningCallback(Callback):
         )
         if isinstance(trainer.strategy.model, DistributedDataParallel):
             self.handle.attach(trainer.strategy.model)
-        if decides_by_gradients(self.schedule) and self._saved is not None:
+        if trainer.global_step:
+            check_same_only((self._saved or {}).get("only"), self.handle.only)
+        if decides_in_training(self.schedule) and self._saved is not None:
             self.handle.load_state_dict(self._saved)
         release(optimizer)
         if isinstance(optimizer, MaskedOptimizer):
@@ -143,8 +159,23 @@ class ProgtuningCallback(Callback):
         shown = plan_numbers(self.handle) | costs(self.handle, trainer.optimizers[0])
         pl_module.log_dict({name: float(number) for name, number in shown.items()})
 
+    def on_validation_end(self, trainer: Any, pl_module: Any) -> None:
+        # before checkpoints, whose callbacks Lightning moves behind all others
+        if self.handle is None or trainer.sanity_checking or not decides_by_score(self.schedule):
+            return
+        if self._monitor not in trainer.callback_metrics:
+            raise ValueError(
+                f"ProgtuningCallback: monitor={self._monitor!r} was not logged; there are "
+                f"{', '.join(trainer.callback_metrics)}"
+            )
+        self.handle.seek(trainer.global_step)
+        self.handle.report_score(float(trainer.callback_metrics[self._monitor]))
+        release(trainer.optimizers[0])
+        trainer.should_stop |= self.handle.finished
+
     def on_save_checkpoint(self, trainer: Any, pl_module: Any, checkpoint: dict[str, Any]) -> None:
-        if decides_by_gradients(self.schedule) and self.handle is not None:
+        decides = decides_in_training(self.schedule) or "only" in self._patch_options
+        if decides and self.handle is not None:
             if handle_of(self.handle.model) is self.handle:
                 self._saved = self.handle.state_dict() | {"step": trainer.global_step}
             checkpoint[_DECISIONS] = self._saved

@@ -53,7 +53,7 @@ def refuse_without_rows(optimizer: Any, rows: TrainedRows) -> None:
     held = {id(p) for group in inner_optimizer(optimizer).param_groups for p in group["params"]}
     for one in rows.of_tensors:
         # ZeRO's groups have flat tensors, and it says itself what they leave out
-        if id(one.leaf) not in held and getattr(one.leaf, "_hp_mapping", None) is None:
+        if id(one.leaf) not in held and not hasattr(one.leaf, "_hp_mapping"):
             raise RuntimeError(
                 f"ProgtuningCallback: the optimizer was made without the rows of {one.name} that "
                 "train: call callback.hold_rows(model) before it is made, or give the callback to "

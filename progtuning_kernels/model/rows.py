@@ -9,7 +9,7 @@ the tensor send their gradient to this leaf, and nothing of the tensor's size is
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from itertools import pairwise
 from operator import index
@@ -73,7 +73,7 @@ class _Product(torch.autograd.Function):
 
 
 class _Whole(torch.autograd.Function):
-    """The tensor, for code that computes with it as a whole: its rows get theirs of the gradient."""
+    """The tensor, for code that computes with all of it: the rows get theirs of the gradient."""
 
     @staticmethod
     def forward(ctx, weight, rows, ids):
@@ -404,6 +404,20 @@ def trained_by_rows(owner: nn.Module, attribute: str) -> bool:
     return attribute in rows_of(owner)
 
 
+def _reader(base: type) -> Callable[[nn.Module, str], Any]:
+    def read(self: nn.Module, name: str) -> Any:
+        # by other code, such as TRL's loss, which is given the head's weight
+        value, rows = base.__getattr__(self, name), rows_of(self).get(name)
+        if rows is None or not rows.in_forward or rows.routed_inside:
+            return value
+        for rows, weight, leaf in routes_of(self):
+            if weight is value and not is_sharded(leaf):
+                return _Whole.apply(weight.detach(), leaf, rows.on(weight)[0])
+        return value
+
+    return read
+
+
 def _members(base: type, own_forward: bool) -> dict[str, Any]:
     name = "__call__" if own_forward else "forward"
     run = getattr(base, name)
@@ -414,16 +428,6 @@ def _members(base: type, own_forward: bool) -> dict[str, Any]:
             return run(self, *args, **kwargs)
         with _Routing(routes):
             return run(self, *args, **kwargs)
-
-    def read(self: nn.Module, name: str) -> Any:
-        # by other code, such as TRL's loss, which is given the head's weight
-        value, rows = base.__getattr__(self, name), rows_of(self).get(name)
-        if rows is None or not rows.in_forward or rows.routed_inside:
-            return value
-        for rows, weight, leaf in routes_of(self):
-            if weight is value:
-                return _Whole.apply(weight.detach(), leaf, rows.on(weight)[0])
-        return value
 
     def save(self: nn.Module, *args: Any, **kwargs: Any) -> None:
         for rows in rows_of(self).values():
@@ -454,7 +458,7 @@ def _members(base: type, own_forward: bool) -> dict[str, Any]:
 
     return {
         name: routed,
-        "__getattr__": read,
+        "__getattr__": _reader(base),
         "_save_to_state_dict": save,
         "_load_from_state_dict": load,
         "__getstate__": state_of_a_copy,
@@ -615,7 +619,7 @@ def _refuse(name: str, module: nn.Module, weight: Tensor) -> None:
         raise UnsupportedModelError(
             f"rows: {name} is sharded already: call patch_model before fully_shard"
         )
-    if getattr(weight, "_hp_mapping", None) is not None:
+    if hasattr(weight, "_hp_mapping"):  # None on ranks whose slice has nothing of it
         raise UnsupportedModelError(
             f"rows: {name} is in DeepSpeed's partitions already: call patch_model before "
             "deepspeed.initialize, and give it handle.param_groups()"

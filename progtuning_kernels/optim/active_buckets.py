@@ -98,13 +98,19 @@ class ActiveBucket:
         self._written: list[int] | None = None  # versions after the last update, with masters
 
     def follow_parameters(self) -> None:
-        """Set the masters of parameters that were written from outside, as loading weights does."""
+        """Set the masters of parameters that were written from outside, as loading weights does.
+
+        A residual becomes 0: whether p is still what it belongs to, p's bits do not say.
+        """
         bucket = self.bucket
         if bucket.masters is None:
             return
         versions = [p._version for p in bucket.params]
         for i, (p, master) in enumerate(zip(bucket.params, bucket.masters, strict=True)):
-            if self._written is None or self._written[i] != versions[i]:
+            if bucket.has_residuals:
+                if self._written is not None and self._written[i] != versions[i]:
+                    master.zero_()
+            elif self._written is None or self._written[i] != versions[i]:
                 # an equal one keeps what the parameter's precision does not show
                 master.copy_(torch.where(master.to(p.dtype) == p, master, p.float()))
         self._written = [version + 1 for version in versions]  # the update is one more

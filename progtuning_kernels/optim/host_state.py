@@ -201,7 +201,7 @@ class HostState:
         self.moved: dict[str, int] = {}
         self._last_moved: dict[str, int] = {}
         self._weights: dict[Tensor, _Weight] = {}
-        self._slots = 2
+        self._all_at_once = False  # whether each block has a slot of its own
         self._buffers: dict[int, Tensor] = {}
         self._busy: dict[int, Future] = {}  # by slot
         self._running: list[tuple[Work, Future]] = []
@@ -226,18 +226,16 @@ class HostState:
             )
         return True
 
-    def arrange(self, tables: Sequence[BucketTable], *, all_at_once: bool) -> None:
+    def arrange(self, tables: Sequence[BucketTable]) -> None:
         """Take these blocks from now on, and give up what others had.
 
         Args:
             tables: the active members of each block.
-            all_at_once: the gradients of all blocks wait on the host.
         """
         wait([future for _, future in self._running])  # of a backward that broke off
         self.tables = list(tables)
         active = {member.parameter for table in tables for member in table.members}
         self._weights = {p: weight for p, weight in self._weights.items() if p in active}
-        self._slots = max(1, len(tables)) if all_at_once else 2
         buffers = self._buffers.items()
         self._buffers = {i: one for i, one in buffers if one.nbytes == self._slot_bytes(i)}
 
@@ -250,8 +248,15 @@ class HostState:
             weight = self._weights[p] = _Weight(self.copies.memory_like(p.detach()))
         return weight.copy
 
-    def _staging(self, table: BucketTable) -> tuple[int, Tensor]:
+    @property
+    def _slots(self) -> int:
+        return max(1, len(self.tables)) if self._all_at_once else 2
+
+    def _staging(self, table: BucketTable, *, all_at_once: bool) -> tuple[int, Tensor]:
         """The slot of a block, free, and its buffer."""
+        if self._all_at_once != all_at_once:
+            wait([future for _, future in self._running])
+            self._all_at_once, self._buffers, self._busy = all_at_once, {}, {}
         place = next(i for i, other in enumerate(self.tables) if other is table)
         slot = place % self._slots
         if slot in self._busy:
@@ -273,16 +278,17 @@ class HostState:
         """`send` a block whose gradients wait for their norm."""
         for work in self.kept[-2:-1]:
             work.arrived()  # or else gradients pile up where copies are slower than backward
-        self.kept.append(self.send(table, takes_norm=False))
+        self.kept.append(self.send(table, takes_norm=False, all_at_once=True))
 
-    def send(self, table: BucketTable, *, takes_norm: bool) -> Work:
+    def send(self, table: BucketTable, *, takes_norm: bool, all_at_once: bool = False) -> Work:
         """Queue the gradients of a block; it waits until there is room for them.
 
         Args:
             table: one of `tables`.
             takes_norm: take the norms of these gradients on their devices.
+            all_at_once: the gradients of all blocks are to wait on the host.
         """
-        slot, buffer = self._staging(table)
+        slot, buffer = self._staging(table, all_at_once=all_at_once)
         grads = grads_of(table.members)
         pairs: Pairs = []
         staged, at = {}, 0

@@ -14,11 +14,15 @@ from .active_buckets import Member, parameters_of
 from .in_backward import ClipMode
 from .masked_optimizer import MaskedOptimizer, Nonfinite, StateDevice
 from .moments import (
+    MASTER_KEYS,
     MOMENT_KEYS,
+    MasterWeights,
     StateDtype,
     check_shapes,
+    copy_master,
     copy_moments,
     moments_in,
+    new_master,
     new_moments,
     wide_moments,
     with_whole_scales,
@@ -56,7 +60,7 @@ _FIXED = {
     "correct_bias": True,
     "bias_correction": True,
 }
-_OWN_STATE = ("step", "master", *MOMENT_KEYS)
+_OWN_STATE = ("step", *MASTER_KEYS, *MOMENT_KEYS)
 
 
 class MaskedAdamW(MaskedOptimizer):
@@ -79,7 +83,9 @@ class MaskedAdamW(MaskedOptimizer):
         state_dtype: of the moments: `torch.float32`, `torch.bfloat16` (rounded stochastically; half
             the bytes), or "8bit" (a quarter; tensors under 4,096 elements keep float32).
         stochastic_rounding: of bfloat16 parameters: small updates are then not lost.
-        master_weights: a float32 copy of bfloat16 and float16 parameters, which is what is updated.
+        master_weights: True: a float32 copy of bfloat16 and float16 parameters, which is what is
+            updated. "8bit": 8 more bits of each element of bfloat16 parameters, which are then
+            updated in 24 bits, the last rounded stochastically; on a CPU, elsewhere in plain torch.
         in_backward: update inside backward, block by block, so that one block's gradients are alive
             at a time; micro-batches before the last of a step go into `accumulate`. Backward then
             raises under `GradScaler`, re-entrant checkpointing and `DistributedDataParallel`, and
@@ -125,7 +131,7 @@ class MaskedAdamW(MaskedOptimizer):
         max_grad_norm: float | None = None,
         state_dtype: StateDtype = torch.float32,
         stochastic_rounding: bool = False,
-        master_weights: bool = False,
+        master_weights: MasterWeights = False,
         in_backward: bool = False,
         clip_mode: ClipMode = "exact",
         on_freeze: OnFreeze = "release",
@@ -137,13 +143,15 @@ class MaskedAdamW(MaskedOptimizer):
         if state_dtype not in STATE_DTYPES.values():
             dtypes = tuple(STATE_DTYPES.values())
             raise ValueError(f"state_dtype must be one of {dtypes}, got {state_dtype!r}")
+        if master_weights not in (False, True, "8bit"):
+            raise ValueError(f"master_weights must be a bool or '8bit', got {master_weights!r}")
         if stochastic_rounding and master_weights:
             raise ValueError(
                 "stochastic_rounding and master_weights exclude each other: a master loses nothing"
             )
         self.state_dtype: StateDtype = state_dtype
         self.stochastic_rounding = stochastic_rounding
-        self.master_weights = master_weights
+        self.master_weights: MasterWeights = master_weights
         defaults = dict(
             lr=lr, betas=tuple(betas), eps=eps, weight_decay=weight_decay, **_TORCH_GROUP_KEYS
         )
@@ -160,9 +168,6 @@ class MaskedAdamW(MaskedOptimizer):
             state_device=state_device,
         )
 
-    def _has_master(self, p: Tensor) -> bool:
-        return self.master_weights and p.dtype in (torch.bfloat16, torch.float16)
-
     def init_state(self, p: Tensor) -> dict[str, Tensor]:
         dtype = self.state_dtype
         if dtype == "8bit" and p.numel() < SMALLEST_8BIT:
@@ -174,9 +179,7 @@ class MaskedAdamW(MaskedOptimizer):
         like = p if device == p.device else torch.empty_like(p, device=device)
         state = {"step": torch.zeros((), dtype=torch.float32, device=device)}
         state |= new_moments(like, dtype)
-        if self._has_master(p):
-            state["master"] = p.detach().to(device).float()
-        return state
+        return state | new_master(p, like, self.master_weights)
 
     def hyper(self, group: dict[str, Any]) -> Hyper:
         return Hyper(group["lr"], group["weight_decay"], group["eps"], *group["betas"])
@@ -189,11 +192,12 @@ class MaskedAdamW(MaskedOptimizer):
         groups: list[int],
     ) -> Bucket:
         low_precision = params[0].dtype == torch.bfloat16
+        masters = [state[key] for state in states for key in MASTER_KEYS if key in state]
         return Bucket(
             params,
             [moments_in(state) for state in states],
             [state["step"] for state in states],
-            masters=[state["master"] for state in states] if self._has_master(params[0]) else None,
+            masters=masters or None,
             indices=indices,
             groups=groups,
             stochastic_rounding=self.stochastic_rounding and low_precision,
@@ -202,7 +206,7 @@ class MaskedAdamW(MaskedOptimizer):
     def torch_state_dict(self) -> dict[str, Any]:
         """The state dict with float32 moments whatever they are stored in, for `torch.optim.AdamW`.
 
-        Masters are left out: torch's optimizer updates the parameters themselves.
+        Masters and residuals are left out: torch's optimizer updates the parameters themselves.
 
         Returns:
             State and groups as in `state_dict`; float32 moments are the optimizer's own tensors.
@@ -275,8 +279,7 @@ class MaskedAdamW(MaskedOptimizer):
         check_shapes(saved | {"step": step}, p, member.label)
         state = self.init_state(p)
         state["step"].copy_(step)
-        copy_moments({key: state[key] for key in state.keys() - {"step", "master"}}, saved)
-        if "master" in state and "master" in saved:
-            state["master"].copy_(saved["master"])
+        copy_moments({key: state[key] for key in state.keys() & set(MOMENT_KEYS)}, saved)
+        copy_master(state, saved, p)
         rest = {key: value for key, value in saved.items() if key not in _OWN_STATE}
         return state | super().state_from(rest, member)

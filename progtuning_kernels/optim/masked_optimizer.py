@@ -207,7 +207,7 @@ class MaskedOptimizer(Optimizer):
         if self._host is not None:
             self._on_host = self._host.covers(active)
             tables = block_tables(active) if self._hooks is None else self._hooks.tables
-            self._host.arrange(tables, all_at_once=self.in_backward and self._clips_exactly)
+            self._host.arrange(tables)
 
     def on_flags_changed(self) -> None:
         """Called when `requires_grad` has changed somewhere, perhaps on another model."""

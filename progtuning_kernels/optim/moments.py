@@ -25,12 +25,16 @@ from ..ops.masked_update.low_precision import (
     decode_exp_avg_sq,
     encode_exp_avg,
     encode_exp_avg_sq,
+    residual_of,
+    with_residual,
 )
 from ..sharding import is_sharded, local_of
 
 StateDtype = torch.dtype | Literal["8bit"]
+MasterWeights = bool | Literal["8bit"]
 _CODES = {"exp_avg_code": torch.int8, "exp_avg_sq_code": torch.uint8}
 _SCALES = ("exp_avg_scale", "exp_avg_sq_scale")
+MASTER_KEYS = ("master", "residual")
 MOMENT_KEYS = ("exp_avg", "exp_avg_sq", *_CODES, *_SCALES)
 
 
@@ -64,7 +68,7 @@ def with_whole_scales(saved: Mapping[str, Any]) -> dict[str, Any]:
 def check_shapes(saved: Mapping[str, Any], p: Tensor, label: str) -> None:
     """Raise `ValueError` for state of another shape, which `copy_` would spread over the rest."""
     for key, value in saved.items():
-        if key not in ("step", "master", *MOMENT_KEYS):
+        if key not in ("step", *MASTER_KEYS, *MOMENT_KEYS):
             continue
         shape = () if key == "step" else tuple(p.shape)
         if key in _SCALES:
@@ -74,6 +78,42 @@ def check_shapes(saved: Mapping[str, Any], p: Tensor, label: str) -> None:
             raise ValueError(
                 f"the saved {key} of {label} is of shape {tuple(value.shape)}, not {shape}"
             )
+
+
+def new_master(p: Tensor, like: Tensor, kind: MasterWeights) -> dict[str, Tensor]:
+    """What is kept of one parameter beside itself, so that small updates are not lost; as `like`.
+
+    Raises:
+        ValueError: a residual for a float16 parameter.
+    """
+    if not kind or p.dtype not in (torch.bfloat16, torch.float16):
+        return {}
+    if kind is True:
+        return {"master": p.detach().to(like.device).float()}
+    if p.dtype == torch.float16:
+        raise ValueError(
+            'master_weights="8bit" is for bfloat16 parameters, and one is float16: set '
+            "master_weights=True"
+        )
+    return {"residual": torch.zeros_like(like, dtype=torch.int8)}
+
+
+def copy_master(target: Mapping[str, Tensor], saved: Mapping[str, Any], p: Tensor) -> None:
+    """Fill what `new_master` has made for p from a saved master, of either kind, where there is
+    one.
+    """
+    kinds: dict[str, tuple[str, torch.dtype, Callable[[Tensor, Tensor], Tensor]]] = {
+        "residual": ("master", torch.float32, residual_of),
+        "master": ("residual", torch.int8, with_residual),
+    }
+    for key in target.keys() & kinds.keys():
+        other, dtype, convert = kinds[key]
+        if key in saved:
+            target[key].copy_(saved[key])
+        elif other in saved:
+            theirs = local_of(torch.empty_like(target[key], dtype=dtype).copy_(saved[other]))
+            own = local_of(p).detach().to(theirs.device)
+            local_of(target[key]).copy_(convert(own, theirs))
 
 
 def moments_in(state: Mapping[str, Tensor]) -> Moments:

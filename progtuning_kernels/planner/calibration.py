@@ -174,6 +174,7 @@ def measure_units(
     *,
     dtype: torch.dtype,
     tied: TiedPolicy,
+    only: str | None,
     frozen_mode: FrozenMode,
     between: bool,
     kernels: Kernels = "off",
@@ -181,8 +182,10 @@ def measure_units(
     """The least times of real steps of a copy with two blocks and other weights.
 
     `between`: measure frozen blocks that the gradient passes as well. CannotCalibrate is raised for
-    blocks that differ, and where a step fails.
+    blocks that differ or train in part, as `only` makes them, and where a step fails.
     """
+    if only is not None:
+        raise CannotCalibrate(f"only={only!r} trains parts of blocks, and whole ones are timed")
     device = options.device
     small = _two_block_model(model, layout, dtype, device)
     blocks = find_layout(small, [layout.stacks[0].path])

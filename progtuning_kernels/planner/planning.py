@@ -6,7 +6,7 @@ import copy
 import math
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import replace
 from typing import Any
 
@@ -26,7 +26,7 @@ from ..schedules import (
     FreezePlan,
     Schedule,
     check_schedule,
-    decides_by_gradients,
+    decides_in_training,
     stage_starts,
 )
 from ..schedules.plan import check_choice
@@ -49,7 +49,7 @@ _AUTOCASTS = {(torch.float32, torch.bfloat16), (torch.float32, torch.float16)}
 def _with_length(schedule: Schedule, steps: int | None) -> tuple[Schedule, int]:
     """The schedule, or a copy of it that knows how long the run is, and that length."""
     check_schedule(schedule, "plan_training")
-    if decides_by_gradients(schedule):
+    if decides_in_training(schedule):
         raise ValueError(
             f"{type(schedule).__name__} decides while it trains: plan a MilestoneSchedule that "
             "freezes as you expect it to"
@@ -82,6 +82,7 @@ def plan_training(
     inputs: Mapping[str, Any] | None = None,
     frozen_mode: FrozenMode = "eval",
     tied: TiedPolicy = "frozen",
+    only: str | None = None,
     blocks: str | Sequence[str] | None = None,
     rows: Mapping[str, Any] | None = None,
     calibrate: bool = False,
@@ -124,6 +125,8 @@ def plan_training(
         inputs: arguments of the model in place of tokens and labels, `batch_size` in dimension 0.
         frozen_mode: as for `patch_model`.
         tied: as for `patch_model`.
+        only: as for `patch_model`. The step of full training, which stages are compared with,
+            trains everything; nothing is calibrated.
         blocks: as for `patch_model`.
         rows: as for `patch_model`. The step of full training trains all rows.
         calibrate: time real steps of two blocks, embeddings and head on `device`, for about two
@@ -137,9 +140,9 @@ def plan_training(
         UnsupportedModelError: the model cannot be cut into units.
         ValueError: a setting out of range; autocast of weights that are not in float32; a strategy
             for one rank, or "zero2" with what only `MaskedAdamW` has; a schedule that does not fit,
-            has no length, has more than 64 different plans, or decides while it trains; a model
-            that is patched, or that asks for values of its data and so cannot run on the meta
-            device.
+            has no length, has more than 64 different plans, or decides while it trains; an `only`
+            that matches nothing that trains, or leaves nothing to a plan; a model that is patched,
+            or that asks for values of its data and so cannot run on the meta device.
         TypeError: not a module, such as a config; not a schedule, such as its class.
 
     Example:
@@ -209,17 +212,15 @@ def plan_training(
             batch = on_meta(inputs, batch_size, batch_size)
         meter = StageMeter(copied, layout, freezer, batch, options)
         full = replace(meter, options=replace(options, real_tokens=1.0)).measure(everything)
-        by_plan = {everything: full} if real_tokens == 1 and not rows else {}
-        if rows:
-            held = TrainedRows(copied, rows)
-            freezer = Freezer(copied, layout, tied=tied, frozen_mode=frozen_mode, rows=held)
-            meter = replace(meter, freezer=freezer)
+        by_plan = {everything: full} if real_tokens == 1 and not rows and only is None else {}
+        meter = _with_masks(meter, rows, only, tied=tied, frozen_mode=frozen_mode)
         by_plan |= {
             plan: meter.measure(plan) for plan in dict.fromkeys(plans) if plan not in by_plan
         }
     measured = [by_plan[plan] for plan in plans]
 
     notes = [_attention_note(target, full, padding=padding)]
+    notes += filter(None, [meter.freezer.active.explain_only()])
     if real_tokens < 1:
         notes.append(
             f"packed: blocks compute on {real_tokens:.0%} of the places, full training on all"
@@ -237,6 +238,7 @@ def plan_training(
                 options,
                 dtype=dtype,
                 tied=tied,
+                only=only,
                 frozen_mode=frozen_mode,
                 between=any(
                     i not in m.state.active
@@ -280,6 +282,16 @@ def plan_training(
 
 def _short(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
+
+
+def _with_masks(
+    meter: StageMeter, rows: Mapping[str, Any] | None, only: str | None, **options: Any
+) -> StageMeter:
+    """A meter of the same model, of which parts train alone; after that of full training."""
+    if not rows and only is None:
+        return meter
+    options |= {"rows": TrainedRows(meter.model, rows), "only": only}
+    return replace(meter, freezer=Freezer(meter.model, meter.layout, **options))
 
 
 @contextmanager
@@ -330,7 +342,8 @@ def _remedies(meter: StageMeter, plan: FreezePlan, stage: StagePlan, rows: int) 
         peaks["8-bit state"] = stateless + meter.state_bytes(plan, "adamw-8bit")
         peaks["bf16 moments"] = stateless + meter.state_bytes(plan, "adamw-bf16")
     if plan.embeddings:
-        peaks['embeddings="never"'] = meter.peak_bytes(replace(plan, embeddings=False))
+        with suppress(ValueError):  # there may be nothing else that trains
+            peaks['embeddings="never"'] = meter.peak_bytes(replace(plan, embeddings=False))
     if rows > 1:
         half = on_meta(meter.inputs, rows, rows // 2)
         peaks[f"a micro-batch of {rows // 2}"] = meter.peak_bytes(plan, inputs=half)

@@ -6,7 +6,7 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from .plan import Schedule, check_schedule, decides_by_gradients
+from .plan import Schedule, check_schedule, decides_in_training
 
 
 def annealed_lr(
@@ -70,7 +70,7 @@ def annealed_lr(
 def freezing_steps(schedule: Schedule, num_blocks: int) -> tuple[int, list[int]]:
     """The length of the run, and the first step without each unit (the length where none is)."""
     total = schedule.total_steps
-    if decides_by_gradients(schedule):
+    if decides_in_training(schedule):
         raise ValueError(
             f"{schedule!r} does not know its freezing steps in advance: nothing can be annealed"
         )

@@ -14,6 +14,7 @@ from . import (
     CyclicBlockSchedule,
     FixedBlockSchedule,
     MilestoneSchedule,
+    PlateauSchedule,
     ProgressiveSchedule,
     RandomBlockSchedule,
     Schedule,
@@ -26,6 +27,7 @@ KINDS: dict[str, type] = {
     "cyclic": CyclicBlockSchedule,
     "fixed": FixedBlockSchedule,
     "adaptive": AdaptiveSchedule,
+    "plateau": PlateauSchedule,
 }
 
 
@@ -45,6 +47,8 @@ def make_schedule(settings: Mapping[str, Any], folder: Path = Path()) -> Schedul
         settings["milestones"] = _by_step(settings.get("milestones", steps), "boundary")
     if isinstance(settings.get("blocks"), Mapping):
         settings["blocks"] = _by_step(settings["blocks"], "blocks", "blocks")
+    if cls is PlateauSchedule and isinstance(settings.get("stages"), Mapping):
+        settings["stages"] = make_schedule(settings["stages"], folder)
     parameters = inspect.signature(cls).parameters
     if "anneal" in settings:
         raise ValueError("anneal is no setting of a schedule: progtuning train --anneal")
@@ -64,9 +68,10 @@ def make_schedule(settings: Mapping[str, Any], folder: Path = Path()) -> Schedul
 def schedule_from_file(path: str | Path) -> Schedule:
     """Read a schedule from a .toml (Python 3.11), .yaml, .yml or .json file.
 
-    `schedule` is "progressive", "milestones", "random", "cyclic", "fixed" or "adaptive"; the other
-    keys are the arguments of its class (`steps` of milestones is a table of step = boundary, and
-    `blocks` of fixed may be one of step = set of blocks). The weights of
+    `schedule` is "progressive", "milestones", "random", "cyclic", "fixed", "adaptive" or "plateau";
+    the other keys are the arguments of its class (`steps` of milestones is a table of step =
+    boundary, `blocks` of fixed may be one of step = set of blocks, and `stages` of plateau may be a
+    table that describes another schedule). The weights of
     progressive may come from what `progtuning contribution` has written: `weights_from` is its path
     from the schedule's own folder, `measure` the one to take where it has several.
 

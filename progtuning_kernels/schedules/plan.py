@@ -126,8 +126,25 @@ class Schedule(Protocol):
 
 
 @runtime_checkable
-class ObservingSchedule(Schedule, Protocol):
-    """What `patch_model` asks, beyond a `Schedule`, of one that decides by gradient norms."""
+class DecidingSchedule(Schedule, Protocol):
+    """What `patch_model` asks, beyond a `Schedule`, of one that decides while it trains."""
+
+    def state_dict(self) -> dict[str, Any]:
+        """The decisions so far: numbers and lists only."""
+        ...
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Take over the decisions of a saved run.
+
+        Args:
+            state: what `state_dict` has returned.
+        """
+        ...
+
+
+@runtime_checkable
+class ObservingSchedule(DecidingSchedule, Protocol):
+    """What `patch_model` asks, beyond these, of a schedule that decides by gradient norms."""
 
     def observes(self, step: int) -> bool:
         """Whether the gradients of a step count.
@@ -155,15 +172,41 @@ class ObservingSchedule(Schedule, Protocol):
         """
         ...
 
-    def state_dict(self) -> dict[str, Any]:
-        """The decisions so far: numbers and lists only."""
+
+@runtime_checkable
+class ScoredSchedule(DecidingSchedule, Protocol):
+    """What `PatchHandle.report_score` asks of a schedule that decides by a validation score.
+
+    Attributes:
+        restore_best: whether the weights of the best score are put back when a stage ends.
+    """
+
+    restore_best: bool
+
+    @property
+    def best(self) -> tuple[int, float] | None:
+        """(steps done, score) of the best score so far; None before the first."""
         ...
 
-    def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Take over the decisions of a saved run.
+    @property
+    def finished(self) -> bool:
+        """Whether the last stage has ended."""
+        ...
+
+    def report(self, step: int, score: float) -> bool:
+        """Count a score; whether it is the best so far.
 
         Args:
-            state: what `state_dict` has returned.
+            step: number of optimizer steps done.
+            score: of the weights as they are then.
+        """
+        ...
+
+    def plans(self, num_blocks: int) -> list[FreezePlan]:
+        """The plan of every stage.
+
+        Args:
+            num_blocks: number of blocks of the model, L.
         """
         ...
 
@@ -171,9 +214,17 @@ class ObservingSchedule(Schedule, Protocol):
 _Schedule = TypeVar("_Schedule", bound=Schedule)
 
 
-def decides_by_gradients(schedule: Schedule) -> TypeGuard[ObservingSchedule]:
+def decides_in_training(schedule: Schedule) -> TypeGuard[DecidingSchedule]:
     """Whether it decides while it trains; any other schedule's plans are known from the start."""
+    return isinstance(schedule, DecidingSchedule)
+
+
+def decides_by_gradients(schedule: Schedule) -> TypeGuard[ObservingSchedule]:
     return isinstance(schedule, ObservingSchedule)
+
+
+def decides_by_score(schedule: Schedule) -> TypeGuard[ScoredSchedule]:
+    return isinstance(schedule, ScoredSchedule)
 
 
 def bind_length(schedule: _Schedule, total_steps: int) -> _Schedule:
@@ -184,7 +235,7 @@ def bind_length(schedule: _Schedule, total_steps: int) -> _Schedule:
 
 def stage_count(schedule: Schedule, total_steps: int) -> int | None:
     """Stages of a run of this length; None where they are decided while it trains."""
-    return None if decides_by_gradients(schedule) else schedule.stage(total_steps - 1) + 1
+    return None if decides_in_training(schedule) else schedule.stage(total_steps - 1) + 1
 
 
 def stage_starts(schedule: Schedule, total_steps: int) -> Iterator[int]:
@@ -207,7 +258,7 @@ def units_by_stage(schedule: Schedule, num_blocks: int) -> list[list[str]]:
     Empty where that is not known yet: the schedule has no length, or decides while it trains.
     """
     total = schedule.total_steps
-    if total is None or decides_by_gradients(schedule):
+    if total is None or decides_in_training(schedule):
         return []
     starts = list(islice(stage_starts(schedule, total), _MOST_STAGES + 1))
     rows = [["stage", "steps", *unit_names(num_blocks)]]

@@ -11,6 +11,7 @@ from torch import nn
 from progtuning_kernels import (
     AdaptiveSchedule,
     MaskedAdamW,
+    PlateauSchedule,
     PrefixCache,
     ProgressiveSchedule,
     patch_model,
@@ -127,6 +128,42 @@ def fit(folder, module=None, *, schedule=None, ckpt_path=None, options=None, **a
 def same(found: dict, expected: dict, **close: float) -> None:
     for name, weight in expected.items():
         torch.testing.assert_close(found[name], weight, **close)
+
+
+class Scored(Module):
+    """Whose validations have the scores that a test wants."""
+
+    def validation_step(self, batch, number):
+        self.log("score", {4: 0.5, 8: 0.4, 12: 0.6, 16: 0.45}.get(self.trainer.global_step, 9.0))
+
+
+def scored(folder, schedule, *, ckpt_path=None, **options):
+    callback = lightning.ProgtuningCallback(schedule, only="layer|classifier", **options)
+    saved = L.callbacks.ModelCheckpoint(folder, filename="{step}", save_top_k=-1)
+    trainer = L.Trainer(**QUIET | {"max_epochs": 9}, callbacks=[callback, saved])
+    module = Scored({})
+    trainer.fit(module, Batches(), Batches(), ckpt_path=ckpt_path, weights_only=False)
+    return module, trainer, callback
+
+
+def test_a_stage_ends_by_the_score_that_is_logged(tmp_path):
+    schedule = PlateauSchedule(["-1", "-2--1"], patience=1)
+    module, trainer, callback = scored(tmp_path, schedule, monitor="score")
+    assert trainer.global_step == 16 and callback.handle.finished
+    assert [boundary for _, boundary in module.seen] == [3] * 12 + [2] * 4
+    for step in (8, 12):
+        path = str(tmp_path / f"step={step}.ckpt")
+        again, _, later = scored(tmp_path, schedule, monitor="score", ckpt_path=path)
+        assert later.schedule.state_dict() == callback.schedule.state_dict()
+        same(weights_of(again), weights_of(module), rtol=0, atol=0)
+    with pytest.raises(ValueError, match="monitor='f1' was not logged; there are .*score"):
+        scored(tmp_path, schedule, monitor="f1")
+    with pytest.raises(ValueError, match="goes on by a score: give monitor="):
+        lightning.ProgtuningCallback(schedule)
+    other = lightning.ProgtuningCallback(schedule, monitor="score")
+    trainer = L.Trainer(**QUIET | {"max_epochs": 9}, callbacks=[other])
+    with pytest.raises(ValueError, match="saved with only='layer|classifier', this run has only="):
+        trainer.fit(Scored({}), Batches(), Batches(), ckpt_path=path, weights_only=False)
 
 
 @pytest.mark.parametrize("masked", [None, {}])

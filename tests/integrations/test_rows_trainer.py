@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from types import MethodType, SimpleNamespace
 
 import peft
@@ -19,13 +20,14 @@ from test_rows_threads import (
     with_this_library,
 )
 from tiny_folders import word_tokenizer
-from tiny_models import VOCABULARY, tiny_model
+from tiny_models import VOCABULARY, tiny_inputs, tiny_model
 from trainers import sft_trainer, trainer_of
 from transformers import TrainerCallback
 
 from progtuning_kernels import MaskedAdamW, MilestoneSchedule, ProgressiveSchedule
 from progtuning_kernels.integrations.hf_trainer import ProgtuningCallback
-from progtuning_kernels.patch import handle_of
+from progtuning_kernels.model.families import UnsupportedModelError
+from progtuning_kernels.patch import handle_of, patch_model
 
 BOTH = {"embed_tokens": NEW, "lm_head": NEW}
 LORA = peft.LoraConfig(task_type="CAUSAL_LM", r=4, target_modules="all-linear")
@@ -73,8 +75,9 @@ def assert_rows_alone_have_moved(model) -> None:
 
 
 @pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing:FutureWarning")
-@pytest.mark.parametrize("adapted", [False, True], ids=["whole", "lora"])
-@pytest.mark.parametrize("optimizer", [None, (MaskedAdamW, {"weight_decay": 0.1})])
+@pytest.mark.parametrize(
+    ("adapted", "optimizer"), [(False, None), (True, (MaskedAdamW, {"weight_decay": 0.1}))]
+)
 def test_a_run_with_rows_goes_on_from_a_checkpoint_to_the_same_bits(tmp_path, adapted, optimizer):
     options = {"adapted": adapted, "optimizer": optimizer}
     straight = trainer_with_rows(tmp_path / "straight", **options)
@@ -160,3 +163,33 @@ def test_sft_with_lora_trains_and_saves_the_rows(tmp_path):
         moved = (of(loaded) != of(start)).any(1).nonzero().flatten().tolist()
         assert moved == new
         assert torch.equal(of(loaded), of(trainer.model))
+
+
+def test_rows_that_peft_would_not_save_are_refused(tmp_path):
+    schedule = MilestoneSchedule({}, embeddings="always")
+    model = extended()
+    model.add_adapter(LORA)  # of transformers
+    with pytest.raises(UnsupportedModelError, match="use peft.get_peft_model"):
+        patch_model(model, schedule, rows={"embed_tokens": NEW})
+
+    def adapted(**more):
+        lora = peft.LoraConfig(task_type="SEQ_CLS", r=4, target_modules=["q_proj"], **more)
+        return peft.get_peft_model(tiny_model("llama-sequence"), lora)
+
+    model = adapted()
+    with pytest.raises(UnsupportedModelError, match="name its module in modules_to_save"):
+        patch_model(model, schedule, rows={"layers.0.mlp.up_proj": [3]})
+    assert "save_pretrained" not in vars(model)
+    model = adapted(modules_to_save=["up_proj"])  # the cure
+    name = "layers.0.mlp.up_proj.modules_to_save.default"
+    handle = patch_model(model, schedule, rows={name: [3]})
+    weight = model.get_parameter(f"base_model.model.model.{name}.weight")
+    rows_of_it = next(p for n, p in model.named_parameters() if n.endswith("weight_rows"))
+    with torch.no_grad():
+        rows_of_it.fill_(7.0)
+    model(**tiny_inputs("llama-sequence")).loss.backward()
+    assert (weight[3] == 7).all() and (weight[2] != 7).all()
+    copy.deepcopy(model).save_pretrained(tmp_path)
+    handle.unpatch()
+    loaded = peft.PeftModel.from_pretrained(tiny_model("llama-sequence"), tmp_path)
+    assert torch.equal(loaded.get_parameter(f"base_model.model.model.{name}.weight"), weight)

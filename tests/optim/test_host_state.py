@@ -147,6 +147,7 @@ RUNS = [
     (BFLOAT16, EXACT | {"in_backward": True, "state_dtype": "8bit", "stochastic_rounding": True}),
     (BFLOAT16, PREVIOUS | {"state_dtype": BFLOAT16, "stochastic_rounding": True}),
     (BFLOAT16, PREVIOUS | {"state_dtype": "8bit", "master_weights": True}),
+    (BFLOAT16, {"in_backward": True, "state_dtype": "8bit", "master_weights": "8bit"}),
     (torch.float64, EXACT),
 ]
 
@@ -263,6 +264,20 @@ def test_gradients_of_two_blocks_are_on_their_way_at_most(options):
         loss_of(model, step).backward()
         optimizer.step()
     assert optimizer._host.copies.most_under_way == 2
+
+
+def test_clipping_may_begin_and_end_later():
+    """As under the Trainer, whose callback hands its norm over."""
+    model, twin = make(), make()
+    moved = on_host(model, in_backward=True)
+    stays = MaskedAdamW(twin.named_parameters(), **OPTIONS, in_backward=True)
+    for step, max_grad_norm in enumerate((None, 0.5, 0.5, None, 0.5)):
+        for m, optimizer in ((model, moved), (twin, stays)):
+            optimizer.max_grad_norm = max_grad_norm
+            loss_of(m, step).backward()
+            optimizer.step()
+            optimizer.zero_grad()
+        assert_same(model, twin)
 
 
 @pytest.mark.parametrize("frozen", [False, True])

@@ -24,6 +24,7 @@ from progtuning_kernels import (
     freeze_events,
     patch_model,
 )
+from progtuning_kernels.ops.masked_update.low_precision import with_residual
 from progtuning_kernels.optim import release_frozen_state, state_bytes
 from progtuning_kernels.schedules import Schedule
 
@@ -784,6 +785,58 @@ def test_a_master_follows_weights_that_somebody_else_writes(in_backward):
     step()
     assert (p[:10] == 5).all() and (optimizer.state[p]["master"][:10] > 4.9).all()
     assert (optimizer.state[p]["master"][10:] < 1 - 2.5e-5).all()  # the others lost nothing
+
+
+def test_24_bit_weights_forget_what_weights_from_outside_do_not_know():
+    frozen, p = (nn.Parameter(torch.ones(5000, dtype=torch.bfloat16)) for _ in range(2))
+    optimizer = MaskedAdamW([frozen, p], lr=1e-3, master_weights="8bit")
+
+    def step(*parameters: nn.Parameter) -> None:
+        sum(q.float().sum() for q in parameters).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+
+    step(frozen, p)
+    kept = optimizer.state[frozen]["residual"].clone()
+    assert kept.any()
+    step(p)  # a bucket's tensor without a gradient keeps what it has
+    step(p)
+    assert torch.equal(optimizer.state[frozen]["residual"], kept)
+    with torch.no_grad():
+        p.fill_(5)
+    optimizer.param_groups[0]["lr"] = 0.0
+    step(frozen, p)
+    assert (p == 5).all() and not optimizer.state[p]["residual"].any()
+    assert torch.equal(optimizer.state[frozen]["residual"], kept)
+    half = MaskedAdamW([nn.Parameter(torch.ones(3).half())], master_weights="8bit")
+    half.param_groups[0]["params"][0].grad = torch.ones(3).half()
+    with pytest.raises(ValueError, match="one is float16: set master_weights=True"):
+        half.step()
+
+
+def test_masters_and_residuals_become_each_other():
+    torch.manual_seed(0)
+    runs = {}
+    for kind in (True, "8bit"):
+        p = nn.Parameter(torch.linspace(-2, 2, 5000).bfloat16())
+        optimizer = MaskedAdamW([p], lr=1e-4, master_weights=kind)
+        for _ in range(3):
+            p.grad = torch.randn(5000).bfloat16()
+            optimizer.step()
+        runs[kind] = p, optimizer
+    for kind, other in ((True, "8bit"), ("8bit", True)):
+        p, optimizer = runs[kind]
+        q = nn.Parameter(p.detach().clone())
+        moved = MaskedAdamW([q], lr=1e-4, master_weights=other)
+        moved.load_state_dict(optimizer.state_dict())
+        own, theirs = moved.state[q], optimizer.state[p]
+        if kind is True:
+            exact, found = theirs["master"], with_residual(q.detach(), own["residual"])
+        else:
+            exact, found = with_residual(p.detach(), theirs["residual"]), own["master"]
+        assert (found - exact).abs().max() <= 2**-15 * 2
+        assert not torch.equal(found, q.float())
+        assert set(moved.torch_state_dict()["state"][0]) == {"step", "exp_avg", "exp_avg_sq"}
 
 
 @pytest.mark.parametrize("kind", [torch.optim.NAdam, torch.optim.RAdam])

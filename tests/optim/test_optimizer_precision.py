@@ -25,6 +25,7 @@ PRECISIONS = {
     ),
     "bf16, 8-bit moments": (torch.bfloat16, {"stochastic_rounding": True, "state_dtype": "8bit"}),
     "bf16, master": (torch.bfloat16, {"master_weights": True}),
+    "bf16, residual": (torch.bfloat16, {"master_weights": "8bit", "state_dtype": "8bit"}),
     "fp16, master, 8-bit moments": (
         torch.float16,
         {"master_weights": True, "state_dtype": "8bit"},
@@ -72,7 +73,7 @@ def test_state_has_the_bytes_it_should(dtype, options):
             moments = 2 * n + 8 * -(-n // 256)
         else:
             moments = (4 if kind == torch.bfloat16 else 8) * n
-        expected += moments + 4 + (4 * n if options.get("master_weights") else 0)
+        expected += moments + 4 + {True: 4, "8bit": 1}.get(options.get("master_weights"), 0) * n
     assert state_bytes(optimizer) == expected
 
 

@@ -520,6 +520,7 @@ _CLI_FILES = {
     "cyclic": '{"schedule": "cyclic", "blocks": 1, "period": 2, "order": "random"}',
     "adaptive": '{"schedule": "adaptive", "interval": 3, "percentile": 80}',
     "annealed": '{"schedule": "progressive", "stages": 3}',
+    "plateau": '{"schedule": "plateau", "stages": 2, "patience": 2, "min_delta": 100}',
 }
 
 
@@ -529,6 +530,8 @@ def test_command_line_trains_and_resumes_under_a_file(kind, model_folders, text_
     path.write_text(_CLI_FILES[kind])
     common = ["--schedule", path, "--max-steps", 12, "--checkpoint-every", 7]
     common += ["--anneal"] if kind == "annealed" else []
+    if kind == "plateau":
+        common += ["--eval-strategy", "steps", "--eval-steps", 3, "--only", "layer|classifier"]
     main(_call(model_folders, text_files, tmp_path / "straight", *common))
     with broken_off(9):
         main(_call(model_folders, text_files, tmp_path / "run", *common))
@@ -542,6 +545,10 @@ def test_command_line_trains_and_resumes_under_a_file(kind, model_folders, text_
     assert run["evaluations"][-1]["step"] == 12
     if kind == "random":
         assert [sum(s["trainable"]) for s in run["stages"]] == [2] * 4
+    if kind == "plateau":  # the third evaluation is the second without a better score
+        assert [s["first_step"] for s in run["stages"]] == [1, 10]
+        assert [s["boundary"] for s in run["stages"]] == [0, 2]
+        assert run["stages"][0]["last_step"] == 9 and run["steps"][-1]["stage"] == 1
     if kind == "annealed":
         rates = [s["lr"] for s in run["steps"]]
         assert rates[0] == 0 and rates[1:] == sorted(rates[1:], reverse=True)
@@ -555,6 +562,9 @@ def test_command_line_names_and_errors(model_folders, text_files, tmp_path, caps
     main(call("--schedule", "random", "--max-steps", 41, "--dry-run"))
     stages = re.findall(r"# \d +(\d+)  embeddings, block", capsys.readouterr().out)
     assert stages == ["20", "20", "1"]
+    main(call("--schedule", "0,-1", "--max-steps", 9, "--dry-run", "--only", "output"))
+    out = " ".join(capsys.readouterr().out.split())
+    assert "blocks 0, 3" in out and "only='output': freezes" in out
     main(call("--schedule", "adaptive", "--max-steps", 9, "--dry-run"))
     assert "decided in training" in " ".join(capsys.readouterr().out.split())
     bad = tmp_path / "bad.json"
@@ -562,10 +572,16 @@ def test_command_line_names_and_errors(model_folders, text_files, tmp_path, caps
     thaws = tmp_path / "thaws.json"
     thaws.write_text('{"schedule": "cyclic", "blocks": 1, "period": 3}')
     for extra, message in (
-        (("--schedule", "lisa"), "--schedule is progressive, random, cyclic, adaptive, budget"),
+        (
+            ("--schedule", "lisa"),
+            "--schedule is progressive, random, cyclic, adaptive, plateau, budget, a set of blocks",
+        ),
         (("--schedule", tmp_path / "none.toml"), "No such file"),
         (("--schedule", bad), "blocks=9 is more than the 4 blocks"),
         (("--schedule", thaws, "--anneal"), "thaws at step 3"),
+        (("--schedule", "plateau"), "ends its stages by evaluations: --eval-strategy epoch"),
+        (("--only", "mlp"), "only='mlp' matches no parameter"),
+        (("--method", "full", "--only", "layer"), "--only is for the progressive methods"),
         (("--method", "full", "--anneal"), "--anneal is for the progressive methods"),
         (("--schedule", "cyclic", "--stages", 4), "are for the progressive schedule"),
     ):

@@ -15,6 +15,8 @@ from .bucket import Bucket, Hyper, Moments
 
 def _reason_against_triton(bucket: Bucket) -> str | None:
     against = backend.triton_reason(bucket.device, bucket.dtype)
+    if against is None and bucket.has_residuals:
+        return "no Triton kernel for 8-bit residuals"
     return against or native.reason_against_kernels(bucket)
 
 
@@ -93,7 +95,8 @@ def masked_update(
         weight_decay: decoupled; acts on the old p.
         exp_avg_scales: float32, one per 256 elements of the codes of m; None: no codes.
         exp_avg_sq_scales: the same of v.
-        masters: float32 copies of bfloat16 or float16 parameters, which are then what is updated.
+        masters: float32 copies of bfloat16 or float16 parameters, which are then what is updated;
+            or int8 residuals of bfloat16 parameters, which are then updated in 24 bits.
         grad_factor: 0-dim float32 on the same device; None: 1.
         found_inf: 0-dim float32 on the same device, 0 or 1; 1 skips the update; None: 0.
         stochastic_rounding: of bfloat16 parameters without master.

@@ -95,7 +95,8 @@ class Bucket:
         moments: one per parameter, of its shape; codes (int8 and uint8, with scales) and float32
             may be mixed.
         steps: 0-dim float32 on the same device, updates so far.
-        masters: float32, of the parameters' shapes; None: none.
+        masters: of the parameters' shapes: float32, or int8 residuals of bfloat16 parameters, which
+            are then the upper 16 of 24 bits; None: none.
         indices: of the tensors in their optimizer, for the random numbers; None: 0, 1, ...
         groups: index into the `hypers` of a call, per parameter; None: all 0.
         stochastic_rounding: of bfloat16 parameters without master.
@@ -120,6 +121,7 @@ class Bucket:
     ) -> None:
         self.params, self.moments, self.steps = list(params), list(moments), list(steps)
         self.masters = None if masters is None else list(masters)
+        self.has_residuals = bool(self.masters) and self.masters[0].dtype == torch.int8
         self.indices = list(range(len(self.params)) if indices is None else indices)
         self.groups = [0] * len(self.params) if groups is None else list(groups)
         self.stochastic_rounding = stochastic_rounding
@@ -177,9 +179,13 @@ class Bucket:
                     )
         elif len(plain) > 1:
             raise ValueError("masked_update: moments of several dtypes")
-        others = [*self.steps, *(self.masters or [])]
-        if any(t.dtype != torch.float32 for t in others):
-            raise ValueError("masked_update: steps and masters are float32")
+        kept = torch.int8 if self.has_residuals else torch.float32
+        if any(t.dtype != torch.float32 for t in self.steps) or (
+            any(t.dtype != kept for t in self.masters or [])
+        ):
+            raise ValueError("masked_update: steps and masters are float32, residuals int8")
+        if self.has_residuals and self.dtype != torch.bfloat16:
+            raise ValueError("masked_update: residuals are for bfloat16 parameters")
         if self.masters is not None and self.dtype not in (torch.bfloat16, torch.float16):
             raise ValueError("masked_update: masters are for bfloat16 and float16 parameters")
 

@@ -64,6 +64,41 @@ def stochastic_bfloat16(x: Tensor, random: Tensor) -> Tensor:
     return torch.where(x.isfinite(), rounded, x.to(torch.bfloat16))
 
 
+def with_residual(p: Tensor, residual: Tensor) -> Tensor:
+    """The float32 that a bfloat16 and its residual, int8, stand for: 24-bit weights.
+
+    The residual counts 1/256 of a unit in p's last place. A zero is one whatever its residual.
+    """
+    bits = p.to(torch.float32).contiguous().view(torch.int32)
+    joined = (bits + (residual.to(torch.int32) << 8)).view(torch.float32)
+    return torch.where(p == 0, p.to(torch.float32), joined)
+
+
+def split_24_bits(x: Tensor, random: Tensor) -> tuple[Tensor, Tensor]:
+    """float32 as the nearest bfloat16 and a residual, int8; off by at most 2^-15 of itself.
+
+    `random`, int64 in [0, 65536), decides where the last 8 bits are rounded to; with 0x80 it is the
+    nearest, off by at most 2^-16.
+    """
+    bits = x.contiguous().view(torch.int32).to(torch.int64) & _LOW
+    random = random.view_as(bits)
+    rounded = (bits + ((random ^ (random >> 8)) & 0xFF)) & _LOW
+    rounded = torch.where(x.isnan(), (bits & 0xFFFF0000) | 0x00400000, rounded)
+    upper = ((rounded + 0x8000) & 0xFFFF0000).to(torch.int32).view(torch.float32)
+    return upper.to(torch.bfloat16), ((rounded >> 8) & 0xFF).to(torch.uint8).view(torch.int8)
+
+
+def residual_of(p: Tensor, master: Tensor) -> Tensor:
+    """What p needs to stand for a float32 master; 0 where p is not what the master rounds to."""
+    halfway = torch.full(p.shape, 0x80, dtype=torch.int64, device=p.device)
+    rounded, residual = split_24_bits(master, halfway)
+    # of a tie p may be the other side
+    apart = rounded.view(torch.int16).int() - p.contiguous().view(torch.int16).int()
+    needed = 256 * apart + residual
+    near = needed.clamp(-128, 127).to(torch.int8)
+    return torch.where(needed.abs() <= 128, near, torch.zeros_like(near))
+
+
 def _blocks(x: Tensor) -> Tensor:
     """(number of blocks, 256), zeros behind the last element."""
     flat = x.flatten()

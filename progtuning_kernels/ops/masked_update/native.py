@@ -104,8 +104,11 @@ def reason_against_kernels(bucket: Bucket) -> str | None:
 
 def reason_against(bucket: Bucket) -> str | None:
     reason = backend.native_reason(bucket.device) or reason_against_kernels(bucket)
-    if reason is None and bucket.device.type == "cuda" and bucket.dtype == torch.float64:
-        return "no native kernel for float64 on cuda"
+    if reason is None and bucket.device.type == "cuda":
+        if bucket.dtype == torch.float64:
+            return "no native kernel for float64 on cuda"
+        if bucket.has_residuals:
+            return "no native kernel for 8-bit residuals on cuda"
     return reason
 
 
@@ -113,12 +116,12 @@ def _address(t: Tensor | None) -> int:
     return 0 if t is None else t.data_ptr()
 
 
-def _variant(bucket: Bucket) -> tuple[int, int, bool, bool]:
+def _variant(bucket: Bucket) -> tuple[int, int, int, bool]:
     """UpdateVariant in csrc/launchers.h."""
     return (
         backend.dtype_code(bucket.dtype),
         backend.dtype_code(bucket.moment_dtype),
-        bucket.masters is not None,
+        0 if bucket.masters is None else 2 if bucket.has_residuals else 1,
         bucket.stochastic_rounding,
     )
 

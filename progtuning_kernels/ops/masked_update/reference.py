@@ -15,8 +15,10 @@ from .low_precision import (
     encode_exp_avg,
     encode_exp_avg_sq,
     random_halves,
+    split_24_bits,
     stochastic_bfloat16,
     swapped_bytes,
+    with_residual,
 )
 
 
@@ -83,11 +85,17 @@ def update_plain(
         m_new = hyper.beta1 * m_old + (1 - hyper.beta1) * g
         v_new = hyper.beta2 * v_old + (1 - hyper.beta2) * (g * g)
         denominator = _root(v_new) * root_bias2.reciprocal() + hyper.eps
-        p_old = p.to(wide) if master is None else master
+        if master is None:
+            p_old = p.to(wide)
+        else:
+            p_old = with_residual(p, master) if bucket.has_residuals else master
         p_new = p_old - (decay * p_old + (lr / bias1) * (m_new / denominator))
 
         stored = [(bucket.steps[i], bucket.steps[i] + 1)]
-        if master is not None:
+        if bucket.has_residuals:
+            p_new, residual = split_24_bits(p_new, draw("moments"))
+            stored.append((master, residual))
+        elif master is not None:
             stored.append((master, p_new))
         if bucket.stochastic_rounding:
             p_new = stochastic_bfloat16(p_new, draw("param"))
@@ -138,6 +146,9 @@ def update(bucket: Bucket, gradients: Gradients, hypers: Sequence[Hyper], step: 
             plain[i] = grad
     if any(grad is not None for grad in plain):
         update_plain(bucket, plain, hypers, step)
+    # as the kernels do: of all tensors of a bucket the version is one more after an update
+    left_out = [p for p, grad in zip(bucket.params, grads, strict=True) if grad is None]
+    torch.autograd.graph.increment_version(left_out)
     for hyper, members in zip(hypers, fused, strict=True):
         if not members:
             continue

@@ -1,0 +1,267 @@
+"""The accuracy study's statistics, its table and its figure, from stored runs and nothing else.
+
+Scores are in points. A method is compared with full fine-tuning in pairs, seed by seed, because
+both begin with the same head and see the same rows in the same order. Intervals are those of
+Student's t. The mean over tasks takes the tasks as they are: its interval is about seeds, with the
+degrees of freedom of Welch and Satterthwaite.
+"""
+
+from __future__ import annotations
+
+import math
+import statistics
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from picture_style import CARD, INK, MUTED, STYLE, method_colour, new_figure, place_labels, save
+from study_plan import Study
+
+from progtuning_kernels.cli.errors import UserError
+
+FULL = "full"
+MARKERS = "<!-- study:begin -->\n", "\n<!-- study:end -->"
+
+
+@dataclass(frozen=True)
+class Interval:
+    """A mean of differences in points; `low` and `high` are None where one seed alone ran."""
+
+    mean: float
+    low: float | None
+    high: float | None
+
+    def __str__(self) -> str:
+        shown = f"{self.mean:+.1f}"
+        return shown if self.low is None else f"{shown} [{self.low:+.1f}, {self.high:+.1f}]"
+
+
+def over_seeds(differences: Sequence[float], confidence: float) -> Interval:
+    return over_tasks([differences], confidence)
+
+
+def over_tasks(tasks: Sequence[Sequence[float]], confidence: float) -> Interval:
+    """The mean over tasks of the mean over seeds.
+
+    Args:
+        tasks: differences of every task, one a seed.
+    """
+    from scipy.stats import t
+
+    mean = statistics.mean(map(statistics.mean, tasks))
+    if min(map(len, tasks)) < 2:
+        return Interval(mean, None, None)
+    parts = [statistics.variance(own) / len(own) / len(tasks) ** 2 for own in tasks]
+    if not sum(parts):
+        return Interval(mean, mean, mean)
+    freedom = sum(parts) ** 2 / sum(
+        part**2 / (len(own) - 1) for part, own in zip(parts, tasks, strict=True)
+    )
+    low, high = t.interval(confidence, freedom, loc=mean, scale=math.sqrt(sum(parts)))
+    return Interval(mean, float(low), float(high))
+
+
+def verdict(found: Interval, margin: float) -> str:
+    """What the interval says of the margin."""
+    if found.low is None or found.high is None:
+        return "one seed"
+    if found.low > -margin:
+        better = ", better" if found.low > 0 else ", worse" if found.high < 0 else ""
+        return f"within the margin{better}"
+    if found.high < -margin:
+        return "worse by more than the margin"
+    return "undecided" + (", worse" if found.high < 0 else "")
+
+
+def differences(study: Study, model: str, task: str, method: str) -> list[float]:
+    """To full fine-tuning, of the seeds that both have."""
+    own, full = study.runs(model, task, method), study.runs(model, task, FULL)
+    return [own[seed]["score"] - full[seed]["score"] for seed in own if seed in full]
+
+
+def compared(study: Study, model: str) -> tuple[list[str], list[str]]:
+    """Tasks and methods of a model with a pair of runs, in the order of the experiment."""
+    parts = [p for p in study.experiment["parts"] if p["model"] == model]
+    tasks = dict.fromkeys(t for p in parts for t in p["tasks"] if study.runs(model, t, FULL))
+    methods = dict.fromkeys(m for p in parts for m in p["methods"])
+    found = [m for m in methods if any(differences(study, model, t, m) for t in tasks)]
+    order = [*study.experiment["methods"]]
+    return [*tasks], sorted(found, key=order.index)
+
+
+def seconds(study: Study, model: str, tasks: Sequence[str], method: str) -> float | None:
+    """Of one run of every task, from the measured times; None where one was not timed."""
+    found = []
+    for task in tasks:
+        run = next(iter(study.runs(model, task, method).values()))
+        found.append(study.seconds(model, task, method, run["steps"]))
+    return None if None in found else sum(found)
+
+
+def table(study: Study) -> str:
+    """Markdown: a table per model, a line per method."""
+    experiment, parts = study.experiment, []
+    names = {key: task["title"] for key, task in experiment["tasks"].items()}
+    for model in dict.fromkeys(part["model"] for part in experiment["parts"]):
+        tasks, methods = compared(study, model)
+        if not tasks:
+            continue
+        heads = ["Method", "Seeds", *(names[t] for t in tasks), "Mean over tasks"]
+        heads += ["Against the margin", "Seconds / full", "Updates saved (%)", "Peak state (MiB)"]
+        lines = [f"**{experiment['models'][model]['title']}**", ""]
+        lines += [f"| {' | '.join(heads)} |", f"| --- |{' ---: |' * (len(heads) - 1)}"]
+        lines += [_line(study, model, tasks, method) for method in methods]
+        parts += ["\n".join(lines)]
+    return "\n\n".join([*parts, "\n".join(_notes(study))])
+
+
+def _line(study: Study, model: str, tasks: Sequence[str], method: str) -> str:
+    confidence, margin = study.experiment["confidence"], study.experiment["margin_points"]
+    by_task = {t: found for t in tasks if (found := differences(study, model, t, method))}
+    counts = sorted({len(found) for found in by_task.values()}, reverse=True)
+    cells = [study.experiment["methods"][method]["title"], " or ".join(map(str, counts))]
+    runs = {task: [*study.runs(model, task, method).values()] for task in by_task}
+    is_full = study.experiment["methods"][method].get("runs_of", method) == FULL
+    for task in tasks:
+        if task not in by_task:
+            cells.append("")
+        elif is_full:
+            cells.append(_mean_and_error([run["score"] for run in runs[task]]))
+        else:
+            cells.append(str(over_seeds(by_task[task], confidence)))
+    if is_full:
+        cells += ["", ""]
+    else:
+        found = over_tasks([*by_task.values()], confidence)
+        cells += [str(found), verdict(found, margin)]
+    own_s, full_s = (seconds(study, model, [*by_task], m) for m in (method, FULL))
+    cells.append("" if own_s is None or full_s is None else f"{own_s / full_s:.2f}")
+    whole = sum(
+        run["num_params"] * run["steps"]
+        for task in by_task
+        for run in [*study.runs(model, task, FULL).values()][:1]
+    )
+    # LoRA's adapters are no part of the model that full fine-tuning updates
+    cells.append(f"{100 * (1 - sum(of[0]['updates'] for of in runs.values()) / whole):.1f}")
+    peak = max(run["peak_state_bytes"] for of in runs.values() for run in of)
+    return f"| {' | '.join([*cells, f'{peak / 2**20:.1f}'])} |"
+
+
+def _mean_and_error(scores: Sequence[float]) -> str:
+    mean = statistics.mean(scores)
+    if len(scores) < 2:
+        return f"{mean:.1f}"
+    return f"{mean:.1f} ± {statistics.stdev(scores) / math.sqrt(len(scores)):.1f}"
+
+
+def _notes(study: Study) -> list[str]:
+    """What the table leaves unsaid, from the stored runs."""
+    experiment = study.experiment
+    metas = [record["meta"] for record in study.records.values()]
+    commits = sorted({str(meta["commit"])[:7] for meta in metas})
+    dirty = sum(bool(meta["dirty"]) for meta in metas)
+    devices = sorted({meta["device"] for meta in metas})
+    notes = [
+        f"- {len(metas)} runs, {sum(job.tunes for job in study.records)} of them for tuning; "
+        f"{', '.join(devices)}; commits {', '.join(commits)}"
+        + (f"; {dirty} with uncommitted changes" if dirty else "")
+        + ".",
+        f"- Intervals are of {experiment['confidence']:.0%}, by seed, not corrected for the number "
+        f"of methods. The margin is {experiment['margin_points']:.1f} points.",
+    ]
+    edges = [
+        f"{model}, {experiment['methods'][method]['title']} ({rate:g})"
+        for model in experiment["models"]
+        for method in compared(study, model)[1]
+        if not {"rate_of", "runs_of"} & experiment["methods"][method].keys()
+        and (rate := study.rate(model, method)) is not None
+        and rate in (study.rates(model, method)[0], study.rates(model, method)[-1])
+    ]
+    if edges:
+        notes.append(f"- Tuned to the lowest or highest rate of three: {'; '.join(edges)}.")
+    perplexities: dict[str, list[float]] = {}
+    for job, record in study.records.items():
+        found = record.get("figures", {}).get("perplexity")
+        if found is not None and job.rate == study.rate(job.model, job.method) and not job.tunes:
+            perplexities.setdefault(experiment["methods"][job.method]["title"], []).append(found)
+    if perplexities:
+        shown = (f"{name} {statistics.mean(own):.2f}" for name, own in perplexities.items())
+        notes.append(f"- Perplexity of the answers, mean over seeds: {', '.join(shown)}.")
+    missing = sum(job not in study.records for job in study.jobs())
+    if missing:
+        notes.append(f"- {missing} planned runs are missing.")
+    return notes
+
+
+def fill(page: Path, shown: str) -> None:
+    """Write the table between the markers of a page."""
+    text = page.read_text(encoding="utf-8")
+    begin, end = MARKERS
+    before, _, rest = text.partition(begin)
+    _, closed, after = rest.partition(end)
+    if not closed:
+        raise UserError(f"{page} has no {begin.strip()} with {end.strip()} below it")
+    page.write_text(f"{before}{begin}{shown}{end}{after}", encoding="utf-8")
+
+
+def panels(study: Study) -> list[tuple[str, list[str], list[str]]]:
+    """Model, tasks and methods of every panel: all tasks of a model, and fewer tasks where more
+    methods ran on them.
+    """
+    found = []
+    for model in study.experiment["models"]:
+        tasks, methods = compared(study, model)
+        on = {m: [t for t in tasks if differences(study, model, t, m)] for m in methods}
+        for chosen in sorted({tuple(own) for own in on.values()}, key=len, reverse=True):
+            inside = [m for m in methods if {*chosen} <= {*on[m]}]
+            timed = [m for m in inside if seconds(study, model, chosen, m) is not None]
+            if FULL in timed:
+                found.append((model, [*chosen], timed))
+    return found
+
+
+def figure(study: Study) -> Any:
+    """Difference to full fine-tuning against seconds, a panel per set of tasks."""
+    experiment = study.experiment
+    shown = panels(study)
+    if not shown:
+        raise UserError("no method is timed on the tasks that it ran on: accuracy_study.py times")
+    drawn = new_figure(360 * len(shown))
+    for ax, (model, tasks, methods) in zip(
+        drawn.subplots(len(shown), 1, squeeze=False).flat, shown, strict=True
+    ):
+        for index, method in enumerate(methods):
+            by_task = [differences(study, model, task, method) for task in tasks]
+            point = over_tasks(by_task, experiment["confidence"])
+            low, high = (point.mean if v is None else v for v in (point.low, point.high))
+            ax.errorbar(
+                *(seconds(study, model, tasks, method), point.mean),
+                [[point.mean - low], [high - point.mean]],
+                fmt="osD^vPX<>ph*"[index % 12],
+                color=method_colour(method),
+                markersize=8,
+                capsize=3,
+                elinewidth=1,
+                label=experiment["methods"][method]["title"],
+                markeredgecolor=CARD,
+                markeredgewidth=0.5,
+            )
+        ax.axhline(0, color=INK, linewidth=0.9, linestyle=":")
+        ax.axhline(-experiment["margin_points"], color=MUTED, linewidth=0.9, linestyle="--")
+        ax.set_xlabel("seconds of one run of every task")
+        ax.set_ylabel("points to full fine-tuning (dashed: margin)")
+        names = ", ".join(experiment["tasks"][task]["title"] for task in tasks)
+        title = f"{experiment['models'][model]['title']}: {names}"
+        ax.set_title(title, fontsize=9.5, fontweight="normal", color=MUTED)
+        ax.grid(alpha=0.7)
+        ax.margins(0.12, 0.08)
+        place_labels(ax)
+    return drawn
+
+
+def draw(study: Study, path: Path) -> None:
+    from matplotlib import rc_context
+
+    with rc_context(STYLE):
+        save(figure(study), path)
