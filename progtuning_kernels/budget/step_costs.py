@@ -67,6 +67,7 @@ def measure_step_costs(
                 options,
                 dtype=dtype,
                 tied=tied,
+                only=None,
                 frozen_mode=frozen_mode,
                 between=True,
                 kernels=kernels,

@@ -244,6 +244,8 @@ class TrainOptions:
             )
         if self.schedule != "budget" and "importance" in changed:
             raise UserError("--importance is for --schedule budget")
+        if self.schedule == "budget" and self.only is not None:
+            raise UserError("--schedule budget counts whole units: leave --only out")
         if (self.schedule == "budget") != (self.rho is not None):
             raise UserError("--schedule budget and --rho need each other: --rho 0.5")
         self._check_tokens()
