@@ -9,7 +9,7 @@ CONSTRAINTS ?= constraints.txt
 BIN := .venv/bin
 SOURCES := pyproject.toml setup.py $(CONSTRAINTS) $(wildcard csrc/*)
 
-.PHONY: demo test lint types docs serve bench bench-packing bench-ranks bench-rows bench-host bench-compare gpu-suite accuracy accuracy-runs clean
+.PHONY: demo test lint types docs serve bench bench-packing bench-ranks bench-rows bench-host bench-budget bench-compare gpu-suite accuracy accuracy-runs clean
 
 demo: .venv/.demo ## fine-tune a pretrained model fully and progressively, and compare
 	$(BIN)/progtuning demo $(ARGS)
@@ -44,6 +44,9 @@ bench-packing: .venv/.bench ## rows of real lengths, padded and packed: make ben
 
 bench-ranks: .venv/.bench ## two processes on this CPU: the share of a step that communication takes, by stage
 	$(BIN)/python benchmarks/communication.py --output $(OUT) $(ARGS)
+
+bench-budget: .venv/.bench ## this machine's CPU: steps within a budget, predicted and measured; 5 minutes
+	$(BIN)/python benchmarks/budget.py --output $(OUT) $(ARGS)
 
 bench-rows: .venv/.bench ## the rows of 300 new tokens: this library, torch and PEFT in turn, on this CPU
 	$(BIN)/python benchmarks/rows.py --output $(OUT) $(ARGS)

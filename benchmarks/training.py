@@ -40,6 +40,7 @@ SHAPES = {
     "tiny BERT": Shape("bert", 32, 6, 2, 64, 300),
     "tiny Llama": Shape("llama", 32, 6, 4, 64, 300, 2),
     "MiniLM": Shape("bert", 384, 6, 12, 1536, 30522),
+    "MiniLM-L12": Shape("bert", 384, 12, 12, 1536, 30522),
     "BERT-base": Shape("bert", 768, 12, 12, 3072, 30522),
     "BERT-large": Shape("bert", 1024, 24, 16, 4096, 30522),
     "RoBERTa-base": Shape("roberta", 768, 12, 12, 3072, 50265),

@@ -1,5 +1,6 @@
 """The names of the package, which `progtuning_kernels` imports at the first use of one."""
 
+from .budget import budget_schedule
 from .cache import CacheReport, PrefixCache
 from .checkpoints import CheckpointError, load_checkpoint, save_checkpoint
 from .contribution import Contribution, measure_contribution
@@ -43,6 +44,7 @@ __all__ = [
     "UnsupportedModelError",
     "annealed_lr",
     "backend_report",
+    "budget_schedule",
     "load_checkpoint",
     "measure_contribution",
     "patch_model",

@@ -17,6 +17,7 @@ LAYERS = [
     {"freezing"},
     {"patch", "planner"},
     {"integrations", "report", "contribution", "checkpoints", "bench"},
+    {"budget"},
     {"cli", "public"},
     {"__init__"},
     {"__main__"},

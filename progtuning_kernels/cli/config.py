@@ -326,7 +326,7 @@ def build_schedule(options: TrainOptions, total_steps: int | None) -> Schedule:
         elif is_block_set(wanted):
             schedule = make_schedule({"schedule": "fixed", "blocks": wanted})
         elif wanted in KINDS or "." not in wanted:
-            names = ", ".join(("progressive", *_NAMED_SCHEDULES))
+            names = ", ".join(("progressive", *_NAMED_SCHEDULES, "budget"))
             raise UserError(
                 f"--schedule is {names}, a set of blocks as in 0-3,8, or a file, got {wanted!r}"
             )

@@ -73,8 +73,12 @@ class TrainOptions:
         method: progressive-cache keeps what frozen blocks compute for a row and reads it in later
             epochs; full and lora are there to compare with.
         schedule: progressive, random (LISA), cyclic (BAdam), adaptive (AutoFreeze), plateau (stages
-            end when evaluations get no better), the blocks that train (0-3,8; -1 is the last), or a
-            .toml, .yaml or .json file (examples/random_blocks.toml).
+            end when evaluations get no better), budget (--rho), the blocks that train (0-3,8; -1 is
+            the last), or a .toml, .yaml or .json file (examples/random_blocks.toml).
+        rho: For --schedule budget, which trains the units that are worth most of those whose step
+            costs at most this share of a full one.
+        importance: For --schedule budget, what units are worth: by eight batches, or, snr, by
+            their weights alone.
         stages: Stages of the progressive schedule.
         embeddings: When the embeddings train in it; under always, backward is never truncated.
         frozen_mode: Mode of frozen blocks: eval has no dropout.
@@ -132,6 +136,8 @@ class TrainOptions:
 
     method: Method = "progressive"
     schedule: str | dict[str, Any] = "progressive"
+    rho: float | None = option(None, least=0, most=1)
+    importance: Literal["gradient", "contribution", "snr"] = "gradient"
     stages: int = option(3, least=1)
     embeddings: Literal["first_stage", "always", "never"] = "first_stage"
     frozen_mode: Literal["eval", "train"] = "eval"
@@ -257,6 +263,12 @@ class TrainOptions:
                 "--stages and --embeddings are for the progressive schedule; others have their own "
                 "settings, in a file"
             )
+        if self.schedule != "budget" and "importance" in changed:
+            raise UserError("--importance is for --schedule budget")
+        if self.schedule == "budget" and self.only is not None:
+            raise UserError("--schedule budget counts whole units: leave --only out")
+        if (self.schedule == "budget") != (self.rho is not None):
+            raise UserError("--schedule budget and --rho need each other: --rho 0.5")
         self._check_tokens()
         if self.load_in_4bit and not self.uses_lora:
             raise UserError("--load-in-4bit needs --method lora or progressive-lora")
@@ -289,7 +301,7 @@ def _dashed(name: str) -> str:
 
 
 _FOR_SCHEDULED = """
-only anneal state_dtype master_weights in_backward state_device cache graph
+only rho anneal state_dtype master_weights in_backward state_device cache graph
 """.split()
 _BATCH_SIZE = 32
 # What would train or evaluate on other rows than the command says, or change nothing.
@@ -376,9 +388,9 @@ TRAINER_DEFAULTS: dict[str, Any] = {
 }
 # What decides the cost of a step or of a run.
 PLANNED = """
-model task max_length add_tokens method schedule stages embeddings frozen_mode tied train_new_tokens
-only blocks packing cache lora_rank precision state_dtype master_weights in_backward state_device
-gradient_checkpointing bf16 max_steps per_device_train_batch_size device
+model task max_length add_tokens method schedule rho importance stages embeddings frozen_mode tied
+train_new_tokens only blocks packing cache lora_rank precision state_dtype master_weights
+in_backward state_device gradient_checkpointing bf16 max_steps per_device_train_batch_size device
 """.split()
 CONTRIBUTION = """
 model task dataset train_file validation_file validation_split separator columns problem_type

@@ -15,7 +15,15 @@ Files = dict[str, "Files | None"]
 
 # checkpoints and runs (TensorBoard's) are the Trainer's
 RUN_FILES: Files = dict.fromkeys(
-    ("model", "adapter", "checkpoint-*", "runs", "metrics.json*", "predictions.jsonl")
+    (
+        "model",
+        "adapter",
+        "checkpoint-*",
+        "runs",
+        "metrics.json*",
+        "predictions.jsonl",
+        "schedule.json",
+    )
 )
 DEMO_FILES: Files = {
     **{f"{method}-seed[0-9]*": RUN_FILES for method in get_args(Method)},

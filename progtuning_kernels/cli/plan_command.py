@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import re
+from collections.abc import Callable
 from itertools import islice
 from typing import Any
 
@@ -23,6 +24,7 @@ from ..schedules import (
     stage_starts,
 )
 from ..schedules.progressive import scales_with_length
+from .budget import chosen_schedule
 from .config import autocast_dtype, build_schedule, choose_device
 from .errors import UserError, as_user_error
 from .models import auto_class, check_length, model_path, quiet_transformers, wrap_lora
@@ -54,8 +56,12 @@ def model_without_weights(name: str, task: str) -> tuple[nn.Module, str]:
     return model, task
 
 
-def _schedule_to_plan(options: TrainOptions, steps: int | None) -> tuple[Schedule, list[str]]:
+def _schedule_to_plan(
+    options: TrainOptions, steps: int | None, chosen: Schedule | None
+) -> tuple[Schedule, list[str]]:
     """The schedule that is planned in place of the run's, and what it leaves out."""
+    if chosen is not None:
+        return chosen, []
     if not options.is_scheduled:
         return MilestoneSchedule({}, embeddings="always"), []
     schedule = build_schedule(options, steps)
@@ -75,6 +81,7 @@ def plan_run(
     device: str,
     rows: dict[str, list[int]] | None = None,
     real_tokens: float = 1.0,
+    choose: Callable[[nn.Module], Schedule] | None = None,
     **more: Any,
 ) -> TrainingPlan:
     """What the stages of a run would cost, as `plan_training` says.
@@ -85,6 +92,7 @@ def plan_run(
         device: "cpu" or "cuda"; it need not be here.
         rows: of embeddings and LM head that train alone; None: all.
         real_tokens: share of a micro-batch's places that are no padding, where packing is on.
+        choose: gives the schedule of the model as it trains, instead of the options.
     """
     if options.load_in_4bit:
         raise UserError("weights in 4 bits are not planned: leave --load-in-4bit out")
@@ -95,7 +103,8 @@ def plan_run(
         model = wrap_lora(model, options.task, options.lora_rank, of_peft)
     size = options.cache_size if options.is_scheduled else None
     with as_user_error():
-        schedule, notes = _schedule_to_plan(options, steps)
+        chosen = None if choose is None else choose(model)
+        schedule, notes = _schedule_to_plan(options, steps, chosen)
         length = schedule.total_steps or steps
         if length is None and not scales_with_length(schedule):
             raise UserError("the stages of this schedule need the length of the run: --max-steps")
@@ -127,6 +136,25 @@ def plan_run(
     return dataclasses.replace(plan, notes=(*plan.notes, *notes))
 
 
+def _with_weights(options: TrainOptions) -> tuple[nn.Module, Callable[[nn.Module], Schedule]]:
+    """A model whose units can be compared, and what chooses them."""
+    if options.importance != "snr":
+        raise UserError(
+            f"--importance {options.importance} needs rows: take --importance snr, or "
+            "progtuning train --dry-run"
+        )
+    path = model_path(options.model)
+    with as_user_error(Exception, said=f"--importance snr needs weights of {options.model!r}"):
+        model = auto_class(options.task).from_pretrained(path)
+    return model, lambda model: chosen_schedule(
+        options,
+        model,
+        options.of_trainer("max_steps"),
+        batch_size=options.of_trainer("per_device_train_batch_size"),
+        seq_len=options.max_length,
+    )
+
+
 def run(options: TrainOptions, *, memory: str | None, as_json: bool, **more: Any) -> None:
     memory_bytes = None if memory is None else parse_bytes(memory)
     # state on the host is apart from the weights, which are then planned on a GPU
@@ -137,6 +165,9 @@ def run(options: TrainOptions, *, memory: str | None, as_json: bool, **more: Any
         raise UserError("--calibrate on cuda needs a GPU")
     model, task = model_without_weights(options.model, options.task)
     check_length(model, options.max_length, "--max-length")
+    options = dataclasses.replace(options, task=task)
+    if options.schedule == "budget":
+        model, more["choose"] = _with_weights(options)
     rows = None
     if tokens := read_tokens(options.add_tokens):
         old = model.get_input_embeddings().weight.shape[0]  # of which the tokenizer may use fewer
@@ -144,7 +175,7 @@ def run(options: TrainOptions, *, memory: str | None, as_json: bool, **more: Any
         new = range(old, old + len(tokens))
         rows = rows_of(model, new) if options.train_new_tokens else None
     plan = plan_run(
-        dataclasses.replace(options, task=task),
+        options,
         model,
         batch_size=options.of_trainer("per_device_train_batch_size"),
         seq_len=options.max_length,

@@ -17,12 +17,14 @@ import sys
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from itertools import islice
 from pathlib import Path
 from typing import Any, NoReturn
 
 import numpy
 from huggingface_hub import HfApi
 from rich.console import Console
+from torch import nn
 from torch.utils.data import DataLoader
 from transformers import (
     EarlyStoppingCallback,
@@ -36,8 +38,9 @@ from transformers import (
 from ..backend import one_line
 from ..integrations.hf_trainer import ProgtuningCallback
 from ..planner import TrainingPlan
-from ..schedules import decides_by_score
+from ..schedules import FixedBlockSchedule, decides_by_score
 from . import methods
+from .budget import BATCHES, choice_of, chosen_schedule, write_choice
 from .config import build_schedule
 from .errors import UserError, as_user_error, end_with
 from .length_batches import EpochOfBatches, LengthBatches
@@ -99,7 +102,8 @@ class Run:
         for metric in (self.metric_name, best.removeprefix("eval_")):
             if metric not in known:
                 raise UserError(f"metric {metric!r} does not fit; there is {', '.join(known)}")
-        self.prepared = prepare(options, rows, weights=not dry_run, **_USUAL)
+        weighs = options.schedule == "budget"  # weights, to choose by
+        self.prepared = prepare(options, rows, weights=weighs or not dry_run, **_USUAL)
         self.args = args = self.prepared.args
         self.output = Path(args.output_dir)
         self.batches = LengthBatches(
@@ -115,20 +119,15 @@ class Run:
         if args.max_steps <= 0:
             steps_per_epoch = -(-len(self.batches) // self._per_step)
             self.total_steps = math.ceil(args.num_train_epochs * steps_per_epoch)
-        try:
-            self.schedule = build_schedule(options, self.total_steps)
-            with as_user_error():
-                self.schedule.plan(0, self.prepared.layout.num_blocks)
-        except UserError as error:
-            if "total_steps" not in str(error):
-                raise
-            raise UserError(f"{error} (--stages, --epochs and --batch-size set them)") from error
         self.num_params = sum(p.numel() for p in self.prepared.model.parameters())
         self.evaluates_stages = options.of_trainer("eval_strategy") == "stage"
-        if decides_by_score(self.schedule) and self.evaluates_stages:
-            raise UserError(
-                "a plateau schedule ends its stages by evaluations: --eval-strategy epoch, or steps"
-            )
+        if options.uses_lora and not dry_run:
+            self.prepared.adapt(options.lora_rank)
+        if options.schedule != "budget":
+            self._build_schedule()
+        elif not dry_run:  # a plan chooses when the model has its adapters
+            before = choice_of(self.output, self.total_steps) if options.resume else None
+            self.schedule = before or self._choose(self.prepared.model)
         if dry_run:
             return
         self.trainer = self._make_trainer()
@@ -136,10 +135,28 @@ class Run:
         self.trainer.add_callback(self.recorder)
         self.trainer.add_callback(EpochOfBatches(self.batches, self.prepared.collate))
 
+    def _build_schedule(self) -> None:
+        try:
+            self.schedule = build_schedule(self.options, self.total_steps)
+            with as_user_error():
+                self.schedule.plan(0, self.prepared.layout.num_blocks)
+        except UserError as error:
+            if "total_steps" not in str(error):
+                raise
+            raise UserError(f"{error} (--stages, --epochs and --batch-size set them)") from error
+        if decides_by_score(self.schedule) and self.evaluates_stages:
+            raise UserError(
+                "a plateau schedule ends its stages by evaluations: --eval-strategy epoch, or steps"
+            )
+
+    def _choose(self, model: nn.Module) -> FixedBlockSchedule:
+        """What a budget lets train of the model as it is."""
+        rows = self.prepared.encoded["train"]
+        batches = [self.prepared.batch([rows[i] for i in b]) for b in islice(self.batches, BATCHES)]
+        return chosen_schedule(self.options, model, self.total_steps, batches=batches)
+
     def _make_trainer(self) -> Trainer:
         options, args, prepared = self.options, self.args, self.prepared
-        if options.uses_lora:
-            prepared.adapt(options.lora_rank)
         callbacks = []
         rows = None
         self.callback: ProgtuningCallback | None = None
@@ -248,6 +265,9 @@ class Run:
         started = time.perf_counter()
         if self.options.overwrite and self.trainer.is_world_process_zero():
             empty_folder(self.output, RUN_FILES)
+        if isinstance(self.schedule, FixedBlockSchedule) and self.options.schedule == "budget":
+            if self.trainer.is_world_process_zero():
+                write_choice(self.schedule, self.output)
         checkpoint = self._checkpoint() if self.options.resume else None
         with stopped_by_signals(self.recorder):
             try:
@@ -295,6 +315,7 @@ class Run:
             seq_len=shape[1],
             inputs=widest,
             real_tokens=sum(lengths) / places,
+            choose=self._choose if self.options.schedule == "budget" else None,
         )
 
     def skipped_steps(self) -> int:

@@ -19,16 +19,17 @@ from torch.utils import _pytree as pytree
 from ..freezing.active_set import TiedPolicy
 from ..freezing.boundary import FrozenMode
 from ..freezing.freezer import Freezer, StageState
-from ..model.layout import EMBEDDINGS, Layout, find_layout
+from ..model.layout import EMBEDDINGS, Layout, find_layout, parameter_slots
 from ..optim import MaskedAdamW
 from ..schedules import FreezePlan
+from ..swaps import Kernels
 from .example_batch import on_device
 from .host_plan import update_bytes_of
 from .meta_step import loss_of, meta_copy
 from .stage_meter import Options, freeze_quietly, state_dtype_of
 
 _UPDATED = 2**24  # elements, more than caches hold
-_SECONDS, _MIN_ROUNDS = 2.0, 3  # after a round that warms up; it takes longer where it must
+_SECONDS, _MIN_ROUNDS = 2.0, 6  # after a round that warms up; it takes longer where it must
 
 
 class CannotCalibrate(Exception):
@@ -47,6 +48,7 @@ class UnitCosts:
     block_between: float  # frozen, the gradient passes to what trains below; 0: not measured
     head: float  # forward, loss and backward
     update: float  # of the optimizer, per parameter
+    head_alone: float = 0.0  # a weight tied to frozen embeddings is frozen; 0: no weight is tied
 
     def with_real_tokens(self, share: float) -> UnitCosts:
         """Where blocks compute on this share of the places."""
@@ -55,7 +57,9 @@ class UnitCosts:
 
     def step_s(self, state: StageState, num_blocks: int, *, cached: bool = False) -> float:
         """Seconds of one step in a stage; `cached`: without the prefix."""
-        seconds = self.head + self.update * state.trainable_params
+        is_alone = bool(self.head_alone) and EMBEDDINGS not in state.active
+        seconds = self.head_alone if is_alone else self.head
+        seconds += self.update * state.trainable_params
         if EMBEDDINGS in state.active:
             seconds += self.embeddings
         elif not (cached and state.boundary):
@@ -160,8 +164,8 @@ def _timed_step(
         loss.backward()
         clock.end(f"{name} last backward")
         optimizer.step()
+        optimizer.zero_grad()  # which gives the memory of gradients back
         clock.end(f"{name} update")
-        optimizer.zero_grad()
 
 
 def measure_update(options: Options, dtype: torch.dtype) -> float:
@@ -195,6 +199,7 @@ def measure_units(
     only: str | None,
     frozen_mode: FrozenMode,
     between: bool,
+    kernels: Kernels = "off",
 ) -> UnitCosts:
     """The least times of real steps of a copy with two blocks and other weights.
 
@@ -210,10 +215,12 @@ def measure_units(
     blocks = find_layout(small, [layout.stacks[0].path])
     vocabulary = getattr(getattr(model, "config", None), "vocab_size", None)
     batch = on_device(inputs, device, vocabulary)
-    freezer = Freezer(small, blocks, tied=tied, frozen_mode=frozen_mode)
+    freezer = Freezer(small, blocks, tied=tied, frozen_mode=frozen_mode, kernels=kernels)
     optimizer = MaskedAdamW(
         small.parameters(),
         lr=1e-6,
+        max_grad_norm=1.0,  # as the Trainer has it: a norm reads every gradient once more
+        on_freeze="keep",  # plans take turns: state that comes and goes would be timed
         state_dtype=state_dtype_of(options.optimizer),
         master_weights=options.master_weights,
     )
@@ -243,6 +250,9 @@ def measure_units(
     block = clock.least("full block 0 forward")
     block += clock.least("full block 0 backward", "full block 1 backward") / 2
     passed = clock.least("between block 0 forward", "between block 0 backward") if between else 0.0
+    tied_weights = any(
+        len(s.units) > 1 and s.home == blocks.head for s in parameter_slots(small, blocks)
+    )
     return UnitCosts(
         embeddings=clock.least("full embeddings forward", "full last backward"),
         embeddings_frozen=clock.least("lowest embeddings forward"),
@@ -253,4 +263,7 @@ def measure_units(
         head=clock.least("full head forward", "full head backward"),
         # on the host it runs beside the rest, and `measure_update` times it
         update=0.0 if options.host else clock.least("full update") / params,
+        head_alone=(
+            clock.least("lowest head forward", "lowest head backward") if tied_weights else 0.0
+        ),
     )

@@ -574,7 +574,7 @@ def test_command_line_names_and_errors(model_folders, text_files, tmp_path, caps
     for extra, message in (
         (
             ("--schedule", "lisa"),
-            "--schedule is progressive, random, cyclic, adaptive, plateau, a set of blocks as",
+            "--schedule is progressive, random, cyclic, adaptive, plateau, budget, a set of blocks",
         ),
         (("--schedule", tmp_path / "none.toml"), "No such file"),
         (("--schedule", bad), "blocks=9 is more than the 4 blocks"),
