@@ -261,6 +261,8 @@ class HostState:
         slot = place % self._slots
         if slot in self._busy:
             wait([self._busy.pop(slot)])
+        if any(work.slot == slot for work in self.kept):  # its gradients wait in this buffer
+            self._buffers.pop(slot, None)
         needed = self._gradient_bytes(table)
         if slot not in self._buffers or self._buffers[slot].nbytes < needed:
             like = torch.empty(self._slot_bytes(slot), dtype=torch.uint8, device="meta")
@@ -388,13 +390,25 @@ class HostState:
         self._busy[work.slot] = future
 
     def take_kept(self) -> list[Work]:
-        """What was kept, arrived; gradients of tensors that have frozen since are left out."""
+        """What was kept, arrived; gradients of tensors that have frozen since are left out, and those
+        of a later backward are added.
+        """
         kept, self.kept = self.kept, []
+        found: dict[Tensor, Tensor] = {}
         for work in kept:
             work.arrived()
-            for p in [p for p in work.staged if not p.requires_grad]:
-                del work.staged[p]
-        return kept
+            for p in list(work.staged):
+                if not p.requires_grad or p in found:
+                    grad = work.staged.pop(p)
+                    if p in found:
+                        found[p].add_(grad)
+            found.update(work.staged)
+        return [work for work in kept if work.staged]
+
+    def forget_kept(self) -> set[int]:
+        """Drop what was kept: the indices of its parameters."""
+        kept, self.kept = self.kept, []
+        return {m.index for work in kept for m in work.table.members if m.parameter in work.staged}
 
     def join(self) -> list[GradDecision]:
         """Wait for the thread, and have the device wait for its weights; raise what went wrong."""

@@ -15,8 +15,9 @@ Accumulation keeps all gradients until the last micro-batch, whose backward then
 
 from __future__ import annotations
 
+import threading
 import weakref
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence, Set
 from typing import Literal
 
 import torch
@@ -100,6 +101,7 @@ class BackwardHooks:
         self._graph_task: int | None = None  # of the backward whose end is awaited
         self._decisions: list[GradDecision] = []  # of the blocks updated in this step
         self._done: set[int] = set()  # indices of the parameters updated in this step
+        self._one_at_a_time = threading.Lock()  # backward has a thread for each GPU
 
     def install_hooks(self, members: Sequence[Member]) -> None:
         """Hook these parameters, and no others."""
@@ -110,7 +112,8 @@ class BackwardHooks:
 
         def hook(p: Tensor) -> None:
             if (hooks := own()) is not None:
-                hooks._gradient_is_there(p)
+                with hooks._one_at_a_time:
+                    hooks._gradient_is_there(p)
 
         self._handles = [p.register_post_accumulate_grad_hook(hook) for p in self._places]
 
@@ -165,9 +168,14 @@ class BackwardHooks:
         if decision is not None:  # else it comes later, or another hook has taken the gradients
             self._decisions.append(decision)
 
-    def forget_backward(self) -> None:
-        """Drop what a backward that broke off has left."""
+    def forget_backward(self, dropped: Set[int] = frozenset()) -> None:
+        """Drop what a backward that broke off has left.
+
+        Args:
+            dropped: indices of parameters whose gradients were kept, and are no more.
+        """
         self._graph_task = None
+        self._done -= dropped
         self._decisions += self._finish()
         for block in self._blocks:
             block.ready.clear()

@@ -287,9 +287,8 @@ class MaskedOptimizer(Optimizer):
         """
         super().zero_grad(set_to_none)
         if self._hooks is not None:
-            self._hooks.forget_backward()
-        if self._host is not None:
-            self._host.kept.clear()
+            dropped = set() if self._host is None else self._host.forget_kept()
+            self._hooks.forget_backward(dropped)
 
     def state_from(self, saved: dict[str, Any], member: Member) -> dict[str, Any]:
         """A copy of one parameter's saved state, as this optimizer keeps it, on its device.

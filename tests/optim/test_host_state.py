@@ -228,6 +228,24 @@ def test_exact_clipping_in_backward_keeps_the_gradients_on_the_host():
     assert all(map(torch.equal, model.parameters(), before))
 
 
+def test_kept_gradients_are_added_to_and_dropped_as_those_of_the_device():
+    model, twin = make(), make()
+    moved = on_host(model, **EXACT, in_backward=True)
+    stays = MaskedAdamW(twin.named_parameters(), **OPTIONS, **EXACT, in_backward=True)
+    for m, optimizer in ((model, moved), (twin, stays)):
+        for step in range(2):
+            loss_of(m, 3).backward()
+            optimizer.zero_grad()  # this step is left out
+            loss_of(m, step).backward()
+            m.layers[0].requires_grad_(step == 0)  # blocks take other buffers
+            with optimizer.accumulate():  # after the kept one
+                loss_of(m, step + 5).backward()
+            optimizer.step()
+            optimizer.zero_grad()
+    assert_same(model, twin)
+    assert_same_state(moved, stays)
+
+
 def test_stages_of_a_patched_model():
     inputs, results = tiny_inputs("bert-sequence"), []
     for state_device in ("cpu", None):

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+import time
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -13,7 +15,7 @@ from torch.utils.checkpoint import checkpoint
 from progtuning_kernels import MaskedAdamW, ProgressiveSchedule, patch_model
 from progtuning_kernels.ops.masked_update.bucket import Bucket
 from progtuning_kernels.optim.active_buckets import Member
-from progtuning_kernels.optim.in_backward import block_of
+from progtuning_kernels.optim.in_backward import BackwardHooks, block_of
 
 OPTIONS = dict(lr=0.05, betas=(0.8, 0.95), eps=1e-3, weight_decay=0.1)
 
@@ -524,3 +526,25 @@ def test_a_dropped_optimizer_updates_nothing_more():
     optimizer.step()
     assert all(map(torch.equal, model.parameters(), before))
     assert len(optimizer.state) == len(before) - 2  # it has seen every gradient
+
+
+def test_hooks_of_several_threads_wait_for_each_other(monkeypatch):
+    """Backward has a thread for each GPU, and an update may wait for the host."""
+    inside, most = [], []
+
+    def update(table):
+        inside.append(table)
+        time.sleep(2e-3)
+        most.append(len(inside))
+        inside.pop()
+
+    hooks = BackwardHooks(lambda: True, update, list)
+    weights = [torch.nn.Parameter(torch.ones(1)) for _ in range(4)]
+    hooks.install_hooks([Member(p, i, 0, None) for i, p in enumerate(weights)])
+    monkeypatch.setattr(torch._C, "_current_graph_task_id", lambda: 1)
+    hooks._graph_task = 1
+    with ThreadPoolExecutor(4) as threads:
+        for p in weights:
+            (hook,) = p._post_accumulate_grad_hooks.values()
+            threads.submit(hook, p)
+    assert most == [1] * 4
