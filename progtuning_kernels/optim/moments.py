@@ -88,7 +88,7 @@ def new_master(p: Tensor, like: Tensor, kind: MasterWeights) -> dict[str, Tensor
     """
     if not kind or p.dtype not in (torch.bfloat16, torch.float16):
         return {}
-    if kind is True:
+    if kind != "8bit":
         return {"master": p.detach().to(like.device).float()}
     if p.dtype == torch.float16:
         raise ValueError(

@@ -7,7 +7,7 @@ import gc
 import pickle
 import warnings
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import pytest
 import torch
@@ -812,6 +812,8 @@ def test_24_bit_weights_forget_what_weights_from_outside_do_not_know():
     half.param_groups[0]["params"][0].grad = torch.ones(3).half()
     with pytest.raises(ValueError, match="one is float16: set master_weights=True"):
         half.step()
+    number = cast(Any, 1)  # as a configuration may have it
+    assert "master" in MaskedAdamW([p], master_weights=number).init_state(p)
 
 
 def test_masters_and_residuals_become_each_other():
