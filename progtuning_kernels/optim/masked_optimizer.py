@@ -361,7 +361,8 @@ class MaskedOptimizer(Optimizer):
         scale, found_inf = getattr(self, "grad_scale", None), getattr(self, "found_inf", None)
         self._on_host = self._host is not None and self._host.covers(self._table.members)
         hooks = self._early_hooks()
-        if hooks is not None and scale is not None:
+        # after `unscale_` there is no scale, but what it has found
+        if hooks is not None and not (scale is None and found_inf is None):
             cure = "in_backward=False" if self._on_host else "clip with clip_mode='exact'"
             raise RuntimeError(
                 f"{type(self).__name__}: in_backward=True has taken scaled gradients before "

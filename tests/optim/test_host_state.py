@@ -347,6 +347,12 @@ def test_grad_scaler_is_refused_in_backward():
     optimizer.grad_scale = torch.tensor(8.0)
     with pytest.raises(RuntimeError, match="train in bfloat16, or in_backward=False"):
         optimizer.step()
+    del optimizer.grad_scale
+    scaler = torch.amp.GradScaler("cpu", init_scale=8.0)
+    scaler.scale(loss_of(model, 0))
+    scaler.unscale_(optimizer)  # finds no gradients
+    with pytest.raises(RuntimeError, match="train in bfloat16, or in_backward=False"):
+        scaler.step(optimizer)
 
 
 @pytest.mark.parametrize("options", [{}, {"in_backward": True}, EXACT | {"in_backward": True}])
