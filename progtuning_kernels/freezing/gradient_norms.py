@@ -64,6 +64,7 @@ class GradientNorms:
         if step not in (self._step, self._step + 1):
             self._sums = None
         self._step, self._ended = step, False
+        self._awaits_end = False  # of one that broke off
         for block in self._blocks.values():
             block.square = None
             block.ready.clear()
@@ -132,6 +133,11 @@ class GradientNorms:
 
     @torch.no_grad()
     def _measure(self, block: _Block) -> None:
+        if any(p.grad is None for p in block.parameters if id(p) in block.ready):
+            raise RuntimeError(
+                f"{self.schedule!r}: an optimizer has freed gradients of a block before its norm "
+                "was taken: give it handle.param_groups(), whose names tell it the blocks"
+            )
         block.ready.clear()
         grads = [local_of(p.grad) for p in block.parameters if p.grad is not None]
         if grads:

@@ -319,6 +319,11 @@ def test_norms_that_cannot_be_had_are_an_error():
     with pytest.raises(RuntimeError, match="build it after patch_model"):
         _step(handle, early, tiny_inputs("bert-sequence"))
     early.zero_grad()
+    del early
+    without_names = MaskedAdamW(model.parameters(), in_backward=True)  # knows no blocks
+    with pytest.raises(RuntimeError, match="give it handle.param_groups"):
+        _step(handle, without_names, tiny_inputs("bert-sequence"))
+    without_names.zero_grad()
     handle.unpatch()
     assert not any(p._post_accumulate_grad_hooks for p in tiny_model("bert-sequence").parameters())
 
