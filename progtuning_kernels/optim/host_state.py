@@ -390,8 +390,8 @@ class HostState:
         self._busy[work.slot] = future
 
     def take_kept(self) -> list[Work]:
-        """What was kept, arrived; gradients of tensors that have frozen since are left out, and those
-        of a later backward are added.
+        """What was kept, arrived; gradients of tensors that have frozen since are left out, and
+        those of a later backward are added.
         """
         kept, self.kept = self.kept, []
         found: dict[Tensor, Tensor] = {}
