@@ -199,16 +199,17 @@ class TrainOptions:
     def by_names_of_python(self, dtype: str | None, optimizer: str | None) -> TrainOptions:
         """With the `dtype` and the `optimizer` that `plan_training` takes, where they are given."""
         changed = {}
-        for name, field_name, values in (
-            (dtype, "precision", DTYPES),
-            (optimizer, "state_dtype", OPTIMIZERS),
+        for option, name, field_name, values in (
+            ("--dtype", dtype, "precision", DTYPES),
+            ("--optimizer", optimizer, "state_dtype", OPTIMIZERS),
         ):
             if name is None:
                 continue
             changed[field_name], before = values[name], getattr(self, field_name)
             if before not in (values[name], getattr(TrainOptions, field_name)):
                 raise UserError(
-                    f"{name} and {_dashed(field_name)} {before} exclude each other: leave one out"
+                    f"{option} {name} and {_dashed(field_name)} {before} exclude each other: leave "
+                    "one out"
                 )
         return replace(self, **changed)
 
@@ -268,7 +269,9 @@ class TrainOptions:
         if self.schedule == "budget" and self.only is not None:
             raise UserError("--schedule budget counts whole units: leave --only out")
         if (self.schedule == "budget") != (self.rho is not None):
-            raise UserError("--schedule budget and --rho need each other: --rho 0.5")
+            raise UserError(
+                "--schedule budget and --rho need each other: --schedule budget --rho 0.5"
+            )
         self._check_tokens()
         if self.load_in_4bit and not self.uses_lora:
             raise UserError("--load-in-4bit needs --method lora or progressive-lora")

@@ -34,6 +34,7 @@ from .sizes import parse_bytes
 
 _OPTIMIZERS: dict[str, Any] = {dtype: name for name, dtype in OPTIMIZERS.items()}
 _MOST_STAGES = 20  # of a table: a random schedule may have a stage every few steps
+_BY_SCORE = "how long a stage lasts is decided in training, by the score: shares are assumed"
 _CAUSAL = re.compile(r"(ForCausalLM|LMHeadModel)$")
 
 
@@ -67,7 +68,7 @@ def _schedule_to_plan(
     schedule = build_schedule(options, steps)
     if isinstance(schedule, PlateauSchedule):
         schedule.of_stages.total_steps = schedule.of_stages.total_steps or schedule.stages
-        return schedule.of_stages, ["how long a stage lasts is decided in training, by the score"]
+        return schedule.of_stages, [_BY_SCORE]
     if decides_in_training(schedule):
         return MilestoneSchedule({}), ["what an adaptive schedule freezes is decided in training"]
     return schedule, []
@@ -105,6 +106,8 @@ def plan_run(
     with as_user_error():
         chosen = None if choose is None else choose(model)
         schedule, notes = _schedule_to_plan(options, steps, chosen)
+        by_score = _BY_SCORE in notes
+        steps = None if by_score else steps  # these stages have shares of their own
         length = schedule.total_steps or steps
         if length is None and not scales_with_length(schedule):
             raise UserError("the stages of this schedule need the length of the run: --max-steps")
@@ -133,7 +136,8 @@ def plan_run(
             real_tokens=real_tokens if options.is_scheduled and options.packing != "off" else 1.0,
             **more,
         )
-    return dataclasses.replace(plan, notes=(*plan.notes, *notes))
+    known = plan.length_known and not by_score
+    return dataclasses.replace(plan, notes=(*plan.notes, *notes), length_known=known)
 
 
 def _with_weights(options: TrainOptions) -> tuple[nn.Module, Callable[[nn.Module], Schedule]]:

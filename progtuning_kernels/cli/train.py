@@ -153,7 +153,10 @@ class Run:
         """What a budget lets train of the model as it is."""
         rows = self.prepared.encoded["train"]
         batches = [self.prepared.batch([rows[i] for i in b]) for b in islice(self.batches, BATCHES)]
-        return chosen_schedule(self.options, model, self.total_steps, batches=batches)
+        chosen = chosen_schedule(self.options, model, self.total_steps, batches=batches)
+        trains = chosen.plan(0, self.prepared.layout.num_blocks).units_in_words()
+        self.prepared.notes.append(f"within --rho {self.options.rho} train: {trains}")
+        return chosen
 
     def _make_trainer(self) -> Trainer:
         options, args, prepared = self.options, self.args, self.prepared

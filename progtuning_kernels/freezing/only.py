@@ -47,8 +47,9 @@ def check_only(pattern: re.Pattern[str], model: nn.Module, left: Collection[str]
     ]
     hint = "; ".join(["", *hints])
     if not found and not left:
-        example = next((first for first, *_ in names.values()), "none")
-        raise ValueError(f"{only} matches no parameter, of names like {example}{hint}")
+        every = [first for first, *_ in names.values()]
+        like = " and ".join(dict.fromkeys(every[:1] + every[len(every) // 2 :][:1])) or "none"
+        raise ValueError(f"{only} matches no parameter, of names like {like}{hint}")
     if not left:
         raise ValueError(
             f"{only} matches {len(found)} parameters, such as {found[0]}, and none of them was "

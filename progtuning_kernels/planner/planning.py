@@ -232,6 +232,10 @@ def plan_training(
 
     notes = [_attention_note(target, full, padding=padding)]
     notes += _notes_of_host(state_device, options.host, calibrate=calibrate)
+    notes += [
+        f"{part.name}: {len(part.ids):,} of {len(part.weight):,} rows train, and no others"
+        for part in meter.freezer.rows.of_tensors
+    ]
     notes += filter(None, [meter.freezer.active.explain_only()])
     if real_tokens < 1:
         notes.append(

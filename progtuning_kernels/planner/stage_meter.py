@@ -168,7 +168,7 @@ class StageMeter:
             same = {size: count for (other, size), count in kinds.items() if other == kind}
             times = f"{number} x " if (number := sum(same.values())) > 1 else ""
             parts[times + kind] = sum(size * count for size, count in same.items())
-        found = sorted((Part(*p) for p in parts.items() if p[1]), key=lambda p: -p.nbytes)
+        found = sorted((Part(*p) for p in parts.items() if p[1]), key=lambda p: (-p.nbytes, p.what))
         peak_bytes = sum(part.nbytes for part in found)
         shown = [part for part in found[:_MOST_PARTS] if part.nbytes > peak_bytes / 1000]
         small = peak_bytes - sum(part.nbytes for part in shown)

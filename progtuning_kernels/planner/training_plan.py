@@ -272,9 +272,11 @@ class TrainingPlan:
         unit, shown = _unit(max(host.update_bytes for *_, host in hosts))
         sizes = [["stage", "state", "weights", "staging", "to host", "to device", "updates"]]
         times = [["stage", "to host", "to device", "update", "in backward", "after it", "hidden"]]
+        slowest = max(max(astuple(host)[6:]) for *_, host in hosts)
+        scale, in_words = (1, "seconds") if slowest >= 1 else (1e3, "milliseconds")
         for name, s, host in hosts:
             sizes.append([name, *map(shown, astuple(host)[:6])])
-            times.append([name, *(f"{seconds:.2f}" for seconds in astuple(host)[6:])])
+            times.append([name, *(f"{scale * seconds:.2f}" for seconds in astuple(host)[6:])])
             if not host.beside_backward_s:
                 times[-1].append("NO")
             elif s.step_ms is None:
@@ -287,7 +289,7 @@ class TrainingPlan:
             f"in host memory, and what a step sends and updates, in {unit}:",
             Table(sizes, left=[0]),
             "",
-            "seconds of a step for that, and whether backward hides what runs beside it:",
+            f"{in_words} of a step for that, and whether backward hides what runs beside it:",
             Table(times, left=[0]),
             "",
         ]
@@ -324,7 +326,11 @@ class TrainingPlan:
             lines.append(f"stage {number} would take at its peak:")
             lines += [f"  {_size(r.peak_bytes):>9}  with {r.option}" for r in self.remedies]
         if self.fits is False and all(r.peak_bytes > memory_bytes for r in self.remedies):
-            lines.append("none of them fits: it takes a smaller model, or several ranks (fsdp2)")
+            without = "" if host is None else ", without state_device"
+            lines.append(
+                "none of them fits: it takes a smaller model, shorter rows, or more ranks "
+                f"(fsdp2{without})"
+            )
         if (count := self.ranks.count) > 1:
             share = f"{count - 1}/{count}"
             twice = "" if self.ranks.strategy == "fsdp2" else ", twice that of gradients"

@@ -8,6 +8,7 @@ from fractions import Fraction
 from itertools import accumulate
 from typing import Literal
 
+from .blocks import FixedBlockSchedule
 from .plan import FreezePlan, Schedule, bind_length, check_choice, check_step, whole_number
 
 EmbeddingPolicy = Literal["first_stage", "always", "never"]
@@ -194,4 +195,5 @@ def _weights(weights: Sequence[float]) -> tuple[float, ...]:
 
 def scales_with_length(schedule: Schedule) -> bool:
     """Whether a run of any length has the same stages, in the same shares."""
-    return isinstance(schedule, ProgressiveSchedule)
+    constant = isinstance(schedule, FixedBlockSchedule) and len(schedule.milestones) == 1
+    return constant or isinstance(schedule, ProgressiveSchedule)

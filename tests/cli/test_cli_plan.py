@@ -139,6 +139,13 @@ def test_methods_and_schedules(model_folders, tmp_path, capsys):
     main(["plan", *map(str, model), *whole, "--schedule", "adaptive", "--max-steps", "9"])
     adaptive = json.loads(capsys.readouterr().out)
     assert len(adaptive["stages"]) == 1 and "decided in training" in adaptive["notes"][-1]
+    stalls = tmp_path / "stalls.json"
+    stalls.write_text('{"schedule": "plateau", "stages": ["-1", "-2--1"]}')
+    main(["plan", *map(str, model), *whole, "--schedule", str(stalls), "--max-steps", "9"])
+    equal = json.loads(capsys.readouterr().out)
+    assert [s["steps"] for s in equal["stages"]] == [1, 1] and not equal["length_known"]
+    main(["plan", *map(str, model), *whole, "--schedule", "0-1"])  # of any length
+    assert json.loads(capsys.readouterr().out)["stages"][0]["trains"] == "blocks 0-1, head"
 
 
 def test_a_dry_run_of_train_shows_the_shares_of_the_plan(model_folders, tmp_path, capsys):
@@ -183,7 +190,10 @@ def test_a_dry_run_of_train_shows_the_shares_of_the_plan(model_folders, tmp_path
         (["--batch-size", "0"], "--batch-size"),
         (["--real-tokens", "0"], "--real-tokens"),
         (["--real-tokens", "nan"], "--real-tokens"),
-        (["--dtype", "fp32", "--precision", "bf16"], "--precision bf16 exclude each other"),
+        (
+            ["--dtype", "fp32", "--precision", "bf16"],
+            "--dtype fp32 and --precision bf16 exclude each",
+        ),
         (["--state-device", "cpu", "--ranks", "2"], "is planned for one rank: leave ranks=2 out"),
         (["--state-device", "cpu", "--method", "full"], "--state-device is for the progressive"),
         (["--pcie", "nan"], "--pcie"),

@@ -90,7 +90,9 @@ def test_what_a_run_says_of_its_tokens(run, tmp_path, capsys):
     model = str(tmp_path / "run/model/config.json")
     # of the plan, which knows no tokenizer, in a vocabulary that has the tokens of the run
     main(["plan", "--model", model, "--stages", "1", "--max-steps", "6", "--json", *options])
-    (planned,) = json.loads(capsys.readouterr().out)["stages"]
+    plan = json.loads(capsys.readouterr().out)
+    (planned,) = plan["stages"]
+    assert "lm_head.weight: 5 of 104 rows train, and no others" in plan["notes"]
     metrics = json.loads((tmp_path / "run/metrics.json").read_text())
     whole = sum(
         p.numel() for p in AutoModelForCausalLM.from_pretrained(tmp_path / "run/model").parameters()

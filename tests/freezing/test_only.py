@@ -170,7 +170,7 @@ def test_a_tied_weight_goes_by_its_first_name_and_says_so():
     [
         ("(mlp", ValueError, "is no regular expression: missing \\)"),
         (3, TypeError, "only must be a regular expression, a text, got 3"),
-        ("mlp", ValueError, "matches no parameter, of names like bert.embeddings"),
+        ("mlp", ValueError, "of names like bert.embeddings.* and bert.encoder.layer"),
         (r"layer\.0", ValueError, "boundary 4 of 4 blocks freezes everything .* only='layer"),
     ],
 )

@@ -419,7 +419,7 @@ def test_command_line_chooses_trains_and_resumes(model_folders, text_files, tmp_
     assert 0 < float(ratio) <= 0.7
     for extra, message in (
         (("--rho", "0.7"), "take --importance snr, or progtuning train --dry-run"),
-        ((), "--schedule budget and --rho need each other"),
+        ((), "--schedule budget and --rho need each other: --schedule budget --rho 0.5"),
         (("--rho", "0.01", "--importance", "snr"), "pass rho="),
     ):
         with pytest.raises(SystemExit):
