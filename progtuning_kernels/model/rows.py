@@ -597,10 +597,10 @@ def _parameter_named(key: Any, names: Mapping[str, int], embeddings: Sequence[st
     matches: dict[int, str] = {}
     for name, of in names.items():
         module, _, attribute = name.rpartition(".")
-        module = _OF_PEFT.sub("", module)
-        if name == key or (attribute == "weight" and module == key):
+        plain = _OF_PEFT.sub("", module)
+        if name == key or (attribute == "weight" and key in (module, plain)):
             return of
-        ends = [name, module] if attribute == "weight" else [name]
+        ends = [name, module, plain] if attribute == "weight" else [name]
         if any(f".{end}".endswith(f".{key}") for end in ends):
             matches.setdefault(of, name)
     if len(matches) == 1:
