@@ -306,7 +306,7 @@ class PatchHandle:
         """
         self._check_patched()
         self.freezer.end_step()
-        self.freezer.rows.end_step()
+        self.freezer.rows.end_step(written=True)
         self.freezer.freeze_again()
 
     def _check_patched(self) -> None:

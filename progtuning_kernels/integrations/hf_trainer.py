@@ -317,6 +317,7 @@ class ProgtuningCallback(TrainerCallback):
         saved = decisions.get(_DECISIONS) if state.global_step else None
         if state.global_step:
             check_same_only((saved or {}).get("only"), self.handle.only)
+            self.handle.freezer.rows.load_state_dict((saved or {}).get("rows", {}))
         if decides_in_training(self.schedule) and saved is not None:
             if saved.get("kept_best"):
                 best = _checkpoint_of(args, state.global_step) / _BEST
@@ -374,8 +375,10 @@ class ProgtuningCallback(TrainerCallback):
             saved = self.handle.state_dict() | {"step": state.global_step}
             kept = saved.pop("best", None) is not None
             decisions[_DECISIONS] = saved | ({"kept_best": True} if kept else {})
-        elif self.handle.only is not None:
-            decisions[_DECISIONS] = {"only": self.handle.only}
+        else:  # what trains, which a resumed run is held to
+            known = self.handle.state_dict()
+            if chosen := {key: known[key] for key in ("only", "rows") if key in known}:
+                decisions[_DECISIONS] = chosen
 
     def on_log(
         self,

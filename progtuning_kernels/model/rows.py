@@ -8,6 +8,7 @@ the tensor send their gradient to this leaf, and nothing of the tensor's size is
 
 from __future__ import annotations
 
+import re
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -28,6 +29,7 @@ from .families import UnsupportedModelError
 _RECORDS = "_progtuning_rows"  # of a module: by the name of the tensor, what is known of its rows
 _SUFFIX = "_rows"  # of the name under which they are held
 _CURE = "call handle.unpatch() before that, and patch_model again after it"
+_OF_PEFT = re.compile(r"\.(base_layer|modules_to_save\.[^.]+)$")  # what its layers wrap
 _IDLE_STEPS = 8  # of an optimizer; a loss scale that is too large makes it skip the first few
 
 
@@ -56,13 +58,15 @@ class _Product(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, hidden, weight, bias, rows, ids):
-        ctx.save_for_backward(hidden, weight if ctx.needs_input_grad[0] else None, ids)
+        ctx.save_for_backward(hidden, weight if ctx.needs_input_grad[0] else None, rows, ids)
         return F.linear(hidden, weight, bias).detach()  # no view: it may be written into
 
     @staticmethod
     def backward(ctx, upstream):
-        hidden, weight, ids = ctx.saved_tensors
+        hidden, weight, rows, ids = ctx.saved_tensors
         of_hidden, _, of_bias, of_rows, _ = ctx.needs_input_grad
+        if of_hidden and torch.is_grad_enabled():  # create_graph: d_hidden depends on the rows
+            weight = _Whole.apply(weight, rows, ids)
         flat = upstream.reshape(-1, upstream.shape[-1])  # (N, V)
         d_hidden = flat.mm(weight).view(hidden.shape) if of_hidden else None
         d_bias = flat.sum(dim=0) if of_bias else None
@@ -256,14 +260,14 @@ class Rows:
             self.follow_weight()
         self._begun = self._ran = self.in_forward = True
 
-    def end_step(self) -> None:
-        """After the optimizer's step, which may write past the version counters, too. Under FSDP2
-        all ranks call this together.
+    def end_step(self, *, written: bool = False) -> None:
+        """After the optimizer's step, which may write past the version counters, too, as may others
+        who say that they have `written`. Under FSDP2 all ranks call this together.
         """
         ran, self._ran = self._ran, False
         if ran and self._idle_steps is not None and self.leaf.requires_grad:
             self._count_idle_step()
-        self.synchronise(settle=ran)
+        self.synchronise(settle=ran or (written and self._begun))
 
     def synchronise(self, *, settle: bool = False) -> None:
         """Bring the tensor and the leaf together, whichever was written since the last time."""
@@ -515,9 +519,9 @@ class TrainedRows:
         for rows in self.of_tensors:
             rows.in_forward = False
 
-    def end_step(self) -> None:
+    def end_step(self, *, written: bool = False) -> None:
         for rows in self.of_tensors:
-            rows.end_step()
+            rows.end_step(written=written)
 
     def show_uses(self) -> None:
         for rows in self.of_tensors:
@@ -593,10 +597,10 @@ def _parameter_named(key: Any, names: Mapping[str, int], embeddings: Sequence[st
     matches: dict[int, str] = {}
     for name, of in names.items():
         module, _, attribute = name.rpartition(".")
-        module = module.removesuffix(".base_layer")  # what PEFT's layers wrap
-        if name == key or (attribute == "weight" and module == key):
+        plain = _OF_PEFT.sub("", module)
+        if name == key or (attribute == "weight" and key in (module, plain)):
             return of
-        ends = [name, module] if attribute == "weight" else [name]
+        ends = [name, module, plain] if attribute == "weight" else [name]
         if any(f".{end}".endswith(f".{key}") for end in ends):
             matches.setdefault(of, name)
     if len(matches) == 1:

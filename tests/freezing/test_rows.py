@@ -223,6 +223,33 @@ def test_gradients_are_the_same_in_every_mode(mode):
         torch.testing.assert_close(found[name], expected[name], rtol=1e-5, atol=1e-7)
 
 
+def test_the_gradient_of_a_gradient_is_that_of_the_plain_model():
+    (model, inputs), (patched, _) = example("llama-causal-lm"), example("llama-causal-lm")
+    patch_model(patched, ALL, rows=BOTH, packing="off")
+    for one in (model, patched):
+        one.set_attn_implementation("eager")  # the others have no second derivative
+        embedded = one.get_input_embeddings()(inputs["input_ids"])
+        loss = one(inputs_embeds=embedded, labels=inputs["labels"]).loss
+        (gradient,) = torch.autograd.grad(loss, embedded, create_graph=True)
+        gradient.square().sum().backward()
+    for part, ids in (("embed_tokens", NEW), ("lm_head", [7, 5])):
+        whole, leaf = (
+            next(p.grad for n, p in one.named_parameters() if f"{part}.{name}" in n)
+            for one, name in ((model, "weight"), (patched, "weight_rows"))
+        )
+        torch.testing.assert_close(leaf, whole[sorted(ids)], rtol=1e-10, atol=1e-16)
+
+
+def test_settle_writes_rows_that_an_average_has_replaced():
+    model, inputs = example("llama-causal-lm")
+    handle = patch_model(model, ALL, rows={"embed_tokens": NEW})
+    model(**inputs).loss.backward()
+    handle.advance()
+    model.model.embed_tokens.weight_rows.data.fill_(0.25)  # past the version counter
+    handle.settle()
+    assert model.model.embed_tokens.weight[NEW].unique().tolist() == [0.25]
+
+
 def test_outputs_may_be_written_into_and_evaluation_is_as_ever():
     model, inputs = example("phi-causal-lm")  # whose head has a bias
     expected = model(**inputs).logits.detach()
@@ -388,6 +415,19 @@ def test_rows_train_though_peft_freezes_the_base_before_or_after():
         assert handle.active_params == sum(p.numel() for p in outer.parameters() if p.requires_grad)
         handle.unpatch()
         assert not model.get_input_embeddings().weight.requires_grad or late
+
+
+def test_a_module_in_modules_to_save_goes_by_its_own_name():
+    model, inputs = example("bert-sequence")
+    rows = {"classifier": [1]}
+    adapted = partial(peft.LoraConfig, target_modules=["query"])
+    wrapped = peft.get_peft_model(copy.deepcopy(model), adapted())
+    with pytest.raises(UnsupportedModelError, match="modules_to_save of the adapter's config"):
+        patch_model(wrapped, ALL, rows=rows)
+    model = peft.get_peft_model(model, adapted(modules_to_save=["classifier"]))
+    patch_model(model, ALL, rows=rows)
+    model(**inputs).loss.backward()
+    assert model.classifier.modules_to_save["default"].weight_rows.grad.abs().sum() > 0
 
 
 def test_what_counts_is_the_rows():

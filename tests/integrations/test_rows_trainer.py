@@ -48,8 +48,8 @@ def model_of(adapted: bool):
     return peft.get_peft_model(model, LORA)
 
 
-def trainer_with_rows(folder, *, adapted: bool, callbacks=(), **arguments):
-    callback = ProgtuningCallback(ProgressiveSchedule(2), rows=BOTH)
+def trainer_with_rows(folder, *, adapted: bool, wanted=BOTH, callbacks=(), **arguments):
+    callback = ProgtuningCallback(ProgressiveSchedule(2), rows=wanted)
     return trainer_of(
         folder,
         model=model_of(adapted),
@@ -86,6 +86,9 @@ def test_a_run_with_rows_goes_on_from_a_checkpoint_to_the_same_bits(tmp_path, ad
     resumed = trainer_with_rows(tmp_path / "run", **options)
     resumed.train(resume_from_checkpoint=str(tmp_path / "run/checkpoint-2"))
     assert handle_of(resumed.model) is None
+    others = trainer_with_rows(tmp_path / "run", **options, wanted={**BOTH, "lm_head": [5, 6, 7]})
+    with pytest.raises(ValueError, match="saved while these rows trained"):
+        others.train(resume_from_checkpoint=str(tmp_path / "run/checkpoint-2"))
     assert_rows_alone_have_moved(resumed.model)
     expected = straight.model.state_dict()
     assert all(torch.equal(w, expected[n]) for n, w in resumed.model.state_dict().items())
