@@ -224,8 +224,9 @@ def _per_unit(worth: Sequence[float], num_blocks: int, *, measured: bool) -> lis
     if not all(0 <= value < math.inf for value in numbers) or not any(
         numbers[: -1 if measured else None]
     ):
+        below = " below the head" if measured else ""
         raise ValueError(
-            f"importance must be finite, none negative and not all 0, found {numbers}; new "
+            f"importance must be finite, none negative and not all 0{below}, found {numbers}; new "
             'adapters, which are 0, have none by gradient yet: take "snr"'
         )
     return [Fraction(value) for value in numbers]
