@@ -20,7 +20,13 @@ from .model.families import UnsupportedModelError
 from .model.layout import find_layout
 from .model.rows import TrainedRows
 from .packing import Packing
-from .schedules import Schedule, check_schedule, decides_in_training, whole_number
+from .schedules import (
+    Schedule,
+    check_schedule,
+    decides_by_score,
+    decides_in_training,
+    whole_number,
+)
 from .schedules.plan import check_choice
 from .swaps import Kernels
 
@@ -141,6 +147,11 @@ def patch_model(
     if decides_in_training(schedule) and any(h.schedule is schedule for h in list(live_handles)):
         raise ValueError(
             f"{schedule!r} decides for a model that is patched already: give each model its own"
+        )
+    if decides_by_score(schedule) and schedule.best is not None and schedule.best[0] > step:
+        raise ValueError(
+            f"{schedule!r} has scores of a run up to step {schedule.best[0]}, and this one begins "
+            f"at step {step}: make a new schedule for it"
         )
     refuse_flat_parameters(inner)
     layout = find_layout(inner, blocks)

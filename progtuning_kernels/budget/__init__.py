@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from fractions import Fraction
 from inspect import signature
 from numbers import Real
@@ -107,23 +107,28 @@ def budget_schedule(
     check_choice("head", head, BudgetPolicy)
     if isinstance(importance, str):
         check_choice("importance", importance, Importance)
+    by = importance if isinstance(importance, str) else None  # arrays compare by element
     shares, total_steps = _shares(rho, total_steps)
 
     def choose() -> list[str]:
         layout = find_layout(model, blocks)
         given = [] if batches is None else list(batches)
+        if not all(isinstance(batch, Mapping) for batch in given):
+            raise TypeError("batches must be several, each of the arguments of the model by name")
         shape = _shape(model, batch_size, seq_len, given)
-        if isinstance(importance, str) and importance != "snr" and not given:
-            raise ValueError(f'importance="{importance}" needs batches: give some, or take "snr"')
+        if by in ("gradient", "contribution") and not given:
+            raise ValueError(f'importance="{by}" needs batches: give some, or take "snr"')
         where = (model, layout, ActiveSet(model, layout, tied))
-        if importance == "gradient":
+        if not where[-1].trainable_params:
+            raise ValueError("nothing of the model is trainable: every parameter is frozen")
+        if by == "gradient":
             worth = by_gradient(*where, given, loss)
-        elif importance == "contribution":
+        elif by == "contribution":
             on = embeddings != "never"
             found = measure_contribution(model, given, loss=loss, embeddings=on, blocks=blocks)
             worth = found.weights
         else:
-            worth = by_signal(*where) if importance == "snr" else importance
+            worth = by_signal(*where) if by == "snr" else importance
         target = next(model.parameters()).device
         if target.type == "meta":
             target = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -146,7 +151,7 @@ def budget_schedule(
             kernels=kernels,
             head=_WAYS[head],
         )
-        numbers = _per_unit(worth, layout.num_blocks)
+        numbers = _per_unit(worth, layout.num_blocks, measured=by is not None)
         plans = []
         for share in shares:
             plan = choose_units(
@@ -200,8 +205,11 @@ def _shape(
     raise ValueError(f"{type(model).__name__} does not take input_ids: give batches")
 
 
-def _per_unit(worth: Sequence[float], num_blocks: int) -> list[Fraction]:
-    """Importance of the embeddings, the blocks and the head, exactly."""
+def _per_unit(worth: Sequence[float], num_blocks: int, *, measured: bool) -> list[Fraction]:
+    """Importance of the embeddings, the blocks and the head, exactly.
+
+    Beside new adapters a new head has a gradient, and would be all that trains.
+    """
     try:
         numbers = [float(value) for value in worth]
     except (TypeError, ValueError):
@@ -213,9 +221,12 @@ def _per_unit(worth: Sequence[float], num_blocks: int) -> list[Fraction]:
             f"{len(numbers)} numbers of importance: give {num_blocks}, one for every block, or "
             f"{num_blocks + 2} with the embeddings first and the head last"
         )
-    if not all(0 <= value < math.inf for value in numbers) or not any(numbers):
+    if not all(0 <= value < math.inf for value in numbers) or not any(
+        numbers[: -1 if measured else None]
+    ):
+        below = " below the head" if measured else ""
         raise ValueError(
-            f"importance must be finite, none negative and not all 0, found {numbers}; new "
+            f"importance must be finite, none negative and not all 0{below}, found {numbers}; new "
             'adapters, which are 0, have none by gradient yet: take "snr"'
         )
     return [Fraction(value) for value in numbers]

@@ -39,6 +39,10 @@ def by_gradient(
     with _in_eval(model), torch.enable_grad():
         for batch in batches:
             value = loss(model, batch)
+            if not isinstance(value, Tensor) or value.numel() != 1:
+                raise TypeError(
+                    "the loss of a batch is no single number: give labels in the batches, or loss="
+                )
             # not backward(): `.grad` and hooks on it are the user's
             grads = torch.autograd.grad(value, parameters, allow_unused=True)
             for slot, grad in zip(slots, grads, strict=True):

@@ -304,7 +304,7 @@ def _dashed(name: str) -> str:
 
 
 _FOR_SCHEDULED = """
-only rho anneal state_dtype master_weights in_backward state_device cache graph
+schedule only rho anneal state_dtype master_weights in_backward state_device cache graph
 """.split()
 _BATCH_SIZE = 32
 # What would train or evaluate on other rows than the command says, or change nothing.

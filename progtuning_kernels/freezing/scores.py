@@ -25,9 +25,11 @@ class Scores:
         """Count a score, the same on all ranks; whether that has ended a stage."""
         schedule, step = self.schedule, self._freezer.step
         score = self._of_first_rank(float(score))
-        before = schedule.stage(step), schedule.finished
+        before, best = (schedule.stage(step), schedule.finished), schedule.best
         if schedule.report(step, score):
             self.keep()
+        elif schedule.best != best:  # back at an earlier step, whose weights are kept no more
+            self.best = None
         ended = (schedule.stage(step), schedule.finished) != before
         if ended:
             self._put_back()

@@ -16,6 +16,7 @@ UnitPolicy = Literal["always", "never"]
 BlockOrder = Literal["ascending", "descending", "random"]
 BlockSet = str | int | Collection[int | str]
 _PART = re.compile(r"(-?\d+)(?:-(-?\d+))?|embeddings|head")
+_SPACES = re.compile(r"^\s+|\s+$|(?<=[,-])\s+|\s+(?=,)|(?<=\d)\s+(?=-\s)")
 
 
 @dataclass(eq=False)
@@ -86,13 +87,15 @@ def is_block_set(text: str) -> bool:
 def text_of(blocks: BlockSet) -> str:
     """A set of blocks as a text without spaces; "" for none."""
     if not isinstance(blocks, str):
+        if callable(to_list := getattr(blocks, "tolist", None)):
+            blocks = to_list()  # of an array or tensor: a mask would pass for numbers 0 and 1
         items = blocks if isinstance(blocks, Collection) else [blocks]
         if isinstance(items, Set):  # all ranks, and a resumed run, must write it alike
             items = sorted(items, key=str)
         blocks = ",".join(
             i if isinstance(i, str) else str(whole_number("a block", i)) for i in items
         )
-    text = "".join(blocks.split())
+    text = _SPACES.sub("", blocks)  # not those of "1 0", which is no block 10
     if text and not is_block_set(text):
         raise ValueError(f"blocks must be like '0-3,8,-1' or [0, 1, 8], got {blocks!r}")
     return text

@@ -40,7 +40,7 @@ class PlateauSchedule:
     Args:
         stages: a number, which stands for the stages of `ProgressiveSchedule`; a list of sets of
             blocks, one per stage, as `FixedBlockSchedule` takes them; or another schedule, whose
-            stages come in their order (a random one needs its `total_steps`).
+            stages come in their order (a random or cyclic one needs its `total_steps`).
         patience: scores in a row without a better one that end a stage.
         min_delta: by how much a score must be better than the best one to count as better.
         mode: "min" or "max" says which score is better; None is the Trainer's choice
@@ -196,6 +196,8 @@ def _of_stages(stages: int | Sequence[BlockSet] | Schedule) -> Schedule:
         schedule = copy.deepcopy(stages)
         if isinstance(schedule, ProgressiveSchedule) and schedule.total_steps is None:
             schedule.bind(schedule.stages)
+        if schedule.total_steps is None and not hasattr(schedule, "milestones"):
+            raise ValueError(f"{stages!r} has no last stage: pass it with .bind(total_steps)")
         return schedule
     if isinstance(stages, Sequence) and not isinstance(stages, str):
         return FixedBlockSchedule(dict(enumerate(stages)))

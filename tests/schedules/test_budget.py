@@ -15,6 +15,7 @@ from fractions import Fraction
 import pytest
 import torch
 from cli_calls import broken_off
+from peft import LoraConfig, get_peft_model
 from proofs import frozen_by_hand, gradients
 from ranks import run_ranks
 from tiny_models import tiny_inputs, tiny_model
@@ -368,10 +369,31 @@ def test_what_cannot_be_is_refused_with_a_cure_that_works():
     ):
         with pytest.raises(ValueError, match=message):
             budget_schedule(model, 0.5, **ones | changed)
+    inputs = tiny_inputs("bert-sequence")
+    for batches, message in (
+        (inputs, "batches must be several"),
+        ([{k: v for k, v in inputs.items() if k != "labels"}], "give labels in the batches"),
+    ):
+        with pytest.raises(TypeError, match=message):
+            budget_schedule(model, 0.7, batches=batches)
+    array = torch.arange(1, 5).numpy()
+    assert budget_schedule(model, 0.7, **ones | dict(importance=array)).blocks == "2-3"
     with pytest.raises(ValueError, match="give total_steps"):
         budget_schedule(model, [0.6, 0.5], **ones)
     with patch_model(model, FixedBlockSchedule("")), pytest.raises(ValueError, match="is patched"):
         budget_schedule(model, 0.5, **ones)
+
+
+def test_new_adapters_do_not_leave_the_head_alone():
+    model = get_peft_model(
+        tiny_model("bert-sequence"), LoraConfig(task_type="SEQ_CLS", target_modules=["query"])
+    )
+    batches = [tiny_inputs("bert-sequence")]
+    with pytest.raises(ValueError, match='new adapters, .* take "snr"'):
+        budget_schedule(model, 0.8, batches=batches)
+    assert budget_schedule(model, 0.8, batches=batches, importance="snr").blocks
+    with pytest.raises(ValueError, match="every parameter is frozen"):
+        budget_schedule(model.requires_grad_(False), 0.8, batches=batches)
 
 
 def _on_rank(rank: int, folder: str) -> None:

@@ -139,6 +139,7 @@ def test_stages_are_a_number_sets_or_another_schedule(tmp_path):
         (lambda: PlateauSchedule("0-3"), TypeError, "stages must be 1 or more"),
         (lambda: PlateauSchedule(AdaptiveSchedule(5)), TypeError, "decides by itself"),
         (lambda: PlateauSchedule(PlateauSchedule(2)), TypeError, "decides by itself"),
+        (lambda: PlateauSchedule(CyclicBlockSchedule(1, 5)), ValueError, "has no last stage"),
         (lambda: PlateauSchedule(7).plan(0, 6), ValueError, "more than the 6 blocks"),
         (lambda: PlateauSchedule(3).report(-1, 0.0), ValueError, "0 or more"),
     ],
@@ -217,6 +218,21 @@ def test_without_restoring_the_weights_stay():
     with pytest.raises(RuntimeError, match="decides by no score: pass a PlateauSchedule"):
         other.report_score(1.0)
     assert not other.finished
+
+
+def test_scores_that_are_gone_bring_no_weights_back():
+    schedule = PlateauSchedule(THAWING, patience=2)
+    handle = patch_model(tiny_model(BERT), schedule, kernels="off")
+    for step, score in ((10, 0.9), (20, 0.5), (10, 0.95)):
+        handle.seek(step)
+        handle.report_score(score)
+    assert schedule.best == (10, 0.9)  # the weights kept were those of step 20
+    with pytest.raises(RuntimeError, match="weights of step 10 are to be put back"):
+        handle.report_score(0.96)
+    handle.unpatch()
+    with pytest.raises(ValueError, match="up to step 10, and this one begins at step 0"):
+        patch_model(tiny_model(BERT), schedule)  # a second run would be in the first one's stages
+    patch_model(tiny_model(BERT), schedule, step=10).unpatch()
 
 
 def test_a_run_that_is_broken_off_goes_on_to_the_same_bits(tmp_path):

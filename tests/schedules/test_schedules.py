@@ -14,6 +14,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -203,6 +204,8 @@ def test_unbound_schedule_plans_its_first_step_and_refuses_the_second():
         (lambda: FixedBlockSchedule({4: "0"}), "must say what trains from step 0 on"),
         (lambda: FixedBlockSchedule("0..3"), "blocks must be like '0-3,8,-1'"),
         (lambda: FixedBlockSchedule("0,,1"), "blocks must be like"),
+        (lambda: FixedBlockSchedule("1 0"), "blocks must be like"),
+        (lambda: FixedBlockSchedule("1 -1"), "blocks must be like"),
         (lambda: FixedBlockSchedule("0-3", head="first"), "head must be one of"),
         (lambda: FixedBlockSchedule("0,6").plan(0, 6), "block 6 is none of the 6 blocks there are"),
         (lambda: FixedBlockSchedule([-7]).plan(0, 6), "block -7 is none of the 6 blocks"),
@@ -466,6 +469,8 @@ def test_given_sets_hold_from_their_step_on(later, first, embeddings, head, step
 def test_sets_of_blocks_are_texts_or_numbers(given, blocks):
     plan = FixedBlockSchedule(given).plan(7, 6)
     assert plan == FreezePlan(tuple(i in blocks for i in range(6)))
+    with pytest.raises(TypeError, match="a block must be whole"):
+        FixedBlockSchedule(torch.tensor([True, False]))  # a mask is no list of blocks 1 and 0
 
 
 def test_random_cycles_differ_from_each_other():

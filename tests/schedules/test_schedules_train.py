@@ -588,6 +588,7 @@ def test_command_line_names_and_errors(model_folders, text_files, tmp_path, caps
         (("--only", "mlp"), "only='mlp' matches no parameter"),
         (("--method", "full", "--only", "layer"), "--only is for the progressive methods"),
         (("--method", "full", "--anneal"), "--anneal is for the progressive methods"),
+        (("--method", "full", "--schedule", "0"), "--schedule is for the progressive methods"),
         (("--schedule", "cyclic", "--stages", 4), "are for the progressive schedule"),
     ):
         with pytest.raises(SystemExit) as exit_:
