@@ -336,9 +336,9 @@ class Freezer:
         self._boundary.restore_modules()
         self.swaps.remove_swaps()
         self.graphs.remove()
-        self.active.restore_flags()
         if self._wrapper is not None:
-            self._wrapper.reshard()
+            self._wrapper.reshard()  # flags go to the shards, not to weights that are gathered
+        self.active.restore_flags()
         if not self.rows.outlives_patch:
             self.rows.remove()
         self._checkpointing.restore_checkpointing()
