@@ -62,6 +62,9 @@ def test_what_is_counted_without_a_gpu_is_stored(script, marker):
         ("prefix_cache", "cache"),
         ("dropout", "dropout"),
         ("communication", "communication"),
+        ("budget", "budget"),
+        ("host_update", "host_update"),
+        ("rows", "rows"),
     ],
 )
 def test_table_of_a_benchmark_is_that_of_the_stored_results(script, marker):
