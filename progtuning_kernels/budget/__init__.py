@@ -197,7 +197,7 @@ def _shape(
     """Rows and tokens of the batch whose step is counted; None: as the first of the given ones."""
     takes_tokens = "input_ids" in signature(model.forward).parameters
     if batch_size is not None and seq_len is not None and takes_tokens:
-        return batch_size, seq_len
+        return whole_number("batch_size", batch_size, 1), whole_number("seq_len", seq_len, 1)
     if given:
         return None
     if takes_tokens:

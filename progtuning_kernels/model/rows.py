@@ -330,9 +330,10 @@ class Rows:
         unmoved = self.leaf._version == self._seen[0]
         if unmoved and torch.equal(self.leaf, weight[self.on(weight)[0]]):
             warnings.warn(
-                f"the rows of {self.name} have not changed in {self._idle_steps} steps: an "
-                "optimizer made before patch_model does not hold them: make it from "
-                "handle.param_groups()",
+                f"the rows of {self.name} have not changed in {self._idle_steps} steps. Either the "
+                "optimizer was made before patch_model, and does not hold them: make it from "
+                "handle.param_groups(). Or a loss reads the weight outside the model's forward, "
+                "which gives them no gradient: call the module instead",
                 stacklevel=6,
             )
         self._idle_steps = None

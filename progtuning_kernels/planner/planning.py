@@ -283,7 +283,11 @@ def plan_training(
             + ("" if autocast is None else f"autocast to {_short(autocast)}, ")
             + optimizer
             + " on the host" * (options.host is not None)
-            + ", master weights" * bool(master_weights)
+            + (
+                ", 24-bit weights"
+                if master_weights == "8bit"
+                else ", master weights" * bool(master_weights)
+            )
             + ", in backward" * in_backward
         ),
         stages=tuple(stages),
