@@ -28,6 +28,7 @@ from .step_costs import measure_step_costs
 
 Importance = Literal["gradient", "contribution", "snr"]
 BudgetPolicy = Literal["chosen", "always", "never"]
+_ROWS, _TOKENS = 32, 128  # of a batch of which nothing is known, as of `progtuning plan`
 _WAYS = {"chosen": (True, False), "always": (True,), "never": (False,)}
 
 
@@ -36,7 +37,7 @@ def budget_schedule(
     rho: float | Sequence[float],
     total_steps: int | None = None,
     *,
-    importance: Importance | Sequence[float] = "gradient",
+    importance: Importance | Sequence[float] | None = None,
     batches: Iterable[Batch] | None = None,
     loss: Callable[[nn.Module, Batch], Tensor] = lambda model, batch: model(**batch).loss,
     batch_size: int | None = None,
@@ -70,11 +71,12 @@ def budget_schedule(
             "contribution": the gain in loss when the block trains, of `measure_contribution` on
             `batches`. "snr": signal-to-noise ratio of the singular values of the weight matrices,
             as Spectrum has it (arXiv 2406.06623), which needs no batches. Or numbers, none
-            negative: one for every block, or for the embeddings, the blocks and the head.
+            negative: one for every block, or for the embeddings, the blocks and the head. None:
+            "gradient" with batches, "snr" without.
         batches: arguments of the model by name, on its device.
         loss: 0-dim loss of one batch; by default the model's own.
-        batch_size: rows of a micro-batch, for the costs; None: as the first of `batches`.
-        seq_len: tokens of each row; None: as above.
+        batch_size: rows of a micro-batch, for the costs; None: as the first of `batches`, or 32.
+        seq_len: tokens of each row; None: as above, or 128, or as many as the model has positions.
         embeddings: "chosen" by the budget as blocks are, "always" or "never".
         head: "always", since most heads are new; "chosen" or "never".
         calibrate: costs are seconds, of real steps of two blocks, embeddings and head on the
@@ -97,7 +99,7 @@ def budget_schedule(
 
     Example:
         ```python
-        schedule = budget_schedule(model, 0.5, 60, importance="snr", batch_size=4, seq_len=16)
+        schedule = budget_schedule(model, 0.5, 60)
         print(schedule)
         ```
     """
@@ -107,12 +109,13 @@ def budget_schedule(
     check_choice("head", head, BudgetPolicy)
     if isinstance(importance, str):
         check_choice("importance", importance, Importance)
-    by = importance if isinstance(importance, str) else None  # arrays compare by element
     shares, total_steps = _shares(rho, total_steps)
 
     def choose() -> list[str]:
         layout = find_layout(model, blocks)
         given = [] if batches is None else list(batches)
+        asked: Any = ("gradient" if given else "snr") if importance is None else importance
+        by = asked if isinstance(asked, str) else None  # arrays compare by element
         if not all(isinstance(batch, Mapping) for batch in given):
             raise TypeError("batches must be several, each of the arguments of the model by name")
         shape = _shape(model, batch_size, seq_len, given)
@@ -121,6 +124,7 @@ def budget_schedule(
         where = (model, layout, ActiveSet(model, layout, tied))
         if not where[-1].trainable_params:
             raise ValueError("nothing of the model is trainable: every parameter is frozen")
+        worth: Sequence[float]
         if by == "gradient":
             worth = by_gradient(*where, given, loss)
         elif by == "contribution":
@@ -128,7 +132,7 @@ def budget_schedule(
             found = measure_contribution(model, given, loss=loss, embeddings=on, blocks=blocks)
             worth = found.weights
         else:
-            worth = by_signal(*where) if by == "snr" else importance
+            worth = by_signal(*where) if by == "snr" else asked
         target = next(model.parameters()).device
         if target.type == "meta":
             target = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -196,13 +200,14 @@ def _shape(
 ) -> tuple[int, int] | None:
     """Rows and tokens of the batch whose step is counted; None: as the first of the given ones."""
     takes_tokens = "input_ids" in signature(model.forward).parameters
-    if batch_size is not None and seq_len is not None and takes_tokens:
-        return whole_number("batch_size", batch_size, 1), whole_number("seq_len", seq_len, 1)
-    if given:
+    if given and (batch_size is None or seq_len is None or not takes_tokens):
         return None
-    if takes_tokens:
-        raise ValueError("the shape of a batch is not known: give batch_size and seq_len")
-    raise ValueError(f"{type(model).__name__} does not take input_ids: give batches")
+    if not takes_tokens:
+        raise ValueError(f"{type(model).__name__} does not take input_ids: give batches")
+    rows = _ROWS if batch_size is None else batch_size
+    positions = getattr(getattr(model, "config", None), "max_position_embeddings", None)
+    tokens = min(_TOKENS, positions or _TOKENS) if seq_len is None else seq_len
+    return whole_number("batch_size", rows, 1), whole_number("seq_len", tokens, 1)
 
 
 def _per_unit(worth: Sequence[float], num_blocks: int, *, measured: bool) -> list[Fraction]:

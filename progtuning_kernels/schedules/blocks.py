@@ -8,7 +8,7 @@ from collections.abc import Collection, Iterator, Mapping, Set
 from dataclasses import KW_ONLY, dataclass, field
 from hashlib import blake2b
 from itertools import count
-from typing import Literal
+from typing import Any, Literal
 
 from .plan import FreezePlan, bind_length, check_choice, check_step, whole_number
 
@@ -87,7 +87,8 @@ def is_block_set(text: str) -> bool:
 def text_of(blocks: BlockSet) -> str:
     """A set of blocks as a text without spaces; "" for none."""
     if not isinstance(blocks, str):
-        if callable(to_list := getattr(blocks, "tolist", None)):
+        to_list: Any = getattr(blocks, "tolist", None)
+        if to_list is not None:
             blocks = to_list()  # of an array or tensor: a mask would pass for numbers 0 and 1
         items = blocks if isinstance(blocks, Collection) else [blocks]
         if isinstance(items, Set):  # all ranks, and a resumed run, must write it alike

@@ -363,7 +363,7 @@ def test_what_cannot_be_is_refused_with_a_cure_that_works():
         (dict(importance=[1, 2]), "2 numbers of importance: give 4"),
         (dict(importance=[0] * 4), "not all 0"),
         (dict(importance=[1, 1, 1, math.inf]), "must be finite"),
-        (dict(seq_len=None), "give batch_size and seq_len"),
+        (dict(batch_size=2.5), "batch_size must be"),
         (dict(embeddings="sometimes"), "must be one of 'chosen'"),
         (dict(importance="magnitude"), "importance must be one of"),
     ):
@@ -376,6 +376,8 @@ def test_what_cannot_be_is_refused_with_a_cure_that_works():
     ):
         with pytest.raises(TypeError, match=message):
             budget_schedule(model, 0.7, batches=batches)
+    by_signal = budget_schedule(model, 0.7, importance="snr")
+    assert budget_schedule(model, 0.7).blocks == by_signal.blocks
     array = torch.arange(1, 5).numpy()
     assert budget_schedule(model, 0.7, **ones | dict(importance=array)).blocks == "2-3"
     with pytest.raises(ValueError, match="give total_steps"):
