@@ -124,7 +124,7 @@ def budget_schedule(
         where = (model, layout, ActiveSet(model, layout, tied))
         if not where[-1].trainable_params:
             raise ValueError("nothing of the model is trainable: every parameter is frozen")
-        worth: Sequence[float]
+        worth: Any
         if by == "gradient":
             worth = by_gradient(*where, given, loss)
         elif by == "contribution":
