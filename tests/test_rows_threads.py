@@ -8,7 +8,9 @@ rows, in fp64.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Iterator
+from pathlib import Path
 
 import peft
 import torch
@@ -124,6 +126,15 @@ def with_this_library(model: nn.Module, **options) -> MaskedAdamW:
 def assert_rows(model: nn.Module, truth: nn.Module) -> None:
     for p, q in zip(model.parameters(), truth.parameters(), strict=True):
         torch.testing.assert_close(p.detach().double(), q.detach(), rtol=1e-5, atol=1e-6)
+
+
+def test_the_page_lists_these_threads():
+    page = (Path(__file__).parent.parent / "docs/tables/threads.md").read_text(encoding="utf-8")
+    listed = re.findall(r"^\| \[\S+/(\S+)#(\d+)\]", page.partition("## New tokens")[2], flags=re.M)
+    starts = [f"test_{name}_{number}_".lower().replace("-", "_") for name, number in listed]
+    tests = [name for name in globals() if re.match(r"test_\w+?_\d+_", name)]
+    assert starts and len(starts) == len(tests)
+    assert all(map(str.startswith, tests, starts)), (tests, starts)
 
 
 def test_diffusers_1009_rows_with_a_zeroed_gradient_decay():

@@ -138,7 +138,8 @@ def _median_of_law(beta: float) -> float:
     """Median of the Marchenko-Pastur law of eigenvalues, of ratio beta and variance 1."""
     low, high = (1 - math.sqrt(beta)) ** 2, (1 + math.sqrt(beta)) ** 2
     # x = (low + high)/2 - (high - low)/2 cos(t): the density times dx/dt has no poles but at beta=1
-    t = (torch.arange(100_000, dtype=torch.float64) + 0.5) * (math.pi / 100_000)
+    t = torch.arange(100_000, dtype=torch.float64, device="cpu") + 0.5
+    t *= math.pi / 100_000
     x = (low + high) / 2 - (high - low) / 2 * t.cos()
     below = ((t.sin() * (high - low) / 2) ** 2 / x).cumsum(0)
     return float(x[int((below < below[-1] / 2).sum())])

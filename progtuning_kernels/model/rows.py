@@ -223,7 +223,7 @@ class Rows:
         if self._on is None or self._on[1].shape != weight.shape[:1]:
             if self.ids[-1] >= len(weight):
                 raise RuntimeError(f"{self.name} has lost rows that train: {_CURE}")
-            places = torch.full((len(weight),), len(self.ids), device="cpu")
+            places = torch.full((len(weight),), len(self.ids), dtype=torch.int64, device="cpu")
             places[self.ids] = torch.arange(len(self.ids), device="cpu")
             self._on = self.ids, places
         if self._on[0].device != weight.device:

@@ -170,7 +170,7 @@ def _timed_step(
 
 def measure_update(options: Options, dtype: torch.dtype) -> float:
     """Bytes of host memory a second that an update reads and writes on this machine's CPU."""
-    p = nn.Parameter(torch.zeros(_UPDATED, dtype=dtype))
+    p = nn.Parameter(torch.zeros(_UPDATED, dtype=dtype, device="cpu"))
     p.grad = torch.full_like(p, 0.01)
     optimizer = MaskedAdamW(
         [p],

@@ -15,7 +15,7 @@ from progtuning_kernels import FreezePlan, PatchHandle, PrefixCache, patch_model
 
 BLOCKS, SAMPLES = 4, 7
 _SETTINGS = settings(
-    max_examples=25,
+    max_examples=18,
     deadline=None,
     derandomize=True,
     suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow],

@@ -197,8 +197,16 @@ def test_as_accurate_as_plain_torch(dtype, variant, monkeypatch):
     _compare(monkeypatch, variant, dtype, "reference", CHUNK_ROWS, DEMANDS)
 
 
-@pytest.mark.parametrize("variant", [v for v in VARIANTS if v != "everything-none-returned"])
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+# what float16 does to numbers is not the variant's affair, and the interpreter is slow
+INTERPRETED = [
+    (dtype, variant)
+    for dtype, variant in itertools.product(DTYPES, VARIANTS)
+    if variant != "everything-none-returned"
+    and (dtype != torch.float16 or variant in ("plain", "everything"))
+]
+
+
+@pytest.mark.parametrize(("dtype", "variant"), INTERPRETED, ids=str)
 def check_as_accurate_as_plain_torch(dtype, variant, monkeypatch, small_blocks):
     demands = DEMANDS if variant == "plain" else DEMANDS[:1]
     once = variant in ("plain", "none", "everything-none", "everything-returned")
