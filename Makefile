@@ -14,8 +14,9 @@ SOURCES := pyproject.toml setup.py $(CONSTRAINTS) $(wildcard csrc/*)
 demo: .venv/.demo ## fine-tune a pretrained model fully and progressively, and compare
 	$(BIN)/progtuning demo $(ARGS)
 
+# in the order of the files: xdist would begin with those of most tests, and long ones would be last
 test: .venv/.test ## the whole test suite, a file at a time on each of WORKERS
-	$(BIN)/python -m pytest -n $(WORKERS) --dist loadfile $(ARGS)
+	$(BIN)/python -m pytest -n $(WORKERS) --dist loadfile --no-loadscope-reorder $(ARGS)
 
 lint: .venv/.lint ## style and format of Python and C++; installs nothing heavy
 	$(BIN)/ruff check .
