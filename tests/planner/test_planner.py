@@ -390,6 +390,7 @@ def test_a_llama_of_8_billion_parameters_fits_in_24_gb_with_its_state_on_the_hos
         intermediate_size=14336,
         vocab_size=128256,
     )
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss  # KiB, of the tests before too
     model = _meta(hf.LlamaForCausalLM, config)
     planning.switch_checkpointing_on(model)
     plan = plan_training(
@@ -404,7 +405,7 @@ def test_a_llama_of_8_billion_parameters_fits_in_24_gb_with_its_state_on_the_hos
         memory_bytes=24 * 10**9,
         device="cuda",
     )
-    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss < 2e6  # KiB
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 1e6  # weights: 16e6
     params = 8_030_261_248
     assert plan.full.trainable_params == params
     matrices = 2 * 2048 * (params - 128256 * 4096)
