@@ -3,7 +3,7 @@
     python benchmarks/accuracy_study.py prepare                   # models and BBC News, once
     python benchmarks/accuracy_study.py times --data FOLDER       # on a quiet machine, before runs
     python benchmarks/accuracy_study.py plan                      # what is left to run, in hours
-    python benchmarks/accuracy_study.py runs --data FOLDER        # what is missing, one at a time
+    python benchmarks/accuracy_study.py runs --data FOLDER        # what is missing, one by one
     python benchmarks/accuracy_study.py table --page PAGE --picture PNG
 
 `experiments/study.toml` says what is trained. Every run of a seed begins with the same head and
@@ -45,6 +45,8 @@ def with_rows(experiment: dict[str, Any], rows: int | None) -> dict[str, Any]:
     """The same with few training rows in small batches; its runs count for nothing else."""
     for scope in (experiment["common"], *experiment["tasks"].values()) if rows else ():
         scope |= {"train_rows": rows, "rows": max(1, rows // 4)}
+    for model in experiment["models"].values() if rows else ():
+        model["train_rows"] = {}
     return experiment
 
 
@@ -53,7 +55,7 @@ def task_reader(study: Study, options: argparse.Namespace) -> Callable[[Job], Ta
 
     @lru_cache(maxsize=2)
     def read(model: str, name: str) -> Task:
-        settings = {**study.experiment["common"], **study.experiment["tasks"][name]}
+        settings = study.task_settings(model, name)
         return read_task(name, settings, model, data=options.data, cache=options.cache)
 
     def of_job(job: Job) -> Task:
@@ -98,15 +100,22 @@ def missing(study: Study, options: argparse.Namespace) -> list[Job]:
 
 
 @contextmanager
-def alone(folder: Path) -> Iterator[None]:
-    """One command at a time writes runs into a folder."""
+def claimed(jobs: list[Job], folder: Path) -> Iterator[Job | None]:
+    """The first run that no other command is making, with a lock on it; None: there is none."""
     folder.mkdir(parents=True, exist_ok=True)
-    with (folder / ".lock").open("w") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise UserError(f"another command is making runs in {folder}") from None
-        yield
+    for job in jobs:
+        with (folder / f"{_file_name(job)}.lock").open("w") as file:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                continue
+            yield job
+            return
+    yield None
+
+
+def _file_name(job: Job) -> str:
+    return "-".join(map(str, vars(job).values()))
 
 
 def make_runs(study: Study, options: argparse.Namespace) -> None:
@@ -116,24 +125,28 @@ def make_runs(study: Study, options: argparse.Namespace) -> None:
     read, failed, done = task_reader(study, options), {}, 0
     show_plan(study, missing(study, options))
     while options.limit is None or done < options.limit:
+        study.read()
         jobs = [j for j in missing(study, options) if j.rate is not None and j not in failed]
-        if not jobs:
-            break
-        job = jobs[0]
-        settings = study.settings(job.model, job.task, job.method)
-        work = options.output / "work" / "-".join(map(str, vars(job).values()))
-        started = time.perf_counter()
-        try:
-            task = read(job)
-            whole = settings["epochs"] * steps_per_epoch(task, settings)
-            steps = study.steps(job.model, job.task, job.method, whole)
-            found = train(job, settings, task, steps, cache=options.cache, work=work)
-        except Exception as error:  # of one run: those after it are hours of their own
-            failed[job] = one_line(error)
-            print(f"{job.name}: left out: {failed[job]}", flush=True)
-            continue
-        study.add(job, {**found, "meta": meta})
-        shutil.rmtree(work, ignore_errors=True)
+        with claimed(jobs, options.output / "work") as job:
+            if job is None:
+                break
+            study.read()
+            if job in study.records:  # by another command, before the lock was ours
+                continue
+            settings = study.settings(job.model, job.task, job.method)
+            work = options.output / "work" / _file_name(job)
+            started = time.perf_counter()
+            try:
+                task = read(job)
+                whole = settings["epochs"] * steps_per_epoch(task, settings)
+                steps = study.steps(job.model, job.task, job.method, whole)
+                found = train(job, settings, task, steps, cache=options.cache, work=work)
+            except Exception as error:  # of one run: those after it are hours of their own
+                failed[job] = one_line(error)
+                print(f"{job.name}: left out: {failed[job]}", flush=True)
+                continue
+            study.add(job, {**found, "meta": meta})
+            shutil.rmtree(work, ignore_errors=True)
         gc.collect()
         done += 1
         minutes = (time.perf_counter() - started) / 60
@@ -217,8 +230,7 @@ def main() -> None:
         elif options.command == "table":
             show_table(study, options)
         else:
-            with alone(options.output):
-                {"times": measure_times, "runs": make_runs}[options.command](study, options)
+            {"times": measure_times, "runs": make_runs}[options.command](study, options)
     except (UserError, OSError) as error:
         raise SystemExit(f"error: {error}") from error
 

@@ -5,6 +5,7 @@ Nothing here needs torch. `experiments/study.toml` says what is trained.
 
 from __future__ import annotations
 
+import fcntl
 import json
 import os
 import statistics
@@ -41,11 +42,21 @@ class Study:
 
     def __init__(self, experiment: Mapping[str, Any], folder: Path) -> None:
         self.experiment, self.folder = experiment, folder
+        self.times = {
+            (stored["model"], stored["task"]): stored
+            for path in sorted(folder.glob(f"{TIMES}/*.json"))
+            for stored in [json.loads(path.read_text())]
+        }
+        self.read()
+
+    def read(self) -> None:
+        """The stored runs, those of other commands too."""
+        experiment = self.experiment
         self.records: dict[Job, Record] = {}
         self.strangers = 0  # stored runs of other settings, or of no part
         wanted = {(p["model"], t, m) for p in experiment["parts"] for t, m in _pairs(p)}
         tuned = {(p["model"], m) for p in experiment["parts"] for m in p["methods"]}
-        for record in read_runs(folder / RUNS):
+        for record in read_runs(self.folder / RUNS):
             job = Job(**record["job"])
             place = job.model, job.task, job.method
             known = (job.model, job.method) in tuned if job.tunes else place in wanted
@@ -53,21 +64,24 @@ class Study:
                 self.records[job] = record
             else:
                 self.strangers += 1
-        self.times = {
-            (stored["model"], stored["task"]): stored
-            for path in sorted(folder.glob(f"{TIMES}/*.json"))
-            for stored in [json.loads(path.read_text())]
-        }
 
     def settings(self, model: str, task: str, method: str) -> dict[str, Any]:
         """What decides the numbers of a run."""
         own = self.experiment["methods"][method]
-        kept = ("tuning_rows",)
+        return {
+            **self.task_settings(model, task),
+            **{k: v for k, v in own.items() if k not in ("title", "way", "runs_of", "rate_of")},
+        }
+
+    def task_settings(self, model: str, task: str) -> dict[str, Any]:
+        """What is the same for every method; a large model may have fewer rows of a task."""
+        of_model = self.experiment["models"][model]
+        rows = of_model.get("train_rows", {})
         return {
             **self.experiment["common"],
-            **{k: v for k, v in self.experiment["models"][model].items() if k in kept},
+            **{k: v for k, v in of_model.items() if k == "tuning_rows"},
             **{k: v for k, v in self.experiment["tasks"][task].items() if k != "title"},
-            **{k: v for k, v in own.items() if k not in ("title", "way", "runs_of", "rate_of")},
+            **({"train_rows": rows[task]} if task in rows else {}),
         }
 
     def jobs(self) -> list[Job]:
@@ -221,6 +235,7 @@ def append_run(path: Path, record: Mapping[str, Any]) -> None:
     """Write one line, and see it on the disk."""
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("ab+") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)  # until it is closed
         file.seek(0, os.SEEK_END)
         if file.tell():
             file.seek(-1, os.SEEK_END)
