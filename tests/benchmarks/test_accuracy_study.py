@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import statistics
 import sys
@@ -85,6 +86,30 @@ def test_stored_runs_are_not_made_again_and_a_line_cut_off_costs_one(tmp_path):
     other["common"] = other["common"] | {"epochs": 4}
     changed = PLAN.Study(other, tmp_path)
     assert not changed.records and changed.strangers == 8
+
+
+def test_several_commands_share_the_runs(tmp_path):
+    jobs = PLAN.Study(experiment(), tmp_path).jobs()[:2]
+    with SCRIPT.claimed(jobs, tmp_path) as first, SCRIPT.claimed(jobs, tmp_path) as second:
+        assert [first, second] == jobs
+        with SCRIPT.claimed(jobs, tmp_path) as third:
+            assert third is None
+    with SCRIPT.claimed(jobs, tmp_path) as again:
+        assert again == jobs[0]
+    study, other = (PLAN.Study(experiment(), tmp_path) for _ in range(2))
+    other.add(jobs[0], record(1.0))
+    assert jobs[0] not in study.records
+    study.read()
+    assert study.records == other.records
+
+
+def test_a_model_may_have_fewer_rows_of_a_task(tmp_path):
+    changed = copy.deepcopy(experiment())
+    changed["models"]["minilm"]["train_rows"] = {"rte": 7}
+    study = PLAN.Study(changed, tmp_path)
+    rows = [study.settings("minilm", task, "full")["train_rows"] for task in ("rte", "cola")]
+    assert rows == [7, EXPERIMENT["tasks"]["cola"]["train_rows"]]
+    assert SCRIPT.with_rows(changed, 20)["models"]["minilm"]["train_rows"] == {}
 
 
 def test_seconds_are_steps_times_measured_steps(tmp_path):
