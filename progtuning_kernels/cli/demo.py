@@ -49,7 +49,7 @@ def run(options: TrainOptions, *, methods: Sequence[Method], seeds: int, lora_lr
             if not folders:
                 for note in trained.prepared.notes:
                     console.print(note, soft_wrap=True, markup=False)
-            failure = trained.train()["summary"]["failure"]
+            failure = trained.train(resumable=False)["summary"]["failure"]
             if failure is not None:
                 failures.append(f"{folder.name}: {failure}")
             folders.append(folder)

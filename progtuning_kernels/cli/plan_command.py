@@ -9,7 +9,9 @@ from collections.abc import Callable
 from itertools import islice
 from typing import Any
 
+import click
 import torch
+from click.core import ParameterSource
 from torch import nn
 from transformers import AutoConfig
 
@@ -161,6 +163,10 @@ def _with_weights(options: TrainOptions) -> tuple[nn.Module, Callable[[nn.Module
 
 def run(options: TrainOptions, *, memory: str | None, as_json: bool, **more: Any) -> None:
     memory_bytes = None if memory is None else parse_bytes(memory)
+    source_of = click.get_current_context().get_parameter_source
+    for name, flag in (("pcie_gbps", "--pcie"), ("host_gbps", "--host-bandwidth")):
+        if source_of(name) is not ParameterSource.DEFAULT and options.state_device is None:
+            raise UserError(f"{flag} is of the state on the host: give --state-device cpu as well")
     # state on the host is apart from the weights, which are then planned on a GPU
     assumed = options.state_device is not None and options.device == "auto"
     device = "cuda" if assumed or options.device == "cuda" else choose_device(options.device)

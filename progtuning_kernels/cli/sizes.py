@@ -20,4 +20,6 @@ def parse_bytes(text: str) -> int:
         size = int(min(float(number) * (1024 if binary else 1000) ** power, 2**63))
     if not 1 <= size < 2**63:
         raise UserError(f"{text!r} is no size of memory: give one such as 24GiB")
+    if match and not match[2] and size < 1000:  # "--memory 24" means a card of 24 GB
+        raise UserError(f"{text!r} would be {size} bytes: give a unit, such as {size}GiB")
     return size

@@ -259,11 +259,12 @@ class Run:
             size = max(1, budget // lengths[order[-1]])
         return [rows[i] for i in order[-size:]]
 
-    def train(self) -> dict[str, Any]:
+    def train(self, *, resumable: bool = True) -> dict[str, Any]:
         """Run to the end (from the newest checkpoint with `resume`), write and return metrics.json.
 
         Of a run that learnt nothing no model is written, and its checkpoints stay. SIGINT and
-        SIGTERM end the process with a checkpoint, and a line that says how to go on.
+        SIGTERM end the process with a checkpoint, and, if the command is `resumable`, a line that
+        says how to go on.
         """
         started = time.perf_counter()
         if self.options.overwrite and self.trainer.is_world_process_zero():
@@ -285,9 +286,9 @@ class Run:
         if self.recorder.signal is not None and state.global_step < state.max_steps:
             self.trainer.accelerator.wait_for_everyone()  # one saves for all
             instead = " in place of --overwrite" if self.options.overwrite else ""
+            how = f"; the same command with --resume{instead} goes on" if resumable else ""
             end_with(
-                f"stopped after step {state.global_step} of {state.max_steps}; the same command "
-                f"with --resume{instead} goes on",
+                f"stopped after step {state.global_step} of {state.max_steps}{how}",
                 128 + self.recorder.signal,
             )
         last = self.recorder.evaluations[-1:]

@@ -197,6 +197,9 @@ def test_a_dry_run_of_train_shows_the_shares_of_the_plan(model_folders, tmp_path
         (["--state-device", "cpu", "--ranks", "2"], "is planned for one rank: leave ranks=2 out"),
         (["--state-device", "cpu", "--method", "full"], "--state-device is for the progressive"),
         (["--pcie", "nan"], "--pcie"),
+        (["--pcie", "50"], "--pcie is of the state on the host: give --state-device cpu as well"),
+        (["--host-bandwidth", "50"], "--host-bandwidth is of the state on the host"),
+        (["--memory", "24"], "'24' would be 24 bytes: give a unit, such as 24GiB"),
         (["--strategy", "fsdp2"], "strategy 'fsdp2' is for several ranks: give ranks, too"),
         (
             ["--ranks", "2", "--strategy", "zero2", "--state-dtype", "8bit"],
