@@ -38,6 +38,7 @@ from ..schedules import (
 from ..zero import follow_loads
 from .plan_numbers import (
     costs,
+    decided_before,
     device_of,
     inner_optimizer,
     plan_numbers,
@@ -318,7 +319,7 @@ class ProgtuningCallback(TrainerCallback):
         if state.global_step:
             check_same_only((saved or {}).get("only"), self.handle.only)
             self.handle.freezer.rows.load_state_dict((saved or {}).get("rows", {}))
-        if decides_in_training(self.schedule) and saved is not None:
+        if state.global_step and decided_before(self.schedule, saved):
             if saved.get("kept_best"):
                 best = _checkpoint_of(args, state.global_step) / _BEST
                 saved["best"] = torch.load(best, map_location="cpu", weights_only=True)

@@ -17,7 +17,14 @@ from ..model.rows import TrainedRows
 from ..optim import MaskedOptimizer
 from ..patch import PatchHandle, check_options, handle_of, patch_model
 from ..schedules import Schedule, check_schedule, decides_by_score, decides_in_training
-from .plan_numbers import costs, plan_numbers, refuse_without_rows, release, smaller_norm
+from .plan_numbers import (
+    costs,
+    decided_before,
+    plan_numbers,
+    refuse_without_rows,
+    release,
+    smaller_norm,
+)
 
 try:
     from lightning.pytorch import Callback
@@ -135,7 +142,7 @@ class ProgtuningCallback(Callback):
             self.handle.attach(trainer.strategy.model)
         if trainer.global_step:
             check_same_only((self._saved or {}).get("only"), self.handle.only)
-        if decides_in_training(self.schedule) and self._saved is not None:
+        if trainer.global_step and decided_before(self.schedule, self._saved):
             self.handle.load_state_dict(self._saved)
         release(optimizer)
         if isinstance(optimizer, MaskedOptimizer):

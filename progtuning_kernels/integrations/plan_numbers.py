@@ -6,6 +6,8 @@ A handle here is the `PatchHandle` of a run under way.
 from __future__ import annotations
 
 import sys
+import warnings
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -13,6 +15,7 @@ from torch.optim import Optimizer
 
 from ..model.rows import TrainedRows
 from ..optim import MaskedOptimizer, release_frozen_state, state_bytes
+from ..schedules import Schedule, decides_in_training
 
 if sys.platform != "win32":
     import resource
@@ -31,6 +34,23 @@ def plan_numbers(handle: Any) -> dict[str, Any]:
     """What a log says of the plan in force; `active_share` of what was trainable before."""
     share = round(handle.active_params / handle.trainable_params, 4)
     return {"stage": handle.stage + 1, "boundary": handle.boundary, "active_share": share}
+
+
+def decided_before(schedule: Schedule, saved: Mapping[str, Any] | None) -> bool:
+    """Whether a checkpoint holds what a schedule that decides in training has decided.
+
+    One of plain training, or of a schedule that does not decide, holds nothing: a warning says so.
+    """
+    if not decides_in_training(schedule):
+        return False
+    if saved is not None and "format" in saved:
+        return True
+    warnings.warn(
+        f"the checkpoint holds no decisions of a {type(schedule).__name__}: it begins with its "
+        "first stage",
+        stacklevel=2,
+    )
+    return False
 
 
 def costs(handle: Any, optimizer: Optimizer | None) -> dict[str, Any]:

@@ -353,6 +353,18 @@ def test_the_trainer_goes_on_by_its_metric_and_stops_after_the_last_stage(tmp_pa
         other.train(resume_from_checkpoint=str(tmp_path / "checkpoint-4"))
 
 
+def test_a_checkpoint_of_another_schedule_is_said_to_begin_the_first_stage(tmp_path):
+    scores, saving = {2: 0.5, 4: 0.6}, dict(save_strategy="steps", save_steps=2)
+    earlier, *_ = _trainer(tmp_path, scores, ProgressiveSchedule(2), **saving)
+    later, callback, watch = _trainer(tmp_path / "later", scores)
+    earlier.args.max_steps, later.args.max_steps = 2, 4
+    earlier.train()
+    with pytest.warns(UserWarning, match="no decisions of a PlateauSchedule: it begins with its f"):
+        later.train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
+    assert watch.boundaries == [3, 3]
+    assert callback.schedule.state_dict()["scores"] == [[4, 0.6]]
+
+
 @pytest.mark.parametrize(
     ("schedule", "arguments", "message"),
     [
