@@ -61,7 +61,7 @@ def task_reader(study: Study, options: argparse.Namespace) -> Callable[[Job], Ta
     def of_job(job: Job) -> Task:
         task = read(job.model, job.task)
         if job.tunes:
-            rows = study.experiment["models"][job.model].get("tuning_rows", len(task.train))
+            rows = study.task_settings(job.model, job.task)["tuning_rows"]
             task = task.split(study.experiment["tuning"]["share"], rows)
         return task
 

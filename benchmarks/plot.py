@@ -35,6 +35,7 @@ from picture_style import (
 from result_tables import (
     METRICS,
     MIB,
+    MODELS,
     NAMES,
     accuracy_table,
     contribution_table,
@@ -367,18 +368,16 @@ def _is_dark(colour: str) -> bool:
     return 0.299 * red + 0.587 * green + 0.114 * blue < 0.5
 
 
-def contribution_figure(stored: Mapping[str, Any]) -> Figure:
-    """What every block contributes, a panel per measure."""
-    axis = {"train": "fall in validation loss", "skip": "rise in validation loss"}
-    measures = stored["measures"]
+def contribution_figure(contents: Sequence[Mapping[str, Any]]) -> Figure:
+    """What every block contributes by the paper's protocol, a panel per stored file."""
     figure = new_figure(215)
-    axes = figure.subplots(1, len(measures), squeeze=False).flat
-    for ax, (name, measure) in zip(axes, measures.items(), strict=True):
-        ax.bar(range(stored["num_blocks"]), measure["values"], color=BLUE)
+    axes = figure.subplots(1, len(contents), squeeze=False).flat
+    for ax, stored in zip(axes, contents, strict=True):
+        blocks = range(stored["num_blocks"])
+        ax.bar(blocks, stored["measures"]["train"]["values"], color=BLUE)
         ax.axhline(0, color=INK, linewidth=0.8)
-        label = axis.get(name, "gradient norm")
-        ax.set(title=name, xlabel="block (0 at the input)", ylabel=label)
-        ax.set_xticks(range(stored["num_blocks"]))
+        ax.set(title=MODELS[stored["model"]], xlabel="block (0 at the input)", xticks=blocks)
+    axes[0].set_ylabel("fall in validation loss")
     return figure
 
 
@@ -402,9 +401,9 @@ def figures_of(results: Path) -> dict[str, Callable[[], Figure | None]]:
         compared = [row.runs[0] for row in rows if row.method in ("full", "progressive")]
         found["stage_seconds"] = lambda: stage_seconds_figure(rows)
         found["memory"] = lambda: memory_figure(compared)
-    contribution = results / "contribution" / "sst2.json"
-    if contribution.exists():
-        found["contribution"] = lambda: contribution_figure(json.loads(contribution.read_text()))
+    if contributions := sorted(results.glob("contribution/*-sst2.json")):
+        contents = [json.loads(path.read_text()) for path in contributions]
+        found["contribution"] = lambda: contribution_figure(contents)
     return found
 
 
@@ -436,8 +435,8 @@ def main() -> None:
         parts += ["\n".join(verdict_lines(packing))]
     if (arguments.folder / "accuracy").exists():
         parts.append(accuracy_table(arguments.folder))
-    if (arguments.folder / "contribution").exists():
-        parts.append(contribution_table(arguments.folder))
+    if contributions := sorted(arguments.folder.glob("contribution/*.json")):
+        parts.append(contribution_table(contributions))
     if not parts and not any(figures_of(arguments.folder)):
         raise SystemExit(f"nothing in {arguments.folder / 'training'}: run benchmarks/run.py first")
     print("\n\n".join(parts))

@@ -14,6 +14,7 @@ from stored_results import WORDS
 MIB = 2**20
 EXPERIMENTS = Path(__file__).resolve().parent / "experiments"
 NAMES = {"rte": "RTE", "mrpc": "MRPC", "cola": "CoLA", "sst2": "SST-2", "stsb": "STS-B"}
+MODELS = {"minilm": "MiniLM", "mpnet": "MPNet"}
 METRICS = {
     "matthews": "Matthews correlation",
     "pearson": "Pearson correlation",
@@ -203,20 +204,42 @@ def accuracy_table(folder: Path) -> str:
     return "\n".join(lines).rstrip()
 
 
-def contribution_table(folder: Path) -> str:
-    """How far the measures of `progtuning contribution` agree on the order of the blocks.
+def contribution_table(paths: Sequence[Path]) -> str:
+    """Markdown: whether higher blocks contribute more, and how far cheaper measures agree.
 
-    From `<folder>/contribution/<task>.json`, as the command writes them.
+    p is of a test by permutations, two-sided, of whether contribution and number of the block are
+    related.
+
+    Args:
+        paths: of files that `progtuning contribution` wrote, by name `<task>` or `<model>-<task>`.
     """
-    rows = []
-    for task in NAMES:
-        path = folder / "contribution" / f"{task}.json"
-        if not path.exists():
-            continue
+    heads = ["Spearman of", "Steps", "block, train", "p"]
+    pairs = [("train", "skip"), ("train", "gradient"), ("skip", "gradient")]
+    heads += [" – ".join(pair) for pair in pairs]
+    lines = [f"| {' | '.join(heads)} |", f"| --- |{' ---: |' * (len(heads) - 1)}"]
+    for path in paths:
         stored = json.loads(path.read_text())
-        found = {tuple(c["between"]): c["spearman"] for c in stored["rank_correlations"]}
-        pairs = [("train", "skip"), ("train", "gradient"), ("skip", "gradient")]
-        cells = [f"{found[pair]:+.2f}" for pair in pairs]
-        rows.append(f"| {NAMES[task]}, {stored['config']['steps']} steps | {' | '.join(cells)} |")
-    heads = ("Spearman, blocks of MiniLM", "train – skip", "train – gradient", "skip – gradient")
-    return "\n".join([f"| {' | '.join(heads)} |", "| --- | ---: | ---: | ---: |", *rows])
+        spearman, p = order_of_blocks(stored["measures"]["train"]["values"])
+        name = f"{MODELS[stored['model']]}, {NAMES[path.stem.split('-')[-1]]}"
+        found = {tuple(c["between"]): c["spearman"] for c in stored.get("rank_correlations", ())}
+        cells = [str(stored["config"]["steps"]), f"{spearman:+.2f}", f"{p:.4f}"]
+        cells += [f"{found[pair]:+.2f}" if pair in found else "" for pair in pairs]
+        lines.append(f"| {name} | {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def order_of_blocks(contributions: Sequence[float]) -> tuple[float, float]:
+    """Spearman correlation of contribution and number of the block, and its p."""
+    import numpy as np
+    from scipy.stats import permutation_test, rankdata, spearmanr
+
+    numbers = np.arange(len(contributions))
+    centred = numbers - numbers.mean()
+    found = permutation_test(
+        (rankdata(contributions),),
+        lambda ranks, axis: (ranks * centred).sum(axis),
+        permutation_type="pairings",
+        vectorized=True,
+        rng=0,
+    )
+    return float(spearmanr(numbers, contributions)[0]), float(found.pvalue)

@@ -60,7 +60,10 @@ class Study:
             job = Job(**record["job"])
             place = job.model, job.task, job.method
             known = (job.model, job.method) in tuned if job.tunes else place in wanted
-            if known and record["settings"] == self.settings(*place):
+            settings, stored = self.settings(*place), record["settings"]
+            if not job.tunes:
+                settings, stored = ({**s, "tuning_rows": None} for s in (settings, stored))
+            if known and stored == settings:
                 self.records[job] = record
             else:
                 self.strangers += 1
@@ -76,12 +79,11 @@ class Study:
     def task_settings(self, model: str, task: str) -> dict[str, Any]:
         """What is the same for every method; a large model may have fewer rows of a task."""
         of_model = self.experiment["models"][model]
-        rows = of_model.get("train_rows", {})
+        rows = {key: of_model.get(key, {}) for key in ("train_rows", "tuning_rows")}
         return {
             **self.experiment["common"],
-            **{k: v for k, v in of_model.items() if k == "tuning_rows"},
             **{k: v for k, v in self.experiment["tasks"][task].items() if k != "title"},
-            **({"train_rows": rows[task]} if task in rows else {}),
+            **{key: of_task[task] for key, of_task in rows.items() if task in of_task},
         }
 
     def jobs(self) -> list[Job]:

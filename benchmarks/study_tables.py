@@ -1,7 +1,7 @@
 """The accuracy study's statistics, its table and its figure, from stored runs and nothing else.
 
-Scores are in points. A method is compared with full fine-tuning in pairs, seed by seed, because
-both begin with the same head and see the same rows in the same order. Intervals are those of
+Scores are in points. Methods are compared in pairs, seed by seed, because all begin with the same
+head and see the same rows in the same order. Intervals are those of
 Student's t. The mean over tasks takes the tasks as they are: its interval is about seeds, with the
 degrees of freedom of Welch and Satterthwaite.
 """
@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 import statistics
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -74,10 +74,10 @@ def verdict(found: Interval, margin: float) -> str:
     return "undecided" + (", worse" if found.high < 0 else "")
 
 
-def differences(study: Study, model: str, task: str, method: str) -> list[float]:
-    """To full fine-tuning, of the seeds that both have."""
-    own, full = study.runs(model, task, method), study.runs(model, task, FULL)
-    return [own[seed]["score"] - full[seed]["score"] for seed in own if seed in full]
+def differences(study: Study, model: str, task: str, method: str, other: str = FULL) -> list[float]:
+    """To another method, of the seeds that both have."""
+    own, others = study.runs(model, task, method), study.runs(model, task, other)
+    return [own[seed]["score"] - others[seed]["score"] for seed in own if seed in others]
 
 
 def compared(study: Study, model: str) -> tuple[list[str], list[str]]:
@@ -100,7 +100,7 @@ def seconds(study: Study, model: str, tasks: Sequence[str], method: str) -> floa
 
 
 def table(study: Study) -> str:
-    """Markdown: a table per model, a line per method."""
+    """Markdown: two tables per model, methods with full fine-tuning and with each other."""
     experiment, parts = study.experiment, []
     names = {key: task["title"] for key, task in experiment["tasks"].items()}
     for model in dict.fromkeys(part["model"] for part in experiment["parts"]):
@@ -112,15 +112,40 @@ def table(study: Study) -> str:
         lines = [f"**{experiment['models'][model]['title']}**", ""]
         lines += [f"| {' | '.join(heads)} |", f"| --- |{' ---: |' * (len(heads) - 1)}"]
         lines += [_line(study, model, tasks, method) for method in methods]
-        parts += ["\n".join(lines)]
+        parts += ["\n".join(lines), *_comparisons(study, model, tasks)]
     return "\n\n".join([*parts, "\n".join(_notes(study))])
+
+
+def _comparisons(study: Study, model: str, tasks: Sequence[str]) -> list[str]:
+    """The experiment's pairs of methods that both ran."""
+    confidence, margin = study.experiment["confidence"], study.experiment["margin_points"]
+    names = {key: method["title"] for key, method in study.experiment["methods"].items()}
+    lines = []
+    for method, other in study.experiment["comparisons"]:
+        by_task = {t: d for t in tasks if (d := differences(study, model, t, method, other))}
+        if not by_task:
+            continue
+        cells = [f"{names[method]} – {names[other]}", _counts(by_task)]
+        cells += [str(over_seeds(by_task[t], confidence)) if t in by_task else "" for t in tasks]
+        found = over_tasks([*by_task.values()], confidence)
+        own_s, other_s = (seconds(study, model, [*by_task], m) for m in (method, other))
+        ratio = "" if own_s is None or other_s is None else f"{own_s / other_s:.2f}"
+        lines.append(f"| {' | '.join([*cells, str(found), verdict(found, margin), ratio])} |")
+    heads = ["Difference", "Seeds", *(study.experiment["tasks"][t]["title"] for t in tasks)]
+    heads += ["Mean over tasks", "Against the margin", "Seconds, ratio"]
+    head = [f"| {' | '.join(heads)} |", f"| --- |{' ---: |' * (len(heads) - 1)}"]
+    return ["\n".join([*head, *lines])] if lines else []
+
+
+def _counts(by_task: Mapping[str, Sequence[float]]) -> str:
+    """Of seeds."""
+    return " or ".join(map(str, sorted({len(found) for found in by_task.values()}, reverse=True)))
 
 
 def _line(study: Study, model: str, tasks: Sequence[str], method: str) -> str:
     confidence, margin = study.experiment["confidence"], study.experiment["margin_points"]
     by_task = {t: found for t in tasks if (found := differences(study, model, t, method))}
-    counts = sorted({len(found) for found in by_task.values()}, reverse=True)
-    cells = [study.experiment["methods"][method]["title"], " or ".join(map(str, counts))]
+    cells = [study.experiment["methods"][method]["title"], _counts(by_task)]
     runs = {task: [*study.runs(model, task, method).values()] for task in by_task}
     is_full = study.experiment["methods"][method].get("runs_of", method) == FULL
     for task in tasks:
@@ -179,7 +204,7 @@ def _notes(study: Study) -> list[str]:
         and rate in (study.rates(model, method)[0], study.rates(model, method)[-1])
     ]
     if edges:
-        notes.append(f"- Tuned to the lowest or highest rate of three: {'; '.join(edges)}.")
+        notes.append(f"- Tuned to the lowest or highest rate that was tried: {'; '.join(edges)}.")
     perplexities: dict[str, list[float]] = {}
     for job, record in study.records.items():
         found = record.get("figures", {}).get("perplexity")

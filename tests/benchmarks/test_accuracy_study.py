@@ -31,6 +31,7 @@ def experiment() -> dict:
     part = {"model": "minilm", "tasks": ["cola", "rte"], "seeds": 2}
     return found | {
         "confidence": 0.9,
+        "comparisons": [["progtuning-cache", "progtuning"], ["progtuning", "full-fewer"]],
         "models": {"minilm": EXPERIMENT["models"]["minilm"] | {"tuning_tasks": ["cola"]}},
         "methods": {name: EXPERIMENT["methods"][name] for name in names},
         "parts": [
@@ -186,6 +187,9 @@ def test_table_pairs_runs_by_seed_and_fills_a_page(tmp_path):
     assert "| +2.5 [-7.0, +12.0] |" in lines["| Progtuning, packed"]  # t.ppf(0.95, 1) * 1.5
     assert "| 50.0 | 1.0 |" in lines["| Progtuning, packed"]
     assert " | 1 | +0.0 | +0.0 | +0.0 | one seed |" in lines["| Progtuning, packed, cache"]
+    cached = lines["| Progtuning, packed, cache – Progtuning, packed"]
+    assert cached == f"{cached.split(' | ')[0]} | 1 | -4.0 | -4.0 | -4.0 | one seed |  |"
+    assert "fewer epochs" not in shown  # it did not run
     assert "Progtuning, packed (0.00045)" in shown and "2 planned runs are missing" in shown
     page = tmp_path / "page.md"
     page.write_text("before\n<!-- study:begin -->\nold\n<!-- study:end -->\nafter\n")

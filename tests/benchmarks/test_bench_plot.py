@@ -234,9 +234,17 @@ def test_picture_of_the_schedules_is_that_of_the_schedules(diagrams):
 
 
 def test_figure_of_contributions_shows_what_is_stored(plot):
-    (path,) = RESULTS.glob("*/contribution/sst2.json")
-    stored = json.loads(path.read_text())
-    axes = plot.contribution_figure(stored).axes
-    for ax, (name, measure) in zip(axes, stored["measures"].items(), strict=True):
-        assert ax.get_title() == name
-        assert [bar.get_height() for bar in ax.patches] == measure["values"]
+    contents = [json.loads(p.read_text()) for p in sorted(RESULTS.glob("*/contribution/*.json"))]
+    axes = plot.contribution_figure(contents).axes
+    for ax, stored in zip(axes, contents, strict=True):
+        values = stored["measures"]["train"]["values"]
+        assert [bar.get_height() for bar in ax.patches] == values
+
+
+def test_whether_higher_blocks_contribute_more_is_tested_by_permutations(plot):
+    order = sys.modules["result_tables"].order_of_blocks
+    both = pytest.approx(2 / 24)  # of 24 orders, the rising and the falling one
+    assert order([1.0, 2.0, 4.0, 8.0]) == (1.0, both)
+    assert order([8.0, 4.0, 2.0, 1.0]) == (-1.0, both)
+    spearman, p = order([0.0, 5.0, 1.0, 4.0, 2.0, 3.0, 2.5, 1.5])
+    assert abs(spearman) < 0.5 and p > 0.2
