@@ -29,10 +29,11 @@ def experiment() -> dict:
     found = {key: EXPERIMENT[key] for key in ("common", "tuning", "tasks", "margin_points")}
     names = ("full", "full-packed", "full-fewer", "progtuning", "progtuning-cache")
     part = {"model": "minilm", "tasks": ["cola", "rte"], "seeds": 2}
+    own = {"tuning_tasks": ["cola"], "rates": [5e-5, 1.5e-4, 4.5e-4]}
     return found | {
         "confidence": 0.9,
         "comparisons": [["progtuning-cache", "progtuning"], ["progtuning", "full-fewer"]],
-        "models": {"minilm": EXPERIMENT["models"]["minilm"] | {"tuning_tasks": ["cola"]}},
+        "models": {"minilm": EXPERIMENT["models"]["minilm"] | own},
         "methods": {name: EXPERIMENT["methods"][name] for name in names},
         "parts": [
             part | {"methods": ["full", "full-packed", "progtuning"]},
