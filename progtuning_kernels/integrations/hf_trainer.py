@@ -38,12 +38,12 @@ from ..schedules import (
 from ..zero import follow_loads
 from .plan_numbers import (
     costs,
-    decided_before,
     device_of,
     inner_optimizer,
     plan_numbers,
     refuse_without_rows,
     release,
+    saved_decisions,
     smaller_norm,
 )
 from .token_rate import TokenRate
@@ -319,11 +319,12 @@ class ProgtuningCallback(TrainerCallback):
         if state.global_step:
             check_same_only((saved or {}).get("only"), self.handle.only)
             self.handle.freezer.rows.load_state_dict((saved or {}).get("rows", {}))
-        if state.global_step and decided_before(self.schedule, saved):
-            if saved.get("kept_best"):
+        decided = saved_decisions(self.schedule, saved) if state.global_step else None
+        if decided is not None:
+            if decided.get("kept_best"):
                 best = _checkpoint_of(args, state.global_step) / _BEST
-                saved["best"] = torch.load(best, map_location="cpu", weights_only=True)
-            self.handle.load_state_dict(saved)
+                decided["best"] = torch.load(best, map_location="cpu", weights_only=True)
+            self.handle.load_state_dict(decided)
         release(optimizer)  # a checkpoint is older than the plan of the step that follows it
         masked = inner_optimizer(optimizer)
         if isinstance(masked, MaskedOptimizer):

@@ -19,10 +19,10 @@ from ..patch import PatchHandle, check_options, handle_of, patch_model
 from ..schedules import Schedule, check_schedule, decides_by_score, decides_in_training
 from .plan_numbers import (
     costs,
-    decided_before,
     plan_numbers,
     refuse_without_rows,
     release,
+    saved_decisions,
     smaller_norm,
 )
 
@@ -142,8 +142,9 @@ class ProgtuningCallback(Callback):
             self.handle.attach(trainer.strategy.model)
         if trainer.global_step:
             check_same_only((self._saved or {}).get("only"), self.handle.only)
-        if trainer.global_step and decided_before(self.schedule, self._saved):
-            self.handle.load_state_dict(self._saved)
+            decided = saved_decisions(self.schedule, self._saved)
+            if decided is not None:
+                self.handle.load_state_dict(decided)
         release(optimizer)
         if isinstance(optimizer, MaskedOptimizer):
             # an update inside backward waits for the last micro-batch of a window

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import sys
 import warnings
-from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -36,21 +35,21 @@ def plan_numbers(handle: Any) -> dict[str, Any]:
     return {"stage": handle.stage + 1, "boundary": handle.boundary, "active_share": share}
 
 
-def decided_before(schedule: Schedule, saved: Mapping[str, Any] | None) -> bool:
-    """Whether a checkpoint holds what a schedule that decides in training has decided.
+def saved_decisions(schedule: Schedule, saved: dict[str, Any] | None) -> dict[str, Any] | None:
+    """What a checkpoint holds of a schedule that decides in training, if the schedule is one.
 
     One of plain training, or of a schedule that does not decide, holds nothing: a warning says so.
     """
     if not decides_in_training(schedule):
-        return False
+        return None
     if saved is not None and "format" in saved:
-        return True
+        return saved
     warnings.warn(
         f"the checkpoint holds no decisions of a {type(schedule).__name__}: it begins with its "
         "first stage",
         stacklevel=2,
     )
-    return False
+    return None
 
 
 def costs(handle: Any, optimizer: Optimizer | None) -> dict[str, Any]:
