@@ -17,11 +17,13 @@ from __future__ import annotations
 import argparse
 import fcntl
 import gc
+import hashlib
+import json
 import os
 import shutil
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import lru_cache
 from pathlib import Path
@@ -104,7 +106,7 @@ def claimed(jobs: list[Job], folder: Path) -> Iterator[Job | None]:
     """The first run that no other command is making, with a lock on it; None: there is none."""
     folder.mkdir(parents=True, exist_ok=True)
     for job in jobs:
-        with (folder / f"{_file_name(job)}.lock").open("w") as file:
+        with (folder / f"{job.name}.lock").open("w") as file:
             try:
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError:
@@ -114,8 +116,10 @@ def claimed(jobs: list[Job], folder: Path) -> Iterator[Job | None]:
     yield None
 
 
-def _file_name(job: Job) -> str:
-    return "-".join(map(str, vars(job).values()))
+def work_folder(folder: Path, job: Job, settings: Mapping[str, Any], steps: int) -> Path:
+    """Of a run's checkpoints; one that was stopped goes on under the same settings only."""
+    numbers = json.dumps([settings, steps], sort_keys=True).encode()
+    return folder / "work" / f"{job.name}, {hashlib.sha256(numbers).hexdigest()[:8]}"
 
 
 def make_runs(study: Study, options: argparse.Namespace) -> None:
@@ -134,12 +138,12 @@ def make_runs(study: Study, options: argparse.Namespace) -> None:
             if job in study.records:  # by another command, before the lock was ours
                 continue
             settings = study.settings(job.model, job.task, job.method)
-            work = options.output / "work" / _file_name(job)
             started = time.perf_counter()
             try:
                 task = read(job)
                 whole = settings["epochs"] * steps_per_epoch(task, settings)
                 steps = study.steps(job.model, job.task, job.method, whole)
+                work = work_folder(options.output, job, settings, steps)
                 found = train(job, settings, task, steps, cache=options.cache, work=work)
             except Exception as error:  # of one run: those after it are hours of their own
                 failed[job] = one_line(error)
@@ -170,15 +174,13 @@ def measure_times(study: Study, options: argparse.Namespace) -> None:
             not options.task or name in options.task
         )
         path = options.output / TIMES / f"{model}-{name}.json"
-        if not wanted or path.exists():
+        known = study.times.get((model, name), {"methods": {}})["methods"]
+        chosen = [m for m in methods if not options.method or m in options.method]
+        if not wanted or known.keys() >= {*chosen}:
             continue
         started, settings = time.perf_counter(), experiment["models"][model]
         found = time_methods(
-            {
-                m: (study.settings(model, name, m), experiment["methods"][m]["way"])
-                for m in methods
-                if not options.method or m in options.method
-            },
+            {m: (study.settings(model, name, m), experiment["methods"][m]["way"]) for m in chosen},
             model,
             read(Job(model, name, methods[0], 0, None)),
             batches=settings["timed_batches"],

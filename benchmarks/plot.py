@@ -53,6 +53,7 @@ from result_tables import (
 )
 from study_plan import EXPERIMENT, Study
 from study_tables import figure as study_figure
+from study_tables import panels as study_panels
 from training import SHAPES
 
 from progtuning_kernels import FreezePlan, report
@@ -395,7 +396,8 @@ def figures_of(results: Path) -> dict[str, Callable[[], Figure | None]]:
         found["accuracy"] = lambda: accuracy_figure(accuracy)
     if (results / "study").exists():
         study = Study(read_settings(EXPERIMENT), results / "study")
-        found["study"] = lambda: study_figure(study)
+        if study_panels(study):
+            found["study"] = lambda: study_figure(study)
     if demo := sorted(results.glob("demo/*.json")):
         rows = report.group_runs([report.load_run(path) for path in demo])
         compared = [row.runs[0] for row in rows if row.method in ("full", "progressive")]

@@ -43,7 +43,7 @@ class Study:
     def __init__(self, experiment: Mapping[str, Any], folder: Path) -> None:
         self.experiment, self.folder = experiment, folder
         self.times = {
-            (stored["model"], stored["task"]): stored
+            (stored["model"], stored["task"]): self._of_these_settings(stored)
             for path in sorted(folder.glob(f"{TIMES}/*.json"))
             for stored in [json.loads(path.read_text())]
         }
@@ -60,13 +60,25 @@ class Study:
             job = Job(**record["job"])
             place = job.model, job.task, job.method
             known = (job.model, job.method) in tuned if job.tunes else place in wanted
-            settings, stored = self.settings(*place), record["settings"]
-            if not job.tunes:
-                settings, stored = ({**s, "tuning_rows": None} for s in (settings, stored))
-            if known and stored == settings:
+            same = known and (
+                record["settings"] == self.settings(*place)
+                if job.tunes
+                else _same(record["settings"], self.settings(*place))
+            )
+            if same:
                 self.records[job] = record
             else:
                 self.strangers += 1
+
+    def _of_these_settings(self, times: Record) -> Record:
+        place = times["model"], times["task"]
+        kept = {
+            method: timed
+            for method, timed in times["methods"].items()
+            if method in self.experiment["methods"]
+            and _same(timed["settings"], self.settings(*place, method))
+        }
+        return {**times, "methods": kept}
 
     def settings(self, model: str, task: str, method: str) -> dict[str, Any]:
         """What decides the numbers of a run."""
@@ -100,7 +112,8 @@ class Study:
                 for task in self.experiment["models"][model]["tuning_tasks"]:
                     for rate in self.rates(model, tuned):
                         yield Job(model, task, tuned, tuning["seed"], rate, tunes=True)
-            for seed in range(part["seeds"]):
+            first = self.experiment["first_seed"]
+            for seed in range(first, first + part["seeds"]):
                 for task in part["tasks"]:
                     for method in trained:
                         yield Job(model, task, method, seed, self.rate(model, method))
@@ -186,6 +199,11 @@ class Study:
             rows = min(times["train_rows"], settings.get("tuning_rows", times["train_rows"]))
             share = rows / times["train_rows"] * (1 - self.experiment["tuning"]["share"])
         return share * min(own_s, packed_s) + times["evaluation_s"]
+
+
+def _same(one: Record, other: Record) -> bool:
+    """Whether settings are the same but for the rows that tuning takes."""
+    return {**one, "tuning_rows": None} == {**other, "tuning_rows": None}
 
 
 def _pairs(part: Mapping[str, Any]) -> list[tuple[str, str]]:

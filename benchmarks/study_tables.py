@@ -26,7 +26,9 @@ MARKERS = "<!-- study:begin -->\n", "\n<!-- study:end -->"
 
 @dataclass(frozen=True)
 class Interval:
-    """A mean of differences in points; `low` and `high` are None where one seed alone ran."""
+    """A mean of differences in points; `low` and `high` are None where they do not vary, as those
+    of one seed, or of runs that all predict one class.
+    """
 
     mean: float
     low: float | None
@@ -54,7 +56,7 @@ def over_tasks(tasks: Sequence[Sequence[float]], confidence: float) -> Interval:
         return Interval(mean, None, None)
     parts = [statistics.variance(own) / len(own) / len(tasks) ** 2 for own in tasks]
     if not sum(parts):
-        return Interval(mean, mean, mean)
+        return Interval(mean, None, None)
     freedom = sum(parts) ** 2 / sum(
         part**2 / (len(own) - 1) for part, own in zip(parts, tasks, strict=True)
     )
@@ -65,7 +67,7 @@ def over_tasks(tasks: Sequence[Sequence[float]], confidence: float) -> Interval:
 def verdict(found: Interval, margin: float) -> str:
     """What the interval says of the margin."""
     if found.low is None or found.high is None:
-        return "one seed"
+        return "no interval"
     if found.low > -margin:
         better = ", better" if found.low > 0 else ", worse" if found.high < 0 else ""
         return f"within the margin{better}"
@@ -205,14 +207,29 @@ def _notes(study: Study) -> list[str]:
     ]
     if edges:
         notes.append(f"- Tuned to the lowest or highest rate that was tried: {'; '.join(edges)}.")
+    shown = dict.fromkeys(m for model in experiment["models"] for m in compared(study, model)[1])
+    borrowed = [
+        f"{experiment['methods'][method]['title']} ({experiment['methods'][of]['title']})"
+        for method in shown
+        if (of := experiment["methods"][method].get("rate_of")) is not None
+    ]
+    if borrowed:
+        notes.append(f"- At the rate of another method: {', '.join(borrowed)}.")
+    nothing = [
+        f"{experiment['methods'][job.method]['title']} on {experiment['tasks'][job.task]['title']}"
+        for job, record in study.records.items()
+        if not record["score"] and not job.tunes
+    ]
+    if nothing:
+        notes.append(f"- Runs that learnt nothing (0.0 points): {', '.join(nothing)}.")
     perplexities: dict[str, list[float]] = {}
     for job, record in study.records.items():
         found = record.get("figures", {}).get("perplexity")
         if found is not None and job.rate == study.rate(job.model, job.method) and not job.tunes:
             perplexities.setdefault(experiment["methods"][job.method]["title"], []).append(found)
     if perplexities:
-        shown = (f"{name} {statistics.mean(own):.2f}" for name, own in perplexities.items())
-        notes.append(f"- Perplexity of the answers, mean over seeds: {', '.join(shown)}.")
+        means = (f"{name} {statistics.mean(own):.2f}" for name, own in perplexities.items())
+        notes.append(f"- Perplexity of the answers, mean over seeds: {', '.join(means)}.")
     missing = sum(job not in study.records for job in study.jobs())
     if missing:
         notes.append(f"- {missing} planned runs are missing.")

@@ -213,7 +213,8 @@ def time_methods(
     """Seconds of short runs with the stages of whole ones, step by step in turn.
 
     An epoch has `batches` batches, which stand for all of them (`real_rows.sample`), after two that
-    warm up. Models are made anew in every round, and the order of the methods turns.
+    warm up; later epochs deal the rows of the first one anew, so that a cache holds them. Every
+    round has new models, and the order of the methods turns.
 
     Args:
         methods: name -> settings and way.
@@ -228,8 +229,10 @@ def time_methods(
         ]
         for order in ("random", "grouped")
     }
+    same_rows = [row for of_batch in chosen["random"][0] for row in of_batch]
+    for epoch in range(1, epochs):
+        chosen["random"][epoch] = random_batches(same_rows, first["rows"], 1000 + epoch)
     batches += 2
-    warm = [number % batches < 2 for number in range(epochs * batches)]
     stages: dict[str, list[int]] = {}
     rounds_ms: dict[str, list[list[float]]] = {name: [] for name in methods}
     evaluation_s = 0.0
@@ -266,10 +269,22 @@ def time_methods(
         "train_rows": len(task.train),
         "evaluation_s": evaluation_s,
         "methods": {
-            name: {"way": methods[name][1], "stages": by_stage(stages[name], warm, times)}
+            name: {
+                "way": methods[name][1],
+                "settings": methods[name][0],
+                "stages": by_stage(stages[name], warm_steps(stages[name], batches), times),
+            }
             for name, times in rounds_ms.items()
         },
     }
+
+
+def warm_steps(stages: Sequence[int], per_epoch: int) -> list[bool]:
+    """The first two steps of every epoch and of every stage."""
+    return [
+        number % per_epoch < 2 or stages[number] != stages[max(0, number - 2)]
+        for number in range(len(stages))
+    ]
 
 
 def _short_epoch(batches: list[list[Row]], count: int) -> list[list[Row]]:
