@@ -87,7 +87,7 @@ def show_plan(study: Study, jobs: list[Job]) -> None:
     )
     print(f", and {unknown} runs that `times` has not timed" if unknown else "")
     if study.strangers:
-        print(f"{study.strangers} stored runs have other settings, and do not count")
+        print(f"{study.strangers} stored runs have other settings or seeds, and do not count")
 
 
 def missing(study: Study, options: argparse.Namespace) -> list[Job]:

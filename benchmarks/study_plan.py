@@ -53,13 +53,16 @@ class Study:
         """The stored runs, those of other commands too."""
         experiment = self.experiment
         self.records: dict[Job, Record] = {}
-        self.strangers = 0  # stored runs of other settings, or of no part
+        self.strangers = 0  # stored runs of other settings or seeds, or of no part
         wanted = {(p["model"], t, m) for p in experiment["parts"] for t, m in _pairs(p)}
         tuned = {(p["model"], m) for p in experiment["parts"] for m in p["methods"]}
         for record in read_runs(self.folder / RUNS):
             job = Job(**record["job"])
             place = job.model, job.task, job.method
-            known = (job.model, job.method) in tuned if job.tunes else place in wanted
+            if job.tunes:
+                known = (job.model, job.method) in tuned
+            else:
+                known = place in wanted and job.seed >= experiment["first_seed"]
             same = known and (
                 record["settings"] == self.settings(*place)
                 if job.tunes
