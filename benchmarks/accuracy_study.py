@@ -116,6 +116,19 @@ def claimed(jobs: list[Job], folder: Path) -> Iterator[Job | None]:
     yield None
 
 
+@contextmanager
+def undisturbed(folder: Path, *, timing: bool) -> Iterator[None]:
+    """Several commands may make runs in a folder, but none beside one that times steps."""
+    folder.mkdir(parents=True, exist_ok=True)
+    with (folder / ".lock").open("w") as file:
+        kind = fcntl.LOCK_EX if timing else fcntl.LOCK_SH
+        try:
+            fcntl.flock(file, kind | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise UserError(f"another command is timing or making runs in {folder}") from None
+        yield
+
+
 def work_folder(folder: Path, job: Job, settings: Mapping[str, Any], steps: int) -> Path:
     """Of a run's checkpoints; one that was stopped goes on under the same settings only."""
     numbers = json.dumps([settings, steps], sort_keys=True).encode()
@@ -175,7 +188,9 @@ def measure_times(study: Study, options: argparse.Namespace) -> None:
         )
         path = options.output / TIMES / f"{model}-{name}.json"
         known = study.times.get((model, name), {"methods": {}})["methods"]
-        chosen = [m for m in methods if not options.method or m in options.method]
+        # those of before again: a file holds what was timed together
+        wanted_methods = {*(options.method or methods), *known}
+        chosen = [m for m in methods if m in wanted_methods]
         if not wanted or known.keys() >= {*chosen}:
             continue
         started, settings = time.perf_counter(), experiment["models"][model]
@@ -232,7 +247,8 @@ def main() -> None:
         elif options.command == "table":
             show_table(study, options)
         else:
-            {"times": measure_times, "runs": make_runs}[options.command](study, options)
+            with undisturbed(options.output, timing=options.command == "times"):
+                {"times": measure_times, "runs": make_runs}[options.command](study, options)
     except (UserError, OSError) as error:
         raise SystemExit(f"error: {error}") from error
 

@@ -51,7 +51,8 @@ def run(options: TrainOptions) -> None:
         with trainer.compute_loss_context_manager():
             return model(**batch).loss
 
-    started = time.perf_counter()
+    # before: the commit that is measured, not one that is checked out in the meantime
+    meta, started = provenance(run.args.device), time.perf_counter()
     with as_user_error(), Progress(console=console, disable=not console.is_terminal) as bar:
         task = bar.add_task("training each block", total=None)
         found = measure_contribution(
@@ -80,7 +81,7 @@ def run(options: TrainOptions) -> None:
         "measures": {"train": measured},
         "config": run.config() | {"steps": steps},
         "data": run.data(),
-        "meta": provenance(run.args.device),
+        "meta": meta,
     }
     write_json(options.output / "contribution.json", content)
     console.print("score: minus the loss over the validation rows", highlight=False)

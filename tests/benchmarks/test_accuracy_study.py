@@ -109,6 +109,17 @@ def test_several_commands_share_the_runs(tmp_path):
     assert study.records == other.records
 
 
+def test_nothing_is_timed_beside_runs(tmp_path):
+    with SCRIPT.undisturbed(tmp_path, timing=False), SCRIPT.undisturbed(tmp_path, timing=False):
+        with pytest.raises(UserError, match="another command is timing or making runs"):
+            with SCRIPT.undisturbed(tmp_path, timing=True):
+                pass
+    with SCRIPT.undisturbed(tmp_path, timing=True):
+        with pytest.raises(UserError, match="another command"):
+            with SCRIPT.undisturbed(tmp_path, timing=False):
+                pass
+
+
 def test_a_stopped_run_goes_on_under_the_same_settings_only(tmp_path):
     study = PLAN.Study(experiment(), tmp_path)
     job, settings = study.jobs()[0], study.settings("minilm", "cola", "full")
