@@ -234,5 +234,5 @@ def test_blocks_compiled_one_by_one(order):
     run.handle.unpatch()
     for name, weight in _weights(run.handle.model).items():
         plain = expected[name.replace("_orig_mod.", "")]
-        # Adam takes gradients near 0 to steps of its own size: 1.03e-5 apart on a CPU with AVX2 only
+        # Adam takes gradients near 0 to steps of its own size: 1.03e-5 apart on AVX2 alone
         torch.testing.assert_close(weight, plain, rtol=1e-4, atol=3e-5)
