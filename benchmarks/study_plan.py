@@ -122,8 +122,10 @@ class Study:
                         yield Job(model, task, method, seed, self.rate(model, method))
 
     def rates(self, model: str, method: str) -> Sequence[float]:
+        """Of a method's own, or of all methods that train what it trains: weights or adapters."""
+        of_model = self.experiment["models"][model]
         key = "lora_rates" if self.experiment["methods"][method].get("lora") else "rates"
-        return self.experiment["models"][model][key]
+        return of_model.get("method_rates", {}).get(method, of_model[key])
 
     def rate(self, model: str, method: str) -> float | None:
         """The tuned rate; None where a tuning run is missing."""
