@@ -28,7 +28,7 @@ from torch import Tensor, nn
 
 from progtuning_kernels.cli.errors import UserError
 
-Row = dict[str, Any]  # input_ids and labels; of a stdlib row for its score, "choices" too
+Row = dict[str, Any]  # input_ids and labels; of stdlib also file and answer, and "choices" to score
 EVALUATION_TOKENS = 8192  # of a batch, at most
 CHOICES = 4
 ANSWERED = 256  # stdlib rows that are scored, at most
@@ -52,7 +52,8 @@ class Task:
         order = random.Random(1).sample(range(len(self.train)), min(rows, len(self.train)))
         chosen = [self.train[i] for i in order]
         held = max(1, round(share * len(chosen)))
-        return Task(self.name, chosen[held:], chosen[:held], self.classes, self.pad, self.digest)
+        scored = chosen[:held] if self.classes is not None else with_choices(chosen[:held])
+        return Task(self.name, chosen[held:], scored, self.classes, self.pad, self.digest)
 
     def batch(self, rows: Sequence[Row]) -> dict[str, Tensor]:
         """Padded on the right to the longest row; (B, T)."""
@@ -90,11 +91,10 @@ def read_task(
     train = [train[i] for i in order]
     if name == "stdlib":
         asked = random.Random(0).sample(validation, min(ANSWERED, len(validation)))
-        # those that train have choices too: tuning holds some of them out
         rows, scored = (
-            _with_choices(tokenizer, part, settings["tokens"]) for part in (train, asked)
+            [_chat(tokenizer, row, settings["tokens"]) for row in part] for part in (train, asked)
         )
-        return Task(name, rows, scored, None, tokenizer.pad_token_id, digest)
+        return Task(name, rows, with_choices(scored), None, tokenizer.pad_token_id, digest)
     labels = {row["label"] for row in train}
     classes = 1 if settings["metric"] == "pearson" else len(labels)
     number = {label: i for i, label in enumerate(sorted(labels))}
@@ -162,29 +162,36 @@ def stdlib_answers(root: Path | None = None) -> tuple[list[Row], list[Row]]:
     return [row for row in train if row["answer"] not in known], validation
 
 
-def _chat(tokenizer: Any, ask: str, answer: str, tokens: int) -> Row:
+def _chat(tokenizer: Any, row: Mapping[str, str], tokens: int) -> Row:
     """One conversation; the loss is that of the answer and its end."""
     # without the system message of the model's template, 20 tokens of every row
-    asked = f"<|im_start|>user\n{ask}<|im_end|>\n<|im_start|>assistant\n"
+    asked = f"<|im_start|>user\n{row['ask']}<|im_end|>\n<|im_start|>assistant\n"
     prompt = tokenizer(asked, add_special_tokens=False)["input_ids"]
-    said = tokenizer(answer, add_special_tokens=False)["input_ids"]
+    said = tokenizer(row["answer"], add_special_tokens=False)["input_ids"]
     said = said[: max(1, tokens - len(prompt) - 1)] + [tokenizer.eos_token_id]
+    return {**_answered(prompt, said), "file": row["file"], "answer": row["answer"]}
+
+
+def _answered(prompt: list[int], said: list[int]) -> Row:
     return {"input_ids": prompt + said, "labels": [-100] * len(prompt) + said}
 
 
-def _with_choices(tokenizer: Any, rows: Sequence[Row], tokens: int) -> list[Row]:
-    """Every row with its own answer first, and three others, of its file if there are as many."""
+def with_choices(rows: Sequence[Row]) -> list[Row]:
+    """Every row with its own answer first, and three others, of its file if there are as many.
+
+    Others are answers of these rows alone: one that trains would be likelier for it.
+    """
     draw, near = random.Random(0), defaultdict(set)
+    said = {row["answer"]: row["input_ids"][row["labels"].count(-100) :] for row in rows}
     for row in rows:
         near[row["file"]].add(row["answer"])
-    everywhere = sorted(set().union(*near.values()))
     found = []
     for row in rows:
         close = sorted(near[row["file"]])
-        pool = close if len(close) >= CHOICES else everywhere
+        pool = close if len(close) >= CHOICES else sorted(said)
         wrong = [a for a in draw.sample(pool, CHOICES) if a != row["answer"]][: CHOICES - 1]
-        choices = [_chat(tokenizer, row["ask"], a, tokens) for a in (row["answer"], *wrong)]
-        found.append(choices[0] | {"choices": choices})
+        prompt = row["input_ids"][: row["labels"].count(-100)]
+        found.append(row | {"choices": [row, *(_answered(prompt, said[a]) for a in wrong)]})
     return found
 
 

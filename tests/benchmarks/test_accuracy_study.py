@@ -395,10 +395,20 @@ def test_answers_of_a_library_stand_in_one_part(tmp_path):
     assert (len(train), len(validation)) == (8, 4)
     assert not {r["answer"] for r in train} & {r["answer"] for r in validation}
     assert all(row["ask"].startswith("What does shown(a, b=") for row in train)
+
+
+def test_wrong_answers_are_of_the_rows_that_are_scored():
     rows = [{"file": f"{i % 2}", "ask": "?", "answer": f"{i}"} for i in range(8)]
     rows += [{"file": "alone", "ask": "?", "answer": "8"}]
-    for row, made in zip(rows, TASKS._with_choices(_Letters(), rows, 128), strict=True):
-        said = [c["input_ids"][-2] for c in made["choices"]]
-        assert len({*said}) == 4 and said[0] == ord(row["answer"]) and made["labels"][-1] == 2
+    made = [TASKS._chat(_Letters(), row, 128) for row in rows]
+    for row, scored in zip(rows, TASKS.with_choices(made), strict=True):
+        said = [chr(c["input_ids"][-2]) for c in scored["choices"]]
+        assert len({*said}) == 4 and said[0] == row["answer"] and scored["labels"][-1] == 2
+        asked = {c["labels"].count(-100) for c in scored["choices"]}
+        assert asked == {made[0]["labels"].count(-100)}
         if row["file"] != "alone":
-            assert {chr(c) for c in said} == {r["answer"] for r in rows if r["file"] == row["file"]}
+            assert {*said} == {r["answer"] for r in rows if r["file"] == row["file"]}
+    held = TASKS.Task("toy", made, [], None, 0, "digest").split(0.5, 9)
+    trained = {row["answer"] for row in held.train}
+    said = {chr(c["input_ids"][-2]) for row in held.validation for c in row["choices"]}
+    assert len(held.validation) == 4 and len(trained) == 5 and not said & trained
