@@ -102,7 +102,9 @@ def seconds(study: Study, model: str, tasks: Sequence[str], method: str) -> floa
 
 
 def table(study: Study) -> str:
-    """Markdown: two tables per model, methods with full fine-tuning and with each other."""
+    """Markdown: three tables per model: scores of methods beside full fine-tuning and beside each
+    other, and seconds, where one method may be timed in several ways.
+    """
     experiment, parts = study.experiment, []
     names = {key: task["title"] for key, task in experiment["tasks"].items()}
     for model in dict.fromkeys(part["model"] for part in experiment["parts"]):
@@ -110,11 +112,13 @@ def table(study: Study) -> str:
         if not tasks:
             continue
         heads = ["Method", "Seeds", *(names[t] for t in tasks), "Mean over tasks"]
-        heads += ["Against the margin", "Seconds / full", "Updates saved (%)", "Peak state (MiB)"]
+        heads += ["Against the margin", "Times as fast", "Updates saved (%)", "Peak state (MiB)"]
         lines = [f"**{experiment['models'][model]['title']}**", ""]
         lines += [f"| {' | '.join(heads)} |", f"| --- |{' ---: |' * (len(heads) - 1)}"]
-        lines += [_line(study, model, tasks, method) for method in methods]
+        own_runs = [m for m in methods if "runs_of" not in experiment["methods"][m]]
+        lines += [_line(study, model, tasks, method) for method in own_runs]
         parts += ["\n".join(lines), *_comparisons(study, model, tasks)]
+        parts += _seconds_table(study, model, tasks, methods)
     return "\n\n".join([*parts, "\n".join(_notes(study))])
 
 
@@ -129,14 +133,50 @@ def _comparisons(study: Study, model: str, tasks: Sequence[str]) -> list[str]:
             continue
         cells = [f"{names[method]} – {names[other]}", _counts(by_task)]
         cells += [str(over_seeds(by_task[t], confidence)) if t in by_task else "" for t in tasks]
-        found = over_tasks([*by_task.values()], confidence)
+        cells += _mean_cells(by_task, tasks, confidence, margin)
         own_s, other_s = (seconds(study, model, [*by_task], m) for m in (method, other))
-        ratio = "" if own_s is None or other_s is None else f"{own_s / other_s:.2f}"
-        lines.append(f"| {' | '.join([*cells, str(found), verdict(found, margin), ratio])} |")
+        ratio = "" if own_s is None or other_s is None else f"{other_s / own_s:.2f}"
+        lines.append(f"| {' | '.join([*cells, ratio])} |")
     heads = ["Difference", "Seeds", *(study.experiment["tasks"][t]["title"] for t in tasks)]
-    heads += ["Mean over tasks", "Against the margin", "Seconds, ratio"]
+    heads += ["Mean over tasks", "Against the margin", "Times as fast"]
     head = [f"| {' | '.join(heads)} |", f"| --- |{' ---: |' * (len(heads) - 1)}"]
     return ["\n".join([*head, *lines])] if lines else []
+
+
+def _seconds_table(
+    study: Study, model: str, tasks: Sequence[str], methods: Sequence[str]
+) -> list[str]:
+    """Of a run, those of full fine-tuning and how many times less the others take."""
+    lines = []
+    for method in methods:
+        cells = [study.experiment["methods"][method]["title"]]
+        for task in tasks:
+            ran = bool(differences(study, model, task, method))
+            own_s, full_s = (
+                seconds(study, model, [task], m) if ran else None for m in (method, FULL)
+            )
+            if own_s is None or full_s is None:
+                cells.append("")
+            else:
+                cells.append(f"{full_s:.0f} s" if method == FULL else f"{full_s / own_s:.2f} x")
+        if any(cells[1:]):
+            lines.append(f"| {' | '.join(cells)} |")
+    heads = [
+        "Times as fast",
+        *(study.experiment["tasks"][t]["title"] for t in tasks),
+    ]
+    head = [f"| {' | '.join(heads)} |", f"| --- |{' ---: |' * len(tasks)}"]
+    return ["\n".join([*head, *lines])] if lines else []
+
+
+def _mean_cells(
+    by_task: Mapping[str, Sequence[float]], tasks: Sequence[str], confidence: float, margin: float
+) -> list[str]:
+    """The mean over tasks and its verdict; a mean over fewer tasks would compare with no other."""
+    if len(by_task) < len(tasks):
+        return ["", ""]
+    found = over_tasks([*by_task.values()], confidence)
+    return [str(found), verdict(found, margin)]
 
 
 def _counts(by_task: Mapping[str, Sequence[float]]) -> str:
@@ -149,21 +189,16 @@ def _line(study: Study, model: str, tasks: Sequence[str], method: str) -> str:
     by_task = {t: found for t in tasks if (found := differences(study, model, t, method))}
     cells = [study.experiment["methods"][method]["title"], _counts(by_task)]
     runs = {task: [*study.runs(model, task, method).values()] for task in by_task}
-    is_full = study.experiment["methods"][method].get("runs_of", method) == FULL
     for task in tasks:
         if task not in by_task:
             cells.append("")
-        elif is_full:
+        elif method == FULL:
             cells.append(_mean_and_error([run["score"] for run in runs[task]]))
         else:
             cells.append(str(over_seeds(by_task[task], confidence)))
-    if is_full:
-        cells += ["", ""]
-    else:
-        found = over_tasks([*by_task.values()], confidence)
-        cells += [str(found), verdict(found, margin)]
+    cells += ["", ""] if method == FULL else _mean_cells(by_task, tasks, confidence, margin)
     own_s, full_s = (seconds(study, model, [*by_task], m) for m in (method, FULL))
-    cells.append("" if own_s is None or full_s is None else f"{own_s / full_s:.2f}")
+    cells.append("" if own_s is None or full_s is None else f"{full_s / own_s:.2f}")
     whole = sum(
         run["num_params"] * run["steps"]
         for task in by_task

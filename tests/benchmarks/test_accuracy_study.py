@@ -216,13 +216,14 @@ def test_table_pairs_runs_by_seed_and_fills_a_page(tmp_path):
     shown = TABLES.table(study)
     lines = {line.split(" | ")[0]: line for line in shown.splitlines()}
     assert "| 15.0 ± 5.0 | 15.0 ± 5.0 |" in lines["| full (HF)"]
-    assert lines["| full, packed"].split(" | ")[2:4] == ["15.0 ± 5.0"] * 2
+    assert "full, packed" not in shown  # it has the runs of full, and was not timed
     assert "| +2.5 [-7.0, +12.0] |" in lines["| Progtuning, packed"]  # t.ppf(0.95, 1) * 1.5
     assert "| 50.0 | 1.0 |" in lines["| Progtuning, packed"]
     assert " | 1 | +0.0 | +0.0 | +0.0 | no interval |" in lines["| cache"]
     cached = lines["| cache – Progtuning, packed"]
     assert cached == f"{cached.split(' | ')[0]} | 1 | -4.0 | -4.0 | -4.0 | no interval |  |"
     assert "fewer epochs" not in shown  # it did not run
+    assert TABLES._mean_cells({"cola": [1.0, 2.0]}, ["cola", "rte"], 0.95, 1.0) == ["", ""]
     assert "Progtuning, packed (0.00045)" in shown and "2 planned runs are missing" in shown
     page = tmp_path / "page.md"
     page.write_text("before\n<!-- study:begin -->\nold\n<!-- study:end -->\nafter\n")
@@ -234,13 +235,17 @@ def test_table_pairs_runs_by_seed_and_fills_a_page(tmp_path):
         TABLES.fill(page, shown)
     with pytest.raises(UserError, match="accuracy_study.py times"):
         TABLES.figure(study)
-    one = {"stages": [{"share": 1.0, "step_ms": 20.0, "first_extra_ms": 0.0}]}
-    methods = dict.fromkeys(("full", "progtuning", "progtuning-cache"), one)
+    one, half = (
+        {"stages": [{"share": 1.0, "step_ms": ms, "first_extra_ms": 0.0}]} for ms in (20.0, 10.0)
+    )
+    methods = dict.fromkeys(("full", "progtuning", "progtuning-cache"), one) | {"full-packed": half}
     study.times = {("minilm", task): {"methods": methods} for task in ("cola", "rte")}
     (ax,) = TABLES.figure(study).axes
     points = {c.get_label(): c.lines[0].get_xydata()[0].tolist() for c in ax.containers}
     assert points["Progtuning, packed"] == [2 * 100 * 20 / 1e3, 2.5]  # seconds of both tasks
     assert {*points} == {experiment()["methods"][name]["title"] for name in methods}
+    shown = TABLES.table(study)
+    assert "| full (HF) | 2 s | 2 s |" in shown and "| full, packed | 2.00 x | 2.00 x |" in shown
 
 
 def test_settings_of_the_experiment_are_ones_that_training_reads():
