@@ -52,8 +52,11 @@ class Task:
         order = random.Random(1).sample(range(len(self.train)), min(rows, len(self.train)))
         chosen = [self.train[i] for i in order]
         held = max(1, round(share * len(chosen)))
-        scored = chosen[:held] if self.classes is not None else with_choices(chosen[:held])
-        return Task(self.name, chosen[held:], scored, self.classes, self.pad, self.digest)
+        scored, train = chosen[:held], chosen[held:]
+        if self.classes is None:
+            known = {row["answer"] for row in scored}  # another file may have the same
+            scored, train = with_choices(scored), [r for r in train if r["answer"] not in known]
+        return Task(self.name, train, scored, self.classes, self.pad, self.digest)
 
     def batch(self, rows: Sequence[Row]) -> dict[str, Tensor]:
         """Padded on the right to the longest row; (B, T)."""

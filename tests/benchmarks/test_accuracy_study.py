@@ -413,7 +413,8 @@ def test_wrong_answers_are_of_the_rows_that_are_scored():
         assert asked == {made[0]["labels"].count(-100)}
         if row["file"] != "alone":
             assert {*said} == {r["answer"] for r in rows if r["file"] == row["file"]}
-    held = TASKS.Task("toy", made, [], None, 0, "digest").split(0.5, 9)
+    # every answer twice: no copy of one that is scored trains
+    held = TASKS.Task("toy", made * 2, [], None, 0, "digest").split(0.22, 18)
     trained = {row["answer"] for row in held.train}
     said = {chr(c["input_ids"][-2]) for row in held.validation for c in row["choices"]}
-    assert len(held.validation) == 4 and len(trained) == 5 and not said & trained
+    assert len(held.validation) == 4 and len(trained) >= 5 and not said & trained
