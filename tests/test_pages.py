@@ -103,6 +103,16 @@ def test_table_of_the_accuracy_study_is_that_of_the_stored_runs():
         assert tables.table(study) in _between("study")
 
 
+def test_intervals_that_pages_quote_stand_in_the_table():
+    interval = re.compile(r"[+-][0-9.]+\s+\[[+-][0-9.]+,\s+[+-][0-9.]+\]")
+    known = {" ".join(found.split()) for found in interval.findall(_between("study"))}
+    quoted = {
+        page: {" ".join(found.split()) for found in interval.findall(page.read_text("utf-8"))}
+        for page in PAGES
+    }
+    assert quoted[ROOT / "README.md"] and set().union(*quoted.values()) <= known
+
+
 def test_survey_of_architectures_is_the_stored_one():
     architectures = load_script("architectures")
     (stored,) = RESULTS.glob("*/architectures.json")
