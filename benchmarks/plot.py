@@ -5,8 +5,7 @@
 
 Nothing is measured here and no figure is typed in: all is read from `training/*.json`, which
 `benchmarks/run.py` wrote, from `packing/*.json`, of `benchmarks/packing.py`, from the runs of the
-demo in `demo/`, those of `benchmarks/accuracy_study.py` in `study/`, older ones in `accuracy/`, and
-`contribution/*.json`.
+demo in `demo/`, those of `benchmarks/accuracy_study.py` in `study/`, and `contribution/*.json`.
 `benchmarks/diagrams.py` draws the pictures that need no results.
 """
 
@@ -25,27 +24,20 @@ from picture_style import (
     CARD,
     INK,
     KINDS,
-    MUTED,
     STYLE,
     method_colour,
     new_figure,
-    place_labels,
     save,
 )
 from result_tables import (
-    METRICS,
     MIB,
     MODELS,
-    NAMES,
-    accuracy_table,
     contribution_table,
     load,
-    load_accuracy,
     load_packing,
     measured,
     packing_stage_table,
     packing_table,
-    score_and_seconds,
     speedup_of,
     table,
     verdict_lines,
@@ -225,43 +217,6 @@ def run_figure(contents: Sequence[Mapping[str, Any]]) -> Figure | None:
     return figure
 
 
-def accuracy_figure(tasks: Mapping[str, Mapping[str, Sequence[Mapping[str, Any]]]]) -> Figure:
-    """Score against time, a panel per task; a marker with its standard error per method."""
-    figure = new_figure(330 * len(tasks))
-    axes = figure.subplots(len(tasks), 1, squeeze=False).flat
-    for ax, (task, methods) in zip(axes, tasks.items(), strict=True):
-        for index, (method, runs) in enumerate(methods.items()):
-            score, error, train_s = score_and_seconds(runs)
-            colour, marker = method_colour(method), "osD^vPX<>ph*"[index % 12]
-            ax.errorbar(
-                *(train_s, score, error),
-                fmt=marker,
-                color=colour,
-                markersize=8,
-                capsize=3,
-                elinewidth=1,
-                label=method,
-                markeredgecolor=CARD,
-                markeredgewidth=0.5,
-            )
-        first = next(iter(methods.values()))[0]
-        ax.set_xlabel("training time (s), fastest seed")
-        ax.set_ylabel(f"{METRICS[first['metric_name']]} (mean ± standard error)")
-        seeds = sorted({len(runs) for runs in methods.values()})
-        ax.set_title(
-            f"{NAMES[task]}, {first['data']['train_rows']:,} rows, "
-            f"{first['config']['epochs']} epochs, {' or '.join(map(str, seeds))} seeds, "
-            f"{first['meta']['device']}",
-            fontsize=9.5,
-            fontweight="normal",
-            color=MUTED,
-        )
-        ax.grid(alpha=0.7)
-        ax.margins(0.12, 0.08)
-        place_labels(ax)
-    return figure
-
-
 def _plans(run: report.Run) -> list[tuple[FreezePlan, list[int]]]:
     """The plans of a run in order, each with the indices of the stored stages that have it."""
     found: list[tuple[FreezePlan, list[int]]] = []
@@ -392,8 +347,6 @@ def figures_of(results: Path) -> dict[str, Callable[[], Figure | None]]:
         found["packing"] = lambda: packing_figure(packing)
     if contents and packing:
         found["front"] = lambda: front_figure(packing, contents[0])
-    if accuracy := load_accuracy(results):
-        found["accuracy"] = lambda: accuracy_figure(accuracy)
     if (results / "study").exists():
         study = Study(read_settings(EXPERIMENT), results / "study")
         if study_panels(study):
@@ -435,8 +388,6 @@ def main() -> None:
     if packing:
         parts += [packing_table(packing), packing_stage_table(packing)]
         parts += ["\n".join(verdict_lines(packing))]
-    if (arguments.folder / "accuracy").exists():
-        parts.append(accuracy_table(arguments.folder))
     if contributions := sorted(arguments.folder.glob("contribution/*.json")):
         parts.append(contribution_table(contributions))
     if not parts and not any(figures_of(arguments.folder)):

@@ -3,24 +3,15 @@
 from __future__ import annotations
 
 import json
-import math
-import statistics
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from stored_results import WORDS
 
 MIB = 2**20
-EXPERIMENTS = Path(__file__).resolve().parent / "experiments"
 NAMES = {"rte": "RTE", "mrpc": "MRPC", "cola": "CoLA", "sst2": "SST-2", "stsb": "STS-B"}
 MODELS = {"minilm": "MiniLM", "mpnet": "MPNet"}
-METRICS = {
-    "matthews": "Matthews correlation",
-    "pearson": "Pearson correlation",
-    "accuracy": "accuracy",
-    "f1": "F1",
-}
 
 
 def load(folder: Path) -> list[dict[str, Any]]:
@@ -140,68 +131,6 @@ def verdict_lines(contents: Sequence[Mapping[str, Any]]) -> list[str]:
     return [
         f"- {words[v['met']]}: {v['target']}: {v['found']}" for c in contents for v in c["verdicts"]
     ]
-
-
-def load_accuracy(folder: Path) -> dict[str, dict[str, list[dict[str, Any]]]]:
-    """Stored runs by task and method, both in the order of the experiment's file."""
-    if not (folder / "accuracy").exists():
-        return {}
-    try:
-        import tomllib
-    except ImportError:  # Python 3.10, where pytest brings it
-        import tomli as tomllib
-    experiment = tomllib.loads((EXPERIMENTS / "accuracy.toml").read_text())
-    found: dict[str, dict[str, list[dict[str, Any]]]] = {}
-    for task in experiment["tasks"]:
-        for method in experiment["methods"]:
-            paths = sorted((folder / "accuracy" / task).glob(f"{method}-seed*.json"))
-            if paths:
-                runs = [json.loads(path.read_text()) for path in paths]
-                found.setdefault(task, {})[method] = runs
-    return found
-
-
-def _mean_and_error(values: Iterable[float]) -> tuple[float, float | None]:
-    """Mean and its standard error; of one value there is none."""
-    values = [*values]
-    error = statistics.stdev(values) / math.sqrt(len(values)) if len(values) > 1 else None
-    return statistics.mean(values), error
-
-
-def score_and_seconds(runs: list[dict[str, Any]]) -> tuple[float, float | None, float]:
-    """Mean score and its standard error, and the seconds of the fastest seed: whatever else a
-    machine does only adds to them. `train_seconds` counts training steps alone.
-    """
-    score, error = _mean_and_error(run["summary"]["metric"] for run in runs)
-    return score, error, min(run["summary"]["train_seconds"] for run in runs)
-
-
-def accuracy_table(folder: Path) -> str:
-    """One Markdown table per task."""
-    lines = []
-    for task, methods in load_accuracy(folder).items():
-        first = next(iter(methods.values()))[0]
-        full_s = score_and_seconds(methods["full"])[2] if "full" in methods else None
-        lines += [
-            f"**{NAMES[task]}**, {first['data']['train_rows']:,} rows, "
-            f"{first['config']['epochs']} epochs, {first['summary']['steps']:,} steps:",
-            "",
-            f"| Method | Seeds | {METRICS[first['metric_name']]} | Training (s) | / full | "
-            "Updates saved (%) | Peak state (MiB) |",
-            "| --- | ---: | ---: | ---: | ---: | ---: | ---: |",
-        ]
-        for method, runs in methods.items():
-            score, error, train_s = score_and_seconds(runs)
-            shown = f"{score:.3f}" if error is None else f"{score:.3f} ± {error:.3f}"
-            ratio = "–" if full_s is None else f"{train_s / full_s:.2f}"
-            saved = statistics.mean(run["summary"]["updates_saved_share"] for run in runs)
-            state = max(run["summary"]["peak_state_bytes"] for run in runs)
-            lines.append(
-                f"| {method} | {len(runs)} | {shown} | {train_s:.0f} | {ratio} | "
-                f"{100 * saved:.1f} | {state / 2**20:.1f} |"
-            )
-        lines.append("")
-    return "\n".join(lines).rstrip()
 
 
 def contribution_table(paths: Sequence[Path]) -> str:

@@ -18,6 +18,7 @@ from matplotlib.colors import to_hex
 from matplotlib.text import Text
 
 from progtuning_kernels import report
+from progtuning_kernels.schedules.files import read_settings
 
 ROOT = Path(__file__).parents[2]
 BENCHMARKS = ROOT / "benchmarks"
@@ -138,23 +139,22 @@ def test_front_figure(plot, content):
 
 
 def test_names_of_methods_cover_nothing(plot):
-    tasks = plot.load_accuracy(RESULTS / "amd-epyc-2-threads")
+    plan, tables = sys.modules["study_plan"], sys.modules["study_tables"]
+    study = plan.Study(read_settings(plan.EXPERIMENT), RESULTS / "amd-epyc-2-threads/study")
     with rc_context(plot.STYLE):
-        figure = plot.accuracy_figure(tasks)
+        figure = tables.figure(study)
     FigureCanvasAgg(figure).draw()
-    (ax,) = figure.axes
-    assert [text.get_text() for text in ax.texts] == [*tasks["cola"]]
-    boxes = [Text.get_window_extent(text) for text in ax.texts]  # without the line to the point
     overlap = sys.modules["picture_style"].overlap
-    assert not any(overlap(one, other) for one, other in combinations(boxes, 2))
-    for container in ax.containers:
-        ((x, y),) = container.lines[0].get_xydata()
-        x, y = ax.transData.transform((x, y))
-        assert not any(box.contains(x, y) for box in boxes)
-        runs = tasks["cola"][container.get_label()]
-        assert container.lines[0].get_xdata()[0] == min(
-            run["summary"]["train_seconds"] for run in runs
-        )
+    for ax, (model, tasks, methods) in zip(figure.axes, tables.panels(study), strict=True):
+        names = {study.experiment["methods"][method]["title"]: method for method in methods}
+        assert [text.get_text() for text in ax.texts] == [*names]
+        boxes = [Text.get_window_extent(text) for text in ax.texts]  # without the line to the point
+        assert not any(overlap(one, other) for one, other in combinations(boxes, 2))
+        for container in ax.containers:
+            ((x, y),) = container.lines[0].get_xydata()
+            at = ax.transData.transform((x, y))
+            assert not any(box.contains(*at) for box in boxes)
+            assert x == tables.seconds(study, model, tasks, names[container.get_label()])
 
 
 def test_figures_of_the_demo_show_what_is_stored(plot):

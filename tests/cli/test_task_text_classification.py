@@ -18,7 +18,7 @@ from progtuning_kernels.cli.preparation import read_rows
 from progtuning_kernels.cli.tasks.text_classification import TextClassification
 
 NAME = "text-classification"
-PICTURE = Path(__file__).parents[2] / "docs/pictures/accuracy.png"
+PICTURE = Path(__file__).parents[2] / "docs/pictures/training.png"
 
 
 def _task(labels: list, *, validation: list | None = None, **options: object):
