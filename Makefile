@@ -58,11 +58,12 @@ bench-host: .venv/.bench ## the update on the host beside DeepSpeed's CPUAdam an
 bench-compare: .venv/.bench ## this commit against a saved one: ARGS="--benchmark-save=NAME", then ARGS="--benchmark-compare"
 	$(BIN)/python -m pytest benchmarks/test_speed.py $(ARGS)
 
-accuracy accuracy-runs: OUT = runs/accuracy
-accuracy: .venv/.bench ## the accuracy study's table and figure, from the runs that OUT holds
-	$(BIN)/python benchmarks/accuracy_study.py table --output $(OUT) --picture $(OUT)/study.png $(ARGS)
+accuracy: OUT = benchmarks/results/amd-epyc-2-threads/study
+accuracy: .venv/.bench ## the accuracy study's tables and figure, from the stored runs or those of OUT=FOLDER
+	$(BIN)/python benchmarks/accuracy_study.py table --output $(OUT) --picture runs/study.png $(ARGS)
 
-accuracy-runs: .venv/.bench ## its runs that OUT lacks, one at a time, for days: make accuracy-runs DATA=FOLDER, of <task>/*.jsonl
+accuracy-runs: OUT = runs/accuracy
+accuracy-runs: .venv/.bench ## its runs on this machine, one at a time, for days: make accuracy-runs DATA=FOLDER, of <task>/*.jsonl
 	$(BIN)/python benchmarks/accuracy_study.py prepare
 	$(BIN)/python benchmarks/accuracy_study.py times --data $(DATA) --output $(OUT)
 	$(BIN)/python benchmarks/accuracy_study.py runs --data $(DATA) --output $(OUT) $(ARGS)

@@ -215,7 +215,9 @@ def show_table(study: Study, options: argparse.Namespace) -> None:
     if options.page is not None:
         fill(options.page, shown)
     if options.picture is not None:
+        options.picture.parent.mkdir(parents=True, exist_ok=True)
         draw(study, options.picture)
+        print(f"\n{options.picture}")
 
 
 def main() -> None:
