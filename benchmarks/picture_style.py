@@ -6,9 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from matplotlib.axes import Axes
     from matplotlib.figure import Figure
-    from matplotlib.transforms import Bbox
 
 POINTS = 72  # an inch
 WIDTH = 460  # points
@@ -111,65 +109,3 @@ def save(figure: Figure, path: Path, description: str = "") -> None:
     metadata = {"Date": None, "Description": description} if path.suffix == ".svg" else {}
     figure.savefig(path, dpi=200, facecolor="none", metadata=metadata)
     card.remove()
-
-
-def place_labels(ax: Axes) -> None:
-    """Write each point's name beside it, where it covers no other name, marker or error bar."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.transforms import Bbox
-
-    canvas = FigureCanvasAgg(ax.figure)
-    canvas.draw()  # settles the layout
-    point = ax.figure.dpi / POINTS
-    taken, anchors = [], []
-    for container in ax.containers:
-        marker, _, bars = container.lines
-        ((x, y),) = ax.transData.transform(marker.get_xydata())
-        anchors.append((container.get_label(), x, y, marker.get_color()))
-        taken.append(Bbox.from_extents(x, y, x, y).padded(5 * point))
-        taken += [
-            Bbox(ax.transData.transform(bar.get_segments()[0])).padded(3 * point) for bar in bars
-        ]
-    inside = ax.get_window_extent()
-    sides = [(1, 0), (-1, 0), (0, 1), (0, -1), (1, 1), (-1, 1), (1, -1), (-1, -1)]
-
-    def covered(box: Bbox) -> float:
-        outside = box.width * box.height - overlap(box, inside)
-        return outside + sum(overlap(box, other) for other in taken)
-
-    for name, x, y, colour in anchors:
-        measure = ax.text(0, 0, name)
-        size = measure.get_window_extent()
-        measure.remove()
-        centres = [
-            (far * point * dx + size.width / 2 * dx, far * point * dy + size.height / 2 * dy)
-            for far in (8, 13, 20, 30, 42)
-            for dx, dy in sides
-        ]
-        boxes = {
-            centre: Bbox.from_bounds(
-                x + centre[0] - size.width / 2,
-                y + centre[1] - size.height / 2,
-                size.width,
-                size.height,
-            )
-            for centre in centres
-        }
-        best = min(boxes, key=lambda centre: covered(boxes[centre]))
-        taken.append(boxes[best].padded(point))
-        is_far = centres.index(best) >= len(sides)
-        ax.annotate(
-            name,
-            ax.transData.inverted().transform((x, y)),
-            (best[0] / point, best[1] / point),
-            textcoords="offset points",
-            ha="center",
-            va="center",
-            arrowprops={"arrowstyle": "-", "color": colour, "lw": 0.8} if is_far else None,
-        ).set_in_layout(False)
-
-
-def overlap(one: Bbox, other: Bbox) -> float:
-    width = min(one.x1, other.x1) - max(one.x0, other.x0)
-    height = min(one.y1, other.y1) - max(one.y0, other.y0)
-    return max(0.0, width) * max(0.0, height)

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from picture_style import CARD, INK, MUTED, STYLE, method_colour, new_figure, place_labels, save
+from picture_style import INK, MUTED, STYLE, method_colour, new_figure, save
 from study_plan import Study
 
 from progtuning_kernels.cli.errors import UserError
@@ -299,41 +299,41 @@ def panels(study: Study) -> list[tuple[str, list[str], list[str]]]:
 
 
 def figure(study: Study) -> Any:
-    """Difference to full fine-tuning against seconds, a panel per set of tasks."""
-    experiment = study.experiment
-    shown = panels(study)
+    """A panel per set of tasks, a line per method, the fastest at the top: on the left its
+    difference to full fine-tuning, on the right its seconds.
+    """
+    experiment, shown = study.experiment, panels(study)
     if not shown:
         raise UserError("no method is timed on the tasks that it ran on: accuracy_study.py times")
-    drawn = new_figure(360 * len(shown))
-    for ax, (model, tasks, methods) in zip(
-        drawn.subplots(len(shown), 1, squeeze=False).flat, shown, strict=True
-    ):
-        for index, method in enumerate(methods):
+    counts = [len(methods) + 3.5 for *_, methods in shown]  # lines, of which 3.5 are axes and title
+    drawn = new_figure(20 * sum(counts))
+    parts = drawn.subfigures(len(shown), 1, squeeze=False, height_ratios=counts).flat
+    for part, (model, tasks, methods) in zip(parts, shown, strict=True):
+        points, times = part.subplots(1, 2, sharey=True, width_ratios=(3, 2))
+        taken_s = {method: seconds(study, model, tasks, method) or 0.0 for method in methods}
+        methods = sorted(methods, key=taken_s.__getitem__)
+        for y, method in enumerate(methods):
             by_task = [differences(study, model, task, method) for task in tasks]
-            point = over_tasks(by_task, experiment["confidence"])
-            low, high = (point.mean if v is None else v for v in (point.low, point.high))
-            ax.errorbar(
-                *(seconds(study, model, tasks, method), point.mean),
-                [[point.mean - low], [high - point.mean]],
-                fmt="osD^vPX<>ph*"[index % 12],
-                color=method_colour(method),
-                markersize=8,
-                capsize=3,
-                elinewidth=1,
-                label=experiment["methods"][method]["title"],
-                markeredgecolor=CARD,
-                markeredgewidth=0.5,
-            )
-        ax.axhline(0, color=INK, linewidth=0.9, linestyle=":")
-        ax.axhline(-experiment["margin_points"], color=MUTED, linewidth=0.9, linestyle="--")
-        ax.set_xlabel("seconds of one run of every task")
-        ax.set_ylabel("points to full fine-tuning (dashed: margin)")
+            found, colour = over_tasks(by_task, experiment["confidence"]), method_colour(method)
+            if found.low is not None and found.high is not None:
+                points.plot([found.low, found.high], [y, y], color=colour, linewidth=2)
+            points.plot(found.mean, y, "o", color=colour, label=method)
+            times.barh(y, taken_s[method], height=0.7, color=colour)
+            times.text(taken_s[method], y, f" {taken_s[method]:,.0f}", va="center", fontsize=9)
+        points.axvline(0, color=INK, linewidth=0.9, linestyle=":")
+        points.axvline(-experiment["margin_points"], color=MUTED, linewidth=0.9, linestyle="--")
+        titles = [experiment["methods"][method]["title"] for method in methods]
+        points.set_yticks(range(len(methods)), titles)
+        points.set_ylim(len(methods) - 0.5, -0.5)
+        points.set_xlabel("points to full; dashed: margin")
+        times.set_xlabel("seconds")
+        times.set_xlim(0, 1.25 * max(taken_s.values()))
+        for ax in (points, times):
+            ax.tick_params(axis="y", length=0)
+            ax.grid(axis="x", alpha=0.7)
         names = ", ".join(experiment["tasks"][task]["title"] for task in tasks)
         title = f"{experiment['models'][model]['title']}: {names}"
-        ax.set_title(title, fontsize=9.5, fontweight="normal", color=MUTED)
-        ax.grid(alpha=0.7)
-        ax.margins(0.12, 0.08)
-        place_labels(ax)
+        part.suptitle(title, x=0.02, ha="left", fontsize=9.5, color=MUTED)
     return drawn
 
 

@@ -240,10 +240,14 @@ def test_table_pairs_runs_by_seed_and_fills_a_page(tmp_path):
     )
     methods = dict.fromkeys(("full", "progtuning", "progtuning-cache"), one) | {"full-packed": half}
     study.times = {("minilm", task): {"methods": methods} for task in ("cola", "rte")}
-    (ax,) = TABLES.figure(study).axes
-    points = {c.get_label(): c.lines[0].get_xydata()[0].tolist() for c in ax.containers}
-    assert points["Progtuning, packed"] == [2 * 100 * 20 / 1e3, 2.5]  # seconds of both tasks
-    assert {*points} == {experiment()["methods"][name]["title"] for name in methods}
+    points, times = TABLES.figure(study).axes
+    names = [label.get_text() for label in points.get_yticklabels()]
+    assert {*names} == {experiment()["methods"][name]["title"] for name in methods}
+    at = names.index("Progtuning, packed")
+    means = {line.get_label(): line.get_xdata()[0] for line in points.lines}
+    assert means["progtuning"] == 2.5
+    assert times.patches[at].get_width() == 2 * 100 * 20 / 1e3  # seconds of both tasks
+    assert names[0] == "full, packed" and times.patches[0].get_width() == 2 * 100 * 10 / 1e3
     shown = TABLES.table(study)
     assert "| full (HF) | 2 s | 2 s |" in shown and "| full, packed | 2.00 x | 2.00 x |" in shown
 

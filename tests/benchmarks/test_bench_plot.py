@@ -6,19 +6,14 @@ import copy
 import json
 import re
 import sys
-from itertools import combinations
 from pathlib import Path
 from xml.etree import ElementTree
 
 import pytest
 from benchmark_scripts import load_script
-from matplotlib import rc_context
-from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.colors import to_hex
-from matplotlib.text import Text
 
 from progtuning_kernels import report
-from progtuning_kernels.schedules.files import read_settings
 
 ROOT = Path(__file__).parents[2]
 BENCHMARKS = ROOT / "benchmarks"
@@ -136,25 +131,6 @@ def test_front_figure(plot, content):
     assert [*full.get_data().values] == [224, 224]
     shown = {" ".join(text.get_text().split()) for text in memory.texts}
     assert {"all", "blocks 2-5, head", "full: 224"} <= shown
-
-
-def test_names_of_methods_cover_nothing(plot):
-    plan, tables = sys.modules["study_plan"], sys.modules["study_tables"]
-    study = plan.Study(read_settings(plan.EXPERIMENT), RESULTS / "amd-epyc-2-threads/study")
-    with rc_context(plot.STYLE):
-        figure = tables.figure(study)
-    FigureCanvasAgg(figure).draw()
-    overlap = sys.modules["picture_style"].overlap
-    for ax, (model, tasks, methods) in zip(figure.axes, tables.panels(study), strict=True):
-        names = {study.experiment["methods"][method]["title"]: method for method in methods}
-        assert [text.get_text() for text in ax.texts] == [*names]
-        boxes = [Text.get_window_extent(text) for text in ax.texts]  # without the line to the point
-        assert not any(overlap(one, other) for one, other in combinations(boxes, 2))
-        for container in ax.containers:
-            ((x, y),) = container.lines[0].get_xydata()
-            at = ax.transData.transform((x, y))
-            assert not any(box.contains(*at) for box in boxes)
-            assert x == tables.seconds(study, model, tasks, names[container.get_label()])
 
 
 def test_figures_of_the_demo_show_what_is_stored(plot):
