@@ -221,7 +221,9 @@ def show_table(study: Study, options: argparse.Namespace) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("command", choices=["prepare", "times", "plan", "runs", "table"])
     parser.add_argument("--data", type=Path, help="folder of <task>/train.jsonl, validation.jsonl")
     parser.add_argument("--output", type=Path, default=Path("runs/accuracy"), help="(%(default)s)")

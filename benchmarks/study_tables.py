@@ -10,12 +10,13 @@ from __future__ import annotations
 
 import math
 import statistics
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from picture_style import INK, MUTED, STYLE, method_colour, new_figure, save
+from picture_style import CARD, INK, MUTED, STYLE, method_colour, new_figure, save
 from study_plan import Study
 
 from progtuning_kernels.cli.errors import UserError
@@ -111,8 +112,8 @@ def table(study: Study) -> str:
         tasks, methods = compared(study, model)
         if not tasks:
             continue
-        heads = ["Method", "Seeds", *(names[t] for t in tasks), "Mean over tasks"]
-        heads += ["Against the margin", "Times as fast", "Updates saved (%)", "Peak state (MiB)"]
+        heads = ["Method", "Rate", "Seeds", *(names[t] for t in tasks), *_mean_heads(study, model)]
+        heads += ["Times as fast", "Updates saved (%)", "Peak state (MiB)"]
         lines = [f"**{experiment['models'][model]['title']}**", ""]
         lines += [f"| {' | '.join(heads)} |", f"| --- |{' ---: |' * (len(heads) - 1)}"]
         own_runs = [m for m in methods if "runs_of" not in experiment["methods"][m]]
@@ -124,7 +125,7 @@ def table(study: Study) -> str:
 
 def _comparisons(study: Study, model: str, tasks: Sequence[str]) -> list[str]:
     """The experiment's pairs of methods that both ran."""
-    confidence, margin = study.experiment["confidence"], study.experiment["margin_points"]
+    confidence = study.experiment["confidence"]
     names = {key: method["title"] for key, method in study.experiment["methods"].items()}
     lines = []
     for method, other in study.experiment["comparisons"]:
@@ -133,12 +134,12 @@ def _comparisons(study: Study, model: str, tasks: Sequence[str]) -> list[str]:
             continue
         cells = [f"{names[method]} – {names[other]}", _counts(by_task)]
         cells += [str(over_seeds(by_task[t], confidence)) if t in by_task else "" for t in tasks]
-        cells += _mean_cells(by_task, tasks, confidence, margin)
+        cells += _mean_cells(study, model, by_task, tasks)
         own_s, other_s = (seconds(study, model, [*by_task], m) for m in (method, other))
         ratio = "" if own_s is None or other_s is None else f"{other_s / own_s:.2f}"
         lines.append(f"| {' | '.join([*cells, ratio])} |")
     heads = ["Difference", "Seeds", *(study.experiment["tasks"][t]["title"] for t in tasks)]
-    heads += ["Mean over tasks", "Against the margin", "Times as fast"]
+    heads += [*_mean_heads(study, model), "Times as fast"]
     head = [f"| {' | '.join(heads)} |", f"| --- |{' ---: |' * (len(heads) - 1)}"]
     return ["\n".join([*head, *lines])] if lines else []
 
@@ -169,14 +170,29 @@ def _seconds_table(
     return ["\n".join([*head, *lines])] if lines else []
 
 
+def _mean_heads(study: Study, model: str) -> list[str]:
+    heads = ["Mean over tasks", "Against the margin"]
+    if left_out := study.experiment["models"][model].get("mean_without"):
+        names = (study.experiment["tasks"][task]["title"] for task in left_out)
+        heads.append(f"Mean without {', '.join(names)}")
+    return heads
+
+
 def _mean_cells(
-    by_task: Mapping[str, Sequence[float]], tasks: Sequence[str], confidence: float, margin: float
+    study: Study, model: str, by_task: Mapping[str, Sequence[float]], tasks: Sequence[str]
 ) -> list[str]:
-    """The mean over tasks and its verdict; a mean over fewer tasks would compare with no other."""
+    """The mean over tasks, its verdict, and the mean over those where the model learns something;
+    a mean over fewer tasks than there are would compare with no other.
+    """
     if len(by_task) < len(tasks):
-        return ["", ""]
+        return [""] * len(_mean_heads(study, model))
+    confidence, margin = study.experiment["confidence"], study.experiment["margin_points"]
     found = over_tasks([*by_task.values()], confidence)
-    return [str(found), verdict(found, margin)]
+    cells = [str(found), verdict(found, margin)]
+    if left_out := study.experiment["models"][model].get("mean_without"):
+        others = [own for task, own in by_task.items() if task not in left_out]
+        cells.append(str(over_tasks(others, confidence)) if others else "")
+    return cells
 
 
 def _counts(by_task: Mapping[str, Sequence[float]]) -> str:
@@ -185,9 +201,11 @@ def _counts(by_task: Mapping[str, Sequence[float]]) -> str:
 
 
 def _line(study: Study, model: str, tasks: Sequence[str], method: str) -> str:
-    confidence, margin = study.experiment["confidence"], study.experiment["margin_points"]
+    confidence = study.experiment["confidence"]
     by_task = {t: found for t in tasks if (found := differences(study, model, t, method))}
-    cells = [study.experiment["methods"][method]["title"], _counts(by_task)]
+    rate = study.rate(model, method)
+    cells = [study.experiment["methods"][method]["title"], "" if rate is None else f"{rate:g}"]
+    cells.append(_counts(by_task))
     runs = {task: [*study.runs(model, task, method).values()] for task in by_task}
     for task in tasks:
         if task not in by_task:
@@ -196,7 +214,8 @@ def _line(study: Study, model: str, tasks: Sequence[str], method: str) -> str:
             cells.append(_mean_and_error([run["score"] for run in runs[task]]))
         else:
             cells.append(str(over_seeds(by_task[task], confidence)))
-    cells += ["", ""] if method == FULL else _mean_cells(by_task, tasks, confidence, margin)
+    means = _mean_cells(study, model, by_task, tasks)
+    cells += [""] * len(means) if method == FULL else means
     own_s, full_s = (seconds(study, model, [*by_task], m) for m in (method, FULL))
     cells.append("" if own_s is None or full_s is None else f"{full_s / own_s:.2f}")
     whole = sum(
@@ -224,13 +243,17 @@ def _notes(study: Study) -> list[str]:
     commits = sorted({str(meta["commit"])[:7] for meta in metas})
     dirty = sum(bool(meta["dirty"]) for meta in metas)
     devices = sorted({meta["device"] for meta in metas})
+    timed = sorted({str(times["meta"]["device"]) for times in study.times.values()})
     notes = [
         f"- {len(metas)} runs, {sum(job.tunes for job in study.records)} of them for tuning; "
-        f"{', '.join(devices)}; commits {', '.join(commits)}"
+        f"{', '.join(devices)}"
+        + (f"; seconds: {', '.join(timed)}" if timed else "")
+        + f"; commits {', '.join(commits)}"
         + (f"; {dirty} with uncommitted changes" if dirty else "")
         + ".",
-        f"- Intervals are of {experiment['confidence']:.0%}, by seed, not corrected for the number "
-        f"of methods. The margin is {experiment['margin_points']:.1f} points.",
+        f"- Intervals are of {experiment['confidence']:.0%}, of how scores vary by seed, not by "
+        "validation rows or by task. Tasks count as independent; nothing is corrected for the "
+        f"number of methods. The margin is {experiment['margin_points']:.1f} points.",
     ]
     edges = [
         f"{model}, {experiment['methods'][method]['title']} ({rate:g})"
@@ -265,9 +288,15 @@ def _notes(study: Study) -> list[str]:
     if perplexities:
         means = (f"{name} {statistics.mean(own):.2f}" for name, own in perplexities.items())
         notes.append(f"- Perplexity of the answers, mean over seeds: {', '.join(means)}.")
-    missing = sum(job not in study.records for job in study.jobs())
-    if missing:
-        notes.append(f"- {missing} planned runs are missing.")
+    missing = Counter((j.model, j.method) for j in study.jobs() if j not in study.records)
+    for model in dict.fromkeys(model for model, _ in missing):
+        counts = (
+            f"{experiment['methods'][method]['title']} {count}"
+            for (of, method), count in missing.items()
+            if of == model
+        )
+        title = experiment["models"][model]["title"]
+        notes.append(f"- Planned for {title} and not run yet: {'; '.join(counts)}.")
     return notes
 
 
@@ -317,7 +346,9 @@ def figure(study: Study) -> Any:
             found, colour = over_tasks(by_task, experiment["confidence"]), method_colour(method)
             if found.low is not None and found.high is not None:
                 points.plot([found.low, found.high], [y, y], color=colour, linewidth=2)
-            points.plot(found.mean, y, "o", color=colour, label=method)
+            # hollow: the runs of another line, timed in another way
+            inside = CARD if "runs_of" in experiment["methods"][method] else colour
+            points.plot(found.mean, y, "o", color=colour, markerfacecolor=inside, label=method)
             times.barh(y, taken_s[method], height=0.7, color=colour)
             times.text(taken_s[method], y, f" {taken_s[method]:,.0f}", va="center", fontsize=9)
         points.axvline(0, color=INK, linewidth=0.9, linestyle=":")
@@ -325,14 +356,14 @@ def figure(study: Study) -> Any:
         titles = [experiment["methods"][method]["title"] for method in methods]
         points.set_yticks(range(len(methods)), titles)
         points.set_ylim(len(methods) - 0.5, -0.5)
-        points.set_xlabel("points to full; dashed: margin")
+        points.set_xlabel("points; 0: full, dashed: margin")
         times.set_xlabel("seconds")
         times.set_xlim(0, 1.25 * max(taken_s.values()))
         for ax in (points, times):
             ax.tick_params(axis="y", length=0)
             ax.grid(axis="x", alpha=0.7)
         names = ", ".join(experiment["tasks"][task]["title"] for task in tasks)
-        title = f"{experiment['models'][model]['title']}: {names}"
+        title = f"{experiment['models'][model]['title']}: mean and sum over {names}"
         part.suptitle(title, x=0.02, ha="left", fontsize=9.5, color=MUTED)
     return drawn
 

@@ -221,10 +221,13 @@ def test_table_pairs_runs_by_seed_and_fills_a_page(tmp_path):
     assert "| 50.0 | 1.0 |" in lines["| Progtuning, packed"]
     assert " | 1 | +0.0 | +0.0 | +0.0 | no interval |" in lines["| cache"]
     cached = lines["| cache – Progtuning, packed"]
-    assert cached == f"{cached.split(' | ')[0]} | 1 | -4.0 | -4.0 | -4.0 | no interval |  |"
+    assert cached == f"{cached.split(' | ')[0]} | 1 | -4.0 | -4.0 | -4.0 | no interval | -4.0 |  |"
     assert "fewer epochs" not in shown  # it did not run
-    assert TABLES._mean_cells({"cola": [1.0, 2.0]}, ["cola", "rte"], 0.95, 1.0) == ["", ""]
-    assert "Progtuning, packed (0.00045)" in shown and "2 planned runs are missing" in shown
+    cells = partial(TABLES._mean_cells, study, "minilm", tasks=["cola", "rte"])
+    assert cells({"cola": [1.0, 2.0]}) == ["", "", ""]
+    two = {"cola": [1.0, 2.0], "rte": [7.0, 9.0]}
+    assert cells(two)[2] == str(TABLES.over_seeds([1.0, 2.0], 0.9)) != cells(two)[0]
+    assert "Progtuning, packed (0.00045)" in shown and "not run yet: Progtuning, packed, " in shown
     page = tmp_path / "page.md"
     page.write_text("before\n<!-- study:begin -->\nold\n<!-- study:end -->\nafter\n")
     TABLES.fill(page, shown)
