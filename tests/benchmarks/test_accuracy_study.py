@@ -227,7 +227,7 @@ def test_table_pairs_runs_by_seed_and_fills_a_page(tmp_path):
     assert cells({"cola": [1.0, 2.0]}) == ["", "", ""]
     two = {"cola": [1.0, 2.0], "rte": [7.0, 9.0]}
     assert cells(two)[2] == str(TABLES.over_seeds([1.0, 2.0], 0.9)) != cells(two)[0]
-    assert "Progtuning, packed (0.00045)" in shown and "not run yet: Progtuning, packed, " in shown
+    assert "Progtuning, packed (0.00045)" in shown and "not run yet: cache 2." in shown
     page = tmp_path / "page.md"
     page.write_text("before\n<!-- study:begin -->\nold\n<!-- study:end -->\nafter\n")
     TABLES.fill(page, shown)
