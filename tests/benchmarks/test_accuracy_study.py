@@ -242,7 +242,8 @@ def test_table_pairs_runs_by_seed_and_fills_a_page(tmp_path):
         {"stages": [{"share": 1.0, "step_ms": ms, "first_extra_ms": 0.0}]} for ms in (20.0, 10.0)
     )
     methods = dict.fromkeys(("full", "progtuning", "progtuning-cache"), one) | {"full-packed": half}
-    study.times = {("minilm", task): {"methods": methods} for task in ("cola", "rte")}
+    meta = {"device": "a clock"}
+    study.times = {("minilm", task): {"meta": meta, "methods": methods} for task in ("cola", "rte")}
     points, times = TABLES.figure(study).axes
     names = [label.get_text() for label in points.get_yticklabels()]
     assert {*names} == {experiment()["methods"][name]["title"] for name in methods}
@@ -252,6 +253,7 @@ def test_table_pairs_runs_by_seed_and_fills_a_page(tmp_path):
     assert times.patches[at].get_width() == 2 * 100 * 20 / 1e3  # seconds of both tasks
     assert names[0] == "full, packed" and times.patches[0].get_width() == 2 * 100 * 10 / 1e3
     shown = TABLES.table(study)
+    assert "; seconds: a clock; " in shown
     assert "| full (HF) | 2 s | 2 s |" in shown and "| full, packed | 2.00 x | 2.00 x |" in shown
 
 
