@@ -65,7 +65,7 @@ accuracy: .venv/.bench ## the accuracy study's tables and figure, from the store
 accuracy-runs: OUT = runs/accuracy
 accuracy-runs: .venv/.bench ## its runs on this machine, one at a time, for days: make accuracy-runs DATA=FOLDER, of <task>/*.jsonl
 	$(BIN)/python benchmarks/accuracy_study.py prepare
-	$(BIN)/python benchmarks/accuracy_study.py times --data $(DATA) --output $(OUT)
+	$(BIN)/python benchmarks/accuracy_study.py times --data $(DATA) --output $(OUT) $(ARGS)
 	$(BIN)/python benchmarks/accuracy_study.py runs --data $(DATA) --output $(OUT) $(ARGS)
 
 # not in .venv: the GPU's machine has a torch of its own, and may have no network

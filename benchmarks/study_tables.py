@@ -151,10 +151,10 @@ def _seconds_table(
     lines = []
     for method in methods:
         cells = [study.experiment["methods"][method]["title"]]
-        for task in tasks:
-            ran = bool(differences(study, model, task, method))
+        for summed in (*([task] for task in tasks), tasks):
+            ran = all(differences(study, model, task, method) for task in summed)
             own_s, full_s = (
-                seconds(study, model, [task], m) if ran else None for m in (method, FULL)
+                seconds(study, model, summed, m) if ran else None for m in (method, FULL)
             )
             if own_s is None or full_s is None:
                 cells.append("")
@@ -162,11 +162,9 @@ def _seconds_table(
                 cells.append(f"{full_s:.0f} s" if method == FULL else f"{full_s / own_s:.2f} x")
         if any(cells[1:]):
             lines.append(f"| {' | '.join(cells)} |")
-    heads = [
-        "Times as fast",
-        *(study.experiment["tasks"][t]["title"] for t in tasks),
-    ]
-    head = [f"| {' | '.join(heads)} |", f"| --- |{' ---: |' * len(tasks)}"]
+    names = (study.experiment["tasks"][t]["title"] for t in tasks)
+    heads = ["Times as fast", *names, "All tasks"]
+    head = [f"| {' | '.join(heads)} |", f"| --- |{' ---: |' * (len(heads) - 1)}"]
     return ["\n".join([*head, *lines])] if lines else []
 
 
@@ -214,8 +212,10 @@ def _line(study: Study, model: str, tasks: Sequence[str], method: str) -> str:
             cells.append(_mean_and_error([run["score"] for run in runs[task]]))
         else:
             cells.append(str(over_seeds(by_task[task], confidence)))
-    means = _mean_cells(study, model, by_task, tasks)
-    cells += [""] * len(means) if method == FULL else means
+    if method == FULL:
+        cells += [""] * len(_mean_heads(study, model))
+    else:
+        cells += _mean_cells(study, model, by_task, tasks)
     own_s, full_s = (seconds(study, model, [*by_task], m) for m in (method, FULL))
     cells.append("" if own_s is None or full_s is None else f"{full_s / own_s:.2f}")
     whole = sum(
@@ -289,14 +289,14 @@ def _notes(study: Study) -> list[str]:
         means = (f"{name} {statistics.mean(own):.2f}" for name, own in perplexities.items())
         notes.append(f"- Perplexity of the answers, mean over seeds: {', '.join(means)}.")
     missing = Counter((j.model, j.method) for j in study.jobs() if j not in study.records)
-    for model in dict.fromkeys(model for model, _ in missing):
-        counts = (
-            f"{experiment['methods'][method]['title']} {count}"
-            for (of, method), count in missing.items()
-            if of == model
-        )
-        title = experiment["models"][model]["title"]
-        notes.append(f"- Planned for {title} and not run yet: {'; '.join(counts)}.")
+    for model, about in experiment["models"].items():
+        counts = [
+            f"{method['title']} {count}"
+            for name, method in experiment["methods"].items()
+            if (count := missing[model, name])
+        ]
+        if counts:
+            notes.append(f"- Planned for {about['title']} and not run yet: {'; '.join(counts)}.")
     return notes
 
 
@@ -339,7 +339,7 @@ def figure(study: Study) -> Any:
     parts = drawn.subfigures(len(shown), 1, squeeze=False, height_ratios=counts).flat
     for part, (model, tasks, methods) in zip(parts, shown, strict=True):
         points, times = part.subplots(1, 2, sharey=True, width_ratios=(3, 2))
-        taken_s = {method: seconds(study, model, tasks, method) or 0.0 for method in methods}
+        taken_s = {method: seconds(study, model, tasks, method) for method in methods}
         methods = sorted(methods, key=taken_s.__getitem__)
         for y, method in enumerate(methods):
             by_task = [differences(study, model, task, method) for task in tasks]

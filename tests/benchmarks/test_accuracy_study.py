@@ -250,11 +250,14 @@ def test_table_pairs_runs_by_seed_and_fills_a_page(tmp_path):
     at = names.index("Progtuning, packed")
     means = {line.get_label(): line.get_xdata()[0] for line in points.lines}
     assert means["progtuning"] == 2.5
+    hollow = {line.get_label() for line in points.lines if line.get_markerfacecolor() == "#ffffff"}
+    assert hollow == {"full-packed"}  # it has the runs of full
     assert times.patches[at].get_width() == 2 * 100 * 20 / 1e3  # seconds of both tasks
     assert names[0] == "full, packed" and times.patches[0].get_width() == 2 * 100 * 10 / 1e3
     shown = TABLES.table(study)
     assert "; seconds: a clock; " in shown
-    assert "| full (HF) | 2 s | 2 s |" in shown and "| full, packed | 2.00 x | 2.00 x |" in shown
+    assert "| full (HF) | 2 s | 2 s | 4 s |" in shown
+    assert "| full, packed | 2.00 x | 2.00 x | 2.00 x |" in shown
 
 
 def test_settings_of_the_experiment_are_ones_that_training_reads():
