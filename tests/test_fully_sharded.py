@@ -6,6 +6,7 @@ import os
 import re
 import signal
 import sys
+import warnings
 from collections.abc import Callable
 from datetime import timedelta
 from pathlib import Path
@@ -24,6 +25,7 @@ from torch.distributed.fsdp import fully_shard
 
 from progtuning_kernels import (
     CyclicBlockSchedule,
+    MaskedAdamW,
     MilestoneSchedule,
     PrefixCache,
     ProgressiveSchedule,
@@ -247,12 +249,36 @@ def check_what_is_refused(rank: int) -> None:
             patch_model(model, MilestoneSchedule({0: 2}), **(options if rank else {}))
 
 
+def check_optimizers_of_weights_that_are_gone(rank: int) -> None:
+    """One that the handle does not know of is told that it trains nothing."""
+    for kind in (torch.optim.AdamW, MaskedAdamW):
+        for early in (True, False):
+            model = tiny_model("bert-sequence").train()
+            handle = patch_model(model, MilestoneSchedule({0: 2}))
+            made = [kind(model.parameters(), lr=1e-3)] if early else []
+            shard(model)
+            optimizer = made[0] if early else kind(model.parameters(), lr=1e-3)
+            with warnings.catch_warnings(record=True) as caught:
+                warnings.simplefilter("always")
+                while handle.step < 20:
+                    model(**batch(0, rank)).loss.backward()
+                    optimizer.step()
+                    optimizer.zero_grad()
+                    model.zero_grad()
+                    handle.advance()
+            told = [str(w.message) for w in caught if "changed nothing in there" in str(w.message)]
+            assert len(told) == early, (kind, early, told)
+            assert not early or told[0].startswith("block 2 and 1 more should train")
+            handle.unpatch()
+
+
 CHECKS = (
     check_schedules,
     check_ranks_that_differ,
     check_disk,
     check_saved_after_an_evaluation,
     check_what_is_refused,
+    check_optimizers_of_weights_that_are_gone,
 )
 
 

@@ -16,6 +16,7 @@ from ..model.layout import EMBEDDINGS
 from .freezer import Freezer
 from .gradient_paths import GradientPaths
 from .missed_steps import MissedSteps
+from .missed_updates import MissedUpdates
 from .unit_use import UnitUse, measure_forward
 
 # Numbers of tokens that a shape (B, T) may have under captured graphs: a 16th of the places is
@@ -40,9 +41,10 @@ class Forwards:
     cuts nothing off; has a prefix cache put its stand-ins in last.
     """
 
-    def __init__(self, freezer: Freezer, missed: MissedSteps) -> None:
+    def __init__(self, freezer: Freezer, steps: MissedSteps, updates: MissedUpdates) -> None:
         self._freezer = freezer
-        self._missed = missed
+        self._missed_steps = steps
+        self._missed_updates = updates
         self._paths: GradientPaths | None = None  # of the forward that proves
         self.last: ForwardInputs | None = None  # of the last forward that trained
         self._host = HostCopies()  # of the forward under way
@@ -62,7 +64,8 @@ class Forwards:
             freezer.follow_wrapper()
             freezer.packer.learn(args, kwargs, freezer.boundary, freezer.share)
             if not freezer.sharded:  # FSDP2 writes weights at every forward
-                self._missed.before_forward(freezer.step)
+                self._missed_steps.before_forward(freezer.step)
+            self._missed_updates.before_forward()
         if freezer.cache is not None:
             if freezer.cache.busy:
                 return freezer.packer.begin(args, kwargs, self._host, aside=True)

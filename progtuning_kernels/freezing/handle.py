@@ -31,6 +31,7 @@ from .decay_groups import decay_groups
 from .forwards import Forwards
 from .freezer import Freezer
 from .missed_steps import MissedSteps
+from .missed_updates import MissedUpdates
 from .only import check_same_only
 from .scores import Scores
 from .truncation import TruncationReport, report_truncation
@@ -106,7 +107,7 @@ class PatchHandle:
         self.layout = layout
         layout.guess_unruled(model)
         self._listeners: list[Callable[[PatchHandle], object]] = []
-        self._missed = MissedSteps(model, layout, schedule)
+        self._missed_steps = MissedSteps(model, layout, schedule)
         options: dict[str, Any] = {"frozen_mode": frozen_mode, "tied": tied, "kernels": kernels}
         options |= {"packing": packing, "graph": graph, "only": only}
         trained = rows if isinstance(rows, TrainedRows) else TrainedRows(model, rows)
@@ -122,7 +123,8 @@ class PatchHandle:
             fixed = frozen_mode == "eval"
             self.freezer.cache = PrefixServer(model, layout, cache, fixed=fixed)
         self._scores = Scores(self.freezer, schedule) if decides_by_score(schedule) else None
-        self.forwards = Forwards(self.freezer, self._missed)
+        self._missed_updates = MissedUpdates(layout, self.freezer.active)
+        self.forwards = Forwards(self.freezer, self._missed_steps, self._missed_updates)
         # they stay to the end: one that removed itself while torch iterates over the hooks after an
         # exception would hide that exception behind one of its own
         _drop_hooks_of_a_copy(model)
@@ -233,6 +235,7 @@ class PatchHandle:
                 AdaLoRA still moves ranks between adapters of which it freezes some.
         """
         self.freezer.end_step()
+        self._missed_updates.end_step(self.plan)
         return self.seek(self.step + 1)
 
     def seek(self, step: int) -> bool:
@@ -252,7 +255,7 @@ class PatchHandle:
         self._check_patched()
         step = whole_number("step", step, 0)
         if step != self.step:
-            self._missed.told(step)
+            self._missed_steps.told(step)
         plan, before = self.schedule.plan(step, self.num_blocks), self.plan
         if self.freezer.enter_step(step, plan):
             for listener in self._listeners:
@@ -506,6 +509,8 @@ class PatchHandle:
             return
         if sys.exc_info()[0] is None:  # else other ranks need not have come to an end
             self.freezer.rows.end_step()
+            if self._scores is not None:
+                self._scores.end()
         self.freezer.rows.synchronise()
         self.freezer.restore_model()
         for hook in self._hooks:

@@ -6,12 +6,14 @@ import sys
 import warnings
 from contextlib import suppress
 
+import torch
 from torch import nn
 from torch.optim import Optimizer
 
 from ..model.call_stack import called_from
 from ..model.layout import Layout
 from ..schedules import Schedule, decides_in_training, stage_count
+from .missed_updates import some_values
 
 
 class MissedSteps:
@@ -23,7 +25,9 @@ class MissedSteps:
         self._schedule = schedule
         self._watched: nn.Parameter | None = None  # a weight that trains at this step
         self._version = 0  # of it, at the last forward
-        self._updates = 0  # how often that has changed at this step
+        self._values: torch.Tensor | None = None  # some of it, at an earlier one
+        self._forwards = 0  # at this step
+        self._updates = 0  # how often it was found changed at this step
         self._warned_of_none = self._warned_of_end = False
         total = schedule.total_steps
         if (
@@ -39,7 +43,7 @@ class MissedSteps:
 
     def told(self, step: int) -> None:
         """Note that the handle goes to `step`."""
-        self._watched, self._updates = None, 0
+        self._watched, self._values, self._forwards, self._updates = None, None, 0, 0
         total = self._schedule.total_steps
         if total is not None and step > total and not self._warned_of_end:
             self._warned_of_end = True
@@ -61,9 +65,10 @@ class MissedSteps:
             self._watched = next((p for p in parameters if p.requires_grad), None)
             self._version = getattr(self._watched, "_version", 0)
             return
-        if self._watched._version == self._version:
+        self._forwards += 1
+        version, self._version = self._version, self._watched._version
+        if self._version == version and not self._other_values(self._watched):
             return
-        self._version = self._watched._version
         # one step may run its closure, and with it the model, many times
         if not called_from(sys.modules[Optimizer.__module__].__file__):
             self._updates += 1
@@ -74,6 +79,15 @@ class MissedSteps:
                 "handle.advance() once per optimizer step, else no later stage comes",
                 stacklevel=2,
             )
+
+    def _other_values(self, watched: nn.Parameter) -> bool:
+        """Fused optimizers write past the version counter; values are read, for which a GPU is
+        waited for, at forward 16, 32, 64 and so on of a step.
+        """
+        if self._forwards < 16 or self._forwards & (self._forwards - 1):
+            return False
+        before, self._values = self._values, some_values(watched)
+        return before is not None and not torch.equal(before, self._values)
 
     def _comes_to_more(self) -> bool:
         if not decides_in_training(self._schedule):

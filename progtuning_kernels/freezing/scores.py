@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from typing import Any
 
 import torch
@@ -55,6 +56,16 @@ class Scores:
             if slot.name in self.best:  # an adapter may have come since
                 slot.parameter.copy_(self.best[slot.name])
         self._freezer.rows.synchronise()
+
+    def end(self) -> None:
+        """Warn if training ends and no score has come."""
+        schedule, step = self.schedule, self._freezer.step
+        if step and schedule.best is None and not schedule.stage(step):
+            warnings.warn(
+                f"{schedule!r} has had no score in {step} steps, and has stayed in its first "
+                "stage: call handle.report_score(score) after every evaluation",
+                stacklevel=4,
+            )
 
     def state_dict(self) -> dict[str, Any]:
         return {} if self.best is None else {"best": self.best}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import warnings
+from functools import partial
 
 import pytest
 import torch
@@ -72,6 +73,16 @@ def test_a_loop_without_advance_is_told_so_once(schedule, optimizer):
 
     (message,) = _loop(schedule, step, optimizer=optimizer)
     assert "still at step 0: call handle.advance() once per optimizer step" in message
+
+
+def test_a_loop_without_advance_is_told_so_where_no_version_counter_is_written():
+    def step(handle, backward, made):
+        backward()
+        made.step()
+
+    fused = partial(torch.optim.AdamW, fused=True)
+    (message,) = _loop(ProgressiveSchedule(4, 100), step, optimizer=fused, steps=80)
+    assert "still at step 0" in message
 
 
 def test_a_loop_that_seeks_a_step_that_stands_still_is_told_so():

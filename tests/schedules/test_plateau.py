@@ -220,6 +220,21 @@ def test_without_restoring_the_weights_stay():
     assert not other.finished
 
 
+def test_training_that_ends_without_a_score_is_told_so(recwarn):
+    handle, optimizer = _start()
+    with handle:
+        _train(handle, optimizer, {}, 2)
+    assert "has had no score in 2 steps" in str(recwarn.pop(UserWarning).message)
+    handle, optimizer = _start()
+    with handle:
+        _train(handle, optimizer, {1: 0.5}, 2)
+    _start()[0].unpatch()  # nothing was trained
+    with pytest.raises(KeyError), _start()[0] as handle:
+        handle.seek(5)
+        raise KeyError
+    assert not [w for w in recwarn if "has had no score" in str(w.message)]
+
+
 def test_scores_that_are_gone_bring_no_weights_back():
     schedule = PlateauSchedule(THAWING, patience=2)
     handle = patch_model(tiny_model(BERT), schedule, kernels="off")
