@@ -235,7 +235,6 @@ class PatchHandle:
                 AdaLoRA still moves ranks between adapters of which it freezes some.
         """
         self.freezer.end_step()
-        self._missed_updates.end_step(self.plan)
         return self.seek(self.step + 1)
 
     def seek(self, step: int) -> bool:
@@ -254,6 +253,8 @@ class PatchHandle:
         """
         self._check_patched()
         step = whole_number("step", step, 0)
+        if step == self.step + 1:
+            self._missed_updates.end_step(self.plan)
         if step != self.step:
             self._missed_steps.told(step)
         plan, before = self.schedule.plan(step, self.num_blocks), self.plan

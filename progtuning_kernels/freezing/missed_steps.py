@@ -87,7 +87,9 @@ class MissedSteps:
         if self._forwards < 16 or self._forwards & (self._forwards - 1):
             return False
         before, self._values = self._values, some_values(watched)
-        return before is not None and not torch.equal(before, self._values)
+        if before is None or self._values is None:
+            return False
+        return not torch.equal(before, self._values)
 
     def _comes_to_more(self) -> bool:
         if not decides_in_training(self._schedule):

@@ -71,7 +71,7 @@ class MissedUpdates:
             "changed nothing in there: make the optimizer of handle.param_groups(), which hold "
             "what trains later too, after fully_shard and whatever else replaces weights; and call "
             "handle.advance() once per optimizer step",
-            stacklevel=4,
+            stacklevel=5,  # where `advance` is called
         )
 
 
@@ -96,10 +96,17 @@ class _Noted:
         if now._version != self._version:
             return True
         before, self._values = self._values, some_values(now)
+        if self._values is None:
+            return True
         return before is not None and not torch.equal(before, self._values)
 
 
-def some_values(parameter: torch.Tensor) -> torch.Tensor:
-    """A copy of a few hundred values, evenly spaced, of this rank's shard."""
-    own = local_of(parameter.detach()).reshape(-1)
+def some_values(parameter: torch.Tensor) -> torch.Tensor | None:
+    """A copy of a few hundred values, evenly spaced, of this rank's shard; None where none can be
+    read: of a class of tensors that may know no slices, and on the meta device.
+    """
+    own = local_of(parameter.detach())
+    if type(own) is not torch.Tensor or own.is_meta:
+        return None
+    own = own.reshape(-1)
     return own[:: max(1, own.numel() // _VALUES)].clone()

@@ -16,6 +16,7 @@ from progtuning_kernels import (
     ProgressiveSchedule,
     patch_model,
 )
+from progtuning_kernels.freezing.missed_updates import some_values
 
 _EVERYTHING = ProgressiveSchedule(1)
 
@@ -123,3 +124,18 @@ def test_blocks_that_the_user_froze_are_not():
         return _of_what_trains_now(model)
 
     assert not _told(_EVERYTHING, without_block_0)
+
+
+class _NoSlices(torch.Tensor):
+    @classmethod
+    def __torch_function__(cls, func, types, args=(), kwargs=None):
+        if func in (torch.Tensor.reshape, torch.Tensor.__getitem__):
+            raise NotImplementedError
+        return super().__torch_function__(func, types, args, kwargs or {})
+
+
+@pytest.mark.parametrize(
+    "tensor", [torch.empty(3, device="meta"), torch.ones(3).as_subclass(_NoSlices)]
+)
+def test_tensors_without_values_to_compare_are_left_alone(tensor):
+    assert some_values(tensor) is None
