@@ -68,9 +68,9 @@ class MissedUpdates:
         more = f" and {len(blocks) - 1} more" if len(blocks) > 1 else ""
         warnings.warn(
             f"{self._layout.unit_label(blocks[0])}{more} should train, and {2 * _STEPS} steps have "
-            "changed nothing in there: make the optimizer of handle.param_groups(), which hold "
-            "what trains later too, after fully_shard and whatever else replaces weights; and call "
-            "handle.advance() once per optimizer step",
+            "changed nothing in there. Unless forwards leave them out: make the optimizer of "
+            "handle.param_groups(), which hold what trains later too, after fully_shard and "
+            "whatever else replaces weights; and call handle.advance() once per optimizer step",
             stacklevel=5,  # where `advance` is called
         )
 
