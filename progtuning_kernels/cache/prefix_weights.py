@@ -126,9 +126,10 @@ class PrefixWeights:
         ]
         for own in self._inside:
             forward = own.get("forward")
-            if isinstance(getattr(forward, "__self__", None), ForwardHooks):  # for one forward
+            if _of_one_forward(forward):
                 forward = None
-            hooks = [id(h) for h in own["_forward_hooks"].values() if not runs_padded(h)]
+            both = (*own["_forward_pre_hooks"].values(), *own["_forward_hooks"].values())
+            hooks = [id(hook) for hook in both if not (runs_padded(hook) or _of_one_forward(hook))]
             if hooks or forward is not None:
                 plain.append(("hooks", (*hooks, id(forward))))
         return plain
@@ -228,3 +229,8 @@ def _held_by(carriers: list[dict[str, Any]]) -> dict[Any, torch.Tensor]:
         for name, value in own.items()
         if isinstance(value, torch.Tensor)
     }
+
+
+def _of_one_forward(function: Any) -> bool:
+    """Whether it is there for a single forward, which is proved or counted."""
+    return isinstance(getattr(function, "__self__", None), ForwardHooks)

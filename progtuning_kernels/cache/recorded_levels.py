@@ -1,11 +1,13 @@
 """Learns from one recorded forward how a model runs from, and up to, the boundary activations.
 
 The last module below the boundary then returns these, blocks below hand their input on, and
-embeddings return something of the right shape, from which models make masks and positions.
+embeddings return NaN of the right shape, from which models make masks and positions: a model that
+computes with it, be it times a gate that is still zero, shows that in the trial.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass, field
@@ -197,13 +199,13 @@ class Level:
         own_forward = "forward" in module.__dict__
         if root_of(type(module)).forward is nn.Embedding.forward and not own_forward:
             width = (module.embedding_dim,)
-            return lambda original, args, kwargs: _zeros(
+            return lambda original, args, kwargs: _unknown(
                 (e := entering(args, kwargs)).shape + width, dtype, e.device
             )
         if all(call.entered == call.left for call in calls):
             return lambda original, args, kwargs: entering(args, kwargs)
         if len(calls) == 1 and calls[0].left == self.hidden.shape:
-            return lambda original, args, kwargs: self._fed
+            return lambda original, args, kwargs: _unknown(self._fed.shape, dtype, self._fed.device)
         if any(c.entered is None or {c.entered[0], c.left[0]} != {rows} for c in calls):
             return None
         known = {call.entered[1:]: call.left[1:] for call in calls}
@@ -213,7 +215,7 @@ class Level:
             if entered.shape[1:] not in known:
                 return original(*args, **kwargs)
             shape = (entered.shape[0], *known[entered.shape[1:]])
-            return _zeros(shape, dtype, entered.device)
+            return _unknown(shape, dtype, entered.device)
 
         return run
 
@@ -240,8 +242,8 @@ class Fed:
             self.key.feed(*self.tensors).install_stand_ins()
 
 
-def _zeros(shape: Sequence[int], dtype: torch.dtype, device: torch.device) -> torch.Tensor:
-    return torch.zeros((), dtype=dtype, device=device).expand(*shape)
+def _unknown(shape: Sequence[int], dtype: torch.dtype, device: torch.device) -> torch.Tensor:
+    return torch.full((), math.nan, dtype=dtype, device=device).expand(*shape)
 
 
 def _passing(structure: Structure) -> Run:

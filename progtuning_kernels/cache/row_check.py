@@ -90,11 +90,12 @@ class RowCheck:
         """Now and then compute a row again; False, and all rows are dropped, if it has changed.
 
         Writes through `tensor.data`, as some averages of weights make them between training and
-        evaluation, leave no other trace.
+        evaluation, leave no other trace; nor does another activation, or code that was edited, in
+        a run that finds rows on disk.
         """
-        changed = self._grads_before not in (None, grads)
+        first = self.rows.on_disk if self._grads_before is None else self._grads_before != grads
         self._grads_before = grads
-        due = changed or not (served + 1) % _PROBE_EVERY
+        due = first or not (served + 1) % _PROBE_EVERY
         if not due:
             return True
         if not self.on_any_rank(not self._holds(sample(), STORED_TOLERANCE[self.dtype])):

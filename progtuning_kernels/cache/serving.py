@@ -10,7 +10,7 @@ from __future__ import annotations
 import time
 import warnings
 from collections import Counter
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from ..model.call import Call, UnknownContent, argument_names
 from ..model.host_copies import HostCopies
 from ..model.layout import Layout
+from ..packing import PADDING_READ, looks, padding_read
 from ..packing.ranks import shared_calls
 from .agreement import ANOTHER_RANK, Ranks, Vote, any_rank
 from .break_even import BreakEven, Stopwatch
@@ -39,6 +40,7 @@ from .trial import Path, Trial, error_line
 
 _MAX_CHANGES = 8  # of one thing, with no served forward in between; each is learnt anew
 _MAX_PATHS = 8  # kinds of arguments in one stage; each costs two forwards
+Spans = Sequence[tuple[int, int]]
 
 
 class PrefixServer:
@@ -49,6 +51,7 @@ class PrefixServer:
     Attributes:
         level: block whose input is stored: the boundary, or the end of the first stack below it.
         rows: what is stored.
+        watches: the forward under way looks, in its backward, for what the loop reads at padding.
     """
 
     def __init__(
@@ -77,6 +80,10 @@ class PrefixServer:
         self._changed: int | None = None  # lowest unit that has, which they do not know yet
         self._stand_ins: Swaps | None = None  # of the forward that comes
         self._failed: Any = None  # the kind of arguments whose trial has raised before it
+        self._spans: Spans | None = None  # of the forward's tokens, where rows are without padding
+        self._looks = 0  # gradients that were looked at for what the loop reads at padding
+        self._padding_read = False  # they have shown that it does
+        self.watches = False
 
     @property
     def busy(self) -> bool:
@@ -99,6 +106,8 @@ class PrefixServer:
         self._reason = stage_reason(
             self._model, self._layout, self._weights, level, fixed=self._fixed
         )
+        if self._reason is None and self._padding_read:
+            self._reason, self._off = PADDING_READ, True
 
     def share_gathers(self, run_inside: Callable[[Call], Any], ranks: Ranks | None) -> None:
         """Follow a model whose parameters are shards, before its stage begins again.
@@ -120,7 +129,7 @@ class PrefixServer:
         """Put every module in its own place again, also after a forward that was interrupted."""
         if self._stand_ins is not None:
             self._stand_ins.remove_stand_ins()
-        self._stand_ins = self._failed = None
+        self._stand_ins = self._failed = self._spans = None
         for path in self._paths.values():
             for level in path.levels.values():
                 level.forget()
@@ -170,6 +179,35 @@ class PrefixServer:
         """Put the stand-ins of the forward that comes in their places, until `after_forward`."""
         if not self.busy and self._stand_ins is not None:
             self._stand_ins.install_stand_ins()
+
+    def watch_padding(self) -> None:
+        """Have the backward of the forward that comes, if it is served and runs padded, look
+        whether the loop reads padding: around rows stand zeros, and the trial sees what the model
+        itself reads alone.
+        """
+        self.watches = False
+        if self._spans is None:
+            return
+        for fed in self.fed():
+            (hidden,) = fed.tensors
+            padded = any(span != (0, hidden.shape[1]) for span in self._spans)
+            if padded and self._looks < looks(hidden.device):
+                self.watches = True
+                # no leaf, which a block might write into
+                hidden = hidden.detach().requires_grad_().clone()
+                hidden.register_hook(partial(self._look_at_gradient, self._spans))
+                fed.key.feed(hidden)
+
+    def _look_at_gradient(self, spans: Spans, gradient: Tensor) -> None:
+        rows = [row[start:end] for row, (start, end) in zip(gradient, spans, strict=True)]
+        reads = padding_read(gradient, torch.cat(rows))
+        self._looks += reads is not None
+        if reads:
+            self.stop_at_padding()
+
+    def stop_at_padding(self) -> None:
+        """Serve no forward any more: the loop reads padding. Called inside a backward."""
+        self._padding_read = True
 
     def after_forward(self, *, raised: bool) -> None:
         """Put every module in its own place again, and note what the forward has shown."""
@@ -264,6 +302,11 @@ class PrefixServer:
         """Look at what was measured and what has changed."""
         self._watch.poll()
         self._forget_changed()
+        if self._reason is None and self._padding_read:
+            self._switch_off(
+                f"{PADDING_READ}, which stored rows are without: a step that was served had "
+                "another gradient. Leave padding out of the loss"
+            )
         if self._reason is None and torch.is_grad_enabled():
             if verdict := self._counts.verdict(self.rows.store.rows(self.level)):
                 self._switch_off(verdict)
@@ -313,6 +356,8 @@ class PrefixServer:
         if plan.served:
             self._served += 1
             self._changes.clear()
+        if grads and self._stand_ins is not None and plan.path.unpadded and plan.path.per_token:
+            self._spans = plan.rows.spans
 
     def _kind(self, call: Call) -> tuple[Any, ...]:
         precision = _precision(self._model, call.device.type)

@@ -88,7 +88,11 @@ class Forwards:
         freezer.packer.sizes = _PACKED_SIZES if freezer.graphs.captures else None
         args, kwargs = freezer.packer.begin(args, kwargs, self._host)
         if trains:
-            against = _WATCHES if freezer.packer.watches else None
+            watches = freezer.packer.watches
+            if freezer.cache is not None and not freezer.packer.packs:
+                freezer.cache.watch_padding()
+                watches |= freezer.cache.watches
+            against = _WATCHES if watches else None
             if not freezer.proved:
                 against = _PROVES
             elif freezer.wrapped:

@@ -122,6 +122,7 @@ class PatchHandle:
         if cache is not None:
             fixed = frozen_mode == "eval"
             self.freezer.cache = PrefixServer(model, layout, cache, fixed=fixed)
+            self.freezer.packer.on_padding_read = self.freezer.cache.stop_at_padding
         self._scores = Scores(self.freezer, schedule) if decides_by_score(schedule) else None
         self._missed_updates = MissedUpdates(layout, self.freezer.active)
         self.forwards = Forwards(self.freezer, self._missed_steps, self._missed_updates)

@@ -67,7 +67,9 @@ class MissedSteps:
             return
         self._forwards += 1
         version, self._version = self._version, self._watched._version
-        if self._version == version and not self._other_values(self._watched):
+        if self._version != version:
+            self._values = None  # of before that write, which would count twice
+        elif not self._other_values(self._watched):
             return
         # one step may run its closure, and with it the model, many times
         if not called_from(sys.modules[Optimizer.__module__].__file__):

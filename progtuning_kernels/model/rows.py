@@ -279,9 +279,10 @@ class Rows:
             return  # gathered for the moment; the forward has brought them together
         if leaf_moved := self.leaf._version != self._seen[0]:
             self._idle_steps = None
-        if not leaf_moved and self._versions() != self._seen:
+        weight_moved = not leaf_moved and self._versions() != self._seen
+        if weight_moved and not self._stand():
             self.follow_weight()
-        elif leaf_moved or (settle and self.leaf.requires_grad):
+        elif leaf_moved or weight_moved or (settle and self.leaf.requires_grad):
             self._write()
 
     @torch.no_grad()
@@ -349,6 +350,15 @@ class Rows:
 
     def _note(self) -> None:
         self._seen = self._versions()
+        self._last = None if is_sharded(self.leaf) else self.leaf.detach().clone()
+
+    def _stand(self) -> bool:
+        """Whether the tensor, which was written, still has the rows of the last time: a loop may
+        put all others back after a fused optimizer has written the leaf past its counter.
+        """
+        if self._last is None or self._last.is_meta:
+            return False
+        return all(torch.equal(w[self.on(w)[0]], self._last) for w in self._weights())
 
     @torch.no_grad()
     def _write(self) -> None:

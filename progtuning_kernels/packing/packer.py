@@ -26,6 +26,7 @@ from ..model.layout import Layout
 from . import heads
 from .blocks import PackedCall, begin_forward, end_forward, inside_padded
 from .known_mask import known_mask
+from .padding_reads import PADDING_READ, looks
 from .ranks import Share, as_first, shared_calls
 from .recipes import Installed
 from .report import PackingReport
@@ -48,10 +49,6 @@ Packing = Literal["auto", "on", "off"]
 # Of a batch's places: with more real tokens than this, "auto" leaves the batch padded.
 MOST_REAL = 0.95
 _MOST_TRIALS = 4  # on batches that show nothing
-# Gradients after a trial that are looked at, for what the loop reads at padding. Each is a read of
-# a GPU, which has them in the step of the trial alone.
-_WATCHED = 3
-_PADDING_READ = "the loss reads hidden states or logits at padding, which packing leaves out"
 _NOTHING_YET = (
     "the first training forward with padding tries it (what torch.compile runs as a whole does not)"
 )
@@ -72,6 +69,7 @@ class Packer:
         sizes: None, or how many numbers of tokens a shape (B, T) may have, for captured graphs:
             some padding is computed on then, and rows do not attend in groups.
         watches: the forward under way looks, in its backward, for what the loop reads at padding.
+        on_padding_read: called in the backward that has found the loop to read padding.
     """
 
     def __init__(
@@ -100,6 +98,7 @@ class Packer:
         self.sharded = False
         self.sizes: int | None = None
         self.watches = False
+        self.on_padding_read: Callable[[], None] = lambda: None
         # of the forward under way, by stack: its tokens, and whether modules above the blocks
         # run on them, too
         self._packed: dict[str, tuple[PackedTokens, bool]] = {}
@@ -234,6 +233,11 @@ class Packer:
             return self._model.forward(*args, **kwargs)
         finally:
             self.end()
+
+    @property
+    def packs(self) -> bool:
+        """Whether the forward that was begun runs packed."""
+        return bool(self._packed)
 
     def fed(self) -> list[FedTokens]:
         """The tokens of the forward that was begun; nothing where it runs padded."""
@@ -393,7 +397,7 @@ class Packer:
                     real = int(kept.sum())
                 cost = cost_of_group(mask.device, recipe.heads)
                 tokens = pack_places(kept, mask.device, groups=groups, cost=cost)
-                if self._watched < (1 if waits_for(mask.device) else _WATCHED):
+                if self._watched < looks(mask.device):
                     tokens.watch = partial(self._look_at_gradient, path)
                     self.watches = True
                 above = real <= heads.MOST_REAL * size
@@ -405,17 +409,18 @@ class Packer:
         self._batches += bool(calls) and not aside
         return None if calls else problem
 
-    def _look_at_gradient(self, path: str, reads_padding: bool) -> None:
+    def _look_at_gradient(self, path: str, reads_padding: bool | None) -> None:
         """Leave a stack padded from the next forward on where the loop reads padding: the trial
         sees what the model itself reads alone, so the step under way is wrong.
         """
-        self._watched += 1
+        self._watched += reads_padding is not None
         if not reads_padding or path in self._refused:
             return
-        self._refused[path] = _PADDING_READ
+        self._refused[path] = f"{PADDING_READ}, which packing leaves out"
+        self.on_padding_read()
         warnings.warn(
-            f"{_PADDING_READ}: this step's gradient is not that of the padded model, all later "
-            f'steps run {path} padded. Leave padding out of the loss, or pass packing="off"',
+            f"{self._refused[path]}: this step's gradient is not that of the padded model, all "
+            f'later steps run {path} padded. Leave padding out of the loss, or pass packing="off"',
             stacklevel=2,
         )
 

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from ..backend import sent
 from ..model.host_copies import waits_for
+from .padding_reads import padding_read
 
 GROUPS = 4  # README.md: 2, 4, 8 of them leave 0.37, 0.24, 0.20 of the area of attention (RTE)
 # What one more group costs, in scores of attention (places times places times heads). CPU: 0.7 ms
@@ -68,7 +69,7 @@ class _Unpack(torch.autograd.Function):
         packed: Tensor,
         padded: Tensor,
         index: Tensor,
-        watch: Callable[[bool], None] | None,
+        watch: Callable[[bool | None], None] | None,
     ) -> Tensor:
         ctx.save_for_backward(index)
         ctx.mark_dirty(padded)
@@ -80,9 +81,8 @@ class _Unpack(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None]:
         (index,) = ctx.saved_tensors
         packed = grad.flatten(0, 1).index_select(0, index)
-        if ctx.watch is not None:  # a loss that is not finite makes NaN of a masked place, too
-            read = (grad.count_nonzero() != packed.count_nonzero()) & grad.isfinite().all()
-            ctx.watch(bool(read))
+        if ctx.watch is not None:
+            ctx.watch(padding_read(grad, packed))
         return packed, None, None, None
 
 
@@ -112,14 +112,14 @@ class PackedTokens:
             its row, so that a row with NaN spoils no other.
         groups: for attention; none where it runs ungrouped.
         noise: written in place of zeros where tokens are unpacked, for a trial.
-        watch: told in a backward whether padding gets a gradient: something has read it then.
+        watch: told in a backward whether padding gets a gradient (`padding_read`).
     """
 
     index: Tensor
     slot: Tensor
     groups: tuple[Group, ...] = ()
     noise: torch.Generator | None = None
-    watch: Callable[[bool], None] | None = None
+    watch: Callable[[bool | None], None] | None = None
     # packed tensors and parts of masks by what they were made from, which is kept with them
     made: dict[Any, tuple[Tensor, Tensor]] = field(default_factory=dict)
     # (packed, padded) by id of the packed one

@@ -28,6 +28,7 @@ from tiny_models import BATCH, TELLING, tiny_inputs, tiny_model
 from torch import nn
 
 from progtuning_kernels import MilestoneSchedule, PatchHandle, patch_model
+from progtuning_kernels.model.forward_hooks import ForwardHooks
 from progtuning_kernels.model.layout import EMBEDDINGS
 
 # What cannot do without its prefix, by family and boundary, and why.
@@ -48,9 +49,7 @@ def _embeddings_runs(handle: PatchHandle) -> Iterator[list[str]]:
     """Paths of the modules of the embeddings that compute."""
     runs: list[str] = []
     hooks = [
-        handle.model.get_submodule(path).register_forward_pre_hook(
-            lambda *_, path=path: runs.append(path)
-        )
+        ForwardHooks(handle.model.get_submodule(path), lambda *_, path=path: runs.append(path))
         for path in handle.layout.module_paths(EMBEDDINGS)
     ]
     try:

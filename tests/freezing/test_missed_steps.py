@@ -129,12 +129,14 @@ def _advances_first(handle, backward, made):
     made.step()
 
 
-def _looks_for_a_worse_place(handle, backward, made):  # as SAM does
-    backward()
+def _looks_for_a_worse_place(handle, backward, made, *, batches=1):  # as SAM does
+    for _ in range(batches):
+        backward()
     with torch.no_grad():
         for p in handle.model.parameters():
             p.add_(0.01)
-    backward()
+    for _ in range(batches):
+        backward()
     with torch.no_grad():
         for p in handle.model.parameters():
             p.sub_(0.01)
@@ -164,6 +166,7 @@ def _evaluates(handle, backward, made):
         (_accumulates, MaskedAdamW),
         (_advances_first, torch.optim.SGD),
         (_looks_for_a_worse_place, torch.optim.SGD),
+        (partial(_looks_for_a_worse_place, batches=17), torch.optim.SGD),
         (_runs_a_closure, torch.optim.LBFGS),
         (_evaluates, torch.optim.AdamW),
     ],

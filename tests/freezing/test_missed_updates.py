@@ -45,8 +45,9 @@ def _of_what_trains_now(model):
     return torch.optim.AdamW([p for p in model.parameters() if p.requires_grad])
 
 
-def test_blocks_that_train_later_than_the_optimizer_was_made_are_named_once():
-    (message,) = _told(CyclicBlockSchedule(1, 20), _of_what_trains_now, steps=80)
+@pytest.mark.parametrize("period", [5, 20])
+def test_blocks_that_train_later_than_the_optimizer_was_made_are_named_once(period):
+    (message,) = _told(CyclicBlockSchedule(1, period), _of_what_trains_now, steps=90)
     assert message.startswith("block 1 should train, and 16 steps have changed nothing in there")
     assert "make the optimizer of handle.param_groups()" in message
 
@@ -67,6 +68,15 @@ def test_an_optimizer_of_weights_that_were_replaced_is_told_so():
                     setattr(module, name, torch.nn.Parameter(parameter.detach().clone()))
 
     assert len(_told(_EVERYTHING, _of_all(torch.optim.SGD), before=replace)) == 1
+
+
+def test_steps_that_are_always_skipped_are_told():
+    def make(model):
+        bias = model.get_submodule("bert.encoder.layer.1.output.dense").bias
+        bias.register_hook(lambda gradient: gradient * float("nan"))
+        return MaskedAdamW(model.parameters(), max_grad_norm=1.0)
+
+    assert len(_told(_EVERYTHING, make)) == 1
 
 
 class _PastTheCounters(torch.optim.SGD):

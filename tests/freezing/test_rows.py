@@ -402,6 +402,30 @@ def test_an_optimizer_that_does_not_hold_the_rows_is_warned_of():
     assert len(seen) == 1
 
 
+@pytest.mark.parametrize("evaluates", [False, True])
+def test_a_loop_that_puts_all_other_rows_back_after_a_fused_update(evaluates):
+    ended = []
+    for fused in (False, True):
+        model, inputs = example("llama-causal-lm", torch.float32)
+        with patch_model(model, ALL, rows={"embed_tokens": NEW}, kernels="off") as handle:
+            weight = model.get_input_embeddings().weight
+            before = weight.detach().clone()
+            optimizer = torch.optim.AdamW(handle.param_groups(lr=0.1), fused=fused)
+            for _ in range(3):
+                model(**inputs).loss.backward()
+                optimizer.step()
+                optimizer.zero_grad()
+                with torch.no_grad():  # as textual inversion does
+                    weight[OTHERS] = before[OTHERS]
+                    if evaluates:
+                        model(**inputs)
+                handle.advance()
+        assert torch.equal(weight[OTHERS], before[OTHERS])
+        assert not torch.isclose(weight[NEW], before[NEW]).all(dim=1).any()
+        ended.append(weight.detach())
+    assert torch.allclose(*ended, atol=1e-5)
+
+
 def test_rows_train_though_peft_freezes_the_base_before_or_after():
     for late in (False, True):
         model, inputs = example("llama-causal-lm")

@@ -79,6 +79,16 @@ def test_it_warns_and_trains_padded_from_then_on(loss):
     assert packed_forwards(resumed) == 0
 
 
+@pytest.mark.parametrize("factor", [0.0, float("inf")])
+def test_gradients_that_show_nothing_are_no_look(factor):
+    model = tiny_model("bert-token")
+    patched(model)
+    for seed in range(4):  # as under a loss scale that is too large yet
+        _step(model, lambda *given: _mean_of_all(*given) * factor, _batch(RIGHT, seed))
+    with pytest.warns(UserWarning, match="the loss reads .* at padding"):
+        _step(model, _mean_of_all, _batch(RIGHT, seed=1))
+
+
 @pytest.mark.parametrize("attention", ["sdpa", "eager"])
 @pytest.mark.parametrize(
     ("loss", "spans"),

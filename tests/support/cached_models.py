@@ -12,6 +12,7 @@ from tiny_models import tiny_model
 from torch import nn
 
 from progtuning_kernels import FreezePlan, PatchHandle, PrefixCache, patch_model
+from progtuning_kernels.model.forward_hooks import ForwardHooks
 
 BLOCKS = 4
 BUDGET = 1 << 26
@@ -45,7 +46,8 @@ def blocks_of(handle: PatchHandle) -> list[nn.Module]:
 @contextmanager
 def rows_entering(block: nn.Module) -> Iterator[list[int]]:
     rows: list[int] = []
-    hook = block.register_forward_pre_hook(lambda m, args: rows.append(args[0].shape[0]))
+    # a hook of the user's that comes has the cache look at a row again
+    hook = ForwardHooks(block, lambda m, args, kwargs: rows.append(args[0].shape[0]))
     try:
         yield rows
     finally:
