@@ -276,7 +276,7 @@ def _notes(study: Study) -> list[str]:
     nothing = [
         f"{experiment['methods'][job.method]['title']} on {experiment['tasks'][job.task]['title']}"
         for job, record in study.records.items()
-        if not record["score"] and not job.tunes
+        if not (record["score"] or job.tunes) and job.rate == study.rate(job.model, job.method)
     ]
     if nothing:
         notes.append(f"- Runs that learnt nothing (0.0 points): {', '.join(nothing)}.")
@@ -313,13 +313,13 @@ def fill(page: Path, shown: str) -> None:
 
 def panels(study: Study) -> list[tuple[str, list[str], list[str]]]:
     """Model, tasks and methods of every panel: all tasks of a model, and fewer tasks where more
-    methods ran on them.
+    methods ran on them. One seed is in the table alone: its dot would say too much.
     """
     found = []
     for model in study.experiment["models"]:
         tasks, methods = compared(study, model)
-        on = {m: [t for t in tasks if differences(study, model, t, m)] for m in methods}
-        for chosen in sorted({tuple(own) for own in on.values()}, key=len, reverse=True):
+        on = {m: [t for t in tasks if len(differences(study, model, t, m)) > 1] for m in methods}
+        for chosen in sorted({tuple(own) for own in on.values() if own}, key=len, reverse=True):
             inside = [m for m in methods if {*chosen} <= {*on[m]}]
             timed = [m for m in inside if seconds(study, model, chosen, m) is not None]
             if FULL in timed:

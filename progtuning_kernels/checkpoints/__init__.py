@@ -93,7 +93,11 @@ def save_checkpoint(
             "seed": torch.initial_seed(),
             "ranks": ranks,
             "facts": _facts(model, patched, optimizer, scheduler),
-            "state": {"model": model.state_dict(), "optimizer": _optimizer_state(optimizer)},
+            "state": {
+                "model": model.state_dict(),
+                "optimizer": _optimizer_state(optimizer),
+                "outside": {i: p.detach() for i, p in _outside(model, optimizer).items()},
+            },
             "scheduler": None if scheduler is None else scheduler.state_dict(),
             "best": None if patched is None else patched.state_dict().get("best"),
             "extra": extra or {},
@@ -160,6 +164,9 @@ def load_checkpoint(
         if scheduler is not None:
             scheduler.load_state_dict(content["scheduler"])
         model.load_state_dict(state["model"], strict=False)  # what is missing has been compared
+        with torch.no_grad():
+            for i, parameter in _outside(model, optimizer).items():
+                parameter.copy_(state["outside"][i])
     if patched is not None and patched.cache is not None and own["cache"] is not None:
         patched.cache.rows.expect(own["cache"])
     if same_ranks:
@@ -196,7 +203,8 @@ def _undone_if_it_fails(
     # by reference: loading replaces what an optimizer holds, and a hook of the user that has
     # refused a state, or changed it, would do so again
     held = {**vars(inner), "state": inner.state.copy()}
-    tensors = [local_of(t).detach() for t in (*model.parameters(), *model.buffers())]
+    weights = *model.parameters(), *model.buffers(), *_outside(model, optimizer).values()
+    tensors = [local_of(t).detach() for t in weights]
     values = [t.to("cpu", copy=True) for t in tensors]
     with ExitStack() as undo:  # the last of these is done first
         if scheduler is not None:
@@ -234,8 +242,17 @@ def _facts(
     for g, group in enumerate(optimizer.param_groups):
         for i, p in enumerate(group["params"]):
             here = f"parameter {i} of the optimizer's group {g}"
-            facts[here] = names.get(id(p), "from outside the model")
+            facts[here] = names.get(id(p), f"from outside the model, {[*p.shape]}")
     return facts
+
+
+def _outside(model: nn.Module, optimizer: Optimizer) -> dict[int, nn.Parameter]:
+    """By their numbers in the optimizer: parameters that the model does not hold, as a head of the
+    user's own, or weights of a loss.
+    """
+    own = {id(p) for p in model.parameters()}
+    parameters = [p for group in optimizer.param_groups for p in group["params"]]
+    return {i: p for i, p in enumerate(parameters) if id(p) not in own}
 
 
 def _compare(path: Path, content: dict[str, Any], facts: dict[str, str], model: nn.Module) -> None:
@@ -332,9 +349,10 @@ def _to_this_rank(
 
 def _entries(state: dict[str, Any]) -> Iterator[tuple[str, int | None, dict[Any, Any], Any]]:
     """Of all weights and entries of the optimizer's state: a name, the number of the parameter in
-    the optimizer (None for a weight), the dict that holds the entry, and its key there.
+    the optimizer (None for a weight of the model), the dict that holds the entry, its key there.
     """
     yield from ((f"model/{key}", None, state["model"], key) for key in state["model"])
+    yield from ((f"outside/{i}", i, state["outside"], i) for i in state["outside"])
     for i, values in state["optimizer"]["state"].items():
         yield from ((f"optimizer/{i}/{key}", i, values, key) for key in values)
 

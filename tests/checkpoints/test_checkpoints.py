@@ -100,6 +100,40 @@ def test_a_model_without_a_schedule(tmp_path):
         save_checkpoint(tmp_path, model, optimizer)
 
 
+@pytest.mark.parametrize("kind", [torch.optim.AdamW, MaskedAdamW])
+def test_weights_of_the_optimizer_that_the_model_does_not_hold(kind, tmp_path):
+    def build(shape: tuple[int, ...] = (2,)):
+        torch.manual_seed(0)
+        handle = patch_model(Toy(dropout=0), progressive())
+        scales = nn.Parameter(torch.zeros(shape))  # of two losses
+        groups = handle.param_groups() + [{"params": [scales], "param_names": ["scales"]}]
+        return handle, scales, kind(groups, lr=0.02)
+
+    def train(run, steps: int):
+        handle, scales, optimizer = run
+        for _ in range(steps):
+            loss = handle.model(torch.arange(20).view(4, 5).roll(handle.step))
+            (loss * torch.exp(-scales) + scales).sum().backward()
+            optimizer.step()
+            optimizer.zero_grad()
+            handle.advance()
+        return run
+
+    straight = train(build(), 8)
+    begun = train(build(), 4)
+    save_checkpoint(tmp_path, begun[0], begun[2])
+    resumed = build()
+    load_checkpoint(tmp_path, resumed[0], resumed[2])
+    assert torch.equal(resumed[1], begun[1]) and begun[1].abs().min() > 0
+    train(resumed, 4)
+    states = [(m.model.state_dict(), s.detach(), o.state_dict()) for m, s, o in (resumed, straight)]
+    assert differences(*states) == []
+    other = build((1, 2))
+    with pytest.raises(CheckpointError, match="from outside the model, .2. there"):
+        load_checkpoint(tmp_path, other[0], other[2])
+    assert not other[1].any()
+
+
 class _Quantised(nn.Linear):
     """Writes its scale and a description beside its codes, and takes neither back, as the 4-bit
     layers of bitsandbytes do; the description has another length every time.
