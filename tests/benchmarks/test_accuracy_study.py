@@ -246,7 +246,8 @@ def test_table_pairs_runs_by_seed_and_fills_a_page(tmp_path):
     study.times = {("minilm", task): {"meta": meta, "methods": methods} for task in ("cola", "rte")}
     points, times = TABLES.figure(study).axes
     names = [label.get_text() for label in points.get_yticklabels()]
-    assert {*names} == {experiment()["methods"][name]["title"] for name in methods}
+    drawn = methods.keys() - {"progtuning-cache"}  # of which one seed ran
+    assert {*names} == {experiment()["methods"][name]["title"] for name in drawn}
     at = names.index("Progtuning, packed")
     means = {line.get_label(): line.get_xdata()[0] for line in points.lines}
     assert means["progtuning"] == 2.5
