@@ -115,10 +115,13 @@ def test_a_forward_reads_once(name, packing):
         batches = [pretend.put(tiny_inputs(name, seed=seed)) for seed in range(3)]
         missing, served = batches[1], batches[0]
         model(**batches[0]).loss.backward()  # which tries both
+        # a backward looks once whether the loop reads padding, which packing has done by now
+        looks = packing == "off" and name != "vit-image"
         for batch in (missing, served, _mixed(batches[2], served)):
             pretend.events.clear()
             model(**batch).loss.backward()
-            assert pretend.lines("read", "ours").total() == 1
+            assert pretend.lines("read", "ours").total() == 1 + looks
+            looks = False
             assert not pretend.lines("pageable", "ours")
             if packing == "on":  # what transformers asks of a mask is answered from the copy
                 assert not pretend.lines("read", "transformers")
