@@ -135,11 +135,13 @@ def test_a_gate_that_is_still_closed_is_found():
 
 
 def test_rows_that_another_function_left_on_disk_are_dropped(tmp_path):
-    def cache():
-        return PrefixCache(1 << 24, device="cpu", path=tmp_path)
-
-    for activation in ("gelu", "relu"):
-        handles = _pair(partial(_Own, activation=activation), cache=cache())
+    reports = []
+    for activation in ("gelu", "gelu", "relu"):
+        cache = PrefixCache(1 << 24, device="disk", path=tmp_path)
+        handles = _pair(partial(_Own, activation=activation), cache=cache)
         for _ in range(3):
             _assert_same(*handles, lambda output: output.pow(2).sum(), _inputs())
+        reports.append(handles[0].cache_report())
         handles[0].unpatch()
+    assert [report.misses for report in reports[:2]] == [3, 0]  # the second run finds the rows
+    assert "stored rows did not fit" in str(reports[2])
