@@ -23,7 +23,7 @@ from torch.utils.serialization import config as serialization
 
 from ..backend import one_line
 
-FORMAT = 3
+FORMAT = 4
 _NAME = re.compile(r"step-(\d{8,})(\.pt)?")
 _STATE = "state.pt"  # of a folder: everything but the tensors that are in its shards
 

@@ -165,10 +165,10 @@ def test_the_folder_of_another_run_is_left_alone(tmp_path):
 
 def test_another_format_is_named(tmp_path, monkeypatch):
     with monkeypatch.context() as patch:
-        patch.setattr(files, "FORMAT", 4)
+        patch.setattr(files, "FORMAT", 5)
         stopped(tmp_path)
     whole = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
-    with pytest.raises(CheckpointError, match="00005.pt has format 4, this version reads 3: fini"):
+    with pytest.raises(CheckpointError, match="00005.pt has format 5, this version reads 4: fini"):
         Loop(progressive()).load(tmp_path)
     with pytest.raises(CheckpointError, match="of a later step"):  # it is not taken for damaged
         Loop(progressive()).save(tmp_path)
@@ -187,9 +187,19 @@ def test_a_checkpoint_of_the_format_before_is_refused_in_one_line(name, tmp_path
     content |= {"tensors": {}, "model": model, "optimizer": optimizer, "scheduler": None}
     content |= {"files": [("__0_0.distcp", 7, 1)]} if name.endswith("/state.pt") else {}
     torch.save(content, tmp_path / name)
-    with pytest.raises(CheckpointError, match="format 2, this version reads 3: finish") as error:
+    with pytest.raises(CheckpointError, match="format 2, this version reads 4: finish") as error:
         Loop(progressive()).load(tmp_path)
     assert "\n" not in str(error.value)
+
+
+def test_what_a_file_holds_belongs_to_its_format(tmp_path):
+    """Other keys need another FORMAT: loading takes all of them for granted."""
+    stopped(tmp_path)
+    content = torch.load(next(tmp_path.glob("step-*")), weights_only=True)
+    keys = {"step", "seed", "ranks", "facts", "state", "scheduler", "best", "extra", "format"}
+    assert content["format"] == 4
+    assert {*content} == keys
+    assert {*content["state"]} == {"model", "optimizer", "outside"}
 
 
 def test_a_checkpoint_in_place_of_its_folder_is_no_new_run(tmp_path):
