@@ -6,6 +6,7 @@ import warnings
 from collections import Counter
 from collections.abc import Callable, Collection, Iterator, Mapping, MutableMapping, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from functools import partial
 from typing import Any, Literal
 
@@ -25,6 +26,7 @@ from ..model.host_copies import HostCopies, waits_for
 from ..model.layout import Layout
 from . import heads
 from .blocks import PackedCall, begin_forward, end_forward, inside_padded
+from .kinds import TriedKinds
 from .known_mask import known_mask
 from .padding_reads import PADDING_READ, looks
 from .ranks import Share, as_first, shared_calls
@@ -87,6 +89,7 @@ class Packer:
         self._outcome = Outcome(decided=False)
         self._trials = 0
         self._installed: Installed | None = None
+        self._kinds = TriedKinds()  # beside the installed recipes
         self._tried_from: int | None = None  # boundary of the trial
         # stacks that stay padded whatever a trial says: found out in a backward, or by a run that
         # this one continues
@@ -119,7 +122,8 @@ class Packer:
 
         Args:
             share: gives every rank what the first one has. All ranks try on its rows, which takes
-                as many forwards everywhere, and do what it does.
+                as many forwards everywhere, and do what it does. They try no other kinds of
+                arguments later, which need not come on all ranks in the same step.
         """
         if self._mode == "off" or self.busy:
             return
@@ -127,6 +131,8 @@ class Packer:
             self.remove()
         decided = self._outcome.decided or self._trials == _MOST_TRIALS
         if decided and self._tried_from is not None and boundary >= self._tried_from:
+            if self._installed is not None and share is None:
+                self._learn_kind(self._installed, args, kwargs)
             return
         calls = self._trial_calls(args, kwargs)
         if share is None:
@@ -142,16 +148,52 @@ class Packer:
         if isinstance(calls, str):
             self._outcome = self._nothing_shown(calls)
             return
-        trial = Trial(self._model, self._layout, self._place, sharded=self.sharded)
-        self.busy = True
-        try:
-            outcome = trial.learn(calls)
-        finally:
-            self.busy = False
+        outcome = self._tried(calls)
         self._outcome = outcome if share is None else as_first(outcome, share)
         recipes = {p: r for p, r in self._outcome.recipes.items() if p not in self._refused}
         if recipes:
             self._installed = Installed(self._model, recipes, self._place)
+            self._kinds = TriedKinds()
+            self._kinds.note(calls[0], "")
+
+    def _learn_kind(
+        self, installed: Installed, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> None:
+        """Try arguments of another kind; only what packs as before runs packed with them."""
+        try:
+            if not self._kinds.wants_trial(Call(self._names, args, kwargs)):
+                return
+        except UnknownContent:  # which `begin` leaves padded
+            return
+        calls = self._trial_calls(args, kwargs)
+        if isinstance(calls, str):
+            return
+        self._kinds.count_trial()
+        installed.remove()
+        try:
+            outcome = self._tried(calls)
+        finally:
+            self._installed = Installed(self._model, installed.recipes, self._place)
+        if not outcome.decided:
+            return
+        problem = ""
+        for path, recipe in installed.recipes.items():
+            if path not in self._refused and outcome.recipes.get(path) != recipe:
+                found = outcome.reasons.get(path, "they pack in another way")
+                problem = problem or f"arguments as in the first trial pack, others came: {found}"
+        self._kinds.note(calls[0], problem)
+        if not problem:
+            right_only = self._outcome.right_only or outcome.right_only
+            self._outcome = replace(self._outcome, right_only=right_only)
+            self._watched = 0  # they may come with another loss
+
+    def _tried(self, calls: Sequence[Call]) -> Outcome:
+        trial = Trial(self._model, self._layout, self._place, sharded=self.sharded)
+        self.busy = True
+        try:
+            return trial.learn(calls)
+        finally:
+            self.busy = False
 
     def _nothing_shown(self, reason: str) -> Outcome:
         return Outcome(reasons={s.path: reason for s in self._layout.stacks}, decided=False)
@@ -360,6 +402,8 @@ class Packer:
             return _NO_MASK
         if self._installed is None:
             return self._outcome_reason()
+        if reason := self._kinds.reason(call):
+            return reason
         wanted = {
             r.mask: masks[r.mask] for r in self._installed.recipes.values() if r.mask in masks
         }
