@@ -62,10 +62,10 @@ class Forwards:
             freezer.rows.begin_training()
             freezer.follow_changes()
             freezer.follow_wrapper()
-            freezer.packer.learn(args, kwargs, freezer.boundary, freezer.share)
             if not freezer.sharded:  # FSDP2 writes weights at every forward
                 self._missed_steps.before_forward(freezer.step)
             self._missed_updates.before_forward()
+        self._try_packing(args, kwargs)
         if freezer.cache is not None:
             if freezer.cache.busy:
                 return freezer.packer.begin(args, kwargs, self._host, aside=True)
@@ -99,6 +99,13 @@ class Forwards:
                 against = _WRAPPED
             freezer.graphs.allow([*fed, *freezer.packer.fed()], against=against)
         return args, kwargs
+
+    def _try_packing(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        freezer = self._freezer
+        if torch.is_grad_enabled():
+            freezer.packer.learn(args, kwargs, freezer.boundary, freezer.share)
+        elif freezer.cache is None or not freezer.cache.busy:
+            freezer.packer.learn_kind(args, kwargs, freezer.share)
 
     def after_forward(self, output: Any) -> None:
         """Called after a forward that raised too: `output` is None then."""

@@ -123,17 +123,21 @@ class Packer:
         Args:
             share: gives every rank what the first one has. All ranks try on its rows, which takes
                 as many forwards everywhere, and do what it does. They try no other kinds of
-                arguments later, which need not come on all ranks in the same step.
+                arguments later, which need not come on all ranks at once.
         """
         if self._mode == "off" or self.busy:
             return
         if self._installed is not None and self._installed.is_outdated():
             self.remove()
         decided = self._outcome.decided or self._trials == _MOST_TRIALS
+        kinds = TriedKinds()
         if decided and self._tried_from is not None and boundary >= self._tried_from:
-            if self._installed is not None and share is None:
-                self._learn_kind(self._installed, args, kwargs)
-            return
+            if self._installed is not None:
+                self.learn_kind(args, kwargs, share)
+                return
+            if share is not None or self._untried(args, kwargs) is None:
+                return
+            kinds = self._kinds
         calls = self._trial_calls(args, kwargs)
         if share is None:
             if isinstance(calls, str):
@@ -144,54 +148,57 @@ class Packer:
             calls = shared_calls(calls, share, next(self._model.parameters()).device)
         trials = 0 if decided else self._trials
         self.remove()
+        self._kinds = kinds
         self._trials, self._tried_from, self._watched = 1 + trials, boundary, 0
         if isinstance(calls, str):
             self._outcome = self._nothing_shown(calls)
             return
-        outcome = self._tried(calls)
+        with self._trial() as trial:
+            outcome = trial.learn(calls)
         self._outcome = outcome if share is None else as_first(outcome, share)
         recipes = {p: r for p, r in self._outcome.recipes.items() if p not in self._refused}
         if recipes:
             self._installed = Installed(self._model, recipes, self._place)
-            self._kinds = TriedKinds()
-            self._kinds.note(calls[0], "")
+        self._kinds.note(calls[0], _shown(self._outcome))
 
-    def _learn_kind(
-        self, installed: Installed, args: tuple[Any, ...], kwargs: dict[str, Any]
+    def learn_kind(
+        self, args: tuple[Any, ...], kwargs: dict[str, Any], share: Share | None = None
     ) -> None:
-        """Try arguments of another kind; only what packs as before runs packed with them."""
-        try:
-            if not self._kinds.wants_trial(Call(self._names, args, kwargs)):
-                return
-        except UnknownContent:  # which `begin` leaves padded
+        """Try what packs on arguments of another kind, before a forward that trains or does not."""
+        installed = self._installed
+        if installed is None or share is not None or self.busy or self._paused or inside_padded():
+            return
+        if installed.is_outdated() or self._untried(args, kwargs) is None:
             return
         calls = self._trial_calls(args, kwargs)
         if isinstance(calls, str):
             return
-        self._kinds.count_trial()
-        installed.remove()
-        try:
-            outcome = self._tried(calls)
-        finally:
-            self._installed = Installed(self._model, installed.recipes, self._place)
-        if not outcome.decided:
-            return
-        problem = ""
-        for path, recipe in installed.recipes.items():
-            if path not in self._refused and outcome.recipes.get(path) != recipe:
-                found = outcome.reasons.get(path, "they pack in another way")
-                problem = problem or f"arguments as in the first trial pack, others came: {found}"
-        self._kinds.note(calls[0], problem)
-        if not problem:
-            right_only = self._outcome.right_only or outcome.right_only
-            self._outcome = replace(self._outcome, right_only=right_only)
+        with self._trial(gradients=torch.is_grad_enabled()) as trial:
+            found = trial.confirm(calls, installed)
+        self._kinds.note(calls[0], _shown(found))
+        if found.recipes:
             self._watched = 0  # they may come with another loss
+            self._outcome = replace(
+                self._outcome,
+                makes_cache=self._outcome.makes_cache or found.makes_cache,
+                right_only=self._outcome.right_only or found.right_only,
+            )
 
-    def _tried(self, calls: Sequence[Call]) -> Outcome:
-        trial = Trial(self._model, self._layout, self._place, sharded=self.sharded)
+    def _untried(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Call | None:
+        """The call, if its arguments are of a kind to be tried."""
+        try:
+            call = Call(self._names, args, kwargs)
+            return call if self._kinds.wants_trial(call) else None
+        except UnknownContent:  # `begin` leaves it padded
+            return None
+
+    @contextmanager
+    def _trial(self, *, gradients: bool = True) -> Iterator[Trial]:
         self.busy = True
         try:
-            return trial.learn(calls)
+            yield Trial(
+                self._model, self._layout, self._place, sharded=self.sharded, gradients=gradients
+            )
         finally:
             self.busy = False
 
@@ -514,6 +521,13 @@ class Packer:
         """Leave padded what the run that this one continues has left padded."""
         self._refused = dict(state)
         self.remove()
+
+
+def _shown(outcome: Outcome) -> str | None:
+    """Why nothing packs, "" if something does, None if that is not known."""
+    if outcome.recipes or not outcome.decided:
+        return "" if outcome.recipes else None
+    return f"packing does not fit these arguments: {next(iter(outcome.reasons.values()))}"
 
 
 def _read(

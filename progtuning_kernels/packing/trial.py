@@ -10,6 +10,7 @@ import warnings
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -77,6 +78,7 @@ class Trial:
     Args:
         place: puts these blocks into the class that runs packed, and all others out.
         sharded: parameters are shards, whose gradients are not looked at.
+        gradients: of the forward that is tried for; they are compared then.
     """
 
     def __init__(
@@ -86,23 +88,31 @@ class Trial:
         place: Callable[[Collection[nn.Module]], None],
         *,
         sharded: bool = False,
+        gradients: bool = True,
     ) -> None:
         self._model = model
         self._layout = layout
         self._place = place
-        self._sharded = sharded
+        self._gradients_too = gradients and not sharded
         # a trial runs inside the forward of a sharded model, whose hooks expect no other one in it
         self._call = model.forward if sharded else model
         self._gpus = gpus_of(model)
 
     def learn(self, calls: Sequence[Call]) -> Outcome:
         """Try every stack on those of `trial_calls`; leaves nothing installed."""
+        return self._learn(calls, self._try_all)
+
+    def confirm(self, calls: Sequence[Call], installed: Installed) -> Outcome:
+        """Try what is installed on other calls; its recipes, if they fit these, too."""
+        return self._learn(calls, partial(self._try_installed, installed))
+
+    def _learn(self, calls: Sequence[Call], tried: Callable[[Call], Outcome]) -> Outcome:
         outcome = Outcome(decided=False)
         with self._without_trace():
             for made in calls:
                 parts = _parts_of(self._model)
                 try:
-                    found = self._try_all(made)
+                    found = tried(made)
                 except UnpackableError as error:
                     found = self._refused(str(error))
                 except Exception as error:  # the model's own code, on a batch that we made
@@ -132,7 +142,7 @@ class Trial:
             torch.compiler.set_stance("force_eager"),
             state_kept(self._model),
             _without_dropout_and_recomputation(self._model),
-            torch.enable_grad() if not self._sharded else torch.no_grad(),
+            torch.set_grad_enabled(self._gradients_too),
             warnings.catch_warnings(),
         ):
             warnings.simplefilter("ignore")  # the forward itself will give them
@@ -161,6 +171,18 @@ class Trial:
         reasons = {p: why for p, why in (raised | reasons).items() if p not in recipes}
         return Outcome(self._with_heads(call, recipes, heads, expected), reasons, makes_cache)
 
+    def _try_installed(self, installed: Installed, call: Call) -> Outcome:
+        call, makes_cache = self._without_cache(call)
+        masks = masks_of(call)
+        recipes = [recipe for recipe in installed.recipes.values() if recipe.mask in masks]
+        if any(_kept(call, recipe.mask, recipe.columns).all() for recipe in recipes):
+            return replace(self._refused(_SHOWS_NOTHING), decided=False)
+        with padded():
+            expected = self._run(call)
+        if problem := self._difference(call, installed, expected):
+            return self._refused(problem)
+        return Outcome(installed.recipes, makes_cache=makes_cache)
+
     def _with_heads(
         self, call: Call, recipes: dict[str, StackRecipe], heads: HeadsSeen, expected: _Run
     ) -> dict[str, StackRecipe]:
@@ -183,8 +205,9 @@ class Trial:
         return recipes
 
     def _without_cache(self, call: Call) -> tuple[Call, bool]:
+        asked = {name: value for name, value in call.kwargs.items() if name != "use_cache"}
         with torch.no_grad(), padded():
-            output = self._call_model(call)
+            output = self._call_model(replace(call, kwargs=asked))
         if not has_keys_and_values(output):
             return call, False
         return replace(call, kwargs={**call.kwargs, "use_cache": False}), True
@@ -245,22 +268,27 @@ class Trial:
         """What differs in a packed forward, "" if nothing does."""
         installed = Installed(self._model, recipes, self._place)
         try:
-            # noise at padding where tokens are unpacked, then zeros, as there will be
-            found = self._run_packed(call, installed, noise=1)
-            if problem := self._differs(call, expected, found):
-                other = self._run_packed(call, installed, noise=2)
-                if self._differs(call, found, other):
-                    problem = "something above the blocks reads hidden states at padding"
-                return problem
-            with torch.no_grad():
-                zeros = self._run_packed(call, installed, noise=None)
-            return self._differs(call, replace(expected, gradients=[]), zeros)
+            return self._difference(call, installed, expected)
         finally:
             installed.remove()
+
+    def _difference(self, call: Call, installed: Installed, expected: _Run) -> str:
+        # noise at padding where tokens are unpacked, then zeros, as there will be
+        found = self._run_packed(call, installed, noise=1)
+        if problem := self._differs(call, expected, found):
+            other = self._run_packed(call, installed, noise=2)
+            if self._differs(call, found, other):
+                problem = "something above the blocks reads hidden states at padding"
+            return problem
+        with torch.no_grad():
+            zeros = self._run_packed(call, installed, noise=None)
+        return self._differs(call, replace(expected, gradients=[]), zeros)
 
     def _run_packed(self, call: Call, installed: Installed, *, noise: int | None) -> _Run:
         calls = {}
         for path, recipe in installed.recipes.items():
+            if recipe.mask not in masks_of(call):
+                continue
             kept = _kept(call, recipe.mask, recipe.columns)
             device = masks_of(call)[recipe.mask].device
             tokens = pack_places(kept, device, groups=GROUPS if recipe.grouped else 1)

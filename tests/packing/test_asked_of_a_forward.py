@@ -158,8 +158,7 @@ def test_positions_and_vectors_of_the_users(name):
     assert_same(packed, padded, **inputs, position_ids=positions)
     vectors = packed.model.get_input_embeddings()(inputs.pop("input_ids")).detach()
     assert_same(packed, padded, **inputs, inputs_embeds=vectors)
-    # BERT hands positions on to its blocks only if it is given some: they pack in another way
-    assert packed.packing_report().batches == (2 if name == BERT else 3), packed.packing_report()
+    assert packed.packing_report().batches == 3, packed.packing_report()
 
 
 def _block(model: nn.Module) -> nn.Module:
