@@ -42,13 +42,8 @@ SHAPES = {
     "MiniLM": Shape("bert", 384, 6, 12, 1536, 30522),
     "MiniLM-L12": Shape("bert", 384, 12, 12, 1536, 30522),
     "BERT-base": Shape("bert", 768, 12, 12, 3072, 30522),
-    "BERT-large": Shape("bert", 1024, 24, 16, 4096, 30522),
-    "RoBERTa-base": Shape("roberta", 768, 12, 12, 3072, 50265),
     "Llama 20 M": Shape("llama", 384, 6, 6, 1024, 8192, 2),
-    "Llama 160 M": Shape("llama", 768, 12, 12, 3072, 32000, 12),
     "Llama 1 B": Shape("llama", 2048, 16, 32, 8192, 128256, 8),
-    "Llama 3 B": Shape("llama", 3072, 28, 24, 8192, 128256, 8),
-    "Llama 8 B": Shape("llama", 4096, 32, 32, 14336, 128256, 8),
 }
 
 
@@ -109,7 +104,7 @@ class Work:
             num_attention_heads=s.heads,
             intermediate_size=s.inside,
             vocab_size=s.vocabulary,
-            max_position_embeddings=max(512, self.tokens) + 2 * (s.kind == "roberta"),
+            max_position_embeddings=max(512, self.tokens),
         )
         if s.is_causal:
             config = hf.LlamaConfig(**sizes, num_key_value_heads=s.kv_heads, use_cache=False)
@@ -117,9 +112,8 @@ class Work:
         else:
             if self.dropout is not None:
                 sizes["hidden_dropout_prob"] = sizes["attention_probs_dropout_prob"] = self.dropout
-            name = {"bert": "Bert", "roberta": "Roberta"}[s.kind]
-            config = getattr(hf, f"{name}Config")(**sizes)
-            make = getattr(hf, f"{name}ForSequenceClassification")
+            config = hf.BertConfig(**sizes)
+            make = hf.BertForSequenceClassification
         torch.manual_seed(0)
         with self.device:
             return make(config).to(PRECISIONS[self.precision]).train()
@@ -140,7 +134,7 @@ class Work:
         ids = torch.randint(5, self.sizes.vocabulary, (count, self.tokens), generator=generator)
         lengths = torch.randint(self.tokens // 2, self.tokens + 1, (count,), generator=generator)
         mask = (torch.arange(self.tokens) < lengths[:, None]).long()
-        ids = ids * mask if not self.sizes.kind == "roberta" else ids.masked_fill(mask == 0, 1)
+        ids = ids * mask
         labels = ids.masked_fill(mask == 0, -100) if self.sizes.is_causal else ids[:, 0] % 2
         order = torch.randperm(count, generator=torch.Generator().manual_seed(100 + number))
         return [

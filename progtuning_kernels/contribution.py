@@ -67,7 +67,6 @@ def measure_contribution(
     embeddings: bool = True,
     blocks: str | Sequence[str] | None = None,
     on_progress: Callable[[int, int], None] | None = None,
-    method: str = "train",
 ) -> Contribution:
     """Measure what every block of `model` contributes, by (L + 1) short trainings.
 
@@ -90,10 +89,9 @@ def measure_contribution(
         embeddings: whether they train, with a block and without one, as the paper's do.
         blocks: path of the block list, or several, where discovery cannot choose.
         on_progress: called with the number of batches done, and of all.
-        method: "train", the only one; for callers who name it.
 
     Raises:
-        ValueError: a patched model, no batch, steps below 1, another method, or a score that is not
+        ValueError: a patched model, no batch, steps below 1, or a score that is not
             finite.
         UnsupportedModelError: no block list can be found, or the blocks share weights.
 
@@ -103,8 +101,6 @@ def measure_contribution(
         schedule = ProgressiveSchedule(2, weights=found.weights)
         ```
     """
-    if method != "train":
-        raise ValueError(f'method {method!r} is gone, its order of blocks was not that of "train"')
     if handle_of(model) is not None:
         raise ValueError("the model is patched: measure before, or call handle.unpatch() first")
     batches = list(batches)

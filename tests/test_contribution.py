@@ -203,7 +203,6 @@ def test_adapters_contribute_with_their_block():
     ("change", "message"),
     [
         ({"batches": []}, "no batches to measure on"),
-        ({"method": "skip"}, "method 'skip' is gone"),
         ({"steps": 0}, "steps must be 1 or more, got 0"),
         ({"blocks": "layers"}, "has no module at 'layers'"),
         ({"score": lambda model: math.nan}, "not finite"),

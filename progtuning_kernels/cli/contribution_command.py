@@ -74,7 +74,6 @@ def run(options: TrainOptions) -> None:
         "seconds": time.perf_counter() - started,
     }
     content = {
-        "format": 1,
         "model": options.model,
         "num_blocks": prepared.layout.num_blocks,
         "metric_name": run.metric_name,

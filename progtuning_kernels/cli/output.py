@@ -27,7 +27,7 @@ RUN_FILES: Files = dict.fromkeys(
 )
 DEMO_FILES: Files = {
     **{f"{method}-seed[0-9]*": RUN_FILES for method in get_args(Method)},
-    "report": {"report.html": None, "*.png": None},  # earlier versions wrote plots beside the page
+    "report": {"report.html": None},
 }
 
 
